@@ -1,0 +1,1 @@
+"""The engine: configuration, stages, plans, run folders, executors and the command line."""

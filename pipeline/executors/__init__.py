@@ -1,0 +1,1 @@
+"""Executors: the same tasks run by Ray or by plain local processes."""

@@ -1,0 +1,1 @@
+"""One file or folder is one step: sources, fetch, resize, encode, verify, report."""
