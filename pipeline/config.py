@@ -1,0 +1,155 @@
+"""Configuration: frozen pydantic models, filled from a YAML file and `KEY=VALUE` overrides.
+
+Every problem is reported in one `ConfigError` with the field's path, the value and the remedy.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys, docstrings become schema text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Tree = dict[str, object]
+
+
+def load_config(
+    config_class: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Builds a config from a YAML file, then `a.b=c` overrides (values are YAML; list items by index)."""
+    tree: Tree = {} if path is None else read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return config_class.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(config_class, error)) from error
+
+
+def read_yaml(path: Path) -> Tree:
+    """Reads a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path}: must be a mapping of keys, got {type(tree).__name__}")
+    return tree
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the model's fields."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: Tree, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: write KEY=VALUE, for example images.sizes_px='[64, 256]'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: object = tree
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            index = int(part) if part.isdigit() else -1
+            if not 0 <= index < len(node):
+                where = ".".join(parts[:depth])
+                raise ConfigError(f"override {override!r}: {where} has items 0..{len(node) - 1}, got {part!r}")
+            if last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a plain value, not a group")
+
+
+def _explain(config_class: type[Config], error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        parts, owner = _walk(config_class, item["loc"])
+        path = ".".join(parts) or "config"
+        value = item.get("input")
+        if item["type"] == "extra_forbidden":
+            known = sorted(owner.model_fields) if owner else []
+            close = difflib.get_close_matches(parts[-1], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            lines.append(f"{path}: unknown key (got {value!r}); {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: needed, but not given; set it in the file or as {path}=VALUE")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = f" (got {value!r})" if len(repr(value)) <= 100 else ""
+            lines.append(f"{path}: {message[:1].lower()}{message[1:]}{shown}")
+    return "\n".join(lines)
+
+
+def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str], type[Config] | None]:
+    """Turns an error's location into the key path of the file, and finds the model that holds the key.
+
+    pydantic puts the tag of a discriminated union into the location; it is no key, so it is left out.
+    """
+    parts: list[str] = []
+    owner: type[Config] | None = None
+    for part in location:
+        annotation = _unwrap(annotation)
+        members = [_unwrap(member) for member in get_args(annotation)]
+        if isinstance(part, str) and _is_union(annotation):
+            tagged = [m for m in members if part in _tags(m)]
+            if tagged:
+                annotation = tagged[0]
+                continue
+        parts.append(str(part))
+        if isinstance(annotation, type) and issubclass(annotation, Config):
+            owner = annotation
+            field = annotation.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        else:
+            annotation = members[0] if members else None
+    return parts, owner
+
+
+def _unwrap(annotation: object) -> object:
+    return _unwrap(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
+
+
+def _is_union(annotation: object) -> bool:
+    return get_origin(annotation) in (Union, UnionType)
+
+
+def _tags(member: object) -> tuple[object, ...]:
+    if not (isinstance(member, type) and issubclass(member, Config)) or "kind" not in member.model_fields:
+        return ()
+    return get_args(member.model_fields["kind"].annotation)

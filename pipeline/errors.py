@@ -1,0 +1,49 @@
+"""Errors a user can meet. Each says what is wrong, the value, and what to do; each has an exit code."""
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_DROP_LIMIT = 3
+EXIT_ENVIRONMENT = 4
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+class PipelineError(Exception):
+    """Root of all errors shown to the user without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(PipelineError):
+    """A wrong command line, configuration value or input file."""
+
+    exit_code = EXIT_USAGE
+
+
+class StaleOutputError(PipelineError):
+    """Finished work on disk was made with another configuration or other inputs."""
+
+    exit_code = EXIT_USAGE
+
+
+class MachineError(PipelineError):
+    """The machine lacks something: a package, a GPU, disk space, model files."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class ShardError(PipelineError):
+    """One or more shards failed after every retry; the other shards are finished."""
+
+
+class DropLimitError(PipelineError):
+    """The run finished, but dropped more samples than `max_drop_fraction` allows."""
+
+    exit_code = EXIT_DROP_LIMIT
+
+
+class PreemptedError(PipelineError):
+    """The run was told to stop (SIGTERM); the same command goes on from here."""
+
+    exit_code = EXIT_PREEMPTED

@@ -1,0 +1,60 @@
+"""Files that are either whole or absent: write under a temporary name, fsync, rename."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+TEMPORARY_MARK = ".tmp-"
+
+
+def temporary_name(final: Path) -> Path:
+    """A unique sibling of `final`; it keeps the suffix, since some writers look at it."""
+    return final.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}-{final.name}")
+
+
+def commit_file(temporary: Path, final: Path) -> None:
+    """Makes a finished temporary file durable, then visible under its final name, atomically."""
+    _fsync(temporary)
+    os.replace(temporary, final)
+    _fsync(final.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a small JSON file atomically and durably."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file atomically and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    commit_file(temporary, path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Deletes what a killed process left half-written anywhere under `folder`; returns how many."""
+    leftovers = list(folder.rglob(f"{TEMPORARY_MARK}*")) if folder.is_dir() else []
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,32 @@
+"""Fingerprints: what a file depends on, as canonical JSON and its digest, with readable differences."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def differences(old: object, new: object, path: str = "") -> list[str]:
+    """One line for each leaf that differs: `path: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in sorted({*old, *new}):
+            inner = f"{path}.{key}" if path else str(key)
+            lines += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
+        return lines
+    if old == new:
+        return []
+    return [f"{path}: {_shown(old)} -> {_shown(new)}"]
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else canonical_json(value)

@@ -1,0 +1,56 @@
+"""A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.fingerprint import digest
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Group, Shard, Stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    stages: tuple[Stage, ...]
+    """In an order in which every group is made before it is read."""
+    shards: Callable[[], Iterator[Shard]]
+    """Starts the stream of shards afresh; the whole input is never held in memory."""
+    finalize: Callable[[RunFolder], dict[str, object]]
+    """Called once all shards are committed; returns facts for the summary."""
+    max_drop_fraction: float = 1.0
+    keep: frozenset[str] = frozenset()
+    """Transient groups whose files are to be kept."""
+    facts: dict[str, object] = field(default_factory=dict)
+    """What the workflow wants to show in `plan.json`."""
+
+    def __post_init__(self) -> None:
+        made: set[str] = set()
+        for stage in self.stages:
+            missing = set(stage.inputs) - made
+            assert not missing, f"stage {stage.name} reads {missing}, which no earlier stage makes"
+            names = {group.name for group in stage.groups}
+            assert not names & made, f"stage {stage.name} makes {names & made} a second time"
+            made |= names
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        return {group.name: group for stage in self.stages for group in stage.groups}
+
+    @property
+    def transient_groups(self) -> frozenset[str]:
+        return frozenset(name for name, group in self.groups.items() if group.transient)
+
+    def fingerprints(self) -> dict[str, dict[str, object]]:
+        """For each group, all that its bytes depend on beside the rows of the shard."""
+        result: dict[str, dict[str, object]] = {}
+        for stage in self.stages:
+            inputs = {name: digest(result[name]) for name in stage.inputs}
+            for group in stage.groups:
+                result[group.name] = {
+                    "stage": type(stage).__name__,
+                    "version": stage.version,
+                    "config": dict(group.config),
+                    "inputs": inputs,
+                }
+        return result

@@ -1,0 +1,148 @@
+"""What a step of the pipeline is: a `Stage` turns one `Shard` into files of one or more `Group`s.
+
+A group is a column of the result (`samples`, `images-64`, `text-t5`): one or more files a shard. Each
+(group, shard) is committed on its own, so a group added later leaves the others untouched.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.fingerprint import digest
+from pipeline.runfolder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The unit of work, retry, commit and resume: a few hundred input rows."""
+
+    index: int
+    """Position in the source, from 0."""
+    rows: object
+    """What the source needs to read these rows; JSON-able. Its digest is the input's fingerprint."""
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.index:05d}"
+
+    @property
+    def digest(self) -> str:
+        return digest(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A column of the result, made shard by shard."""
+
+    name: str
+    config: Mapping[str, object]
+    """Everything its bytes depend on beside the input rows; a change is refused with a diff."""
+    transient: bool = False
+    """True for intermediate files, deleted once no stage of the shard needs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one task or worker occupies while it runs."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A sample left out, and why."""
+
+    row: int
+    key: str
+    reason: str
+    """A short enumerated word such as `http_404`; counted, so it must not contain values."""
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class GroupResult:
+    """What a stage says of one group of one shard when it has written its files."""
+
+    rows: int
+    drops: list[Drop] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+    """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...)."""
+    info: dict[str, object] = field(default_factory=dict)
+    """Further facts for the record (`excluded_rows`, ...)."""
+
+
+class Task:
+    """What a stage sees of one shard: paths to read, paths to write, and which groups are wanted.
+
+    A stage writes only to `output`, and calls `done` for every wanted group.
+    """
+
+    def __init__(self, run: RunFolder, shard: Shard, wanted: frozenset[str]):
+        self.run = run
+        self.shard = shard
+        self.wanted = wanted
+        self.results: dict[str, GroupResult] = {}
+        self._outputs: dict[str, dict[Path, Path]] = {}
+
+    def input(self, group: str) -> Path:
+        """The committed file of `group` for this shard."""
+        return self.run.committed_file(group, self.shard.name)
+
+    def has(self, group: str) -> bool:
+        """True if `group` is already committed for this shard."""
+        return self.run.read_record(group, self.shard.name) is not None
+
+    def output(self, group: str, suffix: str) -> Path:
+        """A temporary path for the group's file; the engine renames it once the stage has returned."""
+        outputs = self._outputs.setdefault(group, {})
+        final = self.run.group_folder(group) / f"{self.shard.name}{suffix}"
+        if final not in outputs:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            outputs[final] = self.run.temporary(final)
+        return outputs[final]
+
+    def done(self, group: str, result: GroupResult) -> None:
+        """Declares the group's files complete."""
+        self.results[group] = result
+
+    def outputs(self, group: str) -> dict[Path, Path]:
+        """Final path -> temporary path."""
+        return self._outputs.get(group, {})
+
+
+class Stage(ABC):
+    """One step. Cheap to build and to pickle; heavy things are loaded by `setup`, in the worker."""
+
+    name: str
+    version: ClassVar[int] = 1
+    """Raised when the code changes what it writes for the same config and input."""
+    inputs: tuple[str, ...] = ()
+    """Groups it reads."""
+    groups: tuple[Group, ...]
+    """Groups it writes."""
+    resources: Resources = Resources()
+    max_workers: int | None = None
+    """None: stateless tasks. A number: at most so many long-lived workers that keep what `setup` loaded."""
+
+    def setup(self, run: RunFolder) -> None:  # noqa: B027
+        """Loads models; called once in each worker, before the first `process`.
+
+        Raises:
+            PipelineError: nothing can work (model files missing, package absent); ends the run.
+        """
+
+    @abstractmethod
+    def process(self, task: Task) -> None:
+        """Writes the wanted groups of one shard.
+
+        Must be a pure function of the config and the input rows. A bad sample is a `Drop`, never an
+        exception; an exception means the whole shard failed and is retried.
+        """
+
+    def estimate_bytes(self, group: str, num_rows: int) -> int | None:
+        """Bytes the group will take on disk for so many rows; None where it cannot be known before."""
+        return None

@@ -1,0 +1,117 @@
+"""What is already done: compares records on disk with the plan, and refuses what no longer fits."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import StaleOutputError
+from pipeline.files import write_json
+from pipeline.fingerprint import differences, digest
+from pipeline.plan import Plan
+from pipeline.runfolder import Record, RunFolder
+from pipeline.stage import Shard
+
+
+def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = True) -> None:
+    """Compares each group's fingerprint with the one it was begun with.
+
+    Args:
+        restart: instead of refusing, removes the changed groups and all that was made from them.
+        write: notes the fingerprints of new groups (False for a dry run).
+
+    Raises:
+        StaleOutputError: a group was made with another configuration; lists every difference.
+    """
+    changed: dict[str, list[str]] = {}
+    downstream: set[str] = set()
+    fingerprints = plan.fingerprints()
+    for name, fingerprint in fingerprints.items():
+        old = read_group_fingerprint(run, name)
+        if old is None or old == fingerprint:
+            continue
+        own = differences(_without_inputs(old), _without_inputs(fingerprint), name)
+        if own:
+            changed[name] = own
+        downstream.add(name)
+    if downstream and not restart:
+        lines = [line for own in changed.values() for line in own]
+        implied = sorted(downstream - changed.keys())
+        if implied:
+            lines.append(f"and therefore: {', '.join(implied)}")
+        raise StaleOutputError(
+            f"{run.root}: the finished work was made with another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\nGive the old values, choose another --out, or rebuild what changed with --restart."
+        )
+    for name, fingerprint in fingerprints.items():
+        if name in downstream:
+            run.forget_group(name)
+        if write and read_group_fingerprint(run, name) != fingerprint:
+            write_json(_group_file(run, name), fingerprint)
+
+
+def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | None:
+    """The fingerprint the group was begun with, or None if it was never begun."""
+    try:
+        return json.loads(_group_file(run, group).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+class Ledger:
+    """Says, shard by shard, which groups are finished."""
+
+    def __init__(self, plan: Plan, run: RunFolder, *, restart: bool = False):
+        self.run = run
+        self.restart = restart
+        self.transient = plan.transient_groups
+        self.fingerprints = {name: digest(value) for name, value in plan.fingerprints().items()}
+
+    def finished(self, shard: Shard) -> dict[str, Record]:
+        """Records of the groups whose files of this shard are present and still fit.
+
+        Raises:
+            StaleOutputError: the shard was committed from other input rows, and `restart` is off.
+        """
+        result: dict[str, Record] = {}
+        shard_digest = shard.digest
+        for group, fingerprint in self.fingerprints.items():
+            record = self.run.read_record(group, shard.name)
+            if record is None:
+                continue
+            if record["input"] != shard_digest or record["fingerprint"] != fingerprint:
+                if group not in self.transient and not self.restart:
+                    raise StaleOutputError(self._changed_input(shard, group, record))
+                self.run.forget(group, shard.name)
+            elif _files_present(self.run.root, record):
+                result[group] = record
+        return result
+
+    def _changed_input(self, shard: Shard, group: str, record: Mapping[str, object]) -> str:
+        return (
+            f"{self.run.root}: shard {shard.name} of {group} was made from other input rows "
+            f"({record['input_rows']} rows then, {shard.num_rows} now): the source or shard_size changed.\n"
+            "Restore the source, choose another --out, or rebuild the changed shards with --restart."
+        )
+
+
+def _files_present(root: Path, record: Record) -> bool:
+    files = record["files"]
+    assert isinstance(files, list)
+    for file in files:
+        try:
+            if (root / file["path"]).stat().st_size != file["bytes"]:
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _group_file(run: RunFolder, group: str) -> Path:
+    return run.root / "state" / f"{group}.json"
+
+
+def _without_inputs(fingerprint: Mapping[str, object]) -> dict[str, object]:
+    flat = {key: value for key, value in fingerprint.items() if key not in ("inputs", "config")}
+    config = fingerprint.get("config")
+    return {**(config if isinstance(config, Mapping) else {}), **flat}

@@ -1,0 +1,137 @@
+"""Runs one task in a worker: the stage, then the commit protocol.
+
+Files are written under temporary names, made durable and renamed; then the quarantine list; last the
+completion record. A process killed at any point leaves either a whole (group, shard) or none.
+"""
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pipeline.errors import EXIT_FAILED, PipelineError
+from pipeline.files import commit_file, file_digest, write_json, write_text
+from pipeline.runfolder import RunFolder
+from pipeline.stage import GroupResult, Shard, Stage, Task
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """One stage on one shard. Small and picklable; the stage itself travels once to each worker."""
+
+    stage: str
+    shard: Shard
+    wanted: frozenset[str]
+    fingerprints: dict[str, str]
+    """Group -> digest of its fingerprint, for the record."""
+    attempt: int = 1
+
+
+@dataclass(slots=True)
+class TaskOutcome:
+    """What the driver learns of a finished task."""
+
+    request: TaskRequest
+    seconds: float = 0.0
+    records: dict[str, dict[str, object]] = field(default_factory=dict)
+    error: str | None = None
+    """Message of the failure, or None."""
+    traceback: str = ""
+    fatal_exit_code: int | None = None
+    """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
+
+
+_prepared: dict[tuple[str, str], Stage] = {}
+_prepare_lock = threading.Lock()
+
+
+def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
+    """Runs the stage on the shard and commits what it wrote. Never raises for the stage's failures."""
+    started = time.perf_counter()
+    outcome = TaskOutcome(request)
+    task = Task(run, request.shard, request.wanted)
+    try:
+        _prepare(stage, run).process(task)
+        outcome.records = _commit(run, task, request)
+    except PipelineError as error:
+        outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
+        outcome.traceback = traceback.format_exc()
+    except OSError as error:
+        outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if error.errno in _DISK_ERRORS:
+            outcome.fatal_exit_code = EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
+        outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+    finally:
+        for group in request.wanted:
+            for temporary in task.outputs(group).values():
+                temporary.unlink(missing_ok=True)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+_DISK_ERRORS = (28, 30, 122)  # ENOSPC, EROFS, EDQUOT
+
+
+def _prepare(stage: Stage, run: RunFolder) -> Stage:
+    """The stage with its models loaded; once in a process."""
+    key = (str(run.root), stage.name)
+    with _prepare_lock:
+        if key not in _prepared:
+            stage.setup(run)
+            _prepared[key] = stage
+        return _prepared[key]
+
+
+def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:
+    missing = request.wanted - task.results.keys()
+    assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
+    return {
+        group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)
+    }
+
+
+def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> dict[str, object]:
+    result = task.results[group]
+    files = []
+    for final, temporary in task.outputs(group).items():
+        files.append(
+            {
+                "path": str(final.relative_to(run.root)),
+                "bytes": os.path.getsize(temporary),
+                "sha256": file_digest(temporary),
+            }
+        )
+        commit_file(temporary, final)
+    _write_quarantine(run, task.shard, group, result)
+    record: dict[str, object] = {
+        "group": group,
+        "shard": task.shard.index,
+        "fingerprint": fingerprint,
+        "input": task.shard.digest,
+        "input_rows": task.shard.num_rows,
+        "rows": result.rows,
+        "drops": dict(sorted(Counter(drop.reason for drop in result.drops).items())),
+        "files": files,
+        "counters": result.counters,
+        "info": result.info,
+    }
+    write_json(run.record_file(group, task.shard.name), record)
+    return record
+
+
+def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupResult) -> None:
+    path = run.quarantine / group / f"{shard.name}.jsonl"
+    if not result.drops:
+        path.unlink(missing_ok=True)
+        return
+    lines = (
+        json.dumps(
+            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": drop.detail}, ensure_ascii=False
+        )
+        for drop in result.drops
+    )
+    write_text(path, "\n".join(lines) + "\n")
