@@ -1,0 +1,252 @@
+"""The command line. Heavy modules are imported inside the commands, so that --help is quick."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, PreemptedError
+
+app = typer.Typer(
+    name="pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Precompute text embeddings and image pyramids for Imagen-style training, once, and go on after a kill.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
+app.add_typer(config_app, name="config")
+
+WorkflowArg = Annotated[str, typer.Argument(help="Name of the workflow, for example: precompute.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides; values are YAML, e.g. shard_size=500."),
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/WORKFLOW]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    if debug:
+        os.environ["PIPELINE_DEBUG"] = "1"
+    logging.basicConfig(
+        level=logging.DEBUG if _debugging() else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command()
+def run(
+    workflow: WorkflowArg,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    executor: Annotated[str, typer.Option(help="ray or local.")] = "ray",
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a workflow. The same command again goes on where it stopped."""
+    if dry_run:
+        return plan(workflow, overrides, config, out, as_json)
+    from pipeline.runfolder import RunFolder
+    from pipeline.runner import RunOptions, run_workflow
+
+    if executor not in ("ray", "local"):
+        raise ConfigError(f"--executor: must be ray or local (got {executor!r})")
+    if address and executor != "ray":
+        raise ConfigError(f"--address: only the ray executor joins a cluster (got --executor {executor})")
+    chosen = _build(workflow, config, overrides)
+    folder = out or Path("runs") / workflow
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    summary = run_workflow(chosen, folder, RunOptions(executor, address, restart, quiet))
+    if as_json:
+        _print_json(summary)
+    else:
+        from pipeline.show import show_summary
+
+        show_summary(summary, chosen.closing_words(RunFolder(folder)))
+
+
+@app.command()
+def plan(
+    workflow: WorkflowArg,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do: shards, stages, what is finished, bytes. Writes nothing."""
+    from pipeline.preview import preview
+    from pipeline.show import show_preview
+
+    result = preview(_build(workflow, config, overrides), out or Path("runs") / workflow)
+    _print_json(result) if as_json else show_preview(result)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], as_json: AsJson = False
+) -> None:
+    """Show how far a run is."""
+    from pipeline.preview import run_status
+    from pipeline.show import show_status
+
+    result = run_status(run_folder)
+    _print_json(result) if as_json else show_status(result)
+
+
+StoreArg = Annotated[Path, typer.Argument(metavar="STORE", help="Store folder, or the run folder around it.")]
+
+
+@app.command()
+def verify(store: StoreArg, as_json: AsJson = False) -> None:
+    """Check every checksum and the alignment of all groups; names each bad file. Exit 1 if any."""
+    _read_command("verify", store, as_json)
+
+
+@app.command()
+def inspect(store: StoreArg, as_json: AsJson = False) -> None:
+    """Show what a store holds: samples, groups, bytes, encoder fingerprints."""
+    _read_command("inspect", store, as_json)
+
+
+@app.command()
+def report(
+    run_or_store: Annotated[Path, typer.Argument(metavar="RUN_OR_STORE")],
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
+    _read_command("report", run_or_store, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: packages, versions, disk, GPUs, Ray."""
+    from pipeline.doctor import examine
+    from pipeline.show import show_checks
+
+    checks = examine()
+    _print_json(checks) if as_json else show_checks(checks)
+    if any(check["status"] == "bad" for check in checks):
+        raise typer.Exit(4)
+
+
+@config_app.command("ls")
+def config_ls(as_json: AsJson = False) -> None:
+    """List the shipped configurations."""
+    from pipeline.presets import list_presets
+    from pipeline.show import show_table
+
+    presets = list_presets()
+    if as_json:
+        _print_json(presets)
+    else:
+        show_table(["workflow", "name", "what"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
+
+
+@config_app.command("show")
+def config_show(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved configuration: defaults, file and overrides together."""
+    from pipeline.config import dump_yaml
+
+    resolved = _build(workflow, config, overrides).config
+    _print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
+
+
+@config_app.command("schema")
+def config_schema(workflow: WorkflowArg) -> None:
+    """Print the JSON schema of a workflow's configuration, with a text for each field."""
+    from pipeline.workflow import load_workflow
+
+    _print_json(load_workflow(workflow).config_class.model_json_schema())
+
+
+@config_app.command("validate")
+def config_validate(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Check a configuration. Exit 2 with one line for each problem."""
+    _build(workflow, config, overrides)
+    _print_json({"valid": True}) if as_json else typer.echo("valid")
+
+
+def _build(name: str, config: str | None, overrides: list[str] | None):  # noqa: ANN202 - a Workflow, imported late
+    from pipeline.config import load_config
+    from pipeline.presets import find_config
+    from pipeline.workflow import load_workflow
+
+    workflow_class = load_workflow(name)
+    path = find_config(name, config) if config else None
+    return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
+
+
+def _read_command(name: str, path: Path, as_json: bool) -> None:
+    """Runs a command that a stage offers through the `pipeline.commands` entry points.
+
+    It returns (JSON-able result, lines for people, exit code).
+    """
+    from pipeline.workflow import load_command
+
+    result, lines, exit_code = load_command(name)(path)
+    if as_json:
+        _print_json(result)
+    else:
+        for line in lines:
+            typer.echo(line)
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _debugging() -> bool:
+    return os.environ.get("PIPELINE_DEBUG", "") not in ("", "0")
+
+
+def _on_sigterm(signum: int, frame: object) -> NoReturn:
+    raise PreemptedError("stopped by SIGTERM; run the same command again to go on")
+
+
+def main() -> None:
+    """Entry point of the `pipeline` command."""
+    try:
+        code = app(standalone_mode=False)
+    except PipelineError as error:
+        if _debugging():
+            raise
+        typer.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on", err=True)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = 0
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

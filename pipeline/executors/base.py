@@ -1,0 +1,58 @@
+"""The executor interface: runs tasks somewhere and reports them back. It decides nothing else."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from pipeline.config import Config
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Stage
+from pipeline.task import TaskOutcome, TaskRequest
+
+
+class ExecutionConfig(Config):
+    """How much runs at once. Changes nothing in the result."""
+
+    num_cpus: int | None = None
+    """CPUs to use on this machine; default all. Ignored when joining a cluster with --address."""
+    max_in_flight_shards: int | None = None
+    """Shards admitted at once (backpressure); default twice the workers, at least 4."""
+    max_attempts: int = 3
+    """Tries of a failing shard before it is set aside with its traceback."""
+
+
+class Executor(ABC):
+    """Runs `run_task` on requests. Starts lazily: nothing is launched before the first `submit`."""
+
+    window: int
+    """Shards to keep in flight."""
+
+    @abstractmethod
+    def submit(self, stage: Stage, request: TaskRequest) -> None:
+        """Queues a task."""
+
+    @abstractmethod
+    def wait(self) -> list[TaskOutcome]:
+        """Blocks until at least one task has finished (or about 10 s have passed); returns those that have."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stops all workers; running tasks are abandoned (they leave no partial output)."""
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def make_executor(
+    kind: str, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None
+) -> Executor:
+    """Builds the executor named `ray` or `local`."""
+    if kind == "ray":
+        from pipeline.executors.ray import RayExecutor
+
+        return RayExecutor(stages, run, config, address)
+    from pipeline.executors.local import LocalExecutor
+
+    return LocalExecutor(stages, run, config)

@@ -1,0 +1,133 @@
+"""Runs a workflow in a run folder from start to end: the main path of `pipeline run`."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.config import dump_yaml
+from pipeline.errors import DropLimitError, ShardError
+from pipeline.executors.base import make_executor
+from pipeline.files import write_json, write_text
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.runfolder import EventLog, RunFolder
+from pipeline.scheduler import Scheduler, Tally
+from pipeline.state import check_groups
+from pipeline.workflow import Workflow
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command line's part of a run; none of it changes the result."""
+
+    executor: str = "ray"
+    address: str | None = None
+    restart: bool = False
+    quiet: bool = False
+
+
+Summary = dict[str, object]
+
+
+def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
+    """Runs, or goes on with, the workflow in folder `out`.
+
+    Raises:
+        ConfigError: unusable configuration or input; nothing was changed.
+        StaleOutputError: the folder holds work of another configuration.
+        ShardError: some shards failed after all tries; the rest is finished.
+        DropLimitError: finished, but too many samples were dropped.
+    """
+    run = RunFolder(out)
+    plan = workflow.plan(run)
+    run.transient_groups = plan.transient_groups
+    with run.lock():
+        check_groups(plan, run, restart=options.restart)
+        run.clean()
+        write_text(run.config_file, dump_yaml(workflow.config))
+        write_json(run.plan_file, describe(workflow, plan))
+        events = EventLog(run.events_file)
+        try:
+            return _execute(workflow, plan, run, events, options)
+        finally:
+            events.close()
+
+
+def _execute(
+    workflow: Workflow, plan: Plan, run: RunFolder, events: EventLog, options: RunOptions
+) -> Summary:
+    started = time.perf_counter()
+    execution = workflow.config.execution
+    executor = make_executor(options.executor, plan.stages, run, execution, options.address)
+    progress = Progress(plan.stages, quiet=options.quiet)
+    scheduler = Scheduler(
+        plan, run, executor, events, progress, max_attempts=execution.max_attempts, restart=options.restart
+    )
+    events.write("run_started", workflow=workflow.name, executor=options.executor)
+    outcome = "interrupted"
+    try:
+        with progress:
+            tally = scheduler.execute()
+        facts = plan.finalize(run)
+        outcome = "failed" if tally.shards_failed else "finished"
+    except BaseException as error:
+        outcome = f"stopped: {type(error).__name__}"
+        raise
+    finally:
+        executor.close()
+        events.write("run_ended", outcome=outcome)
+    summary: Summary = {
+        "workflow": workflow.name,
+        "outcome": outcome,
+        "executor": options.executor,
+        "seconds": round(time.perf_counter() - started, 3),
+        "tally": _plain(tally),
+        "this_run": progress.rates(),
+        **facts,
+    }
+    write_json(run.summary_file, summary)
+    _check_limits(plan, run, tally, summary)
+    return summary
+
+
+def describe(workflow: Workflow, plan: Plan) -> dict[str, object]:
+    """The plan as JSON: stages, groups and what they depend on."""
+    return {
+        "workflow": workflow.name,
+        "stages": [
+            {
+                "name": stage.name,
+                "inputs": list(stage.inputs),
+                "groups": [group.name for group in stage.groups],
+                "num_cpus": stage.resources.num_cpus,
+                "num_gpus": stage.resources.num_gpus,
+                "max_workers": stage.max_workers,
+            }
+            for stage in plan.stages
+        ],
+        "fingerprints": plan.fingerprints(),
+        "max_drop_fraction": plan.max_drop_fraction,
+        **plan.facts,
+    }
+
+
+def _plain(tally: Tally) -> dict[str, object]:
+    return asdict(tally)
+
+
+def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) -> None:
+    if tally.shards_failed:
+        first = tally.failures[0]
+        raise ShardError(
+            f"{tally.shards_failed} of {tally.shards} shards failed; the others are finished. "
+            f"First: {first['stage']} on shard {first['shard']}: {first['error']}\n"
+            f"Tracebacks: {run.quarantine / 'failed'}. Run the same command again to retry them."
+        )
+    samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
+    dropped = rows - samples
+    if rows and dropped / rows > plan.max_drop_fraction:
+        raise DropLimitError(
+            f"max_drop_fraction: {dropped} of {rows} samples were dropped ({dropped / rows:.1%}), "
+            f"more than the {plan.max_drop_fraction:.1%} allowed; "
+            f"see {run.quarantine} for each key and reason. The store holds the {samples} good ones."
+        )

@@ -1,0 +1,72 @@
+"""Renders results for people, on standard output."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def human_bytes(count: float) -> str:
+    """A byte count in binary units, e.g. `12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
+    """Prints a plain table."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(soft_wrap=False).print(table)
+
+
+def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, str]]) -> None:
+    """What a run made, what it dropped, and where to look."""
+    tally = summary["tally"]
+    rows = []
+    for name, group in tally["groups"].items():
+        drops = ", ".join(f"{reason} {count}" for reason, count in group["drops"].items()) or "-"
+        rows.append([name, group["shards"], group["rows"], human_bytes(group["bytes"]), drops])
+    show_table(["group", "shards", "rows", "on disk", "drops"], rows)
+    skipped = f", {tally['shards_skipped']} already finished" if tally["shards_skipped"] else ""
+    kept = f"{summary['num_samples']} of " if "num_samples" in summary else ""
+    print(
+        f"{summary['outcome']}: {kept}{tally['input_rows']} samples in {tally['shards']} shards{skipped}, "
+        f"{summary['seconds']:.1f} s"
+    )
+    for label, path in closing_words:
+        print(f"{label:<7} {path}")
+
+
+def show_preview(result: Mapping[str, Any]) -> None:
+    """Shards x stages, what would be skipped, bytes."""
+    makers = {group: stage for stage in result["stages"] for group in stage["groups"]}
+    rows = []
+    for name, group in result["groups"].items():
+        todo = "unknown" if group["bytes_to_do"] is None else human_bytes(group["bytes_to_do"])
+        stage = makers[name]["name"]
+        rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
+    show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
+    print(f"{result['input_rows']} samples in {result['shards']} shards; run folder {result['out']}")
+
+
+def show_status(result: Mapping[str, Any]) -> None:
+    """How far a run is."""
+    rows = [
+        [name, group["shards"], group["rows"], ", ".join(f"{r} {c}" for r, c in group["drops"].items()) or "-"]
+        for name, group in result["groups"].items()
+    ]
+    show_table(["group", "shards", "rows", "drops"], rows)
+    state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"
+    print(f"{result['workflow']}: {state}")
+
+
+def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
+    """Results of the doctor."""
+    show_table(["", "check", "found"], [[c["status"], c["name"], c["message"]] for c in checks])

@@ -1,0 +1,71 @@
+"""Workflows: named compositions of stages, found through the `pipeline.workflows` entry points."""
+
+from abc import ABC, abstractmethod
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, cast
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.executors.base import ExecutionConfig
+from pipeline.plan import Plan
+from pipeline.runfolder import RunFolder
+
+
+class WorkflowConfig(Config):
+    """What every workflow's configuration has."""
+
+    execution: ExecutionConfig = ExecutionConfig()
+    """How much runs at once."""
+
+
+class Workflow(ABC):
+    """Turns a configuration into a plan."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    config_class: ClassVar[type[WorkflowConfig]]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def plan(self, run: RunFolder) -> Plan:
+        """Builds the plan; cheap, and opens the source far enough to refuse bad input.
+
+        Raises:
+            ConfigError: the input is missing or unusable.
+        """
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        """Label and path of what the user should look at after a run."""
+        return []
+
+
+_WORKFLOWS = "pipeline.workflows"
+_COMMANDS = "pipeline.commands"
+
+
+def load_workflow(name: str) -> type[Workflow]:
+    """Finds a workflow by name.
+
+    Raises:
+        ConfigError: no such workflow; lists those there are.
+    """
+    return cast(type[Workflow], _find(_WORKFLOWS, name, "workflow").load())
+
+
+def load_command(name: str) -> Any:
+    """Finds the function behind a reading command (verify, inspect, report)."""
+    return _find(_COMMANDS, name, "command").load()
+
+
+def workflow_names() -> list[str]:
+    """Names of all installed workflows."""
+    return sorted(entry.name for entry in entry_points(group=_WORKFLOWS))
+
+
+def _find(group: str, name: str, kind: str) -> EntryPoint:
+    found = {entry.name: entry for entry in entry_points(group=group)}
+    if name not in found:
+        raise ConfigError(f"{kind} {name!r}: there is none of this name; choose from {', '.join(sorted(found))}")
+    return found[name]

@@ -1,0 +1,100 @@
+"""Datasets in the Hugging Face format, from the hub or saved locally. Needs the extra `huggingface`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, MachineError
+from pipeline.stage import Shard
+from stages.captions import clean_captions
+from stages.sources.base import Emit, Original, Source, cut_into_shards, require_path
+from stages.sources.parquet import image_bytes
+from stages.sources.urls import captions_of
+
+
+class HuggingfaceConfig(Config):
+    """A dataset of the Hugging Face hub, or one saved with `save_to_disk`."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str | None = None
+    """Hub id such as `lambdalabs/naruto-blip-captions`, or a local folder."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; pin it to make runs repeatable."""
+    image_column: str = "image"
+    """Column of the picture."""
+    caption_column: str = "text"
+    """Column of the caption, or of a list of captions."""
+
+    def build(self) -> "HuggingfaceSource":
+        return HuggingfaceSource(self)
+
+
+class HuggingfaceSource(Source):
+    """A row is [key, row number]; the data stay in the memory-mapped Arrow files of `datasets`."""
+
+    def __init__(self, config: HuggingfaceConfig):
+        self.config = config
+        self.path = require_path(config.path, "huggingface")
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise MachineError(
+                "source.kind=huggingface needs `datasets`: pip install 'imagen-precompute[huggingface]'"
+            ) from error
+        try:
+            if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
+                loaded = datasets.load_from_disk(self.path)
+                return loaded[self.config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            return datasets.load_dataset(self.path, split=self.config.split, revision=self.config.revision)
+        except (OSError, ValueError, KeyError, ConnectionError) as error:
+            raise ConfigError(
+                f"source.path: dataset {self.path!r}, split {self.config.split!r} cannot be loaded: {error}"
+            ) from error
+
+    def check(self) -> None:
+        dataset = self._load()
+        for name in ("image_column", "caption_column"):
+            column = getattr(self.config, name)
+            if column not in dataset.column_names:
+                raise ConfigError(
+                    f"source.{name}: {self.path} has no column {column!r}; it has: {', '.join(dataset.column_names)}"
+                )
+        if not len(dataset):
+            raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
+
+    def shards(self, shard_size: int) -> Iterator[Shard]:
+        return cut_into_shards(([f"{row:09d}", row] for row in range(len(self._load()))), shard_size)
+
+    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+        del scratch
+        import datasets
+
+        dataset = self._load()
+        if isinstance(dataset.features[self.config.image_column], datasets.Image):
+            dataset = dataset.cast_column(self.config.image_column, datasets.Image(decode=False))
+        for position, (key, row) in enumerate(cast(Sequence[tuple[str, int]], shard.rows)):
+            if wanted is None or key in wanted:
+                emit(self._original(position, key, dataset[row]))
+
+    def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
+        captions, reason = clean_captions(captions_of(record, self.config.caption_column), allow_empty=False)
+        cell = record.get(self.config.image_column)
+        data = image_bytes(cell)
+        if data is None and isinstance(cell, dict) and cell.get("path") and Path(cell["path"]).is_file():
+            data = Path(cell["path"]).read_bytes()
+        if reason is None and data is None:
+            reason = "no_image"
+        return Original(position, key, None, captions, None if reason else data, reason)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {
+            "split": self.config.split,
+            "revision": self.config.revision,
+            "image_column": self.config.image_column,
+            "caption_column": self.config.caption_column,
+        }

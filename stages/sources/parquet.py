@@ -1,0 +1,138 @@
+"""Parquet files with the pictures' bytes in a column."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+import fsspec
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.stage import Shard
+from stages.captions import clean_captions
+from stages.sources.base import Emit, Original, Source, mark_duplicates, require_path
+from stages.sources.tables import columns, expand
+from stages.sources.urls import captions_of
+
+
+class ParquetConfig(Config):
+    """Parquet files with image bytes."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str | None = None
+    """A parquet file, a folder of them, or a glob; local or any fsspec URL."""
+    image_column: str = "image"
+    """Column of the encoded picture: binary, or a struct with a field `bytes` as datasets write it."""
+    caption_column: str = "caption"
+    """Column of the caption, or of a list of captions."""
+    url_column: str | None = None
+    """Column of the picture's URL, kept for lineage."""
+    key_column: str | None = None
+    """Column of a unique key; default: file name and row number."""
+
+    def build(self) -> "ParquetSource":
+        return ParquetSource(self)
+
+
+class ParquetSource(Source):
+    """A row is [key, file number, row number, is_duplicate]; the driver reads footers and the key column only."""
+
+    def __init__(self, config: ParquetConfig):
+        self.config = config
+        self.path = require_path(config.path, "parquet")
+
+    def _files(self) -> list[str]:
+        return expand(self.path, "source.path", ("parquet",))
+
+    def check(self) -> None:
+        files = self._files()
+        present = columns(files[0])
+        for name in ("image_column", "caption_column", "url_column", "key_column"):
+            column = getattr(self.config, name)
+            if column is not None and column not in present:
+                raise ConfigError(
+                    f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}"
+                )
+        if next(self.shards(1), None) is None:
+            raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
+
+    def shards(self, shard_size: int) -> Iterator[Shard]:
+        from stages.sources.base import cut_into_shards
+
+        rows = self._rows()
+        if self.config.key_column is None:
+            return cut_into_shards(([*row, False] for row in rows), shard_size)
+        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
+
+    def _rows(self) -> Iterator[list[object]]:
+        import pyarrow.parquet as pq
+
+        files = self._files()
+        stems = [PurePosixPath(file).stem for file in files]
+        for number, (path, stem) in enumerate(zip(files, stems, strict=True)):
+            prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
+            with fsspec.open(path, "rb") as file:
+                table = pq.ParquetFile(cast(Any, file))
+                if self.config.key_column is None:
+                    for row in range(table.metadata.num_rows):
+                        yield [f"{prefix}/{row:07d}", number, row]
+                    continue
+                row = 0
+                for batch in table.iter_batches(columns=[self.config.key_column]):
+                    for key in batch.column(0).to_pylist():
+                        yield [str(key), number, row]
+                        row += 1
+
+    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+        del scratch
+        files = self._files()
+        rows = cast(Sequence[tuple[str, int, int, bool]], shard.rows)
+        by_file: dict[int, list[tuple[int, str, int]]] = {}
+        for position, (key, number, row, is_duplicate) in enumerate(rows):
+            if wanted is not None and key not in wanted:
+                continue
+            if is_duplicate:
+                emit(Original(position, key, None, (), None, "duplicate_key"))
+            else:
+                by_file.setdefault(number, []).append((position, key, row))
+        for number, places in by_file.items():
+            for (position, key, _), record in zip(places, self._read(files[number], places), strict=True):
+                emit(self._original(position, key, record))
+
+    def _read(self, path: str, places: Sequence[tuple[int, str, int]]) -> Iterator[dict[str, Any]]:
+        """Records at increasing row numbers, reading only the row groups that hold them."""
+        import pyarrow.parquet as pq
+
+        config = self.config
+        names = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
+        wanted = [row for _, _, row in places]
+        with fsspec.open(path, "rb") as file:
+            table = pq.ParquetFile(cast(Any, file))
+            first = 0
+            for group in range(table.num_row_groups):
+                size = table.metadata.row_group(group).num_rows
+                inside = [row - first for row in wanted if first <= row < first + size]
+                if inside:
+                    chunk = table.read_row_group(group, columns=names)
+                    for row in inside:
+                        yield chunk.slice(row, 1).to_pylist()[0]
+                first += size
+
+    def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
+        config = self.config
+        url = record.get(config.url_column) if config.url_column else None
+        captions, reason = clean_captions(captions_of(record, config.caption_column), allow_empty=False)
+        data = image_bytes(record.get(config.image_column))
+        if reason is None and data is None:
+            reason = "no_image"
+        return Original(position, key, url, captions, None if reason else data, reason)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"image_column": self.config.image_column, "caption_column": self.config.caption_column}
+
+
+def image_bytes(value: object) -> bytes | None:
+    """The encoded picture in a cell: bytes, or a struct with `bytes`."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None

@@ -1,0 +1,76 @@
+"""The embedded default: captioned scenes drawn by code, served over loopback HTTP and really downloaded."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.stage import Shard
+from stages.sources.base import Emit, Source, cut_into_shards
+from stages.sources.urls import DownloadConfig, fetch_rows
+
+
+class SyntheticConfig(Config):
+    """Scenes of coloured shapes with captions that describe them."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    num_samples: int = Field(default=288, ge=1)
+    """Scenes to draw, dead links included."""
+    seed: int = Field(default=0, ge=0)
+    """Equal seeds draw equal scenes."""
+    split: Literal["train", "held_out", "all"] = "train"
+    """`train` leaves out the combinations kept for judging a trained model."""
+    dead_links: int = Field(default=1, ge=0)
+    """Links that answer 404, to show what a drop looks like."""
+    download: DownloadConfig = DownloadConfig()
+    """How to fetch."""
+
+    def build(self) -> "SyntheticSource":
+        return SyntheticSource(self)
+
+
+class SyntheticSource(Source):
+    """A row is [key, url, captions, is_duplicate], as in a URL list; the URLs are only good for this source."""
+
+    def __init__(self, config: SyntheticConfig):
+        self.config = config
+
+    def check(self) -> None:
+        return
+
+    def shards(self, shard_size: int) -> Iterator[Shard]:
+        return cut_into_shards(self._rows(), shard_size)
+
+    def _rows(self) -> Iterator[list[object]]:
+        from stages.sources.scenes import scene
+
+        for index in range(self.config.num_samples):
+            captions = list(scene(self.config.seed, index, split=self.config.split).captions)
+            yield [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
+
+    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+        """Serves the scenes on a loopback port for as long as the shard takes, and downloads them from there."""
+        from stages.sources.scene_server import SceneServer
+
+        rows = cast(Sequence[tuple[str, str, list[str], bool]], shard.rows)
+        config = self.config
+        with SceneServer(
+            seed=config.seed,
+            num_samples=config.num_samples,
+            dead_indices=dead_indices(config.num_samples, config.dead_links),
+            split=config.split,
+        ) as server:
+            address = {url: server.url(int(key)) for key, url, _, _ in rows}
+            options = config.download.options()
+            fetch_rows(rows, wanted, scratch, options, emit, allow_empty=False, address=address)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"seed": self.config.seed, "split": self.config.split, "dead_links": self.config.dead_links}
+
+
+def dead_indices(num_samples: int, dead_links: int) -> frozenset[int]:
+    """The scenes whose links are dead: spread evenly, in the middle of equal parts."""
+    count = min(dead_links, num_samples)
+    return frozenset((2 * i + 1) * num_samples // (2 * count) for i in range(count))

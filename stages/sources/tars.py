@@ -1,0 +1,167 @@
+"""webdataset tars: members of equal base name form a sample."""
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import fsspec
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.stage import Shard
+from stages.captions import clean_captions
+from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
+from stages.sources.folder import IMAGE_SUFFIXES
+from stages.sources.tables import expand
+from stages.sources.urls import captions_of
+
+log = logging.getLogger(__name__)
+
+Span = tuple[int, int]
+"""Offset and size of a member's bytes in its tar."""
+
+
+class WebdatasetConfig(Config):
+    """webdataset tars, as img2dataset and others write them."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    path: str | None = None
+    """A tar, a folder of tars, a glob, or a brace range such as `data/{00000..00099}.tar`."""
+    caption_column: str = "caption"
+    """Key of the caption in KEY.json; used where there is no KEY.txt."""
+
+    def build(self) -> "WebdatasetSource":
+        return WebdatasetSource(self)
+
+
+class WebdatasetSource(Source):
+    """A row is [key, tar, {image, txt, json -> span}, is_duplicate]; only tar headers are read in the driver."""
+
+    def __init__(self, config: WebdatasetConfig):
+        self.config = config
+        self.path = require_path(config.path, "webdataset")
+
+    def _tars(self) -> list[str]:
+        from braceexpand import braceexpand
+
+        return [tar for path in braceexpand(self.path) for tar in expand(path, "source.path", ("tar",))]
+
+    def check(self) -> None:
+        if next(self.shards(1), None) is None:
+            raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
+
+    def shards(self, shard_size: int) -> Iterator[Shard]:
+        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in self._rows()), shard_size)
+
+    def _rows(self) -> Iterator[list[object]]:
+        tars = self._tars()
+        stems = [Path(tar).stem for tar in tars]
+        for number, (tar, stem) in enumerate(zip(tars, stems, strict=True)):
+            prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
+            for key, members in index_tar(tar):
+                yield [f"{prefix}/{key}", number, members]
+
+    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+        del scratch
+        tars = self._tars()
+        rows = cast(Sequence[tuple[str, int, dict[str, Span], bool]], shard.rows)
+        opened: tuple[int, BinaryIO] | None = None
+        try:
+            for row, (key, number, members, is_duplicate) in enumerate(rows):
+                if wanted is not None and key not in wanted:
+                    continue
+                if opened is None or opened[0] != number:
+                    if opened is not None:
+                        opened[1].close()
+                    opened = (number, cast(BinaryIO, fsspec.open(tars[number], "rb").open()))
+                emit(self._read(opened[1], row, key, members, is_duplicate))
+        finally:
+            if opened is not None:
+                opened[1].close()
+
+    def _read(
+        self, file: BinaryIO, row: int, key: str, members: dict[str, Span], is_duplicate: bool
+    ) -> Original:
+        if is_duplicate:
+            return Original(row, key, None, (), None, "duplicate_key")
+        if "image" not in members:
+            return Original(row, key, None, (), None, "no_image", f"members: {', '.join(sorted(members))}")
+        metadata = _json_object(_read_span(file, members.get("json")))
+        text = _read_span(file, members.get("txt"))
+        if text is not None:
+            raw_captions = [text.decode("utf-8-sig", "surrogateescape")]
+        else:
+            raw_captions = captions_of(metadata, self.config.caption_column)
+        url = metadata.get("url")
+        url = url if isinstance(url, str) else None
+        captions, reason = clean_captions(raw_captions, allow_empty=False)
+        if reason is not None:
+            return Original(row, key, url, captions, None, reason)
+        data = _read_span(file, members["image"])
+        assert data is not None
+        if len(data) < members["image"][1]:
+            return Original(row, key, url, captions, None, "truncated", "the tar ends inside this picture")
+        return Original(row, key, url, captions, data)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"caption_column": self.config.caption_column}
+
+
+def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
+    """Streams (key, members) of a tar from its headers alone.
+
+    The key is the member's path up to the first dot of its file name, as in webdataset.
+
+    Raises:
+        ConfigError: the file is no tar.
+    """
+    key: str | None = None
+    members: dict[str, Span] = {}
+    with fsspec.open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=cast(Any, file), mode="r:") as archive:
+                for member in archive:
+                    archive.members = []  # or the list of all headers would grow in memory
+                    if not member.isfile():
+                        continue
+                    folder, _, name = member.name.rpartition("/")
+                    base, _, suffix = name.partition(".")
+                    this = f"{folder}/{base}" if folder else base
+                    if key is not None and this != key:
+                        yield key, members
+                        members = {}
+                    key = this
+                    kind = _kind(suffix)
+                    if kind is not None:
+                        members.setdefault(kind, (member.offset_data, member.size))
+        except tarfile.ReadError as error:
+            if key is None:
+                raise ConfigError(f"source.path: {path} is not a readable tar: {error}") from error
+            log.warning("%s is cut off (%s); the samples before the cut are used", path, error)
+    if key is not None:
+        yield key, members
+
+
+def _kind(suffix: str) -> str | None:
+    lower = suffix.lower()
+    if f".{lower.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+        return "image"
+    return lower if lower in ("txt", "json") else None
+
+
+def _read_span(file: BinaryIO, span: Span | None) -> bytes | None:
+    if span is None:
+        return None
+    file.seek(span[0])
+    return file.read(span[1])
+
+
+def _json_object(data: bytes | None) -> dict[str, Any]:
+    try:
+        value = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

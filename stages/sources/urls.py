@@ -1,0 +1,157 @@
+"""URL lists, downloaded with img2dataset."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.stage import Shard
+from stages.captions import clean_captions
+from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
+from stages.sources.download import DownloadOptions, download
+from stages.sources.tables import FORMATS, Record, columns, expand, read_rows, table_format
+
+
+class DownloadConfig(Config):
+    """How to fetch URLs. Changes nothing in what a successful download returns."""
+
+    threads: int = Field(default=32, ge=1)
+    """Downloads at once in each task."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Longest wait for a server's next bytes."""
+    retries: int = Field(default=2, ge=0)
+    """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx."""
+    user_agent_token: str | None = None
+    """A word put into the User-Agent header, and matched in X-Robots-Tag."""
+    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """X-Robots-Tag directives that forbid use; such pictures are dropped as `robots_disallowed`."""
+
+    def options(self) -> DownloadOptions:
+        return DownloadOptions(
+            self.threads, self.timeout_s, self.retries, self.user_agent_token, self.disallowed_headers
+        )
+
+
+class UrlsConfig(Config):
+    """A list of picture URLs with captions."""
+
+    kind: Literal["urls"] = "urls"
+    path: str | None = None
+    """A txt, csv, tsv, jsonl or parquet file, a folder of them, or a glob; local or any fsspec URL."""
+    url_column: str = "url"
+    """Column of the URL."""
+    caption_column: str | None = "caption"
+    """Column of the caption, or of a list of captions. null, and txt files: every caption is empty."""
+    key_column: str | None = None
+    """Column of a unique key; default: the row number."""
+    download: DownloadConfig = DownloadConfig()
+    """How to fetch."""
+
+    def build(self) -> "UrlsSource":
+        return UrlsSource(self)
+
+
+class UrlsSource(Source):
+    """Streams URL lists; a row is [key, url, captions, is_duplicate]."""
+
+    def __init__(self, config: UrlsConfig):
+        self.config = config
+        self.path = require_path(config.path, "urls")
+
+    def check(self) -> None:
+        files = expand(self.path, "source.path", FORMATS)
+        for name, column in (
+            ("url_column", self.config.url_column),
+            ("caption_column", self.config.caption_column),
+            ("key_column", self.config.key_column),
+        ):
+            if column is None or table_format(files[0]) == "txt":
+                continue
+            present = columns(files[0])
+            if not present:
+                raise ConfigError(f"source.path: {files[0]} is empty; give a list with at least one row")
+            if column not in present:
+                raise ConfigError(
+                    f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}"
+                )
+        if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
+            raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
+
+    def shards(self, shard_size: int) -> Iterator[Shard]:
+        rows = self._rows()
+        if self.config.key_column is None:
+            return cut_into_shards(([*row, False] for row in rows), shard_size)
+        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
+
+    def _rows(self) -> Iterator[list[object]]:
+        config = self.config
+        wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
+        number = 0
+        for file in expand(self.path, "source.path", FORMATS):
+            for record in read_rows(file, wanted):
+                key = record.get(config.key_column) if config.key_column else None
+                captions = captions_of(record, config.caption_column)
+                yield [f"{number:09d}" if key is None else str(key), str(record.get(config.url_column) or ""), captions]
+                number += 1
+
+    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+        config = self.config
+        allow_empty = config.caption_column is None or table_format(self.path) == "txt"
+        fetch_rows(
+            cast(Sequence[tuple[str, str, list[str], bool]], shard.rows),
+            wanted,
+            scratch,
+            config.download.options(),
+            emit,
+            allow_empty=allow_empty,
+        )
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"url_column": self.config.url_column, "caption_column": self.config.caption_column}
+
+
+def captions_of(record: Record, column: str | None) -> list[str]:
+    """The captions of a row: the column may hold a text, a list of texts, or nothing."""
+    value = record.get(column) if column else None
+    values = value if isinstance(value, list) else [value]
+    return [v if isinstance(v, str) else str(v) for v in values if v is not None]
+
+
+def fetch_rows(
+    rows: Sequence[tuple[str, str, list[str], bool]],
+    wanted: frozenset[str] | None,
+    scratch: Path,
+    options: DownloadOptions,
+    emit: Emit,
+    *,
+    allow_empty: bool,
+    address: Mapping[str, str] | None = None,
+) -> None:
+    """Downloads rows of (key, url, captions, is_duplicate); rows that will be dropped anyway are not fetched.
+
+    Args:
+        address: where to fetch a URL from, if not from itself.
+    """
+    urls: dict[int, str] = {}
+    originals: dict[int, Original] = {}
+    for row, (key, url, raw_captions, is_duplicate) in enumerate(rows):
+        if wanted is not None and key not in wanted:
+            continue
+        captions, reason = clean_captions(raw_captions, allow_empty=allow_empty)
+        if is_duplicate:
+            reason = "duplicate_key"
+        if reason is not None:
+            emit(Original(row, key, url, captions, None, reason))
+            continue
+        originals[row] = Original(row, key, url, captions)
+        urls[row] = address[url] if address is not None else url
+
+    def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
+        original = originals[row]
+        emit(Original(row, original.key, original.url, original.captions, data, reason, detail))
+
+    if urls:
+        download(urls, scratch, options, result)
