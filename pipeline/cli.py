@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import click
 import typer
 
-from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, PreemptedError
+from pipeline.errors import ConfigError, PipelineError, PreemptedError
 
 app = typer.Typer(
     name="pipeline",
@@ -226,26 +225,14 @@ def _on_sigterm(signum: int, frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of the `pipeline` command."""
+    """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except PipelineError as error:
         if _debugging():
             raise
         typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except click.exceptions.Abort:
-        code = EXIT_INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on", err=True)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        code = 0
-    sys.stdout.flush()
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

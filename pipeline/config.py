@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import ConfigError
 
@@ -18,21 +19,18 @@ from pipeline.errors import ConfigError
 class Config(BaseModel):
     """Base of every configuration model: frozen, no unknown keys, docstrings become schema text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, object]
 
 
-def load_config(
-    config_class: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()
-) -> ConfigT:
+def load_config(config_class: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
     """Builds a config from a YAML file, then `a.b=c` overrides (values are YAML; list items by index)."""
     tree: Tree = {} if path is None else read_yaml(path)
     for override in overrides:
+        _seed_default_list(config_class, tree, override)
         _apply_override(tree, override)
     try:
         return config_class.model_validate(tree)
@@ -62,6 +60,14 @@ def read_yaml(path: Path) -> Tree:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the model's fields."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _seed_default_list(config_class: type[Config], tree: Tree, override: str) -> None:
+    """Lets `encoders.0.max_tokens=64` change an item of a list that is not in the file, but a default."""
+    parts = override.partition("=")[0].strip().split(".")
+    field = config_class.model_fields.get(parts[0])
+    if field is not None and parts[0] not in tree and len(parts) > 1 and parts[1].isdigit():
+        tree[parts[0]] = to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))
 
 
 def _apply_override(tree: Tree, override: str) -> None:

@@ -41,12 +41,21 @@ class Plan:
     def transient_groups(self) -> frozenset[str]:
         return frozenset(name for name, group in self.groups.items() if group.transient)
 
+    def dependencies(self) -> dict[str, tuple[str, ...]]:
+        """For each group, the lasting groups that must be remade before it; in order of making."""
+        transient = self.transient_groups
+        return {
+            group.name: tuple(n for n in (*stage.inputs, *group.aligned_with) if n not in transient)
+            for stage in self.stages
+            for group in stage.groups
+        }
+
     def fingerprints(self) -> dict[str, dict[str, object]]:
         """For each group, all that its bytes depend on beside the rows of the shard."""
         result: dict[str, dict[str, object]] = {}
         for stage in self.stages:
-            inputs = {name: digest(result[name]) for name in stage.inputs}
             for group in stage.groups:
+                inputs = {name: digest(result[name]) for name in (*stage.inputs, *group.aligned_with)}
                 result[group.name] = {
                     "stage": type(stage).__name__,
                     "version": stage.version,

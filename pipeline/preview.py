@@ -16,7 +16,7 @@ def preview(workflow: Workflow, out: Path) -> dict[str, object]:
     plan = workflow.plan(run)
     run.transient_groups = plan.transient_groups
     check_groups(plan, run, restart=False, write=False)
-    ledger = Ledger(plan, run)
+    ledger = Ledger(plan, run, read_only=True)
     shards = rows = 0
     groups = {
         name: {"shards_done": 0, "shards_to_do": 0, "bytes_done": 0, "bytes_to_do": 0}

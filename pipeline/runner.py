@@ -53,9 +53,7 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
             events.close()
 
 
-def _execute(
-    workflow: Workflow, plan: Plan, run: RunFolder, events: EventLog, options: RunOptions
-) -> Summary:
+def _execute(workflow: Workflow, plan: Plan, run: RunFolder, events: EventLog, options: RunOptions) -> Summary:
     started = time.perf_counter()
     execution = workflow.config.execution
     executor = make_executor(options.executor, plan.stages, run, execution, options.address)

@@ -42,6 +42,8 @@ class Group:
     """Everything its bytes depend on beside the input rows; a change is refused with a diff."""
     transient: bool = False
     """True for intermediate files, deleted once no stage of the shard needs them."""
+    aligned_with: tuple[str, ...] = ()
+    """Groups of the same stage that decide its rows: if they are made anew, so is this one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,14 +61,19 @@ def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | No
 class Ledger:
     """Says, shard by shard, which groups are finished."""
 
-    def __init__(self, plan: Plan, run: RunFolder, *, restart: bool = False):
+    def __init__(self, plan: Plan, run: RunFolder, *, restart: bool = False, read_only: bool = False):
         self.run = run
         self.restart = restart
+        self.read_only = read_only
+        self.dependencies = plan.dependencies()
         self.transient = plan.transient_groups
         self.fingerprints = {name: digest(value) for name, value in plan.fingerprints().items()}
 
     def finished(self, shard: Shard) -> dict[str, Record]:
         """Records of the groups whose files of this shard are present and still fit.
+
+        What is no longer whole (a file is missing or cut, or what it was made from is gone) is forgotten, so
+        that it is made anew.
 
         Raises:
             StaleOutputError: the shard was committed from other input rows, and `restart` is off.
@@ -79,12 +84,14 @@ class Ledger:
             record = self.run.read_record(group, shard.name)
             if record is None:
                 continue
-            if record["input"] != shard_digest or record["fingerprint"] != fingerprint:
-                if group not in self.transient and not self.restart:
-                    raise StaleOutputError(self._changed_input(shard, group, record))
-                self.run.forget(group, shard.name)
-            elif _files_present(self.run.root, record):
+            fits = record["input"] == shard_digest and record["fingerprint"] == fingerprint
+            if not fits and group not in self.transient and not self.restart:
+                raise StaleOutputError(self._changed_input(shard, group, record))
+            whole = fits and _files_present(self.run.root, record)
+            if whole and all(name in result for name in self.dependencies[group]):
                 result[group] = record
+            elif not self.read_only:
+                self.run.forget(group, shard.name)
         return result
 
     def _changed_input(self, shard: Shard, group: str, record: Mapping[str, object]) -> str:

@@ -89,9 +89,7 @@ def _prepare(stage: Stage, run: RunFolder) -> Stage:
 def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:
     missing = request.wanted - task.results.keys()
     assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
-    return {
-        group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)
-    }
+    return {group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)}
 
 
 def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> dict[str, object]:

@@ -28,9 +28,7 @@ _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object stor
 class RayExecutor(Executor):
     """Joins the cluster at `address`, or starts Ray on this machine for the length of the run."""
 
-    def __init__(
-        self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None
-    ):
+    def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None):
         self.stages = {stage.name: stage for stage in stages}
         self.run = run
         self.config = config
@@ -165,14 +163,14 @@ class _StageActor:
 def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float]:
     """Joins or starts Ray; returns the cluster's CPUs and GPUs.
 
-    A local Ray listens with token authentication and without a dashboard.
+    A local Ray runs without a dashboard, and with Ray's default: token authentication on every port.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
         if address is not None:
@@ -191,8 +189,7 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"--address {address}" if address else "a local Ray"
         raise MachineError(
-            f"{where}: cannot be reached or started ({_first_line(error)}); "
-            "check the address, or use --executor local"
+            f"{where}: cannot be reached or started ({_first_line(error)}); check the address, or use --executor local"
         ) from error
     resources = ray.cluster_resources()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, resources)

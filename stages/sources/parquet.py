@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, mark_duplicates, require_path
+from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
 from stages.sources.tables import columns, expand
 from stages.sources.urls import captions_of
 
@@ -35,7 +35,7 @@ class ParquetConfig(Config):
 
 
 class ParquetSource(Source):
-    """A row is [key, file number, row number, is_duplicate]; the driver reads footers and the key column only."""
+    """A row is [key, file number, row number, file bytes, is_duplicate]; the driver reads footers and the key column only."""
 
     def __init__(self, config: ParquetConfig):
         self.config = config
@@ -50,15 +50,11 @@ class ParquetSource(Source):
         for name in ("image_column", "caption_column", "url_column", "key_column"):
             column = getattr(self.config, name)
             if column is not None and column not in present:
-                raise ConfigError(
-                    f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}"
-                )
+                raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
 
     def shards(self, shard_size: int) -> Iterator[Shard]:
-        from stages.sources.base import cut_into_shards
-
         rows = self._rows()
         if self.config.key_column is None:
             return cut_into_shards(([*row, False] for row in rows), shard_size)
@@ -72,23 +68,24 @@ class ParquetSource(Source):
         for number, (path, stem) in enumerate(zip(files, stems, strict=True)):
             prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
             with fsspec.open(path, "rb") as file:
+                size = cast(Any, file).seek(0, 2)
                 table = pq.ParquetFile(cast(Any, file))
                 if self.config.key_column is None:
                     for row in range(table.metadata.num_rows):
-                        yield [f"{prefix}/{row:07d}", number, row]
+                        yield [f"{prefix}/{row:07d}", number, row, size]
                     continue
                 row = 0
                 for batch in table.iter_batches(columns=[self.config.key_column]):
                     for key in batch.column(0).to_pylist():
-                        yield [str(key), number, row]
+                        yield [str(key), number, row, size]
                         row += 1
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         files = self._files()
-        rows = cast(Sequence[tuple[str, int, int, bool]], shard.rows)
+        rows = cast(Sequence[tuple[str, int, int, int, bool]], shard.rows)
         by_file: dict[int, list[tuple[int, str, int]]] = {}
-        for position, (key, number, row, is_duplicate) in enumerate(rows):
+        for position, (key, number, row, _, is_duplicate) in enumerate(rows):
             if wanted is not None and key not in wanted:
                 continue
             if is_duplicate:

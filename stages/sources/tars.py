@@ -82,9 +82,7 @@ class WebdatasetSource(Source):
             if opened is not None:
                 opened[1].close()
 
-    def _read(
-        self, file: BinaryIO, row: int, key: str, members: dict[str, Span], is_duplicate: bool
-    ) -> Original:
+    def _read(self, file: BinaryIO, row: int, key: str, members: dict[str, Span], is_duplicate: bool) -> Original:
         if is_duplicate:
             return Original(row, key, None, (), None, "duplicate_key")
         if "image" not in members:

@@ -74,9 +74,7 @@ class UrlsSource(Source):
             if not present:
                 raise ConfigError(f"source.path: {files[0]} is empty; give a list with at least one row")
             if column not in present:
-                raise ConfigError(
-                    f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}"
-                )
+                raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
 
@@ -94,7 +92,11 @@ class UrlsSource(Source):
             for record in read_rows(file, wanted):
                 key = record.get(config.key_column) if config.key_column else None
                 captions = captions_of(record, config.caption_column)
-                yield [f"{number:09d}" if key is None else str(key), str(record.get(config.url_column) or ""), captions]
+                yield [
+                    f"{number:09d}" if key is None else str(key),
+                    str(record.get(config.url_column) or ""),
+                    captions,
+                ]
                 number += 1
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:

@@ -1,0 +1,102 @@
+"""Encodes the distinct captions of a shard with one frozen text encoder."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from imagen_core.store import (
+    StoreDtype,
+    is_finite_as,
+    null_path,
+    read_samples,
+    text_group,
+    write_null,
+    write_text_shard,
+)
+from pipeline.errors import MachineError
+from pipeline.executors.base import usable_cpus
+from pipeline.files import commit_file, temporary_name
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task
+from stages.encoders.base import TextEncoder
+from stages.encoders.t5 import T5EncoderConfig
+from stages.fetch import SAMPLES
+
+
+class EncodeStage(Stage):
+    """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model."""
+
+    inputs = (SAMPLES,)
+
+    def __init__(self, encoder: T5EncoderConfig, store_format: str, dtype: StoreDtype):
+        self.encoder = encoder
+        self.store_format = store_format
+        self.dtype: StoreDtype = dtype
+        self.name = f"encode-{encoder.name}"
+        self.group = text_group(encoder.name)
+        self.max_workers = encoder.workers or 0
+        self.resources = Resources(encoder.num_cpus, encoder.num_gpus)
+        identity = encoder.identify()
+        self.dim = identity.dim
+        self.groups = (
+            Group(
+                self.group,
+                {
+                    "kind": "text",
+                    "encoder": encoder.name,
+                    "dim": self.dim,
+                    "dtype": dtype,
+                    "format": store_format,
+                    "fingerprint": identity.fingerprint,
+                },
+            ),
+        )
+        self._model: TextEncoder | None = None
+
+    def setup(self, run: RunFolder) -> None:
+        """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
+        threads = self.encoder.cpu_threads or max(1, usable_cpus() // max(1, self.max_workers))
+        self._model = self.encoder.load(threads)
+        final = run.store / null_path(self.encoder.name)
+        if not final.exists():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_name(final)
+            embedding = self._model.encode([""]).embeddings[0]
+            if not is_finite_as(embedding, self.dtype):
+                raise MachineError(
+                    f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as "
+                    f"{self.dtype}; use store.dtype=bfloat16 or float32, or compute_dtype=float32"
+                )
+            write_null(temporary, embedding, self.dtype)
+            commit_file(temporary, final)
+
+    def process(self, task: Task) -> None:
+        assert self._model is not None
+        samples = read_samples(task.input(SAMPLES))
+        captions = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
+        encoded = self._model.encode([captions[i] for i in range(len(captions))])
+        embeddings, bad = self._check(encoded.embeddings)
+        drops = [
+            Drop(row, sample.key, "non_finite_embedding", f"as {self.dtype}")
+            for row, sample in enumerate(samples)
+            if bad.intersection(sample.caption_ids)
+        ]
+        suffix = ".h5" if self.store_format == "hdf5" else ".parquet"
+        path = task.output(self.group, suffix)
+        write_text_shard(path, embeddings, self.dim, self.dtype, self.store_format)
+        tokens = sum(len(e) for e in embeddings)
+        counters = {
+            "captions_encoded": len(captions),
+            "tokens": tokens,
+            "tokens_padded": encoded.num_padded_tokens,
+            "captions_truncated": encoded.num_truncated,
+            "payload_bytes": tokens * self.dim * {"float32": 4, "int8": 1}.get(self.dtype, 2),
+        }
+        info = {"excluded_rows": [drop.row for drop in drops], "captions": len(captions)}
+        task.done(self.group, GroupResult(len(samples), drops, counters, info))
+
+    def _check(self, embeddings: Sequence[np.ndarray]) -> tuple[list[np.ndarray], set[int]]:
+        """Replaces embeddings that are not finite once stored by zero tokens; names them."""
+        bad = {i for i, e in enumerate(embeddings) if not is_finite_as(e, self.dtype)}
+        empty = np.zeros((0, self.dim), np.float32)
+        return [empty if i in bad else e for i, e in enumerate(embeddings)], bad

@@ -1,0 +1,152 @@
+"""Finds a model's files, on the hub or in a local folder, and identifies them by content."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import MachineError
+from pipeline.files import file_digest, write_json
+from pipeline.fingerprint import digest
+
+_TOKENIZER_FILES = re.compile(
+    r"tokenizer.*\.json|spiece\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
+)
+_SAFETENSORS = re.compile(r"model.*\.safetensors")
+_TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
+_SMALL_FILES = ("*.json", "spiece.model", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model as found: how to name it to transformers, and what it is."""
+
+    model: str
+    """Hub id, or local folder."""
+    revision: str | None
+    """Commit on the hub; None for a local folder."""
+    config: dict[str, object]
+    """Its config.json."""
+    identity: dict[str, object]
+    """Name, revision, and SHA-256 of weights and tokenizer files; free of paths."""
+
+
+def find_model(model: str, revision: str | None) -> ModelFiles:
+    """Locates a model without loading it.
+
+    A hub model that is in the local cache needs no network; `HF_HUB_OFFLINE=1` is respected.
+
+    Raises:
+        MachineError: it is neither a local folder nor a reachable hub model, or files are missing.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return _local(folder, folder.name, None, model)
+    if model.startswith((".", "/", "~")):
+        raise MachineError(f"encoders.model: {model} is not a folder; give a model folder or a hub id")
+    return _hub(model, revision)
+
+
+def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFiles:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise MachineError(f"encoders.model: {model} has no config.json; give a folder saved by save_pretrained")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    weights = _weight_names(names, model)
+    return ModelFiles(
+        model=model,
+        revision=revision,
+        config=json.loads(config_file.read_text(encoding="utf-8")),
+        identity={
+            "model": name,
+            "revision": revision,
+            "weights_sha256": digest({n: _content_digest(folder / n) for n in weights}),
+            "tokenizer_sha256": digest({n: _content_digest(folder / n) for n in _tokenizer_names(names)}),
+        },
+    )
+
+
+def _hub(model: str, revision: str | None) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*_SMALL_FILES, "*.safetensors", "*.bin"]
+    try:
+        cached = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=patterns))
+        _weight_names([path.name for path in cached.iterdir()], model)
+        return _local(cached, model, cached.name, model)
+    except (LocalEntryNotFoundError, MachineError, OSError, ValueError):
+        pass  # not in the cache, or not whole: ask the hub
+    try:
+        return _online(model, revision)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise MachineError(
+            f"encoders.model: {model!r} is neither a local folder, nor cached, nor reachable on the hub "
+            f"({type(error).__name__}); download it once with `hf download {model}`, or give a local folder"
+        ) from error
+
+
+def _online(model: str, revision: str | None) -> ModelFiles:
+    """Asks the hub for the weights' hashes, and downloads the small files only; workers load the weights."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(model, revision=revision, files_metadata=True)
+    files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    hashes: dict[str, str] = {}
+    for name in _weight_names(files, model):
+        lfs = files[name].lfs
+        if lfs is None:
+            raise MachineError(f"encoders.model: {model}: the hub gives no hash for {name}; download it first")
+        hashes[name] = lfs.sha256
+    small = Path(snapshot_download(model, revision=info.sha, allow_patterns=list(_SMALL_FILES)))
+    tokenizer = _tokenizer_names(path.name for path in small.iterdir())
+    return ModelFiles(
+        model=model,
+        revision=info.sha,
+        config=json.loads((small / "config.json").read_text(encoding="utf-8")),
+        identity={
+            "model": model,
+            "revision": info.sha,
+            "weights_sha256": digest(hashes),
+            "tokenizer_sha256": digest({n: _content_digest(small / n) for n in tokenizer}),
+        },
+    )
+
+
+def _weight_names(names: Iterable[str], model: str) -> list[str]:
+    names = list(names)
+    for pattern in (_SAFETENSORS, _TORCH_BIN):
+        found = sorted(n for n in names if pattern.fullmatch(n))
+        if found:
+            return found
+    raise MachineError(f"encoders.model: {model} has no model*.safetensors or pytorch_model*.bin")
+
+
+def _tokenizer_names(names: Iterable[str]) -> list[str]:
+    found = sorted(n for n in names if _TOKENIZER_FILES.fullmatch(n))
+    if not found:
+        raise MachineError("encoders.model: no tokenizer files (tokenizer.json or spiece.model) beside the model")
+    return found
+
+
+def _content_digest(path: Path) -> str:
+    """SHA-256 of a file; large files are hashed once and remembered by path, size and time of change.
+
+    The hub's cache names large files by their SHA-256, which saves even that.
+    """
+    real = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    status = real.stat()
+    if status.st_size < 2**26:
+        return file_digest(real)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imagen-precompute"
+    key = digest([str(real), status.st_size, status.st_mtime_ns])
+    entry = cache / f"{key}.json"
+    if entry.is_file():
+        return json.loads(entry.read_text(encoding="utf-8"))["sha256"]
+    value = file_digest(real)
+    write_json(entry, {"path": str(real), "sha256": value})
+    return value

@@ -1,0 +1,160 @@
+"""T5 encoders (T5, v1.1, XXL ...) through transformers.
+
+Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.1) conditions on the last hidden states of a
+frozen T5-XXL encoder.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import MachineError
+from stages.captions import NORMALISATION
+from stages.encoders.base import Encoded, EncoderIdentity, FloatArray
+from stages.encoders.batching import padded_length, token_budget_batches
+from stages.encoders.model_files import ModelFiles, find_model
+from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+
+
+class T5EncoderConfig(Config):
+    """A T5 encoder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the store's group `text-NAME`."""
+    kind: Literal["t5"] = "t5"
+    model: str
+    """Hub id (`google/t5-v1_1-xxl`), local folder, or `tiny-random-t5` (built in, no download, for tests)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Longest caption in tokens, end-of-sequence included; longer ones are cut and counted."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and activations. T5-XXL overflows in float16, so that is not offered."""
+    tokens_per_batch: int = Field(default=4096, ge=1)
+    """Padded tokens in one batch of the model."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one worker, also a fraction. null: one if there are any; 0: run on the CPU."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs reserved for a GPU worker."""
+    workers: int | None = Field(default=None, ge=1)
+    """Workers that hold the model; null: one for each GPU, or one."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads of a worker that runs on the CPU; null: all CPUs divided by the workers."""
+
+    def identify(self) -> EncoderIdentity:
+        """Finds the model and its hashes without loading it.
+
+        Raises:
+            MachineError: the model cannot be found.
+        """
+        with _located(self) as files:
+            dim = files.config.get("d_model")
+            if not isinstance(dim, int):
+                raise MachineError(
+                    f"encoders.model: {self.model} is no T5: its config.json has no d_model "
+                    f"(model_type {files.config.get('model_type')!r}); give a T5"
+                )
+            return EncoderIdentity(
+                dim=dim,
+                fingerprint={
+                    **files.identity,
+                    "kind": self.kind,
+                    "max_tokens": self.max_tokens,
+                    "compute_dtype": self.compute_dtype,
+                    "text_normalisation": NORMALISATION,
+                    "output": "last_hidden_state",
+                },
+            )
+
+    def load(self, num_threads: int) -> "T5Encoder":
+        """Loads tokenizer and weights.
+
+        Raises:
+            MachineError: the model cannot be found or read.
+        """
+        with _located(self) as files:
+            return T5Encoder(self, files, num_threads)
+
+
+class T5Encoder:
+    """A loaded T5 encoder on the GPU if there is one, else on the CPU."""
+
+    def __init__(self, config: T5EncoderConfig, files: ModelFiles, num_threads: int):
+        import torch
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.config = config
+        use_gpu = config.num_gpus != 0 and torch.cuda.is_available()
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        if not use_gpu:
+            torch.set_num_threads(num_threads)
+        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
+            model: Any = T5EncoderModel.from_pretrained(files.model, revision=files.revision or "main", dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.dim: int = self.model.config.d_model
+        self.pad_id: int = self.tokenizer.pad_token_id or 0
+
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        """Encodes captions in length-sorted batches of a bounded number of tokens.
+
+        Returns:
+            float32 arrays (num_tokens, dim): the last hidden states, padding removed.
+        """
+        token_ids, num_truncated = self._tokenize(captions)
+        batches = token_budget_batches([len(ids) for ids in token_ids], self.config.tokens_per_batch)
+        embeddings: list[FloatArray | None] = [None] * len(captions)
+        num_padded_tokens = 0
+        for batch in batches:
+            hidden = self._forward([token_ids[i] for i in batch])
+            num_padded_tokens += hidden.shape[0] * hidden.shape[1]
+            for row, index in enumerate(batch):
+                embeddings[index] = hidden[row, : len(token_ids[index])].copy()
+        return Encoded([e for e in embeddings if e is not None], num_truncated, num_padded_tokens)
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Token ids with end-of-sequence, at most max_tokens each; and how many captions were cut."""
+        if not captions:
+            return [], 0
+        limit = self.config.max_tokens
+        all_ids: list[list[int]] = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        cut = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in all_ids]
+        return cut, sum(len(ids) > limit for ids in all_ids)
+
+    def _forward(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """One batch: float32 (batch, padded length, dim)."""
+        import torch
+
+        length = padded_length(max(len(ids) for ids in token_ids))
+        ids = torch.full((len(token_ids), length), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(token_ids), length), dtype=torch.long)
+        for row, values in enumerate(token_ids):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        with torch.inference_mode():
+            output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+            return output.last_hidden_state.float().cpu().numpy()
+
+
+@contextmanager
+def _located(config: T5EncoderConfig) -> Iterator[ModelFiles]:
+    """The model's files; the built-in model exists as a folder for as long as it is needed."""
+    if config.model != TINY_MODEL:
+        yield find_model(config.model, config.revision)
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / TINY_MODEL
+        write_tiny_model(folder)
+        yield find_model(str(folder), None)

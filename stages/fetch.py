@@ -1,0 +1,61 @@
+"""Fetches the originals of a shard from any source into a staged tar."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from pipeline.files import TEMPORARY_MARK
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from stages.originals import OriginalsWriter
+from stages.sources.base import Original, Source
+
+ORIGINALS = "originals"
+SAMPLES = "samples"
+
+_FETCH_CPUS = 0.5  # mostly waits for the network or the disk
+
+
+class FetchStage(Stage):
+    """Source rows -> `originals` (intermediate): every row with its bytes, or with the reason of its drop."""
+
+    name = "fetch"
+    resources = Resources(num_cpus=_FETCH_CPUS)
+
+    def __init__(self, source: Source, kind: str):
+        self.source = source
+        self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
+
+    def process(self, task: Task) -> None:
+        wanted = _wanted_keys(task)
+        counts = {"fetched": 0, "bytes": 0}
+        scratch = _scratch(task.run)
+        try:
+            with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
+
+                def emit(original: Original) -> None:
+                    writer.write(original)
+                    counts["fetched"] += original.data is not None
+                    counts["bytes"] += len(original.data or b"")
+
+                self.source.fetch(task.shard, wanted, scratch, emit)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        task.done(
+            ORIGINALS,
+            GroupResult(rows=counts["fetched"], counters={"bytes_fetched": counts["bytes"]}),
+        )
+
+
+def _wanted_keys(task: Task) -> frozenset[str] | None:
+    """All rows at first; if the shard's samples are fixed already, only those."""
+    if not task.has(SAMPLES):
+        return None
+    from imagen_core.store import read_samples
+
+    return frozenset(row.key for row in read_samples(task.input(SAMPLES)))
+
+
+def _scratch(run: RunFolder) -> Path:
+    run.staging.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=run.staging))

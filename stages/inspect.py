@@ -1,0 +1,59 @@
+"""`pipeline inspect`: what a store holds."""
+
+from pathlib import Path
+
+from imagen_core.store import ImagesGroup, Store, StoreError, TextGroup
+from pipeline.errors import ConfigError
+from pipeline.show import human_bytes
+from stages.verify import CommandResult, store_folder
+
+
+def open_store(path: Path) -> Store:
+    """Opens a store or the one inside a run folder.
+
+    Raises:
+        ConfigError: it cannot be opened; says why.
+    """
+    try:
+        return Store.open(store_folder(path))
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+
+
+def group_bytes(store: Store) -> dict[str, int]:
+    """Bytes on disk of each group."""
+    totals = dict.fromkeys(store.manifest.groups, 0)
+    for shard in store.manifest.shards():
+        for group, file in shard.files.items():
+            totals[group] += file.bytes
+    return totals
+
+
+def inspect_command(path: Path) -> CommandResult:
+    """Counts, groups, bytes and encoder fingerprints."""
+    store = open_store(path)
+    sizes = group_bytes(store)
+    groups: dict[str, object] = {}
+    lines = [f"{len(store)} samples in {store.manifest.num_shards} shards, {human_bytes(sum(sizes.values()))}"]
+    for name, group in store.manifest.groups.items():
+        entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
+        text = ""
+        if isinstance(group, ImagesGroup):
+            entry.update(size_px=group.size_px, codec=group.codec, **group.config)
+            text = f"{group.size_px} px, {group.codec}, {group.format}"
+        elif isinstance(group, TextGroup):
+            entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
+            text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
+        groups[name] = entry
+        lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
+        if isinstance(group, TextGroup):
+            lines += [f"      {key}: {value}" for key, value in sorted(group.fingerprint.items())]
+    result: dict[str, object] = {
+        "num_samples": len(store),
+        "num_shards": store.manifest.num_shards,
+        "image_sizes": store.image_sizes,
+        "encoders": store.encoders,
+        "schema_version": store.manifest.schema_version,
+        "groups": groups,
+    }
+    return result, lines, 0

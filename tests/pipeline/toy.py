@@ -1,0 +1,129 @@
+"""A small plan of toy stages, importable by worker processes."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from pipeline.config import Config
+from pipeline.errors import MachineError
+from pipeline.plan import Plan
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Drop, Group, GroupResult, Shard, Stage, Task
+from pipeline.workflow import Workflow, WorkflowConfig
+
+
+class ToyOptions(Config):
+    num_shards: int = 5
+    rows: int = 4
+    factor: int = 2
+    """Part of the `squares` group's fingerprint."""
+    fail_shard: int = -1
+    """`square` raises on this shard."""
+    kill_shard: int = -1
+    """`square` kills its own process once on this shard."""
+    broken_setup: bool = False
+    trace: str = ""
+    """Folder where stages leave a mark for each call."""
+    add_cubes: bool = False
+    keep: bool = False
+
+
+class Fetch(Stage):
+    name = "fetch"
+    groups = (Group("raw", {"kind": "raw"}, transient=True),)
+
+    def __init__(self, options: ToyOptions):
+        self.options = options
+
+    def process(self, task: Task) -> None:
+        mark(self.options, f"fetch-{task.shard.name}")
+        rows = cast(list[int], task.shard.rows)
+        task.output("raw", ".txt").write_text("\n".join(map(str, rows)))
+        task.done("raw", GroupResult(len(rows)))
+
+
+class Square(Stage):
+    name = "square"
+    inputs = ("raw",)
+
+    def __init__(self, options: ToyOptions):
+        self.options = options
+        self.groups = (Group("squares", {"factor": options.factor}),)
+
+    def process(self, task: Task) -> None:
+        options, shard = self.options, task.shard
+        mark(options, f"square-{shard.name}")
+        if shard.index == options.fail_shard:
+            raise ValueError(f"cannot square shard {shard.index}")
+        if shard.index == options.kill_shard and not (Path(options.trace) / "killed").exists():
+            (Path(options.trace) / "killed").touch()
+            os.kill(os.getpid(), 9)
+        values = [int(v) for v in task.input("raw").read_text().split()]
+        kept = [v for v in values if v % 10 != 7]
+        drops = [Drop(i, str(v), "ends_in_seven") for i, v in enumerate(values) if v % 10 == 7]
+        task.output("squares", ".txt").write_text("\n".join(str(options.factor * v * v) for v in kept))
+        task.done("squares", GroupResult(len(kept), drops, {"sum": sum(kept)}))
+
+
+class Cube(Stage):
+    name = "cube"
+    inputs = ("squares",)
+    groups = (Group("cubes", {"kind": "cubes"}),)
+    max_workers = 1
+
+    def __init__(self, options: ToyOptions):
+        self.options = options
+        self.offset: int | None = None
+
+    def setup(self, run: RunFolder) -> None:
+        if self.options.broken_setup:
+            raise MachineError("toy.model: not found; give another one")
+        mark(self.options, f"setup-{os.getpid()}")
+        self.offset = 100
+
+    def process(self, task: Task) -> None:
+        assert self.offset is not None
+        mark(self.options, f"cube-{task.shard.name}")
+        values = task.input("squares").read_text().split()
+        task.output("cubes", ".txt").write_text("\n".join(str(int(v) + self.offset) for v in values))
+        task.done("cubes", GroupResult(len(values)))
+
+
+class ToyConfig(WorkflowConfig):
+    toy: ToyOptions = ToyOptions()
+
+
+class Toy(Workflow):
+    name = "toy"
+    summary = "squares"
+    config_class = ToyConfig
+    config: ToyConfig
+
+    def plan(self, run: RunFolder) -> Plan:
+        options = self.config.toy
+        stages: tuple[Stage, ...] = (Fetch(options), Square(options))
+        if options.add_cubes:
+            stages = (*stages, Cube(options))
+        return Plan(
+            stages=stages,
+            shards=lambda: toy_shards(options),
+            finalize=lambda run: {"num_samples": sum(int(str(r["rows"])) for r in run.records("squares"))},
+            keep=frozenset(["raw"]) if options.keep else frozenset(),
+        )
+
+
+def toy_shards(options: ToyOptions) -> Iterator[Shard]:
+    for index in range(options.num_shards):
+        rows = list(range(index * options.rows, (index + 1) * options.rows))
+        yield Shard(index, rows, len(rows))
+
+
+def mark(options: ToyOptions, name: str) -> None:
+    if options.trace:
+        (Path(options.trace) / f"{name}-{time.monotonic_ns()}").touch()
+
+
+def marks(folder: Path, prefix: str) -> int:
+    return len(list(folder.glob(f"{prefix}-*")))

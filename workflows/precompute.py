@@ -1,0 +1,84 @@
+"""precompute: sources -> fetch -> resize -> encode -> store."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config import Config
+from pipeline.plan import Plan
+from pipeline.runfolder import RunFolder
+from pipeline.workflow import Workflow, WorkflowConfig
+from stages.encode import EncodeStage
+from stages.encoders.t5 import T5EncoderConfig
+from stages.encoders.tiny import TINY_MODEL
+from stages.fetch import ORIGINALS, FetchStage
+from stages.manifest import build_manifest
+from stages.resize import ImagesConfig, ResizeStage
+from stages.sources.any import AnySource
+from stages.sources.synthetic import SyntheticConfig
+
+
+class StoreConfig(Config):
+    """The files of the store."""
+
+    format: Literal["parquet", "hdf5"] = "parquet"
+    """hdf5 is the fastest to read at random on a local disk; parquet is read everywhere."""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Type of the stored embeddings; int8 keeps one scale a token."""
+
+
+class PrecomputeConfig(WorkflowConfig):
+    """Everything of a precompute run."""
+
+    source: AnySource = SyntheticConfig()
+    """Where samples come from."""
+    shard_size: int = Field(default=1000, ge=1)
+    """Input rows a shard: the unit of work, retry and resume."""
+    images: ImagesConfig = ImagesConfig()
+    """The pictures to store."""
+    encoders: tuple[T5EncoderConfig, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
+    """Text encoders; each makes its own group, and can be added later."""
+    store: StoreConfig = StoreConfig()
+    """The files of the store."""
+    max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
+    """If more of the input is dropped, the run ends with exit code 3."""
+    keep_originals: bool = False
+    """Keep the fetched originals as webdataset tars in RUN/staging/originals (needed to add sizes later
+    without fetching again)."""
+
+    @field_validator("encoders")
+    @classmethod
+    def _check_names(cls, encoders: tuple[T5EncoderConfig, ...]) -> tuple[T5EncoderConfig, ...]:
+        names = [encoder.name for encoder in encoders]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two encoders are named {twice[0]!r}; give each its own name")
+        return encoders
+
+
+class Precompute(Workflow):
+    """Caches image pyramids and text embeddings of an image-text dataset."""
+
+    name = "precompute"
+    summary = "download and resize pictures, encode captions, into a store of cached tensors"
+    config_class = PrecomputeConfig
+    config: PrecomputeConfig
+
+    def plan(self, run: RunFolder) -> Plan:
+        config = self.config
+        source = config.source.build()
+        source.check()
+        return Plan(
+            stages=(
+                FetchStage(source, config.source.kind),
+                ResizeStage(config.images, config.store.format),
+                *(EncodeStage(e, config.store.format, config.store.dtype) for e in config.encoders),
+            ),
+            shards=lambda: source.shards(config.shard_size),
+            finalize=build_manifest,
+            max_drop_fraction=config.max_drop_fraction,
+            keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
+        )
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        return [("store", str(run.store)), ("report", f"pipeline report {run.root}")]
