@@ -1,0 +1,16 @@
+"""What the store raises."""
+
+ADVICE = "check the store with `pipeline verify STORE`, then run the pipeline command that made it again"
+
+
+class StoreError(ValueError):
+    """The store on disk is not what its manifest says, or is not a store."""
+
+
+class ManifestError(StoreError):
+    """manifest.json does not match its own checksum, or is not a manifest."""
+
+
+def unreadable(file: str, kind: str, error: Exception) -> StoreError:
+    """The error for a file that pyarrow, h5py or safetensors cannot read."""
+    return StoreError(f"{file}: not readable as {kind} ({error}); {ADVICE}")

@@ -1,0 +1,92 @@
+"""Read access to a store's folder: a local path, or a fsspec URL."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+_REMOTE_BLOCK_BYTES = 1 << 20
+
+
+class StoreFolder:
+    """A local folder or `s3://`, `memory://`, `file://` ... URL.
+
+    It is picklable and safe over fork: the file system is made again in each process.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+        self.url = os.fspath(url)
+        self.storage_options = storage_options or {}
+        self._connect()
+
+    def _connect(self) -> None:
+        self._pid = os.getpid()
+        self._fs: Any = None
+        self._root = os.path.abspath(self.url)
+        if "://" not in self.url:
+            return
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        fs, root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+        self._fs = None if isinstance(fs, LocalFileSystem) else fs
+        self._root = root.rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "storage_options": self.storage_options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.url, self.storage_options = state["url"], state["storage_options"]
+        self._connect()
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system of a remote store, None for a local one."""
+        if self._pid != os.getpid():
+            self._connect()
+        return self._fs
+
+    @property
+    def is_local(self) -> bool:
+        return self.fs is None
+
+    def path(self, name: str) -> str:
+        """Full path of a file or folder of the store."""
+        return f"{self._root}/{name}" if name else self._root
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self.path(name)) if self.is_local else self.fs.exists(self.path(name))
+
+    def size_bytes(self, name: str) -> int | None:
+        """Size of a file, None where there is none."""
+        try:
+            if self.is_local:
+                return os.stat(self.path(name)).st_size
+            return int(self.fs.info(self.path(name))["size"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading, at its start."""
+        if self.is_local:
+            return open(self.path(name), "rb")
+        return self.fs.open(self.path(name), "rb", block_size=_REMOTE_BLOCK_BYTES)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def source(self, name: str) -> str | BinaryIO:
+        """What the file readers take: the path of a local file, an open file of a remote one."""
+        return self.path(name) if self.is_local else self.open(name)
+
+    def walk(self) -> Iterator[str]:
+        """Names of all files, relative to the store, sorted within a folder."""
+        if not self.is_local:
+            for path in sorted(self.fs.find(self._root)):
+                yield path[len(self._root) + 1 :]
+            return
+        for folder, folders, names in os.walk(self._root):
+            folders.sort()
+            prefix = os.path.relpath(folder, self._root)
+            for name in sorted(names):
+                yield name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/")

@@ -1,0 +1,84 @@
+"""Names, paths and row types of a store.
+
+    STORE/manifest.json
+      samples/00000.parquet            one row a sample: key, captions, url ...
+      images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row
+      text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
+      text-t5/null.safetensors         the encoding of ""
+
+Row i of shard s is the same sample in `samples` and in every image group. Row j of a text
+group is the caption with id j; `samples` says which ids a sample has.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+StoreFormat = Literal["parquet", "hdf5"]
+StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SAMPLES_GROUP = "samples"
+NULL_TENSOR = "embedding"
+ROW_GROUP_BYTES = 512 * 1024  # what one parquet row group holds: the unit of a remote read
+
+SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
+_ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One sample without its pixels and embeddings.
+
+    `captions[k]` is row `caption_ids[k]` of the shard's text groups. `sha256` is the hex digest of
+    the original image file; `width` and `height` are pixels of the original after EXIF orientation.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    caption_ids: tuple[int, ...]
+    url: str | None
+    sha256: str
+    width: int
+    height: int
+
+
+def image_group(size_px: int) -> str:
+    """Name of the group that holds size_px x size_px pictures."""
+    return f"images-{size_px}"
+
+
+def text_group(encoder: str) -> str:
+    """Name of the group that holds one encoder's embeddings.
+
+    Raises:
+        ValueError: the encoder name has a character that is not a letter, digit, `.`, `_` or `-`.
+    """
+    if not _ENCODER_NAME.fullmatch(encoder):
+        raise ValueError(f"encoder name {encoder!r}: use letters, digits, '.', '_' and '-' only")
+    return f"text-{encoder}"
+
+
+def shard_path(group: str, index: int, store_format: StoreFormat = "parquet") -> str:
+    """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`."""
+    return f"{group}/{index:05d}.{SUFFIXES[check_format(store_format)]}"
+
+
+def null_path(encoder: str) -> str:
+    """Path of an encoder's null embedding, relative to the store."""
+    return f"{text_group(encoder)}/null.safetensors"
+
+
+def check_format(store_format: str) -> StoreFormat:
+    """Return the format, or raise ValueError that lists those there are."""
+    if store_format not in get_args(StoreFormat):
+        raise ValueError(f"store format {store_format!r}: use one of {', '.join(get_args(StoreFormat))}")
+    return store_format  # type: ignore[return-value]
+
+
+def check_dtype(dtype: str) -> StoreDtype:
+    """Return the dtype, or raise ValueError that lists those there are."""
+    if dtype not in get_args(StoreDtype):
+        raise ValueError(f"store dtype {dtype!r}: use one of {', '.join(get_args(StoreDtype))}")
+    return dtype  # type: ignore[return-value]

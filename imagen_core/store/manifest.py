@@ -1,0 +1,306 @@
+"""manifest.json: what the store holds, and the proof of it.
+
+The file is JSON, written in one pass so that 100,000 shards never sit in memory:
+
+    {
+    "groups":{...},                 the header, sorted, one key a line
+    "schema_version":1,
+    "writer":"...",
+    "shards":[
+    {"excluded":[],"files":{...},"index":0,"rows":64},
+    ...                             one line a shard, by rising index
+    ],
+    "num_bytes":...,                the totals, known only now
+    "num_rows":..., "num_samples":..., "num_shards":...,
+    "sha256":"..."                  of every byte above this line
+    }
+
+The bytes after the last total are fixed but for the digest, so one changed byte anywhere, even in
+white space or after the end, is noticed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagen_core.store.errors import ADVICE, ManifestError, StoreError
+from imagen_core.store.files import StoreFolder
+from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP, SCHEMA_VERSION, shard_path
+from imagen_core.store.records import (
+    FileEntry,
+    Group,
+    ImagesGroup,
+    SamplesGroup,
+    ShardEntry,
+    TextGroup,
+    parse_group,
+    parse_shard,
+)
+
+_SHARDS = b'\n"shards":[\n'
+_END_OF_SHARDS = b"\n],\n"
+_TOTALS = ("num_bytes", "num_rows", "num_samples", "num_shards")
+_TAIL = b'"sha256":"%s"\n}\n'
+_TAIL_BYTES = len(_TAIL) - 2 + 64
+
+
+class Manifest:
+    """A checked manifest. Shards are kept as columns: about 60 bytes a file.
+
+    Attributes:
+        header: the header as written: schema_version, writer, groups and whatever else was given.
+        groups: the header's groups, typed, by name.
+        num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
+            bytes are those of all files but the manifest.
+        sha256: the manifest's own digest; equal digests mean equal stores.
+        index: int64 (num_shards,), the number in each shard's file names, rising.
+        rows: int64 (num_shards,), rows of each shard, excluded ones included.
+        excluded: the excluded rows of each shard that has some, by position in `rows`.
+    """
+
+    def __init__(self, header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
+        self.header = header
+        self.groups = _parse_header(header)
+        self.sha256 = ""
+        self.excluded: dict[int, tuple[int, ...]] = {}
+        indices: list[int] = []
+        rows: list[int] = []
+        columns: dict[str, _FileColumns] = {name: _FileColumns() for name in self.groups}
+        for raw in shards:
+            shard = _next_shard(raw, self.groups, indices[-1] if indices else -1)
+            if shard.excluded:
+                self.excluded[len(rows)] = shard.excluded
+            indices.append(shard.index)
+            rows.append(shard.rows)
+            for name, column in columns.items():
+                column.append(shard.files.get(name))
+        self.index = np.array(indices, dtype=np.int64)
+        self.rows = np.array(rows, dtype=np.int64)
+        self._files = {name: column.freeze() for name, column in columns.items()}
+        self.num_shards = len(rows)
+        self.num_rows = int(self.rows.sum())
+        self.num_samples = self.num_rows - sum(len(rows) for rows in self.excluded.values())
+        self.num_bytes = sum(int(sizes[sizes > 0].sum()) for sizes, _, _ in self._files.values())
+        self.num_bytes += sum(null.bytes for null in _nulls(self.groups))
+
+    @property
+    def schema_version(self) -> int:
+        return self.header["schema_version"]
+
+    @cached_property
+    def images(self) -> dict[int, ImagesGroup]:
+        """Image groups by size in pixels, rising."""
+        found = (group for group in self.groups.values() if isinstance(group, ImagesGroup))
+        return {group.size_px: group for group in sorted(found, key=lambda group: group.size_px)}
+
+    @cached_property
+    def texts(self) -> dict[str, TextGroup]:
+        """Text groups by encoder name, sorted."""
+        found = (group for group in self.groups.values() if isinstance(group, TextGroup))
+        return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
+
+    def shard(self, position: int) -> ShardEntry:
+        """The shard at a position in [0, num_shards)."""
+        files = {name: entry for name in self.groups if (entry := self.file(name, position)) is not None}
+        rows, excluded = int(self.rows[position]), self.excluded.get(position, ())
+        return ShardEntry(int(self.index[position]), rows, files, excluded)
+
+    def shards(self) -> Iterator[ShardEntry]:
+        """All shards by rising index."""
+        return (self.shard(position) for position in range(self.num_shards))
+
+    def file(self, group: str, position: int) -> FileEntry | None:
+        """The file of a group in the shard at a position; None in a shard without rows."""
+        sizes, rows, digests = self._files[group]
+        if sizes[position] < 0:
+            return None
+        path = shard_path(group, int(self.index[position]), self.groups[group].format)
+        return FileEntry(path, int(sizes[position]), digests[position].tobytes().hex(), int(rows[position]))
+
+
+class _FileColumns:
+    """Size, rows and digest of one group's files, shard by shard; size -1 = no file."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.rows: list[int] = []
+        self.digests = bytearray()
+
+    def append(self, entry: FileEntry | None) -> None:
+        self.sizes.append(-1 if entry is None else entry.bytes)
+        self.rows.append(0 if entry is None else entry.rows)
+        self.digests += bytes(32) if entry is None else bytes.fromhex(entry.sha256)
+
+    def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        digests = np.frombuffer(bytes(self.digests), dtype=np.uint8).reshape(-1, 32)
+        return np.array(self.sizes, np.int64), np.array(self.rows, np.int64), digests
+
+
+def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
+    """Write manifest.json: to a temporary name beside it, fsync, then an atomic rename.
+
+    Shards are taken one at a time and not kept. The totals and the digest are added here. The same
+    input gives the same bytes.
+
+    Args:
+        header: "groups", "writer" and anything else that is JSON; "schema_version" is added.
+        shards: entries by rising index, see ShardEntry for the fields.
+    Raises:
+        ValueError: a header or shard that `load_manifest` would refuse.
+    """
+    header = {"schema_version": SCHEMA_VERSION, **header}
+    groups = _parse_header(header)
+    num_bytes = sum(null.bytes for null in _nulls(groups))
+    num_rows = num_samples = num_shards = 0
+    last = -1
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            out = _HashingWriter(file)
+            lines = (_dump(key) + b":" + _dump(header[key]) for key in sorted(header))
+            out.write(b"{\n" + b",\n".join(lines) + b"," + _SHARDS[:-1])
+            for raw in shards:
+                shard = _next_shard(raw, groups, last)
+                last = shard.index
+                out.write((b",\n" if num_shards else b"\n") + _dump(raw))
+                num_shards += 1
+                num_rows += shard.rows
+                num_samples += shard.rows - len(shard.excluded)
+                num_bytes += sum(entry.bytes for entry in shard.files.values())
+            totals = (num_bytes, num_rows, num_samples, num_shards)
+            lines = (b'"%s":%d,\n' % (name.encode(), n) for name, n in zip(_TOTALS, totals, strict=True))
+            out.write(_END_OF_SHARDS + b"".join(lines))
+            file.write(_TAIL % out.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
+    """Read and check the manifest of a store (a folder or a fsspec URL).
+
+    Raises:
+        ManifestError: a changed byte, or not a manifest.
+        StoreError: not a store, an unfinished one, or one of a newer schema version.
+    """
+    folder = source if isinstance(source, StoreFolder) else StoreFolder(source)
+    try:
+        data = folder.read_bytes(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise _no_manifest(folder) from error
+    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    digest = hashlib.sha256(body).hexdigest()
+    intact = tail == _TAIL % digest.encode()
+    version = _schema_version(data, intact)
+    if version is not None and version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{folder.path(MANIFEST_NAME)}: schema_version is {version}, this library reads up to "
+            f"{SCHEMA_VERSION}; upgrade imagen-precompute"
+        )
+    if not intact:
+        raise ManifestError(
+            f"{folder.path(MANIFEST_NAME)}: {len(data)} bytes that do not match their own sha256, so it "
+            f"was changed or cut; {ADVICE}"
+        )
+    try:
+        manifest = _parse(body)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
+    manifest.sha256 = digest
+    return manifest
+
+
+def _parse(body: bytes) -> Manifest:
+    head, marker, rest = body.partition(_SHARDS)
+    start = len(head) + len(marker)
+    end = start if rest.startswith(_END_OF_SHARDS[1:]) else body.rindex(_END_OF_SHARDS)
+    foot = body[end:].lstrip(b"\n").removeprefix(_END_OF_SHARDS[1:])
+    manifest = Manifest(json.loads(head[:-1] + b"}"), _shard_lines(body, start, end))
+    totals = json.loads(b"{" + foot.rstrip(b",\n") + b"}")
+    for name in _TOTALS:
+        if totals.pop(name) != getattr(manifest, name):
+            raise ValueError(f"{name} does not match the shards ({getattr(manifest, name)})")
+    return manifest
+
+
+def _shard_lines(body: bytes, start: int, end: int) -> Iterator[dict[str, Any]]:
+    while start < end:
+        stop = body.find(b"\n", start, end)
+        stop = end if stop < 0 else stop
+        yield json.loads(body[start:stop].rstrip(b","))
+        start = stop + 1
+
+
+def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION} (got {header.get('schema_version')!r})")
+    if reserved := {"shards", "sha256", *_TOTALS} & set(header):
+        raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")
+    groups = {name: parse_group(name, raw) for name, raw in sorted(header["groups"].items())}
+    if not isinstance(groups.get(SAMPLES_GROUP), SamplesGroup):
+        raise ValueError(f"groups {sorted(groups)} lack {SAMPLES_GROUP!r}")
+    return groups
+
+
+def _next_shard(raw: Any, groups: dict[str, Group], last: int) -> ShardEntry:
+    shard = parse_shard(raw, groups)
+    if shard.index <= last:
+        raise ValueError(f"shard {shard.index} after shard {last}: give them by rising index")
+    return shard
+
+
+def _nulls(groups: dict[str, Group]) -> list[FileEntry]:
+    return [group.null for group in groups.values() if isinstance(group, TextGroup) and group.null]
+
+
+def _schema_version(data: bytes, intact: bool) -> int | None:
+    """The version a manifest claims; a newer one may be laid out differently, but is JSON."""
+    try:
+        head = data.partition(_SHARDS)[0][:-1] + b"}" if intact else data
+        version = json.loads(head).get("schema_version")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return version if type(version) is int else None
+
+
+def _no_manifest(folder: StoreFolder) -> StoreError:
+    root = folder.path("")
+    if folder.exists(SAMPLES_GROUP):
+        return StoreError(
+            f"{root}: has {SAMPLES_GROUP}/ but no {MANIFEST_NAME}: the run that writes it has not "
+            "finished; run the same pipeline command again"
+        )
+    if folder.exists(f"store/{MANIFEST_NAME}"):
+        return StoreError(f"{root}: not a store but the run around it; open {folder.path('store')}")
+    return StoreError(f"{root}: not a store (no {MANIFEST_NAME}); give the folder `pipeline run` wrote")
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingWriter:
+    def __init__(self, file: Any) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)

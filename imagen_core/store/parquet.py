@@ -1,0 +1,242 @@
+"""Parquet files of a store: lean and byte-identical for the same rows.
+
+No dictionary, compression, statistics or Arrow schema: an embedding costs 8 bytes beside its payload,
+and the payload lies in the file as it is in memory, so a local reader maps it (see parquet_column.py).
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.layout import ROW_GROUP_BYTES, SampleRow, StoreDtype
+from imagen_core.store.parquet_column import BlobColumn
+from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_SAMPLES_SCHEMA = pa.schema(
+    [
+        _required("key", pa.string()),
+        _required("captions", pa.list_(_required("element", pa.string()))),
+        _required("caption_ids", pa.list_(_required("element", pa.int32()))),
+        pa.field("url", pa.string()),
+        _required("sha256", pa.string()),
+        _required("width", pa.int32()),
+        _required("height", pa.int32()),
+    ]
+)
+
+
+def write_samples(path: str | os.PathLike[str], rows: Sequence[SampleRow]) -> None:
+    """Write a shard's `samples` file.
+
+    Raises:
+        ValueError: a row without captions, or whose captions and caption_ids differ in number.
+    """
+    for row in rows:
+        if not row.captions or len(row.captions) != len(row.caption_ids):
+            raise ValueError(
+                f"sample {row.key!r}: {len(row.captions)} captions and {len(row.caption_ids)} caption_ids; "
+                "give one id a caption, and one caption or more"
+            )
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SAMPLES_SCHEMA]
+    with _new_parquet(path, _SAMPLES_SCHEMA, {}) as writer:
+        if rows:
+            writer.write_table(pa.table(columns, schema=_SAMPLES_SCHEMA), row_group_size=len(rows))
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
+    """All rows of a local `samples` file.
+
+    Raises:
+        StoreError: missing, or not such a file.
+    """
+    samples = SamplesFile(os.fspath(path), os.fspath(path))
+    return [samples.row(row) for row in range(samples.num_rows)]
+
+
+class SamplesFile:
+    """A shard's `samples`, held by column.
+
+    Attributes:
+        num_rows: number of rows, excluded ones included.
+        caption_ids: int32, all rows' caption ids one after another.
+        offsets: int64 (num_rows + 1,); row i owns `caption_ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    def __init__(self, source: str | BinaryIO, name: str) -> None:
+        with _reading(name):
+            table = pq.ParquetFile(source).read(use_threads=False)
+            self._columns = {field.name: table[field.name].combine_chunks() for field in _SAMPLES_SCHEMA}
+            ids = self._columns["caption_ids"]
+            self.num_rows: int = table.num_rows
+            self.offsets: np.ndarray = np.zeros(self.num_rows + 1, dtype=np.int64)
+            np.cumsum(ids.value_lengths().to_numpy(zero_copy_only=False), out=self.offsets[1:])
+            self.caption_ids: np.ndarray = ids.flatten().to_numpy(zero_copy_only=False)
+
+    def key(self, row: int) -> str:
+        return self._columns["key"][row].as_py()
+
+    def all_keys(self) -> list[str]:
+        return self._columns["key"].to_pylist()
+
+    def row(self, row: int) -> SampleRow:
+        values = {name: column[row].as_py() for name, column in self._columns.items()}
+        values["captions"] = tuple(values["captions"])
+        values["caption_ids"] = tuple(values["caption_ids"])
+        return SampleRow(**values)
+
+
+class ParquetImageWriter:
+    """Takes checked pixels and writes a row group whenever ROW_GROUP_BYTES are full."""
+
+    def __init__(self, path: Path, size_px: int) -> None:
+        self._type = pa.binary(size_px * size_px * 3)
+        self._schema = pa.schema([_required("pixels", self._type)])
+        self._new = _new_parquet(path, self._schema, {"size_px": str(size_px)})
+        self._writer = self._new.__enter__()
+        self._rows: list[bytes] = []
+
+    def append(self, pixels: np.ndarray) -> None:
+        self._rows.append(pixels.tobytes())
+        if len(self._rows) * self._type.byte_width >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            buffers = [None, pa.py_buffer(b"".join(self._rows))]
+            column = pa.FixedSizeBinaryArray.from_buffers(self._type, len(self._rows), buffers)
+            self._writer.write_table(pa.table([column], schema=self._schema), row_group_size=len(self._rows))
+            self._rows = []
+
+    def finish(self) -> None:
+        self._flush()
+        self._new.__exit__(None, None, None)
+
+    def abort(self) -> None:
+        self._new.__exit__(None, None, None)
+
+
+def write_text_parquet(
+    path: str | os.PathLike[str], embeddings: Iterable[Stored], dim: int, dtype: StoreDtype
+) -> None:
+    """Write a shard's embeddings: columns num_tokens, embedding and, for int8, scale."""
+    fields = [_required("num_tokens", pa.int32()), _required("embedding", pa.binary())]
+    if dtype == "int8":
+        fields.append(_required("scale", pa.binary()))
+    schema = pa.schema(fields)
+    with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim)}) as writer:
+        for rows in _row_groups(embeddings):
+            columns = [
+                pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), fields, strict=True)
+            ]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
+
+
+def _row_groups(embeddings: Iterable[Stored]) -> Iterator[list[tuple[Any, ...]]]:
+    rows: list[tuple[Any, ...]] = []
+    num_bytes = 0
+    for stored in embeddings:
+        row = (len(stored.values), stored.values.tobytes())
+        rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()))
+        num_bytes += stored.values.nbytes
+        if num_bytes >= ROW_GROUP_BYTES:
+            yield rows
+            rows, num_bytes = [], 0
+    if rows:
+        yield rows
+
+
+class ParquetImages:
+    """Random access to a shard's pictures; `num_rows` of them."""
+
+    def __init__(self, source: str | BinaryIO, name: str, size_px: int, *, mapped: bool = True) -> None:
+        self._shape = (size_px, size_px, 3)
+        with _reading(name):
+            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            width = size_px * size_px * 3
+            if file.schema_arrow.field("pixels").type != pa.binary(width):
+                kind = file.schema_arrow.field("pixels").type
+                raise StoreError(f"{name}: pixels are {kind}, {size_px} px needs {width} bytes; {ADVICE}")
+            self.num_rows: int = file.metadata.num_rows
+            lengths = np.full(self.num_rows, width, dtype=np.int64)
+            self._pixels = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
+        self._name = name
+
+    def pixels(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3); possibly a read-only view of the file."""
+        with _reading(self._name):
+            return self._pixels[row].reshape(self._shape)
+
+
+class ParquetText:
+    """Random access to a shard's embeddings; `num_tokens` is an integer array with one entry a caption."""
+
+    def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
+        self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
+        with _reading(name):
+            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            meta = file.metadata.metadata or {}
+            found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
+            if found != (dtype, dim):
+                raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
+            counts = file.read(columns=["num_tokens"], use_threads=False).column(0)
+            self.num_tokens: np.ndarray = counts.to_numpy().astype(np.int64)
+            token_bytes = dim * self._dtype.itemsize
+            self._values = BlobColumn(
+                file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
+            )
+            self._scales = None
+            if dtype == "int8":
+                lengths = self.num_tokens * SCALE_DTYPE.itemsize
+                self._scales = BlobColumn(file, source, "scale", lengths, prefix_bytes=4, mapped=mapped)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_tokens)
+
+    def stored(self, row: int) -> Stored:
+        """One caption's embedding; possibly a read-only view of the file."""
+        with _reading(self._name):
+            values = self._values[row].view(self._dtype).reshape(-1, self._dim)
+            return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+
+
+@contextmanager
+def _new_parquet(
+    path: str | os.PathLike[str], schema: pa.Schema, metadata: dict[str, str]
+) -> Iterator[pq.ParquetWriter]:
+    with pq.ParquetWriter(
+        os.fspath(path),
+        schema,
+        version="2.6",
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+        data_page_size=1 << 30,  # one page a column chunk: its rows lie one after another
+    ) as writer:
+        if metadata:
+            writer.add_key_value_metadata(metadata)
+        yield writer
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what pyarrow raises about a bad file into a StoreError that names it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError) as error:
+        raise unreadable(name, "parquet", error) from error

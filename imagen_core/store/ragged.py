@@ -1,0 +1,96 @@
+"""Cast token embeddings to the store's dtype and back.
+
+bfloat16 has no numpy type, so its bit patterns are kept as uint16. int8 is symmetric with one scale
+a token: value = q * scale, scale = max|x| / 127.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imagen_core.store.layout import StoreDtype, check_dtype
+
+# What one element is on disk, little-endian.
+DISK_DTYPES: dict[str, np.dtype] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
+}
+SCALE_DTYPE = np.dtype("<f4")
+
+# Magnitudes from here on round to infinity (half way above the largest finite value, ties to even).
+# An int8 row must fit float16 too: the loader hands it out as float16.
+_OVERFLOW: dict[str, float] = {
+    "float16": 65520.0,
+    "bfloat16": (2.0 - 2.0**-8) * 2.0**127,
+    "float32": float("inf"),
+    "int8": 65520.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One caption's embedding as it is on disk.
+
+    `values` is (n_tokens, dim) of float16, uint16 (bfloat16 bits), float32 or int8;
+    `scales` is float32 (n_tokens,) for int8 and None otherwise.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray | None = None
+
+
+def is_finite_as(x: np.ndarray, dtype: StoreDtype) -> bool:
+    """Whether every element is finite, and still is after the cast to `dtype`.
+
+    float16 overflows above 65504. int8 has float16's range, because the loader returns it as float16.
+    """
+    check_dtype(dtype)
+    # NaN fails the comparison, so one pass over the array is enough.
+    return x.size == 0 or bool(max(float(np.max(x)), -float(np.min(x))) < _OVERFLOW[dtype])
+
+
+def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
+    """Cast a float (n_tokens, dim) embedding to what the store keeps; round to nearest even.
+
+    Raises:
+        ValueError: not two-dimensional, not floating point, or not finite after the cast.
+    """
+    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"an embedding is a float array (n_tokens, dim); got {x.dtype} {x.shape}")
+    if not is_finite_as(x, dtype):
+        raise ValueError(f"embedding {x.shape} is not finite as {dtype}; drop it (see is_finite_as)")
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    if dtype == "int8":
+        return _quantise(x)
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32)
+        round_up = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+        return Stored(((bits + round_up) >> np.uint32(16)).astype(DISK_DTYPES[dtype]))
+    return Stored(x.astype(DISK_DTYPES[dtype]))
+
+
+def _quantise(x: np.ndarray) -> Stored:
+    scales = (np.abs(x).max(axis=1, initial=0.0) / np.float32(127.0)).astype(SCALE_DTYPE)
+    divisors = np.where(scales > 0, scales, np.float32(1.0))
+    values = np.clip(np.rint(x / divisors[:, None]), -127, 127)
+    return Stored(values.astype(np.int8), scales)
+
+
+def restore(stored: Stored, dtype: StoreDtype) -> np.ndarray:
+    """The embedding as numpy floats: float16 for a float16 store, float32 for all others."""
+    values = stored.values
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "int8":
+        assert stored.scales is not None
+        return values.astype(np.float32) * stored.scales.astype(np.float32)[:, None]
+    return np.array(values, dtype=np.float16 if dtype == "float16" else np.float32)
+
+
+def all_finite(stored: Stored, dtype: StoreDtype) -> bool:
+    """Whether no stored value is NaN or infinite."""
+    if dtype == "bfloat16":  # all exponent bits set
+        return not bool(np.any((stored.values & np.uint16(0x7F80)) == 0x7F80))
+    return bool(np.isfinite(stored.values if stored.scales is None else stored.scales).all())

@@ -1,0 +1,171 @@
+"""The typed parts of a manifest, and the checks that turn JSON into them."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from imagen_core.store.layout import (
+    SAMPLES_GROUP,
+    StoreDtype,
+    StoreFormat,
+    check_dtype,
+    check_format,
+    image_group,
+    null_path,
+    shard_path,
+    text_group,
+)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplesGroup:
+    """`samples`: always parquet."""
+
+    name: str
+    format: StoreFormat = "parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesGroup:
+    """Pictures of one size; `config` says how they were made."""
+
+    name: str
+    size_px: int
+    format: StoreFormat
+    codec: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the store; `sha256` is lowercase hex of its bytes."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextGroup:
+    """Embeddings of one encoder; `fingerprint` identifies its weights, tokenizer and settings.
+
+    `null` is the file of the encoding of "", with rows = 1; None where the encoder has none.
+    """
+
+    name: str
+    encoder: str
+    dim: int
+    dtype: StoreDtype
+    format: StoreFormat
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    null: FileEntry | None = None
+
+
+Group = SamplesGroup | ImagesGroup | TextGroup
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard: `rows` counts the excluded ones, `files` has one entry a group.
+
+    A shard without rows may have no files.
+    """
+
+    index: int
+    rows: int
+    files: dict[str, FileEntry]
+    excluded: tuple[int, ...] = ()
+
+
+def parse_group(name: str, raw: Any) -> Group:
+    """Check one entry of the header's "groups".
+
+    Raises:
+        ValueError: what is wrong, with the group's name.
+    """
+    try:
+        kind = raw["kind"]
+        if kind == "samples":
+            group: Group = SamplesGroup(name)
+            expected_name = SAMPLES_GROUP
+        elif kind == "images":
+            size_px = _count(raw["size_px"], "size_px")
+            config = dict(raw.get("config", {}))
+            group = ImagesGroup(name, size_px, check_format(raw["format"]), str(raw["codec"]), config)
+            expected_name = image_group(size_px)
+            if group.codec != "raw" or size_px < 1:
+                raise ValueError(f"size_px {size_px}, codec {group.codec!r}: this version knows 'raw' only")
+        elif kind == "text":
+            group = _parse_text_group(name, raw)
+            expected_name = text_group(group.encoder)
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"group {name!r}: missing or wrong field {error}") from error
+    except ValueError as error:
+        raise ValueError(f"group {name!r}: {error}") from error
+    if name != expected_name:
+        raise ValueError(f"group {name!r} must be named {expected_name!r}")
+    return group
+
+
+def _parse_text_group(name: str, raw: dict[str, Any]) -> TextGroup:
+    encoder = str(raw["encoder"])
+    null = raw.get("null")
+    return TextGroup(
+        name=name,
+        encoder=encoder,
+        dim=_count(raw["dim"], "dim"),
+        dtype=check_dtype(raw["dtype"]),
+        format=check_format(raw["format"]),
+        fingerprint=dict(raw.get("fingerprint", {})),
+        null=None if null is None else _parse_file({"rows": 1, **null}, null_path(encoder)),
+    )
+
+
+def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
+    """Check one shard entry against the groups.
+
+    Raises:
+        ValueError: what is wrong, with the shard's index.
+    """
+    index = raw.get("index") if isinstance(raw, dict) else None
+    try:
+        index = _count(raw["index"], "index")
+        rows = _count(raw["rows"], "rows")
+        excluded = tuple(_count(row, "excluded") for row in raw.get("excluded", ()))
+        if list(excluded) != sorted(set(excluded)) or (excluded and excluded[-1] >= rows):
+            raise ValueError(f"excluded rows {list(excluded)[:10]} must rise and be below rows ({rows})")
+        files = {
+            name: _parse_file(raw["files"][name], shard_path(name, index, group.format))
+            for name, group in groups.items()
+            if rows or name in raw["files"]
+        }
+        if unknown := set(raw["files"]) - set(groups):
+            raise ValueError(f"files of unknown groups {sorted(unknown)}")
+        for name, entry in files.items():
+            if not isinstance(groups[name], TextGroup) and entry.rows != rows:
+                raise ValueError(f"{entry.path} has {entry.rows} rows, the shard has {rows}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"shard {index}: missing or wrong field {error}") from error
+    except ValueError as error:
+        raise ValueError(f"shard {index}: {error}") from error
+    return ShardEntry(index, rows, files, excluded)
+
+
+def _parse_file(raw: dict[str, Any], expected_path: str) -> FileEntry:
+    if raw["path"] != expected_path:
+        raise ValueError(f"path {raw['path']!r} should be {expected_path!r}")
+    if not _SHA256.fullmatch(raw["sha256"]):
+        raise ValueError(f"{expected_path}: sha256 {raw['sha256']!r} is not 64 lowercase hex digits")
+    size_bytes, rows = _count(raw["bytes"], "bytes"), _count(raw["rows"], "rows")
+    return FileEntry(expected_path, size_bytes, raw["sha256"], rows)
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} must be an integer of 0 or more (got {value!r})")
+    return value

@@ -1,0 +1,141 @@
+"""Write and open one shard's files, in either format.
+
+Writers write to the exact path they are given: temporary names, fsync and renames are the caller's.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from imagen_core.store.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, write_text_hdf5
+from imagen_core.store.layout import StoreDtype, StoreFormat, check_dtype, check_format
+from imagen_core.store.parquet import ParquetImages, ParquetImageWriter, ParquetText, write_text_parquet
+from imagen_core.store.ragged import Stored, cast_embedding
+from imagen_core.store.records import ImagesGroup, TextGroup
+
+
+class ImageFile(Protocol):
+    """An open image file of a shard."""
+
+    num_rows: int
+
+    def pixels(self, row: int) -> np.ndarray: ...
+
+
+class TextFile(Protocol):
+    """An open text file of a shard; `num_tokens` has one entry a caption."""
+
+    num_tokens: np.ndarray
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def stored(self, row: int) -> Stored: ...
+
+
+class ImageWriter:
+    """Appends pictures to one file; made by `open_image_writer`."""
+
+    def __init__(self, path: Path, size_px: int, store_format: StoreFormat) -> None:
+        writer = ParquetImageWriter if store_format == "parquet" else Hdf5ImageWriter
+        self._shape = (size_px, size_px, 3)
+        self._writer = writer(path, size_px)
+        self.num_rows = 0
+
+    def append(self, pixels: np.ndarray) -> None:
+        """Add uint8 RGB (size_px, size_px, 3) as the next row.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if pixels.dtype != np.uint8 or pixels.shape != self._shape:
+            raise ValueError(f"row {self.num_rows}: {pixels.dtype} {pixels.shape}, not uint8 {self._shape}")
+        self._writer.append(pixels)
+        self.num_rows += 1
+
+
+@contextmanager
+def open_image_writer(path: str | os.PathLike[str], size_px: int, store_format: StoreFormat) -> Iterator[ImageWriter]:
+    """Open a file for a shard's pictures; the number of rows need not be known.
+
+    Memory stays at one row group (512 KiB, or one picture). If the body raises, nothing is left behind.
+    """
+    check_format(store_format)
+    if size_px < 1:
+        raise ValueError(f"size_px must be 1 or more (got {size_px})")
+    path = Path(path)
+    writer = ImageWriter(path, size_px, store_format)
+    try:
+        yield writer
+        writer._writer.finish()
+    except BaseException:
+        try:
+            writer._writer.abort()
+        finally:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_text_shard(
+    path: str | os.PathLike[str],
+    embeddings: Sequence[np.ndarray],
+    dim: int,
+    dtype: StoreDtype,
+    store_format: StoreFormat,
+) -> None:
+    """Write the embeddings of a shard's distinct captions, row j = caption id j.
+
+    Args:
+        embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
+        dtype: what to cast to, see ragged.py.
+    Raises:
+        ValueError: a wrong shape, or an embedding that is not finite after the cast (its row is named).
+            Nothing is left behind.
+    """
+    check_dtype(dtype)
+    check_format(store_format)
+    cast = _cast(embeddings, dim, dtype)
+    try:
+        if store_format == "parquet":
+            write_text_parquet(path, cast, dim, dtype)
+        else:
+            write_text_hdf5(path, cast, [len(embedding) for embedding in embeddings], dim, dtype)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+
+
+def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
+    for row, embedding in enumerate(embeddings):
+        if embedding.ndim != 2 or embedding.shape[1] != dim:
+            raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
+        try:
+            yield cast_embedding(embedding, dtype)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+
+
+def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped: bool = True) -> ImageFile:
+    """Open an image file: a local path, or an open file of a remote store.
+
+    Raises:
+        StoreError: not such a file, or pictures of another size.
+    """
+    if group.format == "parquet":
+        return ParquetImages(source, name, group.size_px, mapped=mapped)
+    return Hdf5Images(source, name, group.size_px)
+
+
+def open_text(source: str | BinaryIO, name: str, group: TextGroup, *, mapped: bool = True) -> TextFile:
+    """Open a text file: a local path, or an open file of a remote store.
+
+    Raises:
+        StoreError: not such a file, or another dim or dtype.
+    """
+    if group.format == "parquet":
+        return ParquetText(source, name, group.dim, group.dtype, mapped=mapped)
+    return Hdf5Text(source, name, group.dim, group.dtype)

@@ -1,0 +1,240 @@
+"""Check every byte of a store against its manifest, and every rule of the format."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from imagen_core.store.errors import StoreError
+from imagen_core.store.files import StoreFolder
+from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP
+from imagen_core.store.manifest import Manifest, load_manifest
+from imagen_core.store.null import parse_null
+from imagen_core.store.parquet import SamplesFile
+from imagen_core.store.ragged import all_finite
+from imagen_core.store.records import FileEntry, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.shard import open_images, open_text
+
+_BLOCK_BYTES = 1 << 20
+_MAX_NAMED_KEYS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one file; `file` is relative to the store."""
+
+    file: str
+    message: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify_store` found.
+
+    Attributes:
+        ok: no problems; warnings do not count.
+        files_checked, bytes_checked: files read to the end, and their bytes; the manifest included.
+        num_samples: samples a reader sees.
+        warnings: hidden and `.tmp` files that the manifest does not know: left by a killed run.
+    """
+
+    ok: bool = False
+    files_checked: int = 0
+    bytes_checked: int = 0
+    num_samples: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def verify_store(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: dict[str, Any] | None = None,
+    on_file: Callable[[str, int], None] | None = None,
+) -> VerifyReport:
+    """Read the whole store, one file at a time, and list what is wrong with which file.
+
+    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; caption ids;
+    dim and dtype of embeddings, and that they are finite; unique keys; files the manifest does not know.
+    A damaged manifest is a problem of the report, as nothing else can be judged without it.
+    Memory: one file's rows, and 8 bytes a sample for the keys.
+
+    Args:
+        on_file: called with the name and size in bytes of each file after it was read.
+    Raises:
+        StoreError: the folder is not a store, or its run has not finished.
+    """
+    folder = StoreFolder(path, storage_options)
+    report = VerifyReport()
+    try:
+        manifest = load_manifest(folder)
+    except StoreError as error:
+        if not folder.exists(MANIFEST_NAME):
+            raise
+        report.problems.append(Problem(MANIFEST_NAME, str(error)))
+        return report
+    report.num_samples = manifest.num_samples
+    check = _Check(folder, manifest, report, on_file)
+    check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
+    for shard in manifest.shards():
+        check.shard(shard)
+    for group in manifest.texts.values():
+        check.null(group)
+    check.keys()
+    check.strays()
+    report.ok = not report.problems
+    return report
+
+
+class _Check:
+    def __init__(
+        self,
+        folder: StoreFolder,
+        manifest: Manifest,
+        report: VerifyReport,
+        on_file: Callable[[str, int], None] | None,
+    ) -> None:
+        self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
+        self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
+
+    def count(self, name: str, size_bytes: int) -> None:
+        self._report.files_checked += 1
+        self._report.bytes_checked += size_bytes
+        if self._on_file:
+            self._on_file(name, size_bytes)
+
+    def _bad(self, name: str, message: str) -> None:
+        self._report.problems.append(Problem(name, message))
+
+    def shard(self, shard: ShardEntry) -> None:
+        """Check a shard's files: bytes first, and contents only where the bytes are right."""
+        intact = {name: self._bytes(entry) for name, entry in shard.files.items()}
+        num_captions = None
+        for name, entry in shard.files.items():
+            if not intact[name]:
+                continue
+            try:
+                if name == SAMPLES_GROUP:
+                    num_captions = self._samples(shard, entry)
+            except StoreError as error:
+                self._bad(entry.path, str(error))
+        for name, entry in shard.files.items():
+            if not intact[name]:
+                continue
+            group = self._manifest.groups[name]
+            try:
+                if isinstance(group, ImagesGroup):
+                    self._rows(entry, open_images(self._source(entry), entry.path, group).num_rows)
+                elif isinstance(group, TextGroup):
+                    self._text(entry, group, num_captions)
+            except StoreError as error:
+                self._bad(entry.path, str(error))
+
+    def _source(self, entry: FileEntry) -> Any:
+        return self._folder.source(entry.path)
+
+    def _bytes(self, entry: FileEntry) -> bool:
+        size = self._folder.size_bytes(entry.path)
+        if size is None:
+            self._bad(entry.path, "missing")
+            return False
+        digest = hashlib.sha256()
+        with self._folder.open(entry.path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        self.count(entry.path, size)
+        if size != entry.bytes:
+            self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
+        elif digest.hexdigest() != entry.sha256:
+            self._bad(entry.path, f"sha256 {digest.hexdigest()}, the manifest says {entry.sha256}")
+        else:
+            return True
+        return False
+
+    def _rows(self, entry: FileEntry, found: int) -> None:
+        if found != entry.rows:
+            self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
+
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> int:
+        """Check a samples file and note its keys; the number of distinct captions."""
+        samples = SamplesFile(self._source(entry), entry.path)
+        self._rows(entry, samples.num_rows)
+        caption_of: dict[int, str] = {}
+        for row in map(samples.row, range(samples.num_rows)):
+            if len(row.captions) != len(row.caption_ids) or not row.captions:
+                self._bad(entry.path, f"{row.key!r}: {len(row.captions)} captions, ids {row.caption_ids}")
+            for caption_id, caption in zip(row.caption_ids, row.captions, strict=False):
+                if caption_of.setdefault(caption_id, caption) != caption:
+                    self._bad(entry.path, f"{row.key!r}: caption id {caption_id} is of another caption too")
+        if set(caption_of) != set(range(len(caption_of))):
+            self._bad(entry.path, f"caption ids are not 0 to {len(caption_of) - 1}")
+        hashes = np.array([_hash(key) for key in samples.all_keys()], dtype=np.uint64)
+        self._key_hashes.append((shard, hashes))
+        return max(caption_of, default=-1) + 1
+
+    def _text(self, entry: FileEntry, group: TextGroup, num_captions: int | None) -> None:
+        # Not mapped: the parquet decoder checks the places that the mapped reader computes.
+        text = open_text(self._source(entry), entry.path, group, mapped=False)
+        self._rows(entry, text.num_rows)
+        if num_captions is not None and text.num_rows != num_captions:
+            self._bad(entry.path, f"{text.num_rows} rows, the samples have {num_captions} distinct captions")
+        bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
+        if bad:
+            self._bad(entry.path, f"{len(bad)} embeddings are not finite, the first in row {bad[0]}")
+
+    def null(self, group: TextGroup) -> None:
+        if group.null is None or not self._bytes(group.null):
+            return
+        try:
+            data = self._folder.read_bytes(group.null.path)
+            embedding, dtype = parse_null(data, group.null.path)
+        except StoreError as error:
+            self._bad(group.null.path, str(error))
+            return
+        expected = "float16" if group.dtype == "int8" else group.dtype
+        if embedding.shape[1] != group.dim or dtype != expected:
+            found = f"{dtype} {embedding.shape}"
+            self._bad(group.null.path, f"holds {found}, the encoder {expected} (n_tokens, {group.dim})")
+        elif not np.isfinite(embedding).all():
+            self._bad(group.null.path, "not finite")
+
+    def keys(self) -> None:
+        """Report keys that occur twice: equal hashes first, then the keys themselves are compared."""
+        if not self._key_hashes:
+            return
+        hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        first_file: dict[str, str] = {}
+        for name, key in self._keys_with(repeated) if repeated.size else ():
+            if key in first_file:
+                also = "" if first_file[key] == name else f" and in {first_file[key]}"
+                self._bad(name, f"key {key!r} occurs twice{also or ' here'}")
+            first_file.setdefault(key, name)
+
+    def _keys_with(self, hashes: np.ndarray) -> Iterator[tuple[str, str]]:
+        wanted = hashes[:_MAX_NAMED_KEYS]
+        for shard, own in self._key_hashes:
+            rows = np.flatnonzero(np.isin(own, wanted))
+            if rows.size:
+                entry = shard.files[SAMPLES_GROUP]
+                samples = SamplesFile(self._source(entry), entry.path)
+                yield from ((entry.path, samples.key(int(row))) for row in rows)
+
+    def strays(self) -> None:
+        """Report files the manifest does not know."""
+        known = {MANIFEST_NAME}
+        known.update(group.null.path for group in self._manifest.texts.values() if group.null)
+        known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
+        for name in self._folder.walk():
+            if name in known:
+                continue
+            is_leftover = name.endswith(".tmp") or any(part.startswith(".") for part in name.split("/"))
+            found = self._report.warnings if is_leftover else self._report.problems
+            found.append(Problem(name, "not in the manifest; delete it, or find out what wrote it"))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

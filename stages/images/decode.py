@@ -1,0 +1,264 @@
+"""Decode a picture of any common format to upright sRGB pixels, or say why it cannot be used.
+
+The plugin of each allowed format is called directly, not through `Image.open`: no other parser (EPS starts
+ghostscript) is ever reached, and Pillow's process-wide bomb limit gives way to the caller's `max_pixels`.
+
+Not corrected: a JPEG that was cut and then closed with an end marker decodes with a grey rest (libjpeg only
+warns and Pillow does not pass that on), and the PNG chunks gAMA, cHRM and cICP are ignored.
+"""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+from PIL.ExifTags import Base as ExifTag
+
+
+class RejectReason(StrEnum):
+    """Why a picture is not usable."""
+
+    EMPTY_FILE = "empty_file"
+    NOT_AN_IMAGE = "not_an_image"
+    """No allowed format: a web page, text, a format outside the list."""
+    DECODE_ERROR = "decode_error"
+    TRUNCATED = "truncated"
+    TOO_MANY_PIXELS = "too_many_pixels"
+
+
+class ImageRejected(Exception):
+    """A picture that cannot be used; `reason` is for counting, `detail` for a person."""
+
+    def __init__(self, reason: RejectReason, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded picture; width and height are those after the EXIF orientation was applied."""
+
+    pixels: np.ndarray
+    """uint8 (height, width, 3), sRGB, read-only."""
+    width: int
+    height: int
+    format: str
+
+
+def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
+    """Decode the first frame to upright sRGB on white.
+
+    Transparency is put on white, an embedded colour profile is converted to sRGB (perceptual intent; a broken
+    or unfitting profile is ignored) and 16-bit grey keeps its high byte.
+
+    Raises:
+        ImageRejected: the picture is unusable. Size is checked before any pixel is decoded.
+    """
+    if not data:
+        raise ImageRejected(RejectReason.EMPTY_FILE, "0 bytes")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides cut pictures; turn it off")
+
+    name, plugin = _plugin_for(data)
+    try:
+        image = plugin(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            detail = f"{image.width} x {image.height} is over {max_pixels} pixels"
+            raise ImageRejected(RejectReason.TOO_MANY_PIXELS, detail)
+        image.load()
+        pixels = np.asarray(_upright(_to_rgb(image), image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageRejected(RejectReason.TOO_MANY_PIXELS, str(error)) from error
+    except _DECODE_ERRORS as error:
+        raise ImageRejected(_reason_of(error, data), f"{name}: {type(error).__name__}: {error}"[:200]) from error
+    return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0], format=name)
+
+
+# What Pillow's parsers raise for damaged files. MemoryError is left out: it means the machine, not the file.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    UserWarning,  # only where warnings are errors
+    struct.error,
+    zlib.error,
+)
+
+
+def _reason_of(error: Exception, data: bytes) -> RejectReason:
+    ended_early = isinstance(error, EOFError) or "truncated" in str(error).lower()
+    short_riff = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")  # WebP
+    return RejectReason.TRUNCATED if ended_early or short_riff else RejectReason.DECODE_ERROR
+
+
+# ---- format ----
+
+_Plugin = Callable[[io.BytesIO], ImageFile.ImageFile]
+
+
+def _plugins() -> list[tuple[re.Pattern[bytes], str, _Plugin]]:
+    plugins: list[tuple[bytes, str, _Plugin]] = [
+        (rb"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),  # of an MPO file: its first picture
+        (rb"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+        (rb"RIFF.{4}WEBP", "WEBP", WebPImagePlugin.WebPImageFile),
+        (rb"GIF8[79]a", "GIF", GifImagePlugin.GifImageFile),
+        (rb"BM", "BMP", BmpImagePlugin.BmpImageFile),
+        (rb"II[*+]\0|MM\0[*+]", "TIFF", TiffImagePlugin.TiffImageFile),
+        (rb"P[1-6][\s#]", "PPM", PpmImagePlugin.PpmImageFile),
+    ]
+    if features.check("avif"):
+        from PIL import AvifImagePlugin
+
+        plugins.append((rb".{4}ftyp(avif|avis|mif1|msf1)", "AVIF", AvifImagePlugin.AvifImageFile))
+    return [(re.compile(magic, re.DOTALL), name, plugin) for magic, name, plugin in plugins]
+
+
+_PLUGINS = _plugins()
+
+
+def _plugin_for(data: bytes) -> tuple[str, _Plugin]:
+    for magic, name, plugin in _PLUGINS:
+        if magic.match(data):
+            return name, plugin
+    raise ImageRejected(RejectReason.NOT_AN_IMAGE, f"no known image format, starts with {data[:16]!r}")
+
+
+# ---- orientation ----
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of `source`, already loaded: Pillow turns a TIFF while loading it."""
+    try:
+        orientation = source.getexif().get(ExifTag.Orientation)
+    except (SyntaxError, ValueError, LookupError, TypeError, OSError, EOFError, struct.error, UserWarning):
+        return image  # broken EXIF is not a broken picture
+    transpose = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if transpose is None else image.transpose(transpose)
+
+
+# ---- colour ----
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to sRGB on white."""
+    colour, alpha = _split_alpha(image)
+    rgb = _apply_profile(colour, image.info.get("icc_profile"))
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return rgb
+    rgb.putalpha(alpha)
+    white = Image.new("RGBA", rgb.size, "white")
+    white.alpha_composite(rgb)
+    return white.convert("RGB")
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the picture has any."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _split_deep_grey(image)
+    if not image.has_transparency_data:
+        return (image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(_base(image))), None
+    with_alpha = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+    return with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
+
+
+def _base(image: Image.Image) -> str:
+    return "L" if image.mode == "1" else "RGB"
+
+
+def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of more than 8 bits: integers in 0..65535 keep the high byte, floats are in 0..1."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        grey = np.rint(np.clip(np.nan_to_num(values), 0.0, 1.0) * 255)
+    else:
+        grey = np.clip(values, 0, 65535) >> 8
+    deep_grey = Image.fromarray(grey.astype(np.uint8))
+    transparent = image.info.get("transparency")  # PNG may declare one grey value transparent
+    if transparent is None:
+        return deep_grey, None
+    return deep_grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+
+
+_PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
+
+
+def _apply_profile(colour: Image.Image, profile: bytes | None) -> Image.Image:
+    """L, RGB, CMYK or LAB to sRGB, through the embedded profile where it can be used."""
+    if colour.mode == "L" and profile and _profile_space(profile) == "RGB ":
+        colour = colour.convert("RGB")
+    transform = _transform_to_srgb(profile or b"", colour.mode)
+    if transform is not None:
+        return transform.apply(colour)
+    return colour if colour.mode == "RGB" else colour.convert("RGB")
+
+
+def _profile_space(profile: bytes) -> str:
+    """Colour space field of an ICC header (ICC.1:2022, 7.2.6)."""
+    return profile[16:20].decode("latin-1")
+
+
+@lru_cache(maxsize=64)
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Transform from a profile to sRGB; None where the profile is absent, broken, unfitting or is sRGB."""
+    if mode == "LAB":
+        source = ImageCms.createProfile("LAB")
+    elif _profile_space(profile) == _PROFILE_SPACES[mode]:
+        source = io.BytesIO(profile)
+    else:
+        return None
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.getOpenProfile(source) if isinstance(source, io.BytesIO) else source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.PERCEPTUAL,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    return None if mode == "RGB" and _is_identity(transform) else transform
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a grid of colours comes out as it went in, to one level: then the profile is a kind of sRGB."""
+    steps = np.arange(0, 256, 15, dtype=np.uint8)  # 0, 15 .. 255
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
+    out = np.asarray(transform.apply(Image.fromarray(grid)))
+    return int(np.abs(out.astype(int) - grid).max()) <= 1

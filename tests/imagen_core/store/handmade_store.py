@@ -1,0 +1,113 @@
+"""A small store made by hand, with the values it was made from."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from imagen_core import store as st
+
+DIM = 16
+
+
+@dataclass
+class Made:
+    """A written store and what a reader must find in it, excluded rows left out."""
+
+    path: Path
+    keys: list[str] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+    images: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    text: list[list[np.ndarray]] = field(default_factory=list)  # float32, before the cast
+    null: np.ndarray = field(default_factory=lambda: np.zeros((0, DIM), np.float32))
+
+
+def file_entry(root: Path, path: str, rows: int) -> dict:
+    data = (root / path).read_bytes()
+    return {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
+
+
+def make_store(
+    root: Path,
+    *,
+    shard_rows: tuple[int, ...] = (5, 3, 4),
+    store_format: st.StoreFormat = "parquet",
+    dtype: st.StoreDtype = "float16",
+    sizes: tuple[int, ...] = (8, 4),
+    excluded: dict[int, list[int]] | None = None,
+    num_captions: int = 2,
+    seed: int = 0,
+) -> Made:
+    """Write a store with `num_captions` captions a sample, the first shared by pairs of samples."""
+    rng = np.random.default_rng(seed)
+    excluded = excluded or {}
+    made = Made(root, images={size: [] for size in sizes})
+    groups = ["samples", *(st.image_group(size) for size in sizes), st.text_group("t5")]
+    for group in groups:
+        (root / group).mkdir(parents=True)
+    shards = []
+    for shard, rows in enumerate(shard_rows):
+        captions: list[str] = []
+        samples = []
+        for row in range(rows):
+            own = [
+                f"caption {shard} {row // 2} é",
+                *(f"caption {shard} {row} {k}" for k in range(1, num_captions)),
+            ]
+            captions += [caption for caption in own if caption not in captions]
+            ids = tuple(captions.index(caption) for caption in own)
+            url = None if row % 2 else f"https://example.com/{shard}/{row}.jpg"
+            digest = hashlib.sha256(bytes([shard, row])).hexdigest()
+            samples.append(st.SampleRow(f"{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row))
+        embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
+        files = {"samples": st.shard_path("samples", shard)}
+        st.write_samples(root / files["samples"], samples)
+        for size in sizes:
+            name = st.image_group(size)
+            files[name] = st.shard_path(name, shard, store_format)
+            with st.open_image_writer(root / files[name], size, store_format) as writer:
+                for row in range(rows):
+                    pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                    writer.append(pixels)
+                    if row not in excluded.get(shard, []):
+                        made.images[size].append(pixels)
+        files["text-t5"] = st.shard_path("text-t5", shard, store_format)
+        st.write_text_shard(root / files["text-t5"], embeddings, DIM, dtype, store_format)
+        num_rows = dict.fromkeys(groups, rows) | {"text-t5": len(captions)}
+        shards.append(
+            {
+                "index": shard,
+                "rows": rows,
+                "excluded": excluded.get(shard, []),
+                "files": {name: file_entry(root, path, num_rows[name]) for name, path in files.items()},
+            }
+        )
+        for row, sample in enumerate(samples):
+            if row not in excluded.get(shard, []):
+                made.keys.append(sample.key)
+                made.captions.append(list(sample.captions))
+                made.text.append([embeddings[i] for i in sample.caption_ids])
+    made.null = rng.normal(size=(1, DIM)).astype(np.float32)
+    st.write_null(root / st.null_path("t5"), made.null, dtype)
+    null = file_entry(root, st.null_path("t5"), 1)
+    header_groups: dict[str, dict] = {"samples": {"kind": "samples"}}
+    for size in sizes:
+        header_groups[st.image_group(size)] = {
+            "kind": "images",
+            "size_px": size,
+            "format": store_format,
+            "codec": "raw",
+            "config": {},
+        }
+    header_groups["text-t5"] = {
+        "kind": "text",
+        "encoder": "t5",
+        "dim": DIM,
+        "dtype": dtype,
+        "format": store_format,
+        "fingerprint": {"model": "tiny"},
+        "null": null,
+    }
+    st.write_manifest(root / "manifest.json", {"writer": "test", "groups": header_groups}, shards)
+    return made

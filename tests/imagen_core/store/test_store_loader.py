@@ -1,0 +1,269 @@
+"""Loader: right tensors, each sample once, and the same order however it is run."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from handmade_store import DIM, Made
+
+from imagen_core import store as st
+from imagen_core.store.order import permute, pick
+
+Make = Callable[..., Made]
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.float16,
+}
+
+
+def keys_of(batches: Any) -> list[str]:
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def run_global(store: st.Store, world_size: int, batch_size: int = 2, **options: Any) -> list[list[str]]:
+    """Keys of each global batch of one epoch, ranks joined."""
+    loaders = [
+        store.loader(batch_size=batch_size, rank=rank, world_size=world_size, **options) for rank in range(world_size)
+    ]
+    return [[key for batch in batches for key in batch["keys"]] for batches in zip(*loaders, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_batches_hold_the_samples_values(make: Make, store_format: st.StoreFormat, dtype: st.StoreDtype) -> None:
+    made = make(store_format=store_format, dtype=dtype, num_captions=1)
+    store = st.Store.open(made.path)
+    seen = 0
+    for batch in store.loader(batch_size=5, images=[8, 4], text="t5"):
+        size = len(batch["keys"])
+        assert batch["images"][8].shape == (size, 3, 8, 8)
+        assert batch["images"][8].dtype == torch.uint8
+        assert batch["text"].dtype == DTYPES[dtype]
+        assert batch["text_mask"].dtype == torch.bool
+        longest = 0
+        for k, key in enumerate(batch["keys"]):
+            sample = store[made.keys.index(key)]
+            for px in (8, 4):
+                np.testing.assert_array_equal(batch["images"][px][k].permute(1, 2, 0).numpy(), sample.images[px])
+            x = torch.from_numpy(sample.text["t5"][0]).to(DTYPES[dtype])
+            assert torch.equal(batch["text"][k, : len(x)], x)
+            assert not batch["text"][k, len(x) :].any()
+            assert batch["text_mask"][k].tolist() == [i < len(x) for i in range(batch["text"].shape[1])]
+            longest, seen = max(longest, len(x)), seen + 1
+        assert batch["text"].shape == (size, longest, DIM)
+    assert seen == 12
+
+
+def test_long_embeddings_are_cut(make: Make) -> None:
+    made = make(num_captions=1)
+    store = st.Store.open(made.path)
+    (batch,) = store.loader(batch_size=12, text="t5", max_tokens=2, shuffle=False)
+    lengths = [min(2, len(x[0])) for x in made.text]
+    assert batch["text"].shape == (12, 2, DIM)
+    assert batch["text_mask"].sum(1).tolist() == lengths
+    assert torch.equal(batch["text"][2, :2], torch.from_numpy(store[2].text["t5"][0][:2]))
+
+
+def test_only_what_was_asked_for_is_loaded(make: Make) -> None:
+    store = st.Store.open(make().path)
+    assert set(next(iter(store.loader(batch_size=2)))) == {"keys"}
+    assert set(next(iter(store.loader(batch_size=2, images=[4])))) == {"keys", "images"}
+    assert set(next(iter(store.loader(batch_size=2, text="t5")))) == {"keys", "text", "text_mask"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [11, 12, 13, 7])
+def test_each_sample_is_seen_once_an_epoch(make: Make, world_size: int, num_rows: int) -> None:
+    made = make(shard_rows=(num_rows - 3, 3), sizes=(4,))
+    store = st.Store.open(made.path)
+    batches = run_global(store, world_size, images=[4], text="t5")
+    assert sorted(key for batch in batches for key in batch) == sorted(made.keys)
+    assert len(batches) == len(store.loader(batch_size=2, world_size=world_size)) == -(-num_rows // (2 * world_size))
+
+
+def test_a_small_last_batch_is_split_evenly(make: Make) -> None:
+    store = st.Store.open(make(shard_rows=(7,)).path)
+    sizes = [[len(b["keys"]) for b in store.loader(batch_size=2, rank=r, world_size=3, text="t5")] for r in range(3)]
+    assert sorted(map(tuple, sizes)) == [(2, 0), (2, 0), (2, 1)]
+
+
+def test_an_empty_batch_has_empty_tensors(make: Make) -> None:
+    store = st.Store.open(make(shard_rows=(1,)).path)
+    (batch,) = store.loader(batch_size=2, rank=0, world_size=2, images=[8], text="t5")
+    assert batch["keys"] == []
+    assert batch["images"][8].shape == (0, 3, 8, 8)
+    assert batch["text"].shape == (0, 0, DIM)
+    assert batch["text_mask"].shape == (0, 0)
+
+
+def test_drop_last_leaves_out_the_small_batch(make: Make) -> None:
+    store = st.Store.open(make(shard_rows=(7,)).path)
+    whole = run_global(store, 3)
+    assert run_global(store, 3, drop_last=True) == whole[:1]
+    loader = store.loader(batch_size=3, drop_last=True)
+    assert [len(keys_of(loader)) for _ in range(3)] == [6, 6, 6]
+    assert list(store.loader(batch_size=8, drop_last=True)) == []
+
+
+def test_global_batches_do_not_depend_on_the_world_size(make: Make) -> None:
+    store = st.Store.open(make().path)
+    one, two, four = (run_global(store, w, 4 // w) for w in (1, 2, 4))
+    assert one == two == four
+    assert [len(batch) for batch in one] == [4, 4, 4]
+
+
+def test_each_epoch_has_its_order_and_a_seed_repeats_them(make: Make) -> None:
+    made = make()
+    store = st.Store.open(made.path)
+    loader, again, other = (store.loader(batch_size=5, seed=seed) for seed in (3, 3, 4))
+    epochs = [keys_of(loader) for _ in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert all(sorted(epoch) == sorted(made.keys) for epoch in epochs)
+    assert [keys_of(again) for _ in range(4)] == epochs
+    assert keys_of(other) != epochs[0]
+
+
+def test_without_shuffle_the_order_is_the_stores(make: Make) -> None:
+    made = make()
+    loader = st.Store.open(made.path).loader(batch_size=5, shuffle=False)
+    assert keys_of(loader) == keys_of(loader) == made.keys
+
+
+def captions_chosen(store: st.Store, epochs: int = 1, **options: Any) -> dict[tuple[int, str], bytes]:
+    chosen = {}
+    loader = store.loader(text="t5", **options)
+    for epoch in range(epochs):
+        for batch in loader:
+            for k, key in enumerate(batch["keys"]):
+                chosen[epoch, key] = batch["text"][k][batch["text_mask"][k]].numpy().tobytes()
+    return chosen
+
+
+def test_the_caption_taken_does_not_depend_on_how_it_is_run(make: Make) -> None:
+    made = make(num_captions=4)
+    store = st.Store.open(made.path)
+    chosen = captions_chosen(store, batch_size=1)
+    assert captions_chosen(store, batch_size=7) == chosen
+    assert captions_chosen(store, batch_size=7, shuffle=False) == chosen
+    halves = [captions_chosen(store, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    assert halves[0] | halves[1] == chosen
+    for (_, key), value in chosen.items():
+        options = [x.astype(np.float16).tobytes() for x in made.text[made.keys.index(key)]]
+        assert value in options
+
+
+def test_all_captions_are_taken_over_the_epochs(make: Make) -> None:
+    made = make(num_captions=3)
+    chosen = captions_chosen(st.Store.open(made.path), epochs=40, batch_size=12)
+    for key, texts in zip(made.keys, made.text, strict=True):
+        taken = [chosen[epoch, key] for epoch in range(40)]
+        counts = [taken.count(x.astype(np.float16).tobytes()) for x in texts]
+        assert sum(counts) == 40
+        assert min(counts) >= 3
+
+
+def test_resume_with_other_world_sizes_sees_each_sample_once(make: Make) -> None:
+    made = make(shard_rows=(20, 17), sizes=(4,))
+    store = st.Store.open(made.path)
+    straight = keys_of(store.loader(batch_size=1, seed=9))
+    seen: list[str] = []
+    state = None
+    for world_size, batch_size, steps in ((2, 3, 2), (1, 5, 2), (2, 2, 99)):
+        loaders = [
+            store.loader(batch_size=batch_size, rank=rank, world_size=world_size, seed=9, text="t5")
+            for rank in range(world_size)
+        ]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+        for _, batches in zip(range(steps), zip(*loaders, strict=True), strict=False):
+            seen += keys_of(batches)
+            state = loaders[0].state_dict()
+            assert [loader.state_dict() for loader in loaders] == [state] * world_size
+    assert seen == straight
+    assert state is not None
+    assert (state["epoch"], state["position"]) == (1, 0)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(make: Make) -> None:
+    store = st.Store.open(make(num_captions=3).path)
+    options: dict[str, Any] = {"batch_size": 5, "images": [8], "text": "t5", "seed": 1}
+    straight = store.loader(**options)
+    expected = [batch for _ in range(3) for batch in straight]
+    got = []
+    state = store.loader(**options).state_dict()
+    for _ in expected:
+        loader = store.loader(**options)
+        loader.load_state_dict(state)
+        got.append(next(iter(loader)))
+        state = loader.state_dict()
+    for a, b in zip(got, expected, strict=True):
+        assert a["keys"] == b["keys"]
+        assert torch.equal(a["images"][8], b["images"][8])
+        assert torch.equal(a["text"], b["text"])
+
+
+def test_a_loop_left_early_goes_on_there(make: Make) -> None:
+    made = make()
+    loader = st.Store.open(made.path).loader(batch_size=5)
+    first = next(iter(loader))["keys"]
+    assert sorted(first + keys_of(loader)) == sorted(made.keys)
+    assert len(keys_of(loader)) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"seed": 5}, "seed 5, this loader has 0"), ({"shuffle": False}, "shuffle False")]
+)
+def test_resume_with_another_order_is_refused(make: Make, change: dict[str, Any], message: str) -> None:
+    store = st.Store.open(make().path)
+    state = store.loader(batch_size=2, **change).state_dict()
+    with pytest.raises(ValueError, match=message):
+        store.loader(batch_size=2).load_state_dict(state)
+
+
+def test_resume_with_another_store_is_refused(make: Make) -> None:
+    state = st.Store.open(make("a", shard_rows=(4,)).path).loader(batch_size=2).state_dict()
+    with pytest.raises(ValueError, match="num_samples 4, this loader has 12"):
+        st.Store.open(make("b").path).loader(batch_size=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": [5]}, r"images of 5 px are not in the store; it has \[4, 8\]"),
+        ({"text": "clip"}, "encoder 'clip' is not in the store"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+    ],
+)
+def test_wrong_arguments_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        st.Store.open(make().path).loader(**{"batch_size": 2, **options})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_the_order_is_a_permutation_that_can_be_computed_in_parts(size: int) -> None:
+    whole = permute(np.arange(size), size, key=12345)
+    assert sorted(whole.tolist()) == list(range(size))
+    parts = [permute(np.array([i]), size, key=12345)[0] for i in range(0, size, 97)]
+    assert parts == whole[::97].tolist()
+
+
+def test_the_order_looks_random() -> None:
+    orders = np.stack([permute(np.arange(50), 50, key) for key in range(2000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=50) for place in range(50)])
+    chi2 = ((counts - 40) ** 2 / 40).sum()  # 49 * 49 degrees of freedom, standard deviation 69
+    assert abs(chi2 - 49 * 49) < 5 * 69
+    runs = np.mean(np.diff(orders, axis=1) == 1)  # neighbours that stayed neighbours: 1 of 50
+    assert abs(runs - 0.02) < 0.003
+
+
+def test_the_order_is_frozen() -> None:
+    """A resumed run relies on these numbers; a change here breaks every checkpoint."""
+    assert permute(np.arange(8), 8, key=1).tolist() == [1, 0, 5, 4, 6, 3, 7, 2]
+    assert pick(np.arange(8), np.full(8, 5), key=1).tolist() == [4, 1, 1, 3, 0, 3, 4, 3]
