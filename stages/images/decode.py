@@ -175,6 +175,9 @@ def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
 
 # ---- colour ----
 
+_PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
+"""Modes that convert to sRGB through a profile, with the name of that colour space in an ICC header."""
+
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to sRGB on white."""
@@ -184,8 +187,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return rgb
     rgb.putalpha(alpha)
     white = Image.new("RGBA", rgb.size, "white")
-    white.alpha_composite(rgb)
-    return white.convert("RGB")
+    return Image.alpha_composite(white, rgb).convert("RGB")
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -193,13 +195,11 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode == "F" or image.mode.startswith("I"):
         return _split_deep_grey(image)
     if not image.has_transparency_data:
-        return (image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(_base(image))), None
+        if image.mode not in _PROFILE_SPACES:
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        return image, None
     with_alpha = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
     return with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
-
-
-def _base(image: Image.Image) -> str:
-    return "L" if image.mode == "1" else "RGB"
 
 
 def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -214,9 +214,6 @@ def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     if transparent is None:
         return deep_grey, None
     return deep_grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-
-
-_PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 
 
 def _apply_profile(colour: Image.Image, profile: bytes | None) -> Image.Image:

@@ -1,0 +1,105 @@
+"""Collects the facts of a run and renders the page."""
+
+import json
+from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from imagen_core.store import Store, StoreError
+from pipeline.errors import ConfigError
+from pipeline.files import write_text
+from pipeline.runfolder import RunFolder
+from pipeline.show import human_bytes
+from stages.inspect import group_bytes, open_store
+from stages.report.pictures import caption_histogram, caption_tokens, picture_grid
+from stages.verify import CommandResult, store_folder
+
+_NUM_PICTURES = 24
+
+
+def report_command(path: Path) -> CommandResult:
+    """Writes RUN/report/index.html (or `report/` beside a bare store) and says where it is."""
+    store = open_store(path)
+    root = store_folder(path).absolute().parent
+    run = RunFolder(root)
+    try:
+        facts = _facts(store, run)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    page = run.report_folder / "index.html"
+    write_text(page, _render(facts))
+    result: dict[str, object] = {"report": str(page), "bytes": page.stat().st_size, **_plain(facts)}
+    return result, [f"report  {page}"], 0
+
+
+def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
+    sizes = group_bytes(store)
+    summary = json.loads(run.summary_file.read_text("utf-8")) if run.summary_file.exists() else None
+    return {
+        "title": run.root.name,
+        "num_samples": len(store),
+        "num_shards": store.manifest.num_shards,
+        "input_rows": summary["tally"]["input_rows"] if summary else None,
+        "seconds": summary["seconds"] if summary else None,
+        "outcome": summary["outcome"] if summary else None,
+        "groups": [
+            {"name": name, "bytes": size, "per_sample": size / max(1, len(store))} for name, size in sizes.items()
+        ],
+        "total_bytes": sum(sizes.values()),
+        "drops": _drops(summary),
+        "throughput": _throughput(run),
+        "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
+        "captions": {name: caption_tokens(store, name) for name in store.encoders},
+        "pictures": picture_grid(store, _NUM_PICTURES),
+    }
+
+
+def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
+    if summary is None:
+        return []
+    return [
+        {"group": name, "reason": reason, "count": count}
+        for name, group in summary["tally"]["groups"].items()
+        for reason, count in sorted(group["drops"].items(), key=lambda item: -item[1])
+    ]
+
+
+def _throughput(run: RunFolder) -> list[dict[str, object]]:
+    """Rows and busy seconds of each stage over the whole life of the run folder, from its events."""
+    rows: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    shards: dict[str, int] = defaultdict(int)
+    if run.events_file.exists():
+        with run.events_file.open(encoding="utf-8") as lines:
+            for line in lines:
+                event = json.loads(line)
+                if event["event"] == "task":
+                    rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
+                    seconds[event["stage"]] += event["seconds"]
+                    shards[event["stage"]] += 1
+    return [
+        {
+            "stage": stage,
+            "shards": shards[stage],
+            "rows": rows[stage],
+            "busy_s": round(seconds[stage], 2),
+            "rows_per_busy_s": round(rows[stage] / seconds[stage], 1) if seconds[stage] else None,
+        }
+        for stage in rows
+    ]
+
+
+def _render(facts: dict[str, Any]) -> str:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["human_bytes"] = human_bytes
+    template = environment.from_string((files("stages.report") / "page.html").read_text("utf-8"))
+    charts = {name: caption_histogram(lengths) for name, lengths in facts["captions"].items()}
+    return template.render(**facts, charts=charts)
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without pictures, for --json."""
+    return {key: value for key, value in facts.items() if key not in ("pictures", "captions")}
