@@ -32,6 +32,11 @@ def load_config(config_class: type[ConfigT], path: Path | None = None, overrides
     for override in overrides:
         _seed_default_list(config_class, tree, override)
         _apply_override(tree, override)
+    for name, field in config_class.model_fields.items():
+        section = tree.get(name)
+        kind = getattr(field.default, "kind", None)
+        if kind is not None and isinstance(section, dict):
+            section.setdefault("kind", kind)  # `source.seed=1` alone changes the default source
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
@@ -115,8 +120,13 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
             lines.append(f"{path}: unknown key (got {value!r}); {hint}")
         elif item["type"] == "missing":
             lines.append(f"{path}: needed, but not given; set it in the file or as {path}=VALUE")
+        elif item["type"] == "union_tag_invalid":
+            kind, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
+            close = difflib.get_close_matches(kind, tags.split(", "), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {tags}"
+            lines.append(f"{path}.kind: there is none of this name (got {kind!r}); {hint}")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             shown = f" (got {value!r})" if len(repr(value)) <= 100 else ""
             lines.append(f"{path}: {message[:1].lower()}{message[1:]}{shown}")
     return "\n".join(lines)

@@ -72,7 +72,7 @@ class RunFolder:
         """The completion record, or None if this (group, shard) is not finished."""
         try:
             return json.loads(self.record_file(group, shard).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def records(self, group: str) -> Iterator[Record]:
@@ -118,9 +118,14 @@ class RunFolder:
         """Takes the folder for this process; the lock goes with the process, however it ends.
 
         Raises:
-            ConfigError: another run holds it.
+            ConfigError: another run holds it, or the folder cannot be made.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.root}: cannot be made ({error.strerror}); choose a folder that you can write to"
+            ) from error
         lock = FileLock(self.root / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -136,7 +141,7 @@ class EventLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, event: str, **fields: object) -> None:
         line = {"time": round(time.time(), 3), "event": event, **fields}

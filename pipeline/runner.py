@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import dump_yaml
 from pipeline.errors import DropLimitError, ShardError
-from pipeline.executors.base import make_executor
+from pipeline.executors.base import Executor, make_executor
 from pipeline.files import write_json, write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
@@ -41,6 +41,7 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
     run = RunFolder(out)
     plan = workflow.plan(run)
     run.transient_groups = plan.transient_groups
+    executor = make_executor(options.executor, plan.stages, run, workflow.config.execution, options.address)
     with run.lock():
         check_groups(plan, run, restart=options.restart)
         run.clean()
@@ -48,15 +49,16 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
         write_json(run.plan_file, describe(workflow, plan))
         events = EventLog(run.events_file)
         try:
-            return _execute(workflow, plan, run, events, options)
+            return _execute(workflow, plan, run, executor, events, options)
         finally:
             events.close()
 
 
-def _execute(workflow: Workflow, plan: Plan, run: RunFolder, events: EventLog, options: RunOptions) -> Summary:
+def _execute(
+    workflow: Workflow, plan: Plan, run: RunFolder, executor: Executor, events: EventLog, options: RunOptions
+) -> Summary:
     started = time.perf_counter()
     execution = workflow.config.execution
-    executor = make_executor(options.executor, plan.stages, run, execution, options.address)
     progress = Progress(plan.stages, quiet=options.quiet)
     scheduler = Scheduler(
         plan, run, executor, events, progress, max_attempts=execution.max_attempts, restart=options.restart

@@ -54,7 +54,7 @@ def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | No
     """The fingerprint the group was begun with, or None if it was never begun."""
     try:
         return json.loads(_group_file(run, group).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

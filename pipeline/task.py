@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import EXIT_FAILED, PipelineError
 from pipeline.files import commit_file, file_digest, write_json, write_text
+from pipeline.fingerprint import digest
 from pipeline.runfolder import RunFolder
 from pipeline.stage import GroupResult, Shard, Stage, Task
 
@@ -44,7 +45,7 @@ class TaskOutcome:
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 
 
-_prepared: dict[tuple[str, str], Stage] = {}
+_prepared: dict[str, Stage] = {}
 _prepare_lock = threading.Lock()
 
 
@@ -78,12 +79,18 @@ _DISK_ERRORS = (28, 30, 122)  # ENOSPC, EROFS, EDQUOT
 
 def _prepare(stage: Stage, run: RunFolder) -> Stage:
     """The stage with its models loaded; once in a process."""
-    key = (str(run.root), stage.name)
+    key = digest([str(run.root), stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
     with _prepare_lock:
         if key not in _prepared:
             stage.setup(run)
             _prepared[key] = stage
         return _prepared[key]
+
+
+def release_stages() -> None:
+    """Lets go of the models this process has loaded."""
+    with _prepare_lock:
+        _prepared.clear()
 
 
 def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:

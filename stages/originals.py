@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import webdataset as wds
-
 from stages.sources.base import Original
 
 _MAGIC = (
@@ -30,6 +28,8 @@ class OriginalsWriter:
     """Writes originals as they arrive; memory holds one at a time."""
 
     def __init__(self, path: Path):
+        import webdataset as wds  # imports torch, so not at module level
+
         self._file = path.open("wb")
         self._tar = wds.TarWriter(self._file, mtime=0.0, encoder=False)
 

@@ -4,20 +4,25 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Stage
 from pipeline.task import TaskOutcome, TaskRequest
+
+EXECUTORS = ("ray", "local", "inline")
 
 
 class ExecutionConfig(Config):
     """How much runs at once. Changes nothing in the result."""
 
-    num_cpus: int | None = None
+    num_cpus: int | None = Field(default=None, ge=1)
     """CPUs to use on this machine; default all. Ignored when joining a cluster with --address."""
-    max_in_flight_shards: int | None = None
+    max_in_flight_shards: int | None = Field(default=None, ge=1)
     """Shards admitted at once (backpressure); default twice the workers, at least 4."""
-    max_attempts: int = 3
+    max_attempts: int = Field(default=3, ge=1)
     """Tries of a failing shard before it is set aside with its traceback."""
 
 
@@ -48,7 +53,19 @@ def usable_cpus() -> int:
 def make_executor(
     kind: str, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None
 ) -> Executor:
-    """Builds the executor named `ray` or `local`."""
+    """Builds the executor of this name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if kind not in EXECUTORS:
+        raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {kind!r})")
+    if address is not None and kind != "ray":
+        raise ConfigError(f"--address: only the ray executor joins a cluster (got --executor {kind})")
+    if kind == "inline":
+        from pipeline.executors.inline import InlineExecutor
+
+        return InlineExecutor(run)
     if kind == "ray":
         from pipeline.executors.ray import RayExecutor
 

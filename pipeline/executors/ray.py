@@ -93,7 +93,7 @@ class RayExecutor(Executor):
         while pool.waiting:
             worker = min(pool.workers, key=lambda w: w.num_running, default=None)
             if (worker is None or worker.num_running) and len(pool.workers) < pool.max_workers:
-                worker = _Worker(pool.actor_class.remote(self.stage_refs[pool.stage.name], self.run))
+                worker = _Worker(pool.actor_class.remote(pool.stage, self.run))
                 pool.workers.append(worker)
             if worker is None or worker.num_running >= _PREFETCH:
                 return
@@ -111,9 +111,9 @@ class RayExecutor(Executor):
         remote = ray.remote(run_task)
         actor_class = ray.remote(_StageActor)
         for name, stage in self.stages.items():
-            self.stage_refs[name] = ray.put(stage)
             gpus = stage.resources.num_gpus if num_gpus else 0
             if stage.max_workers is None:
+                self.stage_refs[name] = ray.put(stage)
                 self.remote_task[name] = remote.options(
                     num_cpus=min(stage.resources.num_cpus, num_cpus),
                     num_gpus=gpus,

@@ -9,7 +9,7 @@ from pipeline.errors import MachineError, PipelineError, ShardError, StaleOutput
 from pipeline.runner import RunOptions, Summary, run_workflow
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
-EXECUTORS = ["local", pytest.param("ray", marks=pytest.mark.ray)]
+EXECUTORS = ["inline", "local", pytest.param("ray", marks=pytest.mark.ray)]
 
 
 def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Summary:
@@ -62,7 +62,7 @@ def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     assert marks(trace, "square-00001") == 1
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", EXECUTORS[1:])
 def test_a_killed_worker_costs_nothing_but_time(executor: str, tmp_path: Path, trace: Path) -> None:
     run(tmp_path / "r", executor, trace=str(trace), kill_shard=1)
     run(tmp_path / "plain", executor)
@@ -76,56 +76,57 @@ def test_a_setup_that_cannot_work_ends_the_run_at_once_with_its_exit_code(execut
     assert caught.value.exit_code == MachineError.exit_code
 
 
-def test_ray_and_local_write_the_same_bytes(tmp_path: Path) -> None:
+def test_all_executors_write_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "ray", "ray", add_cubes=True)
     run(tmp_path / "local", "local", add_cubes=True)
-    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    run(tmp_path / "inline", "inline", add_cubes=True)
+    assert files(tmp_path / "ray") == files(tmp_path / "local") == files(tmp_path / "inline")
 
 
 def test_a_group_added_later_leaves_the_others_alone(tmp_path: Path, trace: Path) -> None:
-    run(tmp_path / "r", "local", trace=str(trace))
-    run(tmp_path / "r", "local", trace=str(trace), add_cubes=True)
+    run(tmp_path / "r", "inline", trace=str(trace))
+    run(tmp_path / "r", "inline", trace=str(trace), add_cubes=True)
     assert marks(trace, "square") == 5
     assert marks(trace, "fetch") == 5, "cubes need only squares, so nothing is fetched again"
     assert marks(trace, "cube") == 5
 
 
 def test_a_changed_config_is_refused_with_a_diff_and_rebuilt_on_restart(tmp_path: Path) -> None:
-    run(tmp_path / "r", "local", add_cubes=True)
+    run(tmp_path / "r", "inline", add_cubes=True)
     before = files(tmp_path / "r")
     with pytest.raises(StaleOutputError, match=r"squares\.factor: 2 -> 3\n.*therefore: cubes"):
-        run(tmp_path / "r", "local", add_cubes=True, factor=3)
+        run(tmp_path / "r", "inline", add_cubes=True, factor=3)
     assert files(tmp_path / "r") == before
-    run(tmp_path / "r", "local", restart=True, add_cubes=True, factor=3)
+    run(tmp_path / "r", "inline", restart=True, add_cubes=True, factor=3)
     assert files(tmp_path / "r")["store/cubes/00001.txt"] == b"148\n175\n208"
 
 
 def test_changed_input_rows_are_refused_and_rebuilt_on_restart(tmp_path: Path) -> None:
-    run(tmp_path / "r", "local", rows=4)
+    run(tmp_path / "r", "inline", rows=4)
     with pytest.raises(StaleOutputError, match="shard 00000 of squares was made from other input rows"):
-        run(tmp_path / "r", "local", rows=3)
-    run(tmp_path / "r", "local", rows=3, restart=True)
-    run(tmp_path / "plain", "local", rows=3)
+        run(tmp_path / "r", "inline", rows=3)
+    run(tmp_path / "r", "inline", rows=3, restart=True)
+    run(tmp_path / "plain", "inline", rows=3)
     assert files(tmp_path / "r") == files(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_file_and_what_was_made_from_it_is_made_anew(tmp_path: Path, damage: str) -> None:
-    run(tmp_path / "r", "local", add_cubes=True)
+    run(tmp_path / "r", "inline", add_cubes=True)
     before = files(tmp_path / "r")
     bad = tmp_path / "r" / "store" / "squares" / "00003.txt"
     bad.unlink() if damage == "missing" else bad.write_bytes(b"1")
     (tmp_path / "r" / "store" / "cubes" / "00003.txt").write_text("made from the bad file")
-    run(tmp_path / "r", "local", add_cubes=True)
+    run(tmp_path / "r", "inline", add_cubes=True)
     assert files(tmp_path / "r") == before
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    run(tmp_path / "r", "local")
+    run(tmp_path / "r", "inline")
     (tmp_path / "r" / "store" / "squares" / ".tmp-123-00000.txt").write_text("half")
     (tmp_path / "r" / "staging").mkdir(exist_ok=True)
     (tmp_path / "r" / "staging" / ".tmp-abc").mkdir()
-    run(tmp_path / "r", "local")
+    run(tmp_path / "r", "inline")
     assert not list((tmp_path / "r").rglob(".tmp-*"))
 
 
@@ -134,9 +135,9 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     from pipeline.runfolder import RunFolder
 
     with RunFolder(tmp_path / "r").lock(), pytest.raises(ConfigError, match="another run is working"):
-        run(tmp_path / "r", "local")
+        run(tmp_path / "r", "inline")
 
 
 def test_intermediate_files_are_kept_if_asked(tmp_path: Path) -> None:
-    run(tmp_path / "r", "local", keep=True)
+    run(tmp_path / "r", "inline", keep=True)
     assert len(list((tmp_path / "r" / "staging" / "raw").glob("*.txt"))) == 5

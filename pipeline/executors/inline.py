@@ -1,0 +1,29 @@
+"""Runs tasks one after another in this process: for debugging with breakpoints, and for quick tests."""
+
+from collections import deque
+
+from pipeline.executors.base import Executor
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Stage
+from pipeline.task import TaskOutcome, TaskRequest, release_stages, run_task
+
+
+class InlineExecutor(Executor):
+    """No parallelism, no other process; same tasks, same results."""
+
+    window = 1
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.queue: deque[tuple[Stage, TaskRequest]] = deque()
+
+    def submit(self, stage: Stage, request: TaskRequest) -> None:
+        self.queue.append((stage, request))
+
+    def wait(self) -> list[TaskOutcome]:
+        stage, request = self.queue.popleft()
+        return [run_task(stage, self.run, request)]
+
+    def close(self) -> None:
+        self.queue.clear()
+        release_stages()
