@@ -104,7 +104,8 @@ _DECODE_ERRORS = (
     EOFError,
     LookupError,
     TypeError,
-    OverflowError,
+    AttributeError,
+    ArithmeticError,
     RuntimeError,
     UserWarning,  # only where warnings are errors
     struct.error,
@@ -182,7 +183,8 @@ _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to sRGB on white."""
     colour, alpha = _split_alpha(image)
-    rgb = _apply_profile(colour, image.info.get("icc_profile"))
+    profile = image.info.get("icc_profile")
+    rgb = _apply_profile(colour, profile if isinstance(profile, bytes) else b"")
     if alpha is None or alpha.getextrema()[0] == 255:
         return rgb
     rgb.putalpha(alpha)
@@ -216,11 +218,11 @@ def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | Non
     return deep_grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
 
 
-def _apply_profile(colour: Image.Image, profile: bytes | None) -> Image.Image:
+def _apply_profile(colour: Image.Image, profile: bytes) -> Image.Image:
     """L, RGB, CMYK or LAB to sRGB, through the embedded profile where it can be used."""
-    if colour.mode == "L" and profile and _profile_space(profile) == "RGB ":
+    if colour.mode == "L" and _profile_space(profile) == "RGB ":
         colour = colour.convert("RGB")
-    transform = _transform_to_srgb(profile or b"", colour.mode)
+    transform = _transform_to_srgb(profile, colour.mode)
     if transform is not None:
         return transform.apply(colour)
     return colour if colour.mode == "RGB" else colour.convert("RGB")
@@ -231,24 +233,22 @@ def _profile_space(profile: bytes) -> str:
     return profile[16:20].decode("latin-1")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Transform from a profile to sRGB; None where the profile is absent, broken, unfitting or is sRGB."""
-    if mode == "LAB":
-        source = ImageCms.createProfile("LAB")
-    elif _profile_space(profile) == _PROFILE_SPACES[mode]:
-        source = io.BytesIO(profile)
-    else:
+    if mode != "LAB" and _profile_space(profile) != _PROFILE_SPACES[mode]:
         return None
     try:
         transform = ImageCms.buildTransform(
-            ImageCms.getOpenProfile(source) if isinstance(source, io.BytesIO) else source,
+            ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.getOpenProfile(io.BytesIO(profile)),
             ImageCms.createProfile("sRGB"),
             mode,
             "RGB",
             renderingIntent=ImageCms.Intent.PERCEPTUAL,
+            # The shortcut LittleCMS takes for 8-bit grey is up to 10 levels off in the shadows.
+            flags=ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE,
         )
-    except (ImageCms.PyCMSError, OSError):
+    except ImageCms.PyCMSError:
         return None
     return None if mode == "RGB" and _is_identity(transform) else transform
 
