@@ -1,6 +1,6 @@
 """Images per second per core of decode and resize, against Pillow and img2dataset, and how exact each is.
 
-    python benchmarks/resize.py --out resize.json
+    python -m benchmarks.resize --out benchmarks/results/resize.json
 
 Every method makes the 64 and the 256 pixel picture of a centre crop on one thread, timed in CPU seconds.
 img2dataset makes one size per run and always encodes its output, so it runs twice, and a row that also
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import interleaved_rates, median_ratio, report
 from PIL import Image
 
+from benchmarks.common import interleaved_rates, median_ratio, report
 from stages.images import center_square, decode_rgb, pyramid
 
 SIZES_PX = (64, 256)

@@ -55,19 +55,25 @@ def run(
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
+    retry_dropped: Annotated[
+        str | None,
+        typer.Option(metavar="REASONS", help="Try dropped samples again: reasons with commas between, or all."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow. The same command again goes on where it stopped."""
     if dry_run:
-        return plan(workflow, overrides, config, out, as_json)
+        plan(workflow, overrides, config, out, as_json)
+        return
     from pipeline.runfolder import RunFolder
     from pipeline.runner import RunOptions, run_workflow
 
     chosen = _build(workflow, config, overrides)
     folder = out or Path("runs") / workflow
+    reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
     signal.signal(signal.SIGTERM, _on_sigterm)
-    summary = run_workflow(chosen, folder, RunOptions(executor, address, restart, quiet))
+    summary = run_workflow(chosen, folder, RunOptions(executor, address, restart, reasons, quiet))
     if as_json:
         _print_json(summary)
     else:
@@ -181,7 +187,7 @@ def config_validate(
     _print_json({"valid": True}) if as_json else typer.echo("valid")
 
 
-def _build(name: str, config: str | None, overrides: list[str] | None):  # noqa: ANN202 - a Workflow, imported late
+def _build(name: str, config: str | None, overrides: list[str] | None):
     from pipeline.config import load_config
     from pipeline.presets import find_config
     from pipeline.workflow import load_workflow

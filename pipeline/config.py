@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -84,7 +84,7 @@ def _apply_override(tree: Tree, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    node: object = tree
+    node: Any = tree
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
@@ -109,7 +109,7 @@ def _apply_override(tree: Tree, override: str) -> None:
 
 def _explain(config_class: type[Config], error: ValidationError) -> str:
     lines = []
-    for item in error.errors():
+    for item in cast(list[dict[str, Any]], error.errors()):
         parts, owner = _walk(config_class, item["loc"])
         path = ".".join(parts) or "config"
         value = item.get("input")

@@ -5,10 +5,10 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 Check = dict[str, str]
 
@@ -36,8 +36,9 @@ def _check(name: str, status: str, message: str) -> Check:
 
 def _python() -> Check:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return _check("python", "bad", f"{version}; 3.11 or newer is needed")
+    needed = SpecifierSet(importlib.metadata.metadata(_DISTRIBUTION)["Requires-Python"] or "")
+    if not needed.contains(version):
+        return _check("python", "bad", f"{version}; {needed} is needed")
     return _check("python", "ok", version)
 
 

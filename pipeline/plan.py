@@ -18,6 +18,10 @@ class Plan:
     """Starts the stream of shards afresh; the whole input is never held in memory."""
     finalize: Callable[[RunFolder], dict[str, object]]
     """Called once all shards are committed; returns facts for the summary."""
+    estimated_shards: int | None = None
+    """About how many shards there are, for the progress display; None if unknown."""
+    row_group: str = ""
+    """The group that decides which rows are samples; its drops are the dropped samples."""
     max_drop_fraction: float = 1.0
     keep: frozenset[str] = frozenset()
     """Transient groups whose files are to be kept."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.retries import with_retries
 from pipeline.runfolder import RunFolder
 from pipeline.runner import describe
 from pipeline.state import Ledger, check_groups
@@ -13,7 +14,9 @@ from pipeline.workflow import Workflow
 def preview(workflow: Workflow, out: Path) -> dict[str, object]:
     """Counts shards, rows and expected bytes of the plan, and what the run folder already has."""
     run = RunFolder(out)
-    plan = workflow.plan(run)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
+    plan = with_retries(workflow.plan(run), run)
     run.transient_groups = plan.transient_groups
     check_groups(plan, run, restart=False, write=False)
     ledger = Ledger(plan, run, read_only=True)

@@ -72,7 +72,7 @@ class RunFolder:
         """The completion record, or None if this (group, shard) is not finished."""
         try:
             return json.loads(self.record_file(group, shard).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def records(self, group: str) -> Iterator[Record]:

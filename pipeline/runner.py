@@ -10,6 +10,7 @@ from pipeline.executors.base import Executor, make_executor
 from pipeline.files import write_json, write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
+from pipeline.retries import begin_round, forget_retries, superseded, with_retries
 from pipeline.runfolder import EventLog, RunFolder
 from pipeline.scheduler import Scheduler, Tally
 from pipeline.state import check_groups
@@ -23,6 +24,8 @@ class RunOptions:
     executor: str = "ray"
     address: str | None = None
     restart: bool = False
+    retry_dropped: tuple[str, ...] = ()
+    """Drop reasons to try again, or `all`."""
     quiet: bool = False
 
 
@@ -39,15 +42,19 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
         DropLimitError: finished, but too many samples were dropped.
     """
     run = RunFolder(out)
-    plan = workflow.plan(run)
+    plan = with_retries(workflow.plan(run), run)
     run.transient_groups = plan.transient_groups
     executor = make_executor(options.executor, plan.stages, run, workflow.config.execution, options.address)
     with run.lock():
         check_groups(plan, run, restart=options.restart)
+        if options.restart:
+            forget_retries(plan, run)
         run.clean()
         write_text(run.config_file, dump_yaml(workflow.config))
         write_json(run.plan_file, describe(workflow, plan))
         events = EventLog(run.events_file)
+        if options.retry_dropped:
+            events.write("retry", rows=dict(begin_round(plan, run, options.retry_dropped)))
         try:
             return _execute(workflow, plan, run, executor, events, options)
         finally:
@@ -59,7 +66,7 @@ def _execute(
 ) -> Summary:
     started = time.perf_counter()
     execution = workflow.config.execution
-    progress = Progress(plan.stages, quiet=options.quiet)
+    progress = Progress(plan.stages, plan.estimated_shards, quiet=options.quiet)
     scheduler = Scheduler(
         plan, run, executor, events, progress, max_attempts=execution.max_attempts, restart=options.restart
     )
@@ -68,6 +75,7 @@ def _execute(
     try:
         with progress:
             tally = scheduler.execute()
+        tally.leave_out(plan.row_group, superseded(run))
         facts = plan.finalize(run)
         outcome = "failed" if tally.shards_failed else "finished"
     except BaseException as error:

@@ -4,7 +4,7 @@ Different shards are in different stages at the same time, so shard 7 is encoded
 Memory in the driver is bounded by the window, not by the number of shards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.errors import PipelineError
@@ -45,6 +45,15 @@ class Tally:
     def add(self, record: Record) -> None:
         tally = self.groups.setdefault(str(record["group"]), GroupTally())
         tally.add(record)
+
+    def leave_out(self, group: str, drops: Mapping[str, int]) -> None:
+        """Takes back drops of rows that were tried again: they are counted where they were tried last."""
+        self.input_rows -= sum(drops.values())
+        counted = self.groups[group].drops if group in self.groups else {}
+        for reason, count in drops.items():
+            counted[reason] -= count
+            if not counted[reason]:
+                del counted[reason]
 
 
 @dataclass(slots=True)

@@ -44,6 +44,8 @@ class Group:
     """True for intermediate files, deleted once no stage of the shard needs them."""
     aligned_with: tuple[str, ...] = ()
     """Groups of the same stage that decide its rows: if they are made anew, so is this one."""
+    shared_files: tuple[str, ...] = ()
+    """Files of the whole group, beside those of its shards; `setup` writes the ones that are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Resources:
     """What one task or worker occupies while it runs."""
 
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = 0.0
+    """None: one GPU if there are any, else none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,9 @@ class GroupResult:
 
     rows: int
     drops: list[Drop] = field(default_factory=list)
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
     """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...)."""
-    info: dict[str, object] = field(default_factory=dict)
+    info: Mapping[str, object] = field(default_factory=dict)
     """Further facts for the record (`excluded_rows`, ...)."""
 
 

@@ -54,7 +54,7 @@ def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | No
     """The fingerprint the group was begun with, or None if it was never begun."""
     try:
         return json.loads(_group_file(run, group).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
 
 
@@ -68,6 +68,9 @@ class Ledger:
         self.dependencies = plan.dependencies()
         self.transient = plan.transient_groups
         self.fingerprints = {name: digest(value) for name, value in plan.fingerprints().items()}
+        self.shared_files = {
+            name: [run.group_folder(name) / file for file in group.shared_files] for name, group in plan.groups.items()
+        }
 
     def finished(self, shard: Shard) -> dict[str, Record]:
         """Records of the groups whose files of this shard are present and still fit.
@@ -88,6 +91,8 @@ class Ledger:
             if not fits and group not in self.transient and not self.restart:
                 raise StaleOutputError(self._changed_input(shard, group, record))
             whole = fits and _files_present(self.run.root, record)
+            # Without a shared file the next shard is made anew, for its stage's `setup` to write the file.
+            whole = whole and all(path.exists() for path in self.shared_files[group])
             if whole and all(name in result for name in self.dependencies[group]):
                 result[group] = record
             elif not self.read_only:

@@ -121,8 +121,8 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> d
         "rows": result.rows,
         "drops": dict(sorted(Counter(drop.reason for drop in result.drops).items())),
         "files": files,
-        "counters": result.counters,
-        "info": result.info,
+        "counters": dict(result.counters),
+        "info": dict(result.info),
     }
     write_json(run.record_file(group, task.shard.name), record)
     return record

@@ -1,11 +1,13 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from imagen_core.store import (
     StoreDtype,
+    StoreFormat,
     is_finite_as,
     null_path,
     read_samples,
@@ -28,9 +30,9 @@ class EncodeStage(Stage):
 
     inputs = (SAMPLES,)
 
-    def __init__(self, encoder: T5EncoderConfig, store_format: str, dtype: StoreDtype):
+    def __init__(self, encoder: T5EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
         self.encoder = encoder
-        self.store_format = store_format
+        self.store_format: StoreFormat = store_format
         self.dtype: StoreDtype = dtype
         self.name = f"encode-{encoder.name}"
         self.group = text_group(encoder.name)
@@ -49,13 +51,14 @@ class EncodeStage(Stage):
                     "format": store_format,
                     "fingerprint": identity.fingerprint,
                 },
+                shared_files=(PurePosixPath(null_path(encoder.name)).name,),
             ),
         )
         self._model: TextEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
         """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
-        threads = self.encoder.cpu_threads or max(1, usable_cpus() // max(1, self.max_workers))
+        threads = self.encoder.cpu_threads or max(1, usable_cpus() // (self.encoder.workers or 1))
         self._model = self.encoder.load(threads)
         final = run.store / null_path(self.encoder.name)
         if not final.exists():

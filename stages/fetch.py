@@ -2,11 +2,13 @@
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.files import TEMPORARY_MARK
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from stages.captions import is_valid_text
 from stages.originals import OriginalsWriter
 from stages.sources.base import Original, Source
 
@@ -34,6 +36,7 @@ class FetchStage(Stage):
             with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
 
                 def emit(original: Original) -> None:
+                    original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None
                     counts["bytes"] += len(original.data or b"")
@@ -45,6 +48,15 @@ class FetchStage(Stage):
             ORIGINALS,
             GroupResult(rows=counts["fetched"], counters={"bytes_fetched": counts["bytes"]}),
         )
+
+
+def _storable(original: Original) -> Original:
+    """Key and URL as they can be stored: text that was not UTF-8 is a drop as a key, and escaped as a URL."""
+    if original.reason is None and not is_valid_text(original.key):
+        original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
+    if original.url is not None and not is_valid_text(original.url):
+        original = replace(original, url=original.url.encode("utf-8", "backslashreplace").decode())
+    return original
 
 
 def _wanted_keys(task: Task) -> frozenset[str] | None:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from imagen_core.store import SampleRow, image_group, open_image_writer, read_samples, write_samples
+from imagen_core.store import SampleRow, StoreFormat, image_group, open_image_writer, read_samples, write_samples
 from pipeline.config import Config
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task
@@ -58,9 +58,9 @@ class ResizeStage(Stage):
     name = "resize"
     inputs = (ORIGINALS,)
 
-    def __init__(self, images: ImagesConfig, store_format: str):
+    def __init__(self, images: ImagesConfig, store_format: StoreFormat):
         self.images = images
-        self.store_format = store_format
+        self.store_format: StoreFormat = store_format
         rules = {"max_pixels": images.max_pixels, "too_small": images.too_small}
         self.groups = (
             Group(SAMPLES, {"kind": "samples", **rules}),

@@ -1,5 +1,6 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -11,7 +12,7 @@ from pipeline.workflow import Workflow, WorkflowConfig
 from stages.encode import EncodeStage
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
-from stages.fetch import ORIGINALS, FetchStage
+from stages.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.manifest import build_manifest
 from stages.resize import ImagesConfig, ResizeStage
 from stages.sources.any import AnySource
@@ -68,6 +69,7 @@ class Precompute(Workflow):
         config = self.config
         source = config.source.build()
         source.check()
+        rows = source.estimate_rows()
         return Plan(
             stages=(
                 FetchStage(source, config.source.kind),
@@ -76,6 +78,8 @@ class Precompute(Workflow):
             ),
             shards=lambda: source.shards(config.shard_size),
             finalize=build_manifest,
+            estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),
+            row_group=SAMPLES,
             max_drop_fraction=config.max_drop_fraction,
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
         )

@@ -123,9 +123,8 @@ class Loader:
         indices = positions
         if self._shuffle:
             indices = permute(positions, len(self._store), derive_key(self._seed, epoch, _ORDER))
-        shards, rows = self._store.locate(indices)
-        # Shard by shard, so that a file is opened once a batch; results go to their own places.
-        places = [(int(k), int(shards[k]), int(rows[k])) for k in np.argsort(shards, kind="stable")]
+        places = [(k, *self._store.locate(index)) for k, index in enumerate(indices.tolist())]
+        places.sort(key=lambda place: place[1])  # shard by shard, so that a file is opened once a batch
         batch: dict[str, Any] = {"keys": [""] * len(places)}
         for k, shard, row in places:
             batch["keys"][k] = self._store.samples_file(shard).key(row)
@@ -159,9 +158,10 @@ class Loader:
         kind = {"bfloat16": np.int16, "float32": np.float32}.get(group.dtype, np.float16)
         lengths = np.array([len(value) for value in values], dtype=np.int64)
         longest = int(lengths.max(initial=0))
-        padded = np.zeros((len(places), longest, group.dim), dtype=kind)  # (b, l, dim)
+        padded = np.empty((len(places), longest, group.dim), dtype=kind)  # (b, l, dim)
         for k, value in enumerate(values):
             padded[k, : len(value)] = value.view(np.int16) if group.dtype == "bfloat16" else value
+            padded[k, len(value) :] = 0
         mask = torch.from_numpy(np.arange(longest) < lengths[:, None])
         text = torch.from_numpy(padded)
         return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask

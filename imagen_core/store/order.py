@@ -4,6 +4,8 @@ Both are pure functions of (seed, epoch, sample), computed where they are needed
 of all samples, and nothing depends on the numpy version.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 _MASK = (1 << 64) - 1
@@ -17,6 +19,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+@lru_cache(maxsize=64)  # an epoch needs the same few for every batch
 def derive_key(*parts: int) -> int:
     """One 64-bit key out of several integers; the order of the parts matters."""
     key = 0

@@ -121,8 +121,7 @@ class Store(Sequence[Sample]):
         number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"sample {number} of a store of {len(self)}")
-        shards, rows = self.locate(np.array([number % len(self)]))
-        return self._read(int(shards[0]), int(rows[0]))
+        return self._read(*self.locate(number % len(self)))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -199,14 +198,13 @@ class Store(Sequence[Sample]):
             drop_last=drop_last,
         )
 
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard position and row of each sample; indices in [0, len(store)), int64 in and out."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        rows = indices - np.where(shards > 0, self._ends[shards - 1], 0)
-        for i, shard in enumerate(shards.tolist()):
-            for excluded in self._manifest.excluded.get(shard, ()):
-                rows[i] += excluded <= rows[i]
-        return shards, rows
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard position and row of a sample; index in [0, len(store))."""
+        shard = int(self._ends.searchsorted(index, side="right"))
+        row = index - (int(self._ends[shard - 1]) if shard else 0)
+        for excluded in self._manifest.excluded.get(shard, ()):
+            row += excluded <= row
+        return shard, row
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""

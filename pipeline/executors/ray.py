@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import MachineError
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
@@ -62,27 +62,29 @@ class RayExecutor(Executor):
         if not self.started:
             return
         import ray
+        from ray.exceptions import RayError
 
         for pool in self.pools.values():
             for worker in pool.workers:
-                with contextlib.suppress(ray.exceptions.RayError):
+                with contextlib.suppress(RayError):
                     ray.kill(worker.actor)
         ray.shutdown()
         self.started = False
 
     def _collect(self, reference: Any) -> TaskOutcome:
         import ray
+        from ray.exceptions import RayActorError, RayError
 
         pool, worker, request = self.running.pop(reference)
         if worker is not None:
             worker.num_running -= 1
         try:
-            outcome = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+            outcome = cast(TaskOutcome, ray.get(reference))
+        except RayActorError as error:
             assert pool is not None
             pool.workers = [w for w in pool.workers if w is not worker]
             outcome = TaskOutcome(request, error=f"the worker died: {_first_line(error)}")
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             outcome = TaskOutcome(request, error=f"Ray could not run the task: {_first_line(error)}")
         if pool is not None:
             self._feed(pool)
@@ -111,7 +113,7 @@ class RayExecutor(Executor):
         remote = ray.remote(run_task)
         actor_class = ray.remote(_StageActor)
         for name, stage in self.stages.items():
-            gpus = stage.resources.num_gpus if num_gpus else 0
+            gpus = _gpus_of(stage, num_gpus)
             if stage.max_workers is None:
                 self.stage_refs[name] = ray.put(stage)
                 self.remote_task[name] = remote.options(
@@ -132,6 +134,13 @@ class RayExecutor(Executor):
                 self.pools[name] = _Pool(stage, options, limit)
         workers = num_cpus + sum(pool.max_workers for pool in self.pools.values())
         self.window = self.config.max_in_flight_shards or max(4, 2 * int(workers))
+
+
+def _gpus_of(stage: Stage, cluster_gpus: float) -> float:
+    """GPUs of one worker: as the stage says; by default one, where the cluster has any."""
+    if not cluster_gpus:
+        return 0.0
+    return 1.0 if stage.resources.num_gpus is None else stage.resources.num_gpus
 
 
 @dataclass(slots=True, eq=False)

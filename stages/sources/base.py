@@ -55,6 +55,10 @@ class Source(ABC):
             emit: called once for each row.
         """
 
+    def estimate_rows(self) -> int | None:
+        """About how many rows there are, from sizes and footers alone; None where that would take a full pass."""
+        return None
+
     def fingerprint(self) -> dict[str, object]:
         """What of the configuration decides the rows' content; no paths, so that data may be moved."""
         return {}

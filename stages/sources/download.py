@@ -41,7 +41,7 @@ def download(urls: Mapping[int, str], scratch: Path, options: DownloadOptions, r
     """
     pending: dict[int, str] = {}
     for row, url in urls.items():
-        if urlsplit(url).scheme.lower() in ("http", "https") and url.isprintable():
+        if _is_http(url):
             pending[row] = url
         else:
             result(row, None, "invalid_url", "only http and https URLs are fetched")
@@ -67,26 +67,34 @@ def download(urls: Mapping[int, str], scratch: Path, options: DownloadOptions, r
         time.sleep(_BACKOFF_S * 2**attempt)
 
 
+def _is_http(url: str) -> bool:
+    try:
+        return urlsplit(url).scheme in ("http", "https") and url.isprintable()
+    except ValueError:  # brackets without an IPv6 address, characters no host name can have
+        return False
+
+
 _PATTERNS = (
     (re.compile(r"redirect error that would lead to an infinite loop"), "redirect_loop"),
     (re.compile(r"X-Robots-Tag"), "robots_disallowed"),
+    (re.compile(r"HTTP Error (\d{3})"), r"http_\1"),
     (re.compile(r"timed out", re.I), "timeout"),
     (re.compile(r"Connection refused", re.I), "connection_refused"),
     (re.compile(r"Connection reset|Remote end closed|Broken pipe", re.I), "connection_reset"),
     (re.compile(r"Name or service not known|name resolution|getaddrinfo|nodename|No address", re.I), "dns_error"),
     (re.compile(r"certificate|SSL", re.I), "tls_error"),
     (re.compile(r"IncompleteRead", re.I), "incomplete"),
-    (re.compile(r"unknown url type|no host given|InvalidURL|nonnumeric port|Invalid IPv6", re.I), "invalid_url"),
+    (re.compile(r"unknown url type|no host given|nonnumeric port|control characters|codec", re.I), "invalid_url"),
 )
 
 
 def classify(message: str) -> str:
     """Turns an error message of the downloader into one of a bounded set of reasons."""
     for pattern, reason in _PATTERNS:
-        if pattern.search(message):
-            return reason
-    status = re.search(r"HTTP Error (\d{3})", message)
-    return f"http_{status.group(1)}" if status else "download_error"
+        found = pattern.search(message)
+        if found:
+            return found.expand(reason)
+    return "download_error"
 
 
 def _download_once(
@@ -106,15 +114,27 @@ def _download_once(
     with pa.OSFile(str(shard_file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
+    answered: set[int] = set()
+    failures: list[Exception] = []
+
     class HandOn:
-        """img2dataset's sample writer interface; its key is the position in the URL table."""
+        """img2dataset's sample writer interface; its key is the position in the URL table.
+
+        It prints what `write` raises and goes on, so the first failure is kept and raised at the end.
+        """
 
         def __init__(self, *_: object) -> None: ...
 
         def write(self, data: bytes | None, key: str, caption: object, meta: Mapping[str, object]) -> None:
             del caption
             message = meta["error_message"]
-            result(rows[int(key)], data, None if message is None else str(message))
+            answered.add(int(key))
+            if failures:
+                return
+            try:
+                result(rows[int(key)], data, None if message is None else str(message))
+            except Exception as error:  # noqa: BLE001 - raised again below
+                failures.append(error)
 
         def close(self) -> None: ...
 
@@ -136,3 +156,7 @@ def _download_once(
         user_agent_token=options.user_agent_token,
         disallowed_header_directives=list(options.disallowed_headers),
     ).download_shard((0, str(shard_file)))
+    if failures:
+        raise failures[0]
+    if len(answered) < len(rows):
+        raise RuntimeError(f"img2dataset gave no result for {len(rows) - len(answered)} of {len(rows)} URLs")

@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.tables import columns, read_rows
+from stages.sources.tables import columns, estimate_rows, read_rows
 from stages.sources.urls import captions_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
@@ -82,7 +82,13 @@ class FolderSource(Source):
         if not _stays_inside(name):
             return None
         candidates = (self.root / name, self.root / "images" / name)
-        return next((path for path in candidates if path.is_file()), None)
+        try:
+            return next((path for path in candidates if path.is_file()), None)
+        except OSError:  # a name longer than the file system allows
+            return None
+
+    def estimate_rows(self) -> int | None:
+        return estimate_rows([str(self.table)]) if self.table else None
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch

@@ -70,6 +70,9 @@ class HuggingfaceSource(Source):
     def shards(self, shard_size: int) -> Iterator[Shard]:
         return cut_into_shards(([f"{row:09d}", row] for row in range(len(self._load()))), shard_size)
 
+    def estimate_rows(self) -> int:
+        return len(self._load())
+
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         import datasets

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.tables import columns, expand
+from stages.sources.tables import columns, estimate_rows, expand, open_parquet, to_records
 from stages.sources.urls import captions_of
 
 
@@ -35,7 +35,10 @@ class ParquetConfig(Config):
 
 
 class ParquetSource(Source):
-    """A row is [key, file number, row number, file bytes, is_duplicate]; the driver reads footers and the key column only."""
+    """A row is [key, file number, row number, file bytes, is_duplicate].
+
+    The driver reads footers and the key column only.
+    """
 
     def __init__(self, config: ParquetConfig):
         self.config = config
@@ -61,24 +64,25 @@ class ParquetSource(Source):
         return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
 
     def _rows(self) -> Iterator[list[object]]:
-        import pyarrow.parquet as pq
-
         files = self._files()
         stems = [PurePosixPath(file).stem for file in files]
         for number, (path, stem) in enumerate(zip(files, stems, strict=True)):
             prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
-            with fsspec.open(path, "rb") as file:
-                size = cast(Any, file).seek(0, 2)
-                table = pq.ParquetFile(cast(Any, file))
+            filesystem, plain = fsspec.core.url_to_fs(path)
+            size = filesystem.size(plain)
+            with open_parquet(path) as table:
                 if self.config.key_column is None:
                     for row in range(table.metadata.num_rows):
                         yield [f"{prefix}/{row:07d}", number, row, size]
                     continue
                 row = 0
                 for batch in table.iter_batches(columns=[self.config.key_column]):
-                    for key in batch.column(0).to_pylist():
-                        yield [str(key), number, row, size]
+                    for (key,) in (record.values() for record in to_records(batch)):
+                        yield [f"{prefix}/{row:07d}" if key is None else str(key), number, row, size]
                         row += 1
+
+    def estimate_rows(self) -> int | None:
+        return estimate_rows(self._files())
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
@@ -112,12 +116,13 @@ class ParquetSource(Source):
                 if inside:
                     chunk = table.read_row_group(group, columns=names)
                     for row in inside:
-                        yield chunk.slice(row, 1).to_pylist()[0]
+                        yield to_records(chunk.slice(row, 1))[0]
                 first += size
 
     def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
         config = self.config
         url = record.get(config.url_column) if config.url_column else None
+        url = None if url is None else str(url)
         captions, reason = clean_captions(captions_of(record, config.caption_column), allow_empty=False)
         data = image_bytes(record.get(config.image_column))
         if reason is None and data is None:

@@ -1,5 +1,6 @@
 """The embedded default: captioned scenes drawn by code, served over loopback HTTP and really downloaded."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -9,7 +10,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import Emit, Source, cut_into_shards
-from stages.sources.urls import DownloadConfig, fetch_rows
+from stages.sources.urls import DownloadConfig, UrlRow, fetch_rows
 
 
 class SyntheticConfig(Config):
@@ -50,11 +51,15 @@ class SyntheticSource(Source):
             captions = list(scene(self.config.seed, index, split=self.config.split).captions)
             yield [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
 
+    def estimate_rows(self) -> int:
+        return self.config.num_samples
+
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         """Serves the scenes on a loopback port for as long as the shard takes, and downloads them from there."""
         from stages.sources.scene_server import SceneServer
 
-        rows = cast(Sequence[tuple[str, str, list[str], bool]], shard.rows)
+        _bypass_proxy("127.0.0.1")
+        rows = cast(Sequence[UrlRow], shard.rows)
         config = self.config
         with SceneServer(
             seed=config.seed,
@@ -64,10 +69,17 @@ class SyntheticSource(Source):
         ) as server:
             address = {url: server.url(int(key)) for key, url, _, _ in rows}
             options = config.download.options()
-            fetch_rows(rows, wanted, scratch, options, emit, allow_empty=False, address=address)
+            fetch_rows(rows, wanted, scratch, options, emit, address=address)
 
     def fingerprint(self) -> dict[str, object]:
         return {"seed": self.config.seed, "split": self.config.split, "dead_links": self.config.dead_links}
+
+
+def _bypass_proxy(host: str) -> None:
+    """Keeps this process from asking a proxy (http_proxy) for an address that only this machine knows."""
+    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    if not {"*", host} & {name.strip() for name in hosts}:
+        os.environ["no_proxy"] = ",".join([*filter(None, hosts), host])
 
 
 def dead_indices(num_samples: int, dead_links: int) -> frozenset[int]:

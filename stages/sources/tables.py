@@ -2,18 +2,26 @@
 
 import csv
 import json
+import lzma
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import fsspec
 
 from pipeline.errors import ConfigError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BATCH_ROWS = 4096
+_HEAD_BYTES = 2**16
 
 Record = dict[str, Any]
 
@@ -22,17 +30,22 @@ def expand(path: str, field: str, suffixes: Sequence[str]) -> list[str]:
     """The files behind a path: a file, a folder, or a glob; local or any fsspec URL; sorted.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: nothing is there, or the URL's protocol is unknown.
     """
-    filesystem, plain = fsspec.core.url_to_fs(path)
+    try:
+        filesystem, plain = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{field}: {path} cannot be opened: {error}") from error
     if filesystem.isdir(plain):
         found = sorted(p for p in filesystem.find(plain) if table_format(p) in suffixes)
         if not found:
             raise ConfigError(f"{field}: {path} holds no {', '.join(suffixes)} file; check the folder")
+    elif filesystem.exists(plain):
+        found = [plain]
     elif any(c in plain for c in "*?["):
         found = sorted(p for p in cast(list[str], filesystem.glob(plain)) if not filesystem.isdir(p))
     else:
-        found = [plain] if filesystem.exists(plain) else []
+        found = []
     if not found:
         raise ConfigError(f"{field}: {path} does not exist; check the path")
     return [filesystem.unstrip_protocol(p) if "://" in path else p for p in found]
@@ -52,12 +65,31 @@ def columns(path: str) -> list[str]:
     if kind == "txt":
         return ["url"]
     if kind == "parquet":
-        import pyarrow.parquet as pq
-
-        with fsspec.open(path, "rb") as file:
-            return pq.ParquetFile(cast(Any, file)).schema_arrow.names
+        with open_parquet(path) as table:
+            return table.schema_arrow.names
     first = next(iter(read_rows(path, None)), None)
     return [] if first is None else [str(name) for name in first]
+
+
+def estimate_rows(files: Sequence[str]) -> int | None:
+    """About how many rows the files have: exact for parquet; else from the size of the first rows.
+
+    None for compressed text, whose size says little.
+    """
+    total = 0.0
+    for path in files:
+        if table_format(path) == "parquet":
+            with open_parquet(path) as table:
+                total += table.metadata.num_rows
+        elif path.lower().endswith(_COMPRESSIONS):
+            return None
+        else:
+            with fsspec.open(path, "rb") as raw:
+                file = cast(Any, raw)
+                head = file.read(_HEAD_BYTES)
+                size = file.seek(0, 2)
+            total += size / len(head) * max(1, head.count(b"\n")) if head else 0
+    return round(total)
 
 
 def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
@@ -75,20 +107,24 @@ def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
     if kind == "parquet":
         yield from _parquet_rows(path, wanted)
         return
-    with fsspec.open(path, "rb", compression="infer") as raw:
-        text = TextIOWrapper(cast(Any, raw), encoding="utf-8-sig", errors="surrogateescape", newline="")
-        if kind == "txt":
-            yield from ({"url": line.strip()} for line in text if line.strip())
-        elif kind == "jsonl":
-            yield from (_json_row(line) for line in text if line.strip())
-        else:
-            yield from _delimited_rows(text, kind)
+    try:
+        with fsspec.open(path, "rb", compression="infer") as raw:
+            text = TextIOWrapper(cast(Any, raw), encoding="utf-8-sig", errors="surrogateescape", newline="")
+            if kind == "txt":
+                yield from ({"url": line.strip()} for line in text if line.strip())
+            elif kind == "jsonl":
+                yield from (_json_row(line) for line in text if line.strip())
+            else:
+                yield from _delimited_rows(text, kind)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; make the file anew") from error
 
 
 def _delimited_rows(text: TextIOWrapper, kind: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"delimiter": ","}
-    reader = csv.reader(text, **quoting)
+    is_tsv = kind == "tsv"
+    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    reader = csv.reader(text, delimiter="\t" if is_tsv else ",", quoting=quoting)
     names = next(reader, [])
     for values in reader:
         if values:
@@ -98,20 +134,56 @@ def _delimited_rows(text: TextIOWrapper, kind: str) -> Iterator[Record]:
 def _json_row(line: str) -> Record:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 
 
 def _parquet_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
+    with open_parquet(path) as table:
+        names = None if wanted is None else [n for n in wanted if n in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+            yield from to_records(batch)
+
+
+def to_records(batch: "pa.RecordBatch | pa.Table") -> list[Record]:
+    """Rows as dicts; text that is not UTF-8, though the schema says so, becomes surrogate escapes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = [_lossless(batch.column(name)) for name in batch.column_names]
+        return [dict(zip(batch.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _lossless(column: "pa.Array | pa.ChunkedArray") -> list[Any]:
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        raw = column.cast(pa.list_(pa.binary()) if is_list else pa.binary())
+        return [_decoded(value) for value in raw.to_pylist()]
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+@contextmanager
+def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
+    """An open parquet file.
+
+    Raises:
+        ConfigError: it is not one, or is damaged where it was read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fsspec.open(path, "rb") as file:
-        try:
-            table = pq.ParquetFile(cast(Any, file))
-            names = None if wanted is None else [n for n in wanted if n in table.schema_arrow.names]
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=names):
-                yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error
+    try:
+        with fsspec.open(path, "rb") as file:
+            yield pq.ParquetFile(cast(Any, file))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error

@@ -76,7 +76,7 @@ class WebdatasetSource(Source):
                 if opened is None or opened[0] != number:
                     if opened is not None:
                         opened[1].close()
-                    opened = (number, cast(BinaryIO, fsspec.open(tars[number], "rb").open()))
+                    opened = (number, cast(BinaryIO, cast(Any, fsspec.open(tars[number], "rb")).open()))
                 emit(self._read(opened[1], row, key, members, is_duplicate))
         finally:
             if opened is not None:
@@ -87,8 +87,11 @@ class WebdatasetSource(Source):
             return Original(row, key, None, (), None, "duplicate_key")
         if "image" not in members:
             return Original(row, key, None, (), None, "no_image", f"members: {', '.join(sorted(members))}")
-        metadata = _json_object(_read_span(file, members.get("json")))
-        text = _read_span(file, members.get("txt"))
+        content = {kind: _read_span(file, span) for kind, span in members.items()}
+        if any(len(content[kind]) < size for kind, (_, size) in members.items()):
+            return Original(row, key, None, (), None, "truncated", "the tar ends inside this sample")
+        metadata = _json_object(content.get("json"))
+        text = content.get("txt")
         if text is not None:
             raw_captions = [text.decode("utf-8-sig", "surrogateescape")]
         else:
@@ -98,11 +101,7 @@ class WebdatasetSource(Source):
         captions, reason = clean_captions(raw_captions, allow_empty=False)
         if reason is not None:
             return Original(row, key, url, captions, None, reason)
-        data = _read_span(file, members["image"])
-        assert data is not None
-        if len(data) < members["image"][1]:
-            return Original(row, key, url, captions, None, "truncated", "the tar ends inside this picture")
-        return Original(row, key, url, captions, data)
+        return Original(row, key, url, captions, content["image"])
 
     def fingerprint(self) -> dict[str, object]:
         return {"caption_column": self.config.caption_column}
@@ -111,27 +110,30 @@ class WebdatasetSource(Source):
 def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
     """Streams (key, members) of a tar from its headers alone.
 
-    The key is the member's path up to the first dot of its file name, as in webdataset.
+    The key is the member's path up to the first dot of its file name, as in webdataset. A member that comes
+    twice starts a sample of its own, so that no row vanishes uncounted.
 
     Raises:
         ConfigError: the file is no tar.
     """
     key: str | None = None
     members: dict[str, Span] = {}
+    suffixes: set[str] = set()
     with fsspec.open(path, "rb") as file:
         try:
             with tarfile.open(fileobj=cast(Any, file), mode="r:") as archive:
                 for member in archive:
-                    archive.members = []  # or the list of all headers would grow in memory
+                    cast(Any, archive).members = []  # or the list of all headers would grow in memory
                     if not member.isfile():
                         continue
                     folder, _, name = member.name.rpartition("/")
                     base, _, suffix = name.partition(".")
                     this = f"{folder}/{base}" if folder else base
-                    if key is not None and this != key:
+                    if key is not None and (this != key or suffix in suffixes):
                         yield key, members
-                        members = {}
+                        members, suffixes = {}, set()
                     key = this
+                    suffixes.add(suffix)
                     kind = _kind(suffix)
                     if kind is not None:
                         members.setdefault(kind, (member.offset_data, member.size))
@@ -150,9 +152,7 @@ def _kind(suffix: str) -> str | None:
     return lower if lower in ("txt", "json") else None
 
 
-def _read_span(file: BinaryIO, span: Span | None) -> bytes | None:
-    if span is None:
-        return None
+def _read_span(file: BinaryIO, span: Span) -> bytes:
     file.seek(span[0])
     return file.read(span[1])
 
@@ -160,6 +160,6 @@ def _read_span(file: BinaryIO, span: Span | None) -> bytes | None:
 def _json_object(data: bytes | None) -> dict[str, Any]:
     try:
         value = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

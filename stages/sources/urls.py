@@ -12,7 +12,10 @@ from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
 from stages.sources.download import DownloadOptions, download
-from stages.sources.tables import FORMATS, Record, columns, expand, read_rows, table_format
+from stages.sources.tables import FORMATS, Record, columns, estimate_rows, expand, read_rows, table_format
+
+UrlRow = tuple[str, str, list[str] | None, bool]
+"""key, url, captions (null where the list has none at all: then the caption is empty), is_duplicate."""
 
 
 class DownloadConfig(Config):
@@ -89,9 +92,10 @@ class UrlsSource(Source):
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         number = 0
         for file in expand(self.path, "source.path", FORMATS):
+            uncaptioned = config.caption_column is None or table_format(file) == "txt"
             for record in read_rows(file, wanted):
                 key = record.get(config.key_column) if config.key_column else None
-                captions = captions_of(record, config.caption_column)
+                captions = None if uncaptioned else captions_of(record, config.caption_column)
                 yield [
                     f"{number:09d}" if key is None else str(key),
                     str(record.get(config.url_column) or ""),
@@ -99,17 +103,12 @@ class UrlsSource(Source):
                 ]
                 number += 1
 
+    def estimate_rows(self) -> int | None:
+        return estimate_rows(expand(self.path, "source.path", FORMATS))
+
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
-        config = self.config
-        allow_empty = config.caption_column is None or table_format(self.path) == "txt"
-        fetch_rows(
-            cast(Sequence[tuple[str, str, list[str], bool]], shard.rows),
-            wanted,
-            scratch,
-            config.download.options(),
-            emit,
-            allow_empty=allow_empty,
-        )
+        rows = cast(Sequence[UrlRow], shard.rows)
+        fetch_rows(rows, wanted, scratch, self.config.download.options(), emit)
 
     def fingerprint(self) -> dict[str, object]:
         return {"url_column": self.config.url_column, "caption_column": self.config.caption_column}
@@ -123,13 +122,12 @@ def captions_of(record: Record, column: str | None) -> list[str]:
 
 
 def fetch_rows(
-    rows: Sequence[tuple[str, str, list[str], bool]],
+    rows: Sequence[UrlRow],
     wanted: frozenset[str] | None,
     scratch: Path,
     options: DownloadOptions,
     emit: Emit,
     *,
-    allow_empty: bool,
     address: Mapping[str, str] | None = None,
 ) -> None:
     """Downloads rows of (key, url, captions, is_duplicate); rows that will be dropped anyway are not fetched.
@@ -142,7 +140,7 @@ def fetch_rows(
     for row, (key, url, raw_captions, is_duplicate) in enumerate(rows):
         if wanted is not None and key not in wanted:
             continue
-        captions, reason = clean_captions(raw_captions, allow_empty=allow_empty)
+        captions, reason = clean_captions(raw_captions or (), allow_empty=raw_captions is None)
         if is_duplicate:
             reason = "duplicate_key"
         if reason is not None:

@@ -17,7 +17,7 @@ def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Su
     return run_workflow(Toy(config), out, RunOptions(executor, restart=restart, quiet=True))
 
 
-@pytest.fixture()
+@pytest.fixture
 def trace(tmp_path: Path) -> Path:
     folder = tmp_path / "trace"
     folder.mkdir()
@@ -52,7 +52,7 @@ def test_a_run_is_whole_and_the_same_command_again_does_nothing(executor: str, t
 def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     executor: str, tmp_path: Path, trace: Path
 ) -> None:
-    with pytest.raises(ShardError, match="1 of 5 shards failed.*cannot square shard 2"):
+    with pytest.raises(ShardError, match=r"1 of 5 shards failed.*cannot square shard 2"):
         run(tmp_path / "r", executor, trace=str(trace), fail_shard=2)
     assert marks(trace, "square-00002") == 3
     assert sorted(files(tmp_path / "r")) == [f"store/squares/0000{i}.txt" for i in (0, 1, 3, 4)]

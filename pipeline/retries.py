@@ -1,0 +1,106 @@
+"""`--retry-dropped`: tries dropped rows again, without touching the shards they came from.
+
+Each round copies the source rows of the chosen drops into RUN/retries/ROUND.jsonl and appends them to the stream
+as further shards, numbered from ROUND x 10,000,000. So finished files stay as they are, and the rows of all
+groups stay aligned. A row's last try counts: what is retried leaves the counts of the shard it came from.
+"""
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_text
+from pipeline.plan import Plan
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Shard
+
+_FIRST_INDEX = 10_000_000
+ALL = "all"
+
+
+def with_retries(plan: Plan, run: RunFolder) -> Plan:
+    """The plan, its stream of shards followed by the shards of earlier retry rounds."""
+    base = plan.shards
+    return replace(plan, shards=lambda: chain(base(), _retry_shards(run)))
+
+
+def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[str]:
+    """Collects the rows dropped for one of `reasons` (or `all`) and not retried yet, as a new round.
+
+    Returns:
+        How many rows will be tried again, by reason.
+    """
+    retried = _retried_rows(run)
+    wanted: Callable[[str], bool] = lambda reason: reason in reasons or ALL in reasons  # noqa: E731
+    chosen: Counter[str] = Counter()
+    lines: list[str] = []
+    shard_size = 1
+    for shard in plan.shards():
+        shard_size = max(shard_size, shard.num_rows)
+        assert isinstance(shard.rows, list)
+        for drop in _drops(run, plan.row_group, shard):
+            row, reason = drop["row"], drop["reason"]
+            if wanted(reason) and row not in retried[shard.index]:
+                chosen[reason] += 1
+                line = {"shard": shard.index, "row": row, "reason": reason, "source": shard.rows[row]}
+                lines.append(json.dumps(line))
+    if lines:
+        rounds = _round_files(run)
+        write_text(_folder(run) / f"{len(rounds) + 1:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
+    return chosen
+
+
+def superseded(run: RunFolder) -> Counter[str]:
+    """Drops that a later round has tried again, by reason; they no longer count where they happened."""
+    return Counter(line["reason"] for file in _round_files(run) for line in _read(file))
+
+
+def forget_retries(plan: Plan, run: RunFolder) -> None:
+    """Removes all rounds and what was made of them."""
+    for shard in _retry_shards(run):
+        for group in plan.groups:
+            run.forget(group, shard.name)
+    shutil.rmtree(_folder(run), ignore_errors=True)
+
+
+def _retry_shards(run: RunFolder) -> Iterator[Shard]:
+    for number, file in enumerate(_round_files(run), start=1):
+        size = int(file.stem.partition("-")[2])
+        rows = (line["source"] for line in _read(file))
+        index = number * _FIRST_INDEX
+        while batch := list(islice(rows, size)):
+            yield Shard(index, batch, len(batch))
+            index += 1
+
+
+def _retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
+    result: defaultdict[int, set[int]] = defaultdict(set)
+    for file in _round_files(run):
+        for line in _read(file):
+            result[line["shard"]].add(line["row"])
+    return result
+
+
+def _drops(run: RunFolder, group: str, shard: Shard) -> Iterator[dict[str, Any]]:
+    path = run.quarantine / group / f"{shard.name}.jsonl"
+    if path.is_file():
+        yield from _read(path)
+
+
+def _folder(run: RunFolder) -> Path:
+    return run.root / "retries"
+
+
+def _round_files(run: RunFolder) -> list[Path]:
+    return sorted(_folder(run).glob("*.jsonl"))
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

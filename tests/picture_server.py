@@ -1,0 +1,104 @@
+"""A loopback HTTP server that answers as badly as the internet does."""
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Answer = Callable[["Handler"], None]
+"""Writes the whole response."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, routes: Mapping[str, Answer]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.routes = routes
+        self.requests: Counter[str] = Counter()
+        self.agents: list[str] = []
+        self.closing = threading.Event()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests[self.path] += 1
+        self.server.agents.append(self.headers["User-Agent"])
+        self.server.routes.get(self.path, status(404))(self)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Stay quiet."""
+
+
+@contextmanager
+def serve(routes: Mapping[str, Answer]) -> Iterator[Server]:
+    server = Server(routes)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def body(data: bytes, *, claimed: int | None = None, **headers: str) -> Answer:
+    """200 with these bytes; `claimed` is a wrong Content-Length, `X_Y` the header X-Y."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data) if claimed is None else claimed))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return answer
+
+
+def status(code: int) -> Answer:
+    return lambda handler: handler.send_error(code)
+
+
+def redirect(target: str) -> Answer:
+    def answer(handler: Handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", target)
+        handler.end_headers()
+
+    return answer
+
+
+def silence(handler: Handler) -> None:
+    """Accepts, and never says a word."""
+    handler.server.closing.wait(30)
+
+
+def hang_up(handler: Handler) -> None:
+    """Closes the connection without an answer."""
+    handler.close_connection = True
+
+
+def first_then(first: Answer, then: Answer) -> Answer:
+    """`first` to the first request of a path, `then` to all later ones."""
+    return lambda handler: (first if handler.server.requests[handler.path] == 1 else then)(handler)
+
+
+def closed_port_url() -> str:
+    """A URL where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/x.png"
