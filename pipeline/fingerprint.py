@@ -23,7 +23,7 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
             inner = f"{path}.{key}" if path else str(key)
             lines += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
         return lines
-    if old == new:
+    if canonical_json(old) == canonical_json(new):
         return []
     return [f"{path}: {_shown(old)} -> {_shown(new)}"]
 

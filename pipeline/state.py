@@ -27,7 +27,7 @@ def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = Tru
     fingerprints = plan.fingerprints()
     for name, fingerprint in fingerprints.items():
         old = read_group_fingerprint(run, name)
-        if old is None or old == fingerprint:
+        if old is None or digest(old) == digest(fingerprint):
             continue
         own = differences(_without_inputs(old), _without_inputs(fingerprint), name)
         if own:

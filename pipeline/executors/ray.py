@@ -6,6 +6,8 @@ Ray schedules, retries lost workers and places GPUs; this file only hands over t
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -179,6 +181,7 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    on_terminate = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
@@ -200,6 +203,8 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
         raise MachineError(
             f"{where}: cannot be reached or started ({_first_line(error)}); check the address, or use --executor local"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there
     resources = ray.cluster_resources()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, resources)
     return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
