@@ -75,6 +75,7 @@ def _execute(
     try:
         with progress:
             tally = scheduler.execute()
+        run.clean()  # of workers that died
         tally.leave_out(plan.row_group, superseded(run))
         facts = plan.finalize(run)
         outcome = "failed" if tally.shards_failed else "finished"

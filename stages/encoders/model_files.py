@@ -43,7 +43,7 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
     """
     folder = Path(model)
     if folder.is_dir():
-        return _local(folder, folder.name, None, model)
+        return _local(folder, folder.absolute().name, None, model)
     if model.startswith((".", "/", "~")):
         raise MachineError(f"encoders.model: {model} is not a folder; give a model folder or a hub id")
     return _hub(model, revision)

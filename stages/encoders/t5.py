@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -100,9 +100,20 @@ class T5Encoder:
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
-            model: Any = T5EncoderModel.from_pretrained(files.model, revision=files.revision or "main", dtype=dtype)
-        except (OSError, ValueError) as error:
+            model, report = cast(
+                tuple[Any, dict[str, Any]],
+                T5EncoderModel.from_pretrained(
+                    files.model, revision=files.revision or "main", dtype=dtype, output_loading_info=True
+                ),
+            )
+        except Exception as error:  # damaged files make the loaders raise almost anything
             raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
+        if report["missing_keys"]:  # transformers would go on with random numbers in their place
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise MachineError(
+                f"encoders.model: {config.model} lacks {len(report['missing_keys'])} weights of a T5 encoder "
+                f"({missing} ...); give a folder with the whole encoder"
+            )
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.dim: int = self.model.config.d_model
         self.pad_id: int = self.tokenizer.pad_token_id or 0

@@ -91,7 +91,10 @@ WRONG_VALUES = [
     (["=3"], ["override '=3': write KEY=VALUE"]),
     (["a..b=3"], ["override 'a..b=3': write KEY=VALUE"]),
     (["shard_size=[1"], ["override 'shard_size=[1': the value is not valid YAML"]),
-    (["-c", "missing.yaml"], ["config file missing.yaml: cannot be read (No such file or directory)", "check the path"]),
+    (
+        ["-c", "missing.yaml"],
+        ["config file missing.yaml: cannot be read (No such file or directory)", "check the path"],
+    ),
     (["-c", "missing"], ["--config missing: no such file or shipped configuration", "shipped: demo"]),
     (["-c", "nothing"], ["config file nothing: cannot be read (Is a directory)"]),
     (["-c", "list.yaml"], ["config file list.yaml: must be a mapping of keys, got list"]),

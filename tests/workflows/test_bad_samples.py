@@ -6,7 +6,6 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 from imagen_core.store import Sample, Store
 from tests.picture_server import body, closed_port_url, hang_up, redirect, serve, silence, status
 from tests.pictures import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
-from tests.workflows.commands import Result, call_process, drops, precompute, summary, tree
+from tests.workflows.commands import Result, call, call_process, drops, precompute, summary, tree
 
 SIZE = 16
 BASE = (f"images.sizes_px=[{SIZE}]", "max_drop_fraction=1", "execution.num_cpus=1")
@@ -159,7 +158,7 @@ class UrlRun(Run):
 
 
 @pytest.fixture(scope="module")
-def url_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UrlRun]:
+def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
     """One run over every bad URL, as a user starts it: the console script, in a process of its own."""
     root = tmp_path_factory.mktemp("urls")
     for name in ("data", "cwd", "tmp"):
@@ -186,7 +185,7 @@ def url_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UrlRun]:
         never_asked = server.requests["/never"]
     done = finished(root / "run", result)
     added = tree(root) - before
-    yield UrlRun(
+    return UrlRun(
         done.folder,
         done.result,
         done.dropped,
@@ -380,6 +379,21 @@ def test_the_other_rows_of_a_folder_are_unharmed(folder_run: Run) -> None:
     }
     assert_plain(folder_run.samples["a.png"].images[SIZE], RED)
     assert_plain(folder_run.samples["inner.png"].images[SIZE], BLUE)
+
+
+@pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
+def test_a_run_that_keeps_nothing_ends_with_3_and_an_empty_store(tmp_path: Path, store_format: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "page.png").write_bytes(b"<html>")
+    (tmp_path / "data" / "page.txt").write_text("a web page")
+    overrides = ("source.kind=folder", f"source.path={tmp_path / 'data'}", f"store.format={store_format}")
+    result = precompute(tmp_path / "run", *overrides, *BASE[:1])
+    assert result.code == 3
+    assert "1 of 1 samples were dropped (100.0%)" in result.err
+    assert drops(tmp_path / "run") == [("page.png", "not_an_image")]
+    store = Store.open(tmp_path / "run" / "store")
+    assert (len(store), store.image_sizes, store.encoders) == (0, [SIZE], ["t5"])
+    assert call("verify", str(tmp_path / "run")).code == 0
 
 
 # ---- webdataset ----

@@ -1,0 +1,277 @@
+"""The T5 encoder gives what transformers gives caption by caption, whatever the batches."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer, T5EncoderModel
+
+from pipeline.errors import MachineError
+from stages.encoders.t5 import T5Encoder, T5EncoderConfig
+from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+
+CAPTIONS = [
+    "a red circle above a blue square",
+    "",
+    "a",
+    "one two three four five six seven eight nine ten",
+    "A strange caption: 🐈 خط é",
+    "a green triangle left of a yellow star, and then some more words that no scene has",
+    "a red circle above a blue square!",
+    "x" * 40,
+]
+EOS = 1
+
+
+def config(model: str = TINY_MODEL, **changes: object) -> T5EncoderConfig:
+    return T5EncoderConfig.model_validate(
+        {"name": "t5", "model": model, "compute_dtype": "float32", "num_gpus": 0, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a local folder."""
+    path = tmp_path_factory.mktemp("models") / TINY_MODEL
+    write_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder() -> T5Encoder:
+    return config().load(1)
+
+
+def with_changes(encoder: T5Encoder, **changes: object) -> T5Encoder:
+    """The same weights with other settings, not loaded again."""
+    copy = object.__new__(T5Encoder)
+    copy.__dict__.update(encoder.__dict__, config=encoder.config.model_copy(update=changes))
+    return copy
+
+
+def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float = 1e-5) -> None:
+    assert [e.shape for e in found] == [e.shape for e in expected]
+    assert max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) <= tolerance
+
+
+def reference(folder: Path, captions: list[str], max_tokens: int = 128) -> list[np.ndarray]:
+    """transformers by itself, one caption at a time, so that nothing is ever padded."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [
+            model(**tokenizer(c, truncation=True, max_length=max_tokens, return_tensors="pt"))
+            .last_hidden_state[0]
+            .float()
+            .numpy()
+            for c in captions
+        ]
+
+
+def test_embeddings_are_unpadded_and_finite(encoder: T5Encoder) -> None:
+    encoded = encoder.encode(CAPTIONS)
+    lengths = [len(encoder.tokenizer(caption)["input_ids"]) for caption in CAPTIONS]
+    assert [e.shape for e in encoded.embeddings] == [(length, 64) for length in lengths]
+    assert lengths[:3] == [8, 1, 2]
+    assert all(e.dtype == np.float32 and np.isfinite(e).all() for e in encoded.embeddings)
+    assert encoded.num_truncated == 0
+    assert encoder.dim == 64
+
+
+def test_the_result_is_what_transformers_gives_caption_by_caption(encoder: T5Encoder, folder: Path) -> None:
+    assert_close(encoder.encode(CAPTIONS).embeddings, reference(folder, CAPTIONS))
+    short = with_changes(encoder, max_tokens=5).encode(CAPTIONS).embeddings
+    assert_close(short, reference(folder, CAPTIONS, max_tokens=5))
+
+
+def test_a_local_folder_gives_the_same_as_the_built_in_name(encoder: T5Encoder, folder: Path) -> None:
+    local = config(str(folder))
+    found, expected = local.load(1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert local.identify() == config().identify()
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 64, 4096])
+def test_the_result_does_not_depend_on_the_batches(encoder: T5Encoder, tokens_per_batch: int) -> None:
+    expected = [encoder.encode([caption]).embeddings[0] for caption in CAPTIONS]
+    other = with_changes(encoder, tokens_per_batch=tokens_per_batch)
+    assert_close(other.encode(CAPTIONS).embeddings, expected)
+    order = np.random.default_rng(0).permutation(len(CAPTIONS))
+    mixed = other.encode([CAPTIONS[i] for i in order]).embeddings
+    assert_close([mixed[position] for position in np.argsort(order)], expected)
+    crowd = other.encode(CAPTIONS + ["other words"] * 50).embeddings
+    assert_close(crowd[: len(CAPTIONS)], expected)
+
+
+def test_bfloat16_differs_by_its_rounding_only(encoder: T5Encoder) -> None:
+    expected = encoder.encode(CAPTIONS).embeddings
+    found = config(compute_dtype="bfloat16").load(1).encode(CAPTIONS).embeddings
+    assert all(e.dtype == np.float32 for e in found)
+    for a, b in zip(found, expected, strict=True):
+        assert np.linalg.norm(a - b) / np.linalg.norm(b) < 0.03
+
+
+@pytest.mark.parametrize("limit", [2, 5, 8, 11])
+def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: T5Encoder, limit: int) -> None:
+    short = with_changes(encoder, max_tokens=limit)
+    whole = [encoder.tokenizer(caption)["input_ids"] for caption in CAPTIONS]
+    token_ids, num_truncated = short._tokenize(CAPTIONS)
+    for found, full in zip(token_ids, whole, strict=True):
+        assert found == (full if len(full) <= limit else [*full[: limit - 1], EOS])
+        assert found.count(EOS) == 1
+        assert found[-1] == EOS
+    assert token_ids == [encoder.tokenizer(c, truncation=True, max_length=limit)["input_ids"] for c in CAPTIONS]
+    encoded = short.encode(CAPTIONS)
+    assert encoded.num_truncated == num_truncated == sum(len(full) > limit for full in whole)
+    assert [len(e) for e in encoded.embeddings] == [min(len(full), limit) for full in whole]
+
+
+def test_the_cost_counts_padding(encoder: T5Encoder) -> None:
+    assert encoder.encode(["a", "a red circle above a blue square and more"]).num_padded_tokens == 2 * 16
+    assert with_changes(encoder, tokens_per_batch=1).encode(["a", "a"]).num_padded_tokens == 2 * 8
+
+
+def test_no_caption_is_no_work(encoder: T5Encoder) -> None:
+    encoded = encoder.encode([])
+    assert (encoded.embeddings, encoded.num_truncated, encoded.num_padded_tokens) == ([], 0, 0)
+
+
+def test_a_hundred_thousand_characters_are_one_cut_caption(encoder: T5Encoder) -> None:
+    encoded = encoder.encode(["word " * 20_000])
+    assert (encoded.embeddings[0].shape, encoded.num_truncated) == ((128, 64), 1)
+
+
+# ---- identity ----
+
+
+def fingerprint(folder: Path, **changes: object) -> dict[str, object]:
+    return config(str(folder), **changes).identify().fingerprint
+
+
+def test_the_built_in_model_is_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_fingerprint_names_all_that_decides_the_embeddings_and_no_path(folder: Path) -> None:
+    found = fingerprint(folder)
+    assert set(found) == {
+        "model",
+        "revision",
+        "weights_sha256",
+        "tokenizer_sha256",
+        "kind",
+        "max_tokens",
+        "compute_dtype",
+        "text_normalisation",
+        "output",
+    }
+    assert (found["model"], found["revision"], found["max_tokens"]) == (TINY_MODEL, None, 128)
+    assert str(folder.parent) not in json.dumps(found)
+    assert "/" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("how", ["moved", "trailing slash", "relative", "as the working directory"])
+def test_moving_the_folder_keeps_the_fingerprint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    moved = tmp_path / "elsewhere" / TINY_MODEL
+    shutil.copytree(folder, moved)
+    monkeypatch.chdir(moved if how == "as the working directory" else tmp_path)
+    path = {
+        "moved": str(moved),
+        "trailing slash": f"{moved}/",
+        "relative": f"elsewhere/{TINY_MODEL}",
+        "as the working directory": ".",
+    }[how]
+    assert config(path).identify().fingerprint == fingerprint(folder)
+
+
+def test_one_changed_weight_changes_the_weights_hash_alone(folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / TINY_MODEL
+    shutil.copytree(folder, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["shared.weight"][5, 7] += 1e-3
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    assert differing(fingerprint(folder), fingerprint(changed)) == {"weights_sha256"}
+
+
+def test_a_changed_tokenizer_changes_the_tokenizer_hash_alone(folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / TINY_MODEL
+    shutil.copytree(folder, changed)
+    text = (changed / "tokenizer.json").read_text(encoding="utf-8")
+    (changed / "tokenizer.json").write_text(text.replace('"▁red"', '"▁rot"'), encoding="utf-8")
+    assert differing(fingerprint(folder), fingerprint(changed)) == {"tokenizer_sha256"}
+
+
+def test_settings_that_change_the_embeddings_change_the_fingerprint_and_others_do_not(folder: Path) -> None:
+    plain = fingerprint(folder)
+    assert differing(plain, fingerprint(folder, max_tokens=64)) == {"max_tokens"}
+    assert differing(plain, fingerprint(folder, compute_dtype="bfloat16")) == {"compute_dtype"}
+    assert fingerprint(folder, tokens_per_batch=7, workers=3, num_cpus=2, cpu_threads=1) == plain
+
+
+def differing(a: dict[str, object], b: dict[str, object]) -> set[str]:
+    assert set(a) == set(b)
+    return {key for key in a if a[key] != b[key]}
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("config.json", "has no config.json; give a folder saved by save_pretrained"),
+        ("model.safetensors", r"has no model\*\.safetensors or pytorch_model\*\.bin"),
+        ("tokenizer.json", "no tokenizer files"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_named(folder: Path, tmp_path: Path, missing: str, says: str) -> None:
+    broken = tmp_path / TINY_MODEL
+    shutil.copytree(folder, broken)
+    (broken / missing).unlink()
+    if missing == "tokenizer.json":
+        (broken / "tokenizer_config.json").unlink()
+    with pytest.raises(MachineError, match=rf"encoders\.model: .*{says}"):
+        config(str(broken)).identify()
+
+
+def test_a_model_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bert"
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
+    with pytest.raises(MachineError, match=r"is no T5: its config\.json has no d_model \(model_type 'bert'\)"):
+        config(str(other)).identify()
+
+
+def test_a_missing_weight_is_an_error_and_never_random_numbers(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / TINY_MODEL
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MachineError, match=r"lacks 1 weights of a T5 encoder \(encoder\.block\.1\."):
+        config(str(broken)).load(1)
+
+
+def test_weights_beside_those_of_the_encoder_are_ignored(encoder: T5Encoder, folder: Path, tmp_path: Path) -> None:
+    whole = tmp_path / TINY_MODEL
+    shutil.copytree(folder, whole)
+    weights = load_file(whole / "model.safetensors")
+    save_file(
+        {**weights, "decoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((64, 64), np.float32)},
+        whole / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert_close(config(str(whole)).load(1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings)
+
+
+def test_cut_weights_are_an_error_of_the_machine(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / TINY_MODEL
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(MachineError, match=r"encoders\.model: .* cannot be loaded"):
+        config(str(broken)).load(1)

@@ -1,0 +1,72 @@
+"""Captions as the internet writes them have a defined form."""
+
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.captions import clean_caption, clean_captions, is_valid_text
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("a cat", "a cat"),
+        ("  a cat \n", "a cat"),
+        ("a\0cat", "a cat"),
+        ("a\tcat\r\non a mat", "a cat  on a mat"),
+        ("\x1b[31mred\x7f", "[31mred"),
+        ("\u0085next line\u0085", "next line"),
+        ("A Cat, UPPER and lower.", "A Cat, UPPER and lower."),
+        ("🐈\u200d⬛ 🇨🇭", "🐈\u200d⬛ 🇨🇭"),
+        ("\u200fخط عربي\u200e", "\u200fخط عربي\u200e"),
+        ("e\u0301", "e\u0301"),
+        ("\ufeffa cat", "\ufeffa cat"),
+        ("a\u00a0b\u00a0", "a\u00a0b"),
+        ("", ""),
+        (" \0\n\t ", ""),
+        ("x" * 100_000, "x" * 100_000),
+    ],
+)
+def test_control_characters_become_spaces_and_all_else_stays(raw: str, clean: str) -> None:
+    assert clean_caption(raw) == clean
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=100))
+def test_a_clean_caption_is_clean(raw: str) -> None:
+    clean = clean_caption(raw)
+    assert clean_caption(clean) == clean
+    assert not any(unicodedata.category(c) == "Cc" for c in clean)
+    assert clean == clean.strip()
+
+
+@pytest.mark.parametrize(
+    ("raw", "valid"), [("a cat", True), ("", True), ("🐈", True), ("caf\udce9", False), ("\ud800", False)]
+)
+def test_text_that_was_not_utf_8_is_told_apart(raw: str, valid: bool) -> None:
+    assert is_valid_text(raw) is valid
+
+
+@pytest.mark.parametrize(
+    ("raw", "captions"),
+    [
+        (["a", "b"], ("a", "b")),
+        (["b", "a", "b", " a "], ("b", "a")),
+        (["", "a", "\0"], ("a",)),
+    ],
+)
+def test_empty_and_repeated_captions_go_and_the_order_stays(raw: list[str], captions: tuple[str, ...]) -> None:
+    assert clean_captions(raw, allow_empty=False) == (captions, None)
+    assert clean_captions(raw, allow_empty=True) == (captions, None)
+
+
+@pytest.mark.parametrize("raw", [[], [""], [" ", "\n\0"]])
+def test_no_caption_is_a_drop_unless_the_list_has_none(raw: list[str]) -> None:
+    assert clean_captions(raw, allow_empty=False) == ((), "empty_caption")
+    assert clean_captions(raw, allow_empty=True) == (("",), None)
+
+
+def test_one_caption_that_is_not_text_drops_the_sample() -> None:
+    assert clean_captions(["a cat", "caf\udce9"], allow_empty=False) == ((), "invalid_caption")
