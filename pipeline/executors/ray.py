@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _TASK_RETRIES = 3
 _PREFETCH = 2  # tasks handed to an actor at once: one runs, one waits
+_PROBE_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
 
 
@@ -185,6 +187,7 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
     logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
+        _probe(address)
         if address is not None:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
@@ -208,6 +211,17 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
     resources = ray.cluster_resources()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, resources)
     return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+
+
+def _probe(address: str | None) -> None:
+    """Refuses an address where nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        OSError: no connection.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
 
 
 def _first_line(error: BaseException) -> str:
