@@ -74,14 +74,10 @@ def test_a_sample_whose_embedding_is_not_finite_is_excluded_and_counted(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 1e-2), ("int8", 1e-2)])
-def test_every_store_dtype_is_close_to_float32(
-    captioned: Path, tmp_path: Path, dtype: str, tolerance: float
-) -> None:
+def test_every_store_dtype_is_close_to_float32(captioned: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
     run(tmp_path / "exact", captioned, "store.dtype=float32")
     run(tmp_path / "run", captioned, f"store.dtype={dtype}")
-    for a, b in zip(
-        Store.open(tmp_path / "exact" / "store"), Store.open(tmp_path / "run" / "store"), strict=True
-    ):
+    for a, b in zip(Store.open(tmp_path / "exact" / "store"), Store.open(tmp_path / "run" / "store"), strict=True):
         for exact, stored in zip(a.text["t5"], b.text["t5"], strict=True):
             error = np.abs(stored.astype(np.float32) - exact).max(axis=1)
             assert (error <= tolerance * np.abs(exact).max(axis=1)).all()

@@ -2,9 +2,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from handmade_store import Made, make_store
 
 from imagen_core import store as st
+from tests.imagen_core.store.handmade_store import Made, make_store
 
 
 @pytest.fixture(params=["parquet", "hdf5"])

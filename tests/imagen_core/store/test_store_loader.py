@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade_store import DIM, Made
 
 from imagen_core import store as st
 from imagen_core.store.order import permute, pick
+from tests.imagen_core.store.handmade_store import DIM, Made
 
 Make = Callable[..., Made]
 DTYPES = {

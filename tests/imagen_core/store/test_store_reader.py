@@ -9,9 +9,9 @@ from collections.abc import Callable
 import fsspec
 import numpy as np
 import pytest
-from handmade_store import DIM, Made
 
 from imagen_core import store as st
+from tests.imagen_core.store.handmade_store import DIM, Made
 
 DTYPES: list[st.StoreDtype] = ["float16", "bfloat16", "float32", "int8"]
 Make = Callable[..., Made]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade_store import DIM, Made, file_entry
 
 from imagen_core import store as st
 from imagen_core.store.hdf5 import write_text_hdf5
 from imagen_core.store.parquet import write_text_parquet
+from tests.imagen_core.store.handmade_store import DIM, Made, file_entry
 
 Make = Callable[..., Made]
 

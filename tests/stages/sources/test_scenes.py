@@ -113,9 +113,7 @@ def test_mix_of_scenes():
 
 
 def test_splits_share_no_caption():
-    train, held_out = (
-        {c for s in scenes(split=split) for c in s.captions} for split in ("train", "held_out")
-    )
+    train, held_out = ({c for s in scenes(split=split) for c in s.captions} for split in ("train", "held_out"))
     assert train.isdisjoint(held_out)
 
 
