@@ -18,6 +18,9 @@ class Plan:
     """Starts the stream of shards afresh; the whole input is never held in memory."""
     finalize: Callable[[RunFolder], dict[str, object]]
     """Called once all shards are committed; returns facts for the summary."""
+    final_file: str | None = None
+    """What `finalize` writes, relative to the run folder; removed before finished work is, so that it never
+    speaks of files that are gone."""
     estimated_shards: int | None = None
     """About how many shards there are, for the progress display; None if unknown."""
     row_group: str = ""

@@ -43,6 +43,8 @@ def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = Tru
             + "\n  ".join(lines)
             + "\nGive the old values, choose another --out, or rebuild what changed with --restart."
         )
+    if downstream and plan.final_file is not None:
+        (run.root / plan.final_file).unlink(missing_ok=True)
     for name, fingerprint in fingerprints.items():
         if name in downstream:
             run.forget_group(name)

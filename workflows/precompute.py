@@ -78,6 +78,7 @@ class Precompute(Workflow):
             ),
             shards=lambda: source.shards(config.shard_size),
             finalize=build_manifest,
+            final_file="store/manifest.json",
             estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),
             row_group=SAMPLES,
             max_drop_fraction=config.max_drop_fraction,
