@@ -5,6 +5,7 @@ RUN/  config.yaml  plan.json  events.jsonl  summary.json  state/<group>/<shard>.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -77,12 +78,17 @@ class RunFolder:
 
     def records(self, group: str) -> Iterator[Record]:
         """All completion records of a group in shard order, read one at a time."""
-        folder = self.root / "state" / group
-        names = (p.stem for p in folder.glob("*.json")) if folder.is_dir() else iter(())
-        for name in sorted(names, key=int):
-            record = self.read_record(group, name)
+        for index in sorted(self.recorded_shards(group)):
+            record = self.read_record(group, f"{index:05d}")
             if record is not None:
                 yield record
+
+    def recorded_shards(self, group: str) -> Iterator[int]:
+        """Indices of the shards with a completion record, in no order."""
+        folder = self.root / "state" / group
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                yield from (int(e.name.removesuffix(".json")) for e in entries if e.name[0].isdigit())
 
     def committed_file(self, group: str, shard: str) -> Path:
         """The one file of a committed (group, shard)."""

@@ -46,12 +46,12 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
 def _complete_groups(run: RunFolder) -> dict[str, dict[str, object]]:
     """Groups with a record for every shard, also those of earlier configurations of this run folder."""
     state = run.root / "state"
-    shards = {path.name for path in (state / SAMPLES).glob("*.json")}
+    shards = set(run.recorded_shards(SAMPLES))
     result = {}
     for path in sorted(state.glob("*.json")):
         if path.stem in (ORIGINALS, SAMPLES):
             continue
-        if shards <= {record.name for record in (state / path.stem).glob("*.json")}:
+        if shards.issubset(run.recorded_shards(path.stem)):
             result[path.stem] = run_group(run, path.stem)
     return result
 

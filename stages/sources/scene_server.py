@@ -25,9 +25,7 @@ class SceneServer:
     `dead_indices`, like every other path, give 404.
     """
 
-    def __init__(
-        self, seed: int, num_samples: int, dead_indices: Collection[int] = (), split: Split = "train"
-    ):
+    def __init__(self, seed: int, num_samples: int, dead_indices: Collection[int] = (), split: Split = "train"):
         if not 0 <= num_samples <= 10**9:
             raise ValueError(f"num_samples must be in 0..10**9 (got {num_samples})")
         self.seed = seed
