@@ -14,10 +14,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import write_text
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Shard
+from pipeline.state import changed_input
 
 _FIRST_INDEX = 10_000_000
 ALL = "all"
@@ -34,30 +36,59 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
 
     Returns:
         How many rows will be tried again, by reason.
+
+    Raises:
+        StaleOutputError: the source has changed since the drops were recorded.
+        ConfigError: no dropped sample has one of the reasons.
     """
-    retried = _retried_rows(run)
+    retried = retried_rows(run)
     wanted: Callable[[str], bool] = lambda reason: reason in reasons or ALL in reasons  # noqa: E731
     chosen: Counter[str] = Counter()
     lines: list[str] = []
+    others: set[str] = set()
     shard_size = 1
     for shard in plan.shards():
         shard_size = max(shard_size, shard.num_rows)
         assert isinstance(shard.rows, list)
-        for drop in _drops(run, plan.row_group, shard):
+        record = run.read_record(plan.row_group, shard.name)
+        if record is not None and record["input"] != shard.digest:
+            raise StaleOutputError(changed_input(run, shard, plan.row_group, record))
+        for drop in _drops(run, plan.row_group, shard.name):
             row, reason = drop["row"], drop["reason"]
+            if row not in retried[shard.index]:
+                others.add(reason)
             if wanted(reason) and row not in retried[shard.index]:
                 chosen[reason] += 1
                 line = {"shard": shard.index, "row": row, "reason": reason, "source": shard.rows[row]}
                 lines.append(json.dumps(line))
+    if not lines and ALL not in reasons:
+        there_are = ", ".join(sorted(others)) or "none"
+        raise ConfigError(
+            f"--retry-dropped {','.join(reasons)}: no dropped sample has it; reasons there are: {there_are}"
+        )
     if lines:
         rounds = _round_files(run)
         write_text(_folder(run) / f"{len(rounds) + 1:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
     return chosen
 
 
-def superseded(run: RunFolder) -> Counter[str]:
-    """Drops that a later round has tried again, by reason; they no longer count where they happened."""
-    return Counter(line["reason"] for file in _round_files(run) for line in _read(file))
+def superseded(plan: Plan, run: RunFolder) -> Counter[str]:
+    """Recorded drops that a later round has tried again, by reason; they no longer count where they happened."""
+    return Counter(
+        drop["reason"]
+        for index, rows in retried_rows(run).items()
+        for drop in _drops(run, plan.row_group, f"{index:05d}")
+        if drop["row"] in rows
+    )
+
+
+def rounds_fit(plan: Plan, run: RunFolder) -> bool:
+    """True if the rows of all rounds still come from the shards the source has now."""
+    retried = retried_rows(run)
+    if not retried:
+        return True
+    shards = (shard for shard in plan.shards() if shard.index in retried)
+    return all(_record_fits(run, plan.row_group, shard) for shard in shards)
 
 
 def forget_retries(plan: Plan, run: RunFolder) -> None:
@@ -78,7 +109,8 @@ def _retry_shards(run: RunFolder) -> Iterator[Shard]:
             index += 1
 
 
-def _retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
+def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
+    """Shard index -> rows that a later round has taken over."""
     result: defaultdict[int, set[int]] = defaultdict(set)
     for file in _round_files(run):
         for line in _read(file):
@@ -86,8 +118,13 @@ def _retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
     return result
 
 
-def _drops(run: RunFolder, group: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    path = run.quarantine / group / f"{shard.name}.jsonl"
+def _record_fits(run: RunFolder, group: str, shard: Shard) -> bool:
+    record = run.read_record(group, shard.name)
+    return record is None or record["input"] == shard.digest
+
+
+def _drops(run: RunFolder, group: str, shard: str) -> Iterator[dict[str, Any]]:
+    path = run.quarantine / group / f"{shard}.jsonl"
     if path.is_file():
         yield from _read(path)
 

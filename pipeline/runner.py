@@ -10,10 +10,10 @@ from pipeline.executors.base import Executor, make_executor
 from pipeline.files import write_json, write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.retries import begin_round, forget_retries, superseded, with_retries
+from pipeline.retries import begin_round, forget_retries, rounds_fit, superseded, with_retries
 from pipeline.runfolder import EventLog, RunFolder
 from pipeline.scheduler import Scheduler, Tally
-from pipeline.state import check_groups
+from pipeline.state import check_groups, refuse_changed_input
 from pipeline.workflow import Workflow
 
 
@@ -46,15 +46,17 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
     run.transient_groups = plan.transient_groups
     executor = make_executor(options.executor, plan.stages, run, workflow.config.execution, options.address)
     with run.lock():
-        check_groups(plan, run, restart=options.restart)
-        if options.restart:
+        refuse_changed_input(plan, run, restart=options.restart)
+        removed = check_groups(plan, run, restart=options.restart)
+        if options.restart and (plan.row_group in removed or not rounds_fit(plan, run)):
             forget_retries(plan, run)
+        if options.retry_dropped:
+            begin_round(plan, run, options.retry_dropped)
         run.clean()
+        run.summary_file.unlink(missing_ok=True)
         write_text(run.config_file, dump_yaml(workflow.config))
         write_json(run.plan_file, describe(workflow, plan))
         events = EventLog(run.events_file)
-        if options.retry_dropped:
-            events.write("retry", rows=dict(begin_round(plan, run, options.retry_dropped)))
         try:
             return _execute(workflow, plan, run, executor, events, options)
         finally:
@@ -76,7 +78,7 @@ def _execute(
         with progress:
             tally = scheduler.execute()
         run.clean()  # of workers that died
-        tally.leave_out(plan.row_group, superseded(run))
+        tally.leave_out(plan.row_group, superseded(plan, run))
         facts = plan.finalize(run)
         outcome = "failed" if tally.shards_failed else "finished"
     except BaseException as error:
@@ -90,7 +92,7 @@ def _execute(
         "outcome": outcome,
         "executor": options.executor,
         "seconds": round(time.perf_counter() - started, 3),
-        "tally": _plain(tally),
+        "tally": asdict(tally),
         "this_run": progress.rates(),
         **facts,
     }
@@ -118,10 +120,6 @@ def describe(workflow: Workflow, plan: Plan) -> dict[str, object]:
         "max_drop_fraction": plan.max_drop_fraction,
         **plan.facts,
     }
-
-
-def _plain(tally: Tally) -> dict[str, object]:
-    return asdict(tally)
 
 
 def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) -> None:

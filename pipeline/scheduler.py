@@ -12,6 +12,7 @@ from pipeline.executors.base import Executor
 from pipeline.files import write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
+from pipeline.retries import retried_rows
 from pipeline.runfolder import EventLog, Record, RunFolder
 from pipeline.stage import Shard, Stage
 from pipeline.state import Ledger
@@ -28,6 +29,7 @@ class _Job:
     present: set[str]
     """Groups committed so far."""
     running: int = 0
+    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -51,9 +53,9 @@ class Tally:
         self.input_rows -= sum(drops.values())
         counted = self.groups[group].drops if group in self.groups else {}
         for reason, count in drops.items():
-            counted[reason] -= count
-            if not counted[reason]:
-                del counted[reason]
+            left = counted.pop(reason, 0) - count
+            if left > 0:
+                counted[reason] = left
 
 
 @dataclass(slots=True)
@@ -104,6 +106,7 @@ class Scheduler:
         self.progress = progress
         self.max_attempts = max_attempts
         self.ledger = Ledger(plan, run, restart=restart)
+        self.retried_rows = retried_rows(run)
         self.tally = Tally()
         self.jobs: dict[int, _Job] = {}
 
@@ -126,6 +129,7 @@ class Scheduler:
                 self.jobs[job.shard.index] = job
                 self._submit_ready(job)
             if not self.jobs:
+                self.ledger.check_leftovers()
                 return self.tally
             for outcome in self.executor.wait():
                 self._handle(outcome)
@@ -169,7 +173,9 @@ class Scheduler:
     def _submit(self, stage: Stage, job: _Job, attempt: int) -> None:
         wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
         fingerprints = {name: self.ledger.fingerprints[name] for name in wanted}
-        self.executor.submit(stage, TaskRequest(stage.name, job.shard, wanted, fingerprints, attempt))
+        retried = frozenset(self.retried_rows.get(job.shard.index, ()))
+        request = TaskRequest(stage.name, job.shard, wanted, fingerprints, frozenset(job.present), retried, attempt)
+        self.executor.submit(stage, request)
 
     def _handle(self, outcome: TaskOutcome) -> None:
         request = outcome.request
@@ -218,7 +224,8 @@ class Scheduler:
             job.running += 1
             self._submit(stage, job, request.attempt + 1)
             return
-        self.tally.shards_failed += 1
+        self.tally.shards_failed += not job.failed
+        job.failed = True
         job.needed.clear()
         where = self.run.quarantine / "failed" / f"{request.stage}-{job.shard.name}.txt"
         write_text(where, outcome.traceback or str(outcome.error))

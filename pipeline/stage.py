@@ -86,10 +86,20 @@ class Task:
     A stage writes only to `output`, and calls `done` for every wanted group.
     """
 
-    def __init__(self, run: RunFolder, shard: Shard, wanted: frozenset[str]):
+    def __init__(
+        self,
+        run: RunFolder,
+        shard: Shard,
+        wanted: frozenset[str],
+        present: frozenset[str] = frozenset(),
+        retried_rows: frozenset[int] = frozenset(),
+    ):
         self.run = run
         self.shard = shard
         self.wanted = wanted
+        self.present = present
+        self.retried_rows = retried_rows
+        """Rows tried again elsewhere; here they are dropped as `retried`."""
         self.results: dict[str, GroupResult] = {}
         self._outputs: dict[str, dict[Path, Path]] = {}
 
@@ -98,8 +108,8 @@ class Task:
         return self.run.committed_file(group, self.shard.name)
 
     def has(self, group: str) -> bool:
-        """True if `group` is already committed for this shard."""
-        return self.run.read_record(group, self.shard.name) is not None
+        """True if `group` was committed for this shard when the task was planned."""
+        return group in self.present
 
     def output(self, group: str, suffix: str) -> Path:
         """A temporary path for the group's file; the engine renames it once the stage has returned."""

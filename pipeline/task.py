@@ -28,6 +28,10 @@ class TaskRequest:
     wanted: frozenset[str]
     fingerprints: dict[str, str]
     """Group -> digest of its fingerprint, for the record."""
+    present: frozenset[str] = frozenset()
+    """Groups committed for this shard when the request was made."""
+    retried_rows: frozenset[int] = frozenset()
+    """Rows that a retry round has taken over; the shard they came from leaves them out."""
     attempt: int = 1
 
 
@@ -53,7 +57,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     """Runs the stage on the shard and commits what it wrote. Never raises for the stage's failures."""
     started = time.perf_counter()
     outcome = TaskOutcome(request)
-    task = Task(run, request.shard, request.wanted)
+    task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
     try:
         _prepare(stage, run).process(task)
         outcome.records = _commit(run, task, request)

@@ -36,6 +36,8 @@ class FetchStage(Stage):
             with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
 
                 def emit(original: Original) -> None:
+                    if original.row in task.retried_rows:
+                        original = replace(original, data=None, reason="retried", detail="in a later round")
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None
@@ -46,7 +48,11 @@ class FetchStage(Stage):
             shutil.rmtree(scratch, ignore_errors=True)
         task.done(
             ORIGINALS,
-            GroupResult(rows=counts["fetched"], counters={"bytes_fetched": counts["bytes"]}),
+            GroupResult(
+                rows=counts["fetched"],
+                counters={"bytes_fetched": counts["bytes"]},
+                info={"partial": wanted is not None},
+            ),
         )
 
 

@@ -1,6 +1,5 @@
 """Writes the store's manifest from the completion records: what was cached, and the proof of it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def build_manifest(run: RunFolder) -> dict[str, object]:
     """
     groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run)}
     run.store.mkdir(parents=True, exist_ok=True)
-    totals = {"num_samples": 0, "excluded": 0}
+    totals = {"num_samples": 0}
     header = {
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
@@ -51,9 +50,14 @@ def _complete_groups(run: RunFolder) -> dict[str, dict[str, object]]:
     for path in sorted(state.glob("*.json")):
         if path.stem in (ORIGINALS, SAMPLES):
             continue
-        if shards.issubset(run.recorded_shards(path.stem)):
-            result[path.stem] = run_group(run, path.stem)
+        config = run_group(run, path.stem)
+        if shards.issubset(run.recorded_shards(path.stem)) and _has_null(run, config):
+            result[path.stem] = config
     return result
+
+
+def _has_null(run: RunFolder, config: dict[str, object]) -> bool:
+    return config["kind"] != "text" or (run.store / store_format.null_path(str(config["encoder"]))).is_file()
 
 
 def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
@@ -77,7 +81,6 @@ def _shards(run: RunFolder, groups: list[str], totals: dict[str, int]) -> Iterat
             files[group] = _record_entry(run, record, info.get("captions"))
         rows = int(str(samples["rows"]))
         totals["num_samples"] += rows - len(excluded)
-        totals["excluded"] += len(excluded)
         yield {"index": shard, "rows": rows, "files": files, "excluded": sorted(excluded)}
 
 
@@ -96,10 +99,3 @@ def _record_entry(run: RunFolder, record: Record, captions: object) -> dict[str,
 def _file_entry(run: RunFolder, relative: str) -> dict[str, object]:
     path = run.store / relative
     return {"path": relative, "bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def read_summary(run: RunFolder) -> dict[str, object] | None:
-    """The last run's summary, if any."""
-    if not run.summary_file.exists():
-        return None
-    return json.loads(run.summary_file.read_text(encoding="utf-8"))

@@ -34,7 +34,7 @@ class Hdf5ImageWriter:
 
     def __init__(self, path: Path, size_px: int) -> None:
         self._path, self._size_px, self._num_rows = path, size_px, 0
-        self._spool_path = path.with_name(f".{path.name}.spool.tmp")
+        self._spool_path = path.with_name(f"{path.name}.spool")
         self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
 
     def append(self, pixels: np.ndarray) -> None:

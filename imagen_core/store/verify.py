@@ -224,16 +224,14 @@ class _Check:
                 yield from ((entry.path, samples.key(int(row))) for row in rows)
 
     def strays(self) -> None:
-        """Report files the manifest does not know."""
+        """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""
         known = {MANIFEST_NAME}
         known.update(group.null.path for group in self._manifest.texts.values() if group.null)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
         for name in self._folder.walk():
-            if name in known:
-                continue
-            is_leftover = name.endswith(".tmp") or any(part.startswith(".") for part in name.split("/"))
-            found = self._report.warnings if is_leftover else self._report.problems
-            found.append(Problem(name, "not in the manifest; delete it, or find out what wrote it"))
+            if name not in known:
+                message = "not in the manifest: a leftover, or of a group that is not finished for every shard"
+                self._report.warnings.append(Problem(name, message))
 
 
 def _hash(key: str) -> int:
