@@ -5,12 +5,14 @@ import logging
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.errors import PipelineError, PreemptedError
+from pipeline.errors import PipelineError, PreemptedError, RunError
 
 app = typer.Typer(
     name="pipeline",
@@ -30,7 +32,7 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/WORKFLOW]")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -73,13 +75,21 @@ def run(
     folder = out or Path("runs") / workflow
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
     signal.signal(signal.SIGTERM, _on_sigterm)
-    summary = run_workflow(chosen, folder, RunOptions(executor, address, restart, reasons, quiet))
+    failure: RunError | None = None
+    try:
+        summary: Mapping[str, object] = run_workflow(
+            chosen, folder, RunOptions(executor, address, restart, reasons, quiet)
+        )
+    except RunError as error:
+        failure, summary = error, error.summary
     if as_json:
         _print_json(summary)
     else:
         from pipeline.show import show_summary
 
         show_summary(summary, chosen.closing_words(RunFolder(folder)))
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -232,7 +242,7 @@ def main() -> None:
         app()
     except PipelineError as error:
         if _debugging():
-            raise
+            traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 

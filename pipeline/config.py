@@ -80,10 +80,7 @@ def _apply_override(tree: Tree, override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r}: write KEY=VALUE, for example images.sizes_px='[64, 256]'")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    value = _parse_value(override, text)
     node: Any = tree
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -107,6 +104,19 @@ def _apply_override(tree: Tree, override: str) -> None:
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a plain value, not a group")
 
 
+_GLOB_STARTS = ("*", "{", "?", "%")
+
+
+def _parse_value(override: str, text: str) -> object:
+    """The value as YAML; paths such as `*.csv` and `{00..09}.tar`, which YAML cannot read, as they are."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if text.startswith(_GLOB_STARTS):
+            return text
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
 def _explain(config_class: type[Config], error: ValidationError) -> str:
     lines = []
     for item in cast(list[dict[str, Any]], error.errors()):
@@ -116,7 +126,9 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             known = sorted(owner.model_fields) if owner else []
             close = difflib.get_close_matches(parts[-1], known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"known keys{_of_kind(parts, owner)}: {', '.join(known)}"
+            )
             lines.append(f"{path}: unknown key (got {value!r}); {hint}")
         elif item["type"] == "missing":
             lines.append(f"{path}: needed, but not given; set it in the file or as {path}=VALUE")
@@ -130,6 +142,11 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
             shown = f" (got {value!r})" if len(repr(value)) <= 100 else ""
             lines.append(f"{path}: {message[:1].lower()}{message[1:]}{shown}")
     return "\n".join(lines)
+
+
+def _of_kind(parts: Sequence[str], owner: type[Config] | None) -> str:
+    field = owner.model_fields.get("kind") if owner else None
+    return "" if field is None else f" of {'.'.join([*parts[:-1], 'kind'])}={field.default}"
 
 
 def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str], type[Config] | None]:

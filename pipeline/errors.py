@@ -1,5 +1,7 @@
 """Errors a user can meet. Each says what is wrong, the value, and what to do; each has an exit code."""
 
+from collections.abc import Mapping
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -33,11 +35,19 @@ class MachineError(PipelineError):
     exit_code = EXIT_ENVIRONMENT
 
 
-class ShardError(PipelineError):
+class RunError(PipelineError):
+    """The run came to its end, but not as wished; `summary` says what it made."""
+
+    def __init__(self, message: str, summary: Mapping[str, object]):
+        super().__init__(message)
+        self.summary = summary
+
+
+class ShardError(RunError):
     """One or more shards failed after every retry; the other shards are finished."""
 
 
-class DropLimitError(PipelineError):
+class DropLimitError(RunError):
     """The run finished, but dropped more samples than `max_drop_fraction` allows."""
 
     exit_code = EXIT_DROP_LIMIT

@@ -1,7 +1,7 @@
 """A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.fingerprint import digest
 from pipeline.runfolder import RunFolder
@@ -28,8 +28,6 @@ class Plan:
     max_drop_fraction: float = 1.0
     keep: frozenset[str] = frozenset()
     """Transient groups whose files are to be kept."""
-    facts: dict[str, object] = field(default_factory=dict)
-    """What the workflow wants to show in `plan.json`."""
 
     def __post_init__(self) -> None:
         made: set[str] = set()

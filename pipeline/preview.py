@@ -62,6 +62,8 @@ def run_status(root: Path) -> dict[str, object]:
     groups = {}
     for stage in plan["stages"]:
         for name in stage["groups"]:
+            if name in plan["transient_groups"]:
+                continue
             shards = rows = 0
             drops: dict[str, int] = {}
             for record in run.records(name):
@@ -83,7 +85,7 @@ def run_status(root: Path) -> dict[str, object]:
 
 def _is_locked(run: RunFolder) -> bool:
     try:
-        run.lock().release()
+        with run.lock():
+            return False
     except ConfigError:
         return True
-    return False

@@ -9,15 +9,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigError
-from pipeline.files import remove_temporaries, temporary_name, write_json
+from pipeline.files import remove_temporaries, temporary_name
 
 Record = dict[str, object]
+
+_LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
 
 
 class RunFolder:
@@ -120,8 +123,9 @@ class RunFolder:
         """Removes what a killed run left half-written."""
         return sum(remove_temporaries(self.root / part) for part in ("store", "staging", "state", "quarantine"))
 
-    def lock(self) -> FileLock:
-        """Takes the folder for this process; the lock goes with the process, however it ends.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; the lock goes with the process, however it ends.
 
         Raises:
             ConfigError: another run holds it, or the folder cannot be made.
@@ -134,12 +138,15 @@ class RunFolder:
             ) from error
         lock = FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOCK_TIMEOUT_S)
         except Timeout as error:
             raise ConfigError(
                 f"--out {self.root}: another run is working in this folder; wait for it, or choose another folder"
             ) from error
-        return lock
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class EventLog:
@@ -156,6 +163,3 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-__all__ = ["EventLog", "Record", "RunFolder", "write_json"]

@@ -116,9 +116,9 @@ def describe(workflow: Workflow, plan: Plan) -> dict[str, object]:
             }
             for stage in plan.stages
         ],
+        "transient_groups": sorted(plan.transient_groups),
         "fingerprints": plan.fingerprints(),
         "max_drop_fraction": plan.max_drop_fraction,
-        **plan.facts,
     }
 
 
@@ -128,7 +128,8 @@ def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) ->
         raise ShardError(
             f"{tally.shards_failed} of {tally.shards} shards failed; the others are finished. "
             f"First: {first['stage']} on shard {first['shard']}: {first['error']}\n"
-            f"Tracebacks: {run.quarantine / 'failed'}. Run the same command again to retry them."
+            f"Tracebacks: {run.quarantine / 'failed'}. Run the same command again to retry them.",
+            summary,
         )
     samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
     dropped = rows - samples
@@ -136,5 +137,6 @@ def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) ->
         raise DropLimitError(
             f"max_drop_fraction: {dropped} of {rows} samples were dropped ({dropped / rows:.1%}), "
             f"more than the {plan.max_drop_fraction:.1%} allowed; "
-            f"see {run.quarantine} for each key and reason. The store holds the {samples} good ones."
+            f"see {run.quarantine} for each key and reason. The store holds the {samples} good ones.",
+            summary,
         )

@@ -130,6 +130,8 @@ class Scheduler:
                 self._submit_ready(job)
             if not self.jobs:
                 self.ledger.check_leftovers()
+                order = list(self.plan.groups)
+                self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
                 return self.tally
             for outcome in self.executor.wait():
                 self._handle(outcome)

@@ -18,6 +18,7 @@ from imagen_core.store import (
 from pipeline.errors import MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.files import commit_file, temporary_name
+from pipeline.fingerprint import differences
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task
 from stages.encoders.base import TextEncoder
@@ -31,14 +32,14 @@ class EncodeStage(Stage):
     inputs = (SAMPLES,)
 
     def __init__(self, encoder: T5EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
-        self.encoder = encoder
+        identity = encoder.identify()
+        self.encoder = encoder.pinned(identity)
         self.store_format: StoreFormat = store_format
         self.dtype: StoreDtype = dtype
         self.name = f"encode-{encoder.name}"
         self.group = text_group(encoder.name)
         self.max_workers = encoder.workers or 0
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus)
-        identity = encoder.identify()
         self.dim = identity.dim
         self.groups = (
             Group(
@@ -58,6 +59,7 @@ class EncodeStage(Stage):
 
     def setup(self, run: RunFolder) -> None:
         """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
+        self._check_identity()
         threads = self.encoder.cpu_threads or max(1, usable_cpus() // (self.encoder.workers or 1))
         self._model = self.encoder.load(threads)
         final = run.store / null_path(self.encoder.name)
@@ -72,6 +74,16 @@ class EncodeStage(Stage):
                 )
             write_null(temporary, embedding, self.dtype)
             commit_file(temporary, final)
+
+    def _check_identity(self) -> None:
+        """The worker must see the model that the driver has seen: another node, or a later moment, may not."""
+        planned = self.groups[0].config["fingerprint"]
+        changes = differences(planned, self.encoder.identify().fingerprint)
+        if changes:
+            raise MachineError(
+                f"encoders.{self.encoder.name}: this worker finds another model than the run began with: "
+                f"{'; '.join(changes)}; put the same files on every node, or start a new run"
+            )
 
     def process(self, task: Task) -> None:
         assert self._model is not None

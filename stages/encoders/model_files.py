@@ -70,7 +70,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
 
 def _hub(model: str, revision: str | None) -> ModelFiles:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [*_SMALL_FILES, "*.safetensors", "*.bin"]
     try:
@@ -81,7 +81,9 @@ def _hub(model: str, revision: str | None) -> ModelFiles:
         pass  # not in the cache, or not whole: ask the hub
     try:
         return _online(model, revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except MachineError:
+        raise
+    except Exception as error:
         raise MachineError(
             f"encoders.model: {model!r} is neither a local folder, nor cached, nor reachable on the hub "
             f"({type(error).__name__}); download it once with `hf download {model}`, or give a local folder"

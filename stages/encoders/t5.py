@@ -72,6 +72,12 @@ class T5EncoderConfig(Config):
                 },
             )
 
+    def pinned(self, identity: EncoderIdentity) -> "T5EncoderConfig":
+        """The same encoder for any worker: a local folder by its full path, a hub model by its commit."""
+        if Path(self.model).is_dir():
+            return self.model_copy(update={"model": str(Path(self.model).absolute())})
+        return self.model_copy(update={"revision": identity.fingerprint["revision"]})
+
     def load(self, num_threads: int) -> "T5Encoder":
         """Loads tokenizer and weights.
 

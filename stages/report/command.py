@@ -73,8 +73,8 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     if run.events_file.exists():
         with run.events_file.open(encoding="utf-8") as lines:
             for line in lines:
-                event = json.loads(line)
-                if event["event"] == "task":
+                event = _event(line)
+                if event.get("event") == "task":
                     rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
                     seconds[event["stage"]] += event["seconds"]
                     shards[event["stage"]] += 1
@@ -88,6 +88,14 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
         }
         for stage in rows
     ]
+
+
+def _event(line: str) -> dict[str, Any]:
+    """One event; empty for a line that a killed run left unfinished."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 def _render(facts: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class FolderConfig(Config):
 
 
 class FolderSource(Source):
-    """A row is [file, captions, bytes, is_duplicate]; captions are null if they stand in NAME.txt."""
+    """A row is [file, captions, bytes, is_duplicate]."""
 
     def __init__(self, config: FolderConfig):
         self.config = config
@@ -59,7 +59,7 @@ class FolderSource(Source):
             raise ConfigError(f"source.path: {where} holds no pictures; give a folder with at least one")
 
     def shards(self, shard_size: int) -> Iterator[Shard]:
-        rows = self._walk(self.root) if self.table is None else self._table_rows(self.table)
+        rows = self._walk(self.root, frozenset()) if self.table is None else self._table_rows(self.table)
         return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
 
     def _table_rows(self, table: Path) -> Iterator[list[object]]:
@@ -70,12 +70,16 @@ class FolderSource(Source):
             size = path.stat().st_size if path is not None else -1
             yield [name, captions_of(record, config.caption_column), size]
 
-    def _walk(self, folder: Path) -> Iterator[list[object]]:
+    def _walk(self, folder: Path, above: frozenset[Path]) -> Iterator[list[object]]:
+        above |= {folder.resolve()}
         for path in sorted(folder.iterdir()):
             if path.is_dir():
-                yield from self._walk(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
-                yield [path.relative_to(self.root).as_posix(), None, path.stat().st_size]
+                if path.resolve() not in above:  # a link to a folder above would go round for ever
+                    yield from self._walk(path, above)
+            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                text = path.with_suffix(".txt")
+                lines = text.read_text("utf-8-sig", "surrogateescape") if text.is_file() else ""
+                yield [path.relative_to(self.root).as_posix(), lines.splitlines(), path.stat().st_size]
 
     def _locate(self, name: str) -> Path | None:
         """The picture's path; None if it is missing, or outside the folder."""
@@ -93,12 +97,12 @@ class FolderSource(Source):
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         for row, (name, captions, _, is_duplicate) in enumerate(
-            cast(Sequence[tuple[str, list[str] | None, int, bool]], shard.rows)
+            cast(Sequence[tuple[str, list[str], int, bool]], shard.rows)
         ):
             if wanted is None or name in wanted:
                 emit(self._read(row, name, captions, is_duplicate))
 
-    def _read(self, row: int, name: str, raw_captions: list[str] | None, is_duplicate: bool) -> Original:
+    def _read(self, row: int, name: str, raw_captions: list[str], is_duplicate: bool) -> Original:
         if is_duplicate:
             return Original(row, name, None, (), None, "duplicate_key")
         if not _stays_inside(name):
@@ -106,10 +110,6 @@ class FolderSource(Source):
         path = self._locate(name)
         if path is None:
             return Original(row, name, None, (), None, "missing_file", f"not found below {self.root.name}/")
-        if raw_captions is None:
-            text = path.with_suffix(".txt")
-            lines = text.read_text("utf-8-sig", "surrogateescape") if text.is_file() else ""
-            raw_captions = lines.splitlines()
         captions, reason = clean_captions(raw_captions, allow_empty=False)
         if reason is not None:
             return Original(row, name, None, captions, None, reason)

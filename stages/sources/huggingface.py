@@ -33,7 +33,10 @@ class HuggingfaceConfig(Config):
 
 
 class HuggingfaceSource(Source):
-    """A row is [key, row number]; the data stay in the memory-mapped Arrow files of `datasets`."""
+    """A row is [key, row number, fingerprint of the dataset].
+
+    The data stay in the memory-mapped Arrow files of `datasets`.
+    """
 
     def __init__(self, config: HuggingfaceConfig):
         self.config = config
@@ -68,7 +71,12 @@ class HuggingfaceSource(Source):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
     def shards(self, shard_size: int) -> Iterator[Shard]:
-        return cut_into_shards(([f"{row:09d}", row] for row in range(len(self._load()))), shard_size)
+        return self._shards(self._load(), shard_size)
+
+    def _shards(self, dataset: Any, shard_size: int) -> Iterator[Shard]:
+        # The fingerprint is the library's own hash of the data and what was done to them.
+        fingerprint = dataset._fingerprint
+        return cut_into_shards(([f"{row:09d}", row, fingerprint] for row in range(len(dataset))), shard_size)
 
     def estimate_rows(self) -> int:
         return len(self._load())
@@ -80,7 +88,7 @@ class HuggingfaceSource(Source):
         dataset = self._load()
         if isinstance(dataset.features[self.config.image_column], datasets.Image):
             dataset = dataset.cast_column(self.config.image_column, datasets.Image(decode=False))
-        for position, (key, row) in enumerate(cast(Sequence[tuple[str, int]], shard.rows)):
+        for position, (key, row, _) in enumerate(cast(Sequence[tuple[str, int, str]], shard.rows)):
             if wanted is None or key in wanted:
                 emit(self._original(position, key, dataset[row]))
 

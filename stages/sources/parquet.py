@@ -1,17 +1,18 @@
 """Parquet files with the pictures' bytes in a column."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import fsspec
+import xxhash
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.tables import columns, estimate_rows, expand, open_parquet, to_records
+from stages.sources.tables import columns, estimate_rows, expand, open_parquet, to_records, unique_names
 from stages.sources.urls import captions_of
 
 
@@ -35,7 +36,7 @@ class ParquetConfig(Config):
 
 
 class ParquetSource(Source):
-    """A row is [key, file number, row number, file bytes, is_duplicate].
+    """A row is [key, file name, row number, digest of the footer, is_duplicate].
 
     The driver reads footers and the key column only.
     """
@@ -64,21 +65,17 @@ class ParquetSource(Source):
         return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
 
     def _rows(self) -> Iterator[list[object]]:
-        files = self._files()
-        stems = [PurePosixPath(file).stem for file in files]
-        for number, (path, stem) in enumerate(zip(files, stems, strict=True)):
-            prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
-            filesystem, plain = fsspec.core.url_to_fs(path)
-            size = filesystem.size(plain)
+        for name, path in unique_names(self._files()).items():
+            footer = _footer_digest(path)
             with open_parquet(path) as table:
                 if self.config.key_column is None:
                     for row in range(table.metadata.num_rows):
-                        yield [f"{prefix}/{row:07d}", number, row, size]
+                        yield [f"{name}/{row:07d}", name, row, footer]
                     continue
                 row = 0
                 for batch in table.iter_batches(columns=[self.config.key_column]):
                     for (key,) in (record.values() for record in to_records(batch)):
-                        yield [f"{prefix}/{row:07d}" if key is None else str(key), number, row, size]
+                        yield [f"{name}/{row:07d}" if key is None else str(key), name, row, footer]
                         row += 1
 
     def estimate_rows(self) -> int | None:
@@ -86,18 +83,20 @@ class ParquetSource(Source):
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
-        files = self._files()
-        rows = cast(Sequence[tuple[str, int, int, int, bool]], shard.rows)
-        by_file: dict[int, list[tuple[int, str, int]]] = {}
-        for position, (key, number, row, _, is_duplicate) in enumerate(rows):
+        files = unique_names(self._files())
+        rows = cast(Sequence[tuple[str, str, int, str, bool]], shard.rows)
+        by_file: dict[str, list[tuple[int, str, int]]] = {}
+        for position, (key, name, row, _, is_duplicate) in enumerate(rows):
             if wanted is not None and key not in wanted:
                 continue
             if is_duplicate:
                 emit(Original(position, key, None, (), None, "duplicate_key"))
             else:
-                by_file.setdefault(number, []).append((position, key, row))
-        for number, places in by_file.items():
-            for (position, key, _), record in zip(places, self._read(files[number], places), strict=True):
+                by_file.setdefault(name, []).append((position, key, row))
+        for name, places in by_file.items():
+            if name not in files:
+                raise FileNotFoundError(f"source.path: {name} was there when the run began, and is gone")
+            for (position, key, _), record in zip(places, self._read(files[name], places), strict=True):
                 emit(self._original(position, key, record))
 
     def _read(self, path: str, places: Sequence[tuple[int, str, int]]) -> Iterator[dict[str, Any]]:
@@ -131,6 +130,17 @@ class ParquetSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         return {"image_column": self.config.image_column, "caption_column": self.config.caption_column}
+
+
+def _footer_digest(path: str) -> str:
+    """Digest of a file's footer: sizes, offsets and statistics of every column chunk."""
+    with fsspec.open(path, "rb") as raw:
+        file = cast(Any, raw)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - 8 - length))
+        return f"{size}-{xxhash.xxh3_64_hexdigest(file.read())}"
 
 
 def image_bytes(value: object) -> bytes | None:

@@ -3,11 +3,14 @@
 import csv
 import json
 import lzma
+import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 import fsspec
@@ -49,6 +52,21 @@ def expand(path: str, field: str, suffixes: Sequence[str]) -> list[str]:
     if not found:
         raise ConfigError(f"{field}: {path} does not exist; check the path")
     return [filesystem.unstrip_protocol(p) if "://" in path else p for p in found]
+
+
+def unique_names(paths: Sequence[str]) -> dict[str, str]:
+    """Name -> path: the file's stem, or where stems repeat the path below the common folder, without suffix.
+
+    Rows refer to files by these names, so that a file that appears later does not shift the others.
+    """
+    stems = Counter(PurePosixPath(path).stem for path in paths)
+    root = PurePosixPath(os.path.commonpath(paths)) if len(paths) > 1 else PurePosixPath()
+    names: dict[str, str] = {}
+    for path in paths:
+        pure = PurePosixPath(path)
+        name = pure.stem if stems[pure.stem] == 1 else pure.relative_to(root).with_suffix("").as_posix()
+        names[name] = path
+    return names
 
 
 def table_format(path: str) -> str:

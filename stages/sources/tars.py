@@ -15,7 +15,7 @@ from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
 from stages.sources.folder import IMAGE_SUFFIXES
-from stages.sources.tables import expand
+from stages.sources.tables import expand, unique_names
 from stages.sources.urls import captions_of
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ class WebdatasetSource(Source):
         self.config = config
         self.path = require_path(config.path, "webdataset")
 
-    def _tars(self) -> list[str]:
+    def _tars(self) -> dict[str, str]:
         from braceexpand import braceexpand
 
-        return [tar for path in braceexpand(self.path) for tar in expand(path, "source.path", ("tar",))]
+        return unique_names([tar for path in braceexpand(self.path) for tar in expand(path, "source.path", ("tar",))])
 
     def check(self) -> None:
         if next(self.shards(1), None) is None:
@@ -57,26 +57,23 @@ class WebdatasetSource(Source):
         return cut_into_shards(mark_duplicates((str(row[0]), row) for row in self._rows()), shard_size)
 
     def _rows(self) -> Iterator[list[object]]:
-        tars = self._tars()
-        stems = [Path(tar).stem for tar in tars]
-        for number, (tar, stem) in enumerate(zip(tars, stems, strict=True)):
-            prefix = stem if stems.count(stem) == 1 else f"{number:05d}-{stem}"
+        for name, tar in self._tars().items():
             for key, members in index_tar(tar):
-                yield [f"{prefix}/{key}", number, members]
+                yield [f"{name}/{key}", name, members]
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         tars = self._tars()
-        rows = cast(Sequence[tuple[str, int, dict[str, Span], bool]], shard.rows)
-        opened: tuple[int, BinaryIO] | None = None
+        rows = cast(Sequence[tuple[str, str, dict[str, Span], bool]], shard.rows)
+        opened: tuple[str, BinaryIO] | None = None
         try:
-            for row, (key, number, members, is_duplicate) in enumerate(rows):
+            for row, (key, name, members, is_duplicate) in enumerate(rows):
                 if wanted is not None and key not in wanted:
                     continue
-                if opened is None or opened[0] != number:
+                if opened is None or opened[0] != name:
                     if opened is not None:
                         opened[1].close()
-                    opened = (number, cast(BinaryIO, cast(Any, fsspec.open(tars[number], "rb")).open()))
+                    opened = (name, cast(BinaryIO, cast(Any, fsspec.open(_path_of(tars, name), "rb")).open()))
                 emit(self._read(opened[1], row, key, members, is_duplicate))
         finally:
             if opened is not None:
@@ -143,6 +140,12 @@ def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
             log.warning("%s is cut off (%s); the samples before the cut are used", path, error)
     if key is not None:
         yield key, members
+
+
+def _path_of(files: dict[str, str], name: str) -> str:
+    if name not in files:
+        raise FileNotFoundError(f"source.path: {name} was there when the run began, and is gone")
+    return files[name]
 
 
 def _kind(suffix: str) -> str | None:

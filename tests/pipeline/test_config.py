@@ -121,7 +121,10 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("inner.flga=true", "inner.flga: unknown key (got True); did you mean 'flag'?"),
         ("items.0.sizepx=1", "items.0.sizepx: unknown key (got 1); did you mean 'size_px'?"),
         ("shape.radius=1", "shape.radius: unknown key (got 1); did you mean 'radius_px'?"),
-        ("shape={kind: square, radius_px: 1}", "shape.radius_px: unknown key (got 1); known keys: kind, side_px"),
+        (
+            "shape={kind: square, radius_px: 1}",
+            "shape.radius_px: unknown key (got 1); known keys of shape.kind=square: kind, side_px",
+        ),
         ("shape.kind=sqare", "shape.kind: there is none of this name (got 'sqare'); did you mean 'square'?"),
         ("shape.kind=9", "shape.kind: there is none of this name (got '9'); choose from circle, square"),
         ("items=[{size_px: 1}]", "items.0.name: needed, but not given; set it in the file or as items.0.name=VALUE"),

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EMOJI = REPOSITORY.parent / "shared" / "data" / "noto-emoji"
 
 SMALL = ["source.num_samples=20", "shard_size=8", "images.sizes_px=[16,48]"]
-"""A synthetic source of 3 shards; scene 10 is the dead link."""
+"""A synthetic source of 3 shards; scene 2 is the dead link."""
 
 
 def command(*arguments: str) -> list[str]:

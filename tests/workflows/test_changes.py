@@ -1,0 +1,200 @@
+"""What changes between two runs of one folder is noticed, refused or rebuilt; the store never mixes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from imagen_core.store import Store, verify_store
+from pipeline.errors import ConfigError, MachineError, StaleOutputError
+from stages.encoders.tiny import write_tiny_model
+from tests.stages.test_resize import png
+from tests.workflows.conftest import pipeline, precompute, store_bytes
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place in range(8):
+        (folder / f"{place}.png").write_bytes(png(40, 10 * (place + 1)))
+        (folder / f"{place}.txt").write_text(f"picture {place}")
+    return folder
+
+
+def arguments(pictures: Path, *more: str) -> list[str]:
+    return ["source.kind=folder", f"source.path={pictures}", "images.sizes_px=[16]", "shard_size=2", *more]
+
+
+def test_another_shard_size_is_refused_before_anything_is_written_and_leaves_no_old_shards_on_restart(
+    pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    precompute(out, *arguments(pictures))
+    config = (out / "config.yaml").read_bytes()
+    with pytest.raises(StaleOutputError, match="shard_size changed"):
+        precompute(out, *arguments(pictures, "shard_size=4"))
+    assert (out / "config.yaml").read_bytes() == config
+    summary = precompute(out, *arguments(pictures, "shard_size=4"), restart=True)
+    assert summary["num_samples"] == 8
+    precompute(tmp_path / "fresh", *arguments(pictures, "shard_size=4"))
+    assert store_bytes(out) == store_bytes(tmp_path / "fresh")
+
+
+def test_rows_taken_away_from_the_source_are_refused_and_removed_on_restart(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    precompute(out, *arguments(pictures))
+    for place in range(4, 8):
+        (pictures / f"{place}.png").unlink()
+    with pytest.raises(StaleOutputError, match=r"shard 0000[23] of samples is finished, but"):
+        precompute(out, *arguments(pictures))
+    assert precompute(out, *arguments(pictures), restart=True)["num_samples"] == 4
+    assert len(Store.open(out / "store")) == 4
+    assert verify_store(out / "store").ok
+
+
+def test_an_edited_caption_is_noticed(pictures: Path, tmp_path: Path) -> None:
+    precompute(tmp_path / "run", *arguments(pictures))
+    (pictures / "5.txt").write_text("picture S")
+    with pytest.raises(StaleOutputError, match="shard 00002 of samples was made from other input rows"):
+        precompute(tmp_path / "run", *arguments(pictures))
+
+
+def test_an_encoder_no_longer_configured_does_not_outlive_the_captions_it_encoded(
+    pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    both = "encoders=[{name: a, model: tiny-random-t5}, {name: b, model: tiny-random-t5, max_tokens: 5}]"
+    precompute(out, *arguments(pictures, both))
+    precompute(out, *arguments(pictures, "encoders=[{name: a, model: tiny-random-t5}]"))
+    assert Store.open(out / "store").encoders == ["a", "b"], "it stays while it fits"
+    (pictures / "5.txt").write_text("another caption")
+    precompute(out, *arguments(pictures, "encoders=[{name: a, model: tiny-random-t5}]"), restart=True)
+    assert Store.open(out / "store").encoders == ["a"]
+    precompute(out, *arguments(pictures, both))
+    store = Store.open(out / "store")
+    assert store.encoders == ["a", "b"]
+    precompute(tmp_path / "fresh", *arguments(pictures, both))
+    assert store_bytes(out) == store_bytes(tmp_path / "fresh")
+
+
+def test_originals_fetched_for_an_added_size_are_not_taken_for_all_of_them(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (pictures / "3.png").write_bytes(png(10, 99))  # too small
+    precompute(out, *arguments(pictures))
+    precompute(out, *arguments(pictures, "images.sizes_px=[16,32]", "keep_originals=true"))
+    (out / "store" / "samples" / "00001.parquet").unlink()
+    summary = precompute(out, *arguments(pictures, "images.sizes_px=[16,32]", "keep_originals=true"))
+    assert summary["tally"]["groups"]["samples"]["drops"] == {"too_small": 1}
+    assert summary["num_samples"] == 7
+
+
+def test_the_manifest_is_gone_while_the_files_it_lists_are_replaced(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    precompute(out, *arguments(pictures))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.resize.ResizeStage.process", killed)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(out, *arguments(pictures, "images.filter=box"), restart=True)
+    assert not (out / "store" / "manifest.json").exists()
+    assert json.loads(pipeline("status", str(out), "--json").stdout)["outcome"] is None
+    precompute(out, *arguments(pictures, "images.filter=box"))
+    assert verify_store(out / "store").ok
+
+
+def test_a_model_exchanged_during_the_run_is_refused(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    write_tiny_model(model)
+    encoder = f"encoders=[{{name: t5, model: {model}}}]"
+    fetch = "stages.fetch.FetchStage.process"
+    from stages.fetch import FetchStage
+
+    honest = FetchStage.process
+
+    def exchange(self: FetchStage, task: object) -> None:
+        weights = bytearray((model / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (model / "model.safetensors").write_bytes(weights)
+        honest(self, task)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fetch, exchange)
+    with pytest.raises(Exception, match="weights_sha256") as caught:
+        precompute(tmp_path / "run", *arguments(pictures, encoder))
+    assert caught.value.exit_code == MachineError.exit_code  # type: ignore[attr-defined]
+
+
+def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    from stages.sources.base import Original
+    from stages.sources.tars import WebdatasetConfig
+
+    def make(name: str, level: int) -> None:
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for member, data in (("x.png", png(20, level)), ("x.txt", f"level {level}".encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+    make("b.tar", 50)
+    source = WebdatasetConfig(path=str(tmp_path)).build()
+    shard = next(source.shards(10))
+    make("a.tar", 90)
+    read: list[Original] = []
+    source.fetch(shard, None, tmp_path, read.append)
+    assert [(o.key, o.captions) for o in read] == [("b/x", ("level 50",))]
+
+
+def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictures: Path, tmp_path: Path) -> None:
+    from pipeline.config import load_config
+    from pipeline.runner import RunOptions, run_workflow
+    from workflows.precompute import Precompute, PrecomputeConfig
+
+    (pictures / "3.png").write_bytes(png(10, 99))
+    out = tmp_path / "run"
+    precompute(out, *arguments(pictures))
+
+    def retry(reason: str) -> None:
+        workflow = Precompute(load_config(PrecomputeConfig, None, arguments(pictures)))
+        run_workflow(workflow, out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
+
+    with pytest.raises(ConfigError, match="reasons there are: too_small"):
+        retry("http_404")
+    (pictures / "2.txt").write_text("changed")
+    with pytest.raises(StaleOutputError):
+        retry("too_small")
+    assert not (out / "retries").exists()
+
+
+def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(pictures: Path, tmp_path: Path) -> None:
+    from pipeline.config import load_config
+    from pipeline.runner import RunOptions, run_workflow
+    from workflows.precompute import Precompute, PrecomputeConfig
+
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(pictures / "3.txt", tmp_path / "elsewhere" / "3.txt")
+    (pictures / "3.png").write_bytes(png(10, 99))
+    out = tmp_path / "run"
+    options = arguments(pictures)
+    (pictures / "3.txt").write_text("picture 3")
+    precompute(out, *options)
+    (pictures / "3.png").write_bytes(png(40, 40)[: len(png(10, 99))].ljust(len(png(10, 99)), b"\0"))
+    workflow = Precompute(load_config(PrecomputeConfig, None, options))
+    run_workflow(workflow, out, RunOptions("inline", retry_dropped=("all",), quiet=True))
+    first = precompute(out, *options)
+    (out / "store" / "samples" / "00001.parquet").unlink()
+    again = precompute(out, *options)
+    assert (again["num_samples"], again["tally"]["input_rows"]) == (first["num_samples"], 8)
+    assert again["tally"]["groups"]["samples"]["drops"] == first["tally"]["groups"]["samples"]["drops"]
+    keys = [sample.key for sample in Store.open(out / "store")]
+    assert len(keys) == len(set(keys)) == 7
