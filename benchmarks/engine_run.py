@@ -15,11 +15,11 @@ from typing import Any
 from pipeline.files import write_text
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
-from pipeline.runner import RunOptions, run_workflow
+from pipeline.runner import run_workflow
 from pipeline.stage import Group, GroupResult, Shard, Stage, Task
 from pipeline.state import Ledger
 from pipeline.task import TaskRequest, run_task
-from pipeline.workflow import Workflow, WorkflowConfig
+from pipeline.workflow import RunOptions, ShardedWorkflow, WorkflowConfig
 
 # ---- a plan of tiny shards ----
 
@@ -33,7 +33,7 @@ class Tiny(Stage):
         task.done("tiny", GroupResult(rows=1))
 
 
-class TinyWorkflow(Workflow):
+class TinyWorkflow(ShardedWorkflow):
     name = "tiny"
     summary = "one small file a shard"
     config_class = WorkflowConfig

@@ -53,7 +53,12 @@ def run(
     overrides: Overrides = None,
     config: ConfigFile = None,
     out: Out = None,
-    executor: Annotated[str, typer.Option(help="ray, local (processes) or inline (this process).")] = "ray",
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="ray, local or inline (this process); default ray for precompute, local for train and sample."
+        ),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
@@ -69,7 +74,7 @@ def run(
         plan(workflow, overrides, config, out, as_json)
         return
     from pipeline.runfolder import RunFolder
-    from pipeline.runner import RunOptions, run_workflow
+    from pipeline.workflow import RunOptions
 
     chosen = _build(workflow, config, overrides)
     folder = out or Path("runs") / workflow
@@ -77,8 +82,8 @@ def run(
     signal.signal(signal.SIGTERM, _on_sigterm)
     failure: RunError | None = None
     try:
-        summary: Mapping[str, object] = run_workflow(
-            chosen, folder, RunOptions(executor, address, restart, reasons, quiet)
+        summary: Mapping[str, object] = chosen.run(
+            folder, RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet)
         )
     except RunError as error:
         failure, summary = error, error.summary
@@ -101,10 +106,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do: shards, stages, what is finished, bytes. Writes nothing."""
-    from pipeline.preview import preview
     from pipeline.show import show_preview
 
-    result = preview(_build(workflow, config, overrides), out or Path("runs") / workflow)
+    result = _build(workflow, config, overrides).preview(out or Path("runs") / workflow)
     _print_json(result) if as_json else show_preview(result)
 
 

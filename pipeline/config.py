@@ -25,6 +25,8 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, object]
 
+_TAGS = ("kind", "family")  # names of the fields that choose between models
+
 
 def load_config(config_class: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
     """Builds a config from a YAML file, then `a.b=c` overrides (values are YAML; list items by index)."""
@@ -136,7 +138,8 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
             kind, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
             close = difflib.get_close_matches(kind, tags.split(", "), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose from {tags}"
-            lines.append(f"{path}.kind: there is none of this name (got {kind!r}); {hint}")
+            tag = item["ctx"]["discriminator"].strip("'")
+            lines.append(f"{path}.{tag}: there is none of this name (got {kind!r}); {hint}")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             shown = f" (got {value!r})" if len(repr(value)) <= 100 else ""
@@ -144,18 +147,20 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _of_kind(parts: Sequence[str], owner: type[Config] | None) -> str:
-    field = owner.model_fields.get("kind") if owner else None
-    return "" if field is None else f" of {'.'.join([*parts[:-1], 'kind'])}={field.default}"
+def _of_kind(parts: Sequence[str], owner: type[BaseModel] | None) -> str:
+    tag = next((tag for tag in _TAGS if owner and tag in owner.model_fields), None)
+    return (
+        "" if owner is None or tag is None else f" of {'.'.join([*parts[:-1], tag])}={owner.model_fields[tag].default}"
+    )
 
 
-def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str], type[Config] | None]:
+def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
     """Turns an error's location into the key path of the file, and finds the model that holds the key.
 
     pydantic puts the tag of a discriminated union into the location; it is no key, so it is left out.
     """
     parts: list[str] = []
-    owner: type[Config] | None = None
+    owner: type[BaseModel] | None = None
     for part in location:
         annotation = _unwrap(annotation)
         members = [_unwrap(member) for member in get_args(annotation)]
@@ -165,7 +170,7 @@ def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str],
                 annotation = tagged[0]
                 continue
         parts.append(str(part))
-        if isinstance(annotation, type) and issubclass(annotation, Config):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             owner = annotation
             field = annotation.model_fields.get(str(part))
             annotation = field.annotation if field else None
@@ -183,6 +188,10 @@ def _is_union(annotation: object) -> bool:
 
 
 def _tags(member: object) -> tuple[object, ...]:
-    if not (isinstance(member, type) and issubclass(member, Config)) or "kind" not in member.model_fields:
+    if not (isinstance(member, type) and issubclass(member, BaseModel)):
         return ()
-    return get_args(member.model_fields["kind"].annotation)
+    return tuple(value for tag in _TAGS if tag in member.model_fields for value in _literals(member, tag))
+
+
+def _literals(model: type[BaseModel], tag: str) -> tuple[object, ...]:
+    return get_args(model.model_fields[tag].annotation)

@@ -8,10 +8,10 @@ from pipeline.retries import with_retries
 from pipeline.runfolder import RunFolder
 from pipeline.runner import describe
 from pipeline.state import Ledger, check_groups
-from pipeline.workflow import Workflow
+from pipeline.workflow import ShardedWorkflow
 
 
-def preview(workflow: Workflow, out: Path) -> dict[str, object]:
+def preview(workflow: ShardedWorkflow, out: Path) -> dict[str, object]:
     """Counts shards, rows and expected bytes of the plan, and what the run folder already has."""
     run = RunFolder(out)
     if out.exists() and not out.is_dir():

@@ -24,6 +24,27 @@ class _StageCount:
     seconds: float = 0.0
 
 
+class Lines:
+    """Progress of a job: one line that is rewritten on a terminal, one plain line every 10 s elsewhere."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.started = time.perf_counter()
+        self._next_line = self.started + _PLAIN_INTERVAL_S
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Shows the state; `final` ends the line."""
+        now = time.perf_counter()
+        line = f"[{now - self.started:5.0f} s] {text}"
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
+        elif final or now >= self._next_line:
+            self._next_line = now + _PLAIN_INTERVAL_S
+            print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts finished tasks by stage. Holds a few numbers only, whatever the number of shards."""
 

@@ -1,7 +1,7 @@
-"""Runs a workflow in a run folder from start to end: the main path of `pipeline run`."""
+"""Runs a sharded workflow in a run folder from start to end: the main path of `pipeline run precompute`."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config import dump_yaml
@@ -14,25 +14,10 @@ from pipeline.retries import begin_round, forget_retries, rounds_fit, superseded
 from pipeline.runfolder import EventLog, RunFolder
 from pipeline.scheduler import Scheduler, Tally
 from pipeline.state import check_groups, refuse_changed_input
-from pipeline.workflow import Workflow
+from pipeline.workflow import RunOptions, ShardedWorkflow, Summary
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The command line's part of a run; none of it changes the result."""
-
-    executor: str = "ray"
-    address: str | None = None
-    restart: bool = False
-    retry_dropped: tuple[str, ...] = ()
-    """Drop reasons to try again, or `all`."""
-    quiet: bool = False
-
-
-Summary = dict[str, object]
-
-
-def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
+def run_workflow(workflow: ShardedWorkflow, out: Path, options: RunOptions) -> Summary:
     """Runs, or goes on with, the workflow in folder `out`.
 
     Raises:
@@ -64,7 +49,7 @@ def run_workflow(workflow: Workflow, out: Path, options: RunOptions) -> Summary:
 
 
 def _execute(
-    workflow: Workflow, plan: Plan, run: RunFolder, executor: Executor, events: EventLog, options: RunOptions
+    workflow: ShardedWorkflow, plan: Plan, run: RunFolder, executor: Executor, events: EventLog, options: RunOptions
 ) -> Summary:
     started = time.perf_counter()
     execution = workflow.config.execution
@@ -101,7 +86,7 @@ def _execute(
     return summary
 
 
-def describe(workflow: Workflow, plan: Plan) -> dict[str, object]:
+def describe(workflow: ShardedWorkflow, plan: Plan) -> dict[str, object]:
     """The plan as JSON: stages, groups and what they depend on."""
     return {
         "workflow": workflow.name,

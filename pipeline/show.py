@@ -28,6 +28,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
 
 def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, str]]) -> None:
     """What a run made, what it dropped, and where to look."""
+    if "facts" in summary:
+        show_facts(summary["facts"])
+        print(f"{summary['outcome']}: {summary['seconds']:.1f} s")
+        _show_closing_words(closing_words)
+        return
     tally = summary["tally"]
     rows = []
     for name, group in tally["groups"].items():
@@ -40,12 +45,36 @@ def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, 
         f"{summary['outcome']}: {kept}{tally['input_rows']} samples in {tally['shards']} shards{skipped}, "
         f"{summary['seconds']:.1f} s"
     )
+    _show_closing_words(closing_words)
+
+
+def _show_closing_words(closing_words: Sequence[tuple[str, str]]) -> None:
     for label, path in closing_words:
         print(f"{label:<7} {path}")
 
 
+def show_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values; the name's ending tells the unit (`_bytes`)."""
+    show_table(["what", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
+
+
+def _human(name: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return human_bytes(value) if name.endswith("_bytes") else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_human(f'{name}.{key}', item)}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def show_preview(result: Mapping[str, Any]) -> None:
-    """Shards x stages, what would be skipped, bytes."""
+    """Shards x stages, what would be skipped, bytes; for a job its sizes and needs."""
+    if "facts" in result:
+        show_facts(result["facts"])
+        return
     makers = {group: stage for stage in result["stages"] for group in stage["groups"]}
     rows = []
     for name, group in result["groups"].items():

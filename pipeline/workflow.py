@@ -1,7 +1,9 @@
 """Workflows: named compositions of stages, found through the `pipeline.workflows` entry points."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
@@ -18,15 +20,49 @@ class WorkflowConfig(Config):
     """How much runs at once."""
 
 
+Summary = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command line's part of a run; none of it changes the result."""
+
+    executor: str = "ray"
+    address: str | None = None
+    restart: bool = False
+    retry_dropped: tuple[str, ...] = ()
+    """Drop reasons to try again, or `all`."""
+    quiet: bool = False
+
+
 class Workflow(ABC):
-    """Turns a configuration into a plan."""
+    """What `pipeline run NAME` does with a configuration. Derive from `ShardedWorkflow` or `JobWorkflow`."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     config_class: ClassVar[type[WorkflowConfig]]
+    default_executor: ClassVar[str]
 
     def __init__(self, config: Any):
         self.config = config
+
+    @abstractmethod
+    def run(self, out: Path, options: RunOptions) -> Summary:
+        """Runs, or goes on with, the workflow in folder `out`; see `run_workflow` and `run_job`."""
+
+    @abstractmethod
+    def preview(self, out: Path) -> dict[str, object]:
+        """What a run would do, as JSON; writes nothing."""
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        """Label and path of what the user should look at after a run."""
+        return []
+
+
+class ShardedWorkflow(Workflow):
+    """Turns a configuration into a plan: stages over shards, each committed on its own."""
+
+    default_executor = "ray"
 
     @abstractmethod
     def plan(self, run: RunFolder) -> Plan:
@@ -36,9 +72,15 @@ class Workflow(ABC):
             ConfigError: the input is missing or unusable.
         """
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        """Label and path of what the user should look at after a run."""
-        return []
+    def run(self, out: Path, options: RunOptions) -> Summary:
+        from pipeline.runner import run_workflow
+
+        return run_workflow(self, out, options)
+
+    def preview(self, out: Path) -> dict[str, object]:
+        from pipeline.preview import preview
+
+        return preview(self, out)
 
 
 _WORKFLOWS = "pipeline.workflows"

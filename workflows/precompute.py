@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
-from pipeline.workflow import Workflow, WorkflowConfig
+from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
@@ -57,7 +57,7 @@ class PrecomputeConfig(WorkflowConfig):
         return encoders
 
 
-class Precompute(Workflow):
+class Precompute(ShardedWorkflow):
     """Caches image pyramids and text embeddings of an image-text dataset."""
 
     name = "precompute"

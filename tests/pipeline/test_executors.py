@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import MachineError, PipelineError, ShardError, StaleOutputError
-from pipeline.runner import RunOptions, Summary, run_workflow
+from pipeline.runner import run_workflow
+from pipeline.workflow import RunOptions, Summary
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
 EXECUTORS = ["inline", "local", pytest.param("ray", marks=pytest.mark.ray)]

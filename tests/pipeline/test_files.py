@@ -17,8 +17,9 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from pipeline.runner import RunOptions, run_workflow
+from pipeline.runner import run_workflow
 from pipeline.scheduler import Scheduler, Tally
+from pipeline.workflow import RunOptions
 from tests.pipeline.toy import Toy, ToyConfig
 
 

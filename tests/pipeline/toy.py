@@ -11,7 +11,7 @@ from pipeline.errors import MachineError
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Shard, Stage, Task
-from pipeline.workflow import Workflow, WorkflowConfig
+from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 
 
 class ToyOptions(Config):
@@ -95,7 +95,7 @@ class ToyConfig(WorkflowConfig):
     toy: ToyOptions = ToyOptions()
 
 
-class Toy(Workflow):
+class Toy(ShardedWorkflow):
     name = "toy"
     summary = "squares"
     config_class = ToyConfig

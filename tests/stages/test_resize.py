@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store, verify_store
-from pipeline.runner import Summary
+from pipeline.workflow import Summary
 from tests.workflows.conftest import precompute
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.runner import RunOptions, run_workflow
+from pipeline.runner import run_workflow
+from pipeline.workflow import RunOptions
 from workflows.precompute import Precompute, PrecomputeConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]

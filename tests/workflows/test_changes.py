@@ -157,7 +157,8 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
 
 def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictures: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
-    from pipeline.runner import RunOptions, run_workflow
+    from pipeline.runner import run_workflow
+    from pipeline.workflow import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
     (pictures / "3.png").write_bytes(png(10, 99))
@@ -178,7 +179,8 @@ def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictur
 
 def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(pictures: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
-    from pipeline.runner import RunOptions, run_workflow
+    from pipeline.runner import run_workflow
+    from pipeline.workflow import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
     (tmp_path / "elsewhere").mkdir()

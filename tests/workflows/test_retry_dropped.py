@@ -11,7 +11,8 @@ import pytest
 
 from imagen_core.store import Store
 from pipeline.config import load_config
-from pipeline.runner import RunOptions, run_workflow
+from pipeline.runner import run_workflow
+from pipeline.workflow import RunOptions
 from stages.sources.scenes import encode_image, scene
 from tests.workflows.conftest import pipeline, store_bytes
 from workflows.precompute import Precompute, PrecomputeConfig

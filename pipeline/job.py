@@ -1,0 +1,142 @@
+"""Workflows that are one piece of work and not a stream of shards: training and sampling.
+
+They have the same run folder, lock, events, summary and exit codes as the sharded ones; what can be
+resumed is theirs to decide.
+"""
+
+import os
+import signal
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.config import dump_yaml
+from pipeline.errors import PreemptedError
+from pipeline.files import write_json, write_text
+from pipeline.progress import Lines
+from pipeline.runfolder import EventLog, RunFolder
+from pipeline.workflow import RunOptions, Summary, Workflow
+
+
+@dataclass(slots=True)
+class Job:
+    """What a job's work sees of its run."""
+
+    run: RunFolder
+    options: RunOptions
+    lines: Lines
+    """Shows progress to people."""
+    stop_signal: int | None = field(default=None)
+
+    def should_stop(self) -> bool:
+        """True once the run was told to stop (SIGTERM or Ctrl-C): save and return soon."""
+        return self.stop_signal is not None
+
+
+class JobWorkflow(Workflow):
+    """A workflow whose `work` does everything."""
+
+    default_executor = "local"
+
+    @abstractmethod
+    def work(self, job: Job) -> Mapping[str, object]:
+        """Does the work; the result is the summary's facts.
+
+        A run that was told to stop returns early; the same command then goes on.
+        """
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, object]:
+        """What the run would do: sizes and needs. Cheap, writes nothing."""
+
+    def run(self, out: Path, options: RunOptions) -> Summary:
+        return run_job(self, out, options)
+
+    def preview(self, out: Path) -> dict[str, object]:
+        return {"workflow": self.name, "out": str(out), "facts": dict(self.facts())}
+
+
+def run_job(workflow: JobWorkflow, out: Path, options: RunOptions) -> Summary:
+    """Runs the job in folder `out`.
+
+    One of several processes (torchrun sets RANK) only works; the first one also keeps the run folder.
+
+    Raises:
+        PreemptedError: stopped by SIGTERM.
+        KeyboardInterrupt: stopped by Ctrl-C.
+        PipelineError: what `work` raises.
+    """
+    job = Job(RunFolder(out), options, Lines(quiet=options.quiet))
+    if int(os.environ.get("RANK", "0")) > 0:
+        job.lines.quiet = True
+        with _signals_noted(job):
+            facts = workflow.work(job)
+        return {"workflow": workflow.name, "facts": dict(facts)}
+    with job.run.lock():
+        return _execute(workflow, job)
+
+
+def _execute(workflow: JobWorkflow, job: Job) -> Summary:
+    run, started = job.run, time.perf_counter()
+    run.summary_file.unlink(missing_ok=True)
+    write_text(run.config_file, dump_yaml(workflow.config))
+    write_json(run.plan_file, {"workflow": workflow.name, "stages": [], "transient_groups": []})
+    events = EventLog(run.events_file)
+    events.write("run_started", workflow=workflow.name, executor=job.options.executor)
+    outcome = "interrupted"
+    try:
+        with _signals_noted(job):
+            facts = workflow.work(job)
+        _raise_stop(job)
+        outcome = "finished"
+    except BaseException as error:
+        outcome = f"stopped: {type(error).__name__}"
+        raise
+    finally:
+        events.write("run_ended", outcome=outcome)
+        events.close()
+    summary: Summary = {
+        "workflow": workflow.name,
+        "outcome": outcome,
+        "executor": job.options.executor,
+        "seconds": round(time.perf_counter() - started, 3),
+        "facts": dict(facts),
+    }
+    write_json(run.summary_file, summary)
+    return summary
+
+
+class _signals_noted:
+    """Within this block the first SIGTERM or Ctrl-C is noted in the job; a second one has its usual effect."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.former: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.former[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever owns it handles signals
+                return
+
+    def _note(self, number: int, frame: object) -> None:
+        self.job.stop_signal = number
+        self._restore()
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.former = {}
+
+
+def _raise_stop(job: Job) -> None:
+    if job.stop_signal == signal.SIGTERM:
+        raise PreemptedError("stopped by SIGTERM; run the same command again to go on")
+    if job.stop_signal is not None:
+        raise KeyboardInterrupt

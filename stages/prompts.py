@@ -1,0 +1,66 @@
+"""Encodes prompts exactly as the captions a checkpoint was trained on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
+from pipeline.errors import ConfigError
+from pipeline.executors.base import usable_cpus
+from pipeline.fingerprint import differences
+from stages.captions import clean_caption, is_valid_text
+from stages.encoders.t5 import T5EncoderConfig
+
+
+def encode_prompts(
+    prompts: Sequence[str], trained_on: Mapping[str, Any], *, model: str | None = None, use_gpu: bool = True
+) -> list[np.ndarray]:
+    """Loads the encoder of a checkpoint and encodes prompts with it.
+
+    Args:
+        prompts: texts of any length; cut at the encoder's max_tokens like captions.
+        trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on.
+        model: where the model is now (hub id or folder), if not where its name says.
+    Returns:
+        float (num_tokens, dim) arrays, rounded as the store rounds them.
+    Raises:
+        ConfigError: the encoder found differs from the one trained on; names each field.
+        MachineError: the model cannot be found.
+    """
+    config = encoder_of(trained_on, model, use_gpu=use_gpu)
+    changes = differences(dict(trained_on["fingerprint"]), config.identify().fingerprint)
+    if model is not None:  # a folder may have another name than the one it was encoded from
+        changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
+    if changes:
+        raise ConfigError(
+            f"encoder {config.model}: differs from the one the checkpoint was trained on: {'; '.join(changes)}; "
+            "give the right model with encoder_model=..."
+        )
+    bad = [prompt for prompt in prompts if not is_valid_text(prompt)]
+    if bad:
+        raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
+    encoded = config.load(usable_cpus()).encode([clean_caption(prompt) for prompt in prompts])
+    return [_as_stored(e, cast(StoreDtype, trained_on["dtype"])) for e in encoded.embeddings]
+
+
+def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> T5EncoderConfig:
+    """The configuration of the encoder that made a text group."""
+    fingerprint = trained_on["fingerprint"]
+    return T5EncoderConfig.model_validate(
+        {
+            "name": trained_on["name"],
+            "kind": fingerprint["kind"],
+            "model": model or fingerprint["model"],
+            "revision": None if model else fingerprint["revision"],
+            "max_tokens": fingerprint["max_tokens"],
+            "compute_dtype": fingerprint["compute_dtype"],
+            "num_gpus": None if use_gpu else 0,
+        }
+    )
+
+
+def _as_stored(embedding: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+    if not is_finite_as(embedding, dtype):
+        raise ConfigError(f"prompts: an embedding is not finite as {dtype}; use another prompt")
+    return restore(cast_embedding(embedding, dtype), dtype)
