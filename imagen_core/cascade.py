@@ -1,0 +1,192 @@
+"""A cascade of diffusion models: a base that draws small pictures, and super-resolution stages.
+
+Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 pixels, each stage told the
+caption, each super-resolution stage also the picture of the stage before it, with a little noise on it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.diffusion import Denoiser, Guidance, Threshold, augment_low_res, guided
+from imagen_core.diffusion.steps import AnyGrid, Karras
+from imagen_core.models import Conditioning
+from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
+from imagen_core.train.checkpoint import load_checkpoint
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called as (step, number of steps, current estimate of the picture (b, c, h, w) in [-1, 1])."""
+
+
+class SamplingConfig(Config):
+    """How one stage draws."""
+
+    sampler: AnySampler = DpmSolverPP2M()
+    """The solver."""
+    grid: AnyGrid = Karras()
+    """Where the noise levels lie."""
+    num_steps: int = Field(default=30, ge=1)
+    """Noise levels to visit."""
+    guidance: Guidance = Guidance()
+    """Classifier-free guidance weights; 1 is none."""
+    threshold: Threshold = Threshold()
+    """Clipping of the estimated picture at each step."""
+    low_res_sigma: float | None = Field(default=None, ge=0)
+    """Noise put on the low-resolution picture; null: the level the stage's config names."""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeStage:
+    """A denoiser and how to draw with it."""
+
+    denoiser: Denoiser
+    sampling: SamplingConfig
+
+    @property
+    def size_px(self) -> int:
+        return self.denoiser.config.size_px
+
+    @property
+    def is_super_resolution(self) -> bool:
+        return self.denoiser.config.low_res_px is not None
+
+
+class Cascade:
+    """Stages in the order they draw; each one's size is larger than the one before."""
+
+    def __init__(self, stages: Sequence[CascadeStage], encoder: dict[str, Any] | None = None):
+        """`encoder` describes the text encoder all stages were trained on; None if none reads captions.
+
+        Raises:
+            ValueError: no stages, or sizes that do not rise.
+        """
+        sizes = [stage.size_px for stage in stages]
+        if not sizes or sorted(set(sizes)) != sizes:
+            raise ValueError(f"stages: sizes must rise from stage to stage (got {sizes} pixels)")
+        self.stages = list(stages)
+        self.encoder = encoder
+
+    @property
+    def sizes_px(self) -> list[int]:
+        return [stage.size_px for stage in self.stages]
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the embeddings the stages read; None if no stage reads captions."""
+        return None if self.encoder is None else int(self.encoder["dim"])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Sequence[np.ndarray | Tensor] | None,
+        seeds: Sequence[int],
+        *,
+        low_res: Tensor | None = None,
+        start_stage: int = 0,
+        stop_stage: int | None = None,
+        init_image: Tensor | None = None,
+        strength: float = 1.0,
+        inpaint: Inpaint | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+        on_step: OnStep | None = None,
+        progress: bool = False,
+    ) -> dict[int, Tensor]:
+        """Draw one picture a seed. A picture depends on its own seed and caption alone, not on its batch.
+
+        Args:
+            text: one (num_tokens, text_dim) array a picture; None draws without captions.
+            low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the picture
+                of the stage before it: super-resolution of a picture you have.
+            start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
+            init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it and not from pure
+                noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+            strength: in [0, 1], how much of the way init_image is sent back into noise.
+            inpaint: picture and mask of the part to keep, in any size; each stage keeps it.
+            autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
+        Returns:
+            Pictures of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1].
+        Raises:
+            ValueError: inputs that do not fit the stages.
+        """
+        stages = self.stages[start_stage:stop_stage]
+        if not stages:
+            raise ValueError(f"no stage to run: start {start_stage}, stop {stop_stage} of {len(self.stages)}")
+        if stages[0].is_super_resolution and low_res is None:
+            raise ValueError(
+                f"stage {start_stage} ({stages[0].size_px} px) needs a low-resolution picture: give low_res, "
+                "or start at a base stage"
+            )
+        embeddings, mask = pad_text(text, len(seeds), self.text_dim)
+        pictures: dict[int, Tensor] = {}
+        current = None if low_res is None else low_res.to(device, dtype)
+        for number, stage in enumerate(stages, start_stage):
+            current = _draw(
+                stage,
+                Conditioning(text=embeddings, text_mask=mask).to(device),
+                current if stage.is_super_resolution else None,
+                SeededNoise(seeds, stream=number),
+                init_image=None if init_image is None or number > start_stage else init_image.to(device, dtype),
+                strength=strength,
+                inpaint=inpaint,
+                device=torch.device(device),
+                dtype=dtype,
+                autocast=autocast,
+                on_step=on_step,
+                progress=progress,
+            )
+            pictures[stage.size_px] = current
+        return pictures
+
+
+def _draw(
+    stage: CascadeStage,
+    conditioning: Conditioning,
+    low_res: Tensor | None,
+    noise: SeededNoise,
+    *,
+    init_image: Tensor | None,
+    strength: float,
+    inpaint: Inpaint | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    on_step: OnStep | None,
+    progress: bool,
+) -> Tensor:
+    raise NotImplementedError
+
+
+def pad_text(
+    text: Sequence[np.ndarray | Tensor] | None, batch: int, text_dim: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ragged (num_tokens, dim) arrays as one zero-padded (b, l, dim) float32 tensor and its bool (b, l) mask.
+
+    Raises:
+        ValueError: another number of texts than pictures, or another dim than the stages read.
+    """
+    if text_dim is None:
+        return None, None
+    if text is None:
+        text = [np.zeros((0, text_dim), np.float32)] * batch
+    if len(text) != batch:
+        raise ValueError(f"text: {len(text)} captions for {batch} pictures; give one a picture")
+    rows = [torch.as_tensor(np.asarray(t, dtype=np.float32)) for t in text]
+    wrong = [tuple(row.shape) for row in rows if row.ndim != 2 or row.shape[1] != text_dim]
+    if wrong:
+        raise ValueError(f"text: the stages read (num_tokens, {text_dim}) embeddings (got {wrong[0]})")
+    longest = max(1, max(len(row) for row in rows))
+    padded = torch.zeros(batch, longest, text_dim)  # (b, l, x)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, torch.arange(longest) < lengths[:, None]

@@ -1,0 +1,20 @@
+"""Diffusion: noise schedules, objectives, the denoiser, its loss, and guidance."""
+
+from imagen_core.diffusion.config import DenoiserConfig, DiffusionConfig
+from imagen_core.diffusion.denoiser import Denoiser
+from imagen_core.diffusion.guidance import Denoise, Guidance, Threshold, guided
+from imagen_core.diffusion.loss import diffusion_loss, loss_weight
+from imagen_core.diffusion.schedules import NoiseSchedule
+
+__all__ = [
+    "Denoise",
+    "Denoiser",
+    "DenoiserConfig",
+    "DiffusionConfig",
+    "Guidance",
+    "NoiseSchedule",
+    "Threshold",
+    "diffusion_loss",
+    "guided",
+    "loss_weight",
+]

@@ -1,0 +1,65 @@
+"""The one interface of everything that is trained and sampled: D(x, sigma, conditioning)."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from imagen_core.diffusion.config import DenoiserConfig
+from imagen_core.diffusion.low_res import add_low_res_noise, upsample
+from imagen_core.diffusion.precondition import Coefficients, coefficients
+from imagen_core.models import Conditioning
+
+
+class Denoiser(nn.Module):
+    """Estimates the clean picture from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)."""
+
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        self.config = config
+        self.unet: nn.Module = config.unet.build()
+
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Estimate x0.
+
+        Args:
+            x: (b, c, h, w), x0 + sigma * n with x0 in [-1, 1].
+            sigma: (b,), noise levels > 0.
+        Returns:
+            (b, c, h, w), about in [-1, 1], in the dtype of x.
+        """
+        c = self.coefficients(sigma.to(x.dtype))
+        return column(c.skip) * x + column(c.out) * self.network(x, sigma, conditioning)
+
+    def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """F(c_in x, c_noise): what the UNet says, (b, c, h, w) in the dtype of x. Learned-variance channels are cut."""
+        scaled = column(self.coefficients(sigma.to(x.dtype)).input) * x
+        c_noise = self.config.diffusion.schedule.c_noise(sigma.double())
+        predicted = self.unet(scaled, c_noise.to(x.dtype), conditioning)
+        return predicted[:, : x.shape[1]].to(x.dtype)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """c_skip, c_out and c_in at sigma."""
+        return coefficients(self.config.diffusion.objective, sigma, self.config.diffusion.sigma_data)
+
+    def with_low_res(self, conditioning: Conditioning, low_res: Tensor, sigma: Tensor, noise: Tensor) -> Conditioning:
+        """Adds the low-resolution picture of a super-resolution stage.
+
+        Args:
+            low_res: (b, c, h, w) in [-1, 1], of any size; upsampled to the size of `noise`.
+            sigma: (b,), noise level to put on it; 0 for none.
+            noise: (b, c, H, W), standard normal, of the size of x.
+        """
+        upsampled = upsample(low_res, noise.shape[-1])
+        if self.config.low_res_noise is None:
+            return replace(conditioning, low_res=upsampled)
+        sigma = sigma.to(noise.dtype)
+        noised = add_low_res_noise(upsampled, sigma, noise, self.coefficients(sigma).input)
+        if not self.config.unet.low_res_noise:
+            return replace(conditioning, low_res=noised)
+        c_noise = self.config.low_res_noise.schedule.c_noise(sigma.double())
+        return replace(conditioning, low_res=noised, low_res_noise=c_noise.to(noise.dtype))
+
+
+def column(values: Tensor) -> Tensor:
+    """(b,) -> (b, 1, 1, 1)."""
+    return values[:, None, None, None]

@@ -1,0 +1,65 @@
+"""The training loss, for every objective and weight."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imagen_core.diffusion.config import DiffusionConfig
+from imagen_core.diffusion.denoiser import Denoiser, column
+from imagen_core.diffusion.precondition import coefficients
+from imagen_core.models import Conditioning
+
+
+def diffusion_loss(
+    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """Loss of each picture: the distance between the network's output and its target, times the weight.
+
+    The target is what makes D(x, sigma) = x0: (x0 - c_skip x) / c_out. In this space EDM's weight lambda(sigma)
+    is 1 (Karras et al. 2022, arXiv 2206.00364, equation 8).
+
+    Args:
+        x0: (b, c, h, w) in [-1, 1].
+        sigma: (b,) > 0.
+        noise: (b, c, h, w), standard normal.
+    Returns:
+        (b,), in the dtype of x0.
+    """
+    level = sigma.to(x0.dtype)
+    x = x0 + column(level) * noise
+    c = denoiser.coefficients(level)
+    target = (x0 - column(c.skip) * x) / column(c.out)
+    predicted = denoiser.network(x, sigma, conditioning)
+    distance = _distance(predicted, target, denoiser.config.diffusion.loss).flatten(1).mean(dim=1)
+    return distance * loss_weight(denoiser.config.diffusion, level)
+
+
+def _distance(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
+    if kind == "l2":
+        return (predicted - target) ** 2
+    if kind == "l1":
+        return (predicted - target).abs()
+    return F.smooth_l1_loss(predicted, target, reduction="none")
+
+
+def loss_weight(config: DiffusionConfig, sigma: Tensor) -> Tensor:
+    """Weight (b,) of the network's output at noise levels (b,), with SNR = 1 / sigma^2.
+
+    p2: (k + SNR)^-gamma (Choi et al. 2022, arXiv 2204.00227, equation 8).
+    min_snr: min(SNR, gamma) on the picture's error (Hang et al. 2023, arXiv 2303.09556, equation 8).
+    snr_plus_one: SNR + 1 on the picture's error (Salimans and Ho 2022, arXiv 2202.00512, section 4).
+    edm: (sigma^2 + sd^2)/(sigma sd)^2 on the picture's error (Karras et al. 2022, table 1).
+
+    A weight on the picture's error is one on the network's output times c_out^2.
+    """
+    snr = sigma**-2
+    if config.weight == "none":
+        return torch.ones_like(sigma)
+    if config.weight == "p2":
+        return (config.p2_k + snr) ** -config.p2_gamma
+    out = coefficients(config.objective, sigma, config.sigma_data).out
+    if config.weight == "min_snr":
+        return snr.clamp(max=config.min_snr_gamma) * out**2
+    if config.weight == "snr_plus_one":
+        return (snr + 1) * out**2
+    return (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2 * out**2

@@ -1,0 +1,75 @@
+"""Noise-conditioning augmentation: super-resolution learns from low-resolution pictures with noise on them, and is
+told how much, so that it forgives the faults of the stage before it.
+
+Ho et al. 2022 (arXiv 2106.15282), section 4.2; Saharia et al. 2022 (arXiv 2205.11487), section 2.3.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.diffusion.schedules import LogNormal, LogSnrLinear, NoiseSchedule
+
+
+class LogNormalNoise(Config):
+    """Levels as in EDM training (NeMo Imagen): ln sigma is normal."""
+
+    kind: Literal["lognormal"] = "lognormal"
+    schedule: LogNormal = LogNormal()
+    """Levels in training."""
+    per: Literal["sample", "batch"] = "sample"
+    """One level for each picture, or one for the whole batch."""
+    sample_sigma: float = Field(default=0.002, gt=0)
+    """Level in sampling."""
+
+    def sigma(self, uniform: Tensor) -> Tensor:
+        """Training level of a uniform number in [0, 1)."""
+        return self.schedule.sigma(uniform)
+
+    @property
+    def sampling_sigma(self) -> float:
+        """Level in sampling."""
+        return self.sample_sigma
+
+
+class UniformNoise(Config):
+    """The time of a schedule, uniform up to max_time (PaddleFleetX, MinImagen, improved-diffusion)."""
+
+    kind: Literal["uniform"] = "uniform"
+    schedule: NoiseSchedule = LogSnrLinear()
+    """Its levels."""
+    max_time: float = Field(default=1.0, gt=0, le=1)
+    """Highest time in training."""
+    per: Literal["sample", "batch"] = "sample"
+    """One level for each picture, or one for the whole batch."""
+    sample_time: float = Field(default=0.2, ge=0, le=1)
+    """Time of the level in sampling."""
+
+    def sigma(self, uniform: Tensor) -> Tensor:
+        """Training level of a uniform number in [0, 1)."""
+        return self.schedule.sigma(uniform * self.max_time)
+
+    @property
+    def sampling_sigma(self) -> float:
+        """Level in sampling."""
+        return float(self.schedule.sigma(torch.tensor([self.sample_time], dtype=torch.float64)))
+
+
+LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind")]
+
+
+def upsample(low_res: Tensor, size_px: int) -> Tensor:
+    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), bicubic, clipped to [-1, 1]; antialiased if it shrinks."""
+    if low_res.shape[-1] == low_res.shape[-2] == size_px:
+        return low_res
+    shrinks = low_res.shape[-1] > size_px
+    return F.interpolate(low_res, size=(size_px, size_px), mode="bicubic", antialias=shrinks).clamp(-1, 1)
+
+
+def add_low_res_noise(upsampled: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
+    """scale * (upsampled + sigma * noise), with sigma and scale (b,)."""
+    return scale[:, None, None, None] * (upsampled + sigma[:, None, None, None] * noise)

@@ -1,0 +1,42 @@
+"""What the network predicts, as one table.
+
+With x = x0 + sigma * n the denoiser is D(x) = c_skip * x + c_out * F(c_in * x). Every objective is a choice of
+the three coefficients (Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1); c_in = 1/sqrt(1 + sigma^2)
+feeds the network the variance-preserving state that DDPM would.
+
+objective  F predicts                       c_skip                       c_out
+eps        the noise n                      1                            -sigma
+x0         the picture                      0                            1
+v          alpha n - sigma alpha x0         1/(1 + sigma^2)              -sigma/sqrt(1 + sigma^2)
+edm        (x0 - c_skip x)/c_out            sd^2/(sigma^2 + sd^2)        sigma sd/sqrt(sigma^2 + sd^2)
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Objective = Literal["eps", "x0", "v", "edm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Each has the shape and dtype of the sigma it was made for."""
+
+    skip: Tensor
+    out: Tensor
+    input: Tensor
+
+
+def coefficients(objective: Objective, sigma: Tensor, sigma_data: float = 0.5) -> Coefficients:
+    """The row of the table for `objective` at noise levels sigma > 0."""
+    if objective == "edm":
+        total = (sigma**2 + sigma_data**2).sqrt()
+        return Coefficients(sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total)
+    alpha = 1 / (1 + sigma**2).sqrt()
+    if objective == "eps":
+        return Coefficients(torch.ones_like(sigma), -sigma, alpha)
+    if objective == "x0":
+        return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), alpha)
+    return Coefficients(alpha**2, -sigma * alpha, alpha)

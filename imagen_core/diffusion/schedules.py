@@ -1,0 +1,167 @@
+"""Noise schedules: which noise levels are trained on, and in which order sampling visits them.
+
+Everything here is in the coordinate of Karras et al. 2022 (arXiv 2206.00364): x = x0 + sigma * n. A DDPM state
+alpha * x0 + s * n is alpha * x with sigma = s / alpha and alpha = 1 / sqrt(1 + sigma^2), so a DDPM schedule is
+a list, or a function, of sigmas too: log-SNR = -2 ln sigma.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from imagen_core.config import Config
+
+_SMALLEST = 1e-12
+
+
+class LogSnrLinear(Config):
+    """Continuous counterpart of DDPM's linear betas: log-SNR(t) = -ln(expm1(1e-4 + 10 t^2))."""
+
+    kind: Literal["log_snr_linear"] = "log_snr_linear"
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Time in [0, 1] -> sigma, rising."""
+        return torch.expm1(1e-4 + 10 * time.double() ** 2).sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`."""
+        return ((torch.log1p(sigma.double() ** 2) - 1e-4).clamp(min=0) / 10).sqrt()
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network is told: the log-SNR."""
+        return -2 * sigma.log()
+
+
+class LogSnrCosine(Config):
+    """Nichol and Dhariwal 2021 (arXiv 2102.09672, equation 17) in continuous time.
+
+    The log-SNR is -2 ln tan of an angle that rises linearly from s to a right angle; the ends are cut so that
+    log-SNR stays within +-20.
+    """
+
+    kind: Literal["log_snr_cosine"] = "log_snr_cosine"
+    offset: float = Field(default=0.008, gt=0)
+    """The s of the paper: keeps the first noise level off zero."""
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Time in [0, 1] -> sigma, rising."""
+        return torch.tan(self._angle(time.double()))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`."""
+        low, high = self._ends()
+        return (torch.atan(sigma.double()) - low) / (high - low)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network is told: the log-SNR."""
+        return -2 * sigma.log()
+
+    def _angle(self, time: Tensor) -> Tensor:
+        low, high = self._ends()
+        return low + time * (high - low)
+
+    def _ends(self) -> tuple[float, float]:
+        low = self.offset / (1 + self.offset) * math.pi / 2
+        return low, math.atan(math.exp(10.0))
+
+
+class Discrete(Config):
+    """DDPM in num_steps steps (Ho et al. 2020, arXiv 2006.11239), with one of the published beta schedules."""
+
+    kind: Literal["discrete"] = "discrete"
+    num_steps: int = Field(default=1000, ge=2)
+    """Steps of the forward process, T."""
+    beta: Literal["linear", "cosine", "quadratic", "jsd", "sigmoid"] = "linear"
+    """linear, quadratic and sigmoid run from 1e-4 to 0.02, scaled by 1000 / T."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Discrete":
+        top = float(self._betas().max())
+        if not top < 1:
+            hint = "use more steps or beta=cosine" if self.beta != "jsd" else "jsd ends in pure noise; use another"
+            raise ValueError(f"beta={self.beta} with num_steps={self.num_steps} has a beta of {top:.3g}; {hint}")
+        return self
+
+    def _betas(self) -> Tensor:
+        """float64 (T,)."""
+        count, scale = self.num_steps, 1000 / self.num_steps
+        low, high = scale * 1e-4, scale * 0.02
+        if self.beta == "linear":
+            return torch.linspace(low, high, count, dtype=torch.float64)
+        if self.beta == "quadratic":
+            return torch.linspace(low**0.5, high**0.5, count, dtype=torch.float64) ** 2
+        if self.beta == "sigmoid":
+            return torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64)) * (high - low) + low
+        if self.beta == "jsd":  # 1/T, 1/(T-1), ..., 1: the last step would be pure noise, so it stops short of it
+            return (1 / torch.linspace(count, 1, count, dtype=torch.float64)).clamp(max=0.999)
+        times = torch.arange(count + 1, dtype=torch.float64) / count
+        level = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - level[1:] / level[:-1]).clamp(max=0.999)
+
+    def sigmas(self) -> Tensor:
+        """float64 (T,), rising: the noise level after each step."""
+        kept = torch.cumprod(1 - self._betas(), dim=0)
+        return ((1 - kept) / kept).sqrt()
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Time in [0, 1] -> the sigma of step round(time * (T - 1))."""
+        steps = (time.double() * (self.num_steps - 1)).round().long()
+        return self.sigmas().to(time.device)[steps]
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`; between two steps linear in ln sigma."""
+        return self.step(sigma) / (self.num_steps - 1)
+
+    def step(self, sigma: Tensor) -> Tensor:
+        """Step index in [0, T - 1] of a sigma; a fraction between two steps."""
+        table = self.sigmas().log().to(sigma.device)
+        wanted = sigma.double().log().contiguous()
+        above = torch.searchsorted(table, wanted).clamp(1, self.num_steps - 1)
+        low, high = table[above - 1], table[above]
+        return above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network is told: the step index."""
+        return self.step(sigma)
+
+
+class LogNormal(Config):
+    """EDM's training distribution: ln sigma is normal (Karras et al. 2022, table 1)."""
+
+    kind: Literal["log_normal"] = "log_normal"
+    mean: float = -1.2
+    """Mean of ln sigma, P_mean. Higher puts more training on the layout, lower on fine detail."""
+    std: float = Field(default=1.2, gt=0)
+    """Standard deviation of ln sigma, P_std."""
+    sigma_min: float = Field(default=0.002, gt=0)
+    """Lowest noise level of sampling."""
+    sigma_max: float = Field(default=80.0, gt=0)
+    """Highest noise level of sampling."""
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Time in (0, 1) -> the quantile of sigma."""
+        inside = time.double().clamp(_SMALLEST, 1 - _SMALLEST)
+        return torch.exp(self.mean + self.std * torch.special.ndtri(inside))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`."""
+        return torch.special.ndtr((sigma.double().log() - self.mean) / self.std)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network is told: ln(sigma) / 4."""
+        return sigma.log() / 4
+
+
+NoiseSchedule = Annotated[LogSnrLinear | LogSnrCosine | Discrete | LogNormal, Field(discriminator="kind")]
+"""`sigma(time)` and `time(sigma)` map time in [0, 1] to noise levels; training draws time uniformly."""
+
+
+def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Lowest and highest noise level that sampling visits."""
+    if isinstance(schedule, LogNormal):
+        return schedule.sigma_min, schedule.sigma_max
+    ends = schedule.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    return float(ends[0]), float(ends[1])

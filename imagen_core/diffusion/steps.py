@@ -1,0 +1,108 @@
+"""Grids of noise levels that sampling visits: falling, float64 on the CPU, with 0 at the end."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.diffusion.schedules import Discrete, NoiseSchedule, sampling_range
+
+
+class Karras(Config):
+    """Equal steps of sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, equation 5)."""
+
+    kind: Literal["karras"] = "karras"
+    rho: float = Field(default=7.0, gt=0)
+    """Larger puts more of the steps at low noise."""
+    sigma_min: float | None = Field(default=None, gt=0)
+    """Lowest level before 0; null: the schedule's."""
+    sigma_max: float | None = Field(default=None, gt=0)
+    """Highest level; null: the schedule's."""
+
+    def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        """num_steps levels, then 0."""
+        low, high = sampling_range(schedule)
+        low, high = self.sigma_min or low, self.sigma_max or high
+        if not low < high:
+            raise ValueError(f"sigma_min must be below sigma_max (got {low} and {high})")
+        ramp = torch.linspace(high ** (1 / self.rho), low ** (1 / self.rho), num_steps, dtype=torch.float64)
+        return _ended(ramp**self.rho)
+
+
+class Uniform(Config):
+    """Equal steps of the schedule's time, as DDPM takes them."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        """num_steps levels, then 0.
+
+        Raises:
+            ValueError: more steps than a discrete schedule has.
+        """
+        if isinstance(schedule, Discrete):
+            return Respaced(sections=str(num_steps)).sigmas(schedule, num_steps)
+        low, high = sampling_range(schedule)
+        ends = schedule.time(torch.tensor([high, low], dtype=torch.float64))
+        if num_steps == 1:
+            return _ended(torch.tensor([high], dtype=torch.float64))
+        return _ended(schedule.sigma(torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64)))
+
+
+class Respaced(Config):
+    """Steps of a discrete schedule, chosen as guided-diffusion's strings do.
+
+    "10,15,25" cuts the T steps into three sections of (nearly) equal length and takes 10 evenly spaced steps
+    of the first (lowest noise), 15 of the second, 25 of the third. "ddim50" takes every (T // 50)-th step.
+    """
+
+    kind: Literal["respaced"] = "respaced"
+    sections: str = Field(pattern=r"^(ddim[1-9]\d*|[1-9]\d*(,[1-9]\d*)*)$")
+    """Steps of each section, or ddimN."""
+
+    def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        """The chosen levels, then 0.
+
+        Raises:
+            ValueError: the schedule is not discrete, has too few steps, or num_steps is another number.
+        """
+        if not isinstance(schedule, Discrete):
+            raise ValueError(f"grid.kind=respaced needs a discrete schedule (got {schedule.kind}); use uniform")
+        steps = respaced_steps(schedule.num_steps, self.sections)
+        if len(steps) != num_steps:
+            raise ValueError(f"num_steps is {num_steps}, but grid.sections={self.sections} has {len(steps)} steps")
+        return _ended(schedule.sigmas()[steps].flip(0))
+
+
+AnyGrid = Annotated[Karras | Uniform | Respaced, Field(discriminator="kind")]
+
+
+def respaced_steps(total: int, sections: str) -> list[int]:
+    """Step indices, rising, of `total` steps.
+
+    Raises:
+        ValueError: a section has fewer steps than asked for.
+    """
+    if sections.startswith("ddim"):
+        wanted = int(sections.removeprefix("ddim"))
+        if wanted > total:
+            raise ValueError(f"{sections}: the schedule has {total} steps only; ask for {total} or fewer")
+        return list(range(0, total, total // wanted))[:wanted]
+    counts = [int(count) for count in sections.split(",")]
+    steps: list[int] = []
+    for index, count in enumerate(counts):
+        start, stop = total * index // len(counts), total * (index + 1) // len(counts)
+        if count > stop - start:
+            raise ValueError(
+                f"{count} steps asked for of {stop - start} (section {index + 1} of a schedule of {total} steps); "
+                "ask for fewer"
+            )
+        stride = (stop - start - 1) / (count - 1) if count > 1 else 0.0
+        steps += [start + round(stride * k) for k in range(count)] if count > 1 else [stop - 1]
+    return steps
+
+
+def _ended(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, torch.zeros(1, dtype=sigmas.dtype)])

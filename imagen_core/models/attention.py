@@ -1,0 +1,178 @@
+"""The one attention module. Everything runs on `scaled_dot_product_attention`.
+
+Shapes: b batch, c channels, h w height and width, n = h * w pixels, l tokens of text, d width of a head.
+"""
+
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+AttentionKind = Literal["self", "cross", "fused"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries on themselves, on a context, or on both at once.
+
+    self: keys and values come from the queries' own sequence. cross: from the context. fused: from both,
+    joined into one sequence (Imagen's text conditioning; NeMo calls it fused attention).
+
+    A row whose context is all masked attends to its own sequence (fused), to the null key, or, with neither, gets
+    zero: finite in value and gradient in every precision.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: AttentionKind,
+        num_heads: int,
+        head_dim: int,
+        context_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        null_kv: bool = False,
+    ):
+        """
+        Args:
+            dim: width of the queries and of the result.
+            num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). Default num_heads.
+            null_kv: adds one learned key and value of head_dim each, never masked.
+        """
+        super().__init__()
+        if kind != "self" and context_dim is None:
+            raise ValueError(f"{kind} attention needs context_dim")
+        self.kind, self.num_heads, self.head_dim = kind, num_heads, head_dim
+        self.num_kv_heads = num_kv_heads or num_heads
+        inner, kv_inner = num_heads * head_dim, self.num_kv_heads * head_dim
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_kv = nn.Linear(dim, 2 * kv_inner, bias=bias) if kind != "cross" else None
+        self.context_to_kv = nn.Linear(context_dim or 0, 2 * kv_inner, bias=bias) if kind != "self" else None
+        self.null_kv = nn.Parameter(torch.randn(2, head_dim)) if null_kv else None
+        self.to_out = nn.Linear(inner, dim, bias=bias)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, keys_from: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (b, n, dim) queries.
+            context: (b, l, context_dim), for cross and fused.
+            mask: bool (b, l), true where the context is real; None: everywhere.
+            keys_from: (b, n, dim) for the own keys and values if they are normalised otherwise than the queries.
+        Returns:
+            (b, n, dim).
+        """
+        kv: list[Tensor] = []
+        if self.to_kv is not None:
+            kv.append(self.to_kv(x if keys_from is None else keys_from))
+        if self.context_to_kv is not None:
+            assert context is not None
+            kv.append(self.context_to_kv(context))
+        num_own = 0 if self.to_kv is None else x.shape[1]
+        k, v = torch.cat(kv, dim=1).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if self.null_kv is not None:
+            null = self.null_kv.to(k.dtype)[:, None, None, None].expand(2, k.shape[0], k.shape[1], 1, -1)
+            k, v = torch.cat([null[0], k], dim=2), torch.cat([null[1], v], dim=2)
+            num_own += 1
+        q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (b, heads, n, d)
+        if self.num_kv_heads != self.num_heads:
+            k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
+        if mask is None or self.context_to_kv is None:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            attended = _masked_attention(q, k, v, mask, num_own)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int) -> Tensor:
+    """Attention with a mask on the context, which comes after `num_own` keys that are never masked."""
+    if num_own:
+        full = F.pad(mask, (num_own, 0), value=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=full[:, None, None, :])
+    none_left = ~mask.any(dim=-1, keepdim=True)  # softmax over nothing is not a number: let it see all, then drop it
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none_left)[:, None, None, :])
+    return attended.masked_fill(none_left[:, :, None, None], 0)
+
+
+class PixelAttention(nn.Module):
+    """Attention over the pixels of a picture, normalised, zero at the start, with a residual."""
+
+    def __init__(
+        self, dim: int, *, kind: AttentionKind, head_dim: int, context_dim: int | None = None, num_groups: int = 32
+    ):
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"attention: {dim} channels are not a multiple of head_dim {head_dim}")
+        self.norm = nn.GroupNorm(num_groups, dim)
+        self.norm_keys = nn.GroupNorm(num_groups, dim) if kind == "fused" else None
+        self.norm_context = nn.LayerNorm(context_dim or 0) if kind != "self" else None
+        self.attention = Attention(
+            dim, kind=kind, num_heads=dim // head_dim, head_dim=head_dim, context_dim=context_dim
+        )
+        zero_(self.attention.to_out)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) -> (b, c, h, w); context (b, l, context_dim) and its bool mask (b, l)."""
+        keys = None if self.norm_keys is None else to_tokens(self.norm_keys(x))
+        if self.norm_context is not None and context is not None:
+            context = self.norm_context(context)
+        attended = self.attention(to_tokens(self.norm(x)), context, mask, keys)
+        return x + to_picture(attended, x)
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): half of a linear layer gates the other half through GELU; with a residual."""
+
+    def __init__(self, dim: int, multiplier: int = 4, num_groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, dim)
+        self.expand = nn.Linear(dim, 2 * multiplier * dim)
+        self.contract = nn.Linear(multiplier * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c, h, w)."""
+        value, gate = self.expand(to_tokens(self.norm(x))).chunk(2, dim=-1)
+        return x + to_picture(self.contract(value * F.gelu(gate)), x)
+
+
+class StackedAttention(nn.Module):
+    """A transformer block between two projections: self attention, cross attention, feed-forward; with a residual."""
+
+    def __init__(self, dim: int, *, head_dim: int, context_dim: int, num_groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, dim)
+        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.self_attention = PixelAttention(dim, kind="self", head_dim=head_dim, num_groups=num_groups)
+        self.cross_attention = PixelAttention(
+            dim, kind="cross", head_dim=head_dim, context_dim=context_dim, num_groups=num_groups
+        )
+        self.feed_forward = FeedForward(dim, num_groups=num_groups)
+        self.proj_out = zero_(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) -> (b, c, h, w); context (b, l, context_dim) and its bool mask (b, l)."""
+        h = self.self_attention(self.proj_in(self.norm(x)))
+        h = self.feed_forward(self.cross_attention(h, context, mask))
+        return x + self.proj_out(h)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(b, c, h, w) -> (b, h * w, c); free in channels-last memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """(b, h * w, c) -> (b, c, h, w) with the height and width of `like`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def zero_(module: ModuleT) -> ModuleT:
+    """Sets all parameters of a layer to zero, so that the branch it ends starts silent."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    return module

@@ -1,0 +1,83 @@
+"""How captions reach the UNet: a context of tokens for attention, and one vector added to the time vector."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagen_core.models.conditioning import Conditioning
+
+Pooling = Literal["attention", "mean"]
+
+
+class AttentionPooling(nn.Module):
+    """Mean of the tokens weighted by a softmax over one learned score a token."""
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.score = nn.Linear(text_dim, 1)
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """(b, l, text_dim), bool (b, l) -> (b, text_dim); zero where no token is real."""
+        scores = self.score(text).squeeze(-1).masked_fill(~mask, torch.finfo(text.dtype).min)
+        weights = scores.softmax(dim=-1).masked_fill(~mask, 0)
+        return torch.einsum("bl,blx->bx", weights, text)
+
+
+class MeanPooling(nn.Module):
+    """Plain mean of the real tokens."""
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """(b, l, text_dim), bool (b, l) -> (b, text_dim); zero where no token is real."""
+        counts = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        return (text * mask[..., None]).sum(dim=1) / counts
+
+
+class TextConditioning(nn.Module):
+    """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
+
+    A row that is not kept has its embeddings set to zero, its mask stays: the null caption of NeMo Imagen.
+    """
+
+    def __init__(
+        self, text_dim: int, cond_dim: int, time_dim: int, *, pooling: Pooling = "attention", null_token: bool = False
+    ):
+        """`null_token` adds one learned token to every context, never masked."""
+        super().__init__()
+        self.text_dim = text_dim
+        self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
+        self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
+        self.to_context = nn.Linear(text_dim, cond_dim)
+        self.to_time = nn.Sequential(
+            nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token else None
+
+    def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
+        text, mask = kept_text(conditioning, self.text_dim)
+        text = text.to(self.to_context.weight.dtype)
+        vector = self.to_time(self.pooled(self.pool(text, mask)))
+        context = self.to_context(text)
+        if self.null_token is not None:
+            null = self.null_token.to(context.dtype).expand(len(context), 1, -1)
+            context, mask = torch.cat([null, context], dim=1), F.pad(mask, (1, 0), value=True)
+        return context, mask, vector
+
+
+def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
+    """The embeddings with zeros in the rows not kept, and the mask.
+
+    Raises:
+        ValueError: no text was given, or of another width.
+    """
+    text, mask = conditioning.text, conditioning.text_mask
+    if text is None:
+        raise ValueError("conditioning.text: this model reads captions; give text (for none, text_keep=False)")
+    if text.shape[-1] != text_dim:
+        raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    keep = mask if conditioning.text_keep is None else mask & conditioning.text_keep[:, None]
+    return text.masked_fill(~keep[..., None], 0), mask

@@ -1,0 +1,59 @@
+"""Pictures between disk, uint8 pixels and the [-1, 1] range of the models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """float (b, 3, h, w) in [-1, 1] (clipped) -> uint8 (b, h, w, 3), rounded to the nearest level."""
+    levels = images.float().clamp(-1, 1).add(1).mul(127.5).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_pixels(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 (b, h, w, 3) -> float32 (b, 3, h, w) in [-1, 1]."""
+    return torch.as_tensor(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def read_picture(path: str | Path, size_px: int | None = None) -> np.ndarray:
+    """An RGB picture, turned by its EXIF orientation: uint8 (h, w, 3).
+
+    Args:
+        size_px: cut the centre square and resize it (bicubic, antialiased) to this size; None keeps the picture.
+    Raises:
+        ValueError: the file is no picture that can be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+    if size_px is not None:
+        image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndarray:
+    """Pictures of one size, uint8 (h, w, 3) each, side by side on white: uint8 (H, W, 3)."""
+    height, width = pixels[0].shape[:2]
+    rows = -(-len(pixels) // columns)
+    canvas = np.full(
+        (rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8
+    )
+    for index, picture in enumerate(pixels):
+        top, left = (index // columns) * (height + gap_px), (index % columns) * (width + gap_px)
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def write_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 (h, w, 3) as PNG; the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(pixels).save(temporary, format="PNG")
+    temporary.replace(path)

@@ -1,0 +1,42 @@
+"""What a sampler is: a rule that takes a picture from one noise level to the next lower one."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.diffusion.guidance import Denoise
+
+DrawNoise = Callable[[], Tensor]
+"""Fresh standard normal numbers of the picture's shape."""
+
+
+@dataclass(slots=True)
+class History:
+    """What multistep samplers remember between steps; new for every picture.
+
+    Attributes:
+        derivatives: noise estimates (x - D) / sigma of the steps before, oldest first.
+        estimate: D of the step before, and sigma its noise level.
+    """
+
+    derivatives: list[Tensor] = field(default_factory=list)
+    estimate: Tensor | None = None
+    sigma: Tensor | None = None
+
+
+class Sampler(Config):
+    """One rule; `loop.sample` applies it over a grid of noise levels."""
+
+    @abstractmethod
+    def step(
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+    ) -> Tensor:
+        """Moves x (b, c, h, w) from noise level sigma > 0 to sigma_next < sigma (0 at the end); both scalars."""
+
+
+def derivative(x: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
+    """dx/dsigma of the probability flow, which is the estimated noise: (x - D) / sigma (Karras et al. 2022, eq. 3)."""
+    return (x - estimate) / sigma

@@ -1,0 +1,48 @@
+"""DDIM and ancestral sampling: steps of the posterior q(x_next | x, x0) with D in place of x0.
+
+Song et al. 2021 (arXiv 2010.02502), equations 12 and 16; Ho et al. 2020 (arXiv 2006.11239), equation 7. In the
+coordinate x = x0 + sigma n the posterior has mean D + (sigma_next / sigma)^2 (x - D) and variance
+u^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2; DDIM draws eta^2 u^2 of it and keeps the rest in (x - D).
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.diffusion.guidance import Denoise
+from imagen_core.samplers.base import DrawNoise, History, Sampler
+
+
+class Ddim(Sampler):
+    """DDIM: deterministic at eta 0, ancestral at eta 1."""
+
+    kind: Literal["ddim"] = "ddim"
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Share of fresh noise."""
+
+    def step(
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+    ) -> Tensor:
+        return posterior_step(x, denoise(x, sigma), sigma, sigma_next, self.eta, noise)
+
+
+class Ancestral(Sampler):
+    """DDPM's own sampler: a draw from the posterior at every step (DDIM with eta 1)."""
+
+    kind: Literal["ancestral"] = "ancestral"
+
+    def step(
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+    ) -> Tensor:
+        return posterior_step(x, denoise(x, sigma), sigma, sigma_next, 1.0, noise)
+
+
+def posterior_step(
+    x: Tensor, estimate: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: DrawNoise
+) -> Tensor:
+    """From sigma to sigma_next, given the estimate D of x0."""
+    variance = eta**2 * sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2
+    kept = (sigma_next**2 - variance).clamp(min=0).sqrt() / sigma
+    result = estimate + kept * (x - estimate)
+    return result if eta == 0 or sigma_next == 0 else result + variance.sqrt() * noise()

@@ -1,0 +1,57 @@
+"""Euler and Heun steps of the probability flow, with EDM's stochastic churn.
+
+Karras et al. 2022 (arXiv 2206.00364), algorithms 1 and 2.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.diffusion.guidance import Denoise
+from imagen_core.samplers.base import DrawNoise, History, Sampler, derivative
+
+
+class Euler(Sampler):
+    """First order: one network call a step. Without churn it is DDIM."""
+
+    kind: Literal["euler"] = "euler"
+    churn: float = Field(default=0.0, ge=0, le=math.sqrt(2) - 1)
+    """Noise is raised by this factor before a step (gamma of the paper: S_churn / steps, at most sqrt(2) - 1)."""
+    churn_sigma_min: float = Field(default=0.0, ge=0)
+    """Churn only above this level (S_tmin)."""
+    churn_sigma_max: float = Field(default=math.inf, gt=0)
+    """Churn only below this level (S_tmax)."""
+    churn_noise: float = Field(default=1.0, gt=0)
+    """Standard deviation of the noise added (S_noise)."""
+
+    def step(
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+    ) -> Tensor:
+        x, sigma = self._churned(x, sigma, noise)
+        return x + (sigma_next - sigma) * derivative(x, denoise(x, sigma), sigma)
+
+    def _churned(self, x: Tensor, sigma: Tensor, noise: DrawNoise) -> tuple[Tensor, Tensor]:
+        if self.churn == 0 or not self.churn_sigma_min <= float(sigma) <= self.churn_sigma_max:
+            return x, sigma
+        raised = sigma * (1 + self.churn)
+        return x + (raised**2 - sigma**2).sqrt() * self.churn_noise * noise(), raised
+
+
+class Heun(Euler):
+    """Second order: two network calls a step, but one at the last."""
+
+    kind: Literal["heun"] = "heun"  # type: ignore[assignment]
+
+    def step(
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+    ) -> Tensor:
+        x, sigma = self._churned(x, sigma, noise)
+        slope = derivative(x, denoise(x, sigma), sigma)
+        ahead = x + (sigma_next - sigma) * slope
+        if sigma_next == 0:
+            return ahead
+        slope_ahead = derivative(ahead, denoise(ahead, sigma_next), sigma_next)
+        return x + (sigma_next - sigma) * torch.lerp(slope, slope_ahead, 0.5)
