@@ -4,26 +4,26 @@ Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 p
 caption, each super-resolution stage also the picture of the stage before it, with a little noise on it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.diffusion import Denoiser, Guidance, Threshold, augment_low_res, guided
+from imagen_core.diffusion import Denoiser, Guidance, Threshold, guided
+from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
 from imagen_core.models import Conditioning
 from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
-from imagen_core.train.checkpoint import load_checkpoint
 
-OnStep = Callable[[int, int, Tensor], None]
-"""Called as (step, number of steps, current estimate of the picture (b, c, h, w) in [-1, 1])."""
+OnStep = Callable[[int, int, int, Tensor], None]
+"""Called after each step as (stage, steps done, number of steps, picture (b, c, h, w) at its noise level)."""
 
 
 class SamplingConfig(Config):
@@ -99,7 +99,6 @@ class Cascade:
         dtype: torch.dtype = torch.float32,
         autocast: torch.dtype | None = None,
         on_step: OnStep | None = None,
-        progress: bool = False,
     ) -> dict[int, Tensor]:
         """Draw one picture a seed. A picture depends on its own seed and caption alone, not on its batch.
 
@@ -127,43 +126,68 @@ class Cascade:
                 "or start at a base stage"
             )
         embeddings, mask = pad_text(text, len(seeds), self.text_dim)
-        pictures: dict[int, Tensor] = {}
+        conditioning = Conditioning(text=embeddings, text_mask=mask).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
+        start = None if init_image is None else init_image.to(device, dtype)
+        pictures: dict[int, Tensor] = {}
         for number, stage in enumerate(stages, start_stage):
-            current = _draw(
-                stage,
-                Conditioning(text=embeddings, text_mask=mask).to(device),
-                current if stage.is_super_resolution else None,
-                SeededNoise(seeds, stream=number),
-                init_image=None if init_image is None or number > start_stage else init_image.to(device, dtype),
-                strength=strength,
-                inpaint=inpaint,
-                device=torch.device(device),
-                dtype=dtype,
-                autocast=autocast,
-                on_step=on_step,
-                progress=progress,
-            )
-            pictures[stage.size_px] = current
+            stage.denoiser.to(device=device, dtype=dtype).eval()
+            with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+                current = _draw(
+                    stage,
+                    conditioning,
+                    SeededNoise(seeds, stream=number),
+                    low_res=current if stage.is_super_resolution else None,
+                    init_image=start if number == start_stage else None,
+                    strength=strength,
+                    inpaint=inpaint,
+                    on_step=None if on_step is None else partial(on_step, number),
+                )
+            stage.denoiser.to("cpu")  # the next stage needs the room
+            pictures[stage.size_px] = current.clamp(-1, 1)
         return pictures
 
 
 def _draw(
     stage: CascadeStage,
     conditioning: Conditioning,
-    low_res: Tensor | None,
     noise: SeededNoise,
     *,
+    low_res: Tensor | None,
     init_image: Tensor | None,
     strength: float,
     inpaint: Inpaint | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None,
-    on_step: OnStep | None,
-    progress: bool,
+    on_step: Callable[[int, int, Tensor], None] | None,
 ) -> Tensor:
-    raise NotImplementedError
+    """One stage: (b, 3, size, size) about in [-1, 1]."""
+    denoiser, settings = stage.denoiser, stage.sampling
+    weight = next(denoiser.parameters())
+    shape = (denoiser.config.unet.in_channels, stage.size_px, stage.size_px)
+    if denoiser.config.unet.text_dim is None:
+        conditioning = replace(conditioning, text=None, text_mask=None)
+    if low_res is not None:
+        conditioning = denoiser.with_sampling_low_res(
+            conditioning, low_res, noise.draw(shape, weight.device, weight.dtype), settings.low_res_sigma
+        )
+    return sample(
+        settings.sampler,
+        guided(denoiser, conditioning, settings.guidance, settings.threshold),
+        settings.grid.sigmas(denoiser.config.diffusion.schedule, settings.num_steps),
+        noise,
+        shape,
+        device=weight.device,
+        dtype=weight.dtype,
+        init_image=None if init_image is None else upsample(init_image, stage.size_px),
+        strength=strength,
+        inpaint=None if inpaint is None else _resized(inpaint, stage.size_px),
+        on_step=on_step,
+    )
+
+
+def _resized(inpaint: Inpaint, size_px: int) -> Inpaint:
+    """The same for pictures of another size; a pixel is kept where most of it was."""
+    keep = F.interpolate(inpaint.keep.float(), size=(size_px, size_px), mode="area") > 0.5
+    return Inpaint(upsample(inpaint.image, size_px), keep, inpaint.resample_times)
 
 
 def pad_text(

@@ -42,9 +42,7 @@ def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndar
     """Pictures of one size, uint8 (h, w, 3) each, side by side on white: uint8 (H, W, 3)."""
     height, width = pixels[0].shape[:2]
     rows = -(-len(pixels) // columns)
-    canvas = np.full(
-        (rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8
-    )
+    canvas = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8)
     for index, picture in enumerate(pixels):
         top, left = (index // columns) * (height + gap_px), (index % columns) * (width + gap_px)
         canvas[top : top + height, left : left + width] = picture

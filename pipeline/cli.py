@@ -162,15 +162,18 @@ def doctor(as_json: AsJson = False) -> None:
 
 @config_app.command("ls")
 def config_ls(as_json: AsJson = False) -> None:
-    """List the shipped configurations."""
-    from pipeline.presets import list_presets
+    """List the shipped configurations, and the model presets with their exact numbers of parameters."""
+    from pipeline.presets import list_models, list_presets
     from pipeline.show import show_table
 
-    presets = list_presets()
+    presets, models = list_presets(), list_models()
     if as_json:
-        _print_json(presets)
+        _print_json([*presets, *models])
     else:
         show_table(["workflow", "name", "what"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
+        show_table(
+            ["model", "parameters", "what"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
+        )
 
 
 @config_app.command("show")

@@ -23,6 +23,14 @@ def commit_file(temporary: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
+def read_json(path: Path) -> dict[str, object] | None:
+    """The JSON object of a file; None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a small JSON file atomically and durably."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

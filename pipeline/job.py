@@ -73,7 +73,8 @@ def run_job(workflow: JobWorkflow, out: Path, options: RunOptions) -> Summary:
         job.lines.quiet = True
         with _signals_noted(job):
             facts = workflow.work(job)
-        return {"workflow": workflow.name, "facts": dict(facts)}
+        _raise_stop(job)
+        return {"workflow": workflow.name, "outcome": "finished", "facts": dict(facts), "seconds": 0.0}
     with job.run.lock():
         return _execute(workflow, job)
 

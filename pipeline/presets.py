@@ -1,11 +1,13 @@
 """Configurations that ship with the workflows, found by name."""
 
+from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 
 _SUFFIX = ".yaml"
+_MODELS = "pipeline.models"
 
 
 def list_presets() -> list[dict[str, str]]:
@@ -13,6 +15,7 @@ def list_presets() -> list[dict[str, str]]:
     root = Path(str(files("workflows"))) / "configs"
     return [
         {
+            "kind": "config",
             "workflow": path.parent.name,
             "name": path.stem,
             "path": str(path),
@@ -20,6 +23,14 @@ def list_presets() -> list[dict[str, str]]:
         }
         for path in sorted(root.glob(f"*/*{_SUFFIX}"))
     ]
+
+
+def list_models() -> list[dict[str, object]]:
+    """The model presets of every installed library, found through the `pipeline.models` entry points.
+
+    Each has at least `kind`, `name`, `parameters` (exact, a plain integer) and `summary`.
+    """
+    return [row for entry in sorted(entry_points(group=_MODELS)) for row in entry.load()()]
 
 
 def find_config(workflow: str, name: str) -> Path:

@@ -40,7 +40,7 @@ class Workflow(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    config_class: ClassVar[type[WorkflowConfig]]
+    config_class: ClassVar[type[Config]]
     default_executor: ClassVar[str]
 
     def __init__(self, config: Any):

@@ -59,7 +59,7 @@ class DenoiserConfig(Config):
         if self.low_res_px is not None and self.low_res_px >= self.size_px:
             raise ValueError(f"low_res_px must be smaller than size_px (got {self.low_res_px} and {self.size_px})")
         if self.unet.low_res_noise and self.low_res_noise is None:
-            raise ValueError("low_res_noise: unet.low_res_noise reads a noise level; say which, e.g. {kind: lognormal}")
+            raise ValueError("low_res_noise: unet.low_res_noise reads a noise level; give {kind: lognormal}")
         if self.low_res_noise is not None and self.low_res_px is None:
             raise ValueError("low_res_noise needs low_res_px: a base model has no low-resolution picture")
         if self.size_px % self.unet.sides_divisor:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from imagen_core.diffusion.config import DenoiserConfig
@@ -31,7 +32,7 @@ class Denoiser(nn.Module):
         return column(c.skip) * x + column(c.out) * self.network(x, sigma, conditioning)
 
     def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """F(c_in x, c_noise): what the UNet says, (b, c, h, w) in the dtype of x. Learned-variance channels are cut."""
+        """F(c_in x, c_noise): what the UNet says, (b, c, h, w) in the dtype of x, without learned variances."""
         scaled = column(self.coefficients(sigma.to(x.dtype)).input) * x
         c_noise = self.config.diffusion.schedule.c_noise(sigma.double())
         predicted = self.unet(scaled, c_noise.to(x.dtype), conditioning)
@@ -58,6 +59,15 @@ class Denoiser(nn.Module):
             return replace(conditioning, low_res=noised)
         c_noise = self.config.low_res_noise.schedule.c_noise(sigma.double())
         return replace(conditioning, low_res=noised, low_res_noise=c_noise.to(noise.dtype))
+
+    def with_sampling_low_res(
+        self, conditioning: Conditioning, low_res: Tensor, noise: Tensor, sigma: float | None = None
+    ) -> Conditioning:
+        """`with_low_res` at the noise level of sampling, or at `sigma`."""
+        if sigma is None:
+            sigma = 0.0 if self.config.low_res_noise is None else self.config.low_res_noise.sampling_sigma
+        levels = torch.full((len(low_res),), sigma, dtype=torch.float64, device=low_res.device)
+        return self.with_low_res(conditioning, low_res, levels, noise)
 
 
 def column(values: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ from imagen_core.diffusion.precondition import coefficients
 from imagen_core.models import Conditioning
 
 
-def diffusion_loss(
-    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning
-) -> Tensor:
+def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
     """Loss of each picture: the distance between the network's output and its target, times the weight.
 
     The target is what makes D(x, sigma) = x0: (x0 - c_skip x) / c_out. In this space EDM's weight lambda(sigma)

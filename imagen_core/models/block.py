@@ -34,6 +34,11 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
 
+    @staticmethod
+    def of(levels: nn.ModuleList) -> list["Level"]:
+        """The levels of a list, with their type."""
+        return [level for level in levels if isinstance(level, Level)]
+
 
 def make_attention(kind: AttentionType, width: int, head_dim: int, cond_dim: int) -> nn.Module:
     """Attention of `width` channels over pixels, or pixels and text tokens of width cond_dim."""

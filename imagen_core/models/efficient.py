@@ -107,7 +107,8 @@ class EfficientUNet(nn.Module):
         self.config = config
         widths = [config.embed_dim * mult for mult in config.channel_mult]
         last = len(widths) - 1
-        self.inputs = Inputs(config, config.embed_dim, config.text_dim or 0)
+        attends = any(config.attention_levels) and config.attention_type != "self"
+        self.inputs = Inputs(config, config.embed_dim, config.text_dim or 0, attends_to_text=attends)
         channels = 2 * config.in_channels if config.low_res else config.in_channels
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -131,13 +132,13 @@ class EfficientUNet(nn.Module):
         context = self.inputs(c_noise, conditioning, x.dtype)
         h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
         skips: list[Tensor] = []
-        for level in self.down:
+        for level in Level.of(self.down):
             if level.resample is not None:
                 h = run_block(level.resample, h, context, recompute=recompute)
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
             skips.append(h)
-        for depth, level in enumerate(self.up):
+        for depth, level in enumerate(Level.of(self.up)):
             h = h + skips.pop() if depth else skips.pop()
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)

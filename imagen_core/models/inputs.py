@@ -47,7 +47,7 @@ class InputConfig(Protocol):
 class Inputs(nn.Module):
     """Noise level, caption, class and low-resolution noise level -> `Context`."""
 
-    def __init__(self, config: InputConfig, embed_dim: int, cond_dim: int):
+    def __init__(self, config: InputConfig, embed_dim: int, cond_dim: int, *, attends_to_text: bool):
         super().__init__()
         time_dim = 4 * embed_dim
         frequencies = config.learned_fourier_frequencies
@@ -62,7 +62,12 @@ class Inputs(nn.Module):
             None
             if config.text_dim is None
             else TextConditioning(
-                config.text_dim, cond_dim, time_dim, pooling=config.pooling, null_token=config.null_token
+                config.text_dim,
+                cond_dim,
+                time_dim,
+                pooling=config.pooling,
+                null_token=config.null_token,
+                attended=attends_to_text,
             )
         )
         self.labels = None if config.num_classes is None else nn.Embedding(config.num_classes, time_dim)

@@ -4,7 +4,6 @@ The figures are those of the systems' own code; where a published label differs 
 configuration builds, `source` says so.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from imagen_core.models.efficient import EfficientUNetConfig
@@ -112,7 +111,9 @@ PRESETS: dict[str, Preset] = {
         _regular_sr(noise=True), 408_350_468, f"{_NEMO} sr256-400m-edm (published as 429M; see sr256_400m_eff)"
     ),
     "400m_res_256_plain": Preset(_regular_sr(noise=False), 408_021_764, f"{_NEMO} sr256-400m, {_PLAIN}"),
-    "400m_res_256_t5xxl": Preset(_regular_sr(noise=True, text_dim=4096), 411_505_412, f"{_NEMO} sr256-400m-edm, {_T5}"),
+    "400m_res_256_t5xxl": Preset(
+        _regular_sr(noise=True, text_dim=4096), 411_505_412, f"{_NEMO} sr256-400m-edm, {_T5}"
+    ),
     "450m_res_256": Preset(
         _regular_sr(noise=False, attention_type="stacked"), 568_675_844, f"{_NEMO} sr256-450m-edm, stacked attention"
     ),
@@ -131,7 +132,9 @@ PRESETS: dict[str, Preset] = {
         f"{_NEMO} sr256-600m-edm-noise, {_T5}",
     ),
     "600m_res_1024": Preset(
-        _efficient_sr(1024, noise=True, attention_type="cross"), 639_193_348, f"{_NEMO} sr1024-600m (published as 427M)"
+        _efficient_sr(1024, noise=True, attention_type="cross"),
+        639_193_348,
+        f"{_NEMO} sr1024-600m (published as 427M)",
     ),
     "600m_res_1024_plain": Preset(
         _efficient_sr(1024, noise=False, attention_type="cross"), 638_864_644, f"{_NEMO} sr1024-600m, {_PLAIN}"

@@ -79,9 +79,10 @@ class RegularUNetConfig(Config):
         levels = len(self.channel_mult)
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             raise ValueError(f"num_res_blocks has {len(self.num_res_blocks)} entries for {levels} levels")
-        if self.image_size_px % 2 ** (levels - 1):
+        if self.image_size_px % self.sides_divisor:
             raise ValueError(
-                f"image_size_px must be a multiple of {2 ** (levels - 1)} for {levels} levels (got {self.image_size_px})"
+                f"image_size_px must be a multiple of {self.sides_divisor} for {levels} levels "
+                f"(got {self.image_size_px})"
             )
         if self.text_dim is None and self.attention_type != "self":
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
@@ -119,7 +120,9 @@ class RegularUNet(nn.Module):
         self.config = config
         widths = [config.embed_dim * mult for mult in config.channel_mult]
         last = len(widths) - 1
-        self.inputs = Inputs(config, config.embed_dim, config.cond_dim)
+        self.inputs = Inputs(
+            config, config.embed_dim, config.cond_dim, attends_to_text=config.attention_type != "self"
+        )
         channels = 2 * config.in_channels if config.low_res else config.in_channels
         kernel = config.init_kernel_size
         self.conv_in = nn.Conv2d(channels, widths[0], kernel, padding=kernel // 2)
@@ -160,7 +163,7 @@ class RegularUNet(nn.Module):
         context = self.inputs(c_noise, conditioning, x.dtype)
         h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
         skips = [h]
-        for level in self.down:
+        for level in Level.of(self.down):
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
                 skips.append(h)
@@ -169,7 +172,7 @@ class RegularUNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = run_block(block, h, context, recompute=recompute)
-        for level in self.up:
+        for level in Level.of(self.up):
             for block in level.blocks:
                 h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
             if level.resample is not None:
@@ -179,9 +182,7 @@ class RegularUNet(nn.Module):
     def _block(self, level: int, in_channels: int, out_channels: int) -> "Block":
         side = self.config.image_size_px // 2**level
         attends = side in self.config.attention_resolutions
-        return Block(
-            self._res(in_channels, out_channels), self._attention(out_channels) if attends else None
-        )
+        return Block(self._res(in_channels, out_channels), self._attention(out_channels) if attends else None)
 
     def _res(self, in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
         return ResBlock(
@@ -200,8 +201,10 @@ class RegularUNet(nn.Module):
         if self.config.resblock_updown:
             return Block(self._res(width, width, how), None)
         if how == "down":
-            return Block(nn.Conv2d(width, width, 3, stride=2, padding=1) if self.config.resample_with_conv else
-                         nn.AvgPool2d(2), None)
+            return Block(
+                nn.Conv2d(width, width, 3, stride=2, padding=1) if self.config.resample_with_conv else nn.AvgPool2d(2),
+                None,
+            )
         if self.config.upsample == "conv_transpose":
             return Block(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), None)
         return Block(RepeatConv(width), None)

@@ -41,24 +41,37 @@ class TextConditioning(nn.Module):
     """
 
     def __init__(
-        self, text_dim: int, cond_dim: int, time_dim: int, *, pooling: Pooling = "attention", null_token: bool = False
+        self,
+        text_dim: int,
+        cond_dim: int,
+        time_dim: int,
+        *,
+        pooling: Pooling = "attention",
+        null_token: bool = False,
+        attended: bool = True,
     ):
-        """`null_token` adds one learned token to every context, never masked."""
+        """
+        Args:
+            null_token: adds one learned token to every context, never masked.
+            attended: False for a model without text attention: then there is no context.
+        """
         super().__init__()
         self.text_dim = text_dim
         self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
         self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
-        self.to_context = nn.Linear(text_dim, cond_dim)
+        self.to_context = nn.Linear(text_dim, cond_dim) if attended else None
         self.to_time = nn.Sequential(
             nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token else None
+        self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token and attended else None
 
-    def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
         text, mask = kept_text(conditioning, self.text_dim)
-        text = text.to(self.to_context.weight.dtype)
+        text = text.to(next(self.pooled.parameters()).dtype)
         vector = self.to_time(self.pooled(self.pool(text, mask)))
+        if self.to_context is None:
+            return None, None, vector
         context = self.to_context(text)
         if self.null_token is not None:
             null = self.null_token.to(context.dtype).expand(len(context), 1, -1)

@@ -12,9 +12,7 @@ from imagen_core.samplers.loop import Inpaint, sample
 from imagen_core.samplers.noise import SeededNoise
 from imagen_core.samplers.plms import Plms, Prk
 
-AnySampler = Annotated[
-    Ancestral | Ddim | Euler | Heun | DpmSolverPP2M | Plms | Prk, Field(discriminator="kind")
-]
+AnySampler = Annotated[Ancestral | Ddim | Euler | Heun | DpmSolverPP2M | Plms | Prk, Field(discriminator="kind")]
 
 __all__ = [
     "Ancestral",

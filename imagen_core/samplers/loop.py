@@ -103,4 +103,6 @@ def _inpaint_step(
 
 def _check_grid(sigmas: Tensor) -> None:
     if len(sigmas) < 2 or float(sigmas[-1]) != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
-        raise ValueError(f"sigmas must fall strictly and end with 0 (got {sigmas.tolist()[:3]} ... {sigmas[-1:].tolist()})")
+        raise ValueError(
+            f"sigmas must fall strictly and end with 0 (got {sigmas.tolist()[:3]} ... {sigmas[-1:].tolist()})"
+        )

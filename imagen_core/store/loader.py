@@ -54,6 +54,7 @@ class Loader:
         world_size: int,
         shuffle: bool,
         drop_last: bool,
+        samples: range,
     ) -> None:
         """Made by `Store.loader`, which explains the arguments."""
         if batch_size < 1:
@@ -62,7 +63,10 @@ class Loader:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, or None (got {max_tokens})")
+        if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
+            raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
         self._store = store
+        self._samples = samples
         self._image_groups = [store.image_group(size) for size in images or ()]
         self._text_group = None if text is None else store.text_group(text)
         self._max_tokens = max_tokens
@@ -72,7 +76,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches in a whole epoch; the same for all ranks."""
-        num_global = len(self._store) / (self._batch_size * self._world_size)
+        num_global = len(self._samples) / (self._batch_size * self._world_size)
         return math.floor(num_global) if self._drop_last else math.ceil(num_global)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -88,7 +92,7 @@ class Loader:
 
     def _next_global_size(self) -> int:
         """Samples in the next global batch; 0 at the end of the epoch."""
-        left = len(self._store) - self._position
+        left = len(self._samples) - self._position
         whole = self._batch_size * self._world_size
         return min(left, whole) if left >= whole or not self._drop_last else 0
 
@@ -99,7 +103,8 @@ class Loader:
             "position": self._position,
             "seed": self._seed,
             "shuffle": self._shuffle,
-            "num_samples": len(self._store),
+            "num_samples": len(self._samples),
+            "first_sample": self._samples.start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,10 +114,10 @@ class Loader:
             ValueError: the state is of another seed, shuffle or store length, so of another order.
         """
         mine = self.state_dict()
-        for name in ("seed", "shuffle", "num_samples"):
-            if state[name] != mine[name]:
+        for name in ("seed", "shuffle", "num_samples", "first_sample"):
+            if state.get(name, 0) != mine[name]:
                 raise ValueError(
-                    f"loader state has {name} {state[name]}, this loader has {mine[name]}: the order of "
+                    f"loader state has {name} {state.get(name, 0)}, this loader has {mine[name]}: the order of "
                     "samples differs; resume with the same store, seed and shuffle"
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
@@ -122,7 +127,8 @@ class Loader:
     def _read(self, epoch: int, positions: np.ndarray) -> dict[str, Any]:
         indices = positions
         if self._shuffle:
-            indices = permute(positions, len(self._store), derive_key(self._seed, epoch, _ORDER))
+            indices = permute(positions, len(self._samples), derive_key(self._seed, epoch, _ORDER))
+        indices = indices + self._samples.start
         places = [(k, *self._store.locate(index)) for k, index in enumerate(indices.tolist())]
         places.sort(key=lambda place: place[1])  # shard by shard, so that a file is opened once a batch
         batch: dict[str, Any] = {"keys": [""] * len(places)}

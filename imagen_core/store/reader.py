@@ -169,6 +169,7 @@ class Store(Sequence[Sample]):
         world_size: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
+        samples: range | None = None,
     ) -> "Loader":
         """A resumable loader of torch batches; see `Loader`.
 
@@ -180,6 +181,7 @@ class Store(Sequence[Sample]):
             seed: decides the order and which of several captions is taken.
             shuffle: off, samples come in the store's order in every epoch.
             drop_last: leave out the last global batch if it is not full.
+            samples: indices to load, a range of step 1; None loads the whole store.
         Raises:
             ValueError: a size or encoder the store lacks, or a number out of range.
         """
@@ -196,6 +198,7 @@ class Store(Sequence[Sample]):
             world_size=world_size,
             shuffle=shuffle,
             drop_last=drop_last,
+            samples=range(len(self)) if samples is None else samples,
         )
 
     def locate(self, index: int) -> tuple[int, int]:

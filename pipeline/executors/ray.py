@@ -111,7 +111,7 @@ class RayExecutor(Executor):
     def _start(self) -> None:
         import ray
 
-        num_cpus, num_gpus = _connect(self.config, self.address)
+        num_cpus, num_gpus = connect(self.config.num_cpus, self.address)
         self.started = True
         self.remote_task, self.stage_refs = {}, {}
         remote = ray.remote(run_task)
@@ -173,7 +173,7 @@ class _StageActor:
         return run_task(self.stage, self.run, request)
 
 
-def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float]:
+def connect(num_cpus: int | None, address: str | None) -> tuple[float, float]:
     """Joins or starts Ray; returns the cluster's CPUs and GPUs.
 
     A local Ray runs without a dashboard, and with Ray's default: token authentication on every port.
@@ -194,7 +194,7 @@ def _connect(config: ExecutionConfig, address: str | None) -> tuple[float, float
             os.environ.pop("RAY_ADDRESS", None)
             ray.init(
                 address="local",
-                num_cpus=config.num_cpus or usable_cpus(),
+                num_cpus=num_cpus or usable_cpus(),
                 include_dashboard=False,
                 dashboard_host="127.0.0.1",
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -1,0 +1,27 @@
+"""Training of one stage from a store."""
+
+from imagen_core.train.checkpoint import LoadedDenoiser, load_checkpoint
+from imagen_core.train.config import EmaConfig, OptimizerConfig, TrainConfig
+from imagen_core.train.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    NonFiniteLossError,
+    TrainError,
+    TrainingStopped,
+)
+from imagen_core.train.trainer import Progress, train
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "EmaConfig",
+    "LoadedDenoiser",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "Progress",
+    "TrainConfig",
+    "TrainError",
+    "TrainingStopped",
+    "load_checkpoint",
+    "train",
+]

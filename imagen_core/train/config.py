@@ -1,0 +1,140 @@
+"""Everything that decides a training run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from imagen_core.config import Config
+from imagen_core.diffusion import DenoiserConfig
+
+Precision = Literal["float32", "bfloat16", "float64"]
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019), and its learning rate over time."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of gradients."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of matrices and kernels; biases and norms have none."""
+    warmup_steps: int = Field(default=10_000, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Step at which cosine decay ends; null: num_steps."""
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end of cosine decay, as a fraction of lr."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class EmaConfig(Config):
+    """Moving averages of the weights, float32."""
+
+    rates: tuple[float, ...] = (0.9999,)
+    """Decay of each average. All begin as the plain mean of the weights so far, until the decay is reached."""
+    every_steps: int = Field(default=1, ge=1)
+    """Steps between updates."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EmaConfig":
+        for rate in self.rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"rates: each must be in [0, 1) (got {rate})")
+        if len(set(self.rates)) != len(self.rates):
+            raise ValueError(f"rates: each once (got {self.rates})")
+        return self
+
+
+class TrainConfig(Config):
+    """One training run: one stage of a cascade, from one store."""
+
+    store: str
+    """Folder or fsspec URL of the store; the only thing training reads."""
+    denoiser: DenoiserConfig
+    """The model and its diffusion."""
+    text: str | None = None
+    """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longer captions are cut."""
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the captions left out, so that guidance has an unconditional model."""
+    crop_px: int | None = Field(default=None, ge=1)
+    """Train super-resolution on random crops of this side; null: on whole pictures."""
+    horizontal_flip: bool = False
+    """Mirror half of the pictures. Wrong where captions tell left from right, or pictures show writing."""
+    num_steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Pictures of one step, over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Most pictures of a process at once; gradients are accumulated over the rest. null: all at once."""
+    seed: int = Field(default=0, ge=0)
+    """Decides weights, order, noise and dropout."""
+    precision: Precision = "float32"
+    """bfloat16 computes in it (autocast) and keeps float32 weights."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
+    ema: EmaConfig = EmaConfig()
+    """Moving averages of the weights."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: copies of the model, or the model sharded over them."""
+    shard_group_size: int | None = Field(default=None, ge=1)
+    """fsdp2: processes that share one copy of the model, copies are data parallel; null: all."""
+    compile: bool = False
+    """torch.compile the network: slow to start, faster steps."""
+    channels_last: bool = True
+    """Memory order of pictures and kernels; the faster one nearly everywhere."""
+    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = Field(default=5, ge=1)
+    """Newest checkpoints to keep."""
+    num_validation_samples: int = Field(default=0, ge=0)
+    """The last samples of the store, kept out of training."""
+    validate_every_steps: int = Field(default=1000, ge=1)
+    """Steps between validation losses."""
+    grid_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between grids of drawn pictures; null: none."""
+    num_grid_images: int = Field(default=16, ge=1)
+    """Pictures of a grid."""
+    grid_num_steps: int = Field(default=25, ge=1)
+    """Sampling steps of a grid."""
+    grid_guidance: float = Field(default=3.0, ge=0)
+    """Caption guidance of a grid."""
+    log_every_steps: int = Field(default=50, ge=1)
+    """Steps between lines of metrics."""
+    loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        unet, denoiser = self.denoiser.unet, self.denoiser
+        if (self.text is None) != (unet.text_dim is None):
+            raise ValueError(
+                f"text is {self.text!r}, but denoiser.unet.text_dim is {unet.text_dim}; set both, or null both"
+            )
+        if self.crop_px is not None:
+            low = denoiser.low_res_px
+            if low is None:
+                raise ValueError("crop_px is for super-resolution; a base model must see whole pictures")
+            ratio = denoiser.size_px // low
+            if denoiser.size_px % low or self.crop_px % ratio or self.crop_px % unet.sides_divisor:
+                raise ValueError(
+                    f"crop_px {self.crop_px} must be a multiple of size_px / low_res_px = {denoiser.size_px}/{low} "
+                    f"and of {unet.sides_divisor}"
+                )
+            if self.crop_px > denoiser.size_px:
+                raise ValueError(f"crop_px {self.crop_px} is larger than size_px {denoiser.size_px}")
+        if self.shard_group_size is not None and self.parallel != "fsdp2":
+            raise ValueError("shard_group_size is for parallel=fsdp2")
+        return self
+
+    @property
+    def side_px(self) -> int:
+        """Side of what the network sees in training."""
+        return self.crop_px or self.denoiser.size_px

@@ -1,0 +1,253 @@
+"""Batches of the store for this process, read ahead by a thread, and what a step makes of them."""
+
+import copy
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagen_core.diffusion import Denoiser
+from imagen_core.models import Conditioning
+from imagen_core.store import Store
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.distributed import World
+from imagen_core.train.errors import TrainError
+from imagen_core.train.randomness import draw, mix
+
+_AHEAD = 3  # batches read while a step runs
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This process's part of a global batch.
+
+    Attributes:
+        counters: how many samples were consumed before each of these; names their random numbers.
+        global_size: samples of the batch over all processes.
+        loader_state: where the loader is once this batch is consumed.
+    """
+
+    keys: list[str]
+    images: dict[int, Tensor]
+    text: Tensor | None
+    text_mask: Tensor | None
+    counters: range
+    global_size: int
+    loader_state: dict[str, Any]
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Some rows of it."""
+        rows = slice(start, stop)
+        return Batch(
+            self.keys[rows],
+            {size: pixels[rows] for size, pixels in self.images.items()},
+            None if self.text is None else self.text[rows],
+            None if self.text_mask is None else self.text_mask[rows],
+            self.counters[rows],
+            self.global_size,
+            self.loader_state,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the loss needs, on the device: x0 and noise (b, c, h, w), sigma (b,)."""
+
+    x0: Tensor
+    sigma: Tensor
+    noise: Tensor
+    conditioning: Conditioning
+
+
+def open_store(config: TrainConfig) -> Store:
+    """The store, with everything the configuration reads.
+
+    Raises:
+        TrainError: a size or an encoder is missing, or has another width.
+        StoreError: there is no readable store.
+    """
+    store = Store.open(config.store)
+    for size in needed_sizes(config):
+        if size not in store.image_sizes:
+            raise TrainError(
+                f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
+                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px / low_res_px"
+            )
+    if config.text is not None:
+        if config.text not in store.encoders:
+            raise TrainError(f"text: the store has no encoder {config.text!r} (encoders: {store.encoders})")
+        dim = store.manifest.texts[config.text].dim
+        if dim != config.denoiser.unet.text_dim:
+            raise TrainError(
+                f"denoiser.unet.text_dim is {config.denoiser.unet.text_dim}, but the embeddings of {config.text!r} in "
+                f"the store are {dim} wide; set text_dim={dim}"
+            )
+    if len(store) <= config.num_validation_samples:
+        raise TrainError(
+            f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
+        )
+    return store
+
+
+def needed_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the pictures a run reads."""
+    sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
+    return [size for size in sizes if size is not None]
+
+
+class BatchStream:
+    """An endless stream of training batches; a thread reads the next ones while a step runs."""
+
+    def __init__(self, store: Store, config: TrainConfig, world: World, state: dict[str, Any] | None):
+        self._samples = len(store) - config.num_validation_samples
+        self._world = world
+        if config.batch_size % world.size:
+            raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
+        self._loader = copy.copy(store).loader(  # open files of its own, for a thread of its own
+            batch_size=config.batch_size // world.size,
+            images=needed_sizes(config),
+            text=config.text,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            samples=range(self._samples),
+        )
+        if state is not None:
+            try:
+                self._loader.load_state_dict(state)
+            except ValueError as error:
+                raise TrainError(f"the checkpoint's place in the data does not fit: {error}") from error
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="batches", daemon=True)
+        self._thread.start()
+        self.waited_s = 0.0
+        """Time the training has spent waiting for batches."""
+
+    def next(self) -> Batch:
+        """The next batch; raises what reading it raised."""
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.waited_s += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _read_ahead(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                for batch in self._epoch():
+                    self._queue.put(batch)
+                    if self._stopped.is_set():
+                        return
+        except BaseException as error:  # noqa: BLE001 - handed to the training loop, which raises it
+            self._queue.put(error)
+
+    def _epoch(self) -> Iterator[Batch]:
+        before = self._loader.state_dict()
+        for raw in self._loader:
+            after = self._loader.state_dict()
+            begin = before["epoch"] * self._samples + before["position"]
+            size = after["epoch"] * self._samples + after["position"] - begin
+            first = self._world.rank * size // self._world.size
+            pin = self._world.device.type == "cuda"
+            yield Batch(
+                raw["keys"],
+                {px: pixels.pin_memory() if pin else pixels for px, pixels in raw["images"].items()},
+                _pinned(raw.get("text"), pin),
+                _pinned(raw.get("text_mask"), pin),
+                range(begin + first, begin + first + len(raw["keys"])),
+                size,
+                after,
+            )
+            before = after
+
+
+def _pinned(tensor: Tensor | None, pin: bool) -> Tensor | None:
+    return tensor.pin_memory() if pin and tensor is not None else tensor
+
+
+def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: torch.device, step: int) -> Example:
+    """Pixels and embeddings of a batch with its noise, noise levels, crops and dropped captions.
+
+    An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
+    """
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    settings = config.denoiser
+    draws = draw(
+        config.seed,
+        batch.counters or range(1),
+        (settings.unet.in_channels, config.side_px, config.side_px),
+        low_res=settings.low_res_px is not None,
+        device=device,
+    )
+    uniform = draws.uniform
+    x0 = _pixels(batch.images[settings.size_px], device, dtype)
+    low_res = None if settings.low_res_px is None else _pixels(batch.images[settings.low_res_px], device, dtype)
+    if config.crop_px is not None and low_res is not None:
+        x0, low_res = _crops(x0, low_res, uniform[:, 2:4], config.crop_px)
+    if config.horizontal_flip:
+        mirrored = (uniform[:, 4] < 0.5).to(device)[:, None, None, None]
+        x0 = torch.where(mirrored, x0.flip(-1), x0)
+        low_res = None if low_res is None else torch.where(mirrored, low_res.flip(-1), low_res)
+    conditioning = Conditioning()
+    if batch.text is not None and batch.text_mask is not None:
+        text, mask = _one_row(batch.text), _one_row(batch.text_mask)
+        conditioning = Conditioning(
+            text=text.to(device, non_blocking=True).to(dtype),
+            text_mask=mask.to(device, non_blocking=True),
+            text_keep=(uniform[:, 0] >= config.caption_dropout).to(device),
+        )
+    if low_res is not None:
+        assert draws.low_res_noise is not None
+        sigma = torch.zeros(len(x0), dtype=torch.float64)
+        if settings.low_res_noise is not None:
+            level = uniform[:, 1]
+            if settings.low_res_noise.per == "batch":
+                level = torch.full_like(level, mix(config.seed, step, 3) / 2**63)
+            sigma = settings.low_res_noise.sigma(level)
+        conditioning = denoiser.with_low_res(conditioning, low_res, sigma.to(device), draws.low_res_noise.to(dtype))
+    sigma = settings.diffusion.schedule.sigma(draws.time).to(device)
+    memory = torch.channels_last if config.channels_last else torch.contiguous_format
+    return Example(x0.contiguous(memory_format=memory), sigma, draws.noise.to(dtype), conditioning)
+
+
+def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """uint8 (b, c, h, w) -> [-1, 1]."""
+    return _one_row(pixels).to(device, non_blocking=True).to(dtype).div(127.5).sub(1)
+
+
+def _one_row(tensor: Tensor) -> Tensor:
+    """One row of zeros instead of none."""
+    return tensor if len(tensor) else tensor.new_zeros(1, *(max(1, side) for side in tensor.shape[1:]))
+
+
+def _crops(x0: Tensor, low_res: Tensor, place: Tensor, crop_px: int) -> tuple[Tensor, Tensor]:
+    """The same random square of both pictures, on the grid of the low-resolution one."""
+    ratio = x0.shape[-1] // low_res.shape[-1]
+    low_crop = crop_px // ratio
+    free = low_res.shape[-1] - low_crop + 1
+    corners = (place * free).long().tolist()
+    small = [
+        row[:, top : top + low_crop, left : left + low_crop] for row, (top, left) in zip(low_res, corners, strict=True)
+    ]
+    large = [
+        row[:, ratio * top : ratio * top + crop_px, ratio * left : ratio * left + crop_px]
+        for row, (top, left) in zip(x0, corners, strict=True)
+    ]
+    return torch.stack(large), torch.stack(small)

@@ -1,0 +1,63 @@
+"""Moving averages of the weights.
+
+Each begins as the plain mean of the weights after every update, and becomes exponential once the mean would decay
+slower than its rate: decay(t) = min(rate, t / (t + 1)) for update t = 0, 1, 2 ... So an average is useful early,
+when an exponential one would still hold the first random weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.train.distributed import local
+
+
+def decay(rate: float, update: int) -> float:
+    """Weight of the average so far at update 0, 1, 2 ..."""
+    return min(rate, update / (update + 1))
+
+
+class WeightAverages:
+    """One average of a model's parameters for each rate, in at least float32."""
+
+    def __init__(self, model: nn.Module, rates: tuple[float, ...]):
+        self.updates = 0
+        self._model = model
+        self.averages: dict[float, dict[str, Tensor]] = {
+            rate: {
+                name: local(p).detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for name, p in model.named_parameters()
+            }
+            for rate in rates
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the model's weights in."""
+        weights = [local(p) for p in self._model.parameters()]
+        for rate, average in self.averages.items():
+            values = list(average.values())
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                values, [w.to(v.dtype) for w, v in zip(weights, values, strict=True)], 1 - decay(rate, self.updates)
+            )
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, rate: float) -> Iterator[None]:
+        """Within this block the model has the weights of this average."""
+        former = [local(p).detach().clone() for p in self._model.parameters()]
+        _copy_in(self._model, self.averages[rate])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(self._model.parameters(), former, strict=True):
+                    local(parameter).copy_(values)
+
+
+@torch.no_grad()
+def _copy_in(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(weights[name])

@@ -1,0 +1,96 @@
+"""Validation loss, and grids of drawn pictures."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from imagen_core.diffusion import Denoiser, Guidance, Threshold, guided
+from imagen_core.diffusion.steps import Karras
+from imagen_core.models import Conditioning
+from imagen_core.pictures import tile, to_pixels
+from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
+from imagen_core.store import Store
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.data import Batch, make_example, needed_sizes
+from imagen_core.train.distributed import World
+from imagen_core.train.randomness import mix
+
+
+@torch.no_grad()
+def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> float:
+    """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
+    count = config.num_validation_samples
+    fixed = config.model_copy(update={"caption_dropout": 0.0, "seed": mix(config.seed, 4)})
+    loader = store.loader(
+        batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
+        images=needed_sizes(config),
+        text=config.text,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        shuffle=False,
+        samples=range(len(store) - count, len(store)),
+    )
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    done = 0
+    for raw in loader:
+        state = loader.state_dict()
+        size = (state["position"] or count) - done
+        first = done + world.rank * size // world.size
+        batch = Batch(
+            raw["keys"],
+            raw["images"],
+            raw.get("text"),
+            raw.get("text_mask"),
+            range(first, first + len(raw["keys"])),
+            size,
+            state,
+        )
+        example = make_example(batch, fixed, denoiser, world.device, step=0)
+        losses = loss(example)
+        total += losses[: len(batch.keys)].sum().double()
+        done += size
+    return float(world.sum(total)) / count
+
+
+@torch.no_grad()
+def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> np.ndarray:
+    """Pictures drawn for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
+
+    A super-resolution model enlarges the store's own low-resolution pictures.
+    """
+    settings, count = config.denoiser, min(config.num_grid_images, len(store))
+    first = len(store) - config.num_validation_samples if config.num_validation_samples >= count else 0
+    loader = store.loader(
+        batch_size=count,
+        images=needed_sizes(config),
+        text=config.text,
+        max_tokens=config.max_tokens,
+        shuffle=False,
+        samples=range(first, first + count),
+    )
+    raw = next(iter(loader))
+    shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    conditioning = Conditioning()
+    if config.text is not None:
+        conditioning = Conditioning(
+            text=raw["text"].to(world.device, dtype), text_mask=raw["text_mask"].to(world.device)
+        )
+    if settings.low_res_px is not None:
+        low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
+        noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
+        conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
+    result = sample(
+        DpmSolverPP2M(),
+        guided(denoiser, conditioning, Guidance(text=config.grid_guidance), Threshold()),
+        Karras().sigmas(settings.diffusion.schedule, config.grid_num_steps),
+        SeededNoise(range(count)),
+        shape,
+        device=world.device,
+        dtype=dtype,
+    )
+    return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))

@@ -1,0 +1,126 @@
+"""Where metrics go: a line of JSON, TensorBoard, or Weights & Biases."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.errors import TrainError
+
+
+class Logger(Protocol):
+    """One place."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step."""
+        ...
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """uint8 (h, w, 3)."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is left."""
+        ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line, in the order of the steps; lines after the step resumed from are cut."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= resumed_step), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        return
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that was cut by a kill."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise TrainError(
+                "loggers: tensorboard is not installed; pip install 'imagen-precompute[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise TrainError("loggers: wandb is not installed; pip install 'imagen-precompute[wandb]'") from error
+        self._wandb = wandb
+        self._run = wandb.init(dir=str(folder), config=config.model_dump(mode="json"), resume="allow")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Loggers:
+    """All the places of a run; none on processes that do not write."""
+
+    def __init__(self, config: TrainConfig, out: Path, resumed_step: int, *, writes: bool):
+        self._loggers: list[Logger] = []
+        for name in config.loggers if writes else ():
+            if name == "jsonl":
+                self._loggers.append(JsonLines(out / "metrics.jsonl", resumed_step))
+            elif name == "tensorboard":
+                self._loggers.append(TensorBoard(out / "tensorboard"))
+            else:
+                self._loggers.append(Wandb(out, config))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.scalars(step, values)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        for logger in self._loggers:
+            logger.picture(step, name, pixels)
+
+    def close(self) -> None:
+        for logger in self._loggers:
+            logger.close()

@@ -1,0 +1,341 @@
+"""The training loop. `train` is the main path; everything it calls is in the files beside this one."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.diffusion import Denoiser, diffusion_loss
+from imagen_core.pictures import write_png
+from imagen_core.store import Store
+from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
+from imagen_core.train.distributed import World, joined_world, whole
+from imagen_core.train.ema import WeightAverages
+from imagen_core.train.errors import NonFiniteLossError, TrainingStopped
+from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.logs import Loggers
+from imagen_core.train.optimizer import learning_rate, make_optimizer
+from imagen_core.train.parallel import is_sharded, parallelize, syncing
+from imagen_core.train.randomness import mix
+from imagen_core.train.state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training is. Rates are over the steps since the last report."""
+
+    step: int
+    num_steps: int
+    loss: float
+    images_per_s: float
+    loader_wait: float
+    """Part of the time spent waiting for batches, in [0, 1]."""
+
+
+class TrainingLoss(nn.Module):
+    """The loss of each picture of an example, under the run's precision; what DDP and FSDP wrap."""
+
+    def __init__(self, denoiser: Denoiser, config: TrainConfig, device_type: str):
+        super().__init__()
+        self.denoiser = denoiser
+        self._autocast = config.precision == "bfloat16"
+        self._device_type = device_type
+
+    def forward(self, example: Example) -> Tensor:
+        """(b,)."""
+        with torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext():
+            return diffusion_loss(self.denoiser, example.x0, example.sigma, example.noise, example.conditioning)
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Train to `num_steps`, going on from the newest checkpoint in `out/checkpoints`.
+
+    The same call again goes on where a killed or stopped one was: weights, averages, optimizer and place in the data
+    are restored, and random numbers are functions of the seed and the place. num_steps, batch and micro-batch size,
+    precision, number of processes and everything of logging may differ from before; the model, and the encoder of the
+    store, may not.
+
+    Args:
+        on_progress: called on the first process every `log_every_steps`.
+        should_stop: asked at every step on every process; if one says yes, all save a checkpoint and stop.
+    Returns:
+        steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint.
+    Raises:
+        TrainError: settings, store or checkpoint do not fit; see its children.
+        NonFiniteLossError: the batch's keys are in `out/nan/`.
+        TrainingStopped: should_stop said yes; a checkpoint was saved.
+        StoreError: the store cannot be read.
+    """
+    with joined_world() as world:
+        # Model: the same random weights on every process.
+        store = open_store(config)
+        torch.manual_seed(mix(config.seed, 5))
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        denoiser = Denoiser(config.denoiser).to(world.device, dtype)
+        if config.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.compile:
+            denoiser.unet.compile()
+        loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
+
+        # What training changes, and where it was.
+        state = TrainState(
+            denoiser, make_optimizer(denoiser, config.optimizer), WeightAverages(denoiser, config.ema.rates)
+        )
+        found = checkpoints(out / "checkpoints")
+        saved = read_state(found[-1]) if found else None
+        if saved is not None:
+            refuse_other(saved, found[-1], denoiser=_json(config.denoiser), encoder=_encoder(store, config))
+            state.load(found[-1], saved)
+
+        run = _Run(
+            config, out, world, store, denoiser, loss, state, Loggers(config, out, state.step, writes=world.is_main)
+        )
+        try:
+            return run.to_the_end(saved["loader"] if saved else None, on_progress, should_stop)
+        finally:
+            run.loggers.close()
+
+
+class _Run:
+    """One call of `train`: the loop and what it does on schedule."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        world: World,
+        store: Store,
+        denoiser: Denoiser,
+        loss: nn.Module,
+        state: TrainState,
+        loggers: Loggers,
+    ):
+        self.config, self.out, self.world, self.store = config, out, world, store
+        self.denoiser, self.loss, self.state, self.loggers = denoiser, loss, state, loggers
+        self.validation: float | None = None
+
+    def to_the_end(
+        self,
+        loader_state: dict[str, Any] | None,
+        on_progress: Callable[[Progress], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> dict[str, Any]:
+        config, state = self.config, self.state
+        meter = _Meter()
+        stream = BatchStream(self.store, config, self.world, loader_state)
+        checkpoint = None
+        try:
+            while state.step < config.num_steps:
+                batch = stream.next()
+                stop = should_stop is not None and should_stop()
+                mean_loss, norm, stopping = self._step(batch, stop)
+                loader_state = batch.loader_state
+                meter.add(mean_loss, norm, batch.global_size)
+                step, last = state.step, state.step == config.num_steps
+
+                if step % config.log_every_steps == 0 or last:
+                    self._log(meter, stream.waited_s, on_progress)
+                    meter = _Meter(stream.waited_s)
+                with meter.paused():
+                    if config.num_validation_samples and (step % config.validate_every_steps == 0 or last):
+                        self._validate()
+                    if config.grid_every_steps and (step % config.grid_every_steps == 0 or last):
+                        self._draw_grid()
+                    if step % config.checkpoint_every_steps == 0 or last or stopping:
+                        checkpoint = self._save(loader_state)
+                if stopping and not last:
+                    raise TrainingStopped(f"stopped after step {step}; run the same command again to go on")
+        finally:
+            stream.close()
+        return self._summary(checkpoint)
+
+    def _step(self, batch: Batch, stop: bool) -> tuple[float, float, bool]:
+        """One optimizer step: mean loss of the global batch, gradient norm, and whether any process wants to stop."""
+        config, state, world = self.config, self.state, self.world
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
+        torch.manual_seed(mix(config.seed, 6, state.step, world.rank))  # dropout
+
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        most = -(-batch.global_size // world.size)  # samples of any process: all take as many micro-batches
+        size = config.micro_batch_size or most
+        starts = range(0, most, size)
+        for start in starts:
+            part = batch.part(start, start + size)
+            example = make_example(part, config, self.denoiser, world.device, state.step)
+            with syncing(self.loss, start == starts[-1]):
+                losses = self.loss(example)
+                if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
+                    losses = losses * 0
+                # Processes average their gradients: the mean over the global batch needs its size, not ours.
+                (losses.sum() * (world.size / batch.global_size)).backward()
+            total += losses.detach().sum().double()
+
+        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip_norm, foreach=True)
+        norm = whole(norm)
+        broken = (~torch.isfinite(total + norm)).double()
+        sums = torch.stack([total, norm.double() / world.size, broken, total.new_tensor(float(stop))])
+        loss, norm, broken, stopping = world.sum(sums).tolist()  # the one time a step waits for the GPU
+        mean_loss = loss / batch.global_size
+        if broken:
+            self._report_non_finite(batch, mean_loss, norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.samples += batch.global_size
+        if state.step % config.ema.every_steps == 0:
+            state.averages.update()
+        return mean_loss, norm, stopping > 0
+
+    def _log(self, meter: "_Meter", waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
+        values = meter.values(waited_s)
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        self.loggers.scalars(
+            self.state.step,
+            {"samples": self.state.samples, **values, "lr": lr, "peak_memory_bytes": _peak_memory(self.world)},
+        )
+        self.last = values
+        if on_progress is not None and self.world.is_main:
+            progress = Progress(
+                self.state.step, self.config.num_steps, values["loss"], values["images_per_s"], values["loader_wait"]
+            )
+            on_progress(progress)
+
+    @contextmanager
+    def _evaluating(self, *, averaged: bool) -> Iterator[None]:
+        """Within this block the model is in eval mode, with its slowest average of weights if `averaged`."""
+        rates = self.config.ema.rates
+        self.denoiser.eval()
+        with self.state.averages.applied(max(rates)) if averaged and rates else nullcontext():
+            yield
+        self.denoiser.train()
+
+    def _validate(self) -> None:
+        arguments = (self.loss, self.denoiser, self.store, self.config, self.world)
+        with self._evaluating(averaged=False):
+            plain = validation_loss(*arguments)
+        with self._evaluating(averaged=True):
+            self.validation = validation_loss(*arguments)
+        self.loggers.scalars(
+            self.state.step, {"validation_loss": self.validation, "validation_loss_without_ema": plain}
+        )
+
+    def _draw_grid(self) -> None:
+        with self._evaluating(averaged=True):
+            pixels = draw_grid(self.denoiser, self.store, self.config, self.world)
+        if self.world.is_main:
+            (self.out / "grids").mkdir(exist_ok=True)
+            write_png(self.out / "grids" / f"step-{self.state.step:08d}.png", pixels)
+            self.loggers.picture(self.state.step, "grid", pixels)
+
+    def _save(self, loader_state: dict[str, Any] | None) -> Path | None:
+        folder = self.out / "checkpoints"
+        path = self.state.save(
+            folder,
+            {
+                "loader": loader_state,
+                "denoiser": _json(self.config.denoiser),
+                "encoder": _encoder(self.store, self.config),
+                "config": _json(self.config),
+                "torch": torch.__version__,
+            },
+            writes=self.world.is_main,
+        )
+        if self.world.is_main:
+            remove_old(folder, self.config.keep_checkpoints)
+        self.world.wait()
+        return path
+
+    def _report_non_finite(self, batch: Batch, loss: float, norm: float) -> None:
+        path = self.out / "nan" / f"step-{self.state.step:08d}.json"
+        keys = [key for part in self.world.gather(batch.keys) for key in part]
+        if self.world.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
+            path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise NonFiniteLossError(
+            f"step {self.state.step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. "
+            "The last checkpoint is good: go on from it with a lower optimizer.lr, or without these samples"
+        )
+
+    def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
+        last = getattr(self, "last", {})
+        return {
+            "steps": self.state.step,
+            "samples": self.state.samples,
+            "loss": last.get("loss"),
+            "validation_loss": self.validation,
+            "images_per_s": last.get("images_per_s"),
+            "loader_wait": last.get("loader_wait"),
+            "peak_memory_bytes": _peak_memory(self.world),
+            "checkpoint": str(checkpoint or checkpoints(self.out / "checkpoints")[-1]),
+        }
+
+
+class _Meter:
+    """Means since the last line of metrics."""
+
+    def __init__(self, waited_s: float = 0.0):
+        self.started, self.waited_s = time.perf_counter(), waited_s
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.images = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within this block does not count."""
+        begin = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begin
+
+    def add(self, loss: float, norm: float, images: int) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.images += images
+
+    def values(self, waited_s: float) -> dict[str, float]:
+        seconds, steps = time.perf_counter() - self.started, len(self.losses)
+        return {
+            "loss": math.fsum(self.losses) / steps,
+            "grad_norm": math.fsum(self.norms) / steps,
+            "images_per_s": self.images / seconds,
+            "step_s": seconds / steps,
+            "loader_wait": (waited_s - self.waited_s) / seconds,
+        }
+
+
+def _encoder(store: Store, config: TrainConfig) -> dict[str, Any] | None:
+    """What made the embeddings the model is trained on."""
+    if config.text is None:
+        return None
+    group = store.manifest.texts[config.text]
+    return {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": dict(group.fingerprint)}
+
+
+def _json(config: Any) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _peak_memory(world: World) -> int:
+    """Bytes: of the GPU, or of this process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,86 @@
+"""Trains one stage of a cascade: starts `imagen_core.train` here, under torchrun, or on Ray Train."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from pydantic import Field
+
+from imagen_core.store import StoreError
+from imagen_core.train import (
+    CheckpointError,
+    CheckpointMismatchError,
+    Progress,
+    TrainConfig,
+    TrainError,
+    TrainingStopped,
+    train,
+)
+from pipeline.config import Config
+from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from pipeline.executors.base import EXECUTORS
+from pipeline.job import Job
+
+
+class WorkersConfig(Config):
+    """Processes of `--executor ray`; alone or under torchrun nothing of this is read."""
+
+    num_workers: int | None = Field(default=None, ge=1)
+    """Training processes; null: one for each GPU of the cluster, or one."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs reserved for each."""
+    use_gpu: bool | None = None
+    """One GPU each; null: if the cluster has any."""
+
+
+class TrainingFailedError(PipelineError):
+    """The training itself failed; the last checkpoint is good."""
+
+
+def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mapping[str, object]:
+    """Trains to the end, or until the job is told to stop; the facts of the run.
+
+    Raises:
+        ConfigError: the store, the model and the settings do not fit together.
+        StaleOutputError: the folder holds a training of another model or on other embeddings.
+        TrainingFailedError: a loss that is not finite, or a damaged checkpoint.
+    """
+    if job.options.executor not in EXECUTORS:
+        raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {job.options.executor!r})")
+    try:
+        with _translated():
+            if job.options.executor == "ray":
+                from stages.train_ray import train_on_ray
+
+                return train_on_ray(config, workers, job)
+            return train(config, job.run.root, on_progress=_shown(job), should_stop=job.should_stop)
+    except TrainingStopped:
+        job.stop_signal = job.stop_signal or signal.SIGTERM  # another process of the training was told
+        return {}
+
+
+def _shown(job: Job) -> Callable[[Progress], None]:
+    return lambda progress: job.lines.show(describe(progress), final=progress.step == progress.num_steps)
+
+
+def describe(progress: Progress) -> str:
+    """One line for people."""
+    return (
+        f"step {progress.step:,}/{progress.num_steps:,}  loss {progress.loss:.4f}  "
+        f"{progress.images_per_s:,.1f} img/s  waiting for data {progress.loader_wait:.1%}"
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turns the library's errors into the command line's."""
+    try:
+        yield
+    except CheckpointMismatchError as error:
+        raise StaleOutputError(str(error)) from error
+    except CheckpointError as error:
+        raise TrainingFailedError(str(error)) from error
+    except TrainingStopped:
+        raise
+    except (TrainError, StoreError) as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,62 @@
+"""What a training run needs: shown by `--dry-run`, before anything is started."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from imagen_core.memory import estimate_memory
+from imagen_core.store import Store, StoreError
+from imagen_core.train import TrainConfig
+
+_ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def training_facts(config: TrainConfig) -> Mapping[str, object]:
+    """Parameters, memory of one process, and the data the run reads."""
+    denoiser = config.denoiser
+    micro_batch = config.micro_batch_size or config.batch_size
+    memory = estimate_memory(
+        denoiser,
+        micro_batch_size=micro_batch,
+        side_px=config.crop_px or denoiser.size_px,
+        num_tokens=config.max_tokens,
+        bytes_per_activation=_ACTIVATION_BYTES[config.precision],
+        num_averages=len(config.ema.rates),
+        num_shards=1,
+    )
+    dim = denoiser.unet.text_dim
+    sizes = [size for size in (denoiser.size_px, denoiser.low_res_px) if size is not None]
+    needed = [f"images-{size}" for size in sizes] + ([f"text-{config.text}"] if config.text else [])
+    image_bytes = sum(3 * size * size for size in sizes)
+    return {
+        "parameters": memory.weights // 4,
+        "weights_bytes": memory.weights,
+        "gradients_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "averages_bytes": memory.averages,
+        "activations_bytes": memory.activations,
+        "memory_bytes": memory.total,
+        "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
+        "steps": config.num_steps,
+        "batch_size": config.batch_size,
+        "samples_seen": config.num_steps * config.batch_size,
+        "store": config.store,
+        "store_groups_needed": needed,
+        "text_dim_needed": dim,
+        "image_bytes_per_sample": image_bytes,
+        "text_bytes_per_token_float16": None if dim is None else 2 * dim,
+        "store_now": _store_state(config, needed),
+    }
+
+
+def _store_state(config: TrainConfig, needed: list[str]) -> str:
+    """Whether the store is there and has what the run reads."""
+    try:
+        store = Store.open(config.store)
+    except StoreError as error:
+        if not Path(config.store).exists():
+            return "not there yet"
+        return f"cannot be used: {error}"
+    present = {f"images-{size}" for size in store.image_sizes} | {f"text-{name}" for name in store.encoders}
+    missing = [group for group in needed if group not in present]
+    epochs = config.num_steps * config.batch_size / max(1, len(store))
+    return f"lacks {', '.join(missing)}" if missing else f"{len(store):,} samples: {epochs:,.1f} epochs"

@@ -1,0 +1,63 @@
+"""Trains on Ray: one process a GPU, started and watched by Ray Train."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imagen_core.train import TrainConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.executors.ray import connect
+from pipeline.job import Job
+from stages.train import WorkersConfig
+
+
+class RayTrainError(PipelineError):
+    """A worker failed."""
+
+
+def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mapping[str, object]:
+    """Runs `imagen_core.train.train` in processes that Ray Train starts and joins into one process group.
+
+    The run folder must be on a file system that all workers see. A worker that dies ends the run; the same command
+    goes on from the newest checkpoint.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    _, gpus = connect(None, job.options.address)
+    try:
+        use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
+        num_workers = workers.num_workers or max(1, int(gpus))
+        if config.batch_size % num_workers:
+            raise ConfigError(f"batch_size {config.batch_size} must be a multiple of the {num_workers} workers")
+        resources = {"CPU": workers.num_cpus} | ({"GPU": 1.0} if use_gpu else {})
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={"config": config.model_dump(mode="json"), "out": str(job.run.root)},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+            run_config=RunConfig(name="train", storage_path=str(job.run.root / "ray")),
+        )
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error
+    finally:
+        ray.shutdown()
+    return dict(result.metrics or {})
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each worker runs; the process group is up."""
+    import ray.train
+
+    from imagen_core.train import train
+
+    config = TrainConfig.model_validate(settings["config"])
+    facts = train(config, Path(settings["out"]))
+    ray.train.report({key: value for key, value in facts.items() if value is not None})
+
+
+def _cause(error: BaseException) -> str:
+    """The worker's own message, without Ray's frames around it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,116 @@
+"""A small store, small models and small training runs, the same for all tests here."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from imagen_core import store as st
+from imagen_core.train import TrainConfig
+
+DIM = 8
+BASE_UNET = {
+    "family": "regular",
+    "image_size_px": 16,
+    "embed_dim": 32,
+    "channel_mult": [1, 1],
+    "num_res_blocks": 1,
+    "attention_resolutions": [8],
+    "head_dim": 16,
+    "text_dim": DIM,
+    "cond_dim": 16,
+}
+BASE = {"unet": BASE_UNET, "size_px": 16}
+SUPER = {
+    "unet": BASE_UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True},
+    "size_px": 32,
+    "low_res_px": 16,
+    "low_res_noise": {"kind": "lognormal"},
+}
+
+
+def make_store(root: Path, *, rows: tuple[int, ...] = (24, 16), model: str = "tiny", dim: int = DIM) -> Path:
+    """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once."""
+    if (root / "manifest.json").exists():
+        return root
+    rng = np.random.default_rng(0)
+    groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
+    for size in (16, 32):
+        images = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
+        groups[st.image_group(size)] = images
+    groups["text-t5"] = {
+        "kind": "text",
+        "encoder": "t5",
+        "dim": dim,
+        "dtype": "float16",
+        "format": "parquet",
+        "fingerprint": {"model": model},
+    }
+    for name in groups:
+        (root / name).mkdir(parents=True)
+    shards = []
+    for shard, count in enumerate(rows):
+        paths = {name: st.shard_path(name, shard, "parquet") for name in groups}
+        samples = [
+            st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32)
+            for row in range(count)
+        ]
+        st.write_samples(root / paths["samples"], samples)
+        large = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        small = large.reshape(count, 16, 2, 16, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+        for size, pictures in ((32, large), (16, small)):
+            name = st.image_group(size)
+            with st.open_image_writer(root / paths[name], size, "parquet") as writer:
+                for pixels in pictures:
+                    writer.append(pixels)
+        embeddings = [rng.normal(size=(1 + row % 5, dim)).astype(np.float32) for row in range(count)]
+        st.write_text_shard(root / paths["text-t5"], embeddings, dim, "float16", "parquet")
+        files = {name: _entry(root, path, count) for name, path in paths.items()}
+        shards.append({"index": shard, "rows": count, "excluded": [], "files": files})
+    st.write_manifest(root / "manifest.json", {"writer": "test", "groups": groups}, shards)
+    return root
+
+
+def _entry(root: Path, path: str, rows: int) -> dict[str, Any]:
+    data = (root / path).read_bytes()
+    return {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
+
+
+def make_config(store: Path, **changes: Any) -> TrainConfig:
+    """A base model of 16 px on the small store: 6 steps of 8 pictures in float64."""
+    settings: dict[str, Any] = {
+        "store": str(store),
+        "denoiser": BASE,
+        "text": "t5",
+        "num_steps": 6,
+        "batch_size": 8,
+        "precision": "float64",
+        "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+        "ema": {"rates": [0.9, 0.5]},
+        "checkpoint_every_steps": 1000,
+        "log_every_steps": 1,
+    }
+    return TrainConfig.model_validate(settings | changes)
+
+
+def tensors(checkpoint: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by file and name."""
+    return {
+        f"{path.stem}/{name}": values
+        for path in sorted(Path(checkpoint).glob("*.safetensors"))
+        for name, values in load_file(path).items()
+    }
+
+
+def files(checkpoint: str | Path) -> dict[str, bytes]:
+    """The bytes of every file of tensors."""
+    return {path.name: path.read_bytes() for path in sorted(Path(checkpoint).glob("*.safetensors"))}
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

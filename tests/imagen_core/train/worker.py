@@ -1,0 +1,63 @@
+"""One process of a training, started by the tests: python -m tests.imagen_core.train.worker JOBS.json [RANK SIZE FILE]
+
+JOBS.json lists runs: {"config": {...}, "out": path, "stop_at": step or null, "poison": step or null}. They run one after
+the other in one process group. Each writes out/rank-R.json: the keys of its batches, and the error if there was one.
+Without RANK the process group is left to the trainer (torchrun).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from imagen_core.train import TrainConfig, TrainError, train, trainer
+from imagen_core.train.data import Batch, BatchStream
+
+
+def run(job: dict[str, Any], rank: int) -> None:
+    """One training; what happened goes to a file."""
+    out = Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    keys: list[list[str]] = []
+    steps = 0
+
+    class Recording(BatchStream):
+        def next(self) -> Batch:
+            batch = super().next()
+            keys.append(batch.keys)
+            if job.get("poison") == len(keys) and rank == 0:
+                batch.images[16] = batch.images[16].float() * torch.nan
+            return batch
+
+    def should_stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return rank == 0 and job.get("stop_at") == steps
+
+    report: dict[str, Any] = {"error": None, "summary": None}
+    trainer.BatchStream = Recording
+    try:
+        report["summary"] = train(TrainConfig.model_validate(job["config"]), out, should_stop=should_stop)
+    except TrainError as error:
+        report["error"] = f"{type(error).__name__}: {error}"
+    (out / f"rank-{rank}.json").write_text(json.dumps(report | {"keys": keys}), encoding="utf-8")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    rank = 0
+    if len(sys.argv) > 2:
+        rank, size = int(sys.argv[2]), int(sys.argv[3])
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=size)
+    for job in jobs:
+        run(job, rank)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

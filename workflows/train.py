@@ -1,0 +1,39 @@
+"""train: store -> one stage of a cascade."""
+
+from collections.abc import Mapping
+
+from imagen_core.train import TrainConfig
+from pipeline.config import Config
+from pipeline.job import Job, JobWorkflow
+from pipeline.runfolder import RunFolder
+from stages.train import WorkersConfig, run_training
+from stages.train_facts import training_facts
+
+
+class TrainWorkflowConfig(Config, TrainConfig):
+    """Everything of a training run: the library's settings, and how Ray Train launches it."""
+
+    workers: WorkersConfig = WorkersConfig()
+    """Processes of `--executor ray`."""
+
+    def training(self) -> TrainConfig:
+        """The library's part."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
+
+class Train(JobWorkflow):
+    """Trains any stage of a cascade from a store."""
+
+    name = "train"
+    summary = "train one stage of a text-to-image cascade from a store"
+    config_class = TrainWorkflowConfig
+    config: TrainWorkflowConfig
+
+    def work(self, job: Job) -> Mapping[str, object]:
+        return run_training(self.config.training(), self.config.workers, job)
+
+    def facts(self) -> Mapping[str, object]:
+        return training_facts(self.config.training())
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        return [("checkpoints", str(run.root / "checkpoints")), ("metrics", str(run.root / "metrics.jsonl"))]
