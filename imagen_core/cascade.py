@@ -180,6 +180,7 @@ def _draw(
         init_image=None if init_image is None else upsample(init_image, stage.size_px),
         strength=strength,
         inpaint=None if inpaint is None else _resized(inpaint, stage.size_px),
+        schedule=denoiser.config.diffusion.schedule,
         on_step=on_step,
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from imagen_core.diffusion.config import DenoiserConfig
 from imagen_core.diffusion.low_res import add_low_res_noise, upsample
 from imagen_core.diffusion.precondition import Coefficients, coefficients
+from imagen_core.diffusion.schedules import sampling_range
 from imagen_core.models import Conditioning
 
 
@@ -57,7 +58,8 @@ class Denoiser(nn.Module):
         noised = add_low_res_noise(upsampled, sigma, noise, self.coefficients(sigma).input)
         if not self.config.unet.low_res_noise:
             return replace(conditioning, low_res=noised)
-        c_noise = self.config.low_res_noise.schedule.c_noise(sigma.double())
+        schedule = self.config.low_res_noise.schedule
+        c_noise = schedule.c_noise(sigma.double().clamp(min=sampling_range(schedule)[0]))  # ln 0 is no number
         return replace(conditioning, low_res=noised, low_res_noise=c_noise.to(noise.dtype))
 
     def with_sampling_low_res(

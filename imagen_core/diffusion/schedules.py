@@ -81,8 +81,10 @@ class Discrete(Config):
     def _check(self) -> "Discrete":
         top = float(self._betas().max())
         if not top < 1:
-            hint = "use more steps or beta=cosine" if self.beta != "jsd" else "jsd ends in pure noise; use another"
-            raise ValueError(f"beta={self.beta} with num_steps={self.num_steps} has a beta of {top:.3g}; {hint}")
+            raise ValueError(
+                f"beta={self.beta} with num_steps={self.num_steps} has a beta of {top:.3g}, which must be below 1; "
+                "use more steps or beta=cosine"
+            )
         return self
 
     def _betas(self) -> Tensor:
@@ -107,12 +109,12 @@ class Discrete(Config):
         return ((1 - kept) / kept).sqrt()
 
     def sigma(self, time: Tensor) -> Tensor:
-        """Time in [0, 1] -> the sigma of step round(time * (T - 1))."""
-        steps = (time.double() * (self.num_steps - 1)).round().long()
+        """Time in [0, 1] -> the sigma of step floor(time * T): a uniform time draws every step equally often."""
+        steps = (time.double() * self.num_steps).long().clamp(max=self.num_steps - 1)
         return self.sigmas().to(time.device)[steps]
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The inverse of `sigma`; between two steps linear in ln sigma."""
+        """The inverse of `sigma`: step k has time k / (T - 1); between two steps linear in ln sigma."""
         return self.step(sigma) / (self.num_steps - 1)
 
     def step(self, sigma: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Grids of noise levels that sampling visits: falling, float64 on the CPU, with 0 at the end."""
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -55,7 +56,8 @@ class Respaced(Config):
     """Steps of a discrete schedule, chosen as guided-diffusion's strings do.
 
     "10,15,25" cuts the T steps into three sections of (nearly) equal length and takes 10 evenly spaced steps
-    of the first (lowest noise), 15 of the second, 25 of the third. "ddim50" takes every (T // 50)-th step.
+    of the first (lowest noise), 15 of the second, 25 of the third; of a section of which one step is asked for,
+    its last. "ddim50" takes 50 steps at the one whole stride that gives exactly 50.
     """
 
     kind: Literal["respaced"] = "respaced"
@@ -83,15 +85,22 @@ def respaced_steps(total: int, sections: str) -> list[int]:
     """Step indices, rising, of `total` steps.
 
     Raises:
-        ValueError: a section has fewer steps than asked for.
+        ValueError: a section has fewer steps than asked for, or no whole stride gives the steps of ddimN.
     """
     if sections.startswith("ddim"):
         wanted = int(sections.removeprefix("ddim"))
         if wanted > total:
             raise ValueError(f"{sections}: the schedule has {total} steps only; ask for {total} or fewer")
-        return list(range(0, total, total // wanted))[:wanted]
+        stride = math.ceil(total / wanted)
+        steps = list(range(0, total, stride))
+        if len(steps) != wanted:
+            raise ValueError(
+                f"{sections}: no whole stride takes {wanted} of the schedule's {total} steps; "
+                f"use ddim{len(steps)} or {wanted}"
+            )
+        return steps
     counts = [int(count) for count in sections.split(",")]
-    steps: list[int] = []
+    steps = []
     for index, count in enumerate(counts):
         start, stop = total * index // len(counts), total * (index + 1) // len(counts)
         if count > stop - start:
@@ -99,7 +108,7 @@ def respaced_steps(total: int, sections: str) -> list[int]:
                 f"{count} steps asked for of {stop - start} (section {index + 1} of a schedule of {total} steps); "
                 "ask for fewer"
             )
-        stride = (stop - start - 1) / (count - 1) if count > 1 else 0.0
+        stride = (stop - start - 1) / max(1, count - 1)
         steps += [start + round(stride * k) for k in range(count)] if count > 1 else [stop - 1]
     return steps
 

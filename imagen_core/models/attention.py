@@ -34,10 +34,14 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         bias: bool = True,
         null_kv: bool = False,
+        context_bias: bool | None = None,
+        qk_norm: bool = False,
     ):
         """
         Args:
             dim: width of the queries and of the result.
+            context_bias: bias on the context's keys and values; default `bias`.
+            qk_norm: queries and keys are unit vectors with learned gains (cosine similarity, times 8).
             num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). Default num_heads.
             null_kv: adds one learned key and value of head_dim each, never masked.
         """
@@ -49,8 +53,13 @@ class Attention(nn.Module):
         inner, kv_inner = num_heads * head_dim, self.num_kv_heads * head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_kv = nn.Linear(dim, 2 * kv_inner, bias=bias) if kind != "cross" else None
-        self.context_to_kv = nn.Linear(context_dim or 0, 2 * kv_inner, bias=bias) if kind != "self" else None
+        self.context_to_kv = (
+            nn.Linear(context_dim or 0, 2 * kv_inner, bias=bias if context_bias is None else context_bias)
+            if kind != "self"
+            else None
+        )
         self.null_kv = nn.Parameter(torch.randn(2, head_dim)) if null_kv else None
+        self.qk_gains = nn.Parameter(torch.ones(2, head_dim)) if qk_norm else None
         self.to_out = nn.Linear(inner, dim, bias=bias)
 
     def forward(
@@ -79,22 +88,25 @@ class Attention(nn.Module):
             k, v = torch.cat([null[0], k], dim=2), torch.cat([null[1], v], dim=2)
             num_own += 1
         q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (b, heads, n, d)
+        scale = None
+        if self.qk_gains is not None:
+            q, k, scale = F.normalize(q, dim=-1) * self.qk_gains[0], F.normalize(k, dim=-1) * self.qk_gains[1], 8.0
         if self.num_kv_heads != self.num_heads:
             k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
         if mask is None or self.context_to_kv is None:
-            attended = F.scaled_dot_product_attention(q, k, v)
+            attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
-            attended = _masked_attention(q, k, v, mask, num_own)
+            attended = _masked_attention(q, k, v, mask, num_own, scale)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int) -> Tensor:
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int, scale: float | None) -> Tensor:
     """Attention with a mask on the context, which comes after `num_own` keys that are never masked."""
     if num_own:
         full = F.pad(mask, (num_own, 0), value=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=full[:, None, None, :])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=full[:, None, None, :], scale=scale)
     none_left = ~mask.any(dim=-1, keepdim=True)  # softmax over nothing is not a number: let it see all, then drop it
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none_left)[:, None, None, :])
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none_left)[:, None, None, :], scale=scale)
     return attended.masked_fill(none_left[:, :, None, None], 0)
 
 

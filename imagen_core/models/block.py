@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(b, c, h, w) -> (b, c', h', w')."""
-        x = self.layer(x, context.time) if isinstance(self.layer, ResBlock) else self.layer(x)
+        x = self.layer(x, context) if isinstance(self.layer, ResBlock) else self.layer(x)
         return x if self.attention is None else self.attention(x, context.tokens, context.mask)
 
 
@@ -38,6 +38,21 @@ class Level(nn.Module):
     def of(levels: nn.ModuleList) -> list["Level"]:
         """The levels of a list, with their type."""
         return [level for level in levels if isinstance(level, Level)]
+
+
+def head_width(width: int, head_dim: int, num_heads: int | None) -> int:
+    """Channels of one head, where num_heads counts if given."""
+    return head_dim if num_heads is None else width // num_heads
+
+
+def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, num_heads: int | None) -> None:
+    """Raises ValueError unless 32 divides every width, and heads divide those of levels that attend."""
+    for width, attending in zip(widths, attends, strict=True):
+        if width % 32:
+            raise ValueError(f"embed_dim times channel_mult must be multiples of 32 (got {width})")
+        if attending and width % (num_heads or head_dim):
+            option = f"head_dim {head_dim}" if num_heads is None else f"num_heads {num_heads}"
+            raise ValueError(f"{option} does not divide the {width} channels of a level with attention")
 
 
 def make_attention(kind: AttentionType, width: int, head_dim: int, cond_dim: int) -> nn.Module:

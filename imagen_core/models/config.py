@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from imagen_core.models.efficient import EfficientUNetConfig
+from imagen_core.models.hybrid import HybridUNetConfig
 from imagen_core.models.presets import PRESETS
 from imagen_core.models.regular import RegularUNetConfig
 
@@ -21,7 +22,7 @@ def _expand_preset(value: Any) -> Any:
 
 
 UNetConfig = Annotated[
-    Annotated[RegularUNetConfig | EfficientUNetConfig, Field(discriminator="family")],
+    Annotated[RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig, Field(discriminator="family")],
     BeforeValidator(_expand_preset),
 ]
 """A UNet of any family, or `{preset: NAME}` with changes."""

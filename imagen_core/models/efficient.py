@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.block import AttentionType, Block, Level, make_attention
+from imagen_core.models.block import AttentionType, Block, Level, check_widths, head_width, make_attention
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_low_res, run_block
 from imagen_core.models.resblock import ResBlock
-from imagen_core.models.text import Pooling
+from imagen_core.models.text import DroppedCaption, Pooling
 
 
 class EfficientUNetConfig(Config):
@@ -37,13 +37,18 @@ class EfficientUNetConfig(Config):
     attention_type: AttentionType = "fused"
     """fused: pixels attend to pixels and text at once; cross: to text only; stacked: a transformer block."""
     head_dim: int = Field(default=64, ge=1)
-    """Channels of one attention head."""
+    """Channels of one attention head (NeMo: per_head_channels)."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
     text_dim: int | None = Field(default=1024, ge=1)
     """Width of the text embeddings; null: not conditioned on text."""
     pooling: Pooling = "attention"
     """How the caption becomes one vector, added to the time vector."""
     null_token: bool = False
-    """One learned token beside every caption."""
+    """One learned token beside every caption (NeMo: use_null_token)."""
+    dropped_caption: DroppedCaption = "zero_tokens"
+    """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
+    no_tokens, so that it does not depend on the caption's length either."""
     learned_fourier_frequencies: int | None = None
     """Learned time embedding with so many frequencies; null: fixed sinusoids."""
     in_channels: int = Field(default=3, ge=1)
@@ -78,6 +83,9 @@ class EfficientUNetConfig(Config):
                 f"image_size_px must be a multiple of {self.sides_divisor} for {levels} levels "
                 f"(got {self.image_size_px})"
             )
+        widths = [self.embed_dim * mult for mult in self.channel_mult]
+        for attending in (widths, [widths[0], *widths[:-1]]):  # on the way down, and up
+            check_widths(attending, self.attention_levels, self.head_dim, self.num_heads)
         if self.text_dim is None and self.attention_type != "self" and any(self.attention_levels):
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
         if self.low_res_noise and not self.low_res:
@@ -129,7 +137,7 @@ class EfficientUNet(nn.Module):
         """
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
-        context = self.inputs(c_noise, conditioning, x.dtype)
+        context = self.inputs(c_noise, conditioning)
         h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
         skips: list[Tensor] = []
         for level in Level.of(self.down):
@@ -162,6 +170,7 @@ class EfficientUNet(nn.Module):
             )
             attention = None
             if attends:
-                attention = make_attention(config.attention_type, after, config.head_dim, config.text_dim or 0)
+                head_dim = head_width(after, config.head_dim, config.num_heads)
+                attention = make_attention(config.attention_type, after, head_dim, config.text_dim or 0)
             blocks.append(Block(layer, attention))
         return blocks

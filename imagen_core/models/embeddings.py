@@ -16,10 +16,10 @@ class SinusoidalEmbedding(nn.Module):
         self.out_dim = dim
 
     def forward(self, values: Tensor) -> Tensor:
-        """float (b,) -> (b, dim)."""
+        """float (b,) -> (b, dim) of the same dtype, float32 or better."""
         half = self.out_dim // 2
-        exponents = torch.arange(half, device=values.device, dtype=torch.float32) / half
-        angles = values[:, None] * torch.exp(-math.log(10_000) * exponents).to(values.dtype)
+        exponents = torch.arange(half, device=values.device, dtype=values.dtype) / half
+        angles = values[:, None] * torch.exp(-math.log(10_000) * exponents)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -32,11 +32,26 @@ class LearnedFourierEmbedding(nn.Module):
         self.out_dim = 2 * num_frequencies + 1
 
     def forward(self, values: Tensor) -> Tensor:
-        """float (b,) -> (b, out_dim)."""
+        """float (b,) -> (b, out_dim) of the same dtype, float32 or better."""
         angles = values[:, None] * self.weight.to(values.dtype) * (2 * math.pi)
         return torch.cat([values[:, None], angles.sin(), angles.cos()], dim=-1)
 
 
-def embedding_mlp(embedding: SinusoidalEmbedding | LearnedFourierEmbedding, time_dim: int) -> nn.Sequential:
-    """Noise level (b,) -> time vector (b, time_dim) through two linear layers."""
-    return nn.Sequential(embedding, nn.Linear(embedding.out_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+class NoiseEmbedding(nn.Module):
+    """Noise level -> time vector, through two linear layers.
+
+    The noise level may be a step index, ln(sigma)/4 or a log-SNR. Its embedding is computed in float32 or better,
+    whatever the model's precision: bfloat16 cannot tell step 999 from step 1000.
+    """
+
+    def __init__(self, embedding: SinusoidalEmbedding | LearnedFourierEmbedding, time_dim: int):
+        super().__init__()
+        self.embedding = embedding
+        self.hidden = nn.Linear(embedding.out_dim, time_dim)
+        self.out = nn.Linear(time_dim, time_dim)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """float (b,) -> (b, time_dim)."""
+        values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
+        embedded = self.embedding(values).to(self.hidden.weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(embedded)))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding, embedding_mlp
-from imagen_core.models.text import Pooling, TextConditioning
+from imagen_core.models.embeddings import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
+from imagen_core.models.text import DroppedCaption, Pooling, TextConditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class InputConfig(Protocol):
     @property
     def null_token(self) -> bool: ...
     @property
+    def dropped_caption(self) -> DroppedCaption: ...
+    @property
     def learned_fourier_frequencies(self) -> int | None: ...
     @property
     def low_res_noise(self) -> bool: ...
@@ -52,9 +54,9 @@ class Inputs(nn.Module):
         time_dim = 4 * embed_dim
         frequencies = config.learned_fourier_frequencies
 
-        def time_mlp() -> nn.Sequential:
+        def time_mlp() -> NoiseEmbedding:
             embedding = SinusoidalEmbedding(embed_dim) if frequencies is None else LearnedFourierEmbedding(frequencies)
-            return embedding_mlp(embedding, time_dim)
+            return NoiseEmbedding(embedding, time_dim)
 
         self.time = time_mlp()
         self.low_res_time = time_mlp() if config.low_res_noise else None
@@ -67,22 +69,23 @@ class Inputs(nn.Module):
                 time_dim,
                 pooling=config.pooling,
                 null_token=config.null_token,
+                dropped_caption=config.dropped_caption,
                 attended=attends_to_text,
             )
         )
         self.labels = None if config.num_classes is None else nn.Embedding(config.num_classes, time_dim)
 
-    def forward(self, c_noise: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Context:
-        """c_noise (b,); dtype is that of the picture.
+    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
+        """c_noise float (b,), in float32 or better where it is a step index.
 
         Raises:
             ValueError: a condition the model reads is missing.
         """
-        time = self.time(c_noise.to(dtype))
+        time = self.time(c_noise)
         if self.low_res_time is not None:
             if conditioning.low_res_noise is None:
                 raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
-            time = time + self.low_res_time(conditioning.low_res_noise.to(dtype))
+            time = time + self.low_res_time(conditioning.low_res_noise)
         if self.labels is not None:
             if conditioning.labels is None:
                 raise ValueError("conditioning.labels: this model reads class labels")

@@ -4,21 +4,10 @@ The figures are those of the systems' own code; where a published label differs 
 configuration builds, `source` says so.
 """
 
-from dataclasses import dataclass
-
 from imagen_core.models.efficient import EfficientUNetConfig
+from imagen_core.models.hybrid_presets import HYBRID_PRESETS
+from imagen_core.models.preset import Preset
 from imagen_core.models.regular import RegularUNetConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A configuration and what it builds."""
-
-    config: "RegularUNetConfig | EfficientUNetConfig"
-    parameters: int
-    """Exact; a test builds the model and counts."""
-    source: str
-    """Where the configuration is from, and what it is called there."""
 
 
 def _base(embed_dim: int, cond_dim: int, text_dim: int = 1024) -> RegularUNetConfig:
@@ -174,6 +163,7 @@ PRESETS: dict[str, Preset] = {
         538_707_206,
         "nostalgebraist improved-diffusion, 64 px, the image core without its text modules",
     ),
+    **HYBRID_PRESETS,
 }
 """By name. Text is 1024 wide (T5 11B) unless the name says otherwise."""
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from imagen_core.config import Config
 from imagen_core.models.attention import zero_
-from imagen_core.models.block import AttentionType, Block, Level, make_attention
+from imagen_core.models.block import AttentionType, Block, Level, check_widths, head_width, make_attention
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_low_res, run_block
 from imagen_core.models.resblock import RepeatConv, Resample, ResBlock
-from imagen_core.models.text import Pooling
+from imagen_core.models.text import DroppedCaption, Pooling
 
 
 class RegularUNetConfig(Config):
@@ -38,7 +38,9 @@ class RegularUNetConfig(Config):
     attention_type: AttentionType = "fused"
     """fused: pixels attend to pixels and text at once; stacked: a transformer block; self: no text attention."""
     head_dim: int = Field(default=64, ge=1)
-    """Channels of one attention head."""
+    """Channels of one attention head (NeMo: per_head_channels)."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
     text_dim: int | None = Field(default=1024, ge=1)
     """Width of the text embeddings; null: not conditioned on text."""
     cond_dim: int = Field(default=512, ge=1)
@@ -46,7 +48,10 @@ class RegularUNetConfig(Config):
     pooling: Pooling = "attention"
     """How the caption becomes one vector, added to the time vector."""
     null_token: bool = False
-    """One learned token beside every caption."""
+    """One learned token beside every caption (NeMo: use_null_token)."""
+    dropped_caption: DroppedCaption = "zero_tokens"
+    """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
+    no_tokens, so that it does not depend on the caption's length either."""
     learned_fourier_frequencies: int | None = None
     """Learned time embedding with so many frequencies; null: fixed sinusoids."""
     in_channels: int = Field(default=3, ge=1)
@@ -84,6 +89,10 @@ class RegularUNetConfig(Config):
                 f"image_size_px must be a multiple of {self.sides_divisor} for {levels} levels "
                 f"(got {self.image_size_px})"
             )
+        sides = [self.image_size_px // 2**level for level in range(levels)]
+        attends = [side in self.attention_resolutions for side in sides[:-1]] + [True]  # the middle always
+        widths = [self.embed_dim * mult for mult in self.channel_mult]
+        check_widths(widths, attends, self.head_dim, self.num_heads)
         if self.text_dim is None and self.attention_type != "self":
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
         if self.low_res_noise and not self.low_res:
@@ -160,7 +169,7 @@ class RegularUNet(nn.Module):
         """
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
-        context = self.inputs(c_noise, conditioning, x.dtype)
+        context = self.inputs(c_noise, conditioning)
         h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
         skips = [h]
         for level in Level.of(self.down):
@@ -195,7 +204,9 @@ class RegularUNet(nn.Module):
         )
 
     def _attention(self, width: int) -> nn.Module:
-        return make_attention(self.config.attention_type, width, self.config.head_dim, self.config.cond_dim)
+        config = self.config
+        head_dim = head_width(width, config.head_dim, config.num_heads)
+        return make_attention(config.attention_type, width, head_dim, config.cond_dim)
 
     def _resample(self, how: Resample, width: int) -> "Block":
         if self.config.resblock_updown:

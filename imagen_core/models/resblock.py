@@ -1,4 +1,4 @@
-"""The one residual block, and the layers that change resolution."""
+"""The one residual block of all UNets, its parts, and the layers that change resolution."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.attention import zero_
+from imagen_core.models.inputs import Context
 
 Resample = Literal["none", "down", "up"]
 
@@ -30,6 +31,10 @@ class ResBlock(nn.Module):
         skip_scale: float = 1.0,
         scale_shift: bool = True,
         resample: Resample = "none",
+        norm: Literal["group", "rms"] = "group",
+        zero_init: bool = True,
+        text_attention: nn.Module | None = None,
+        gate: nn.Module | None = None,
     ):
         """
         Args:
@@ -37,34 +42,57 @@ class ResBlock(nn.Module):
             skip_scale: factor on the skip branch; 1/sqrt(2) in Efficient UNets.
             scale_shift: False: the time vector is only added (DDPM, Ho et al. 2020).
             resample: average-pool or repeat both branches by 2 between the first norm and convolution.
+            zero_init: the last convolution starts at zero.
+            text_attention: (b, c, h, w) and a `Context` -> (b, c, h, w), between the two convolutions.
+            gate: (b, c, h, w) -> (b, c, h, w), at the end of the branch.
         """
         super().__init__()
         self.resample: Resample = resample
         self.skip_scale, self.scale_shift = skip_scale, scale_shift
-        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.norm1 = PixelRMSNorm(in_channels) if norm == "rms" else nn.GroupNorm(num_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.text_attention = text_attention
+        self.norm2 = PixelRMSNorm(out_channels) if norm == "rms" else nn.GroupNorm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if zero_init:
+            zero_(self.conv2)
+        self.gate = gate
         projects = always_project_skip or in_channels != out_channels
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if projects else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (b, in_channels, h, w), time (b, time_dim) after its SiLU -> (b, out_channels, h', w')."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (b, in_channels, h, w) -> (b, out_channels, h', w')."""
         h = F.silu(self.norm1(x))
         if self.resample != "none":
             h, x = resample(h, self.resample), resample(x, self.resample)
         h = self.conv1(h)
-        shift = self.time(time)[:, :, None, None]
+        if self.text_attention is not None:
+            h = self.text_attention(h, context)
+        shift = self.time(context.time)[:, :, None, None]
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + shift)
         h = self.conv2(self.dropout(F.silu(h)))
+        if self.gate is not None:
+            h = self.gate(h)
         skip = self.skip(x)
         return torch.add(h, skip, alpha=self.skip_scale)
+
+
+class PixelRMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of each pixel, with a gain (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> the same."""
+        return F.normalize(x, dim=1) * (self.gain * self.gain.numel() ** 0.5)[:, None, None]
 
 
 def resample(x: Tensor, how: Resample) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from imagen_core.models.conditioning import Conditioning
 
 Pooling = Literal["attention", "mean"]
+DroppedCaption = Literal["zero_tokens", "no_tokens"]
 
 
 class AttentionPooling(nn.Module):
@@ -20,9 +21,10 @@ class AttentionPooling(nn.Module):
 
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
         """(b, l, text_dim), bool (b, l) -> (b, text_dim); zero where no token is real."""
-        scores = self.score(text).squeeze(-1).masked_fill(~mask, torch.finfo(text.dtype).min)
-        weights = scores.softmax(dim=-1).masked_fill(~mask, 0)
-        return torch.einsum("bl,blx->bx", weights, text)
+        scores = self.score(text).squeeze(-1)
+        # The lowest finite score, not minus infinity: a row without tokens has finite gradients.
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(~mask, 0)
+        return torch.einsum("bl,blx->bx", weights.to(text.dtype), text)
 
 
 class MeanPooling(nn.Module):
@@ -37,7 +39,8 @@ class MeanPooling(nn.Module):
 class TextConditioning(nn.Module):
     """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
 
-    A row that is not kept has its embeddings set to zero, its mask stays: the null caption of NeMo Imagen.
+    A row that is not kept has its embeddings set to zero, so that nothing of its caption but its length is seen;
+    with `no_tokens` not even that.
     """
 
     def __init__(
@@ -48,15 +51,19 @@ class TextConditioning(nn.Module):
         *,
         pooling: Pooling = "attention",
         null_token: bool = False,
+        dropped_caption: DroppedCaption = "zero_tokens",
         attended: bool = True,
     ):
         """
         Args:
+            dropped_caption: what a row that is not kept attends to: as many zero embeddings as its caption has
+                tokens (NeMo Imagen), or none, as if the caption were empty.
             null_token: adds one learned token to every context, never masked.
             attended: False for a model without text attention: then there is no context.
         """
         super().__init__()
         self.text_dim = text_dim
+        self.dropped_caption = dropped_caption
         self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
         self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
         self.to_context = nn.Linear(text_dim, cond_dim) if attended else None
@@ -68,6 +75,8 @@ class TextConditioning(nn.Module):
     def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
         text, mask = kept_text(conditioning, self.text_dim)
+        if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
+            mask = mask & conditioning.text_keep[:, None]
         text = text.to(next(self.pooled.parameters()).dtype)
         vector = self.to_time(self.pooled(self.pool(text, mask)))
         if self.to_context is None:
@@ -80,7 +89,17 @@ class TextConditioning(nn.Module):
 
 
 def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
-    """The embeddings with zeros in the rows not kept, and the mask.
+    """The embeddings with zeros in padding and in the rows not kept, and the mask.
+
+    Raises:
+        ValueError: no text was given, or of another width.
+    """
+    text, mask, keep = checked_text(conditioning, text_dim)
+    return text.masked_fill(~(mask & keep[:, None])[..., None], 0), mask
+
+
+def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (b, l, text_dim), their bool mask (b, l), and which rows are kept, bool (b,).
 
     Raises:
         ValueError: no text was given, or of another width.
@@ -92,5 +111,5 @@ def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor
         raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    keep = mask if conditioning.text_keep is None else mask & conditioning.text_keep[:, None]
-    return text.masked_fill(~keep[..., None], 0), mask
+    keep = conditioning.text_keep
+    return text, mask, torch.ones(len(text), dtype=torch.bool, device=text.device) if keep is None else keep

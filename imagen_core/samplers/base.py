@@ -13,18 +13,27 @@ DrawNoise = Callable[[], Tensor]
 """Fresh standard normal numbers of the picture's shape."""
 
 
+def mean_level(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """The mean of two noise levels."""
+    return (sigma + sigma_next) / 2
+
+
 @dataclass(slots=True)
 class History:
     """What multistep samplers remember between steps; new for every picture.
 
     Attributes:
-        derivatives: noise estimates (x - D) / sigma of the steps before, oldest first.
+        num_steps: steps taken so far (counted by those who need it).
+        derivatives: noise estimates (x - D) / sigma of the last steps, at most four, oldest first.
         estimate: D of the step before, and sigma its noise level.
+        middle: the noise level half-way between two others, by the schedule's time if there is a schedule.
     """
 
+    num_steps: int = 0
     derivatives: list[Tensor] = field(default_factory=list)
     estimate: Tensor | None = None
     sigma: Tensor | None = None
+    middle: Callable[[Tensor, Tensor], Tensor] = mean_level
 
 
 class Sampler(Config):

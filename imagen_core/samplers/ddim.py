@@ -42,7 +42,7 @@ def posterior_step(
     x: Tensor, estimate: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: DrawNoise
 ) -> Tensor:
     """From sigma to sigma_next, given the estimate D of x0."""
-    variance = eta**2 * sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2
-    kept = (sigma_next**2 - variance).clamp(min=0).sqrt() / sigma
+    ratio = sigma_next / sigma
+    kept = ratio * (1 - eta**2 + (eta * ratio) ** 2).sqrt()  # sqrt(sigma_next^2 - eta^2 u^2) / sigma
     result = estimate + kept * (x - estimate)
-    return result if eta == 0 or sigma_next == 0 else result + variance.sqrt() * noise()
+    return result if eta == 0 or sigma_next == 0 else result + eta * sigma_next * (1 - ratio**2).sqrt() * noise()

@@ -23,7 +23,10 @@ _ADAMS_BASHFORTH = {
 
 
 class Plms(Sampler):
-    """Fourth-order linear multistep, one network call a step; the first step takes two (improved Euler)."""
+    """Linear multistep, one network call a step; the first step takes two (improved Euler).
+
+    The weights are those for equal steps: on a grid that is uneven in sigma the order of convergence falls to two.
+    """
 
     kind: Literal["plms"] = "plms"
 
@@ -56,16 +59,18 @@ class Prk(Sampler):
         first = derivative(x, denoise(x, sigma), sigma)
         past = history.derivatives
         past.append(first)
+        del past[:-4]
+        history.num_steps += 1
         move = sigma_next - sigma
-        if self.num_steps is not None and len(past) > self.num_steps:
-            return x + move * _combined(past[-4:])
+        if self.num_steps is not None and history.num_steps > self.num_steps:
+            return x + move * _combined(past)
         if sigma_next == 0:
             return x + move * first
 
         def slope_at(point: Tensor, level: Tensor) -> Tensor:
             return derivative(point, denoise(point, level), level)
 
-        middle = (sigma + sigma_next) / 2
+        middle = history.middle(sigma, sigma_next)
         second = slope_at(x + (middle - sigma) * first, middle)
         third = slope_at(x + (middle - sigma) * second, middle)
         fourth = slope_at(x + move * third, sigma_next)

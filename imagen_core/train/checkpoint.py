@@ -28,6 +28,8 @@ from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
+_MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
+_FIELDS = ("step", "samples", "ema_updates", "files", "loader", "denoiser", "encoder", "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,18 @@ def write_checkpoint(
 def remove_old(folder: Path, keep: int) -> None:
     """Leaves the newest `keep` checkpoints, and nothing half-written."""
     for path in checkpoints(folder)[:-keep]:
+        (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks whole
         shutil.rmtree(path)
+    remove_unfinished(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a kill left of checkpoints that were being written or removed."""
     for path in folder.glob(".tmp-step-*"):
         shutil.rmtree(path)
+    for path in folder.glob("step-*"):
+        if _FOLDER.fullmatch(path.name) and not (path / _STATE).exists():
+            shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -95,8 +106,11 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         known = state["format"] == _FORMAT
+        missing = [field for field in _FIELDS if field not in state] if known else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / _STATE}: cannot be read ({error}); {_REMEDY}") from error
+    if missing:
+        raise CheckpointError(f"{path / _STATE}: lacks {', '.join(missing)}; {_REMEDY}")
     if not known:
         raise CheckpointError(
             f"{path}: has format {state['format']}, this version reads {_FORMAT}; install a newer one"
@@ -154,7 +168,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     with torch.device("meta"):
         denoiser = Denoiser(config)
     tensors = read_tensors(path, state, chosen)
-    _check_names(path, denoiser.state_dict(), tensors)
+    check_names(path, denoiser.state_dict(), tensors)
     denoiser.load_state_dict(tensors, assign=True)
     entry = state["files"][f"{chosen}.safetensors"]
     return LoadedDenoiser(
@@ -174,7 +188,7 @@ def refuse_other(
         ("denoiser", denoiser, "train it in another --out, or go back to the model's settings"),
         ("encoder", encoder, "train on the store it began with, or start anew in another --out"),
     ):
-        changes = changed_fields(state[what], mine)
+        changes = [change for change in changed_fields(state[what], mine) if not change.startswith(_MAY_CHANGE)]
         if changes:
             raise CheckpointMismatchError(
                 f"{path}: was trained with another {what}: {'; '.join(changes[:5])}; {remedy}"
@@ -197,7 +211,8 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name or "value", json.dumps(value))]
 
 
-def _check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless both have the same names and shapes."""
     for name in sorted({*wanted, *found}):
         have = [tuple(side[name].shape) if name in side else None for side in (wanted, found)]
         if have[0] != have[1]:

@@ -84,13 +84,14 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
         low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    result = sample(
-        DpmSolverPP2M(),
-        guided(denoiser, conditioning, Guidance(text=config.grid_guidance), Threshold()),
-        Karras().sigmas(settings.diffusion.schedule, config.grid_num_steps),
-        SeededNoise(range(count)),
-        shape,
-        device=world.device,
-        dtype=dtype,
-    )
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        result = sample(
+            DpmSolverPP2M(),
+            guided(denoiser, conditioning, Guidance(text=config.grid_guidance), Threshold()),
+            Karras().sigmas(settings.diffusion.schedule, config.grid_num_steps),
+            SeededNoise(range(count)),
+            shape,
+            device=world.device,
+            dtype=dtype,
+        )
     return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))

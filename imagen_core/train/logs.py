@@ -1,5 +1,6 @@
 """Where metrics go: a line of JSON, TensorBoard, or Weights & Biases."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,9 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _step_of(line) <= resumed_step), encoding="utf-8")
+            kept = path.with_name(f".{path.name}.tmp")
+            kept.write_text("".join(line for line in lines if _step_of(line) <= resumed_step), encoding="utf-8")
+            kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +91,8 @@ class Wandb:
         except ImportError as error:
             raise TrainError("loggers: wandb is not installed; pip install 'imagen-precompute[wandb]'") from error
         self._wandb = wandb
-        self._run = wandb.init(dir=str(folder), config=config.model_dump(mode="json"), resume="allow")
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+        self._run = wandb.init(dir=str(folder), id=name, config=config.model_dump(mode="json"), resume="allow")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.checkpoint import read_tensors, write_checkpoint
+from imagen_core.train.checkpoint import check_names, read_tensors, write_checkpoint
 from imagen_core.train.distributed import like, local, whole
 from imagen_core.train.ema import WeightAverages
 
@@ -40,7 +40,9 @@ class TrainState:
             CheckpointError: a file is missing or damaged.
         """
         parameters = dict(self.model.named_parameters())
-        for name, values in read_tensors(path, saved, "model").items():
+        weights = read_tensors(path, saved, "model")
+        check_names(path, parameters, weights)
+        for name, values in weights.items():
             local(parameters[name]).copy_(local(like(values, parameters[name])))
         for rate, average in self.averages.averages.items():
             name = f"ema-{rate}"

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
-from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old
+from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old, remove_unfinished
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
 from imagen_core.train.distributed import World, joined_world, whole
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.errors import NonFiniteLossError, TrainingStopped
+from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, validation_loss
 from imagen_core.train.logs import Loggers
 from imagen_core.train.optimizer import learning_rate, make_optimizer
@@ -98,11 +98,11 @@ def train(
         state = TrainState(
             denoiser, make_optimizer(denoiser, config.optimizer), WeightAverages(denoiser, config.ema.rates)
         )
-        found = checkpoints(out / "checkpoints")
-        saved = read_state(found[-1]) if found else None
-        if saved is not None:
-            refuse_other(saved, found[-1], denoiser=_json(config.denoiser), encoder=_encoder(store, config))
-            state.load(found[-1], saved)
+        found = _newest_checkpoint(out, world)
+        saved = None if found is None else read_state(found)
+        if found is not None and saved is not None:
+            refuse_other(saved, found, denoiser=_json(config.denoiser), encoder=_encoder(store, config))
+            state.load(found, saved)
 
         run = _Run(
             config, out, world, store, denoiser, loss, state, Loggers(config, out, state.step, writes=world.is_main)
@@ -223,9 +223,11 @@ class _Run:
         """Within this block the model is in eval mode, with its slowest average of weights if `averaged`."""
         rates = self.config.ema.rates
         self.denoiser.eval()
-        with self.state.averages.applied(max(rates)) if averaged and rates else nullcontext():
-            yield
-        self.denoiser.train()
+        try:
+            with self.state.averages.applied(max(rates)) if averaged and rates else nullcontext():
+                yield
+        finally:
+            self.denoiser.train()
 
     def _validate(self) -> None:
         arguments = (self.loss, self.denoiser, self.store, self.config, self.world)
@@ -319,6 +321,21 @@ class _Meter:
             "step_s": seconds / steps,
             "loader_wait": (waited_s - self.waited_s) / seconds,
         }
+
+
+def _newest_checkpoint(out: Path, world: World) -> Path | None:
+    """What to go on from; leftovers of a kill are removed."""
+    if world.is_main:
+        remove_unfinished(out / "checkpoints")
+    found = checkpoints(out / "checkpoints")
+    newest = found[-1] if found else None
+    seen = [str(path and path.name) for path in world.gather(newest)]
+    if len(set(seen)) > 1:
+        raise TrainError(
+            f"{out}: the processes see different checkpoints ({', '.join(sorted(set(seen)))}); use a folder that all "
+            "machines share"
+        )
+    return newest
 
 
 def _encoder(store: Store, config: TrainConfig) -> dict[str, Any] | None:

@@ -231,9 +231,40 @@ def test_resume_with_another_store_is_refused(make: Make) -> None:
         st.Store.open(make("b").path).loader(batch_size=2).load_state_dict(state)
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_part_of_the_store_is_an_epoch_of_its_own(make: Make, shuffle: bool) -> None:
+    made = make(num_captions=3)
+    store = st.Store.open(made.path)
+    part = store.loader(batch_size=2, shuffle=shuffle, samples=range(3, 10))
+    epochs = [keys_of(part) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(made.keys[3:10]) for epoch in epochs)
+    assert len(part) == 4
+    assert (epochs[0] == made.keys[3:10]) is not shuffle
+    whole = captions_chosen(store, batch_size=5)
+    chosen = captions_chosen(store, batch_size=5, samples=range(3, 10))
+    assert chosen == {name: value for name, value in whole.items() if name[1] in made.keys[3:10]}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (range(10), "first_sample 1, this loader has 0"),
+        (range(2, 12), "first_sample 1, this loader has 2"),
+        (None, "num_samples 10, this loader has 12"),
+    ],
+)
+def test_resume_with_another_part_of_the_store_is_refused(make: Make, samples: range | None, message: str) -> None:
+    store = st.Store.open(make().path)
+    state = store.loader(batch_size=2, samples=range(1, 11)).state_dict()
+    with pytest.raises(ValueError, match=message):
+        store.loader(batch_size=2, samples=samples).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"samples": range(0, 12, 2)}, r"samples must be a range of step 1 within 12 samples"),
+        ({"samples": range(3, 13)}, r"samples must be a range of step 1 within 12 samples"),
         ({"images": [5]}, r"images of 5 px are not in the store; it has \[4, 8\]"),
         ({"text": "clip"}, "encoder 'clip' is not in the store"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),

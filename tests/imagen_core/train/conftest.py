@@ -12,8 +12,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("train") / "store")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
+    """Before any other fixture: small tensors are slow in many threads, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,12 +1,16 @@
-"""One process of a training, started by the tests: python -m tests.imagen_core.train.worker JOBS.json [RANK SIZE FILE]
+"""One process of a training, started by the tests.
 
-JOBS.json lists runs: {"config": {...}, "out": path, "stop_at": step or null, "poison": step or null}. They run one after
-the other in one process group. Each writes out/rank-R.json: the keys of its batches, and the error if there was one.
-Without RANK the process group is left to the trainer (torchrun).
+    python -m tests.imagen_core.train.worker JOBS.json [RANK SIZE FILE]
+
+JOBS.json lists runs: {"config": {...}, "out": path, "stop_at": step or null, "poison": step or null}. They run one
+after the other in one process group; {"wait_for": path} waits for a file. Each writes out/rank-R.json: the keys of its
+batches, and the error if there was one. Without RANK the process group is left to the trainer (torchrun).
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +42,31 @@ def run(job: dict[str, Any], rank: int) -> None:
         return rank == 0 and job.get("stop_at") == steps
 
     report: dict[str, Any] = {"error": None, "summary": None}
-    trainer.BatchStream = Recording
+    plain, trainer.BatchStream = trainer.BatchStream, Recording
     try:
         report["summary"] = train(TrainConfig.model_validate(job["config"]), out, should_stop=should_stop)
     except TrainError as error:
         report["error"] = f"{type(error).__name__}: {error}"
-    (out / f"rank-{rank}.json").write_text(json.dumps(report | {"keys": keys}), encoding="utf-8")
+    finally:
+        trainer.BatchStream = plain
+    written = out / f"rank-{rank}.tmp"
+    written.write_text(json.dumps(report | {"keys": keys}), encoding="utf-8")
+    written.rename(out / f"rank-{rank}.json")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    rank = 0
+    rank = int(os.environ.get("RANK", "0"))
     if len(sys.argv) > 2:
         rank, size = int(sys.argv[2]), int(sys.argv[3])
         dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=size)
     for job in jobs:
-        run(job, rank)
+        if "wait_for" in job:
+            while not Path(job["wait_for"]).exists():
+                time.sleep(0.02)
+        else:
+            run(job, rank)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,145 @@
+"""Does a cascade trained from a store draw what captions say? Trains the demo's two stages and scores held-out captions.
+
+Every step is a `pipeline` command, printed as it runs: precompute draws and downloads captioned scenes, train makes a
+16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The pictures
+are then read back: colour, shape and position of the object are measured in pixels (stages/sources/scene_score.py) and
+compared with the caption; and, as a control, with the caption of another picture.
+
+    python -m benchmarks.cascade --work /tmp/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import report
+from imagen_core.pictures import read_picture, tile, write_png
+from stages.sources.scene_score import Score, score_single
+from stages.sources.scenes import Scene, is_held_out, scene
+
+HELD_OUT_SEED = 7
+PARTS = ("color", "shape", "position")
+
+
+def held_out_scenes(count: int) -> list[Scene]:
+    """Single-object scenes whose arrangement never occurs in training."""
+    found: list[Scene] = []
+    index = 0
+    while len(found) < count:
+        candidate = scene(HELD_OUT_SEED, index, "held_out")
+        index += 1
+        if len(candidate.objects) == 1:
+            assert is_held_out(candidate)
+            found.append(candidate)
+    return found
+
+
+def score(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
+    """Part of the pictures that show what their caption says, in [0, 1]."""
+    scores: list[Score] = [score_single(p, s) for p, s in zip(pictures, scenes, strict=True)]
+    return {
+        "color": float(np.mean([s.color_ok for s in scores])),
+        "shape": float(np.mean([s.shape_ok for s in scores])),
+        "position": float(np.mean([s.position_ok for s in scores])),
+    }
+
+
+def pipeline(*arguments: str) -> tuple[float, float]:
+    """Runs a command; wall and CPU seconds it took."""
+    print("$ pipeline " + " ".join(arguments), flush=True)
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=True)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return time.perf_counter() - began, cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for store, checkpoints and pictures")
+    parser.add_argument("--out", type=Path, help="JSON report")
+    parser.add_argument("--grid", type=Path, help="PNG of some pictures")
+    parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
+    parser.add_argument("--samples", type=int, help="scenes to train on, instead of the demo's")
+    parser.add_argument("--base-steps", type=int, help="steps of the base, instead of the demo's")
+    parser.add_argument("--sr-steps", type=int, help="steps of the super-resolution model, instead of the demo's")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+
+    def more(name: str, value: int | None) -> list[str]:
+        return [] if value is None else [f"{name}={value}"]
+
+    seconds: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    samples = more("source.num_samples", arguments.samples)
+    steps = {"base": more("num_steps", arguments.base_steps), "sr": more("num_steps", arguments.sr_steps)}
+    store = f"store={work}/store"
+    seconds["precompute"], cpu["precompute"] = pipeline(
+        "run", "precompute", "-c", "demo", "--executor", "local", "--out", str(work), "--quiet", *samples
+    )
+    for name, extra in steps.items():
+        out = str(work / name)
+        seconds[name], cpu[name] = pipeline("run", "train", "-c", f"demo-{name}", "--out", out, store, *extra)
+
+    scenes = held_out_scenes(arguments.captions)
+    prompts = work / "prompts.txt"
+    prompts.write_text("\n".join(s.captions[0] for s in scenes) + "\n", encoding="utf-8")
+    shutil.rmtree(work / "pictures", ignore_errors=True)
+    seconds["sample"], cpu["sample"] = pipeline(
+        "run",
+        "sample",
+        "-c",
+        "demo",
+        "--out",
+        str(work / "pictures"),
+        f"prompts_file={prompts}",
+        f"stages.0.checkpoint={work}/base",
+        f"stages.1.checkpoint={work}/sr",
+    )
+
+    rows: list[dict[str, Any]] = []
+    for size in (16, 64):
+        folder = work / "pictures" / f"images-{size}"
+        pictures = [read_picture(folder / f"{index:05d}.png") for index in range(len(scenes))]
+        for against, told in (("its own", scenes), ("of another picture", scenes[1:] + scenes[:1])):
+            rows.append({"size_px": size, "caption": against, "captions": len(scenes), **score(pictures, told)})
+        if size == 64 and arguments.grid is not None:
+            write_png(arguments.grid, tile(pictures[:48], columns=12))
+    for name in steps:
+        facts = json.loads((work / name / "summary.json").read_text(encoding="utf-8"))["facts"]
+        rows.append(
+            {
+                "training": name,
+                "steps": facts["steps"],
+                "loss": facts["loss"],
+                "minutes": round(seconds[name] / 60, 2),
+                "cpu_minutes": round(cpu[name] / 60, 2),
+                "loader_wait": facts["loader_wait"],
+            }
+        )
+    own, other = rows[2], rows[3]
+    report(
+        "cascade",
+        rows,
+        {f"{part} at 64 px, own caption / caption of another": own[part] / max(other[part], 1e-9) for part in PARTS},
+        arguments.out,
+        packages=["imagen-precompute", "torch"],
+        notes=[
+            "color, shape, position: part of the pictures whose object has the one the caption names",
+            f"training both stages took {(seconds['base'] + seconds['sr']) / 60:.1f} minutes; precompute "
+            f"{seconds['precompute']:.0f} s, drawing {seconds['sample']:.0f} s",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Classifier-free guidance and thresholding."""
+
+import pytest
+import torch
+
+from imagen_core.diffusion import Guidance, Threshold, guided
+from imagen_core.models import Conditioning
+from tests.imagen_core.diffusion.small import (
+    small_denoiser,
+    small_super_denoiser,
+    stub,
+    with_random_weights,
+)
+
+NONE = Threshold(kind="none")
+SIGMA = torch.tensor(0.7, dtype=torch.float64)
+
+
+def text(rows=2):
+    generator = torch.Generator().manual_seed(1)
+    return Conditioning(
+        text=torch.randn(rows, 3, 8, generator=generator, dtype=torch.float64),
+        text_mask=torch.tensor([[True, True, False]] * rows),
+    )
+
+
+def picture(rows=2, seed=0):
+    return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def additive(denoiser):
+    """A network that says 1 for the caption plus 10 times the low-resolution picture; D is what it says."""
+
+    def says(x, c_noise, conditioning):
+        keep = torch.ones(len(x), dtype=torch.bool) if conditioning.text_keep is None else conditioning.text_keep
+        total = keep.to(x)[:, None, None, None].expand_as(x)
+        return total if conditioning.low_res is None else total + 10 * conditioning.low_res
+
+    return stub(denoiser, says)
+
+
+@pytest.mark.parametrize(("weight", "passes_of"), [(1.0, [2]), (0.0, [2]), (3.0, [4]), (-1.0, [4])])
+def test_the_estimate_is_the_unconditional_one_plus_the_weighted_difference(weight, passes_of):
+    denoiser = small_denoiser(diffusion={"objective": "x0"})
+    network = additive(denoiser)
+    estimate = guided(denoiser, text(), Guidance(text=weight), NONE)(picture(), SIGMA)
+    torch.testing.assert_close(estimate, torch.full_like(estimate, weight))
+    assert [len(call[0]) for call in network.calls] == passes_of
+
+
+def test_weight_1_is_the_conditional_and_weight_0_the_unconditional_estimate_exactly():
+    denoiser = with_random_weights(small_denoiser(), seed=0).double()
+    x, level = picture(), SIGMA.expand(2)
+    with torch.no_grad():
+        conditional, unconditional = denoiser(x, level, text()), denoiser(x, level, text().unconditional())
+        assert torch.equal(guided(denoiser, text(), Guidance(), NONE)(x, SIGMA), conditional)
+        assert torch.equal(guided(denoiser, text(), Guidance(text=0), NONE)(x, SIGMA), unconditional)
+    assert float((conditional - unconditional).abs().max()) > 1e-4
+
+
+def test_one_pass_of_two_halves_equals_two_passes():
+    denoiser = with_random_weights(small_denoiser(), seed=0).double()
+    x = picture()
+    with torch.no_grad():
+        one = guided(denoiser, text(), Guidance(text=4), NONE)(x, SIGMA)
+        two = guided(denoiser, text(), Guidance(text=4, two_passes=True), NONE)(x, SIGMA)
+        conditional = denoiser(x, SIGMA.expand(2), text())
+        unconditional = denoiser(x, SIGMA.expand(2), text().unconditional())
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+    torch.testing.assert_close(one, unconditional + 4 * (conditional - unconditional), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("text_weight", "low_res_weight", "passes"),
+    [(1.0, 1.0, 1), (3.0, 1.0, 2), (1.0, 2.0, 3), (3.0, 2.0, 3), (2.0, 2.0, 2), (0.0, 1.0, 1), (0.0, 0.0, 1)],
+)
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_each_condition_has_its_weight_and_only_terms_that_count_are_computed(
+    text_weight, low_res_weight, passes, two_passes
+):
+    denoiser = small_super_denoiser(diffusion={"objective": "x0"})
+    network = additive(denoiser)
+    low_res = torch.full((2, 3, 8, 8), 0.5, dtype=torch.float64)
+    conditioning = Conditioning(
+        text=text().text, text_mask=text().text_mask, low_res=low_res, low_res_noise=torch.zeros(2)
+    )
+    guidance = Guidance(text=text_weight, low_res=low_res_weight, two_passes=two_passes)
+    estimate = guided(denoiser, conditioning, guidance, NONE)(picture(), SIGMA)
+    # D_0 = 0, D_low_res = 5, D_all = 6
+    torch.testing.assert_close(estimate, torch.full_like(estimate, low_res_weight * 5 + text_weight * 1))
+    assert sum(len(call[0]) for call in network.calls) == 2 * passes
+    assert len(network.calls) == (passes if two_passes else 1)
+
+
+def test_without_a_caption_the_weight_of_captions_has_nothing_to_weigh():
+    denoiser = small_denoiser(diffusion={"objective": "x0"})
+    network = stub(denoiser, lambda x, *_: x)
+    guided(denoiser, Conditioning(), Guidance(text=7), NONE)(picture(), SIGMA)
+    assert [len(call[0]) for call in network.calls] == [2]
+
+
+def test_thresholding_comes_after_guidance():
+    denoiser = small_denoiser(diffusion={"objective": "x0"})
+    additive(denoiser)
+    estimate = guided(denoiser, text(), Guidance(text=5), Threshold(kind="static"))(picture(), SIGMA)
+    assert torch.equal(estimate, torch.ones_like(estimate))
+
+
+ROW = torch.linspace(-4, 4, 81, dtype=torch.float64).reshape(1, 1, 9, 9)
+
+
+def test_none_changes_nothing_and_static_clips():
+    assert torch.equal(Threshold(kind="none")(ROW), ROW)
+    assert torch.equal(Threshold(kind="static")(ROW), ROW.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("percentile", [0.5, 0.9, 0.95, 0.995, 1.0])
+def test_dynamic_clips_to_the_percentile_and_rescales(percentile):
+    limit = float(torch.quantile(ROW.abs().flatten(), percentile))
+    expected = ROW.clamp(-limit, limit) / limit
+    torch.testing.assert_close(Threshold(percentile=percentile)(ROW), expected, rtol=1e-6, atol=0)
+
+
+def test_dynamic_leaves_pictures_in_range_alone():
+    torch.testing.assert_close(Threshold()(ROW / 8), ROW / 8, rtol=0, atol=0)
+
+
+def test_the_cap_bounds_the_divisor():
+    """IF caps it at 1.5: brighter pictures are clipped rather than dimmed."""
+    capped = Threshold(percentile=1.0, cap=1.5)(ROW)
+    torch.testing.assert_close(capped, ROW.clamp(-1.5, 1.5) / 1.5)
+
+
+def test_each_picture_of_a_batch_has_its_own_percentile():
+    batch = torch.cat([ROW, ROW / 8])
+    torch.testing.assert_close(Threshold()(batch), torch.cat([Threshold()(ROW), ROW / 8]))
+
+
+def test_a_batch_of_large_pictures_is_thresholded():
+    large = torch.full((6, 3, 1024, 1024), 2.0)  # more numbers than torch.quantile takes in one row
+    assert float(Threshold()(large).max()) == 1.0

@@ -1,0 +1,107 @@
+"""Noise-conditioning augmentation of the low-resolution picture."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagen_core.diffusion.low_res import LogNormalNoise, UniformNoise, add_low_res_noise, upsample
+from imagen_core.diffusion.schedules import LogNormal, LogSnrLinear
+from imagen_core.models import Conditioning
+from tests.imagen_core.diffusion.small import small_super_denoiser
+
+UNIFORM = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+
+
+def test_lognormal_levels_are_those_of_edm_training():
+    levels = LogNormalNoise().sigma(UNIFORM)
+    assert float(levels.log().mean()) == pytest.approx(-1.2, abs=1e-3)
+    assert float(levels.log().std()) == pytest.approx(1.2, abs=1e-3)
+    torch.testing.assert_close(levels, LogNormal().sigma(UNIFORM))
+    assert LogNormalNoise().sampling_sigma == 0.002
+
+
+def test_uniform_levels_are_uniform_in_the_time_of_the_schedule():
+    noise = UniformNoise(max_time=0.6)
+    times = LogSnrLinear().time(noise.sigma(UNIFORM))
+    torch.testing.assert_close(times, 0.6 * UNIFORM, rtol=0, atol=1e-6)
+    assert noise.sampling_sigma == pytest.approx(math.sqrt(math.expm1(1e-4 + 10 * 0.2**2)))
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.3, 5.0])
+def test_the_result_has_the_variance_of_the_closed_form(sigma):
+    generator = torch.Generator().manual_seed(0)
+    pictures, noise = (torch.randn(4, 3, 200, 200, generator=generator, dtype=torch.float64) for _ in range(2))
+    levels = torch.full((4,), sigma, dtype=torch.float64)
+    scale = 1 / (levels**2 + 0.25).sqrt()
+    result = add_low_res_noise(0.5 * pictures, levels, noise, scale)
+    assert float(result.var()) == pytest.approx(1.0, rel=0.01)
+    torch.testing.assert_close(result, (0.5 * pictures + sigma * noise) / math.sqrt(sigma**2 + 0.25))
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale"),
+    [("edm", lambda sigma: (sigma**2 + 0.25) ** -0.5), ("eps", lambda sigma: (sigma**2 + 1) ** -0.5)],
+)
+def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(objective, scale):
+    denoiser = small_super_denoiser(diffusion={"objective": objective})
+    generator = torch.Generator().manual_seed(0)
+    low_res = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    conditioning = denoiser.with_low_res(Conditioning(), low_res, sigma, noise)
+    column = sigma[:, None, None, None]
+    torch.testing.assert_close(conditioning.low_res, scale(column) * (upsample(low_res, 8) + column * noise))
+    torch.testing.assert_close(conditioning.low_res_noise, sigma.log() / 4)
+
+
+def test_without_augmentation_the_picture_is_only_upsampled():
+    denoiser = small_super_denoiser(unet={"low_res_noise": False}, low_res_noise=None)
+    low_res = torch.rand(2, 3, 4, 4) * 2 - 1
+    conditioning = denoiser.with_low_res(Conditioning(), low_res, torch.tensor([1.0, 2.0]), torch.randn(2, 3, 8, 8))
+    assert torch.equal(conditioning.low_res, upsample(low_res, 8))
+    assert conditioning.low_res_noise is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "level"),
+    [
+        ({"kind": "lognormal", "sample_sigma": 0.01}, 0.01),
+        ({"kind": "uniform", "sample_time": 0.2}, math.sqrt(math.expm1(1e-4 + 10 * 0.2**2))),
+    ],
+)
+def test_sampling_uses_one_fixed_level(settings, level):
+    denoiser = small_super_denoiser(low_res_noise=settings)
+    low_res, noise = torch.zeros(2, 3, 4, 4, dtype=torch.float64), torch.ones(2, 3, 8, 8, dtype=torch.float64)
+    conditioning = denoiser.with_sampling_low_res(Conditioning(), low_res, noise)
+    expected = torch.full((2, 3, 8, 8), level / math.sqrt(level**2 + 0.25), dtype=torch.float64)
+    torch.testing.assert_close(conditioning.low_res, expected)
+    told = math.log(level) / 4 if settings["kind"] == "lognormal" else -2 * math.log(level)
+    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), told, dtype=torch.float64))
+
+
+def test_no_noise_at_all_in_sampling_is_told_as_the_lowest_level_and_not_as_minus_infinity():
+    conditioning = small_super_denoiser().with_sampling_low_res(
+        Conditioning(), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 8, 8), sigma=0.0
+    )
+    torch.testing.assert_close(conditioning.low_res, torch.zeros(2, 3, 8, 8))
+    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), math.log(0.002) / 4))
+
+
+def test_upsampling_is_bicubic_and_stays_in_range():
+    """Against Pillow, whose bicubic has another constant (-1/2 and not -3/4): close, not equal."""
+    ramp = np.linspace(-0.8, 0.8, 8, dtype=np.float32)
+    small = np.add.outer(ramp, ramp[::-1] / 2)
+    theirs = np.asarray(Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC))
+    ours = upsample(torch.from_numpy(small)[None, None], 32)[0, 0]
+    inner = slice(4, -4)
+    assert float(np.abs(ours.numpy() - np.clip(theirs, -1, 1))[inner, inner].max()) < 0.03
+    checkers = (torch.arange(8) % 2 * 2.0 - 1).expand(1, 1, 8, 8)
+    assert float(upsample(checkers, 32).abs().max()) <= 1
+
+
+def test_a_picture_of_the_right_size_is_left_alone():
+    picture = torch.rand(1, 3, 8, 8)
+    assert torch.equal(upsample(picture, 8), picture)

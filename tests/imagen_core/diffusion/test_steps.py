@@ -1,0 +1,117 @@
+"""Grids of noise levels."""
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from imagen_core.diffusion.schedules import Discrete, LogNormal, LogSnrCosine, LogSnrLinear
+from imagen_core.diffusion.steps import AnyGrid, Karras, Respaced, Uniform, respaced_steps
+
+SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), Discrete(), Discrete(beta="cosine")]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+
+
+@every_schedule
+@pytest.mark.parametrize("grid", [Karras(), Uniform()], ids=repr)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 999, 1000])
+def test_grids_fall_strictly_to_zero_from_the_highest_level(schedule, grid, num_steps):
+    sigmas = grid.sigmas(schedule, num_steps)
+    assert sigmas.dtype == torch.float64
+    assert len(sigmas) == num_steps + 1
+    assert bool((sigmas.diff() < 0).all())
+    assert float(sigmas[-1]) == 0
+    highest = 80.0 if isinstance(schedule, LogNormal) else float(schedule.sigma(torch.ones(1))[0])
+    assert float(sigmas[0]) == pytest.approx(highest)
+
+
+def test_karras_is_equation_5():
+    sigmas = Karras().sigmas(LogNormal(), 18)
+    for index in range(18):
+        expected = (80 ** (1 / 7) + index / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        assert float(sigmas[index]) == pytest.approx(expected)
+
+
+def test_karras_takes_its_own_ends_and_rho():
+    sigmas = Karras(rho=1, sigma_min=1, sigma_max=5).sigmas(LogNormal(), 5)
+    torch.testing.assert_close(sigmas, torch.tensor([5.0, 4, 3, 2, 1, 0], dtype=torch.float64))
+
+
+def test_karras_ends_the_wrong_way_round_are_refused_with_both():
+    with pytest.raises(ValueError, match=r"sigma_min must be below sigma_max \(got 6.0 and 5.0\)"):
+        Karras(sigma_min=6, sigma_max=5).sigmas(LogNormal(), 5)
+
+
+@pytest.mark.parametrize("schedule", [LogSnrLinear(), LogSnrCosine(), LogNormal()], ids=repr)
+def test_uniform_is_even_in_the_time_of_the_schedule(schedule):
+    times = schedule.time(Uniform().sigmas(schedule, 11)[:-1])
+    torch.testing.assert_close(times.diff(), times.diff()[:1].expand(10), rtol=1e-4, atol=1e-9)
+
+
+def test_uniform_on_a_discrete_schedule_takes_every_step_or_evenly_spaced_ones():
+    table = Discrete(num_steps=100).sigmas()
+    torch.testing.assert_close(Uniform().sigmas(Discrete(num_steps=100), 100)[:-1], table.flip(0))
+    torch.testing.assert_close(Uniform().sigmas(Discrete(num_steps=100), 10)[:-1], table[::11].flip(0))
+    assert float(Uniform().sigmas(Discrete(num_steps=100), 1)[0]) == float(table[-1])
+
+
+@pytest.mark.parametrize(
+    ("total", "sections", "steps"),
+    [
+        (10, "10", list(range(10))),
+        (10, "5", [0, 2, 4, 7, 9]),
+        (300, "2,3,4", [0, 99, 100, 150, 199, 200, 233, 266, 299]),
+        (100, "1,1", [49, 99]),
+        (1000, "ddim10", list(range(0, 1000, 100))),
+        (1000, "ddim334", list(range(0, 1000, 3))),
+    ],
+)
+def test_respacing_strings(total, sections, steps):
+    assert respaced_steps(total, sections) == steps
+
+
+def test_sections_have_the_steps_asked_for():
+    steps = respaced_steps(300, "10,15,25")
+    assert [sum(100 * k <= step < 100 * (k + 1) for step in steps) for k in range(3)] == [10, 15, 25]
+    sigmas = Respaced(sections="10,15,25").sigmas(Discrete(num_steps=300), 50)
+    torch.testing.assert_close(sigmas[:-1], Discrete(num_steps=300).sigmas()[steps].flip(0))
+
+
+def test_ddim_strings_start_near_pure_noise_or_are_refused():
+    """A stride that is too small would leave the highest noise levels out, and with them most of the picture."""
+    strided = {len(range(0, 1000, stride)): stride for stride in range(1000, 0, -1)}
+    for count in range(1, 1001):
+        if count in strided:
+            assert respaced_steps(1000, f"ddim{count}") == list(range(0, 1000, strided[count]))
+        else:
+            with pytest.raises(ValueError, match=f"ddim{count}: no whole stride"):
+                respaced_steps(1000, f"ddim{count}")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ("101", "101 steps asked for of 100"),
+        ("10,60", r"60 steps asked for of 50 \(section 2 of a schedule of 100 steps\)"),
+        ("ddim101", "ddim101: the schedule has 100 steps only"),
+        ("ddim60", "no whole stride takes 60 of the schedule's 100 steps; use ddim50 or 60"),
+    ],
+)
+def test_more_steps_than_there_are_is_refused_with_both_numbers(sections, words):
+    with pytest.raises(ValueError, match=words):
+        respaced_steps(100, sections)
+
+
+def test_a_step_count_that_contradicts_the_sections_is_refused():
+    with pytest.raises(ValueError, match=r"num_steps is 40, but grid\.sections=10,15,25 has 50 steps"):
+        Respaced(sections="10,15,25").sigmas(Discrete(num_steps=300), 40)
+
+
+def test_respacing_needs_a_discrete_schedule():
+    with pytest.raises(ValueError, match=r"needs a discrete schedule \(got log_normal\)"):
+        Respaced(sections="10").sigmas(LogNormal(), 10)
+
+
+@pytest.mark.parametrize("sections", ["", "ddim", "ddim0", "0", "10,", "10,x", "smart50"])
+def test_other_strings_are_refused(sections):
+    with pytest.raises(ValidationError, match="sections"):
+        TypeAdapter(AnyGrid).validate_python({"kind": "respaced", "sections": sections})

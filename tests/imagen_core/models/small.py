@@ -1,0 +1,98 @@
+"""Small UNets and inputs for the tests of this folder."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.models.conditioning import Conditioning
+from imagen_core.models.efficient import EfficientUNetConfig
+from imagen_core.models.regular import RegularUNetConfig
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+TEXT_DIM = 12
+
+
+def regular(**changes: Any) -> RegularUNetConfig:
+    """Two levels, 16 px, attention at 8 px."""
+    options = {
+        "image_size_px": 16,
+        "embed_dim": 32,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "head_dim": 16,
+        "text_dim": TEXT_DIM,
+        "cond_dim": 24,
+    }
+    return RegularUNetConfig.model_validate(options | changes)
+
+
+def efficient(**changes: Any) -> EfficientUNetConfig:
+    """Two levels, 16 px, attention at the deeper one, super-resolution."""
+    options = {
+        "image_size_px": 16,
+        "embed_dim": 32,
+        "channel_mult": (1, 2),
+        "num_res_blocks": (1, 2),
+        "attention_levels": (False, True),
+        "head_dim": 16,
+        "text_dim": TEXT_DIM,
+    }
+    return EfficientUNetConfig.model_validate(options | changes)
+
+
+FAMILIES = {"regular": regular, "efficient": efficient}
+
+
+def random_weights(module: ModuleT, seed: int = 0) -> ModuleT:
+    """Fills every parameter, so that no branch is silent as it is in a new model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+            parameter.copy_(values)
+    return module
+
+
+def inputs(
+    config: RegularUNetConfig | EfficientUNetConfig,
+    *,
+    lengths: tuple[int, ...] = (3, 5),
+    padded_to: int = 6,
+    side_px: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """x, c_noise and all the conditions the model reads; captions of these lengths in tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    batch = len(lengths)
+    x, c_noise = draw(batch, config.in_channels, side_px, side_px), draw(batch)
+    low_res, low_res_noise = draw(batch, config.in_channels, side_px, side_px), draw(batch)
+    text = mask = None
+    if config.text_dim is not None:
+        text, mask = captions(lengths, padded_to, config.text_dim, dtype=dtype)
+    conditioning = Conditioning(
+        text=text,
+        text_mask=mask,
+        low_res=low_res if config.low_res else None,
+        low_res_noise=low_res_noise if config.low_res_noise else None,
+        labels=torch.arange(batch) if config.num_classes is not None else None,
+    )
+    return x, c_noise, conditioning
+
+
+def captions(
+    lengths: tuple[int, ...], padded_to: int, text_dim: int = TEXT_DIM, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Zero-padded embeddings and mask; the real tokens do not depend on `padded_to`."""
+    text = torch.zeros(len(lengths), padded_to, text_dim, dtype=dtype)
+    for row, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(100 + row)
+        text[row, :length] = torch.randn(length, text_dim, generator=generator, dtype=torch.float64).to(dtype)
+    return text, torch.arange(padded_to) < torch.tensor(lengths)[:, None]

@@ -1,0 +1,112 @@
+"""The Regular UNet: its published parts, its shape and its options."""
+
+import pytest
+import torch
+from torch import nn
+
+from imagen_core.models.count import build_on_meta
+from imagen_core.models.presets import PRESETS
+from imagen_core.models.regular import RegularUNet
+from imagen_core.models.resblock import ResBlock
+from tests.imagen_core.models.small import inputs, random_weights, regular
+
+# time, low-res time, pooling, tokens, pooled text to time, first convolution, down, middle, up, end
+SPLITS = {
+    "500m_res_64": (1_312_768, 0, 527_873, 524_800, 1_575_936, 7_168, 156_190_464, 47_213_568, 317_544_704, 7_427),
+    "2b_res_64": (
+        5_246_976, 0, 2_102_273, 2_099_200, 8_396_800, 14_336, 652_793_344, 192_995_328, 1_307_513_344, 14_851,
+    ),
+    "400m_res_256": (
+        328_704, 328_704, 527_873, 524_800, 526_336, 7_040, 127_156_480, 25_973_248, 252_980_608, 3_715,
+    ),
+}  # fmt: skip
+
+
+def size(*modules: nn.Module | None) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", list(SPLITS))
+def test_the_parts_of_published_models_have_their_published_sizes(name: str):
+    unet = build_on_meta(PRESETS[name].config)
+    assert isinstance(unet, RegularUNet)
+    text = unet.inputs.text
+    assert text is not None
+    parts = (
+        size(unet.inputs.time),
+        size(unet.inputs.low_res_time),
+        size(text.pool, text.pooled),
+        size(text.to_context),
+        size(text.to_time),
+        size(unet.conv_in),
+        size(unet.down),
+        size(unet.middle),
+        size(unet.up),
+        size(unet.norm_out, unet.conv_out),
+    )
+    assert parts == SPLITS[name]
+    assert sum(parts) == PRESETS[name].parameters
+
+
+def test_the_500m_model_has_the_published_blocks():
+    unet = build_on_meta(PRESETS["500m_res_64"].config)
+    assert isinstance(unet, RegularUNet)
+    blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
+    attentions = [m.attention for m in unet.modules() if type(m).__name__ == "Block" and m.attention is not None]
+    down = [level.resample for level in unet.down if level.resample is not None]
+    up = [level.resample for level in unet.up if level.resample is not None]
+    assert (len(blocks), len(attentions), len(down), len(up)) == (30, 22, 3, 3)
+    millions = [size(*group) / 1e6 for group in (blocks, attentions, down, up)]  # type: ignore[arg-type]
+    assert millions == [pytest.approx(value, abs=0.005) for value in (407.10, 75.17, 8.26, 30.41)]
+
+
+def test_a_new_model_predicts_zero():
+    config = regular()
+    assert not config.build()(*inputs(config)).any()
+
+
+def test_attention_is_at_the_listed_resolutions_and_in_the_middle():
+    unet = regular(image_size_px=32, channel_mult=(1, 1, 2), num_res_blocks=(1, 2, 1), attention_resolutions=(16,)).build()
+    assert [[b.attention is not None for b in level.blocks] for level in unet.down] == [[False], [True] * 2, [False]]
+    assert [[b.attention is not None for b in level.blocks] for level in unet.up] == [
+        [False] * 2,
+        [True] * 3,
+        [False] * 2,
+    ]
+    assert [b.attention is not None for b in unet.middle] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resblock_updown": True, "scale_shift": False},
+        {"resample_with_conv": False, "upsample": "repeat_conv"},
+        {"init_kernel_size": 7, "num_res_blocks": 2},
+    ],
+    ids=str,
+)
+def test_ways_to_change_resolution_all_train(options: dict[str, object]):
+    config = regular(**options)
+    unet = random_weights(config.build())
+    unet(*inputs(config)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in unet.parameters())
+
+
+def test_low_resolution_changes_halve_and_double():
+    config = regular()
+    unet = config.build()
+    seen: list[torch.Size] = []
+    for block in unet.modules():
+        if isinstance(block, ResBlock):
+            block.register_forward_hook(lambda _, __, result: seen.append(result.shape))
+    unet(*inputs(config))
+    widths = [(32, 16), (64, 8), (64, 8), (64, 8), (64, 8), (64, 8), (32, 16), (32, 16)]
+    assert [(shape[1], shape[2]) for shape in seen] == widths
+
+
+def test_all_outputs_on_the_way_down_are_used_on_the_way_up():
+    """ADM's skips: first convolution, every block, every step down."""
+    config = regular(num_res_blocks=(2, 1))
+    first = [block.layer.conv1.in_channels for level in config.build().up for block in level.blocks]
+    #        deepest: (64 + 64), (64 + 32);   top: (64 + 32), (32 + 32), (32 + 32)
+    assert first == [128, 96, 96, 64, 64]

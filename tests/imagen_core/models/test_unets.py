@@ -1,0 +1,203 @@
+"""What holds for the Regular and the Efficient UNet alike."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from imagen_core.models import Conditioning, UNetConfig
+from tests.imagen_core.models.small import FAMILIES, inputs, random_weights
+
+FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"attention_type": "cross"},
+    {"attention_type": "stacked"},
+    {"attention_type": "self"},
+    {"attention_type": "self", "text_dim": None, "num_classes": 10, "out_channels": 6},
+    {"pooling": "mean", "null_token": True, "dropped_caption": "no_tokens"},
+    {"learned_fourier_frequencies": 8, "num_heads": 2},
+    {"low_res": True, "low_res_noise": True},
+    {"in_channels": 1, "out_channels": 1, "dropout": 0.1, "channel_mult": (1, 3)},
+]
+
+
+def build(family: str, **changes: Any) -> tuple[Any, nn.Module]:
+    config = FAMILIES[family](**changes)
+    return config, random_weights(config.build()).eval()
+
+
+def gradients(unet: nn.Module, *arguments: Any) -> list[Tensor]:
+    unet.zero_grad()
+    unet(*arguments).square().sum().backward()
+    return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in unet.parameters()]
+
+
+@FAMILY
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_parameter_and_every_condition_has_an_effect(family: str, options: dict[str, Any]):
+    config, unet = build(family, **options)
+    x, c_noise, conditioning = inputs(config)
+    result = unet(x, c_noise, conditioning)
+    assert result.shape == (2, config.out_channels, 16, 16)
+    for name, gradient in zip(dict(unet.named_parameters()), gradients(unet, x, c_noise, conditioning), strict=True):
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+    assert not torch.allclose(result, unet(x, c_noise + 1, conditioning))
+    changes: dict[str, Any] = {"low_res": 1, "low_res_noise": 1, "labels": 1}
+    for name in ("text", "low_res", "low_res_noise", "labels"):
+        value = getattr(conditioning, name)
+        if value is not None:
+            changed = value.flip(0) if name == "text" else value + changes[name]
+            assert not torch.allclose(result, unet(x, c_noise, replace(conditioning, **{name: changed}))), name
+
+
+@FAMILY
+@pytest.mark.parametrize("attention_type", ["fused", "cross", "stacked"])
+def test_padding_of_captions_does_not_matter(family: str, attention_type: str):
+    config, unet = build(family, attention_type=attention_type)
+    unet = unet.double()
+    results = []
+    for padded_to in (20, 40):
+        x, c_noise, conditioning = inputs(config, padded_to=padded_to, dtype=torch.float64)
+        conditioning = replace(conditioning, text_keep=torch.tensor([True, False]))
+        results.append(unet(x, c_noise, conditioning))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@FAMILY
+@pytest.mark.parametrize("attention_type", ["fused", "cross", "stacked"])
+def test_a_dropped_caption_is_not_seen(family: str, attention_type: str):
+    for option, lengths in (("zero_tokens", (4, 4)), ("no_tokens", (1, 6))):
+        config, unet = build(family, attention_type=attention_type, dropped_caption=option)
+        x, c_noise, conditioning = inputs(config.model_copy(), lengths=lengths)
+        x, c_noise = x[:1].expand(2, -1, -1, -1), c_noise[:1].expand(2)
+        if conditioning.low_res is not None:
+            conditioning = replace(conditioning, low_res=conditioning.low_res[:1].expand(2, -1, -1, -1))
+        first, second = unet(x, c_noise, conditioning.unconditional())
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+        first, second = unet(x, c_noise, conditioning)
+        assert not torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+@FAMILY
+@pytest.mark.parametrize("attention_type", ["fused", "cross", "stacked"])
+@pytest.mark.parametrize("half", [False, True])
+def test_empty_captions_train_without_nan(family: str, attention_type: str, half: bool):
+    config, unet = build(family, attention_type=attention_type)
+    x, c_noise, conditioning = inputs(config, lengths=(0, 0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = unet.train()(x, c_noise, conditioning.unconditional()).float().square().mean()
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in unet.parameters())
+
+
+@FAMILY
+def test_a_row_does_not_depend_on_the_others(family: str):
+    config, unet = build(family)
+    x, c_noise, conditioning = inputs(config)
+    together = unet(x, c_noise, conditioning)
+    alone = unet(x[1:], c_noise[1:], conditioning.rows(slice(1, 2)))
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@FAMILY
+def test_recomputing_activations_does_not_change_gradients(family: str):
+    config, unet = build(family)
+    recomputing = config.model_copy(update={"activation_checkpointing": True}).build()
+    recomputing.load_state_dict(unet.state_dict())
+    arguments = inputs(config)
+    for one, other in zip(gradients(unet, *arguments), gradients(recomputing, *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@FAMILY
+def test_recomputing_repeats_the_same_dropout(family: str):
+    config = FAMILIES[family](dropout=0.5)
+    unet = random_weights(config.build())
+    recomputing = config.model_copy(update={"activation_checkpointing": True}).build()
+    recomputing.load_state_dict(unet.state_dict())
+    arguments, found = inputs(config), []
+    for model in (unet, recomputing):
+        torch.manual_seed(3)
+        found.append(gradients(model.train(), *arguments))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@FAMILY
+def test_channels_last_and_bfloat16_give_the_same_picture(family: str):
+    config, unet = build(family)
+    x, c_noise, conditioning = inputs(config)
+    plain = unet(x, c_noise, conditioning)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = unet(x, c_noise, conditioning)
+    assert (half - plain).norm() < 0.03 * plain.norm()
+    unet = unet.to(memory_format=torch.channels_last)
+    strided = unet(x.to(memory_format=torch.channels_last), c_noise, conditioning)
+    torch.testing.assert_close(strided, plain, rtol=1e-4, atol=1e-4)
+
+
+@FAMILY
+def test_it_compiles_as_one_graph(family: str):
+    config, unet = build(family)
+    arguments = inputs(config)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), unet(*arguments))
+
+
+@FAMILY
+def test_it_runs_on_crops_and_other_sizes_its_levels_divide(family: str):
+    config, unet = build(family)
+    assert config.sides_divisor == 2
+    x, c_noise, conditioning = inputs(config, side_px=10)
+    assert unet(x, c_noise, conditioning).shape == (2, 3, 10, 10)
+    x, c_noise, conditioning = inputs(config, side_px=9)
+    with pytest.raises(ValueError, match=r"sides that are multiples of 2 px \(got \(9, 9\)\)"):
+        unet(x, c_noise, conditioning)
+
+
+@FAMILY
+def test_missing_conditions_are_named(family: str):
+    config, unet = build(family, low_res=True, low_res_noise=True, num_classes=4)
+    x, c_noise, conditioning = inputs(config)
+    for name in ("text", "low_res", "low_res_noise", "labels"):
+        with pytest.raises(ValueError, match=f"conditioning.{name}:"):
+            unet(x, c_noise, replace(conditioning, **{name: None}))
+    with pytest.raises(ValueError, match="conditioning.low_res: .* of \\(2, 3, 16, 16\\) \\(got \\(2, 3, 8, 8\\)\\)"):
+        unet(x, c_noise, replace(conditioning, low_res=torch.zeros(2, 3, 8, 8)))
+    assert isinstance(conditioning, Conditioning)
+
+
+@FAMILY
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_configuration_survives_json(family: str, options: dict[str, Any]):
+    config = FAMILIES[family](**options)
+    adapter: TypeAdapter[Any] = TypeAdapter(UNetConfig)
+    again = adapter.validate_json(config.model_dump_json())
+    assert again == config
+    assert type(again) is type(config)
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size_px": 17}, r"image_size_px must be a multiple of 2 for 2 levels \(got 17\)"),
+        ({"num_res_blocks": (1, 1, 1)}, "num_res_blocks has 3 entries for 2 levels"),
+        ({"embed_dim": 40}, r"multiples of 32 \(got 40\)"),
+        ({"head_dim": 48}, "head_dim 48 does not divide the 64 channels"),
+        ({"num_heads": 7}, "num_heads 7 does not divide the 64 channels"),
+        ({"text_dim": None}, "'fused' reads text, but text_dim is null"),
+        ({"low_res": False, "low_res_noise": True}, "low_res_noise needs low_res"),
+        ({"attention": "fused"}, "Extra inputs"),
+        ({"num_res_blocks": (0, 1)}, "num_res_blocks"),
+    ],
+)
+def test_wrong_configurations_are_refused_with_the_values(family: str, changes: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        FAMILIES[family](**changes)

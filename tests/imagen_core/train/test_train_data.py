@@ -1,0 +1,227 @@
+"""Batches and what a step makes of them: exact pixels, aligned crops, dropped captions, and places to resume from."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagen_core.diffusion import Denoiser
+from imagen_core.store import Store, StoreError
+from imagen_core.train import TrainConfig, TrainError
+from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
+from imagen_core.train.distributed import World
+from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def read(config: TrainConfig, count: int, world: World = ALONE, state: dict[str, Any] | None = None) -> list[Batch]:
+    stream = BatchStream(open_store(config), config, world, state)
+    batches = [stream.next() for _ in range(count)]
+    stream.close()
+    return batches
+
+
+def example(config: TrainConfig, batch: Batch, step: int = 0) -> Example:
+    return make_example(batch, config, Denoiser(config.denoiser), CPU, step)
+
+
+def test_batches_go_on_over_epochs_and_count_samples(store: Path) -> None:
+    config = make_config(store, batch_size=12)
+    batches = read(config, 8)  # epochs of 12 + 12 + 12 + 4
+    assert [len(batch.keys) for batch in batches] == [12, 12, 12, 4] * 2
+    assert [batch.counters.start for batch in batches] == [0, 12, 24, 36, 40, 52, 64, 76]
+    for epoch in (batches[:4], batches[4:]):
+        assert len({key for batch in epoch for key in batch.keys}) == 40
+
+
+def test_validation_samples_are_never_in_a_batch(store: Path) -> None:
+    config = make_config(store, num_validation_samples=10)
+    keys = {key for batch in read(config, 12) for key in batch.keys}
+    held_out = {sample.key for sample in Store.open(store)[-10:]}
+    assert len(keys) == 30
+    assert not keys & held_out
+
+
+def test_the_state_of_a_batch_ignores_what_was_read_ahead(store: Path) -> None:
+    config = make_config(store, batch_size=6)
+    batches = read(config, 10)
+    for consumed in (1, 4, 7):
+        state = batches[consumed - 1].loader_state
+        assert [batch.keys for batch in read(config, 3, state=state)] == [
+            batch.keys for batch in batches[consumed : consumed + 3]
+        ]
+
+
+def test_processes_share_a_batch_and_its_numbers(store: Path) -> None:
+    config = make_config(store, batch_size=6)
+    whole = read(config, 8)
+    parts = [read(config, 8, World(rank, 3, CPU)) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        assert [key for part in parts for key in part[step].keys] == batch.keys
+        assert [n for part in parts for n in part[step].counters] == list(batch.counters)
+        assert {part[step].global_size for part in parts} == {len(batch.keys)}
+
+
+def test_an_error_of_the_reading_thread_is_raised_in_the_loop(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "store")
+    config = make_config(path)
+    opened = open_store(config)
+    next((path / "images-16").iterdir()).unlink()
+    stream = BatchStream(opened, config, ALONE, None)
+    with pytest.raises(StoreError, match="missing"):
+        [stream.next() for _ in range(20)]
+    stream.close()
+
+
+def test_closing_ends_the_thread(store: Path) -> None:
+    before = threading.active_count()
+    stream = BatchStream(open_store(make_config(store)), make_config(store), ALONE, None)
+    stream.next()
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_pixels_are_scaled_exactly(store: Path) -> None:
+    config = make_config(store)
+    (batch,) = read(config, 1)
+    x0 = example(config, batch).x0
+    assert x0.is_contiguous(memory_format=torch.channels_last)
+    expected = batch.images[16].double() / 127.5 - 1
+    torch.testing.assert_close(x0, expected, rtol=0, atol=1e-15)
+    assert float(x0.min()) >= -1
+    assert float(x0.max()) <= 1
+
+
+def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
+    config = make_config(store, batch_size=40, caption_dropout=0.25)
+    keeps = [example(config, batch).conditioning.text_keep for batch in read(config, 25)]
+    kept = torch.cat([keep for keep in keeps if keep is not None])
+    assert len(kept) == 1000
+    assert abs(float(kept.double().mean()) - 0.75) < 0.04
+    none = make_config(store, caption_dropout=0.0)
+    assert bool(example(none, read(none, 1)[0]).conditioning.text_keep.all())  # type: ignore[union-attr]
+
+
+def test_half_of_the_pictures_are_mirrored_with_their_low_resolution(store: Path) -> None:
+    plain = make_config(
+        store, denoiser=SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
+    )
+    flipped = plain.model_copy(update={"horizontal_flip": True})
+    same = mirrored = 0
+    for batch in read(plain, 5):
+        a, b = example(plain, batch), example(flipped, batch)
+        assert a.conditioning.low_res is not None
+        assert b.conditioning.low_res is not None
+        for k in range(len(batch.keys)):
+            if torch.equal(a.x0[k], b.x0[k]):
+                same += 1
+                assert torch.equal(a.conditioning.low_res[k], b.conditioning.low_res[k])
+            else:
+                mirrored += 1
+                assert torch.equal(a.x0[k].flip(-1), b.x0[k])
+                torch.testing.assert_close(a.conditioning.low_res[k].flip(-1), b.conditioning.low_res[k])
+    assert 10 <= mirrored <= 30
+    assert same + mirrored == 40
+
+
+def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
+    unet = SUPER["unet"] | {"low_res_noise": False}
+    config = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet}, crop_px=16)
+    corners = set()
+    for batch in read(config, 5):
+        cut = example(config, batch)
+        assert cut.x0.shape[-2:] == (16, 16)
+        for k in range(len(batch.keys)):
+            large = batch.images[32][k].double() / 127.5 - 1
+            places = [
+                (top, left)
+                for top in range(17)
+                for left in range(17)
+                if torch.allclose(large[:, top : top + 16, left : left + 16], cut.x0[k])
+            ]
+            ((top, left),) = places
+            assert top % 2 == left % 2 == 0
+            corners.add((top // 2, left // 2))
+            small = (batch.images[16][k].double() / 127.5 - 1)[:, top // 2 :, left // 2 :][None, :, :8, :8]
+            low_res = torch.nn.functional.interpolate(small, size=(16, 16), mode="bicubic").clamp(-1, 1)
+            assert cut.conditioning.low_res is not None
+            torch.testing.assert_close(cut.conditioning.low_res[k], low_res[0])
+    tops, lefts = ({corner[axis] for corner in corners} for axis in (0, 1))
+    assert {0, 8} <= tops <= set(range(9))  # the edges are reached
+    assert {0, 8} <= lefts <= set(range(9))
+
+
+@pytest.mark.parametrize(("per", "num_levels"), [("batch", 1), ("sample", 8)])
+def test_low_resolution_noise_is_per_batch_or_per_sample(store: Path, per: str, num_levels: int) -> None:
+    config = make_config(store, denoiser=SUPER | {"low_res_noise": {"kind": "lognormal", "per": per}})
+    first, second = read(config, 2)
+    levels = [example(config, batch, step).conditioning.low_res_noise for step, batch in enumerate((first, second))]
+    assert levels[0] is not None
+    assert levels[1] is not None
+    assert len(levels[0].unique()) == num_levels
+    assert not torch.isin(levels[0], levels[1]).any()
+    part = example(config, first.part(3, 5), 0).conditioning.low_res_noise
+    assert part is not None
+    torch.testing.assert_close(part, levels[0][3:5], rtol=0, atol=0)
+
+
+def test_an_example_does_not_depend_on_its_batch(store: Path) -> None:
+    config = make_config(store, denoiser=SUPER, crop_px=16, horizontal_flip=True)
+    (batch,) = read(config, 1)
+    whole, part = example(config, batch), example(config, batch.part(5, 7))
+    for name in ("x0", "sigma", "noise"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[5:7])
+    for name in ("text", "text_mask", "text_keep", "low_res", "low_res_noise"):
+        assert torch.equal(getattr(part.conditioning, name), getattr(whole.conditioning, name)[5:7])
+
+
+def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> None:
+    config = make_config(store, denoiser=SUPER, crop_px=16)
+    (batch,) = read(config, 1)
+    empty = example(config, batch.part(8, 12))
+    denoiser = Denoiser(config.denoiser).double()
+    result = denoiser(empty.x0, empty.sigma, empty.conditioning)
+    assert result.shape == (1, 3, 16, 16)
+    assert bool(result.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"denoiser": BASE | {"size_px": 64}}, r"no images-64 \(sizes: \[16, 32\]\)"),
+        ({"text": "clip"}, r"no encoder 'clip' \(encoders: \['t5'\]\)"),
+        ({"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": 9}}}, "text_dim is 9, .* of 't5' .* 8 wide"),
+        ({"num_validation_samples": 40}, "num_validation_samples is 40, but the store has 40 samples"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused(store: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        open_store(make_config(store, **changes))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
+    config = make_config(store, batch_size=8)
+    with pytest.raises(TrainError, match="batch_size 8 must be a multiple of the 3 processes"):
+        BatchStream(open_store(config), config, World(0, 3, CPU), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "text is None, but denoiser.unet.text_dim is 8"),
+        ({"crop_px": 16}, "crop_px is for super-resolution"),
+        ({"denoiser": SUPER, "crop_px": 15}, "crop_px 15 must be a multiple of"),
+        ({"denoiser": SUPER, "crop_px": 64}, "crop_px 64 is larger than size_px 32"),
+        ({"ema": {"rates": [1.0]}}, r"rates: each must be in \[0, 1\)"),
+        ({"ema": {"rates": [0.9, 0.9]}}, "rates: each once"),
+        ({"shard_group_size": 2}, "shard_group_size is for parallel=fsdp2"),
+        ({"batch_sise": 4}, "batch_sise"),
+    ],
+)
+def test_settings_that_contradict_are_refused(store: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(store, **changes)

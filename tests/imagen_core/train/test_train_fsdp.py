@@ -1,0 +1,97 @@
+"""A model sharded over two processes with FSDP2 trains as one process does; its checkpoints fit any other run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagen_core.train import load_checkpoint, train
+from tests.imagen_core.train.processes import keys_in_order, newest, train_split
+from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ONE: dict[str, dict[str, Any]] = {
+    "base": {"num_steps": 4, "grid_every_steps": 2, "grid_num_steps": 2, "num_grid_images": 4},
+    "super": {"num_steps": 2, "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
+    "uneven": {"num_steps": 6, "num_validation_samples": 7, "validate_every_steps": 3},
+    "split": {"num_steps": 13},
+}
+SHARDED: dict[str, dict[str, Any]] = {
+    "base": ONE["base"],
+    "super": {**ONE["super"], "micro_batch_size": 3},
+    "uneven": {**ONE["uneven"], "micro_batch_size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def one(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    for name, changes in ONE.items():
+        train(make_config(store, **changes), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, sharded over two processes; the one named split is unsharded in one process in the middle."""
+    folder = tmp_path_factory.mktemp("two")
+    half = {"num_steps": 2, "precision": "bfloat16", "text": None, "denoiser": WITHOUT_TEXT}
+    runs = {name: changes | {"parallel": "fsdp2"} for name, changes in (SHARDED | {"bfloat16": half}).items()}
+    train_split(store, folder, runs, parallel="fsdp2")
+    return folder
+
+
+WITHOUT_TEXT = {
+    "size_px": 16,
+    "unet": {
+        "family": "regular",
+        "image_size_px": 16,
+        "embed_dim": 32,
+        "channel_mult": [1],
+        "num_res_blocks": 1,
+        "attention_type": "self",
+        "head_dim": 16,
+        "text_dim": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["split", *SHARDED])
+def test_sharded_training_is_training(one: Path, two: Path, name: str) -> None:
+    expected, found = tensors(newest(one / name)), tensors(newest(two / name))
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert found[key].dtype == values.dtype
+        torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["split", *SHARDED])
+def test_metrics_are_those_of_one_process(one: Path, two: Path, name: str) -> None:
+    for a, b in zip(metrics(one / name)[-3:], metrics(two / name)[-3:], strict=True):
+        for field in {"step", "samples", "loss", "grad_norm", "validation_loss", "validation_loss_without_ema"} & set(
+            a
+        ):
+            assert b[field] == pytest.approx(a[field], rel=1e-9)
+
+
+def test_grids_are_drawn(one: Path, two: Path) -> None:
+    for name in ("step-00000002.png", "step-00000004.png"):
+        assert (two / "base" / "grids" / name).read_bytes() == (one / "base" / "grids" / name).read_bytes()
+
+
+def test_its_checkpoint_loads_without_processes(one: Path, two: Path) -> None:
+    expected, found = (load_checkpoint(folder / "base").denoiser.state_dict() for folder in (one, two))
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values)
+
+
+def test_each_sample_is_seen_once_an_epoch_over_two_one_and_two_processes(two: Path) -> None:
+    seen = keys_in_order(two, "split")
+    assert [len(set(epoch)) for epoch in (seen[:40], seen[40:80], seen[80:])] == [40, 40, 24]
+
+
+def test_bfloat16_keeps_float32_weights(two: Path) -> None:
+    assert {values.dtype for values in tensors(newest(two / "bfloat16")).values()} == {torch.float32}
+    assert all(0 < line["loss"] < 10 for line in metrics(two / "bfloat16"))

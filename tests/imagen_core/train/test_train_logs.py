@@ -1,0 +1,71 @@
+"""Metrics: one line a step in order, also after a kill; the optional places say how to install them."""
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from imagen_core.train import TrainError
+from imagen_core.train.logs import JsonLines, Loggers
+from tests.imagen_core.train.small import make_config
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines_after_the_step_resumed_from_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for step in range(1, 6):
+        first.scalars(step, {"loss": 1 / step})
+    first.close()
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 6, "lo', encoding="utf-8")
+    second = JsonLines(path, 3)
+    second.scalars(4, {"loss": 0.5})
+    second.close()
+    assert steps(path) == [1, 2, 3, 4]
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[1]) == {"step": 2, "loss": 0.5}
+
+
+def test_only_the_writing_process_writes(store: Path, tmp_path: Path) -> None:
+    loggers = Loggers(make_config(store), tmp_path, 0, writes=False)
+    loggers.scalars(1, {"loss": 1.0})
+    loggers.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_scalars_and_pictures(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = Loggers(make_config(store, loggers=["jsonl", "tensorboard"]), tmp_path, 0, writes=True)
+    loggers.scalars(7, {"loss": 0.25})
+    loggers.picture(7, "grid", np.zeros((4, 6, 3), np.uint8))
+    loggers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
+    assert [(event.step, event.width, event.height) for event in events.Images("grid")] == [(7, 6, 4)]
+    assert steps(tmp_path / "metrics.jsonl") == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")],
+)
+def test_a_missing_package_is_named_with_the_pip_line(
+    name: str, module: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(wanted: str, *args: Any, **kwargs: Any) -> Any:
+        if wanted == module:
+            raise ImportError(wanted)
+        return real(wanted, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(TrainError, match=rf"pip install 'imagen-precompute\[{name}\]'"):
+        Loggers(make_config(store, loggers=[name]), tmp_path, 0, writes=True)

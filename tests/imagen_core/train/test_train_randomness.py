@@ -1,0 +1,53 @@
+"""Random numbers: functions of the seed and the sample's number alone, and of the right distribution."""
+
+import torch
+
+from imagen_core.train.randomness import draw, mix
+
+CPU = torch.device("cpu")
+
+
+def test_a_sample_has_the_same_numbers_in_any_batch() -> None:
+    whole = draw(3, range(10, 18), (3, 4, 4), low_res=True, device=CPU)
+    part = draw(3, range(13, 15), (3, 4, 4), low_res=True, device=CPU)
+    for name in ("time", "uniform", "noise", "low_res_noise"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[3:5])
+
+
+def test_samples_and_seeds_differ() -> None:
+    draws = draw(3, range(64), (3, 4, 4), low_res=True, device=CPU)
+    other = draw(4, range(64), (3, 4, 4), low_res=True, device=CPU)
+    assert draws.low_res_noise is not None
+    rows = torch.cat([draws.noise, draws.low_res_noise, other.noise]).flatten(1)
+    assert len(torch.unique(rows, dim=0)) == 3 * 64
+    assert not torch.isclose(draws.time, other.time).any()
+    assert len(torch.unique(draws.uniform)) == 64 * 5
+
+
+def test_distributions() -> None:
+    draws = draw(0, range(4000), (3, 4, 4), low_res=False, device=CPU)
+    assert draws.low_res_noise is None
+    assert abs(float(draws.noise.mean())) < 0.01
+    assert abs(float(draws.noise.var()) - 1) < 0.02
+    correlation = torch.corrcoef(torch.cat([draws.uniform, draws.time[:, None]], dim=1).T) - torch.eye(6)
+    assert float(correlation.abs().max()) < 0.06
+    for column in (*draws.uniform.T, draws.time):
+        counts = torch.histc(column, 20, 0, 1)
+        assert float(((counts - 200) ** 2 / 200).sum()) < 45  # chi squared of 19 degrees of freedom
+
+
+def test_times_of_a_batch_cover_all_noise_levels() -> None:
+    for first in (0, 12345, 10**9):
+        times = draw(7, range(first, first + 64), (1, 1, 1), low_res=False, device=CPU).time.sort().values
+        gaps = torch.diff(times, prepend=times[-1:] - 1)
+        assert float(gaps.max()) < 3 / 64
+        assert float(gaps.min()) > 0.3 / 64
+
+
+def test_mix_separates_neighbours_and_is_frozen() -> None:
+    """A resumed run relies on these numbers; a change here changes every training."""
+    assert len({mix(a, b, c) for a in range(20) for b in range(20) for c in range(20)}) == 8000
+    assert all(0 <= mix(a) < 2**63 for a in range(1000))
+    assert mix(1, 2) != mix(2, 1)
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # the first number of SplitMix64 from state 0
+    assert [mix(0), mix(1, 2, 3)] == [8147104208329303767, 3851293329796251419]
