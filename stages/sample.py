@@ -146,6 +146,11 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
     """
     pictures = pictures_to_draw(config)
     cascade, origins = load_cascade(config)
+    if cascade.stages[0].is_super_resolution and not config.low_res:
+        raise ConfigError(
+            f"low_res: the first stage ({cascade.sizes_px[0]} px) needs a low-resolution picture; give one a prompt, "
+            "or begin with a base stage"
+        )
     _check_folder(config, pictures, origins, job)
     root, sizes = job.run.root, cascade.sizes_px
     for size in sizes:

@@ -84,6 +84,8 @@ class RegularUNetConfig(Config):
         levels = len(self.channel_mult)
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
             raise ValueError(f"num_res_blocks has {len(self.num_res_blocks)} entries for {levels} levels")
+        if min(self.blocks_per_level) < 1:
+            raise ValueError(f"num_res_blocks: every level needs one or more (got {self.num_res_blocks})")
         if self.image_size_px % self.sides_divisor:
             raise ValueError(
                 f"image_size_px must be a multiple of {self.sides_divisor} for {levels} levels "

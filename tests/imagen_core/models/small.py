@@ -42,6 +42,8 @@ def efficient(**changes: Any) -> EfficientUNetConfig:
     return EfficientUNetConfig.model_validate(options | changes)
 
 
+NO_EFFECT = ("inputs.text.pool.score.bias",)
+"""Parameters of published models that change nothing: a softmax does not see what is added to all its scores."""
 FAMILIES = {"regular": regular, "efficient": efficient}
 
 

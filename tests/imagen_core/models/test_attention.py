@@ -56,7 +56,9 @@ def by_formula(module: Attention, x: Tensor, context: Tensor | None, mask: Tenso
 def test_it_is_softmax_attention_over_the_real_keys(kind: str, options: dict[str, object]):
     module = attention(kind, **options)
     x = draw(2, 7, DIM)
-    context, mask = (None, None) if kind == "self" else (draw(2, 5, CONTEXT, seed=1), torch.arange(5) < torch.tensor([[2], [5]]))
+    context, mask = (
+        (None, None) if kind == "self" else (draw(2, 5, CONTEXT, seed=1), torch.arange(5) < torch.tensor([[2], [5]]))
+    )
     torch.testing.assert_close(module(x, context, mask), by_formula(module, x, context, mask), rtol=1e-10, atol=1e-12)
 
 
@@ -139,7 +141,13 @@ def test_stacked_attention_starts_as_the_identity_and_reads_the_text():
     assert not torch.allclose(module(x, context, None), module(x, -context, None))
 
 
-@pytest.mark.parametrize("make", [lambda: PixelAttention(32, kind="fused", head_dim=16, context_dim=CONTEXT), lambda: StackedAttention(32, head_dim=16, context_dim=CONTEXT)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PixelAttention(32, kind="fused", head_dim=16, context_dim=CONTEXT),
+        lambda: StackedAttention(32, head_dim=16, context_dim=CONTEXT),
+    ],
+)
 def test_memory_layout_and_autocast_do_not_change_the_result(make):
     module, x, context = random_weights(make()), draw(2, 32, 4, 6).float(), draw(2, 5, CONTEXT).float()
     mask = torch.arange(5) < torch.tensor([[2], [4]])

@@ -48,7 +48,12 @@ def widths(unet: EfficientUNet, levels: nn.ModuleList) -> list[list[tuple[int, i
 
 
 def test_up_blocks_narrow_first_or_last():
-    options = {"image_size_px": 32, "channel_mult": (1, 2, 4), "num_res_blocks": (1, 2, 2), "attention_levels": [False] * 3}
+    options = {
+        "image_size_px": 32,
+        "channel_mult": (1, 2, 4),
+        "num_res_blocks": (1, 2, 2),
+        "attention_levels": [False] * 3,
+    }
     first, last = (efficient(up_narrow=which, **options).build() for which in ("first", "last"))
     down = [[(32, 32)], [(32, 64), (64, 64)], [(64, 128), (128, 128)]]
     assert widths(first, first.down) == widths(last, last.down) == down

@@ -54,7 +54,9 @@ def test_padding_does_not_matter(pooling: str, dropped_caption: str, null_token:
     short, long = (m(dropped(conditioning(padded_to=n), True, False)) for n in (20, 40))
     torch.testing.assert_close(short[2], long[2], rtol=0, atol=1e-14)
     for row in range(2):
-        torch.testing.assert_close(visible(*short[:2], row), visible(*long[:2], row), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            visible(short[0], short[1], row), visible(long[0], long[1], row), rtol=0, atol=1e-14
+        )
 
 
 def test_what_stands_in_the_padding_does_not_matter():

@@ -1,0 +1,146 @@
+"""A cascade of small, untrained stages with the weights of every layer drawn at random."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig, pad_text
+from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance
+from imagen_core.samplers import Inpaint
+from tests.imagen_core.models.small import random_weights
+
+DIM = 12
+ENCODER = {"name": "t5", "dim": DIM, "dtype": "float16", "fingerprint": {}}
+
+
+def stage(size_px: int, low_res_px: int | None = None, **sampling: object) -> CascadeStage:
+    unet = {
+        "family": "efficient",
+        "image_size_px": size_px,
+        "embed_dim": 32,
+        "channel_mult": [1, 1],
+        "num_res_blocks": [1, 1],
+        "attention_levels": [False, True],
+        "head_dim": 16,
+        "text_dim": DIM,
+        "low_res": low_res_px is not None,
+        "low_res_noise": low_res_px is not None,
+    }
+    config = {"unet": unet, "size_px": size_px, "low_res_px": low_res_px}
+    if low_res_px is not None:
+        config["low_res_noise"] = {"kind": "lognormal"}
+    denoiser = random_weights(Denoiser(DenoiserConfig.model_validate(config)).double()).eval()
+    return CascadeStage(
+        denoiser, SamplingConfig.model_validate({"num_steps": 3, "guidance": {"text": 2.0}} | sampling)
+    )
+
+
+@pytest.fixture(scope="module")
+def cascade() -> Cascade:
+    return Cascade([stage(8), stage(16, 8), stage(32, 16)], ENCODER)
+
+
+def caption(index: int) -> np.ndarray:
+    return np.random.default_rng(index).standard_normal((2 + index, DIM)).astype(np.float16)
+
+
+def draw(cascade: Cascade, indices: list[int], **more: object) -> dict[int, Tensor]:
+    arguments = {"dtype": torch.float64} | more
+    return cascade.sample([caption(i) for i in indices], [100 + i for i in indices], **arguments)  # type: ignore[arg-type]
+
+
+def test_all_stages_are_returned_in_range(cascade: Cascade) -> None:
+    pictures = draw(cascade, [0, 1])
+    assert {size: tuple(p.shape) for size, p in pictures.items()} == {
+        8: (2, 3, 8, 8),
+        16: (2, 3, 16, 16),
+        32: (2, 3, 32, 32),
+    }
+    assert all(float(p.abs().max()) <= 1 for p in pictures.values())
+
+
+def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
+    alone, together = draw(cascade, [3]), draw(cascade, [1, 3, 5])
+    for size in cascade.sizes_px:
+        torch.testing.assert_close(together[size][1], alone[size][0], rtol=0, atol=1e-8)
+
+
+def test_seeds_and_captions_matter(cascade: Cascade) -> None:
+    text = [caption(0), caption(0), caption(1)]
+    first, other_seed, other_caption = cascade.sample(text, [1, 2, 1], dtype=torch.float64)[8]
+    assert not torch.equal(first, other_seed)
+    assert not torch.equal(first, other_caption)
+
+
+def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
+    whole = draw(cascade, [0, 1])
+    base = draw(cascade, [0, 1], stop_stage=1)
+    assert list(base) == [8]
+    rest = draw(cascade, [0, 1], start_stage=1, low_res=base[8])
+    assert list(rest) == [16, 32]
+    torch.testing.assert_close(rest[32], whole[32])
+
+
+def test_it_enlarges_a_picture_of_any_size(cascade: Cascade) -> None:
+    picture = torch.rand(1, 3, 11, 11, dtype=torch.float64) * 2 - 1
+    enlarged = draw(cascade, [0], start_stage=1, stop_stage=2, low_res=picture)
+    assert enlarged[16].shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="needs a low-resolution picture"):
+        draw(cascade, [0], start_stage=1)
+
+
+def test_image_to_image_keeps_the_picture_at_strength_0() -> None:
+    base = Cascade([stage(8)], ENCODER)
+    picture = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    kept = draw(base, [0], init_image=picture, strength=0.0)
+    torch.testing.assert_close(kept[8], picture)
+    assert not torch.equal(draw(base, [0], init_image=picture, strength=0.7)[8], picture)
+
+
+def test_inpainting_keeps_the_kept_part_at_every_stage(cascade: Cascade) -> None:
+    image = torch.full((1, 3, 32, 32), 0.25, dtype=torch.float64)
+    keep = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    keep[..., :16] = True
+    pictures = draw(cascade, [0], inpaint=Inpaint(image, keep, 2))
+    for size, picture in pictures.items():
+        torch.testing.assert_close(picture[..., : size // 2], torch.full_like(picture[..., : size // 2], 0.25))
+
+
+def test_without_captions_guidance_has_no_effect() -> None:
+    plain = Cascade([stage(8, guidance={"text": 1.0})], ENCODER).sample(None, [5], dtype=torch.float64)[8]
+    guided = Cascade([stage(8, guidance={"text": 4.0})], ENCODER).sample(
+        [np.zeros((0, DIM), np.float32)], [5], dtype=torch.float64
+    )[8]
+    torch.testing.assert_close(plain, guided)
+
+
+def test_each_stage_has_its_own_settings() -> None:
+    assert stage(8, guidance={"text": 3.0, "low_res": 2.0}).sampling.guidance == Guidance(text=3.0, low_res=2.0)
+
+
+def test_steps_are_reported() -> None:
+    seen: list[tuple[int, int, int]] = []
+    two = Cascade([stage(8), stage(16, 8, num_steps=2)], ENCODER)
+    draw(two, [0], on_step=lambda number, done, total, x: seen.append((number, done, total)))
+    assert seen == [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 2), (1, 2, 2)]
+
+
+def test_sizes_must_rise() -> None:
+    with pytest.raises(ValueError, match=r"sizes must rise .* \[16, 8\]"):
+        Cascade([stage(16), stage(8)], ENCODER)
+    with pytest.raises(ValueError, match="no stage to run"):
+        Cascade([stage(8)], ENCODER).sample(None, [0], start_stage=1)
+
+
+def test_text_is_padded_with_zeros() -> None:
+    padded, mask = pad_text([caption(0), caption(2)], 2, DIM)
+    assert padded is not None
+    assert mask is not None
+    assert padded.shape == (2, 4, DIM)
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert float(padded[0, 2:].abs().max()) == 0
+    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+        pad_text([caption(0)], 2, DIM)
+    with pytest.raises(ValueError, match=r"embeddings \(got \(3, 5\)\)"):
+        pad_text([np.zeros((3, 5))], 1, DIM)

@@ -1,0 +1,252 @@
+"""Training and sampling from the command line, on a small real store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests.workflows.commands import call, call_process, precompute
+from tests.workflows.conftest import REPOSITORY, command
+
+UNET = {
+    "family": "efficient",
+    "image_size_px": 16,
+    "embed_dim": 32,
+    "channel_mult": [1, 1],
+    "num_res_blocks": [1, 1],
+    "attention_levels": [False, True],
+    "head_dim": 16,
+    "text_dim": 64,
+    "low_res": False,
+}
+COMMON = {
+    "text": "t5",
+    "num_steps": 6,
+    "batch_size": 4,
+    "optimizer": {"lr": 0.001, "warmup_steps": 2},
+    "checkpoint_every_steps": 3,
+    "log_every_steps": 2,
+}
+BASE = {"denoiser": {"size_px": 16, "unet": UNET}, **COMMON}
+SUPER = {
+    "denoiser": {
+        "size_px": 32,
+        "low_res_px": 16,
+        "low_res_noise": {"kind": "lognormal"},
+        "unet": UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True},
+    },
+    "crop_px": 16,
+    **COMMON,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store, and a base and a super-resolution model trained on it."""
+    folder = tmp_path_factory.mktemp("cascade")
+    assert precompute(folder / "run", "source.num_samples=24", "images.sizes_px=[16,32]").code == 0
+    for name, config in (("base", BASE), ("sr", SUPER)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"store": str(folder / "run/store"), **config}))
+        result = train(folder, name, folder / name)
+        assert result.code == 0, result.err
+    return folder
+
+
+def train(work: Path, name: str, out: Path, *more: str):
+    return call("run", "train", "-c", str(work / f"{name}.yaml"), "--out", str(out), "--quiet", *more)
+
+
+def sample(work: Path, out: Path, *more: str, stages: tuple[str, ...] = ("base", "sr")):
+    few = {"num_steps": 2}
+    config = {"stages": [{"checkpoint": str(work / stage), "sampling": few} for stage in stages], "device": "cpu"}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return call("run", "sample", "-c", str(path), "--out", str(out), "--quiet", "--json", *more)
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    return load_file(sorted((out / "checkpoints").iterdir())[-1] / "model.safetensors")
+
+
+def test_training_leaves_checkpoints_metrics_and_a_summary(work: Path) -> None:
+    out = work / "base"
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    facts = json.loads((out / "summary.json").read_text())["facts"]
+    assert (facts["steps"], facts["samples"]) == (6, 23)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert not any(path.suffix in (".pt", ".pth", ".pkl", ".ckpt") for path in out.rglob("*"))
+    status = json.loads(call("status", str(out), "--json").out)
+    assert (status["workflow"], status["outcome"]) == ("train", "finished")
+
+
+def test_the_same_command_again_trains_no_step(work: Path) -> None:
+    before = weights(work / "base")
+    assert train(work, "base", work / "base").code == 0
+    assert all(np.array_equal(before[name], value) for name, value in weights(work / "base").items())
+
+
+def test_more_steps_go_on_from_the_checkpoint(work: Path, tmp_path: Path) -> None:
+    assert train(work, "base", tmp_path / "whole", "num_steps=8").code == 0
+    assert train(work, "base", tmp_path / "parts", "num_steps=4").code == 0
+    assert train(work, "base", tmp_path / "parts", "num_steps=8").code == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+def test_dry_run_says_parameters_memory_and_data(work: Path) -> None:
+    result = call("run", "train", "-c", str(work / "sr.yaml"), "--dry-run", "--json")
+    facts = json.loads(result.out)["facts"]
+    assert facts["parameters"] == sum(value.size for value in weights(work / "sr").values())
+    assert facts["optimizer_bytes"] == 8 * facts["parameters"]
+    assert facts["memory_bytes"] > 20 * facts["parameters"]
+    assert facts["store_groups_needed"] == ["images-32", "images-16", "text-t5"]
+    assert facts["samples_seen"] == 24
+    assert facts["store_now"].startswith("23 samples: 1.0 epochs")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("denoiser.unet.text_dim=32", "text_dim is 32, but the embeddings of 't5' in the store are 64 wide"),
+        ("text=clip", "the store has no encoder 'clip'"),
+        ("denoiser.size_px=64", "has no images-64"),
+        ("batch_size=0", "batch_size"),
+        ("denoiser.unet.preset=nemo", "there is none of this name"),
+        ("denoiser.unet.familly=regular", "familly"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(work: Path, tmp_path: Path, override: str, words: str) -> None:
+    result = train(work, "base", tmp_path / "out", override)
+    assert result.code == 2
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+def test_another_model_in_the_same_folder_is_refused(work: Path) -> None:
+    result = train(work, "base", work / "base", "denoiser.unet.embed_dim=64", "num_steps=9")
+    assert result.code == 2
+    assert "unet.embed_dim: 32 -> 64" in result.err
+
+
+def test_a_store_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert precompute(other, "source.num_samples=24", "images.sizes_px=[16]", "encoders.0.max_tokens=5").code == 0
+    result = train(work, "base", work / "base", f"store={other}/store", "num_steps=9")
+    assert result.code == 2
+    assert "fingerprint.max_tokens: 128 -> 5" in result.err
+
+
+def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> None:
+    prompts = "prompts=[a small red circle on the left,a large blue square on the right]"
+    result = sample(work, tmp_path / "s", prompts, "num_images_per_prompt=2", "seed=5")
+    assert result.code == 0, result.err
+    for size in (16, 32):
+        for index in range(4):
+            assert Image.open(tmp_path / "s" / f"images-{size}" / f"{index:05d}.png").size == (size, size)
+    record = json.loads((tmp_path / "s" / "pictures.json").read_text())
+    assert [p["seed"] for p in record["pictures"]] == [5, 6, 7, 8]
+    assert (tmp_path / "s" / "grid.png").exists()
+    assert json.loads(result.out)["facts"]["drawn_now"] == 4
+
+
+def test_pictures_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
+    prompts = "prompts=[a small red circle,a large blue square on the right,a star]"
+    one, three = tmp_path / "one", tmp_path / "three"
+    assert sample(work, one, prompts, "batch_size=1").code == 0
+    assert sample(work, three, prompts, "batch_size=3").code == 0
+    for picture in sorted(one.glob("images-*/*.png")):
+        a, b = (np.asarray(Image.open(p)).astype(int) for p in (picture, three / picture.relative_to(one)))
+        assert np.abs(a - b).max() <= 1
+    (one / "images-32" / "00001.png").unlink()
+    again = sample(work, one, prompts, "batch_size=3")
+    assert json.loads(again.out)["facts"]["drawn_now"] == 1
+    other = sample(work, one, "prompts=[a triangle]")
+    assert other.code == 2
+    assert "holds pictures of other settings" in other.err
+    assert call("run", "sample", "-c", str(one.with_suffix(".yaml")), "--out", str(one), "prompts=[a triangle]",
+                "--restart", "--quiet").code == 0  # fmt: skip
+    assert [p.name for p in (one / "images-32").iterdir()] == ["00000.png"]
+
+
+def test_a_picture_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "in.png")
+    result = sample(work, tmp_path / "up", f"low_res=[{tmp_path}/in.png]", "prompts=[a red picture]", stages=("sr",))
+    assert result.code == 0, result.err
+    assert [p.name for p in (tmp_path / "up").glob("images-*")] == ["images-32"]
+    missing = sample(work, tmp_path / "no", "prompts=[a red picture]", stages=("sr",))
+    assert missing.code == 2
+    assert "needs a low-resolution picture" in missing.err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prompts=[]", "prompts: none given"),
+        ("prompts_file=absent.txt", "absent.txt: cannot be read"),
+        ("seeds=[1,2]", "seeds: 2 given for 1 pictures"),
+        ("stages.0.checkpoint=absent", "stages.0.checkpoint: absent: has no checkpoint"),
+        ("stages.0.weights=ema-0.5", "has no weights 'ema-0.5'"),
+        ("encoder_model=absent/model", "neither a local folder"),
+        ("device=gpu9", "device: 'gpu9'"),
+    ],
+)
+def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, words: str) -> None:
+    first = [] if override.startswith("prompts") else ["prompts=[a star]"]
+    result = sample(work, tmp_path / "s", *first, override)
+    assert result.code in (2, 4)
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pipeline import cli\n"
+        f"sys.argv = ['pipeline', 'run', 'train', '-c', {str(work / 'base.yaml')!r}, '--out', {str(tmp_path / 'o')!r},"
+        " '--quiet', 'num_steps=1']\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'ray', 'transformers', 'img2dataset'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=REPOSITORY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+    work: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    arguments = ["run", "train", "-c", str(work / "base.yaml"), "num_steps=60", "checkpoint_every_steps=1000"]
+    arguments += ["optimizer.warmup_steps=2", "--quiet", "--out"]
+    process = subprocess.Popen(command(*arguments, str(tmp_path / "a")), cwd=REPOSITORY)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "a" / "metrics.jsonl").exists() or not (tmp_path / "a" / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == code
+    [checkpoint] = (tmp_path / "a" / "checkpoints").iterdir()
+    assert 2 <= int(checkpoint.name.removeprefix("step-")) < 60
+    for out in ("a", "b"):
+        assert call_process(*arguments, str(tmp_path / out), cwd=REPOSITORY).code == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_train_gives_the_same_model(work: Path, tmp_path: Path) -> None:
+    arguments = ["run", "train", "-c", str(work / "base.yaml"), "--quiet", "--out", str(tmp_path / "ray")]
+    result = call_process(*arguments, "--executor", "ray", "workers.num_workers=2", cwd=REPOSITORY, timeout_s=280)
+    assert result.code == 0, result.err
+    ray, alone = weights(tmp_path / "ray"), weights(work / "base")
+    for name, values in alone.items():
+        np.testing.assert_allclose(ray[name], values, atol=2e-4)
