@@ -3,12 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench evidence clean
 
-demo: $(VENV)/.run  ## set up, then run the main job on synthetic scenes fetched over loopback HTTP
+demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, draw
 	$(BIN)/pipeline run precompute -c demo --out $(DEMO)
 	$(BIN)/pipeline verify $(DEMO)/store
 	$(BIN)/pipeline report $(DEMO)
+	@echo "A short training: it gets colours and places right, shapes only partly. make evidence trains to the end."
+	$(BIN)/pipeline run train -c demo-base --out $(DEMO)/base num_steps=1200
+	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=200
+	$(BIN)/pipeline run sample -c demo --out $(DEMO)/pictures
 
 test: $(VENV)/.dev  ## set up, then pass the tests
 	$(BIN)/python -m pytest
@@ -28,8 +32,13 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.table
 
+evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 pictures
+	$(BIN)/python -m benchmarks.cascade --work evidence-run/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
+	$(BIN)/python -m benchmarks.overfit --work evidence-run/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg
+	$(BIN)/python -m benchmarks.table
+
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) evidence-run .pytest_cache .ruff_cache
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Does a cascade trained from a store draw what captions say? Trains the demo's two stages and scores held-out captions.
+"""Does a trained cascade draw what captions say? Trains the demo's two stages and scores held-out captions.
 
 Every step is a `pipeline` command, printed as it runs: precompute draws and downloads captioned scenes, train makes a
 16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The pictures

@@ -13,7 +13,9 @@ from pipeline.config import load_config
 from tests.workflows.conftest import REPOSITORY, pipeline, precompute
 from workflows.precompute import PrecomputeConfig
 
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "docs" / "architecture.md", REPOSITORY / "CONTRIBUTING.md"]
+DOCUMENTS = [
+    REPOSITORY / name for name in ("README.md", "docs/architecture.md", "docs/training.md", "CONTRIBUTING.md")
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from imagen_core.models.block import Level
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.efficient import EfficientUNetConfig
 from imagen_core.models.regular import RegularUNetConfig
@@ -45,6 +46,11 @@ def efficient(**changes: Any) -> EfficientUNetConfig:
 NO_EFFECT = ("inputs.text.pool.score.bias",)
 """Parameters of published models that change nothing: a softmax does not see what is added to all its scores."""
 FAMILIES = {"regular": regular, "efficient": efficient}
+
+
+def blocks_of(level: Level) -> list[Any]:
+    """The blocks of a level."""
+    return list(level.blocks)
 
 
 def random_weights(module: ModuleT, seed: int = 0) -> ModuleT:

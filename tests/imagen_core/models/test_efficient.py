@@ -5,11 +5,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from imagen_core.models.block import Level
 from imagen_core.models.count import build_on_meta
 from imagen_core.models.efficient import EfficientUNet
 from imagen_core.models.presets import PRESETS
 from imagen_core.models.resblock import ResBlock
-from tests.imagen_core.models.small import efficient, inputs, random_weights
+from tests.imagen_core.models.small import blocks_of, efficient, inputs, random_weights
 
 SPLITS = {
     "600m_res_256": (328_704, 328_704, 1_052_673, 1_049_600, 789_504, 7_040, 398_187_008, 244_279_808, 387),
@@ -44,7 +45,10 @@ def test_the_parts_of_published_models_have_their_published_sizes(name: str):
 
 def widths(unet: EfficientUNet, levels: nn.ModuleList) -> list[list[tuple[int, int]]]:
     """Input and output channels of each ResBlock, a list a level."""
-    return [[(b.layer.conv1.in_channels, b.layer.conv1.out_channels) for b in level.blocks] for level in levels]
+    return [
+        [(b.layer.conv1.in_channels, b.layer.conv1.out_channels) for b in blocks_of(level)]
+        for level in Level.of(levels)
+    ]
 
 
 def test_up_blocks_narrow_first_or_last():
@@ -68,20 +72,17 @@ def test_resolution_changes_before_the_blocks_going_down_and_after_them_going_up
         if isinstance(block, ResBlock):
             block.register_forward_hook(lambda _, __, result: seen.append((result.shape[1], result.shape[2])))
     unet(*inputs(config))
-    # down: one level per resolution with the last one not halved; up mirrors it
-    assert seen == DEPTHS
-
-
-DEPTHS: list[tuple[int, int]] = [(32, 8), (64, 8), (64, 8), (32, 8), (32, 8), (32, 8)]
+    # 16 px are halved before the first level's blocks, the deepest level is not halved; then the way back
+    assert seen == [(32, 8), (64, 8), (64, 8), (32, 8), (32, 8), (32, 8)]
 
 
 def test_attention_follows_the_last_block_of_a_level():
     unet = efficient(num_res_blocks=(2, 3)).build()
-    assert [[b.attention is not None for b in level.blocks] for level in unet.down] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in Level.of(unet.down)] == [
         [False, False],
         [False, False, True],
     ]
-    assert [[b.attention is not None for b in level.blocks] for level in unet.up] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in Level.of(unet.up)] == [
         [False, False, True],
         [False, False],
     ]
@@ -90,7 +91,7 @@ def test_attention_follows_the_last_block_of_a_level():
 def test_skips_are_added_not_joined():
     config = efficient(up_narrow="last")
     unet = config.build()
-    assert unet.up[1].blocks[0].layer.conv1.in_channels == 32
+    assert blocks_of(Level.of(unet.up)[1])[0].layer.conv1.in_channels == 32
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -56,7 +56,7 @@ def test_a_preset_says_how_many_parameters_it_has_and_where_it_is_from(name: str
 
 
 def test_presets_are_listed_with_plain_integers():
-    rows = {row["name"]: row for row in list_presets()}
+    rows = {str(row["name"]): row for row in list_presets()}
     assert set(rows) == set(PRESETS)
     for name, row in rows.items():
         assert type(row["parameters"]) is int
