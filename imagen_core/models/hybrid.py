@@ -178,7 +178,7 @@ class HybridUNet(nn.Module):
             ValueError: sides that the levels do not divide, a missing condition, or a caption that is too long.
         """
         check_sides(x, self.config.sides_divisor)
-        context = self.inputs(c_noise, conditioning, x.dtype)
+        context = self.inputs(c_noise, conditioning)
         h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
         if self.first is not None:
             h = self._run(self.first, h, context)

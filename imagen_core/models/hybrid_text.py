@@ -52,13 +52,15 @@ class LevelTokens(nn.Module):
     def __init__(self, dim: int, time_dim: int, context_dim: int, num_frequencies: int | None):
         super().__init__()
         embedding = SinusoidalEmbedding(dim) if num_frequencies is None else LearnedFourierEmbedding(num_frequencies)
-        self.hidden = nn.Sequential(embedding, nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
+        self.embedding = embedding
+        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
         self.to_vector = nn.Linear(time_dim, time_dim)
         self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
 
     def forward(self, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(b,) -> the vector and the tokens."""
-        hidden = self.hidden(c_noise)
+        """(b,) -> the vector and the tokens. The embedding is float32 or better, whatever the model's precision."""
+        values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
+        hidden = self.hidden(self.embedding(values).to(self.to_vector.weight.dtype))
         return self.to_vector(hidden), self.to_tokens(hidden).unflatten(-1, (_TOKENS_PER_LEVEL, -1))
 
 
@@ -93,17 +95,17 @@ class HybridInputs(nn.Module):
             self.unread.requires_grad_(False)
         self.norm = nn.LayerNorm(context_dim)
 
-    def forward(self, c_noise: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Context:
-        """c_noise (b,); dtype is that of the picture.
+    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
+        """c_noise (b,).
 
         Raises:
             ValueError: a condition the model reads is missing.
         """
-        vector, tokens = self.level(c_noise.to(dtype))
+        vector, tokens = self.level(c_noise)
         if self.low_res_level is not None:
             if conditioning.low_res_noise is None:
                 raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
-            more, level_tokens = self.low_res_level(conditioning.low_res_noise.to(dtype))
+            more, level_tokens = self.low_res_level(conditioning.low_res_noise)
             vector, tokens = vector + more, torch.cat([tokens, level_tokens], dim=1)
         if self.text is not None:
             caption_tokens, more = self.text(conditioning)
