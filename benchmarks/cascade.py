@@ -10,7 +10,6 @@ compared with the caption; and, as a control, with the caption of another pictur
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -52,14 +51,21 @@ def score(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
     }
 
 
-def pipeline(*arguments: str) -> tuple[float, float]:
-    """Runs a command; wall and CPU seconds it took."""
+def pipeline(*arguments: str) -> float:
+    """Runs a command; the seconds it took."""
     print("$ pipeline " + " ".join(arguments), flush=True)
-    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=True)
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return time.perf_counter() - began, cpu
+    return time.perf_counter() - began
+
+
+def working_seconds(run: Path) -> float:
+    """Seconds a run folder was worked on, over all the times its command was given."""
+    total = 0.0
+    for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        total += {"run_started": -1, "run_ended": 1}.get(event["event"], 0) * event["time"]
+    return total
 
 
 def main() -> None:
@@ -79,28 +85,29 @@ def main() -> None:
         return [] if value is None else [f"{name}={value}"]
 
     seconds: dict[str, float] = {}
-    cpu: dict[str, float] = {}
     samples = more("source.num_samples", arguments.samples)
     steps = {"base": more("num_steps", arguments.base_steps), "sr": more("num_steps", arguments.sr_steps)}
     store = f"store={work}/store"
-    seconds["precompute"], cpu["precompute"] = pipeline(
+    seconds["precompute"] = pipeline(
         "run", "precompute", "-c", "demo", "--executor", "local", "--out", str(work), "--quiet", *samples
     )
     for name, extra in steps.items():
         out = str(work / name)
-        seconds[name], cpu[name] = pipeline("run", "train", "-c", f"demo-{name}", "--out", out, store, *extra)
+        pipeline("run", "train", "-c", f"demo-{name}", "--out", out, store, *extra)
+        seconds[name] = working_seconds(work / name)
 
     scenes = held_out_scenes(arguments.captions)
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(s.captions[0] for s in scenes) + "\n", encoding="utf-8")
     shutil.rmtree(work / "pictures", ignore_errors=True)
-    seconds["sample"], cpu["sample"] = pipeline(
+    seconds["sample"] = pipeline(
         "run",
         "sample",
         "-c",
         "demo",
         "--out",
         str(work / "pictures"),
+        "prompts=[]",
         f"prompts_file={prompts}",
         f"stages.0.checkpoint={work}/base",
         f"stages.1.checkpoint={work}/sr",
@@ -115,15 +122,16 @@ def main() -> None:
         if size == 64 and arguments.grid is not None:
             write_png(arguments.grid, tile(pictures[:48], columns=12))
     for name in steps:
-        facts = json.loads((work / name / "summary.json").read_text(encoding="utf-8"))["facts"]
+        lines = (work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last = [line for line in map(json.loads, lines) if "loss" in line][-1]
         rows.append(
             {
                 "training": name,
-                "steps": facts["steps"],
-                "loss": facts["loss"],
+                "steps": last["step"],
+                "loss": last["loss"],
                 "minutes": round(seconds[name] / 60, 2),
-                "cpu_minutes": round(cpu[name] / 60, 2),
-                "loader_wait": facts["loader_wait"],
+                "images_per_s": last["images_per_s"],
+                "loader_wait": last["loader_wait"],
             }
         )
     own, other = rows[2], rows[3]

@@ -43,7 +43,7 @@ def main() -> None:
         "run", "precompute", "-c", "demo", "--executor", "inline", "--out", str(work), "--quiet",
         "source.num_samples=8", "source.dead_links=0", "images.sizes_px=[16]",
     )  # fmt: skip
-    seconds, _ = pipeline(
+    seconds = pipeline(
         "run", "train", "-c", "demo-base", "--out", str(work / "base"), f"store={work}/store", *OVERRIDES
     )
     lines = (work / "base" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

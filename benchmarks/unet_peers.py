@@ -61,7 +61,9 @@ def minimagen() -> tuple[object, Callable[[], object]]:
         dim=88, dim_mults=(1, 2, 4), num_resnet_blocks=1, layer_attns=(False, True, True),
         layer_cross_attns=(False, True, True), text_embed_dim=WIDTH,
     )  # fmt: skip
-    model = Imagen(unets=(unet,), image_sizes=(SIDE,), timesteps=1000, text_embed_dim=WIDTH)
+    model = Imagen(
+        unets=(unet,), image_sizes=(SIDE,), timesteps=1000, text_encoder_name="t5_small", text_embed_dim=WIDTH
+    )
     images, text = torch.rand(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, TOKENS, WIDTH)
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     return unet, lambda: model(images, text_embeds=text, text_masks=mask, unet_number=1)

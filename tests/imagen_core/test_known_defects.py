@@ -147,8 +147,8 @@ def test_captions_are_left_out_of_super_resolution_only_where_the_configuration_
     config = load_config(TrainWorkflowConfig, find_config("train", "paddle-sr256-single"))
     assert config.text is None
     assert config.denoiser.unet.text_dim is None
+    with_text = config.denoiser.model_dump() | {"unet": {"preset": "paddle_sr256_text"}}
     with pytest.raises(ValidationError, match=r"text is None, but denoiser\.unet\.text_dim is 1024; set both"):
-        with_text = config.denoiser.model_dump() | {"unet": {"preset": "paddle_sr256_text"}}
         TrainWorkflowConfig.model_validate(config.model_dump() | {"denoiser": with_text})
 
 
