@@ -21,7 +21,7 @@ from imagen_core.diffusion import Guidance
 from imagen_core.store import Store
 from imagen_core.train import load_checkpoint
 
-STEPS = 600
+STEPS = 300
 OVERRIDES = (
     f"num_steps={STEPS}",
     "batch_size=32",
