@@ -1,7 +1,7 @@
 """Does training learn at all? Eight pictures, learned by heart: the loss to expect at each step.
 
-If your own first training shows only noise, run this: it takes two minutes on a CPU, and your loss should follow the
-curve in docs/overfit.svg.
+If your own first training shows only noise, run this: it takes three minutes on two CPU cores, and your loss should
+follow the curve in docs/overfit.svg.
 
     python -m benchmarks.overfit --work /tmp/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg
 """
@@ -21,13 +21,13 @@ from imagen_core.diffusion import Guidance
 from imagen_core.store import Store
 from imagen_core.train import load_checkpoint
 
-STEPS = 300
+STEPS = 3000
 OVERRIDES = (
     f"num_steps={STEPS}",
     "batch_size=32",
     "num_validation_samples=0",
     "caption_dropout=0.0",
-    "log_every_steps=20",
+    "log_every_steps=100",
     "grid_every_steps=null",
 )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagen_core.diffusion import Denoiser
@@ -208,6 +209,8 @@ def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: 
     conditioning = Conditioning()
     if batch.text is not None and batch.text_mask is not None:
         text, mask = _one_row(batch.text), _one_row(batch.text_mask)
+        if config.compile:
+            text, mask = _few_lengths(text, mask, config.max_tokens)
         conditioning = Conditioning(
             text=text.to(device, non_blocking=True).to(dtype),
             text_mask=mask.to(device, non_blocking=True),
@@ -225,6 +228,13 @@ def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: 
     sigma = settings.diffusion.schedule.sigma(draws.time).to(device)
     memory = torch.channels_last if config.channels_last else torch.contiguous_format
     return Example(x0.contiguous(memory_format=memory), sigma, draws.noise.to(dtype), conditioning)
+
+
+def _few_lengths(text: Tensor, mask: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Padded to a multiple of a quarter of `max_tokens`: a network is compiled for four lengths only."""
+    quarter = -(-max_tokens // 4)
+    more = min(-(-text.shape[1] // quarter) * quarter, max_tokens) - text.shape[1]
+    return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
 
 
 def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,9 @@ def train(
         if config.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
             denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
-            denoiser.unet.compile()
+            # Lengths and batch sizes are few (`make_example`); each gets a network of its own, as does evaluation.
+            torch._dynamo.config.recompile_limit = 32
+            denoiser.unet.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
 
         # What training changes, and where it was.

@@ -109,6 +109,7 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+@torch.no_grad()
 def test_channels_last_and_bfloat16_agree() -> None:
     model = unet(torch.float32)
     x, c_noise, conditioning = inputs(model, dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from imagen_core.diffusion import Denoiser
+from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.store import Store, StoreError
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
@@ -225,3 +225,27 @@ def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
 def test_settings_that_contradict_are_refused(store: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(store, **changes)
+
+
+def test_a_compiled_network_meets_few_lengths_and_the_same_loss(store: Path) -> None:
+    """One network is compiled for each length: with 128 tokens at most four, not 128."""
+    config = make_config(store, batch_size=2, max_tokens=8)
+    compiled = config.model_copy(update={"compile": True})
+    denoiser = Denoiser(config.denoiser).double()
+    lengths: set[int] = set()
+    for batch in read(config, 20):
+        plain, padded = example(config, batch), example(compiled, batch)
+        text = padded.conditioning.text
+        assert text is not None
+        lengths.add(text.shape[1])
+        for a, b in zip(losses(denoiser, plain), losses(denoiser, padded), strict=True):
+            torch.testing.assert_close(a, b)
+    assert lengths <= {2, 4, 6, 8}
+    assert len(lengths) > 1
+    cut = config.model_copy(update={"compile": True, "max_tokens": 3})
+    assert {example(cut, batch).conditioning.text.shape[1] for batch in read(cut, 20)} <= {1, 2, 3}  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def losses(denoiser: Denoiser, example: Example) -> torch.Tensor:
+    return diffusion_loss(denoiser, example.x0, example.sigma, example.noise, example.conditioning)
