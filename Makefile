@@ -11,7 +11,7 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	$(BIN)/pipeline report $(DEMO)
 	@echo "A short training: it gets colours and places right, shapes only partly. make evidence trains to the end."
 	$(BIN)/pipeline run train -c demo-base --out $(DEMO)/base num_steps=1200
-	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=200
+	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=400
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/pictures
 
 test: $(VENV)/.dev  ## set up, then pass the tests

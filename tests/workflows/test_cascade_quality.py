@@ -12,7 +12,7 @@ from tests.workflows.conftest import REPOSITORY
 
 @pytest.mark.slow
 def test_held_out_captions_are_drawn_after_two_minutes_of_training(tmp_path: Path) -> None:
-    arguments = ["--samples", "2500", "--base-steps", "700", "--sr-steps", "150", "--captions", "100"]
+    arguments = ["--samples", "2500", "--base-steps", "700", "--sr-steps", "400", "--captions", "100"]
     paths = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "cascade.json")]
     subprocess.run(
         [sys.executable, "-m", "benchmarks.cascade", *arguments, *paths], cwd=REPOSITORY, check=True, timeout=1100
@@ -27,5 +27,5 @@ def test_held_out_captions_are_drawn_after_two_minutes_of_training(tmp_path: Pat
     assert own["color"] > 0.85 > 0.3 > other["color"]
     assert own["position"] > 0.85 > 0.45 > other["position"]
     assert own["shape"] > other["shape"]
-    assert large["color"] > 0.6
-    assert large["position"] > 0.8
+    assert large["color"] > 0.85
+    assert large["position"] > 0.85
