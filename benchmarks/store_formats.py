@@ -22,6 +22,16 @@ NPZ_TOKENS = 300
 Read = Callable[[int], np.ndarray]
 
 
+def prompts() -> list[str]:
+    """The 1,632 captions of PartiPrompts; where they are absent, as many of similar lengths made of random words."""
+    if PROMPTS.exists():
+        with PROMPTS.open(encoding="utf-8") as file:
+            return [row["Prompt"] for row in csv.DictReader(file, delimiter="\t")]
+    rng = np.random.default_rng(0)
+    counts = rng.lognormal(1.9, 0.75, 1632).clip(1, 60).astype(int)
+    return [" ".join(f"word{word}" for word in rng.zipf(1.3, count).clip(max=5000)) for count in counts]
+
+
 @dataclass
 class Captions:
     tokens: np.ndarray  # float16 (total, dim)
@@ -30,12 +40,7 @@ class Captions:
     @classmethod
     def make(cls, num_captions: int, dim: int, mean_tokens: float) -> "Captions":
         rng = np.random.default_rng(0)
-        if PROMPTS.exists():
-            with PROMPTS.open(encoding="utf-8") as file:
-                words = [len(row["Prompt"].split()) for row in csv.DictReader(file, delimiter="\t")]
-        else:
-            words = rng.lognormal(1.9, 0.75, 1632).clip(1, 60).astype(int).tolist()
-        words = rng.choice(words, num_captions)
+        words = rng.choice([len(prompt.split()) for prompt in prompts()], num_captions)
         lengths = np.maximum(2, np.rint(words * mean_tokens / words.mean())).astype(np.int64)
         tokens = np.empty((lengths.sum(), dim), np.float16)
         for start in range(0, len(tokens), 4096):

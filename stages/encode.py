@@ -29,6 +29,7 @@ from stages.fetch import SAMPLES
 class EncodeStage(Stage):
     """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model."""
 
+    version = 2
     inputs = (SAMPLES,)
 
     def __init__(self, encoder: T5EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):

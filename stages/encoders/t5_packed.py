@@ -1,0 +1,120 @@
+"""T5's encoder over captions laid end to end, so that no matrix product ever sees padding.
+
+Everything in a transformer but attention works on tokens alone, and does not care which caption a token belongs to.
+So the captions of a batch are one long row of tokens; only attention takes them apart, a call for all captions of the
+same length. The weights are those of a model that transformers has loaded; the architecture is Raffel et al. 2020
+(arXiv 1910.10683): pre-norm, RMS norm, relative position bias, no scaling of the scores, plain or gated feed-forward.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The weights of one layer; products with the same input are one product. `out` and `ff_out` are transposed."""
+
+    norm: Any
+    qkv: Tensor
+    out: Tensor
+    relative: Any
+    """The attention that has a table of position biases; that of the first layer where a layer has none."""
+    ff_norm: Any
+    ff_in: Tensor
+    ff_out: Tensor
+
+
+class PackedT5:
+    """The encoder of a `T5EncoderModel` (T5, v1.1, mT5, ByT5, umT5) without padding."""
+
+    def __init__(self, model: Any):
+        config = model.config
+        self._heads: int = config.num_heads
+        self._gated: bool = config.is_gated_act
+        self._embed = model.get_input_embeddings()
+        self._final_norm = model.encoder.final_layer_norm
+        self._blocks: list[_Block] = []
+        self._biases: dict[int, Tensor] = {}
+        self._activation: Callable[[Tensor], Tensor]
+        for block in model.encoder.block:
+            attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+            relative = attention if attention.has_relative_attention_bias else self._blocks[0].relative
+            rows = [feed_forward.wi_0, feed_forward.wi_1] if self._gated else [feed_forward.wi]
+            self._activation = _gelu if config.dense_act_fn == "gelu_new" else feed_forward.act
+            self._blocks.append(
+                _Block(
+                    norm=block.layer[0].layer_norm,
+                    qkv=torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]),
+                    out=attention.o.weight.T,
+                    relative=relative,
+                    ff_norm=block.layer[1].layer_norm,
+                    ff_in=torch.cat([linear.weight for linear in rows]),
+                    ff_out=feed_forward.wo.weight.T,
+                )
+            )
+
+    def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The last hidden states.
+
+        Args:
+            ids: int64 (total,), the tokens of all captions one after another.
+            lengths: tokens of each caption; equal ones should follow each other, they are attended together.
+        Returns:
+            (total, dim), in the type of the weights.
+        """
+        groups = [(length, len(list(same))) for length, same in groupby(lengths)]
+        x = self._embed(ids)
+        for block in self._blocks:
+            qkv = F.linear(_normalised(x, block.norm), block.qkv)
+            x = torch.addmm(x, self._attend(qkv, groups, block.relative), block.out)
+            hidden = F.linear(_normalised(x, block.ff_norm), block.ff_in)
+            x = torch.addmm(x, self._activate(hidden), block.ff_out)
+        return _normalised(x, self._final_norm)
+
+    def _attend(self, qkv: Tensor, groups: Sequence[tuple[int, int]], relative: Any) -> Tensor:
+        """(total, 3 x inner) -> (total, inner): each caption attends to itself."""
+        total, width = qkv.shape
+        inner = width // 3
+        out = qkv.new_empty(total, inner)
+        bias = self._bias(relative, max(length for length, _ in groups))
+        start = 0
+        for length, count in groups:
+            rows = slice(start, start + length * count)
+            query, key, value = qkv[rows].view(count, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            mask = bias[:, :, :length, :length].expand(count, -1, -1, -1)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+            out[rows] = attended.transpose(1, 2).reshape(length * count, inner)
+            start = rows.stop
+        return out
+
+    def _bias(self, relative: Any, length: int) -> Tensor:
+        """(1, heads, >= length, >= length). A bias depends on the distance alone: the longest holds all others.
+
+        A multiple of 8, as fast kernels want their masks' rows to be.
+        """
+        known = self._biases.get(id(relative))
+        if known is None or known.shape[-1] < length:
+            side = -(-length // 8) * 8
+            known = self._biases[id(relative)] = relative.compute_bias(side, side).contiguous()
+        return known
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if not self._gated:
+            return self._activation(hidden)
+        gate, linear = hidden.chunk(2, dim=-1)
+        return self._activation(gate).mul_(linear)
+
+
+def _normalised(x: Tensor, norm: Any) -> Tensor:
+    """RMS norm; the mean of squares in float32, as T5 does it."""
+    return F.rms_norm(x.float(), (x.shape[-1],), None, norm.variance_epsilon).to(x.dtype).mul_(norm.weight)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
