@@ -31,7 +31,10 @@ class _Block:
 
 
 class PackedT5:
-    """The encoder of a `T5EncoderModel` (T5, v1.1, mT5, ByT5, umT5) without padding."""
+    """The encoder of a `T5EncoderModel` (T5, v1.1, mT5, ByT5, umT5) without padding.
+
+    Takes the model apart: weights that are joined here are removed there, so that none is in memory twice.
+    """
 
     def __init__(self, model: Any):
         config = model.config
@@ -45,16 +48,15 @@ class PackedT5:
         for block in model.encoder.block:
             attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
             relative = attention if attention.has_relative_attention_bias else self._blocks[0].relative
-            rows = [feed_forward.wi_0, feed_forward.wi_1] if self._gated else [feed_forward.wi]
             self._activation = _gelu if config.dense_act_fn == "gelu_new" else feed_forward.act
             self._blocks.append(
                 _Block(
                     norm=block.layer[0].layer_norm,
-                    qkv=torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]),
+                    qkv=_joined(attention, "q", "k", "v"),
                     out=attention.o.weight.T,
                     relative=relative,
                     ff_norm=block.layer[1].layer_norm,
-                    ff_in=torch.cat([linear.weight for linear in rows]),
+                    ff_in=_joined(feed_forward, "wi_0", "wi_1") if self._gated else feed_forward.wi.weight,
                     ff_out=feed_forward.wo.weight.T,
                 )
             )
@@ -109,6 +111,14 @@ class PackedT5:
             return self._activation(hidden)
         gate, linear = hidden.chunk(2, dim=-1)
         return self._activation(gate).mul_(linear)
+
+
+def _joined(module: Any, *names: str) -> Tensor:
+    """The weights of several linear layers as those of one; they are removed from the module."""
+    weight = torch.cat([getattr(module, name).weight for name in names])
+    for name in names:
+        delattr(module, name)
+    return weight
 
 
 def _normalised(x: Tensor, norm: Any) -> Tensor:

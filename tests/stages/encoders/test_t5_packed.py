@@ -1,5 +1,7 @@
 """Captions laid end to end give what transformers gives one by one, for every member of the T5 family."""
 
+import copy
+
 import pytest
 import torch
 from transformers import MT5Config, MT5EncoderModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
@@ -39,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> torch.nn.Module:
 @torch.inference_mode()
 def test_every_caption_is_what_transformers_gives_alone(model: torch.nn.Module) -> None:
     ids = torch.randint(1, 50, (sum(LENGTHS),))
-    found = PackedT5(model)(ids, LENGTHS)
+    found = PackedT5(copy.deepcopy(model))(ids, LENGTHS)
     for mine, part in zip(found.split(LENGTHS), ids.split(LENGTHS), strict=True):
         expected = model(input_ids=part[None]).last_hidden_state[0]
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)  # T5 norms in float32
@@ -47,9 +49,9 @@ def test_every_caption_is_what_transformers_gives_alone(model: torch.nn.Module) 
 
 @torch.inference_mode()
 def test_the_order_of_lengths_is_free(model: torch.nn.Module) -> None:
-    packed, ids = PackedT5(model), torch.randint(1, 50, (sum(LENGTHS),))
+    packed, ids = PackedT5(copy.deepcopy(model)), torch.randint(1, 50, (sum(LENGTHS),))
     forwards = packed(ids, LENGTHS).split(LENGTHS)
     parts = ids.split(LENGTHS)[::-1]
-    backwards = PackedT5(model)(torch.cat(parts), LENGTHS[::-1]).split(LENGTHS[::-1])[::-1]
+    backwards = PackedT5(copy.deepcopy(model))(torch.cat(parts), LENGTHS[::-1]).split(LENGTHS[::-1])[::-1]
     for a, b in zip(forwards, backwards, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
