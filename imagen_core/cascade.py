@@ -49,6 +49,8 @@ class CascadeStage:
 
     denoiser: Denoiser
     sampling: SamplingConfig
+    max_tokens: int | None = None
+    """Longer captions are cut, as they were in training; None: never."""
 
     @property
     def size_px(self) -> int:
@@ -165,6 +167,11 @@ def _draw(
     shape = (denoiser.config.unet.in_channels, stage.size_px, stage.size_px)
     if denoiser.config.unet.text_dim is None:
         conditioning = replace(conditioning, text=None, text_mask=None)
+    if conditioning.text is not None and conditioning.text_mask is not None:
+        tokens = slice(stage.max_tokens)
+        conditioning = replace(
+            conditioning, text=conditioning.text[:, tokens], text_mask=conditioning.text_mask[:, tokens]
+        )
     if low_res is not None:
         conditioning = denoiser.with_sampling_low_res(
             conditioning, low_res, noise.draw(shape, weight.device, weight.dtype), settings.low_res_sigma

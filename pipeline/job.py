@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import dump_yaml
-from pipeline.errors import PreemptedError
+from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
 from pipeline.files import write_json, write_text
 from pipeline.progress import Lines
 from pipeline.runfolder import EventLog, RunFolder
@@ -81,6 +81,9 @@ def run_job(workflow: JobWorkflow, out: Path, options: RunOptions) -> Summary:
 
 def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     run, started = job.run, time.perf_counter()
+    if job.options.retry_dropped:
+        raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
+    former = _contents(run.config_file, run.plan_file, run.summary_file)
     run.summary_file.unlink(missing_ok=True)
     write_text(run.config_file, dump_yaml(workflow.config))
     write_json(run.plan_file, {"workflow": workflow.name, "stages": [], "transient_groups": []})
@@ -94,6 +97,8 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
         outcome = "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
+        if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays what it was
+            _restore_contents(former)
         raise
     finally:
         events.write("run_ended", outcome=outcome)
@@ -107,6 +112,18 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     }
     write_json(run.summary_file, summary)
     return summary
+
+
+def _contents(*paths: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.exists() else None for path in paths}
+
+
+def _restore_contents(contents: Mapping[Path, bytes | None]) -> None:
+    for path, data in contents.items():
+        if data is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, data.decode("utf-8"))
 
 
 class _signals_noted:

@@ -16,7 +16,7 @@ from imagen_core.samplers import Inpaint
 from imagen_core.train import TrainError, load_checkpoint
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.files import read_json, write_json
+from pipeline.files import file_digest, read_json, write_json
 from pipeline.fingerprint import differences
 from pipeline.job import Job
 from stages.prompts import encode_prompts
@@ -49,7 +49,8 @@ class SampleConfig(Config):
     seeds: tuple[int, ...] | None = None
     """One seed a picture, instead of `seed`."""
     low_res: tuple[str, ...] = ()
-    """Pictures to enlarge, one a prompt: the first stage of `stages` must be a super-resolution stage."""
+    """Pictures to enlarge, one a prompt: the first stage of `stages` must be a super-resolution stage. The centre
+    square is brought to the size that stage enlarges."""
     init_image: tuple[str, ...] = ()
     """Pictures to start from, one a prompt (image to image)."""
     strength: float = Field(default=0.7, ge=0, le=1)
@@ -151,12 +152,17 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
             f"low_res: the first stage ({cascade.sizes_px[0]} px) needs a low-resolution picture; give one a prompt, "
             "or begin with a base stage"
         )
+    if config.low_res and not cascade.stages[0].is_super_resolution:
+        raise ConfigError(
+            f"low_res: the first stage ({cascade.sizes_px[0]} px) is a base model and reads no picture; leave base "
+            "stages out of `stages`, or use init_image"
+        )
+    device = _device(config.device)
     _check_folder(config, pictures, origins, job)
     root, sizes = job.run.root, cascade.sizes_px
     for size in sizes:
         (root / f"images-{size}").mkdir(exist_ok=True)
     missing = [p for p in pictures if not all((root / f"images-{size}" / p.name).exists() for size in sizes)]
-    device = _device(config.device)
     text = _encode(missing, cascade, config, use_gpu=device.type == "cuda")
     for start in range(0, len(missing), config.batch_size):
         if job.should_stop():
@@ -165,7 +171,7 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
         result = cascade.sample(
             None if text is None else [text[picture.prompt] for picture in batch],
             [picture.seed for picture in batch],
-            low_res=_read_sources(config.low_res, batch, None),
+            low_res=_read_sources(config.low_res, batch, cascade.stages[0].denoiser.config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
             inpaint=_inpaint(config),
@@ -205,7 +211,7 @@ def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]
                     f"{'; '.join(changes)}; take stages trained on one encoder"
                 )
         encoder = encoder or loaded.encoder
-        stages.append(CascadeStage(loaded.denoiser, stage.sampling))
+        stages.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
         origins.append({"step": loaded.step, "weights": loaded.weights, "sha256": loaded.sha256})
     try:
         return Cascade(stages, None if encoder is None else dict(encoder)), origins
@@ -221,10 +227,12 @@ def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: ob
     record = {
         "settings": config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
         "stages": origins,
+        "sources": _digests(config),
         "pictures": [{"file": p.name, "prompt": p.prompt, "seed": p.seed} for p in pictures],
     }
     path = job.run.root / "pictures.json"
-    former = read_json(path)
+    drawn = any(job.run.root.glob("images-*/*.png"))
+    former = read_json(path) if drawn else None
     changes = [] if former is None else differences(former, record)
     if changes and not job.options.restart:
         raise StaleOutputError(
@@ -235,6 +243,18 @@ def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: ob
         for picture in job.run.root.glob("images-*/*.png"):
             picture.unlink()
     write_json(path, record)
+
+
+def _digests(config: SampleConfig) -> dict[str, str]:
+    """SHA-256 of each picture that is read, by its path."""
+    single = (config.inpaint_image, config.inpaint_mask)
+    paths = {*config.low_res, *config.init_image, *(path for path in single if path is not None)}
+    try:
+        return {path: file_digest(Path(path)) for path in sorted(paths)}
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be read as a picture ({error.strerror}); check the path"
+        ) from error
 
 
 def _encode(
@@ -251,16 +271,13 @@ def _encode(
 
 
 def _read_sources(paths: Sequence[str], batch: Sequence[Picture], size_px: int | None) -> torch.Tensor | None:
-    """(b, 3, h, w) in [-1, 1], or None if there are no pictures to read."""
+    """Centre squares (b, 3, size_px, size_px) in [-1, 1], or None if there are no pictures to read."""
     if not paths:
         return None
     try:
         pixels = [read_picture(paths[picture.source], size_px) for picture in batch]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    sizes = sorted({p.shape[:2] for p in pixels})
-    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
-        pixels = [read_picture(paths[picture.source], min(min(p.shape[:2]) for p in pixels)) for picture in batch]
     return from_pixels(np.stack(pixels))
 
 
@@ -273,6 +290,8 @@ def _inpaint(config: SampleConfig) -> Inpaint | None:
         raise ConfigError(str(error)) from error
     if image.shape != mask.shape:
         raise ConfigError(f"inpaint_mask: {mask.shape[:2]} pixels for a picture of {image.shape[:2]}; make them equal")
+    side = min(image.shape[:2])
+    image, mask = read_picture(config.inpaint_image, side), read_picture(config.inpaint_mask, side)
     keep = torch.as_tensor(mask[None, ..., :1]).permute(0, 3, 1, 2) >= 128
     return Inpaint(from_pixels(image[None]), keep, config.inpaint_resample_times)
 
@@ -286,6 +305,10 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device: {name!r} is none that torch knows; use auto, cpu or cuda") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device: {name!r} is not there ({count} GPUs found); use auto or cpu")
+    return device

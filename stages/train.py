@@ -10,6 +10,7 @@ from imagen_core.store import StoreError
 from imagen_core.train import (
     CheckpointError,
     CheckpointMismatchError,
+    NonFiniteLossError,
     Progress,
     TrainConfig,
     TrainError,
@@ -47,6 +48,8 @@ def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
     """
     if job.options.executor not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {job.options.executor!r})")
+    if job.options.restart:
+        raise ConfigError("--restart: a training is never thrown away; use another --out, or remove the folder")
     try:
         with _translated():
             if job.options.executor == "ray":
@@ -78,7 +81,7 @@ def _translated() -> Iterator[None]:
         yield
     except CheckpointMismatchError as error:
         raise StaleOutputError(str(error)) from error
-    except CheckpointError as error:
+    except (CheckpointError, NonFiniteLossError) as error:
         raise TrainingFailedError(str(error)) from error
     except TrainingStopped:
         raise

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_core.memory import estimate_memory
-from imagen_core.store import Store, StoreError
-from imagen_core.train import TrainConfig
+from imagen_core.store import StoreError
+from imagen_core.train import TrainConfig, TrainError
+from imagen_core.train.data import open_store
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -44,19 +45,16 @@ def training_facts(config: TrainConfig) -> Mapping[str, object]:
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None else 2 * dim,
-        "store_now": _store_state(config, needed),
+        "store_now": _store_state(config),
     }
 
 
-def _store_state(config: TrainConfig, needed: list[str]) -> str:
+def _store_state(config: TrainConfig) -> str:
     """Whether the store is there and has what the run reads."""
     try:
-        store = Store.open(config.store)
-    except StoreError as error:
+        samples = len(open_store(config)) - config.num_validation_samples
+    except (StoreError, TrainError) as error:
         if not Path(config.store).exists():
             return "not there yet"
         return f"cannot be used: {error}"
-    present = {f"images-{size}" for size in store.image_sizes} | {f"text-{name}" for name in store.encoders}
-    missing = [group for group in needed if group not in present]
-    epochs = config.num_steps * config.batch_size / max(1, len(store))
-    return f"lacks {', '.join(missing)}" if missing else f"{len(store):,} samples: {epochs:,.1f} epochs"
+    return f"{samples:,} samples: {config.num_steps * config.batch_size / samples:,.1f} epochs"

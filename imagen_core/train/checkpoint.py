@@ -40,6 +40,7 @@ class LoadedDenoiser:
         encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
         weights: which weights these are: model, or ema-RATE.
         sha256: of their file.
+        max_tokens: captions were cut to it in training.
     """
 
     denoiser: Denoiser
@@ -47,6 +48,7 @@ class LoadedDenoiser:
     step: int
     weights: str
     sha256: str
+    max_tokens: int
 
 
 def write_checkpoint(
@@ -172,7 +174,12 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     denoiser.load_state_dict(tensors, assign=True)
     entry = state["files"][f"{chosen}.safetensors"]
     return LoadedDenoiser(
-        denoiser.eval().requires_grad_(False), state["encoder"], state["step"], chosen, entry["sha256"]
+        denoiser.eval().requires_grad_(False),
+        state["encoder"],
+        state["step"],
+        chosen,
+        entry["sha256"],
+        state["config"]["max_tokens"],
     )
 
 

@@ -32,6 +32,13 @@ class OptimizerConfig(Config):
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas: each must be in [0, 1) (got {beta})")
+        return self
+
 
 class EmaConfig(Config):
     """Moving averages of the weights, float32."""

@@ -123,7 +123,10 @@ class BatchStream:
             try:
                 self._loader.load_state_dict(state)
             except ValueError as error:
-                raise TrainError(f"the checkpoint's place in the data does not fit: {error}") from error
+                raise TrainError(
+                    f"the checkpoint's place in the data does not fit: {error}; store, seed and "
+                    "num_validation_samples must stay what they were, or begin in another --out"
+                ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batches", daemon=True)

@@ -34,15 +34,15 @@ class WeightAverages:
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes the model's weights in."""
+    def update(self, *, counts: bool = True) -> None:
+        """Takes the model's weights in. Before the first update that counts, the average is the newest weights."""
         weights = [local(p) for p in self._model.parameters()]
         for rate, average in self.averages.items():
             values = list(average.values())
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 values, [w.to(v.dtype) for w, v in zip(weights, values, strict=True)], 1 - decay(rate, self.updates)
             )
-        self.updates += 1
+        self.updates += counts
 
     @contextmanager
     def applied(self, rate: float) -> Iterator[None]:

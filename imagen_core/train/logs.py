@@ -51,6 +51,13 @@ class JsonLines:
         self._file.close()
 
 
+def last_values(path: Path) -> dict[str, float]:
+    """The newest value of each metric in a `metrics.jsonl`; nothing where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = (line for line in lines if _step_of(line) < float("inf"))
+    return {name: value for line in whole for name, value in json.loads(line).items()}
+
+
 def _step_of(line: str) -> float:
     """The step of a line; infinite for one that was cut by a kill."""
     try:
@@ -62,14 +69,14 @@ def _step_of(line: str) -> float:
 class TensorBoard:
     """Event files in `tensorboard/`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, resumed_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise TrainError(
                 "loggers: tensorboard is not installed; pip install 'imagen-precompute[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -92,7 +99,11 @@ class Wandb:
             raise TrainError("loggers: wandb is not installed; pip install 'imagen-precompute[wandb]'") from error
         self._wandb = wandb
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
-        self._run = wandb.init(dir=str(folder), id=name, config=config.model_dump(mode="json"), resume="allow")
+        settings = config.model_dump(mode="json")
+        try:
+            self._run = wandb.init(dir=str(folder), id=name, config=settings, resume="allow")
+        except wandb.Error as error:
+            raise TrainError(f"loggers: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -113,7 +124,7 @@ class Loggers:
             if name == "jsonl":
                 self._loggers.append(JsonLines(out / "metrics.jsonl", resumed_step))
             elif name == "tensorboard":
-                self._loggers.append(TensorBoard(out / "tensorboard"))
+                self._loggers.append(TensorBoard(out / "tensorboard", resumed_step))
             else:
                 self._loggers.append(Wandb(out, config))
 

@@ -24,7 +24,7 @@ from imagen_core.train.distributed import World, joined_world, whole
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, validation_loss
-from imagen_core.train.logs import Loggers
+from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.randomness import mix
@@ -131,7 +131,7 @@ class _Run:
     ):
         self.config, self.out, self.world, self.store = config, out, world, store
         self.denoiser, self.loss, self.state, self.loggers = denoiser, loss, state, loggers
-        self.validation: float | None = None
+        self.last: dict[str, Any] = {}
 
     def to_the_end(
         self,
@@ -156,14 +156,14 @@ class _Run:
                     self._log(meter, stream.waited_s, on_progress)
                     meter = _Meter(stream.waited_s)
                 with meter.paused():
+                    if step % config.checkpoint_every_steps == 0 or last or stopping:
+                        checkpoint = self._save(loader_state)  # before what takes long: a kill may follow a stop
+                    if stopping and not last:
+                        raise TrainingStopped(f"stopped after step {step}; run the same command again to go on")
                     if config.num_validation_samples and (step % config.validate_every_steps == 0 or last):
                         self._validate()
                     if config.grid_every_steps and (step % config.grid_every_steps == 0 or last):
                         self._draw_grid()
-                    if step % config.checkpoint_every_steps == 0 or last or stopping:
-                        checkpoint = self._save(loader_state)
-                if stopping and not last:
-                    raise TrainingStopped(f"stopped after step {step}; run the same command again to go on")
         finally:
             stream.close()
         return self._summary(checkpoint)
@@ -202,8 +202,9 @@ class _Run:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.samples += batch.global_size
-        if state.step % config.ema.every_steps == 0:
-            state.averages.update()
+        counts = state.step % config.ema.every_steps == 0
+        if counts or state.averages.updates == 0:
+            state.averages.update(counts=counts)
         return mean_loss, norm, stopping > 0
 
     def _log(self, meter: "_Meter", waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
@@ -213,7 +214,7 @@ class _Run:
             self.state.step,
             {"samples": self.state.samples, **values, "lr": lr, "peak_memory_bytes": _peak_memory(self.world)},
         )
-        self.last = values
+        self.last |= values
         if on_progress is not None and self.world.is_main:
             progress = Progress(
                 self.state.step, self.config.num_steps, values["loss"], values["images_per_s"], values["loader_wait"]
@@ -236,10 +237,9 @@ class _Run:
         with self._evaluating(averaged=False):
             plain = validation_loss(*arguments)
         with self._evaluating(averaged=True):
-            self.validation = validation_loss(*arguments)
-        self.loggers.scalars(
-            self.state.step, {"validation_loss": self.validation, "validation_loss_without_ema": plain}
-        )
+            averaged = validation_loss(*arguments)
+        self.last["validation_loss"] = averaged
+        self.loggers.scalars(self.state.step, {"validation_loss": averaged, "validation_loss_without_ema": plain})
 
     def _draw_grid(self) -> None:
         with self._evaluating(averaged=True):
@@ -276,16 +276,16 @@ class _Run:
             path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         raise NonFiniteLossError(
             f"step {self.state.step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. "
-            "The last checkpoint is good: go on from it with a lower optimizer.lr, or without these samples"
+            "Go on from the last checkpoint, or begin anew, with a lower optimizer.lr or without these samples"
         )
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
-        last = getattr(self, "last", {})
+        last = self.last or last_values(self.out / "metrics.jsonl")  # nothing was left to do
         return {
             "steps": self.state.step,
             "samples": self.state.samples,
             "loss": last.get("loss"),
-            "validation_loss": self.validation,
+            "validation_loss": last.get("validation_loss"),
             "images_per_s": last.get("images_per_s"),
             "loader_wait": last.get("loader_wait"),
             "peak_memory_bytes": _peak_memory(self.world),

@@ -1,5 +1,7 @@
 """A cascade of small, untrained stages with the weights of every layer drawn at random."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,13 @@ def test_seeds_and_captions_matter(cascade: Cascade) -> None:
     first, other_seed, other_caption = cascade.sample(text, [1, 2, 1], dtype=torch.float64)[8]
     assert not torch.equal(first, other_seed)
     assert not torch.equal(first, other_caption)
+
+
+def test_captions_are_cut_as_in_training(cascade: Cascade) -> None:
+    cut = Cascade([replace(stage, max_tokens=3) for stage in cascade.stages], ENCODER)
+    short = cascade.sample([caption(9)[:3]], [0], dtype=torch.float64)
+    for size, picture in cut.sample([caption(9)], [0], dtype=torch.float64).items():
+        torch.testing.assert_close(picture, short[size])
 
 
 def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:

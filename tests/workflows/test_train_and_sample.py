@@ -91,7 +91,12 @@ def test_training_leaves_checkpoints_metrics_and_a_summary(work: Path) -> None:
 
 def test_the_same_command_again_trains_no_step(work: Path) -> None:
     before = weights(work / "base")
+    facts = json.loads((work / "base" / "summary.json").read_text())["facts"]
     assert train(work, "base", work / "base").code == 0
+    again = json.loads((work / "base" / "summary.json").read_text())["facts"]
+    assert {name: again[name] for name in ("loss", "images_per_s")} == {
+        name: facts[name] for name in ("loss", "images_per_s")
+    }
     assert all(np.array_equal(before[name], value) for name, value in weights(work / "base").items())
 
 
@@ -112,6 +117,8 @@ def test_dry_run_says_parameters_memory_and_data(work: Path) -> None:
     assert facts["store_groups_needed"] == ["images-32", "images-16", "text-t5"]
     assert facts["samples_seen"] == 24
     assert facts["store_now"].startswith("23 samples: 1.0 epochs")
+    wider = call("run", "train", "-c", str(work / "sr.yaml"), "--dry-run", "--json", "denoiser.unet.text_dim=32")
+    assert "text_dim is 32" in json.loads(wider.out)["facts"]["store_now"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,7 @@ def test_dry_run_says_parameters_memory_and_data(work: Path) -> None:
         ("text=clip", "the store has no encoder 'clip'"),
         ("denoiser.size_px=64", "has no images-64"),
         ("batch_size=0", "batch_size"),
+        ("optimizer.betas=[0.9,1.5]", "betas: each must be in [0, 1) (got 1.5)"),
         ("denoiser.unet.preset=nemo", "there is none of this name"),
         ("denoiser.unet.familly=regular", "familly"),
     ],
@@ -133,9 +141,19 @@ def test_what_does_not_fit_is_refused_by_name(work: Path, tmp_path: Path, overri
 
 
 def test_another_model_in_the_same_folder_is_refused(work: Path) -> None:
+    kept = ("config.yaml", "summary.json", "plan.json")
+    before = [(work / "base" / name).read_bytes() for name in kept]
     result = train(work, "base", work / "base", "denoiser.unet.embed_dim=64", "num_steps=9")
     assert result.code == 2
     assert "unet.embed_dim: 32 -> 64" in result.err
+    assert "use another --out" in train(work, "base", work / "base", "--restart").err
+    assert [(work / "base" / name).read_bytes() for name in kept] == before
+
+
+def test_a_loss_that_is_not_finite_is_a_failure_and_no_usage_error(work: Path, tmp_path: Path) -> None:
+    result = train(work, "base", tmp_path / "nan", "optimizer.lr=1e30", "optimizer.warmup_steps=0")
+    assert result.code == 1
+    assert "the batch's keys are in" in result.err
 
 
 def test_a_store_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> None:
@@ -198,6 +216,9 @@ def test_a_picture_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> N
         ("stages.0.weights=ema-0.5", "has no weights 'ema-0.5'"),
         ("encoder_model=absent/model", "neither a local folder"),
         ("device=gpu9", "device: 'gpu9'"),
+        ("device=cuda:64", "device: 'cuda:64' is not there"),
+        ("low_res=[absent.png]", "low_res: the first stage (16 px) is a base model"),
+        ("init_image=[absent.png]", "absent.png: cannot be read"),
     ],
 )
 def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, words: str) -> None:
@@ -206,6 +227,30 @@ def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, 
     assert result.code in (2, 4)
     assert words in result.err
     assert "Traceback" not in result.err
+
+
+def test_pictures_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content(work: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    for name, size in (("small", 16), ("large", 64)):
+        Image.fromarray(noise[:size, : size + 8]).save(tmp_path / f"{name}.png")
+    arguments = (f"low_res=[{tmp_path}/small.png,{tmp_path}/large.png]", "prompts=[a,b]")
+    for size in (1, 2):
+        assert sample(work, tmp_path / str(size), *arguments, f"batch_size={size}", stages=("sr",)).code == 0
+    for index in range(2):
+        a, b = (np.asarray(Image.open(tmp_path / s / f"images-32/{index:05d}.png")).astype(int) for s in "12")
+        assert np.abs(a - b).max() <= 1
+    Image.fromarray(255 - noise).save(tmp_path / "large.png")
+    changed = sample(work, tmp_path / "1", *arguments, stages=("sr",))
+    assert changed.code == 2
+    assert "large.png" in changed.err
+
+
+def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.png").write_bytes(b"no picture")
+    arguments = (f"low_res=[{tmp_path}/in.png]", "prompts=[a]")
+    assert sample(work, tmp_path / "s", *arguments, stages=("sr",)).code == 2
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    assert sample(work, tmp_path / "s", *arguments, "seed=3", stages=("sr",)).code == 0
 
 
 def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def test_the_first_random_weights_do_not_count() -> None:
     assert torch.equal(averages.averages[0.9999]["weight"], model.weight)
 
 
+def test_before_the_first_update_that_counts_it_is_the_newest_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    averages = WeightAverages(model, (0.9,))
+    for value, counts in ((5.0, False), (7.0, False), (1.0, True), (3.0, True)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        averages.update(counts=counts)
+        if not counts:
+            assert float(averages.averages[0.9]["weight"]) == value
+    assert float(averages.averages[0.9]["weight"]) == 2.0
+
+
 def test_rate_zero_is_the_last_weights() -> None:
     (average,) = trained(7, (0.0,)).averages.values()
     assert float(average["weight"]) == 6

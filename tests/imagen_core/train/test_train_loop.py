@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         return example
 
     monkeypatch.setattr(trainer, "make_example", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"step 2: loss nan, .*/nan/step-00000002.json. The last checkpoint"):
+    with pytest.raises(NonFiniteLossError, match=r"step 2: loss nan, .*/nan/step-00000002.json. Go on from the last"):
         train(make_config(store, num_steps=5), tmp_path)
     saved = json.loads((tmp_path / "nan" / "step-00000002.json").read_text(encoding="utf-8"))
     assert (len(saved["keys"]), saved["step"], saved["loss"]) == (8, 2, "nan")
