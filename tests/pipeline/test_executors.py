@@ -11,6 +11,7 @@ from pipeline.workflow import RunOptions, Summary
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
 EXECUTORS = ["inline", "local", pytest.param("ray", marks=pytest.mark.ray)]
+RAY_IS_SLOW = ["inline", "local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 
 
 def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Summary:
@@ -49,7 +50,7 @@ def test_a_run_is_whole_and_the_same_command_again_does_nothing(executor: str, t
     assert files(tmp_path / "r") == made
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", RAY_IS_SLOW)
 def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     executor: str, tmp_path: Path, trace: Path
 ) -> None:
@@ -63,14 +64,14 @@ def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     assert marks(trace, "square-00001") == 1
 
 
-@pytest.mark.parametrize("executor", EXECUTORS[1:])
+@pytest.mark.parametrize("executor", RAY_IS_SLOW[1:])
 def test_a_killed_worker_costs_nothing_but_time(executor: str, tmp_path: Path, trace: Path) -> None:
     run(tmp_path / "r", executor, trace=str(trace), kill_shard=1)
     run(tmp_path / "plain", executor)
     assert files(tmp_path / "r") == files(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", RAY_IS_SLOW)
 def test_a_setup_that_cannot_work_ends_the_run_at_once_with_its_exit_code(executor: str, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"toy\.model: not found") as caught:
         run(tmp_path / "r", executor, add_cubes=True, broken_setup=True)

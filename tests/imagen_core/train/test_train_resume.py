@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[3]
     [
         {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
         {"precision": "float32", "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True, "batch_size": 6},
-        {"precision": "bfloat16", "channels_last": False, "ema": {"rates": [0.9], "every_steps": 3}},
+        pytest.param(
+            {"precision": "bfloat16", "channels_last": False, "ema": {"rates": [0.9], "every_steps": 3}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["base", "super-resolution", "bfloat16"],
 )

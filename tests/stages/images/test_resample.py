@@ -72,7 +72,9 @@ def test_resize_is_within_one_level_of_pillow(make, side, size_px, filter):
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-@pytest.mark.parametrize(("side", "size_px"), [(4000, 64), (600, 256), (512, 256), (200, 64)])
+@pytest.mark.parametrize(
+    ("side", "size_px"), [pytest.param(4000, 64, marks=pytest.mark.slow), (600, 256), (512, 256), (200, 64)]
+)
 def test_zone_plate_is_within_one_level_of_pillow(side, size_px, filter):
     pixels = zone_plate(side, nyquist_radius=0.5)
     assert max_difference(resize_square(pixels, size_px, filter), pillow_resize(pixels, size_px, filter)) <= 1
