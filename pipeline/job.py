@@ -83,7 +83,8 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     run, started = job.run, time.perf_counter()
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
-    former = _contents(run.config_file, run.plan_file, run.summary_file)
+    files = (run.config_file, run.plan_file, run.summary_file)
+    former = {path: path.read_text(encoding="utf-8") for path in files if path.exists()}
     run.summary_file.unlink(missing_ok=True)
     write_text(run.config_file, dump_yaml(workflow.config))
     write_json(run.plan_file, {"workflow": workflow.name, "stages": [], "transient_groups": []})
@@ -98,7 +99,11 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
         if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays what it was
-            _restore_contents(former)
+            for path in files:
+                if path in former:
+                    write_text(path, former[path])
+                else:
+                    path.unlink(missing_ok=True)
         raise
     finally:
         events.write("run_ended", outcome=outcome)
@@ -112,18 +117,6 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     }
     write_json(run.summary_file, summary)
     return summary
-
-
-def _contents(*paths: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.exists() else None for path in paths}
-
-
-def _restore_contents(contents: Mapping[Path, bytes | None]) -> None:
-    for path, data in contents.items():
-        if data is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_text(path, data.decode("utf-8"))
 
 
 class _signals_noted:

@@ -104,7 +104,6 @@ class EncodeStage(Stage):
         counters = {
             "captions_encoded": len(captions),
             "tokens": tokens,
-            "tokens_padded": encoded.num_padded_tokens,
             "captions_truncated": encoded.num_truncated,
             "payload_bytes": tokens * self.dim * {"float32": 4, "int8": 1}.get(self.dtype, 2),
         }

@@ -163,6 +163,7 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
     for size in sizes:
         (root / f"images-{size}").mkdir(exist_ok=True)
     missing = [p for p in pictures if not all((root / f"images-{size}" / p.name).exists() for size in sizes)]
+    inpaint = _inpaint(config)
     text = _encode(missing, cascade, config, use_gpu=device.type == "cuda")
     for start in range(0, len(missing), config.batch_size):
         if job.should_stop():
@@ -174,7 +175,7 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
             low_res=_read_sources(config.low_res, batch, cascade.stages[0].denoiser.config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
-            inpaint=_inpaint(config),
+            inpaint=inpaint,
             device=device,
             autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
             on_step=lambda stage, step, steps, _, done=start: job.lines.show(
@@ -290,9 +291,11 @@ def _inpaint(config: SampleConfig) -> Inpaint | None:
         raise ConfigError(str(error)) from error
     if image.shape != mask.shape:
         raise ConfigError(f"inpaint_mask: {mask.shape[:2]} pixels for a picture of {image.shape[:2]}; make them equal")
-    side = min(image.shape[:2])
-    image, mask = read_picture(config.inpaint_image, side), read_picture(config.inpaint_mask, side)
-    keep = torch.as_tensor(mask[None, ..., :1]).permute(0, 3, 1, 2) >= 128
+    height, width, _ = image.shape
+    side = min(height, width)
+    square = np.s_[(height - side) // 2 :, (width - side) // 2 :]
+    image, mask = image[square][:side, :side], mask[square][:side, :side]
+    keep = torch.from_numpy(mask[None, None, ..., 0] >= 128)
     return Inpaint(from_pixels(image[None]), keep, config.inpaint_resample_times)
 
 

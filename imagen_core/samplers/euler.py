@@ -22,7 +22,7 @@ class Euler(Sampler):
     """Noise is raised by this factor before a step (gamma of the paper: S_churn / steps, at most sqrt(2) - 1)."""
     churn_sigma_min: float = Field(default=0.0, ge=0)
     """Churn only above this level (S_tmin)."""
-    churn_sigma_max: float = Field(default=math.inf, gt=0)
+    churn_sigma_max: float | None = Field(default=None, gt=0)
     """Churn only below this level (S_tmax)."""
     churn_noise: float = Field(default=1.0, gt=0)
     """Standard deviation of the noise added (S_noise)."""
@@ -34,7 +34,7 @@ class Euler(Sampler):
         return x + (sigma_next - sigma) * derivative(x, denoise(x, sigma), sigma)
 
     def _churned(self, x: Tensor, sigma: Tensor, noise: DrawNoise) -> tuple[Tensor, Tensor]:
-        if self.churn == 0 or not self.churn_sigma_min <= float(sigma) <= self.churn_sigma_max:
+        if self.churn == 0 or not self.churn_sigma_min <= float(sigma) <= (self.churn_sigma_max or math.inf):
             return x, sigma
         raised = sigma * (1 + self.churn)
         return x + (raised**2 - sigma**2).sqrt() * self.churn_noise * noise(), raised

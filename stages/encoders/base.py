@@ -17,8 +17,6 @@ class Encoded:
     """float32 (num_tokens, dim) each; num_tokens counts the end-of-sequence token and differs by caption."""
     num_truncated: int
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
-    num_padded_tokens: int
-    """Tokens the model saw, padding included: the cost of the batches."""
 
 
 class TextEncoder(Protocol):

@@ -149,8 +149,7 @@ class T5Encoder:
             ends = np.cumsum([len(token_ids[i]) for i in batch])
             for index, values in zip(batch, np.split(states.numpy(), ends[:-1]), strict=True):
                 embeddings[index] = values
-        num_tokens = sum(map(len, token_ids))
-        return Encoded([e for e in embeddings if e is not None], num_truncated, num_tokens)
+        return Encoded([e for e in embeddings if e is not None], num_truncated)
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids with end-of-sequence, at most max_tokens each; and how many captions were cut."""

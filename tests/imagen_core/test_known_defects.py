@@ -17,37 +17,23 @@ from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras
 from imagen_core.models import Conditioning
 from imagen_core.models.attention import PixelAttention
-from imagen_core.models.regular import RegularUNetConfig
 from imagen_core.samplers import Ancestral, Heun, SeededNoise, sample
 from pipeline.config import load_config
 from pipeline.presets import find_config
-from tests.imagen_core.models.small import random_weights
+from tests.imagen_core.models.small import TEXT_DIM, random_weights, regular
 from workflows.train import TrainWorkflowConfig
-
-DIM = 12
-UNET = {
-    "image_size_px": 16,
-    "embed_dim": 32,
-    "channel_mult": [1, 1],
-    "num_res_blocks": 1,
-    "attention_resolutions": [8],
-    "head_dim": 16,
-    "text_dim": DIM,
-    "cond_dim": 16,
-}
 
 
 def denoiser(**changes: Any) -> Denoiser:
     low_res = bool(changes.get("low_res"))
-    unet = RegularUNetConfig.model_validate(UNET | changes)
-    config = DenoiserConfig(unet=unet, size_px=16, low_res_px=8 if low_res else None)
+    config = DenoiserConfig(unet=regular(**changes), size_px=16, low_res_px=8 if low_res else None)
     return random_weights(Denoiser(config))
 
 
 def captions(batch: int) -> Conditioning:
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(batch, 5, dtype=torch.bool)
-    return Conditioning(text=torch.randn(batch, 5, DIM, generator=generator), text_mask=mask)
+    return Conditioning(text=torch.randn(batch, 5, TEXT_DIM, generator=generator), text_mask=mask)
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("none", 3.0), ("static", 1.0), ("dynamic", 1.0)])
@@ -75,9 +61,9 @@ def test_x2_ancestral_sampling_works_for_a_regular_unet_with_low_resolution_inpu
 
 @pytest.mark.parametrize("kind", ["cross", "fused"])
 def test_x3_masked_attention_in_float32_has_a_backward_pass(kind: str) -> None:
-    attention = random_weights(PixelAttention(32, kind=kind, head_dim=16, context_dim=DIM))  # type: ignore[arg-type]
+    attention = random_weights(PixelAttention(32, kind=kind, head_dim=16, context_dim=TEXT_DIM))  # type: ignore[arg-type]
     x = torch.randn(2, 32, 4, 4, requires_grad=True)
-    context = torch.randn(2, 5, DIM, requires_grad=True)
+    context = torch.randn(2, 5, TEXT_DIM, requires_grad=True)
     mask = torch.tensor([[True, True, False, False, False], [False] * 5])
     attention(x, context, mask).square().sum().backward()
     assert x.grad is not None

@@ -245,6 +245,16 @@ def test_pictures_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content
     assert "large.png" in changed.err
 
 
+def test_the_centre_square_of_a_wide_picture_is_kept_and_not_squashed(work: Path, tmp_path: Path) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
+    Image.fromarray(wide).save(tmp_path / "in.png")
+    Image.new("RGB", (40, 16), (255, 255, 255)).save(tmp_path / "mask.png")
+    arguments = (f"inpaint_image={tmp_path}/in.png", f"inpaint_mask={tmp_path}/mask.png", "prompts=[a]")
+    assert sample(work, tmp_path / "s", *arguments, stages=("base",)).code == 0
+    drawn = np.asarray(Image.open(tmp_path / "s/images-16/00000.png")).astype(int)
+    assert np.abs(drawn - wide[:, 12:28]).max() <= 1
+
+
 def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(b"no picture")
     arguments = (f"low_res=[{tmp_path}/in.png]", "prompts=[a]")

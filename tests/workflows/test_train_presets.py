@@ -1,63 +1,19 @@
 """Every shipped training configuration loads, and every published model has its published size."""
 
 import json
+import re
 
 import pytest
 
 from imagen_core.models.count import count_parameters
-from imagen_core.models.presets import PRESETS
 from pipeline.config import load_config
 from pipeline.presets import find_config, list_presets
+from tests.imagen_core.models.published import TABLE
 from tests.workflows.commands import call
 from workflows.sample import Sample, SampleConfig
 from workflows.train import Train, TrainWorkflowConfig
 
 SHIPPED = [row["name"] for row in list_presets() if row["workflow"] == "train"]
-
-TABLE = {
-    # NeMo Imagen: text 1024 unless t5xxl (4096)
-    "500m_res_64": 524_897_540,
-    "500m_res_64_t5xxl": 528_052_484,
-    "2b_res_64": 2_171_162_116,
-    "2b_res_64_cond1024": 2_096_664_068,
-    "2b_res_64_cond512": 2_059_415_044,
-    "2b_res_64_t5xxl": 2_183_754_244,
-    "400m_res_256": 408_350_468,
-    "400m_res_256_plain": 408_021_764,
-    "400m_res_256_t5xxl": 411_505_412,
-    "450m_res_256": 568_675_844,
-    "600m_res_256": 646_023_428,
-    "600m_res_256_plain": 645_694_724,
-    "600m_res_256_stacked": 700_610_308,
-    "600m_res_256_t5xxl": 701_119_748,
-    "600m_res_1024": 639_193_348,
-    "600m_res_1024_plain": 638_864_644,
-    "600m_res_1024_t5xxl": 694_289_668,
-    "sr256_400m_eff": 429_913_476,
-    "sr256_400m_eff_first": 290_417_412,
-    "sr1024_400m": 427_285_892,
-    "sr1024_400m_first": 287_789_828,
-    # guided-diffusion and improved-diffusion
-    "adm_64": 295_904_454,
-    "adm_256": 553_838_086,
-    "adm_256_upsampler": 311_795_910,
-    "nostalgebraist_64": 538_707_206,
-    # PaddleFleetX, imagen-pytorch, MinImagen
-    "paddle_397m": 414_393_508,
-    "paddle_2b": 1_625_964_196,
-    "paddle_deberta": 816_288_260,
-    "paddle_sr256": 730_837_266,
-    "paddle_sr256_text": 732_150_418,
-    "paddle_sr1024": 720_045_330,
-    "paddle_sr1024_text": 721_358_482,
-    "imagen_pytorch_base": 1_625_873_188,
-    "imagen_pytorch_sr256": 732_069_522,
-    "imagen_pytorch_sr1024": 721_277_330,
-    "minimagen_base": 1_618_466_051,
-    "minimagen_super": 715_760_003,
-    "minimagen_base_test": 106_163,
-    "minimagen_super_test": 158_147,
-}
 
 
 def test_config_ls_lists_every_published_model_with_its_exact_size() -> None:
@@ -67,15 +23,16 @@ def test_config_ls_lists_every_published_model_with_its_exact_size() -> None:
     assert all(type(count) is int for count in models.values())
 
 
-@pytest.mark.parametrize("name", list(TABLE))
-def test_the_model_built_has_the_published_number_of_parameters(name: str) -> None:
-    assert count_parameters(PRESETS[name].config) == TABLE[name]
-
-
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_training_configuration_loads_and_builds(name: str) -> None:
-    config = load_config(TrainWorkflowConfig, find_config("train", name))
-    assert count_parameters(config.denoiser.unet) > 0
+    path = find_config("train", name)
+    config = load_config(TrainWorkflowConfig, path)
+    parameters = count_parameters(config.denoiser.unet)
+    assert parameters > 0
+    stated = re.search(r"([\d,]{7,}) parameters", path.read_text(encoding="utf-8").splitlines()[0])
+    assert (
+        stated is None or int(stated[1].replace(",", "")) == parameters
+    )  # NeMo's documents are wrong in three sizes (X7)
     assert config.training().num_steps == config.num_steps
 
 

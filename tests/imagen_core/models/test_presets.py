@@ -7,52 +7,22 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from imagen_core.models import UNetConfig
-from imagen_core.models.count import build_on_meta, count_parameters
+from imagen_core.models.count import build_on_meta
 from imagen_core.models.presets import PRESETS, list_presets
-
-TABLE = {
-    "500m_res_64": 524_897_540,
-    "2b_res_64": 2_171_162_116,
-    "2b_res_64_cond1024": 2_096_664_068,
-    "2b_res_64_cond512": 2_059_415_044,
-    "400m_res_256": 408_350_468,
-    "400m_res_256_plain": 408_021_764,
-    "450m_res_256": 568_675_844,
-    "600m_res_256": 646_023_428,
-    "600m_res_256_plain": 645_694_724,
-    "600m_res_256_stacked": 700_610_308,
-    "600m_res_1024": 639_193_348,
-    "600m_res_1024_plain": 638_864_644,
-    "sr256_400m_eff": 429_913_476,
-    "sr256_400m_eff_first": 290_417_412,
-    "sr1024_400m": 427_285_892,
-    "sr1024_400m_first": 287_789_828,
-    "500m_res_64_t5xxl": 528_052_484,
-    "2b_res_64_t5xxl": 2_183_754_244,
-    "400m_res_256_t5xxl": 411_505_412,
-    "600m_res_256_t5xxl": 701_119_748,
-    "600m_res_1024_t5xxl": 694_289_668,
-    "adm_64": 295_904_454,
-    "adm_256": 553_838_086,
-    "adm_256_upsampler": 311_795_910,
-    "nostalgebraist_64": 538_707_206,
-}
-"""Published or instantiated from the published code."""
+from tests.imagen_core.models.published import TABLE
 
 
 @pytest.mark.parametrize("name", list(TABLE))
 def test_a_published_model_has_its_exact_number_of_parameters(name: str):
-    assert PRESETS[name].parameters == TABLE[name]
-    assert count_parameters(PRESETS[name].config) == TABLE[name]
-
-
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_a_preset_says_how_many_parameters_it_has_and_where_it_is_from(name: str):
     preset = PRESETS[name]
     unet = build_on_meta(preset.config)
-    assert sum(p.numel() for p in unet.parameters()) == preset.parameters
+    assert sum(p.numel() for p in unet.parameters()) == preset.parameters == TABLE[name]
     assert all(p.is_meta for p in unet.parameters())
     assert preset.source
+
+
+def test_every_preset_is_of_a_published_model():
+    assert set(PRESETS) == set(TABLE)
 
 
 def test_presets_are_listed_with_plain_integers():

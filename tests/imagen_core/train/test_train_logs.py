@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,18 @@ def test_a_missing_package_is_named_with_the_pip_line(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(TrainError, match=rf"pip install 'imagen-precompute\[{name}\]'"):
         Loggers(make_config(store, loggers=[name]), tmp_path, 0, writes=True)
+
+
+def test_what_wandb_refuses_is_an_error_with_its_remedy(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})  # type: ignore[attr-defined]
+
+    def init(**settings: Any) -> None:
+        raise fake.Error("No API key configured")
+
+    fake.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(TrainError, match="loggers: wandb: No API key configured; run `wandb login`"):
+        Loggers(make_config(store, loggers=["wandb"]), tmp_path, 0, writes=True)

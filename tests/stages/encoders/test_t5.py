@@ -130,14 +130,20 @@ def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: T5Encoder, li
     assert [len(e) for e in encoded.embeddings] == [min(len(full), limit) for full in whole]
 
 
-def test_no_token_is_padding(encoder: T5Encoder) -> None:
-    encoded = encoder.encode(CAPTIONS)
-    assert encoded.num_padded_tokens == sum(len(e) for e in encoded.embeddings)
+def test_no_token_the_model_sees_is_padding(encoder: T5Encoder) -> None:
+    seen: list[int] = []
+
+    def model(ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        seen.append(len(ids))
+        return encoder.model(ids, lengths)
+
+    encoded = with_changes(encoder, model=model).encode(CAPTIONS)
+    assert sum(seen) == sum(len(e) for e in encoded.embeddings)
 
 
 def test_no_caption_is_no_work(encoder: T5Encoder) -> None:
     encoded = encoder.encode([])
-    assert (encoded.embeddings, encoded.num_truncated, encoded.num_padded_tokens) == ([], 0, 0)
+    assert (encoded.embeddings, encoded.num_truncated) == ([], 0)
 
 
 def test_a_hundred_thousand_characters_are_one_cut_caption(encoder: T5Encoder) -> None:

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors are slow in many threads, above all on a busy machine."""
+    """Before any other fixture: small tensors are slow in many threads, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
