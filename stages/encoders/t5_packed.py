@@ -48,7 +48,7 @@ class PackedT5:
         for block in model.encoder.block:
             attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
             relative = attention if attention.has_relative_attention_bias else self._blocks[0].relative
-            self._activation = _gelu if config.dense_act_fn == "gelu_new" else feed_forward.act
+            self._activation = _gelu_ if config.dense_act_fn == "gelu_new" else feed_forward.act
             self._blocks.append(
                 _Block(
                     norm=block.layer[0].layer_norm,
@@ -72,28 +72,28 @@ class PackedT5:
         """
         groups = [(length, len(list(same))) for length, same in groupby(lengths)]
         x = self._embed(ids)
+        first = self._blocks[0]
+        qkv, hidden = (x.new_empty(len(x), len(weight)) for weight in (first.qkv, first.ff_in))  # for all layers
         for block in self._blocks:
-            qkv = F.linear(_normalised(x, block.norm), block.qkv)
-            x = torch.addmm(x, self._attend(qkv, groups, block.relative), block.out)
-            hidden = F.linear(_normalised(x, block.ff_norm), block.ff_in)
-            x = torch.addmm(x, self._activate(hidden), block.ff_out)
+            torch.mm(_normalised(x, block.norm), block.qkv.T, out=qkv)
+            x.addmm_(self._attend(qkv, groups, block.relative), block.out)
+            torch.mm(_normalised(x, block.ff_norm), block.ff_in.T, out=hidden)
+            x.addmm_(self._activate(hidden), block.ff_out)
         return _normalised(x, self._final_norm)
 
     def _attend(self, qkv: Tensor, groups: Sequence[tuple[int, int]], relative: Any) -> Tensor:
-        """(total, 3 x inner) -> (total, inner): each caption attends to itself."""
-        total, width = qkv.shape
-        inner = width // 3
-        out = qkv.new_empty(total, inner)
+        """(total, 3 x inner) -> (total, inner): each caption attends to itself. The result takes the queries' place."""
+        inner = qkv.shape[1] // 3
         bias = self._bias(relative, max(length for length, _ in groups))
         start = 0
         for length, count in groups:
-            rows = slice(start, start + length * count)
-            query, key, value = qkv[rows].view(count, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            rows = qkv[start : start + length * count]
+            query, key, value = rows.view(count, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             mask = bias[:, :, :length, :length].expand(count, -1, -1, -1)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
-            out[rows] = attended.transpose(1, 2).reshape(length * count, inner)
-            start = rows.stop
-        return out
+            rows[:, :inner].view(count, length, self._heads, -1).copy_(attended.transpose(1, 2))
+            start += length * count
+        return qkv[:, :inner]
 
     def _bias(self, relative: Any, length: int) -> Tensor:
         """(1, heads, >= length, >= length). A bias depends on the distance alone: the longest holds all others.
@@ -123,8 +123,9 @@ def _joined(module: Any, *names: str) -> Tensor:
 
 def _normalised(x: Tensor, norm: Any) -> Tensor:
     """RMS norm; the mean of squares in float32, as T5 does it."""
-    return F.rms_norm(x.float(), (x.shape[-1],), None, norm.variance_epsilon).to(x.dtype).mul_(norm.weight)
+    return F.rms_norm(x, (x.shape[-1],), None, norm.variance_epsilon).mul_(norm.weight)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def _gelu_(x: Tensor) -> Tensor:
+    """In place."""
+    return torch.ops.aten.gelu_(x, approximate="tanh")
