@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.common import report
 from benchmarks.store_formats import prompts
-from stages.encoders.t5 import T5Encoder, T5EncoderConfig
+from stages.encoders.encoder import TextEncoder
+from stages.encoders.t5 import T5EncoderConfig
 
 SHAPE = {
     "d_model": 512,
@@ -142,7 +143,7 @@ def write_model(folder: Path, captions: Sequence[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def load(folder: str, dtype: str) -> T5Encoder:
+def load(folder: str, dtype: str) -> TextEncoder:
     config = T5EncoderConfig.model_validate({"name": "t5", "model": folder, "compute_dtype": dtype, "num_gpus": 0})
     return config.load(torch.get_num_threads())
 

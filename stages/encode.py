@@ -21,8 +21,8 @@ from pipeline.files import commit_file, temporary_name
 from pipeline.fingerprint import differences
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task
-from stages.encoders.base import TextEncoder
-from stages.encoders.t5 import T5EncoderConfig
+from stages.encoders.base import EncoderConfig
+from stages.encoders.encoder import TextEncoder
 from stages.fetch import SAMPLES
 
 
@@ -32,7 +32,7 @@ class EncodeStage(Stage):
     version = 2
     inputs = (SAMPLES,)
 
-    def __init__(self, encoder: T5EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
+    def __init__(self, encoder: EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)
         self.store_format: StoreFormat = store_format

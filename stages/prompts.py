@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
 from pipeline.errors import ConfigError
 from pipeline.executors.base import usable_cpus
 from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
-from stages.encoders.t5 import T5EncoderConfig
+from stages.encoders.any import AnyEncoder
 
 
 def encode_prompts(
@@ -44,10 +45,10 @@ def encode_prompts(
     return [_as_stored(e, cast(StoreDtype, trained_on["dtype"])) for e in encoded.embeddings]
 
 
-def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> T5EncoderConfig:
+def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:
     """The configuration of the encoder that made a text group."""
     fingerprint = trained_on["fingerprint"]
-    return T5EncoderConfig.model_validate(
+    return TypeAdapter(AnyEncoder).validate_python(
         {
             "name": trained_on["name"],
             "kind": fingerprint["kind"],
@@ -55,6 +56,7 @@ def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: boo
             "revision": None if model else fingerprint["revision"],
             "max_tokens": fingerprint["max_tokens"],
             "compute_dtype": fingerprint["compute_dtype"],
+            "output": fingerprint["output"],
             "num_gpus": None if use_gpu else 0,
         }
     )

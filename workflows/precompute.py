@@ -10,6 +10,7 @@ from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
 from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
+from stages.encoders.any import AnyEncoder
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -37,7 +38,7 @@ class PrecomputeConfig(WorkflowConfig):
     """Input rows a shard: the unit of work, retry and resume."""
     images: ImagesConfig = ImagesConfig()
     """The pictures to store."""
-    encoders: tuple[T5EncoderConfig, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
+    encoders: tuple[AnyEncoder, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
@@ -49,7 +50,7 @@ class PrecomputeConfig(WorkflowConfig):
 
     @field_validator("encoders")
     @classmethod
-    def _check_names(cls, encoders: tuple[T5EncoderConfig, ...]) -> tuple[T5EncoderConfig, ...]:
+    def _check_names(cls, encoders: tuple[AnyEncoder, ...]) -> tuple[AnyEncoder, ...]:
         names = [encoder.name for encoder in encoders]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -1,10 +1,26 @@
-"""What a text encoder is."""
+"""What a text encoder is, and the settings that all of them share."""
 
-from collections.abc import Sequence
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import MachineError
+from stages.captions import NORMALISATION
+from stages.encoders.model_files import ModelFiles, find_model
+from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.encoders.encoder import TextEncoder
 
 FloatArray = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
@@ -14,18 +30,22 @@ class Encoded:
     """Embeddings of some captions, in their order."""
 
     embeddings: list[FloatArray]
-    """float32 (num_tokens, dim) each; num_tokens counts the end-of-sequence token and differs by caption."""
+    """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output, and differs
+    by caption."""
     num_truncated: int
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
 
 
-class TextEncoder(Protocol):
-    """A loaded model, ready to encode."""
+class TokenModel(Protocol):
+    """A loaded model behind one interface: captions laid end to end in, states laid end to end out."""
 
-    dim: int
+    padded: bool
+    """Whether a batch costs its longest caption times its captions."""
+    pooled: bool
+    """Whether a caption has one row in the result, instead of one a token."""
 
-    def encode(self, captions: Sequence[str]) -> Encoded:
-        """Encodes captions. The result does not depend on which captions come together, beyond rounding."""
+    def __call__(self, ids: "Tensor", lengths: Sequence[int]) -> "Tensor":
+        """int64 (total,) and the tokens of each caption -> (rows, dim)."""
         ...
 
 
@@ -36,3 +56,111 @@ class EncoderIdentity:
     dim: int
     fingerprint: dict[str, object]
     """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, length, dtype."""
+
+
+class EncoderConfig(Config):
+    """Settings of a text encoder, whatever its kind."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the store's group `text-NAME`."""
+    kind: str
+    model: str
+    """Hub id (`google/t5-v1_1-xxl`), local folder, or `tiny-random-t5` (built in, no download, for tests)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Longest caption in tokens, start and end tokens included; longer ones are cut and counted."""
+    output: str
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and activations. T5-XXL overflows in float16, so that is not offered."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Tokens in one batch of the model; null: 4096 on a CPU (512 is as fast within 10 %), 16384 on a GPU."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one worker, also a fraction. null: one if there are any; 0: run on the CPU."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs reserved for a GPU worker."""
+    workers: int | None = Field(default=None, ge=1)
+    """Workers that hold the model; null: one for each GPU, or one."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads of a worker that runs on the CPU; null: all CPUs divided by the workers."""
+
+    @abstractmethod
+    def dim(self, files: ModelFiles) -> int:
+        """Width of the embeddings.
+
+        Raises:
+            MachineError: the model is of another kind, or not made for max_tokens.
+        """
+
+    @abstractmethod
+    def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
+        """Loads the weights.
+
+        Raises:
+            MachineError: they cannot be read, or some are missing.
+        """
+
+    def identify(self) -> EncoderIdentity:
+        """Finds the model and its hashes without loading it.
+
+        Raises:
+            MachineError: the model cannot be found, is of another kind, or is not made for so many tokens.
+        """
+        with self._located() as files:
+            return EncoderIdentity(
+                dim=self.dim(files),
+                fingerprint={
+                    **files.identity,
+                    "kind": self.kind,
+                    "max_tokens": self.max_tokens,
+                    "compute_dtype": self.compute_dtype,
+                    "text_normalisation": NORMALISATION,
+                    "output": self.output,
+                },
+            )
+
+    def pinned(self, identity: EncoderIdentity) -> Self:
+        """The same encoder for any worker: a local folder by its full path, a hub model by its commit."""
+        if Path(self.model).is_dir():
+            return self.model_copy(update={"model": str(Path(self.model).absolute())})
+        return self.model_copy(update={"revision": identity.fingerprint["revision"]})
+
+    def load(self, num_threads: int) -> "TextEncoder":
+        """Loads tokenizer and weights.
+
+        Raises:
+            MachineError: the model cannot be found or read.
+        """
+        from stages.encoders.encoder import TextEncoder
+
+        with self._located() as files:
+            return TextEncoder(self, files, num_threads)
+
+    def check_positions(self, positions: int | None) -> None:
+        """Refuses captions longer than the model's table of positions.
+
+        Raises:
+            MachineError: with both numbers.
+        """
+        if positions is not None and self.max_tokens > positions:
+            raise MachineError(
+                f"encoders.{self.name}.max_tokens: {self.max_tokens}, but {self.model} takes at most {positions} "
+                f"tokens; give encoders: [{{name: {self.name}, max_tokens: {positions}, ...}}]"
+            )
+
+    @contextmanager
+    def _located(self) -> Iterator[ModelFiles]:
+        """The model's files; the built-in model exists as a folder for as long as it is needed."""
+        if self.model != TINY_MODEL:
+            yield find_model(self.model, self.revision)
+            return
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / TINY_MODEL
+            write_tiny_model(folder)
+            yield find_model(str(folder), None)
+
+
+def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> MachineError:
+    """The error for a model of another kind than asked for."""
+    found = files.config.get("model_type")
+    return MachineError(f"encoders.model: {model} is no {wanted} (model_type {found!r} in config.json); {remedy}")

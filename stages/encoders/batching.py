@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 
-def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int, *, padded: bool = False) -> list[list[int]]:
     """Cuts captions, sorted by length, into batches of at most `tokens_per_batch` tokens.
 
     Args:
         lengths: tokens of each caption.
         tokens_per_batch: sum of the lengths of a batch; a longer caption gets a batch of its own.
+        padded: every caption counts as long as the longest of its batch.
 
     Returns:
         Indices into `lengths`, batch by batch, longest captions first (memory peaks at once). Depends on
@@ -17,9 +18,10 @@ def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or lengths[index] > room:
+        cost = lengths[batches[-1][0]] if padded and batches else lengths[index]
+        if not batches or cost > room:
             batches.append([])
-            room = tokens_per_batch
+            room, cost = tokens_per_batch, lengths[index]
         batches[-1].append(index)
-        room -= lengths[index]
+        room -= cost
     return batches

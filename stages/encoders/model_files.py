@@ -6,17 +6,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import MachineError
 from pipeline.files import file_digest, write_json
 from pipeline.fingerprint import digest
 
 _TOKENIZER_FILES = re.compile(
-    r"tokenizer.*\.json|spiece\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
+    r"tokenizer.*\.json|.*\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors")
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
-_SMALL_FILES = ("*.json", "spiece.model", "vocab.txt", "merges.txt")
+_SMALL_FILES = ("*.json", "*.model", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,24 @@ class ModelFiles:
     """Its config.json."""
     identity: dict[str, object]
     """Name, revision, and SHA-256 of weights and tokenizer files; free of paths."""
+
+
+def hf_config(files: ModelFiles) -> Any:
+    """The model's config.json as transformers understands it, with its defaults.
+
+    Raises:
+        MachineError: transformers knows no such model_type.
+    """
+    from transformers import AutoConfig
+
+    facts = dict(files.config)
+    try:
+        return AutoConfig.for_model(str(facts.pop("model_type")), **facts)
+    except (KeyError, ValueError) as error:
+        raise MachineError(
+            f"encoders.model: {files.model}: transformers knows no model_type {files.config.get('model_type')!r}; "
+            "give a model that it knows"
+        ) from error
 
 
 def find_model(model: str, revision: str | None) -> ModelFiles:

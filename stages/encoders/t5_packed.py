@@ -36,6 +36,8 @@ class PackedT5:
     Takes the model apart: weights that are joined here are removed there, so that none is in memory twice.
     """
 
+    padded = pooled = False
+
     def __init__(self, model: Any):
         config = model.config
         self._heads: int = config.num_heads
@@ -82,7 +84,7 @@ class PackedT5:
         return _normalised(x, self._final_norm)
 
     def _attend(self, qkv: Tensor, groups: Sequence[tuple[int, int]], relative: Any) -> Tensor:
-        """(total, 3 x inner) -> (total, inner): each caption attends to itself. The result takes the queries' place."""
+        """(total, 3 x inner) -> (total, inner): each caption attends to itself. The result overwrites the queries."""
         inner = qkv.shape[1] // 3
         bias = self._bias(relative, max(length for length, _ in groups))
         start = 0

@@ -7,7 +7,7 @@ import pytest
 
 from imagen_core.store import Store, verify_store
 from stages.encoders.base import Encoded
-from stages.encoders.t5 import T5Encoder
+from stages.encoders.encoder import TextEncoder
 from tests.stages.test_resize import png
 from tests.workflows.conftest import precompute
 
@@ -53,16 +53,16 @@ def test_the_null_embedding_is_the_encoding_of_the_empty_caption(captioned: Path
 def test_a_sample_whose_embedding_is_not_finite_is_excluded_and_counted(
     captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = T5Encoder.encode
+    honest = TextEncoder.encode
 
-    def overflowing(self: T5Encoder, captions: list[str]) -> Encoded:
+    def overflowing(self: TextEncoder, captions: list[str]) -> Encoded:
         encoded = honest(self, captions)
         for caption, embedding in zip(captions, encoded.embeddings, strict=True):
             if caption == "boom":
                 embedding[0, 0] = 70_000.0  # finite as float32, infinite as float16
         return encoded
 
-    monkeypatch.setattr(T5Encoder, "encode", overflowing)
+    monkeypatch.setattr(TextEncoder, "encode", overflowing)
     summary = run(tmp_path / "run", captioned)
     assert summary["tally"]["groups"]["text-t5"]["drops"] == {"non_finite_embedding": 1}  # type: ignore[index]
     assert summary["num_samples"] == 2

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pipeline.errors import MachineError
-from stages.encoders.t5 import T5Encoder, T5EncoderConfig
+from stages.encoders.encoder import TextEncoder
+from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 
 CAPTIONS = [
@@ -42,13 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> T5Encoder:
+def encoder() -> TextEncoder:
     return config().load(1)
 
 
-def with_changes(encoder: T5Encoder, **changes: object) -> T5Encoder:
+def with_changes(encoder: TextEncoder, **changes: object) -> TextEncoder:
     """The same weights with other settings, not loaded again."""
-    copy = object.__new__(T5Encoder)
+    copy = object.__new__(TextEncoder)
     copy.__dict__.update(encoder.__dict__, **changes, config=encoder.config.model_copy(update=changes))
     return copy
 
@@ -72,7 +73,7 @@ def reference(folder: Path, captions: list[str], max_tokens: int = 128) -> list[
         ]
 
 
-def test_embeddings_are_unpadded_and_finite(encoder: T5Encoder) -> None:
+def test_embeddings_are_unpadded_and_finite(encoder: TextEncoder) -> None:
     encoded = encoder.encode(CAPTIONS)
     lengths = [len(encoder.tokenizer(caption)["input_ids"]) for caption in CAPTIONS]
     assert [e.shape for e in encoded.embeddings] == [(length, 64) for length in lengths]
@@ -82,13 +83,13 @@ def test_embeddings_are_unpadded_and_finite(encoder: T5Encoder) -> None:
     assert encoder.dim == 64
 
 
-def test_the_result_is_what_transformers_gives_caption_by_caption(encoder: T5Encoder, folder: Path) -> None:
+def test_the_result_is_what_transformers_gives_caption_by_caption(encoder: TextEncoder, folder: Path) -> None:
     assert_close(encoder.encode(CAPTIONS).embeddings, reference(folder, CAPTIONS))
     short = with_changes(encoder, max_tokens=5).encode(CAPTIONS).embeddings
     assert_close(short, reference(folder, CAPTIONS, max_tokens=5))
 
 
-def test_a_local_folder_gives_the_same_as_the_built_in_name(encoder: T5Encoder, folder: Path) -> None:
+def test_a_local_folder_gives_the_same_as_the_built_in_name(encoder: TextEncoder, folder: Path) -> None:
     local = config(str(folder))
     found, expected = local.load(1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -96,7 +97,7 @@ def test_a_local_folder_gives_the_same_as_the_built_in_name(encoder: T5Encoder, 
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 64, 4096])
-def test_the_result_does_not_depend_on_the_batches(encoder: T5Encoder, tokens_per_batch: int) -> None:
+def test_the_result_does_not_depend_on_the_batches(encoder: TextEncoder, tokens_per_batch: int) -> None:
     expected = [encoder.encode([caption]).embeddings[0] for caption in CAPTIONS]
     other = with_changes(encoder, tokens_per_batch=tokens_per_batch)
     assert_close(other.encode(CAPTIONS).embeddings, expected)
@@ -107,7 +108,7 @@ def test_the_result_does_not_depend_on_the_batches(encoder: T5Encoder, tokens_pe
     assert_close(crowd[: len(CAPTIONS)], expected)
 
 
-def test_bfloat16_differs_by_its_rounding_only(encoder: T5Encoder) -> None:
+def test_bfloat16_differs_by_its_rounding_only(encoder: TextEncoder) -> None:
     expected = encoder.encode(CAPTIONS).embeddings
     found = config(compute_dtype="bfloat16").load(1).encode(CAPTIONS).embeddings
     assert all(e.dtype == np.float32 for e in found)
@@ -116,7 +117,7 @@ def test_bfloat16_differs_by_its_rounding_only(encoder: T5Encoder) -> None:
 
 
 @pytest.mark.parametrize("limit", [2, 5, 8, 11])
-def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: T5Encoder, limit: int) -> None:
+def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: TextEncoder, limit: int) -> None:
     short = with_changes(encoder, max_tokens=limit)
     whole = [encoder.tokenizer(caption)["input_ids"] for caption in CAPTIONS]
     token_ids, num_truncated = short._tokenize(CAPTIONS)
@@ -130,23 +131,26 @@ def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: T5Encoder, li
     assert [len(e) for e in encoded.embeddings] == [min(len(full), limit) for full in whole]
 
 
-def test_no_token_the_model_sees_is_padding(encoder: T5Encoder) -> None:
+def test_no_token_the_model_sees_is_padding(encoder: TextEncoder) -> None:
     seen: list[int] = []
 
-    def model(ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        seen.append(len(ids))
-        return encoder.model(ids, lengths)
+    class Watched:
+        padded = pooled = False
 
-    encoded = with_changes(encoder, model=model).encode(CAPTIONS)
+        def __call__(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+            seen.append(len(ids))
+            return encoder.model(ids, lengths)
+
+    encoded = with_changes(encoder, model=Watched()).encode(CAPTIONS)
     assert sum(seen) == sum(len(e) for e in encoded.embeddings)
 
 
-def test_no_caption_is_no_work(encoder: T5Encoder) -> None:
+def test_no_caption_is_no_work(encoder: TextEncoder) -> None:
     encoded = encoder.encode([])
     assert (encoded.embeddings, encoded.num_truncated) == ([], 0)
 
 
-def test_a_hundred_thousand_characters_are_one_cut_caption(encoder: T5Encoder) -> None:
+def test_a_hundred_thousand_characters_are_one_cut_caption(encoder: TextEncoder) -> None:
     encoded = encoder.encode(["word " * 20_000])
     assert (encoded.embeddings[0].shape, encoded.num_truncated) == ((128, 64), 1)
 
@@ -249,7 +253,7 @@ def test_a_model_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> Non
     other = tmp_path / "bert"
     shutil.copytree(folder, other)
     (other / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
-    with pytest.raises(MachineError, match=r"is no T5: its config\.json has no d_model \(model_type 'bert'\)"):
+    with pytest.raises(MachineError, match=r"is no T5 \(model_type 'bert' in config\.json\); give a T5"):
         config(str(other)).identify()
 
 
@@ -259,11 +263,11 @@ def test_a_missing_weight_is_an_error_and_never_random_numbers(folder: Path, tmp
     weights = load_file(broken / "model.safetensors")
     del weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MachineError, match=r"lacks 1 weights of a T5 encoder \(encoder\.block\.1\."):
+    with pytest.raises(MachineError, match=r"lacks 1 weights of a T5EncoderModel \(encoder\.block\.1\."):
         config(str(broken)).load(1)
 
 
-def test_weights_beside_those_of_the_encoder_are_ignored(encoder: T5Encoder, folder: Path, tmp_path: Path) -> None:
+def test_weights_beside_those_of_the_encoder_are_ignored(encoder: TextEncoder, folder: Path, tmp_path: Path) -> None:
     whole = tmp_path / TINY_MODEL
     shutil.copytree(folder, whole)
     weights = load_file(whole / "model.safetensors")

@@ -1,0 +1,39 @@
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020): OpenAI's, and OpenCLIP's in the format of transformers.
+
+DALL-E 2 conditions on the projected embedding and the token states, latent diffusion on the token states.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
+from stages.encoders.loading import load_weights
+from stages.encoders.model_files import ModelFiles, hf_config
+
+
+class ClipTextConfig(EncoderConfig):
+    """A CLIP text encoder."""
+
+    kind: Literal["clip"] = "clip"
+    max_tokens: int = Field(default=77, ge=2)
+    """Longest caption in tokens, start and end tokens included; CLIP was made for 77."""
+    output: Literal["last_hidden_state", "penultimate", "pooled", "projected"] = "last_hidden_state"
+    """Token states after the final norm; those before the last layer, without a norm; the end token's state; or that
+    projected into the space shared with pictures (one vector a caption, not normalised)."""
+
+    def dim(self, files: ModelFiles) -> int:
+        if files.config.get("model_type") not in ("clip", "clip_text_model"):
+            raise refuse_kind(self.model, files, "CLIP", "give a CLIP in the format of transformers, or kind: auto")
+        config = hf_config(files)
+        text = getattr(config, "text_config", config)
+        self.check_positions(text.max_position_embeddings)
+        return text.projection_dim if self.output == "projected" else text.hidden_size
+
+    def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from stages.encoders.padded import PaddedModel
+
+        model_class = CLIPTextModelWithProjection if self.output == "projected" else CLIPTextModel
+        return PaddedModel(load_weights(model_class, files, dtype, device), self.output)

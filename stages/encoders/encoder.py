@@ -1,0 +1,101 @@
+"""A loaded text encoder: tokenizer, model, and the batches that go through it."""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import MachineError
+from stages.encoders.base import Encoded, EncoderConfig, FloatArray
+from stages.encoders.batching import token_budget_batches
+from stages.encoders.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOKENS_ON_CPU, _TOKENS_ON_GPU = 4096, 16384
+
+
+class TextEncoder:
+    """An encoder on the GPU if there is one, else on the CPU.
+
+    Several threads may encode at once: the model is used by one at a time, so that one can read and tokenise and
+    another one cast and write meanwhile.
+    """
+
+    def __init__(self, config: EncoderConfig, files: ModelFiles, num_threads: int):
+        import torch
+        from transformers import AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.config = config
+        use_gpu = config.num_gpus != 0 and torch.cuda.is_available()
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        if not use_gpu:
+            torch.set_num_threads(num_threads)
+        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
+        self.dim = config.dim(files)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
+            self.model = config.build(files, dtype, self.device)
+        except MachineError:
+            raise
+        except Exception as error:  # damaged files make the loaders raise almost anything
+            raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
+        self.tokens_per_batch = config.tokens_per_batch or (_TOKENS_ON_GPU if use_gpu else _TOKENS_ON_CPU)
+        self._tokenizing, self._computing = threading.Lock(), threading.Lock()
+
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.
+
+        The result does not depend on which captions come together, beyond rounding.
+        """
+        with self._tokenizing:
+            token_ids, num_truncated = self._tokenize(captions)
+        lengths = [len(ids) for ids in token_ids]
+        batches = token_budget_batches(lengths, self.tokens_per_batch, padded=self.model.padded)
+        with self._computing:
+            states = [self._forward([token_ids[i] for i in batch]) for batch in batches]
+            self._wait()
+        embeddings: list[FloatArray | None] = [None] * len(captions)
+        for batch, rows in zip(batches, states, strict=True):
+            ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
+            for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
+                embeddings[index] = values
+        return Encoded([e for e in embeddings if e is not None], num_truncated)
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Token ids with start and end tokens, at most max_tokens each; and how many captions were cut."""
+        if not captions:
+            return [], 0
+        limit = self.config.max_tokens
+        all_ids: list[list[int]] = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        long = [i for i, ids in enumerate(all_ids) if len(ids) > limit]
+        if long:  # the tokenizer knows which of its tokens must stay at the end
+            cut = self.tokenizer([captions[i] for i in long], truncation=True, max_length=limit)["input_ids"]
+            for i, ids in zip(long, cut, strict=True):
+                all_ids[i] = ids
+        return all_ids, len(long)
+
+    def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
+        """One batch: float32 (rows, dim) on the CPU; from a GPU it may still be on its way."""
+        import torch
+
+        on_gpu = self.device.type == "cuda"
+        ids = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, pin_memory=on_gpu)
+        with torch.inference_mode():
+            states = self.model(ids.to(self.device, non_blocking=True), [len(ids) for ids in token_ids]).float()
+            if not on_gpu:
+                return states
+            copied = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+            return copied.copy_(states, non_blocking=True)
+
+    def _wait(self) -> None:
+        """The only wait for the GPU in a shard: the copies back were started batch by batch."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()

@@ -1,0 +1,124 @@
+"""Small models of every kind of encoder, with random weights, as folders that transformers saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ByT5Tokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    LlamaConfig,
+    LlamaModel,
+    MT5Config,
+    MT5EncoderModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from stages.encoders.tiny import write_tiny_model
+
+T5_SHAPE = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu"}
+SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+CLIP_TEXT = {**SHAPE, "projection_dim": 16, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+
+
+def t5(folder: Path) -> None:
+    write_tiny_model(folder)
+
+
+def mt5(folder: Path) -> None:
+    MT5EncoderModel(MT5Config(**T5_SHAPE, vocab_size=tokenizer(folder))).save_pretrained(folder)
+
+
+def umt5(folder: Path) -> None:
+    UMT5EncoderModel(UMT5Config(**T5_SHAPE, vocab_size=tokenizer(folder))).save_pretrained(folder)
+
+
+def byt5(folder: Path) -> None:
+    T5EncoderModel(T5Config(**T5_SHAPE, vocab_size=384)).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+
+
+def clip(folder: Path) -> None:
+    """A whole CLIP, pictures and all, as on the hub."""
+    text = {**CLIP_TEXT, "vocab_size": tokenizer(folder, "</s>", "<unk> $A </s>")}
+    vision = {**SHAPE, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+
+
+def clip_text(folder: Path) -> None:
+    """The text half alone, as in the folder of a diffusion model."""
+    vocabulary = tokenizer(folder, "</s>", "<unk> $A </s>")
+    CLIPTextModel(CLIPTextConfig(**CLIP_TEXT, vocab_size=vocabulary)).save_pretrained(folder)
+
+
+def deberta(folder: Path) -> None:
+    config = DebertaV2Config(
+        **SHAPE,
+        vocab_size=tokenizer(folder, template="<unk> $A </s>"),
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    DebertaV2Model(config).save_pretrained(folder)
+
+
+def bert(folder: Path) -> None:
+    """Saved from masked-language training: there is no pooler."""
+    vocabulary = tokenizer(folder, template="<unk> $A </s>")
+    BertForMaskedLM(BertConfig(**SHAPE, vocab_size=vocabulary, pad_token_id=0)).save_pretrained(folder)
+
+
+def xlm_roberta(folder: Path) -> None:
+    """Its positions are counted from the id of the padding."""
+    vocabulary = tokenizer(folder, template="<unk> $A </s>")
+    XLMRobertaModel(XLMRobertaConfig(**SHAPE, vocab_size=vocabulary, pad_token_id=0)).save_pretrained(folder)
+
+
+def llama(folder: Path) -> None:
+    """A language model: causal, and nothing at the end of a caption."""
+    vocabulary = tokenizer(folder, template="<unk> $A")
+    LlamaModel(LlamaConfig(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
+
+
+def tokenizer(folder: Path, pad: str = "<pad>", template: str = "$A </s>") -> int:
+    """The tiny T5's vocabulary with other tokens around a caption; returns its size."""
+    write_tiny_model(folder)
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (folder / "model.safetensors").unlink()
+    special = [(token, core.token_to_id(token)) for token in ("</s>", "<unk>")]
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token="</s>").save_pretrained(folder)
+    return core.get_vocab_size()
+
+
+def write(make: Callable[[Path], None], folder: Path) -> Path:
+    """The folder, with weights in which every layer and every norm matters."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
+    weights = load_file(folder / "model.safetensors")
+    for value in weights.values():
+        if value.is_floating_point():
+            value += 0.1 * torch.randn_like(value)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
