@@ -100,6 +100,8 @@ class Task:
         self.present = present
         self.retried_rows = retried_rows
         """Rows tried again elsewhere; here they are dropped as `retried`."""
+        self.waited_s = 0.0
+        """Time in which other tasks of the same worker had what this one needed; not counted as its own."""
         self.results: dict[str, GroupResult] = {}
         self._outputs: dict[str, dict[Path, Path]] = {}
 
@@ -142,6 +144,9 @@ class Stage(ABC):
     resources: Resources = Resources()
     max_workers: int | None = None
     """None: stateless tasks. A number: at most so many long-lived workers that keep what `setup` loaded."""
+    tasks_per_worker: int = 1
+    """Tasks that a long-lived worker may run at once, in threads, where the executor can: while one computes, another
+    one reads or writes. `process` must be safe for that."""
 
     def setup(self, run: RunFolder) -> None:  # noqa: B027
         """Loads models; called once in each worker, before the first `process`.

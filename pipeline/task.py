@@ -74,7 +74,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
         for group in request.wanted:
             for temporary in task.outputs(group).values():
                 temporary.unlink(missing_ok=True)
-    outcome.seconds = time.perf_counter() - started
+    outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
 
 

@@ -31,6 +31,7 @@ class EncodeStage(Stage):
 
     version = 2
     inputs = (SAMPLES,)
+    tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)
 
     def __init__(self, encoder: EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
         identity = encoder.identify()
@@ -91,6 +92,7 @@ class EncodeStage(Stage):
         samples = read_samples(task.input(SAMPLES))
         captions = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
         encoded = self._model.encode([captions[i] for i in range(len(captions))])
+        task.waited_s += encoded.waited_s
         embeddings, bad = self._check(encoded.embeddings)
         drops = [
             Drop(row, sample.key, "non_finite_embedding", f"as {self.dtype}")

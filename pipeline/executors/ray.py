@@ -24,7 +24,7 @@ from pipeline.task import TaskOutcome, TaskRequest, run_task
 log = logging.getLogger(__name__)
 
 _TASK_RETRIES = 3
-_PREFETCH = 2  # tasks handed to an actor at once: one runs, one waits
+_PREFETCH = 1  # tasks that wait in an actor, beside those it runs
 _PROBE_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
 
@@ -101,7 +101,7 @@ class RayExecutor(Executor):
             if (worker is None or worker.num_running) and len(pool.workers) < pool.max_workers:
                 worker = _Worker(pool.actor_class.remote(pool.stage, self.run))
                 pool.workers.append(worker)
-            if worker is None or worker.num_running >= _PREFETCH:
+            if worker is None or worker.num_running >= pool.stage.tasks_per_worker + _PREFETCH:
                 return
             request = pool.waiting.popleft()
             reference = worker.actor.process.remote(request)
@@ -133,6 +133,7 @@ class RayExecutor(Executor):
                     num_gpus=gpus,
                     max_restarts=_TASK_RETRIES,
                     max_task_retries=_TASK_RETRIES,
+                    max_concurrency=stage.tasks_per_worker,
                 )
                 limit = stage.max_workers or max(1, int(num_gpus / gpus) if gpus else 1)
                 self.pools[name] = _Pool(stage, options, limit)

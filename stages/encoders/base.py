@@ -34,6 +34,8 @@ class Encoded:
     by caption."""
     num_truncated: int
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
+    waited_s: float = 0.0
+    """Seconds spent waiting for another thread to be done with the model."""
 
 
 class TokenModel(Protocol):

@@ -1,6 +1,7 @@
 """A loaded text encoder: tokenizer, model, and the batches that go through it."""
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,9 @@ class TextEncoder:
             token_ids, num_truncated = self._tokenize(captions)
         lengths = [len(ids) for ids in token_ids]
         batches = token_budget_batches(lengths, self.tokens_per_batch, padded=self.model.padded)
+        began = time.perf_counter()
         with self._computing:
+            waited_s = time.perf_counter() - began
             states = [self._forward([token_ids[i] for i in batch]) for batch in batches]
             self._wait()
         embeddings: list[FloatArray | None] = [None] * len(captions)
@@ -65,7 +68,7 @@ class TextEncoder:
             ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
                 embeddings[index] = values
-        return Encoded([e for e in embeddings if e is not None], num_truncated)
+        return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s)
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids with start and end tokens, at most max_tokens each; and how many captions were cut."""

@@ -71,6 +71,16 @@ def test_a_killed_worker_costs_nothing_but_time(executor: str, tmp_path: Path, t
     assert files(tmp_path / "r") == files(tmp_path / "plain")
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_worker_runs_as_many_tasks_at_once_as_its_stage_allows(tmp_path: Path, trace: Path) -> None:
+    run(tmp_path / "r", "ray", trace=str(trace), add_cubes=True, meet=True)
+    order = sorted(trace.iterdir(), key=lambda mark: int(mark.name.rsplit("-", 1)[1]))
+    steps = [mark.name.split("-")[0] for mark in order if mark.name.startswith(("cube", "done"))]
+    assert steps[:3] == ["cube", "cube", "done"]
+    assert marks(trace, "setup") == 1
+
+
 @pytest.mark.parametrize("executor", RAY_IS_SLOW)
 def test_a_setup_that_cannot_work_ends_the_run_at_once_with_its_exit_code(executor: str, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"toy\.model: not found") as caught:

@@ -28,6 +28,8 @@ class ToyOptions(Config):
     """Folder where stages leave a mark for each call."""
     add_cubes: bool = False
     keep: bool = False
+    meet: bool = False
+    """`cube` waits until two of its tasks are under way at once."""
 
 
 class Fetch(Stage):
@@ -76,6 +78,7 @@ class Cube(Stage):
     def __init__(self, options: ToyOptions):
         self.options = options
         self.offset: int | None = None
+        self.tasks_per_worker = 2 if options.meet else 1
 
     def setup(self, run: RunFolder) -> None:
         if self.options.broken_setup:
@@ -86,6 +89,10 @@ class Cube(Stage):
     def process(self, task: Task) -> None:
         assert self.offset is not None
         mark(self.options, f"cube-{task.shard.name}")
+        deadline = time.monotonic() + 30
+        while self.options.meet and marks(Path(self.options.trace), "cube") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        mark(self.options, f"done-{task.shard.name}")
         values = task.input("squares").read_text().split()
         task.output("cubes", ".txt").write_text("\n".join(str(int(v) + self.offset) for v in values))
         task.done("cubes", GroupResult(len(values)))

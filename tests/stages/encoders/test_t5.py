@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,20 @@ def test_no_token_the_model_sees_is_padding(encoder: TextEncoder) -> None:
 
     encoded = with_changes(encoder, model=Watched()).encode(CAPTIONS)
     assert sum(seen) == sum(len(e) for e in encoded.embeddings)
+
+
+def test_threads_share_a_model_and_wait_for_it(encoder: TextEncoder) -> None:
+    expected = encoder.encode(CAPTIONS).embeddings
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(encoder.encode, [CAPTIONS] * 8))
+    for encoded in found:
+        assert all(np.array_equal(a, b) for a, b in zip(encoded.embeddings, expected, strict=True))
+    with encoder._computing, ThreadPoolExecutor(1) as threads:
+        future = threads.submit(encoder.encode, CAPTIONS)
+        time.sleep(0.05)
+        encoder._computing.release()
+        assert future.result().waited_s >= 0.01
+        encoder._computing.acquire()
 
 
 def test_no_caption_is_no_work(encoder: TextEncoder) -> None:
