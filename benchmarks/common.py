@@ -54,6 +54,23 @@ def median_ratio(rates: Mapping[str, list[float]], numerator: str, denominator: 
     return statistics.median(a / b for a, b in pairs)
 
 
+def matmul_flops() -> float:
+    """FLOP/s of a large bfloat16 matrix product."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    side = 8192 if on_gpu else 1024
+    a = torch.randn(side, side, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
+    times: list[float] = []
+    for _ in range(30):
+        began = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(times[10:])
+
+
 def hardware() -> dict[str, Any]:
     """CPU model, cores this process may use, and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -24,7 +24,7 @@ from benchmarks.store_formats import prompts
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.t5 import T5EncoderConfig
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "d_model": 512,
     "d_kv": 64,
     "d_ff": 1024,
@@ -122,11 +122,17 @@ def shuffled_prompts() -> list[str]:
 
 def write_model(folder: Path, captions: Sequence[str]) -> None:
     """A model of t5-v1_1-small's shape with random weights, and a tokenizer made of the captions' own words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     T5EncoderModel(T5Config(**SHAPE)).save_pretrained(folder)
+    write_tokenizer(folder, captions)
+
+
+def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
+    """A unigram tokenizer of the captions' own words, in the form of T5's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -182,11 +188,11 @@ def matmul_flops(dtype: str, repeats: int = 5) -> float:
     return 2 * SIDE**3 / min(times)
 
 
-def useful_flops(length: int) -> float:
+def useful_flops(length: int, shape: dict[str, Any] = SHAPE) -> float:
     """Multiply-adds, counted as two, of a caption without padding: the linear layers and attention's two products."""
-    inner = SHAPE["num_heads"] * SHAPE["d_kv"]
-    weights = 4 * SHAPE["d_model"] * inner + 3 * SHAPE["d_model"] * SHAPE["d_ff"]
-    return 2.0 * SHAPE["num_layers"] * (weights * length + 2 * length**2 * inner)
+    inner = shape["num_heads"] * shape["d_kv"]
+    weights = 4 * shape["d_model"] * inner + 3 * shape["d_model"] * shape["d_ff"]
+    return 2.0 * shape["num_layers"] * (weights * length + 2 * length**2 * inner)
 
 
 if __name__ == "__main__":

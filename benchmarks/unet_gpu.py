@@ -9,9 +9,7 @@ FLOPs a second with the card's bfloat16 matmul rate, measured in the same run.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import workflows
-from benchmarks.common import report
+from benchmarks.common import matmul_flops, report
 from benchmarks.store_formats import Captions, write_store
 from imagen_core.models import Conditioning
 from imagen_core.train import TrainConfig, train
@@ -142,21 +140,6 @@ def random_pictures(*, tiny: bool) -> dict[int, np.ndarray]:
     rng = np.random.default_rng(1)
     sides = (16, 64) if tiny else (64, 256)
     return {side: rng.integers(0, 256, (SAMPLES, side, side, 3), np.uint8) for side in sides}
-
-
-def matmul_flops() -> float:
-    """FLOP/s of a large bfloat16 matrix product."""
-    on_gpu = torch.cuda.is_available()
-    side = 8192 if on_gpu else 1024
-    a = torch.randn(side, side, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
-    times: list[float] = []
-    for _ in range(30):
-        began = time.perf_counter()
-        a @ a
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / statistics.median(times[10:])
 
 
 def training_flops(config: TrainConfig) -> float:
