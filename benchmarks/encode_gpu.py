@@ -1,9 +1,9 @@
 """How many captions a second does T5-XXL encode on one GPU in bfloat16, and which part of the matmul rate is that?
 
 T5-XXL's encoder (4.76 billion parameters) is built from its configuration with random weights; the captions are
-PartiPrompts in random order, many times over. Measured: the encoder alone, and the encode stage's whole work on a shard
-(tokenise, encode, cast, write, sync), three at once as in a worker. Beside them transformers' own model on the same
-captions padded to 128 and to 512 tokens.
+PartiPrompts in random order, many times over. Measured: the encoder alone, and all that the encode stage does with a
+shard (tokenise, encode, cast, write, sync), three at once as in a worker. Beside them transformers' own model on
+the same captions padded to 128 and to 512 tokens.
 
     python -m benchmarks.encode_gpu --out benchmarks/results/encode_gpu.json
     python -m benchmarks.encode_gpu --tiny       # a small model, to see that the script works; on a CPU too
@@ -92,7 +92,7 @@ def main() -> None:
         arguments.out,
         packages=["imagen-precompute", "torch", "transformers"],
         notes=[
-            f"device: {torch.cuda.get_device_name() if on_gpu else 'CPU'}; bfloat16 matmul: {matmul / 1e12:.3g} TFLOP/s",
+            f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}; bfloat16 matmul: {matmul / 1e12:.3g} TFLOP/s",
             f"{statistics.fmean(lengths):.1f} tokens a caption, with a tokenizer made of the captions' own words",
             *(["--tiny: a small model instead of T5-XXL"] if arguments.tiny else []),
         ],
