@@ -30,6 +30,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.resize --out benchmarks/results/resize.json
 	$(BIN)/python -m benchmarks.store --out benchmarks/results/store.json
 	$(BIN)/python -m benchmarks.encode --out benchmarks/results/encode.json
+	$(BIN)/python -m benchmarks.store_size --out benchmarks/results/store_size.json
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.loader_wait --out benchmarks/results/loader_wait.json
 	$(BIN)/python -m benchmarks.table
@@ -37,6 +38,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 pictures
 	$(BIN)/python -m benchmarks.cascade --work evidence-run/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
 	$(BIN)/python -m benchmarks.overfit --work evidence-run/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg
+	$(BIN)/python -m benchmarks.store_dtype --work evidence-run/store-dtype --out benchmarks/results/store_dtype.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made
