@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         write_tokenizer(Path(folder), prompts)
         config = RandomT5.model_validate({"name": "t5", "model": folder, "num_gpus": None})
-        files = ModelFiles(folder, None, {**shape, "model_type": "t5"}, {})
+        files = ModelFiles(folder, None, Path(folder), {**shape, "model_type": "t5"}, {})
         rows += measure_ours(TextEncoder(config, files, 2), shards, arguments.tokens_per_batch, Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     model = random_model(shape, torch.bfloat16, torch.device("cuda" if on_gpu else "cpu"))

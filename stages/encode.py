@@ -1,7 +1,8 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from imagen_core.store import (
 from pipeline.errors import MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.files import commit_file, temporary_name
-from pipeline.fingerprint import differences
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task
 from stages.encoders.base import EncoderConfig
@@ -61,7 +61,7 @@ class EncodeStage(Stage):
 
     def setup(self, run: RunFolder) -> None:
         """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
-        self._check_identity()
+        self.encoder.check_unchanged(cast(Mapping[str, object], self.groups[0].config["fingerprint"]))
         threads = self.encoder.cpu_threads or max(1, usable_cpus() // (self.encoder.workers or 1))
         self._model = self.encoder.load(threads)
         final = run.store / null_path(self.encoder.name)
@@ -76,16 +76,6 @@ class EncodeStage(Stage):
                 )
             write_null(temporary, embedding, self.dtype)
             commit_file(temporary, final)
-
-    def _check_identity(self) -> None:
-        """The worker must see the model that the driver has seen: another node, or a later moment, may not."""
-        planned = self.groups[0].config["fingerprint"]
-        changes = differences(planned, self.encoder.identify().fingerprint)
-        if changes:
-            raise MachineError(
-                f"encoders.{self.encoder.name}: this worker finds another model than the run began with: "
-                f"{'; '.join(changes)}; put the same files on every node, or start a new run"
-            )
 
     def process(self, task: Task) -> None:
         assert self._model is not None

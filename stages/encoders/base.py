@@ -2,7 +2,7 @@
 
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import MachineError
+from pipeline.fingerprint import differences
 from stages.captions import NORMALISATION
 from stages.encoders.model_files import ModelFiles, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
@@ -60,23 +61,19 @@ class EncoderIdentity:
     """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, length, dtype."""
 
 
-class EncoderConfig(Config):
-    """Settings of a text encoder, whatever its kind."""
+class FrozenModelConfig(Config):
+    """A frozen model that workers keep: where it is, and what a worker may use."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Names the store's group `text-NAME`."""
+    """Names the store's group."""
     kind: str
     model: str
     """Hub id (`google/t5-v1_1-xxl`), local folder, or `tiny-random-t5` (built in, no download, for tests)."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
-    max_tokens: int = Field(default=128, ge=2)
-    """Longest caption in tokens, start and end tokens included; longer ones are cut and counted."""
     output: str
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and activations. T5-XXL overflows in float16, so that is not offered."""
-    tokens_per_batch: int | None = Field(default=None, ge=1)
-    """Tokens in one batch of the model; null: 4096 on a CPU (512 is as fast within 10 %), 16384 on a GPU."""
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs of one worker, also a fraction. null: one if there are any; 0: run on the CPU."""
     num_cpus: float = Field(default=1.0, gt=0)
@@ -91,8 +88,69 @@ class EncoderConfig(Config):
         """Width of the embeddings.
 
         Raises:
-            MachineError: the model is of another kind, or not made for max_tokens.
+            MachineError: the model is of another kind, or not made for such input.
         """
+
+    @abstractmethod
+    def settings(self, files: ModelFiles) -> dict[str, object]:
+        """What decides the embeddings beside the model, its type and output; for the fingerprint."""
+
+    def identify(self) -> EncoderIdentity:
+        """Finds the model and its hashes without loading it.
+
+        Raises:
+            MachineError: the model cannot be found, is of another kind, or not made for such input.
+        """
+        with self.located() as files:
+            return EncoderIdentity(
+                dim=self.dim(files),
+                fingerprint={
+                    **files.identity,
+                    "kind": self.kind,
+                    "compute_dtype": self.compute_dtype,
+                    "output": self.output,
+                    **self.settings(files),
+                },
+            )
+
+    def pinned(self, identity: EncoderIdentity) -> Self:
+        """The same model for any worker: a local folder by its full path, a hub model by its commit."""
+        if Path(self.model).is_dir():
+            return self.model_copy(update={"model": str(Path(self.model).absolute())})
+        return self.model_copy(update={"revision": identity.fingerprint["revision"]})
+
+    def check_unchanged(self, planned: Mapping[str, object]) -> None:
+        """The worker must see the model that the driver has seen: another node, or a later moment, may not.
+
+        Raises:
+            MachineError: with the differences.
+        """
+        changes = differences(dict(planned), self.identify().fingerprint)
+        if changes:
+            raise MachineError(
+                f"encoders.{self.name}: this worker finds another model than the run began with: "
+                f"{'; '.join(changes)}; put the same files on every node, or start a new run"
+            )
+
+    @contextmanager
+    def located(self) -> Iterator[ModelFiles]:
+        """The model's files; the built-in model exists as a folder for as long as it is needed."""
+        if self.model != TINY_MODEL:
+            yield find_model(self.model, self.revision)
+            return
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / TINY_MODEL
+            write_tiny_model(folder)
+            yield find_model(str(folder), None)
+
+
+class EncoderConfig(FrozenModelConfig):
+    """Settings of a text encoder, whatever its kind."""
+
+    max_tokens: int = Field(default=128, ge=2)
+    """Longest caption in tokens, start and end tokens included; longer ones are cut and counted."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Tokens in one batch of the model; null: 4096 on a CPU (512 is as fast within 10 %), 16384 on a GPU."""
 
     @abstractmethod
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
@@ -102,30 +160,16 @@ class EncoderConfig(Config):
             MachineError: they cannot be read, or some are missing.
         """
 
-    def identify(self) -> EncoderIdentity:
-        """Finds the model and its hashes without loading it.
-
-        Raises:
-            MachineError: the model cannot be found, is of another kind, or is not made for so many tokens.
-        """
-        with self._located() as files:
-            return EncoderIdentity(
-                dim=self.dim(files),
-                fingerprint={
-                    **files.identity,
-                    "kind": self.kind,
-                    "max_tokens": self.max_tokens,
-                    "compute_dtype": self.compute_dtype,
-                    "text_normalisation": NORMALISATION,
-                    "output": self.output,
-                },
+    def settings(self, files: ModelFiles) -> dict[str, object]:
+        if files.tokenizer_sha256 is None:
+            raise MachineError(
+                f"encoders.model: {self.model}: no tokenizer files (tokenizer.json or spiece.model) beside the model"
             )
-
-    def pinned(self, identity: EncoderIdentity) -> Self:
-        """The same encoder for any worker: a local folder by its full path, a hub model by its commit."""
-        if Path(self.model).is_dir():
-            return self.model_copy(update={"model": str(Path(self.model).absolute())})
-        return self.model_copy(update={"revision": identity.fingerprint["revision"]})
+        return {
+            "tokenizer_sha256": files.tokenizer_sha256,
+            "max_tokens": self.max_tokens,
+            "text_normalisation": NORMALISATION,
+        }
 
     def load(self, num_threads: int) -> "TextEncoder":
         """Loads tokenizer and weights.
@@ -135,7 +179,7 @@ class EncoderConfig(Config):
         """
         from stages.encoders.encoder import TextEncoder
 
-        with self._located() as files:
+        with self.located() as files:
             return TextEncoder(self, files, num_threads)
 
     def check_positions(self, positions: int | None) -> None:
@@ -149,17 +193,6 @@ class EncoderConfig(Config):
                 f"encoders.{self.name}.max_tokens: {self.max_tokens}, but {self.model} takes at most {positions} "
                 f"tokens; give encoders: [{{name: {self.name}, max_tokens: {positions}, ...}}]"
             )
-
-    @contextmanager
-    def _located(self) -> Iterator[ModelFiles]:
-        """The model's files; the built-in model exists as a folder for as long as it is needed."""
-        if self.model != TINY_MODEL:
-            yield find_model(self.model, self.revision)
-            return
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / TINY_MODEL
-            write_tiny_model(folder)
-            yield find_model(str(folder), None)
 
 
 def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> MachineError:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import MachineError
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray
 from stages.encoders.batching import token_budget_batches
+from stages.encoders.loading import place, reading
 from stages.encoders.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -26,27 +26,16 @@ class TextEncoder:
     """
 
     def __init__(self, config: EncoderConfig, files: ModelFiles, num_threads: int):
-        import torch
         from transformers import AutoTokenizer
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         self.config = config
-        use_gpu = config.num_gpus != 0 and torch.cuda.is_available()
-        self.device = torch.device("cuda" if use_gpu else "cpu")
-        if not use_gpu:
-            torch.set_num_threads(num_threads)
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
+        self.device, dtype = place(config, num_threads)
         self.dim = config.dim(files)
-        try:
+        with reading(config):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
             self.model = config.build(files, dtype, self.device)
-        except MachineError:
-            raise
-        except Exception as error:  # damaged files make the loaders raise almost anything
-            raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
-        self.tokens_per_batch = config.tokens_per_batch or (_TOKENS_ON_GPU if use_gpu else _TOKENS_ON_CPU)
+        default = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_GPU
+        self.tokens_per_batch = config.tokens_per_batch or default
         self._tokenizing, self._computing = threading.Lock(), threading.Lock()
 
     def encode(self, captions: Sequence[str]) -> Encoded:

@@ -1,11 +1,42 @@
 """Loads the weights of a model through transformers, and refuses to make up the missing ones."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError
+from stages.encoders.base import FrozenModelConfig
 from stages.encoders.model_files import ModelFiles
 
+if TYPE_CHECKING:
+    import torch
+
 _UNUSED = ("pooler.",)  # never read here, and absent from many checkpoints
+
+
+def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, torch.dtype]":
+    """Where the model runs, on the GPU if there is one, and its type; quietens transformers."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    use_gpu = config.num_gpus != 0 and torch.cuda.is_available()
+    if not use_gpu:
+        torch.set_num_threads(num_threads)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
+    return torch.device("cuda" if use_gpu else "cpu"), dtype
+
+
+@contextmanager
+def reading(config: FrozenModelConfig) -> Iterator[None]:
+    """Turns whatever the loaders raise for damaged files, which is almost anything, into a MachineError."""
+    try:
+        yield
+    except MachineError:
+        raise
+    except Exception as error:
+        raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
 
 
 def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -> Any:

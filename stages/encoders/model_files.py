@@ -28,10 +28,14 @@ class ModelFiles:
     """Hub id, or local folder."""
     revision: str | None
     """Commit on the hub; None for a local folder."""
+    folder: Path
+    """Where its small files are: config.json, tokenizer, preprocessor_config.json."""
     config: dict[str, object]
-    """Its config.json."""
+    """The config.json."""
     identity: dict[str, object]
-    """Name, revision, and SHA-256 of weights and tokenizer files; free of paths."""
+    """Name, revision, and SHA-256 of the weights; free of paths."""
+    tokenizer_sha256: str | None = None
+    """SHA-256 of the tokenizer files; None if there are none."""
 
 
 def hf_config(files: ModelFiles) -> Any:
@@ -77,13 +81,14 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
     return ModelFiles(
         model=model,
         revision=revision,
+        folder=folder,
         config=json.loads(config_file.read_text(encoding="utf-8")),
         identity={
             "model": name,
             "revision": revision,
             "weights_sha256": digest({n: _content_digest(folder / n) for n in weights}),
-            "tokenizer_sha256": digest({n: _content_digest(folder / n) for n in _tokenizer_names(names)}),
         },
+        tokenizer_sha256=_tokenizer_digest(folder),
     )
 
 
@@ -122,17 +127,17 @@ def _online(model: str, revision: str | None) -> ModelFiles:
             raise MachineError(f"encoders.model: {model}: the hub gives no hash for {name}; download it first")
         hashes[name] = lfs.sha256
     small = Path(snapshot_download(model, revision=info.sha, allow_patterns=list(_SMALL_FILES)))
-    tokenizer = _tokenizer_names(path.name for path in small.iterdir())
     return ModelFiles(
         model=model,
         revision=info.sha,
+        folder=small,
         config=json.loads((small / "config.json").read_text(encoding="utf-8")),
         identity={
             "model": model,
             "revision": info.sha,
             "weights_sha256": digest(hashes),
-            "tokenizer_sha256": digest({n: _content_digest(small / n) for n in tokenizer}),
         },
+        tokenizer_sha256=_tokenizer_digest(small),
     )
 
 
@@ -145,11 +150,9 @@ def _weight_names(names: Iterable[str], model: str) -> list[str]:
     raise MachineError(f"encoders.model: {model} has no model*.safetensors or pytorch_model*.bin")
 
 
-def _tokenizer_names(names: Iterable[str]) -> list[str]:
-    found = sorted(n for n in names if _TOKENIZER_FILES.fullmatch(n))
-    if not found:
-        raise MachineError("encoders.model: no tokenizer files (tokenizer.json or spiece.model) beside the model")
-    return found
+def _tokenizer_digest(folder: Path) -> str | None:
+    found = sorted(path.name for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
+    return digest({name: _content_digest(folder / name) for name in found}) if found else None
 
 
 def _content_digest(path: Path) -> str:

@@ -1,0 +1,104 @@
+"""CLIP's picture encoder (Radford et al. 2021, arXiv 2103.00020): the image embeddings that DALL-E 2 is trained on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from stages.encoders.base import FloatArray, FrozenModelConfig, refuse_kind
+from stages.encoders.loading import load_weights, place, reading
+from stages.encoders.model_files import ModelFiles, hf_config
+from stages.images.resample import resize_square
+
+
+class ClipImageConfig(FrozenModelConfig):
+    """A CLIP picture encoder, applied to pictures of the store."""
+
+    kind: Literal["clip"] = "clip"
+    from_px: int = Field(ge=1)
+    """Size of the stored pictures it looks at; nothing is lost if it is the model's own (224 for ViT-L/14)."""
+    output: Literal["projected", "pooled"] = "projected"
+    """The embedding in the space shared with captions (not normalised), or the state it is projected from."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures in one batch of the model."""
+
+    def dim(self, files: ModelFiles) -> int:
+        vision = self._vision(files)
+        return vision.projection_dim if self.output == "projected" else vision.hidden_size
+
+    def settings(self, files: ModelFiles) -> dict[str, object]:
+        looks = self.looks(files)
+        return {"from_px": self.from_px, "image_px": looks.size_px, "mean": list(looks.mean), "std": list(looks.std)}
+
+    def looks(self, files: ModelFiles) -> "Looks":
+        """How the model wants its pictures."""
+        return Looks.read(files.folder / "preprocessor_config.json", self._vision(files).image_size)
+
+    def load(self, num_threads: int) -> "ClipImageEncoder":
+        """Loads the weights.
+
+        Raises:
+            MachineError: the model cannot be found or read.
+        """
+        with self.located() as files:
+            return ClipImageEncoder(self, files, num_threads)
+
+    def _vision(self, files: ModelFiles) -> Any:
+        if files.config.get("model_type") not in ("clip", "clip_vision_model"):
+            raise refuse_kind(self.model, files, "CLIP", "give a CLIP in the format of transformers")
+        config = hf_config(files)
+        return getattr(config, "vision_config", config)
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """The pictures a model was trained on: side in pixels, mean and deviation of the channels in [0, 1]."""
+
+    size_px: int
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def read(cls, path: Path, size_px: int) -> "Looks":
+        if not path.is_file():
+            return cls(size_px)
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        named = {"mean": facts.get("image_mean"), "std": facts.get("image_std")}
+        return cls(size_px, **{name: tuple(value) for name, value in named.items() if value is not None})
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 RGB (side, side, 3) -> float32 (3, size_px, size_px), as the model wants it."""
+        if len(pixels) != self.size_px:
+            pixels = resize_square(pixels, self.size_px)
+        scaled = pixels.astype(np.float32) / 255
+        return ((scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).transpose(2, 0, 1)
+
+
+class ClipImageEncoder:
+    """A loaded picture encoder on the GPU if there is one, else on the CPU."""
+
+    def __init__(self, config: ClipImageConfig, files: ModelFiles, num_threads: int):
+        from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+
+        self.config, self.dim, self._looks = config, config.dim(files), config.looks(files)
+        self.device, self._dtype = place(config, num_threads)
+        model_class = CLIPVisionModelWithProjection if config.output == "projected" else CLIPVisionModel
+        with reading(config):
+            self._model = load_weights(model_class, files, self._dtype, self.device)
+
+    def encode(self, pictures: Sequence[np.ndarray]) -> list[FloatArray]:
+        """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding."""
+        import torch
+
+        rows: list[FloatArray] = []
+        for start in range(0, len(pictures), self.config.batch_size):
+            batch = np.stack([self._looks.prepare(p) for p in pictures[start : start + self.config.batch_size]])
+            with torch.inference_mode():
+                result = self._model(pixel_values=torch.from_numpy(batch).to(self.device, self._dtype))
+                values = result.image_embeds if self.config.output == "projected" else result.pooler_output
+                rows += list(values.float().cpu().numpy()[:, None])
+        return rows
