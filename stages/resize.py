@@ -6,9 +6,19 @@ from contextlib import ExitStack
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from imagen_core.store import SampleRow, StoreFormat, image_group, open_image_writer, read_samples, write_samples
+from imagen_core.store import (
+    Codec,
+    SampleRow,
+    StoreFormat,
+    check_codec,
+    codec_settings,
+    image_group,
+    open_image_writer,
+    read_samples,
+    write_samples,
+)
 from pipeline.config import Config
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task
@@ -24,8 +34,9 @@ class ImagesConfig(Config):
     """Side lengths; each is made from the decoded original, antialiased, never from another size."""
     filter: Literal["bicubic", "lanczos", "box", "bilinear"] = "bicubic"
     """Resampling filter, stretched when shrinking so that it does not alias."""
-    codec: Literal["raw"] = "raw"
-    """How pixels are stored: raw uint8."""
+    codec: Codec | dict[int, Codec] = "raw"
+    """How pictures are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
+    {1024: webp}, where sizes that are not named are raw."""
     too_small: Literal["drop", "upscale"] = "drop"
     """What to do with pictures whose short side is less than the largest size."""
     max_pixels: int = Field(default=100_000_000, ge=1)
@@ -37,6 +48,20 @@ class ImagesConfig(Config):
         if not sizes or any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
             raise ValueError("give at least one size, each once, in pixels")
         return tuple(sorted(sizes))
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _check_codec(cls, codec: object, info: ValidationInfo) -> object:
+        for name in codec.values() if isinstance(codec, dict) else [codec]:
+            check_codec(name)
+        sizes = info.data.get("sizes_px", ())
+        if isinstance(codec, dict) and (unknown := {str(size) for size in codec} - {str(size) for size in sizes}):
+            raise ValueError(f"names the sizes {', '.join(sorted(unknown))}, but sizes_px is {list(sizes)}")
+        return codec
+
+    def codec_of(self, size_px: int) -> Codec:
+        """How pictures of one size are stored."""
+        return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec
 
 
 class _Unusable(Exception):
@@ -70,9 +95,9 @@ class ResizeStage(Stage):
                     {
                         "kind": "images",
                         "size_px": size,
-                        "codec": images.codec,
+                        "codec": images.codec_of(size),
                         "format": store_format,
-                        "config": {"filter": images.filter},
+                        "config": {"filter": images.filter, **codec_settings(images.codec_of(size))},
                     },
                     aligned_with=(SAMPLES,),
                 )
@@ -171,7 +196,9 @@ class ResizeStage(Stage):
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}
-        return num_rows * sizes[group] ** 2 * 3 if group in sizes else num_rows * 200
+        if group not in sizes:
+            return num_rows * 200
+        return num_rows * sizes[group] ** 2 * 3 if self.images.codec_of(sizes[group]) == "raw" else None
 
 
 class _ImageWriters:
@@ -188,7 +215,12 @@ class _ImageWriters:
         with ExitStack() as stack:
             self._writers = {
                 group: stack.enter_context(
-                    open_image_writer(self.task.output(group, self.suffix), size, self.stage.store_format)
+                    open_image_writer(
+                        self.task.output(group, self.suffix),
+                        size,
+                        self.stage.store_format,
+                        self.stage.images.codec_of(size),
+                    )
                 )
                 for group, size in zip(self.groups, self.sizes, strict=True)
             }

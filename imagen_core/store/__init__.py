@@ -1,5 +1,6 @@
 """The store: what precompute writes and the trainer reads."""
 
+from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.layout import (
     MANIFEST_NAME,
@@ -26,6 +27,7 @@ __all__ = [
     "MANIFEST_NAME",
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
+    "Codec",
     "FileEntry",
     "ImageWriter",
     "ImagesGroup",
@@ -44,6 +46,8 @@ __all__ = [
     "TextGroup",
     "VerifyReport",
     "cast_embedding",
+    "check_codec",
+    "codec_settings",
     "image_group",
     "is_finite_as",
     "load_manifest",

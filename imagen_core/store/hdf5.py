@@ -4,8 +4,9 @@ A contiguous dataset is one run of bytes in the file, so a local reader asks h5p
 and maps it into memory.
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +14,13 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
+from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.layout import StoreDtype
 from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
 
 _BLOCK_BYTES = 4 << 20
+_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
 
 
 def _new_hdf5(path: str | os.PathLike[str]) -> h5py.File:
@@ -29,31 +32,57 @@ def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype
     return file.create_dataset(name, shape=shape, dtype=dtype, track_times=False)
 
 
-class Hdf5ImageWriter:
-    """Takes checked pixels, spools them beside the file, and writes one dataset "pixels" at the end."""
+def _ragged(
+    file: h5py.File, name: str, lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[h5py.Dataset, Callable[[], None]]:
+    """New datasets for rows of different lengths: `name` (total, *row_shape) and "offsets" int64 (n + 1,).
 
-    def __init__(self, path: Path, size_px: int) -> None:
-        self._path, self._size_px, self._num_rows = path, size_px, 0
+    Returns the first, and what writes the offsets. All datasets before any data: then the metadata stays together.
+    """
+    offsets = np.zeros(len(lengths) + 1, dtype="<i8")
+    np.cumsum(lengths, out=offsets[1:])
+    values = _dataset(file, name, (int(offsets[-1]), *row_shape), dtype)
+    offsets_set = _dataset(file, "offsets", offsets.shape, offsets.dtype)
+    return values, lambda: offsets_set.write_direct(offsets)
+
+
+class Hdf5ImageWriter:
+    """Takes stored pictures, spools them beside the file, and writes them as one dataset at the end.
+
+    Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,).
+    """
+
+    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
+        self._path, self._size_px, self._codec = path, size_px, codec
+        self._lengths: list[int] = []
         self._spool_path = path.with_name(f"{path.name}.spool")
         self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
 
-    def append(self, pixels: np.ndarray) -> None:
-        self._spool.write(pixels.tobytes())
-        self._num_rows += 1
+    def append(self, stored: bytes) -> None:
+        self._spool.write(stored)
+        self._lengths.append(len(stored))
 
     def finish(self) -> None:
-        shape = (self._size_px, self._size_px, 3)
-        row_bytes = self._size_px * self._size_px * 3
-        self._spool.seek(0)
         with _new_hdf5(self._path) as file:
             file.attrs["size_px"] = np.int32(self._size_px)
-            pixels = _dataset(file, "pixels", (self._num_rows, *shape), np.dtype("u1"))
-            start = 0
-            while block := self._spool.read(max(1, _BLOCK_BYTES // row_bytes) * row_bytes):
-                rows = np.frombuffer(block, dtype=np.uint8).reshape(-1, *shape)
-                pixels[start : start + len(rows)] = rows
-                start += len(rows)
+            if self._codec == "raw":
+                shape = (len(self._lengths), self._size_px, self._size_px, 3)
+                self._unspool(_dataset(file, "pixels", shape, np.dtype("u1")))
+            else:
+                pictures, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
+                self._unspool(pictures)
+                write_offsets()
         self.abort()
+
+    def _unspool(self, dataset: h5py.Dataset) -> None:
+        item_shape = dataset.shape[1:]
+        item_bytes = math.prod(item_shape)
+        self._spool.seek(0)
+        start = 0
+        while block := self._spool.read(max(1, _BLOCK_BYTES // item_bytes) * item_bytes):
+            items = np.frombuffer(block, dtype=np.uint8).reshape(-1, *item_shape)
+            dataset[start : start + len(items)] = items
+            start += len(items)
 
     def abort(self) -> None:
         self._spool.close()
@@ -71,22 +100,17 @@ def write_text_hdf5(
 
     bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
     """
-    offsets = np.zeros(len(num_tokens) + 1, dtype="<i8")
-    np.cumsum(num_tokens, out=offsets[1:])
-    total = int(offsets[-1])
     with _new_hdf5(path) as file:
         file.attrs["dtype"] = np.bytes_(dtype)
         file.attrs["dim"] = np.int32(dim)
-        # All datasets before any data: then the metadata stays together.
-        tokens = _dataset(file, "tokens", (total, dim), DISK_DTYPES[dtype])
-        offsets_set = _dataset(file, "offsets", offsets.shape, offsets.dtype)
-        scales = _dataset(file, "scales", (total,), SCALE_DTYPE) if dtype == "int8" else None
+        tokens, write_offsets = _ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
+        scales = _dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
         for start, block in _blocks(embeddings):
             stop = start + len(block.values)
             tokens[start:stop] = block.values
             if scales is not None:
                 scales[start:stop] = block.scales
-        offsets_set[...] = offsets
+        write_offsets()
 
 
 def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
@@ -111,27 +135,50 @@ def _join(block: list[Stored]) -> Stored:
     return Stored(values, np.concatenate(scales) if scales else None)
 
 
-class Hdf5Images:
-    """Random access to a shard's pictures; `num_rows` of them."""
+class _Ragged:
+    """Rows of different lengths in an open file: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    def __init__(self, source: str | BinaryIO, name: str, size_px: int) -> None:
+    def __init__(self, file: Any, dataset: Any, source: str | BinaryIO, name: str) -> None:
+        offsets: np.ndarray = file["offsets"][()]
+        total = len(dataset)
+        self.lengths: np.ndarray = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != total or (self.lengths < 0).any():
+            raise StoreError(f"{name}: offsets do not rise from 0 to {total}; {ADVICE}")
+        self.offsets: list[int] = offsets.tolist()
+        self.values = _map(dataset, source)
+
+
+class Hdf5Images:
+    """Random access to a shard's stored pictures; `num_rows` of them."""
+
+    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
         self._name = name
         with _reading(name):
             file = _open_hdf5(source)
-            dataset = file["pixels"]
-            if dataset.shape[1:] != (size_px, size_px, 3) or dataset.dtype != np.uint8:
+            what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
+            dataset, found_px = file[what], int(file.attrs["size_px"])
+            if dataset.shape[1:] != row_shape or dataset.dtype != np.uint8 or found_px != size_px:
                 raise StoreError(
-                    f"{name}: pixels are {dataset.dtype} {dataset.shape}, not uint8 "
-                    f"(n, {size_px}, {size_px}, 3); {ADVICE}"
+                    f"{name}: {what} are {dataset.dtype} {dataset.shape} of {found_px} px, not uint8 {row_shape} "
+                    f"each of {size_px} px; {ADVICE}"
                 )
-            self.num_rows: int = dataset.shape[0]
-            self._pixels = _map(dataset, source)
+            if codec == "raw":
+                self._offsets = None
+                self.num_rows: int = dataset.shape[0]
+                self._values = _map(dataset, source)
+            else:
+                ragged = _Ragged(file, dataset, source, name)
+                self._offsets, self._values, self.num_rows = ragged.offsets, ragged.values, len(ragged.lengths)
             self._file = file  # open as long as a dataset of it is read
 
-    def pixels(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3); possibly a read-only view of the file."""
-        with _reading(self._name):
-            return self._pixels[row]
+    def stored(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        try:
+            if self._offsets is None:
+                return self._values[row]
+            return self._values[self._offsets[row] : self._offsets[row + 1]]
+        except _ERRORS as error:
+            raise unreadable(self._name, "hdf5", error) from error
 
 
 class Hdf5Text:
@@ -148,13 +195,10 @@ class Hdf5Text:
                     f"{name}: holds (dtype, dim) {found} as {tokens.dtype} {tokens.shape}, not "
                     f"{(dtype, dim)}; {ADVICE}"
                 )
-            self._offsets: np.ndarray = file["offsets"][()]
             self._scales = file["scales"][()] if dtype == "int8" else None
-            self.num_tokens: np.ndarray = np.diff(self._offsets)
-            total = tokens.shape[0]
-            if self._offsets[0] != 0 or self._offsets[-1] != total or (self.num_tokens < 0).any():
-                raise StoreError(f"{name}: offsets do not rise from 0 to {total}; {ADVICE}")
-            self._tokens = _map(tokens, source)
+            ragged = _Ragged(file, tokens, source, name)
+            self.num_tokens: np.ndarray = ragged.lengths
+            self._offsets, self._tokens = ragged.offsets, ragged.values
             self._file = file  # open as long as a dataset of it is read
 
     @property
@@ -163,9 +207,11 @@ class Hdf5Text:
 
     def stored(self, row: int) -> Stored:
         """One caption's embedding; possibly a read-only view of the file."""
-        tokens = slice(int(self._offsets[row]), int(self._offsets[row + 1]))
-        with _reading(self._name):
+        try:
+            tokens = slice(self._offsets[row], self._offsets[row + 1])
             return Stored(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
+        except _ERRORS as error:
+            raise unreadable(self._name, "hdf5", error) from error
 
 
 def _open_hdf5(source: str | BinaryIO) -> Any:
@@ -191,5 +237,5 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except _ERRORS as error:
         raise unreadable(name, "hdf5", error) from error

@@ -2,7 +2,7 @@
 
     STORE/manifest.json
       samples/00000.parquet            one row a sample: key, captions, url ...
-      images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row
+      images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row, raw or encoded
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
 

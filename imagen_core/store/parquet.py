@@ -14,10 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.layout import ROW_GROUP_BYTES, SampleRow, StoreDtype
 from imagen_core.store.parquet_column import BlobColumn
 from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+
+_ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -97,31 +100,46 @@ class SamplesFile:
         return SampleRow(**values)
 
 
-class ParquetImageWriter:
-    """Takes checked pixels and writes a row group whenever ROW_GROUP_BYTES are full."""
+class _RowGroups:
+    """Collects rows, and writes a row group whenever ROW_GROUP_BYTES are full."""
 
-    def __init__(self, path: Path, size_px: int) -> None:
-        self._type = pa.binary(size_px * size_px * 3)
-        self._schema = pa.schema([_required("pixels", self._type)])
-        self._new = _new_parquet(path, self._schema, {"size_px": str(size_px)})
-        self._writer = self._new.__enter__()
-        self._rows: list[bytes] = []
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._rows: list[tuple[Any, ...]] = []
+        self._num_bytes = 0
 
-    def append(self, pixels: np.ndarray) -> None:
-        self._rows.append(pixels.tobytes())
-        if len(self._rows) * self._type.byte_width >= ROW_GROUP_BYTES:
-            self._flush()
+    def append(self, row: tuple[Any, ...], num_bytes: int) -> None:
+        self._rows.append(row)
+        self._num_bytes += num_bytes
+        if self._num_bytes >= ROW_GROUP_BYTES:
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._rows:
-            buffers = [None, pa.py_buffer(b"".join(self._rows))]
-            column = pa.FixedSizeBinaryArray.from_buffers(self._type, len(self._rows), buffers)
-            self._writer.write_table(pa.table([column], schema=self._schema), row_group_size=len(self._rows))
-            self._rows = []
+            values = zip(zip(*self._rows, strict=True), self._schema, strict=True)
+            columns = [pa.array(column, field.type) for column, field in values]
+            self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(self._rows))
+            self._rows, self._num_bytes = [], 0
+
+
+class ParquetImageWriter:
+    """Takes stored pictures: raw ones become column "pixels", encoded ones "num_bytes" and "picture"."""
+
+    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
+        self._is_raw = codec == "raw"
+        if self._is_raw:
+            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3))])
+        else:
+            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary())])
+        self._new = _new_parquet(path, schema, {"size_px": str(size_px)})
+        self._rows = _RowGroups(self._new.__enter__(), schema)
+
+    def append(self, stored: bytes) -> None:
+        self._rows.append((stored,) if self._is_raw else (len(stored), stored), len(stored))
 
     def finish(self) -> None:
-        self._flush()
-        self._new.__exit__(None, None, None)
+        self._rows.flush()
+        self.abort()
 
     def abort(self) -> None:
         self._new.__exit__(None, None, None)
@@ -136,47 +154,44 @@ def write_text_parquet(
         fields.append(_required("scale", pa.binary()))
     schema = pa.schema(fields)
     with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim)}) as writer:
-        for rows in _row_groups(embeddings):
-            columns = [
-                pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), fields, strict=True)
-            ]
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
+        rows = _RowGroups(writer, schema)
+        for stored in embeddings:
+            row = (len(stored.values), stored.values.tobytes())
+            rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()), stored.values.nbytes)
+        rows.flush()
 
 
-def _row_groups(embeddings: Iterable[Stored]) -> Iterator[list[tuple[Any, ...]]]:
-    rows: list[tuple[Any, ...]] = []
-    num_bytes = 0
-    for stored in embeddings:
-        row = (len(stored.values), stored.values.tobytes())
-        rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()))
-        num_bytes += stored.values.nbytes
-        if num_bytes >= ROW_GROUP_BYTES:
-            yield rows
-            rows, num_bytes = [], 0
-    if rows:
-        yield rows
+def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
+    """A column of counts, int64."""
+    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
 
 
 class ParquetImages:
-    """Random access to a shard's pictures; `num_rows` of them."""
+    """Random access to a shard's stored pictures; `num_rows` of them."""
 
-    def __init__(self, source: str | BinaryIO, name: str, size_px: int, *, mapped: bool = True) -> None:
-        self._shape = (size_px, size_px, 3)
+    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
         with _reading(name):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
-            width = size_px * size_px * 3
-            if file.schema_arrow.field("pixels").type != pa.binary(width):
-                kind = file.schema_arrow.field("pixels").type
-                raise StoreError(f"{name}: pixels are {kind}, {size_px} px needs {width} bytes; {ADVICE}")
+            found_px = int((file.metadata.metadata or {})[b"size_px"])
+            if found_px != size_px:
+                raise StoreError(f"{name}: pixels are {found_px} px wide, not {size_px}; {ADVICE}")
             self.num_rows: int = file.metadata.num_rows
-            lengths = np.full(self.num_rows, width, dtype=np.int64)
-            self._pixels = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
+            if codec == "raw":
+                self._shape: tuple[int, ...] = (size_px, size_px, 3)
+                lengths = np.full(self.num_rows, size_px * size_px * 3, dtype=np.int64)
+                self._values = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
+            else:
+                self._shape = (-1,)
+                lengths = _counts(file, "num_bytes")
+                self._values = BlobColumn(file, source, "picture", lengths, prefix_bytes=4, mapped=mapped)
         self._name = name
 
-    def pixels(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3); possibly a read-only view of the file."""
-        with _reading(self._name):
-            return self._pixels[row].reshape(self._shape)
+    def stored(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        try:
+            return self._values[row].reshape(self._shape)
+        except _ERRORS as error:
+            raise unreadable(self._name, "parquet", error) from error
 
 
 class ParquetText:
@@ -190,8 +205,7 @@ class ParquetText:
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
             if found != (dtype, dim):
                 raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
-            counts = file.read(columns=["num_tokens"], use_threads=False).column(0)
-            self.num_tokens: np.ndarray = counts.to_numpy().astype(np.int64)
+            self.num_tokens: np.ndarray = _counts(file, "num_tokens")
             token_bytes = dim * self._dtype.itemsize
             self._values = BlobColumn(
                 file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
@@ -207,9 +221,11 @@ class ParquetText:
 
     def stored(self, row: int) -> Stored:
         """One caption's embedding; possibly a read-only view of the file."""
-        with _reading(self._name):
+        try:
             values = self._values[row].view(self._dtype).reshape(-1, self._dim)
             return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+        except _ERRORS as error:
+            raise unreadable(self._name, "parquet", error) from error
 
 
 @contextmanager
@@ -238,5 +254,5 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError) as error:
+    except _ERRORS as error:
         raise unreadable(name, "parquet", error) from error

@@ -45,7 +45,8 @@ class BlobColumn:
             data = np.memmap(source, dtype=np.uint8, mode="r")
             starts = self._find_starts(meta, data, prefix_bytes)
             if starts is not None:
-                self._bytes, self._starts, self._file = data.view(np.ndarray), starts, None
+                self._bytes, self._file = data.view(np.ndarray), None
+                self._starts, self._stops = starts.tolist(), (starts + lengths).tolist()
 
     @property
     def is_mapped(self) -> bool:
@@ -53,8 +54,7 @@ class BlobColumn:
 
     def __getitem__(self, row: int) -> np.ndarray:
         if self._bytes is not None:
-            start = self._starts[row]
-            return self._bytes[start : start + self._lengths[row]]
+            return self._bytes[self._starts[row] : self._stops[row]]
         group = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         buffer = self._row_group(group)[row - int(self._first_rows[group])].as_buffer()
         if len(buffer) != self._lengths[row]:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.layout import (
     SAMPLES_GROUP,
     StoreDtype,
@@ -34,7 +35,7 @@ class ImagesGroup:
     name: str
     size_px: int
     format: StoreFormat
-    codec: str
+    codec: Codec
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,10 +95,10 @@ def parse_group(name: str, raw: Any) -> Group:
         elif kind == "images":
             size_px = _count(raw["size_px"], "size_px")
             config = dict(raw.get("config", {}))
-            group = ImagesGroup(name, size_px, check_format(raw["format"]), str(raw["codec"]), config)
+            if size_px < 1:
+                raise ValueError(f"size_px must be 1 or more (got {size_px})")
+            group = ImagesGroup(name, size_px, check_format(raw["format"]), check_codec(raw["codec"]), config)
             expected_name = image_group(size_px)
-            if group.codec != "raw" or size_px < 1:
-                raise ValueError(f"size_px {size_px}, codec {group.codec!r}: this version knows 'raw' only")
         elif kind == "text":
             group = _parse_text_group(name, raw)
             expected_name = text_group(group.encoder)

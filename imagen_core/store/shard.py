@@ -11,6 +11,8 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from imagen_core.store.codec import Codec, check_codec, decode, encode
+from imagen_core.store.errors import unreadable
 from imagen_core.store.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, write_text_hdf5
 from imagen_core.store.layout import StoreDtype, StoreFormat, check_dtype, check_format
 from imagen_core.store.parquet import ParquetImages, ParquetImageWriter, ParquetText, write_text_parquet
@@ -18,12 +20,36 @@ from imagen_core.store.ragged import Stored, cast_embedding
 from imagen_core.store.records import ImagesGroup, TextGroup
 
 
-class ImageFile(Protocol):
-    """An open image file of a shard."""
+class StoredPictures(Protocol):
+    """What both formats know of an image file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
 
     num_rows: int
 
-    def pixels(self, row: int) -> np.ndarray: ...
+    def stored(self, row: int) -> np.ndarray: ...
+
+
+class ImageFile:
+    """An open image file of a shard."""
+
+    def __init__(self, pictures: StoredPictures, name: str, group: ImagesGroup) -> None:
+        self._pictures, self._name = pictures, name
+        self._codec: Codec = group.codec
+        self._size_px = group.size_px
+        self.num_rows = pictures.num_rows
+
+    def pixels(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
+
+        Raises:
+            StoreError: the file cannot be read, or the picture cannot be decoded.
+        """
+        stored = self._pictures.stored(row)
+        if self._codec == "raw":
+            return stored
+        try:
+            return decode(stored, self._codec, self._size_px)
+        except ValueError as error:
+            raise unreadable(f"{self._name}, row {row}", self._codec, error) from error
 
 
 class TextFile(Protocol):
@@ -40,10 +66,11 @@ class TextFile(Protocol):
 class ImageWriter:
     """Appends pictures to one file; made by `open_image_writer`."""
 
-    def __init__(self, path: Path, size_px: int, store_format: StoreFormat) -> None:
+    def __init__(self, path: Path, size_px: int, store_format: StoreFormat, codec: Codec) -> None:
         writer = ParquetImageWriter if store_format == "parquet" else Hdf5ImageWriter
         self._shape = (size_px, size_px, 3)
-        self._writer = writer(path, size_px)
+        self._codec: Codec = codec
+        self._writer = writer(path, size_px, codec)
         self.num_rows = 0
 
     def append(self, pixels: np.ndarray) -> None:
@@ -54,21 +81,24 @@ class ImageWriter:
         """
         if pixels.dtype != np.uint8 or pixels.shape != self._shape:
             raise ValueError(f"row {self.num_rows}: {pixels.dtype} {pixels.shape}, not uint8 {self._shape}")
-        self._writer.append(pixels)
+        self._writer.append(encode(pixels, self._codec))
         self.num_rows += 1
 
 
 @contextmanager
-def open_image_writer(path: str | os.PathLike[str], size_px: int, store_format: StoreFormat) -> Iterator[ImageWriter]:
+def open_image_writer(
+    path: str | os.PathLike[str], size_px: int, store_format: StoreFormat, codec: Codec = "raw"
+) -> Iterator[ImageWriter]:
     """Open a file for a shard's pictures; the number of rows need not be known.
 
     Memory stays at one row group (512 KiB, or one picture). If the body raises, nothing is left behind.
     """
     check_format(store_format)
+    check_codec(codec)
     if size_px < 1:
         raise ValueError(f"size_px must be 1 or more (got {size_px})")
     path = Path(path)
-    writer = ImageWriter(path, size_px, store_format)
+    writer = ImageWriter(path, size_px, store_format, codec)
     try:
         yield writer
         writer._writer.finish()
@@ -123,11 +153,13 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     """Open an image file: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or pictures of another size.
+        StoreError: not such a file, or pictures of another size or codec.
     """
     if group.format == "parquet":
-        return ParquetImages(source, name, group.size_px, mapped=mapped)
-    return Hdf5Images(source, name, group.size_px)
+        pictures: StoredPictures = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
+    else:
+        pictures = Hdf5Images(source, name, group.size_px, group.codec)
+    return ImageFile(pictures, name, group)
 
 
 def open_text(source: str | BinaryIO, name: str, group: TextGroup, *, mapped: bool = True) -> TextFile:

@@ -57,8 +57,9 @@ def verify_store(
 ) -> VerifyReport:
     """Read the whole store, one file at a time, and list what is wrong with which file.
 
-    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; caption ids;
-    dim and dtype of embeddings, and that they are finite; unique keys; files the manifest does not know.
+    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
+    pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; files
+    the manifest does not know.
     A damaged manifest is a problem of the report, as nothing else can be judged without it.
     Memory: one file's rows, and 8 bytes a sample for the keys.
 
@@ -127,7 +128,7 @@ class _Check:
             group = self._manifest.groups[name]
             try:
                 if isinstance(group, ImagesGroup):
-                    self._rows(entry, open_images(self._source(entry), entry.path, group).num_rows)
+                    self._images(entry, group)
                 elif isinstance(group, TextGroup):
                     self._text(entry, group, num_captions)
             except StoreError as error:
@@ -174,6 +175,12 @@ class _Check:
         hashes = np.array([_hash(key) for key in samples.all_keys()], dtype=np.uint64)
         self._key_hashes.append((shard, hashes))
         return max(caption_of, default=-1) + 1
+
+    def _images(self, entry: FileEntry, group: ImagesGroup) -> None:
+        images = open_images(self._source(entry), entry.path, group)
+        self._rows(entry, images.num_rows)
+        for row in range(images.num_rows if group.codec != "raw" else 0):
+            images.pixels(row)
 
     def _text(self, entry: FileEntry, group: TextGroup, num_captions: int | None) -> None:
         # Not mapped: the parquet decoder checks the places that the mapped reader computes.

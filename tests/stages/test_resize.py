@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store, verify_store
+from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.workflow import Summary
+from stages.inspect import inspect_command
+from stages.report import report_command
 from tests.workflows.conftest import precompute
 
 
@@ -103,3 +106,54 @@ def test_a_folder_of_the_kept_originals_is_a_webdataset_source(pictures: Path, t
     for a, b in zip(first, second, strict=True):
         assert (a.captions, a.sha256) == (b.captions, b.sha256)
         assert np.array_equal(a.images[16], b.images[16])
+
+
+@pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
+def test_a_codec_by_size_stores_the_pixels_of_raw_ones_and_shows_in_every_command(
+    pictures: Path, tmp_path: Path, store_format: str
+) -> None:
+    run(tmp_path / "raw", pictures, "[16,32]", f"store.format={store_format}")
+    run(tmp_path / "coded", pictures, "[16,32]", f"store.format={store_format}", "images.codec={32: webp}")
+    raw, coded = (Store.open(tmp_path / name / "run" / "store") for name in ("raw", "coded"))
+    assert {size: group.codec for size, group in coded.manifest.images.items()} == {16: "raw", 32: "webp"}
+    assert coded.manifest.images[32].config == {"filter": "bicubic", "lossless": True, "quality": 20, "method": 0}
+    assert coded.manifest.file("images-16", 0) == raw.manifest.file("images-16", 0)
+    for a, b in zip(raw, coded, strict=True):
+        assert np.array_equal(a.images[32], b.images[32])
+    assert verify_store(tmp_path / "coded" / "run" / "store").ok
+    result, lines, _ = inspect_command(tmp_path / "coded" / "run")
+    assert result["groups"]["images-32"]["codec"] == "webp"  # type: ignore[index]
+    assert any(f"32 px, webp, {store_format}" in line for line in lines)
+    assert report_command(tmp_path / "coded" / "run")[2] == 0
+
+
+def test_another_codec_is_refused_with_a_diff_and_rebuilt_alone_on_restart(pictures: Path, tmp_path: Path) -> None:
+    run(tmp_path, pictures, "[16,32]", "images.codec=png")
+    kept = (tmp_path / "run" / "store" / "images-16" / "00000.parquet").stat()
+    with pytest.raises(StaleOutputError, match=r"(?s)images-32.*codec.*png.*jpeg"):
+        run(tmp_path, pictures, "[16,32]", "images.codec={16: png, 32: jpeg}")
+    precompute(
+        tmp_path / "run",
+        "source.kind=folder",
+        f"source.path={pictures}",
+        "images.sizes_px=[16,32]",
+        "images.codec={16: png, 32: jpeg}",
+        restart=True,
+    )
+    assert (tmp_path / "run" / "store" / "images-16" / "00000.parquet").stat().st_mtime_ns == kept.st_mtime_ns
+    store = Store.open(tmp_path / "run" / "store")
+    assert [group.codec for group in store.manifest.images.values()] == ["png", "jpeg"]
+    assert [int(s.images[32].max()) for s in store] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        ("jpg", "images.codec: codec 'jpg': use one of raw, png, webp, jpeg"),
+        ("{16: jpg}", "images.codec: codec 'jpg': use one of raw, png, webp, jpeg"),
+        ("{99: png}", r"images.codec: names the sizes 99, but sizes_px is \[16\]"),
+    ],
+)
+def test_a_codec_that_there_is_not_is_refused(pictures: Path, tmp_path: Path, codec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, pictures, "[16]", f"images.codec={codec}")

@@ -37,6 +37,7 @@ def make_store(
     sizes: tuple[int, ...] = (8, 4),
     excluded: dict[int, list[int]] | None = None,
     num_captions: int = 2,
+    codec: st.Codec = "raw",
     seed: int = 0,
 ) -> Made:
     """Write a store with `num_captions` captions a sample, the first shared by pairs of samples."""
@@ -66,7 +67,7 @@ def make_store(
         for size in sizes:
             name = st.image_group(size)
             files[name] = st.shard_path(name, shard, store_format)
-            with st.open_image_writer(root / files[name], size, store_format) as writer:
+            with st.open_image_writer(root / files[name], size, store_format, codec) as writer:
                 for row in range(rows):
                     pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
                     writer.append(pixels)
@@ -97,8 +98,8 @@ def make_store(
             "kind": "images",
             "size_px": size,
             "format": store_format,
-            "codec": "raw",
-            "config": {},
+            "codec": codec,
+            "config": st.codec_settings(codec),
         }
     header_groups["text-t5"] = {
         "kind": "text",

@@ -186,9 +186,9 @@ def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:
         for _ in range(100):
             writer.append(np.zeros((64, 64, 3), np.uint8))
     st.write_text_shard(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
-    images = ParquetImages(str(tmp_path / "images"), "images", 64)
+    images = ParquetImages(str(tmp_path / "images"), "images", 64, "raw")
     text = ParquetText(str(tmp_path / "text"), "text", 16, "int8")
-    assert images._pixels.is_mapped
+    assert images._values.is_mapped
     assert text._values.is_mapped
     assert text._scales is not None
     assert text._scales.is_mapped

@@ -1,0 +1,55 @@
+"""How one picture is stored: its pixels as they are, or as the bytes of a PNG, WebP or JPEG file."""
+
+import io
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Codec = Literal["raw", "png", "webp", "jpeg"]
+
+# What Pillow's save() is given. The same pixels give the same bytes with the same Pillow.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 6},
+    "webp": {"lossless": True, "quality": 20, "method": 0},  # quality is effort here, no pixel changes
+    "jpeg": {"quality": 95, "subsampling": "4:4:4", "optimize": True},
+}
+
+
+def check_codec(codec: object) -> Codec:
+    """Return the codec, or raise ValueError that lists those there are."""
+    if codec not in get_args(Codec):
+        raise ValueError(f"codec {codec!r}: use one of {', '.join(get_args(Codec))}")
+    return codec  # type: ignore[return-value]
+
+
+def codec_settings(codec: Codec) -> dict[str, Any]:
+    """What decides the bytes beside the pixels, for the group's config; nothing for raw."""
+    return dict(_SETTINGS.get(codec, {}))
+
+
+def encode(pixels: np.ndarray, codec: Codec) -> bytes:
+    """The stored bytes of uint8 RGB (S, S, 3). png and webp are lossless; jpeg is not."""
+    if codec == "raw":
+        return pixels.tobytes()
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, codec, **_SETTINGS[codec])
+    return buffer.getvalue()
+
+
+def decode(data: np.ndarray, codec: Codec, size_px: int) -> np.ndarray:
+    """uint8 RGB (size_px, size_px, 3) from the bytes of an encoded picture, uint8 (n,).
+
+    Raises:
+        ValueError: not a whole picture of this codec and size.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data.tobytes()), formats=[codec]) as image:
+            if image.mode != "RGB" or image.size != (size_px, size_px):
+                raise ValueError(f"{image.mode} of {image.size} px, not RGB of {size_px} px")
+            return np.asarray(image)
+    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, about a broken PNG chunk
+        raise ValueError(str(error)) from error
