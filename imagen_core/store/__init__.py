@@ -1,6 +1,7 @@
 """The store: what precompute writes and the trainer reads."""
 
 from imagen_core.store.codec import Codec, check_codec, codec_settings
+from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.layout import (
     MANIFEST_NAME,
@@ -28,6 +29,7 @@ __all__ = [
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
     "Codec",
+    "Crop",
     "FileEntry",
     "ImageWriter",
     "ImagesGroup",

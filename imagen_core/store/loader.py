@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from imagen_core.store.crop import WHOLE, Crop
 from imagen_core.store.order import derive_key, permute, pick
 from imagen_core.store.ragged import Stored, restore
 
@@ -34,7 +35,8 @@ class Loader:
 
     Each batch is a dict:
         keys: list[str], B of them.
-        images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were asked for.
+        images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were asked for. With a
+            crop, the side of each is that of the square.
         text: (B, L, dim) in the store's dtype (float16 for int8), zero padded, L = the longest of this
             batch after the cut at max_tokens (which also cuts the end-of-sentence token of those cut);
             only if text was asked for.
@@ -55,6 +57,7 @@ class Loader:
         shuffle: bool,
         drop_last: bool,
         samples: range,
+        crop: Crop | None,
     ) -> None:
         """Made by `Store.loader`, which explains the arguments."""
         if batch_size < 1:
@@ -67,7 +70,10 @@ class Loader:
             raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
         self._store = store
         self._samples = samples
-        self._image_groups = [store.image_group(size) for size in images or ()]
+        self._sides = {store.image_group(size).size_px: size for size in images or ()}
+        self._crop = crop if self._sides else None
+        if self._crop is not None:
+            self._sides = self._crop.sides(list(self._sides))
         self._text_group = None if text is None else store.text_group(text)
         self._max_tokens = max_tokens
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
@@ -134,18 +140,26 @@ class Loader:
         batch: dict[str, Any] = {"keys": [""] * len(places)}
         for k, shard, row in places:
             batch["keys"][k] = self._store.samples_file(shard).key(row)
-        if self._image_groups:
-            sizes = [group.size_px for group in self._image_groups]
-            batch["images"] = {size: self._read_images(size, places) for size in sizes}
+        if self._sides:
+            batch["images"] = self._read_images(epoch, positions, places)
         if self._text_group is not None:
             batch["text"], batch["text_mask"] = self._read_text(epoch, indices, places)
         return batch
 
-    def _read_images(self, size: int, places: list[tuple[int, int, int]]) -> torch.Tensor:
-        pixels = np.empty((len(places), size, size, 3), dtype=np.uint8)
-        for k, shard, row in places:
-            pixels[k] = self._store.image_file(size, shard).pixels(row)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (b, 3, s, s)
+    def _read_images(
+        self, epoch: int, positions: np.ndarray, places: list[tuple[int, int, int]]
+    ) -> dict[int, torch.Tensor]:
+        windows = {size: [WHOLE] * len(places) for size in self._sides}
+        if self._crop is not None:
+            first = epoch * len(self._samples) + (int(positions[0]) if len(positions) else 0)
+            windows = self._crop.windows(list(self._sides), range(first, first + len(positions)))
+        images = {}
+        for size, side in self._sides.items():
+            pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
+            for k, shard, row in places:
+                pixels[k] = self._store.image_file(size, shard).pixels(row)[windows[size][k]]
+            images[size] = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (b, 3, side, side)
+        return images
 
     def _read_text(
         self, epoch: int, indices: np.ndarray, places: list[tuple[int, int, int]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files import StoreFolder
 from imagen_core.store.layout import SAMPLES_GROUP
@@ -170,6 +171,7 @@ class Store(Sequence[Sample]):
         shuffle: bool = True,
         drop_last: bool = False,
         samples: range | None = None,
+        crop: Crop | None = None,
     ) -> "Loader":
         """A resumable loader of torch batches; see `Loader`.
 
@@ -182,6 +184,7 @@ class Store(Sequence[Sample]):
             shuffle: off, samples come in the store's order in every epoch.
             drop_last: leave out the last global batch if it is not full.
             samples: indices to load, a range of step 1; None loads the whole store.
+            crop: a square of each picture instead of all of it; only that is read where pictures are raw.
         Raises:
             ValueError: a size or encoder the store lacks, or a number out of range.
         """
@@ -199,6 +202,7 @@ class Store(Sequence[Sample]):
             shuffle=shuffle,
             drop_last=drop_last,
             samples=range(len(self)) if samples is None else samples,
+            crop=crop,
         )
 
     def locate(self, index: int) -> tuple[int, int]:

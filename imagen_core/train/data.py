@@ -14,11 +14,11 @@ from torch import Tensor
 
 from imagen_core.diffusion import Denoiser
 from imagen_core.models import Conditioning
-from imagen_core.store import Store
+from imagen_core.store import Crop, Store
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
-from imagen_core.train.randomness import draw, mix
+from imagen_core.train.randomness import draw, draw_uniform, mix
 
 _AHEAD = 3  # batches read while a step runs
 
@@ -101,6 +101,13 @@ def needed_sizes(config: TrainConfig) -> list[int]:
     return [size for size in sizes if size is not None]
 
 
+def random_crop(config: TrainConfig) -> Crop | None:
+    """The crop of training: a sample's place is a pair of its named random numbers."""
+    if config.crop_px is None:
+        return None
+    return Crop(config.crop_px, lambda counters: draw_uniform(config.seed, counters)[:, 2:4].numpy())
+
+
 class BatchStream:
     """An endless stream of training batches; a thread reads the next ones while a step runs."""
 
@@ -118,6 +125,7 @@ class BatchStream:
             rank=world.rank,
             world_size=world.size,
             samples=range(self._samples),
+            crop=random_crop(config),
         )
         if state is not None:
             try:
@@ -187,7 +195,7 @@ def _pinned(tensor: Tensor | None, pin: bool) -> Tensor | None:
 
 
 def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: torch.device, step: int) -> Example:
-    """Pixels and embeddings of a batch with its noise, noise levels, crops and dropped captions.
+    """Pixels and embeddings of a batch with its noise, noise levels, flips and dropped captions.
 
     An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
     """
@@ -203,8 +211,6 @@ def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: 
     uniform = draws.uniform
     x0 = _pixels(batch.images[settings.size_px], device, dtype)
     low_res = None if settings.low_res_px is None else _pixels(batch.images[settings.low_res_px], device, dtype)
-    if config.crop_px is not None and low_res is not None:
-        x0, low_res = _crops(x0, low_res, uniform[:, 2:4], config.crop_px)
     if config.horizontal_flip:
         mirrored = (uniform[:, 4] < 0.5).to(device)[:, None, None, None]
         x0 = torch.where(mirrored, x0.flip(-1), x0)
@@ -248,19 +254,3 @@ def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _one_row(tensor: Tensor) -> Tensor:
     """One row of zeros instead of none."""
     return tensor if len(tensor) else tensor.new_zeros(1, *(max(1, side) for side in tensor.shape[1:]))
-
-
-def _crops(x0: Tensor, low_res: Tensor, place: Tensor, crop_px: int) -> tuple[Tensor, Tensor]:
-    """The same random square of both pictures, on the grid of the low-resolution one."""
-    ratio = x0.shape[-1] // low_res.shape[-1]
-    low_crop = crop_px // ratio
-    free = low_res.shape[-1] - low_crop + 1
-    corners = (place * free).long().tolist()
-    small = [
-        row[:, top : top + low_crop, left : left + low_crop] for row, (top, left) in zip(low_res, corners, strict=True)
-    ]
-    large = [
-        row[:, ratio * top : ratio * top + crop_px, ratio * left : ratio * left + crop_px]
-        for row, (top, left) in zip(x0, corners, strict=True)
-    ]
-    return torch.stack(large), torch.stack(small)

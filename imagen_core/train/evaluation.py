@@ -13,7 +13,7 @@ from imagen_core.pictures import tile, to_pixels
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, make_example, needed_sizes
+from imagen_core.train.data import Batch, make_example, needed_sizes, random_crop
 from imagen_core.train.distributed import World
 from imagen_core.train.randomness import mix
 
@@ -33,6 +33,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
         world_size=world.size,
         shuffle=False,
         samples=range(len(store) - count, len(store)),
+        crop=random_crop(fixed),
     )
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     done = 0

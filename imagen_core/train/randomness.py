@@ -36,21 +36,26 @@ def draw(
     seed: int, counters: Sequence[int], shape: tuple[int, int, int], *, low_res: bool, device: torch.device
 ) -> Draws:
     """Numbers for the samples with these counters, for pictures of `shape` (c, h, w)."""
-    generator, cpu_generator = torch.Generator(device), torch.Generator()
-    uniform = torch.empty(len(counters), 5, dtype=torch.float64)
+    generator = torch.Generator(device)
     noise = torch.empty(len(counters), *shape, device=device)
     low_res_noise = torch.empty_like(noise) if low_res else None
     for row, counter in enumerate(counters):
-        torch.rand(
-            5, generator=cpu_generator.manual_seed(mix(seed, counter, 0)), dtype=torch.float64, out=uniform[row]
-        )
         generator.manual_seed(mix(seed, counter, 1))
         noise[row].normal_(generator=generator)
         if low_res_noise is not None:
             low_res_noise[row].normal_(generator=generator)
     start = mix(seed, 0, 2) / 2**63
     time = torch.tensor([(start + counter * _GOLDEN) % 1.0 for counter in counters], dtype=torch.float64)
-    return Draws(time, uniform, noise, low_res_noise)
+    return Draws(time, draw_uniform(seed, counters), noise, low_res_noise)
+
+
+def draw_uniform(seed: int, counters: Sequence[int]) -> Tensor:
+    """`Draws.uniform` alone."""
+    generator = torch.Generator()
+    uniform = torch.empty(len(counters), 5, dtype=torch.float64)
+    for row, counter in enumerate(counters):
+        torch.rand(5, generator=generator.manual_seed(mix(seed, counter, 0)), dtype=torch.float64, out=uniform[row])
+    return uniform
 
 
 def mix(*values: int) -> int:

@@ -12,6 +12,7 @@ from imagen_core.store import Store, StoreError
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
 from imagen_core.train.distributed import World
+from imagen_core.train.randomness import draw
 from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store
 
 CPU = torch.device("cpu")
@@ -130,10 +131,12 @@ def test_half_of_the_pictures_are_mirrored_with_their_low_resolution(store: Path
 
 def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     unet = SUPER["unet"] | {"low_res_noise": False}
-    config = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet}, crop_px=16)
+    whole = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet})
+    config = whole.model_copy(update={"crop_px": 16})
     corners = set()
-    for batch in read(config, 5):
-        cut = example(config, batch)
+    for batch, cropped in zip(read(whole, 5), read(config, 5), strict=True):
+        cut = example(config, cropped)
+        assert cropped.keys == batch.keys
         assert cut.x0.shape[-2:] == (16, 16)
         for k in range(len(batch.keys)):
             large = batch.images[32][k].double() / 127.5 - 1
@@ -153,6 +156,29 @@ def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     tops, lefts = ({corner[axis] for corner in corners} for axis in (0, 1))
     assert {0, 8} <= tops <= set(range(9))  # the edges are reached
     assert {0, 8} <= lefts <= set(range(9))
+
+
+def test_crops_are_read_from_the_store_where_training_has_always_cut_them(store: Path) -> None:
+    """Written out once more on whole pictures: a run that began before crops were read goes on the same."""
+    whole = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
+    config = whole.model_copy(update={"crop_px": 8})
+    batches = read(whole, 9)  # over the end of the epoch, with a short batch
+    for world_size in (1, 3):
+        ranks = [read(config, 9, World(rank, world_size, CPU)) for rank in range(world_size)]
+        for step, batch in enumerate(batches):
+            place = draw(11, batch.counters, (3, 8, 8), low_res=False, device=CPU).uniform[:, 2:4]
+            corners = (place * (16 - 4 + 1)).long().tolist()
+            for px, ratio in ((32, 2), (16, 1)):
+                expected = [
+                    picture[:, ratio * top : ratio * (top + 4), ratio * left : ratio * (left + 4)]
+                    for picture, (top, left) in zip(batch.images[px], corners, strict=True)
+                ]
+                got = torch.cat([rank[step].images[px] for rank in ranks])
+                assert torch.equal(got, torch.stack(expected))
+    resumed = read(config, 2, state=batches[5].loader_state)
+    straight = read(config, 8)[6:]
+    for a, b in zip(resumed, straight, strict=True):
+        assert torch.equal(a.images[32], b.images[32])
 
 
 @pytest.mark.parametrize(("per", "num_levels"), [("batch", 1), ("sample", 8)])
