@@ -21,7 +21,7 @@ from imagen_core.store.parquet import read_samples, write_samples
 from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, restore
 from imagen_core.store.reader import Sample, Store
 from imagen_core.store.records import FileEntry, ImagesGroup, SamplesGroup, ShardEntry, TextGroup
-from imagen_core.store.shard import ImageWriter, open_image_writer, write_text_shard
+from imagen_core.store.shard import ImageWriter, open_image_writer, text_shard_bytes, write_text_shard
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "restore",
     "shard_path",
     "text_group",
+    "text_shard_bytes",
     "verify_store",
     "write_manifest",
     "write_null",

@@ -14,9 +14,9 @@ import numpy as np
 from imagen_core.store.codec import Codec, check_codec, decode, encode
 from imagen_core.store.errors import unreadable
 from imagen_core.store.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, write_text_hdf5
-from imagen_core.store.layout import StoreDtype, StoreFormat, check_dtype, check_format
+from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, check_dtype, check_format
 from imagen_core.store.parquet import ParquetImages, ParquetImageWriter, ParquetText, write_text_parquet
-from imagen_core.store.ragged import Stored, cast_embedding
+from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
 from imagen_core.store.records import ImagesGroup, TextGroup
 
 
@@ -137,6 +137,14 @@ def write_text_shard(
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
+
+
+def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
+    """Bytes of the file `write_text_shard` would write for captions of so many tokens; within 1 %, either format."""
+    token_bytes = dim * DISK_DTYPES[check_dtype(dtype)].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
+    payload = sum(num_tokens) * token_bytes
+    row_groups = -(-payload // ROW_GROUP_BYTES)
+    return payload + 8 * len(num_tokens) + 170 * row_groups + 400
 
 
 def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
