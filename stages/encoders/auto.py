@@ -1,5 +1,6 @@
 """Any other text encoder that transformers knows: DeBERTa, BERT, RoBERTa, XLM-R, T5Gemma ... or a language model."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
@@ -32,3 +33,10 @@ class AutoEncoderConfig(EncoderConfig):
         if model.config.is_encoder_decoder and not is_encoder:  # BART and its like
             model = model.get_encoder()
         return PaddedModel(model, self.output)
+
+    def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
+        from transformers import AutoModel
+
+        from stages.encoders.padded import count_flops
+
+        return count_flops(AutoModel, hf_config(files), lengths)

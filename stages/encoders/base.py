@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from stages.encoders.encoder import TextEncoder
 
+POOLED = ("pooled", "projected")
+"""Outputs of one vector a caption."""
+
 FloatArray = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -37,6 +40,16 @@ class Encoded:
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
     waited_s: float = 0.0
     """Seconds spent waiting for another thread to be done with the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What an encoder would have to do for some captions."""
+
+    tokens: list[int]
+    """Rows of each caption as they would be stored: its tokens, or 1 for a pooled output."""
+    flops: float
+    """Of the matrix products, without padding; a multiply-add is two."""
 
 
 class TokenModel(Protocol):
@@ -160,6 +173,23 @@ class EncoderConfig(FrozenModelConfig):
             MachineError: they cannot be read, or some are missing.
         """
 
+    @abstractmethod
+    def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
+        """FLOPs of captions of so many tokens each, without padding, from config.json; a multiply-add is two."""
+
+    def workload(self, captions: Sequence[str]) -> Workload:
+        """Counts tokens and FLOPs with the tokenizer and config.json alone; no weights are read.
+
+        Raises:
+            MachineError: the model cannot be found, or its tokenizer not be read.
+        """
+        from stages.encoders.tokens import load_tokenizer, tokenize
+
+        with self.located() as files, reading(self):
+            token_ids, _ = tokenize(load_tokenizer(files), captions, self.max_tokens)
+            lengths = [len(ids) for ids in token_ids]
+            return Workload([1] * len(lengths) if self.output in POOLED else lengths, self.flops(files, lengths))
+
     def settings(self, files: ModelFiles) -> dict[str, object]:
         if files.tokenizer_sha256 is None:
             raise MachineError(
@@ -193,6 +223,17 @@ class EncoderConfig(FrozenModelConfig):
                 f"encoders.{self.name}.max_tokens: {self.max_tokens}, but {self.model} takes at most {positions} "
                 f"tokens; give encoders: [{{name: {self.name}, max_tokens: {positions}, ...}}]"
             )
+
+
+@contextmanager
+def reading(config: FrozenModelConfig) -> Iterator[None]:
+    """Turns whatever the loaders raise for damaged files, which is almost anything, into a MachineError."""
+    try:
+        yield
+    except MachineError:
+        raise
+    except Exception as error:
+        raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
 
 
 def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> MachineError:

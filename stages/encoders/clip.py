@@ -3,6 +3,7 @@
 DALL-E 2 conditions on the projected embedding and the token states, latent diffusion on the token states.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -25,8 +26,7 @@ class ClipTextConfig(EncoderConfig):
     def dim(self, files: ModelFiles) -> int:
         if files.config.get("model_type") not in ("clip", "clip_text_model"):
             raise refuse_kind(self.model, files, "CLIP", "give a CLIP in the format of transformers, or kind: auto")
-        config = hf_config(files)
-        text = getattr(config, "text_config", config)
+        text = _text(files)
         self.check_positions(text.max_position_embeddings)
         return text.projection_dim if self.output == "projected" else text.hidden_size
 
@@ -37,3 +37,16 @@ class ClipTextConfig(EncoderConfig):
 
         model_class = CLIPTextModelWithProjection if self.output == "projected" else CLIPTextModel
         return PaddedModel(load_weights(model_class, files, dtype, device), self.output)
+
+    def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
+        from transformers import CLIPTextModel
+
+        from stages.encoders.padded import count_flops
+
+        return count_flops(CLIPTextModel, _text(files), lengths)
+
+
+def _text(files: ModelFiles) -> Any:
+    """The configuration of the text half."""
+    config = hf_config(files)
+    return getattr(config, "text_config", config)

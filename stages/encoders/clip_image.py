@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from stages.encoders.base import FloatArray, FrozenModelConfig, refuse_kind
-from stages.encoders.loading import load_weights, place, reading
+from stages.encoders.base import FloatArray, FrozenModelConfig, reading, refuse_kind
+from stages.encoders.loading import load_weights, place
 from stages.encoders.model_files import ModelFiles, hf_config
 from stages.images.resample import resize_square
 

@@ -3,14 +3,15 @@
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.encoders.base import Encoded, EncoderConfig, FloatArray
+from stages.encoders.base import Encoded, EncoderConfig, FloatArray, reading
 from stages.encoders.batching import token_budget_batches
-from stages.encoders.loading import place, reading
+from stages.encoders.loading import place
 from stages.encoders.model_files import ModelFiles
+from stages.encoders.tokens import load_tokenizer, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +27,11 @@ class TextEncoder:
     """
 
     def __init__(self, config: EncoderConfig, files: ModelFiles, num_threads: int):
-        from transformers import AutoTokenizer
-
         self.config = config
         self.device, dtype = place(config, num_threads)
         self.dim = config.dim(files)
         with reading(config):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
+            self.tokenizer = load_tokenizer(files)
             self.model = config.build(files, dtype, self.device)
         default = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_GPU
         self.tokens_per_batch = config.tokens_per_batch or default
@@ -44,7 +43,7 @@ class TextEncoder:
         The result does not depend on which captions come together, beyond rounding.
         """
         with self._tokenizing:
-            token_ids, num_truncated = self._tokenize(captions)
+            token_ids, num_truncated = tokenize(self.tokenizer, captions, self.config.max_tokens)
         lengths = [len(ids) for ids in token_ids]
         batches = token_budget_batches(lengths, self.tokens_per_batch, padded=self.model.padded)
         began = time.perf_counter()
@@ -58,19 +57,6 @@ class TextEncoder:
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
                 embeddings[index] = values
         return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s)
-
-    def _tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids with start and end tokens, at most max_tokens each; and how many captions were cut."""
-        if not captions:
-            return [], 0
-        limit = self.config.max_tokens
-        all_ids: list[list[int]] = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        long = [i for i, ids in enumerate(all_ids) if len(ids) > limit]
-        if long:  # the tokenizer knows which of its tokens must stay at the end
-            cut = self.tokenizer([captions[i] for i in long], truncation=True, max_length=limit)["input_ids"]
-            for i, ids in zip(long, cut, strict=True):
-                all_ids[i] = ids
-        return all_ids, len(long)
 
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
         """One batch: float32 (rows, dim) on the CPU; from a GPU it may still be on its way."""

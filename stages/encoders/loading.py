@@ -1,7 +1,5 @@
 """Loads the weights of a model through transformers, and refuses to make up the missing ones."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError
@@ -26,17 +24,6 @@ def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, t
         torch.set_num_threads(num_threads)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
     return torch.device("cuda" if use_gpu else "cpu"), dtype
-
-
-@contextmanager
-def reading(config: FrozenModelConfig) -> Iterator[None]:
-    """Turns whatever the loaders raise for damaged files, which is almost anything, into a MachineError."""
-    try:
-        yield
-    except MachineError:
-        raise
-    except Exception as error:
-        raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
 
 
 def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -> Any:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-STATES = ("last_hidden_state", "penultimate")
-POOLED = ("pooled", "projected")
+from stages.encoders.base import POOLED
 
 
 class PaddedModel:
@@ -43,3 +42,12 @@ class PaddedModel:
             return result.text_embeds
         states = result.hidden_states[-2] if self._output == "penultimate" else result.last_hidden_state
         return states[mask]
+
+
+def count_flops(model_class: Any, config: Any, lengths: Sequence[int]) -> float:
+    """FLOPs of the linear layers and of attention's two products, without padding; the model is not loaded."""
+    with torch.device("meta"):
+        model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    width, layers = config.hidden_size, config.num_hidden_layers
+    return sum(2.0 * weights * length + 4.0 * layers * width * length**2 for length in lengths)

@@ -4,7 +4,8 @@ Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.1) conditions on the la
 frozen T5-XXL encoder.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
 from stages.encoders.loading import load_weights
@@ -32,3 +33,10 @@ class T5EncoderConfig(EncoderConfig):
         from stages.encoders.t5_packed import PackedT5
 
         return PackedT5(load_weights(AutoModelForTextEncoding, files, dtype, device))
+
+    def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
+        shape = cast(Mapping[str, Any], files.config)
+        inner = shape["num_heads"] * shape["d_kv"]
+        feed_forward = 3 if str(shape.get("feed_forward_proj", "relu")).startswith("gated") else 2
+        weights = shape["d_model"] * (4 * inner + feed_forward * shape["d_ff"])
+        return 2.0 * shape["num_layers"] * sum(weights * length + 2 * length**2 * inner for length in lengths)

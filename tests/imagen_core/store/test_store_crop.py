@@ -50,7 +50,7 @@ def test_numbers_go_on_over_epochs_ranks_and_resumed_loaders(make: Make) -> None
     loader = store.loader(3, [8], crop=st.Crop(4, noted))
     for _ in range(2):
         list(loader)
-    assert seen == [range(0, 3), range(3, 6), range(6, 7), range(7, 10), range(10, 13), range(13, 14)]
+    assert seen == [range(3), range(3, 6), range(6, 7), range(7, 10), range(10, 13), range(13, 14)]
     seen.clear()
     other = store.loader(1, [8], rank=1, world_size=2, crop=st.Crop(4, noted))
     other.load_state_dict(loader.state_dict())

@@ -133,6 +133,14 @@ def test_bfloat16_differs_by_its_rounding_only(case: Case) -> None:
         assert np.linalg.norm(a - b) / np.linalg.norm(b) < 0.1
 
 
+def test_the_workload_counts_the_rows_that_are_stored_and_the_products(case: Case) -> None:
+    found = case.config().workload(CAPTIONS)
+    assert found.tokens == [len(e) for e in case.encoder.encode(CAPTIONS).embeddings]
+    tokens = sum(len(ids) for ids in case.encoder.tokenizer(CAPTIONS)["input_ids"])
+    least = 2 * tokens * 2 * (3 * 24 * 24 + 2 * 24 * 40)  # two layers of the smallest model here
+    assert least < found.flops < 20 * least
+
+
 # ---- refusals ----
 
 

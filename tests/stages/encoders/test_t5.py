@@ -16,6 +16,7 @@ from pipeline.errors import MachineError
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+from stages.encoders.tokens import tokenize
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -122,7 +123,7 @@ def test_bfloat16_differs_by_its_rounding_only(encoder: TextEncoder) -> None:
 def test_a_cut_caption_keeps_its_end_token_and_is_counted(encoder: TextEncoder, limit: int) -> None:
     short = with_changes(encoder, max_tokens=limit)
     whole = [encoder.tokenizer(caption)["input_ids"] for caption in CAPTIONS]
-    token_ids, num_truncated = short._tokenize(CAPTIONS)
+    token_ids, num_truncated = tokenize(encoder.tokenizer, CAPTIONS, limit)
     for found, full in zip(token_ids, whole, strict=True):
         assert found == (full if len(full) <= limit else [*full[: limit - 1], EOS])
         assert found.count(EOS) == 1
@@ -159,6 +160,17 @@ def test_threads_share_a_model_and_wait_for_it(encoder: TextEncoder) -> None:
         encoder._computing.release()
         assert future.result().waited_s >= 0.01
         encoder._computing.acquire()
+
+
+def test_the_workload_is_known_without_the_weights(encoder: TextEncoder, folder: Path, tmp_path: Path) -> None:
+    light = tmp_path / TINY_MODEL
+    shutil.copytree(folder, light)
+    (light / "model.safetensors").write_bytes(b"")
+    found = config(str(light), max_tokens=9).workload(CAPTIONS)
+    lengths = [min(9, len(encoder.tokenizer(caption)["input_ids"])) for caption in CAPTIONS]
+    assert found.tokens == lengths
+    weights = 64 * (4 * 64 + 3 * 160)  # a layer's
+    assert found.flops == 2 * 2 * sum(weights * n + 2 * n**2 * 64 for n in lengths)
 
 
 def test_no_caption_is_no_work(encoder: TextEncoder) -> None:
