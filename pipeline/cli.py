@@ -33,6 +33,10 @@ ConfigFile = Annotated[
     str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")]
+ExecutorName = Annotated[
+    str | None,
+    typer.Option(help="ray, local or inline (this process); default ray for precompute, local for train and sample."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,12 +57,7 @@ def run(
     overrides: Overrides = None,
     config: ConfigFile = None,
     out: Out = None,
-    executor: Annotated[
-        str | None,
-        typer.Option(
-            help="ray, local or inline (this process); default ray for precompute, local for train and sample."
-        ),
-    ] = None,
+    executor: ExecutorName = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
@@ -71,7 +70,7 @@ def run(
 ) -> None:
     """Run a workflow. The same command again goes on where it stopped."""
     if dry_run:
-        plan(workflow, overrides, config, out, as_json)
+        plan(workflow, overrides, config, out, executor, as_json=as_json)
         return
     from pipeline.runfolder import RunFolder
     from pipeline.workflow import RunOptions
@@ -103,12 +102,37 @@ def plan(
     overrides: Overrides = None,
     config: ConfigFile = None,
     out: Out = None,
+    executor: ExecutorName = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Predict the time: run the stages for some seconds on rows spread over the input, in a temporary "
+            "folder. Downloads those rows; loads the models.",
+        ),
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict time and cost on other hardware: h200x1, h200x8, a100x8, l4x1, cpu16, or your YAML file. "
+            "Needs no weights. With --probe, what runs no model is measured here."
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Plan for so many rows like those of the input.")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write RUN/estimate.json; `report` will compare the run with it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: shards, stages, what is finished, bytes. Writes nothing."""
-    from pipeline.show import show_preview
+    """Show what a run would do: shards, stages, what is finished, bytes; with --probe or --profile time and cost.
 
-    result = _build(workflow, config, overrides).preview(out or Path("runs") / workflow)
+    Writes nothing but what --save says.
+    """
+    from pipeline.show import show_preview
+    from pipeline.workflow import PlanOptions
+
+    options = PlanOptions(probe, profile, rows, executor, save)
+    result = _build(workflow, config, overrides).preview(out or Path("runs") / workflow, options)
     _print_json(result) if as_json else show_preview(result)
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
 from pipeline.files import write_json, write_text
 from pipeline.progress import Lines
 from pipeline.runfolder import EventLog, RunFolder
-from pipeline.workflow import RunOptions, Summary, Workflow
+from pipeline.workflow import PlanOptions, RunOptions, Summary, Workflow
 
 
 @dataclass(slots=True)
@@ -54,7 +54,9 @@ class JobWorkflow(Workflow):
     def run(self, out: Path, options: RunOptions) -> Summary:
         return run_job(self, out, options)
 
-    def preview(self, out: Path) -> dict[str, object]:
+    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
+        if options != PlanOptions(executor=options.executor):
+            raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
         return {"workflow": self.name, "out": str(out), "facts": dict(self.facts())}
 
 

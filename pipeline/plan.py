@@ -1,6 +1,6 @@
 """A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from pipeline.fingerprint import digest
@@ -28,6 +28,10 @@ class Plan:
     max_drop_fraction: float = 1.0
     keep: frozenset[str] = frozenset()
     """Transient groups whose files are to be kept."""
+    shard_size: int | None = None
+    """Rows of a full shard; None: as large as the largest there is."""
+    captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
+    """The captions of each row of a shard, for `Stage.workload`; reads no more of the rows than it must."""
 
     def __post_init__(self) -> None:
         made: set[str] = set()
@@ -45,6 +49,18 @@ class Plan:
     @property
     def transient_groups(self) -> frozenset[str]:
         return frozenset(name for name, group in self.groups.items() if group.transient)
+
+    def needed(self, present: Set[str]) -> list[Stage]:
+        """Stages to run on a shard that has these groups: those with a missing lasting one, and what feeds them."""
+        needed: list[Stage] = []
+        wanted_inputs: set[str] = set()
+        for stage in reversed(self.stages):
+            makes = {group.name for group in stage.groups}
+            lasting = {group.name for group in stage.groups if not group.transient}
+            if (lasting - present) or (makes & wanted_inputs) - present:
+                needed.append(stage)
+                wanted_inputs.update(stage.inputs)
+        return needed[::-1]
 
     def dependencies(self) -> dict[str, tuple[str, ...]]:
         """For each group, the lasting groups that must be remade before it; in order of making."""

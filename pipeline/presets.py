@@ -25,6 +25,26 @@ def list_presets() -> list[dict[str, str]]:
     ]
 
 
+def profiles() -> dict[str, Path]:
+    """The shipped hardware profiles, by name."""
+    root = Path(str(files("workflows"))) / "profiles"
+    return {path.stem: path for path in sorted(root.glob(f"*{_SUFFIX}"))}
+
+
+def find_profile(name: str) -> Path:
+    """A hardware profile's file as given, or a shipped one of this name.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name)
+    if path.suffix:
+        return path
+    if name not in profiles():
+        raise ConfigError(f"--profile {name}: no such file or shipped profile; shipped: {', '.join(profiles())}")
+    return profiles()[name]
+
+
 def list_models() -> list[dict[str, object]]:
     """The model presets of every installed library, found through the `pipeline.models` entry points.
 

@@ -1,52 +1,75 @@
-"""Looks at a plan and at a run folder without running anything: `pipeline plan` and `pipeline status`."""
+"""Looks at a plan and at a run folder: `pipeline plan` and `pipeline status`."""
 
 import json
+import time
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.estimate import Basis, expected_bytes, predict
+from pipeline.files import write_json
+from pipeline.hardware import Hardware, load_profile, this_machine
+from pipeline.plan import Plan
+from pipeline.probe import probe
 from pipeline.retries import with_retries
 from pipeline.runfolder import RunFolder
 from pipeline.runner import describe
-from pipeline.state import Ledger, check_groups
-from pipeline.workflow import ShardedWorkflow
+from pipeline.state import check_groups
+from pipeline.survey import Survey, count_work, survey
+from pipeline.workflow import PlanOptions, ShardedWorkflow
 
 
-def preview(workflow: ShardedWorkflow, out: Path) -> dict[str, object]:
-    """Counts shards, rows and expected bytes of the plan, and what the run folder already has."""
+def preview(workflow: ShardedWorkflow, out: Path, options: PlanOptions) -> dict[str, object]:
+    """Counts shards, rows and bytes of the plan, and what the run folder already has; predicts time if asked to.
+
+    Raises:
+        ConfigError: unusable configuration, input or profile.
+        PipelineError: the probe failed.
+    """
     run = RunFolder(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
+    if options.save and options.rows is not None:
+        raise ConfigError(f"--save: a plan for --rows {options.rows} is none of the run in {out}; leave one out")
     plan = with_retries(workflow.plan(run), run)
     run.transient_groups = plan.transient_groups
+    hardware = load_profile(options.profile) if options.profile else this_machine(workflow.config.execution)
     check_groups(plan, run, restart=False, write=False)
-    ledger = Ledger(plan, run, read_only=True)
-    shards = rows = 0
-    groups = {
-        name: {"shards_done": 0, "shards_to_do": 0, "bytes_done": 0, "bytes_to_do": 0}
-        for name in plan.groups
-        if name not in plan.transient_groups
+    found = survey(plan, run)
+    if options.rows is not None:
+        found = found.scaled(options.rows, plan)
+    basis = _basis(workflow, plan, found, hardware, options)
+    bytes_to_do = expected_bytes(plan, basis)
+    result = {
+        **describe(workflow, plan),
+        "shards": found.shards,
+        "input_rows": found.rows,
+        "groups": {
+            name: {
+                "shards_done": group.shards_done,
+                "shards_to_do": group.shards_to_do,
+                "bytes_done": group.bytes_done,
+                "bytes_to_do": bytes_to_do[name],
+            }
+            for name, group in found.groups.items()
+        },
+        "out": str(out),
+        "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }
-    makers = {group.name: stage for stage in plan.stages for group in stage.groups}
-    unknown: set[str] = set()
-    for shard in plan.shards():
-        shards, rows = shards + 1, rows + shard.num_rows
-        finished = ledger.finished(shard)
-        for name, entry in groups.items():
-            record = finished.get(name)
-            if record is not None:
-                files = record["files"]
-                assert isinstance(files, list)
-                entry["shards_done"] += 1
-                entry["bytes_done"] += sum(file["bytes"] for file in files)
-                continue
-            entry["shards_to_do"] += 1
-            expected = makers[name].estimate_bytes(name, shard.num_rows)
-            if expected is None:
-                unknown.add(name)
-            else:
-                entry["bytes_to_do"] += expected
-    shown = {n: {**e, "bytes_to_do": None} if n in unknown and e["shards_to_do"] else e for n, e in groups.items()}
-    return {**describe(workflow, plan), "shards": shards, "input_rows": rows, "groups": shown, "out": str(out)}
+    if options.save:
+        write_json(run.estimate_file, {"time": round(time.time(), 3), **result})
+    return result
+
+
+def _basis(workflow: ShardedWorkflow, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:
+    """With a profile only stages that cannot be counted are probed: the others are computed, without their models."""
+    counted = count_work(plan, found.samples)
+    executor, execution = options.executor or workflow.default_executor, workflow.config.execution
+    measured = None
+    if options.probe and found.samples:
+        stages = [stage for stage in plan.stages if not options.profile or stage.name not in counted]
+        measured = probe(plan, stages, found.samples, executor, execution)
+    executor = "ray" if options.profile else executor
+    return Basis(found, counted, measured, hardware, executor, execution.max_in_flight_shards, options.profile)
 
 
 def run_status(root: Path) -> dict[str, object]:

@@ -55,6 +55,10 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def estimate_file(self) -> Path:
+        return self.root / "estimate.json"
+
+    @property
     def report_folder(self) -> Path:
         return self.root / "report"
 

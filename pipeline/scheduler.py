@@ -142,7 +142,7 @@ class Scheduler:
             self.tally.shards += 1
             self.tally.input_rows += shard.num_rows
             finished = self.ledger.finished(shard)
-            needed = self._needed(set(finished))
+            needed = self.plan.needed(set(finished))
             for name, record in finished.items():
                 if name not in self.plan.transient_groups:
                     self.tally.add(record)
@@ -153,18 +153,6 @@ class Scheduler:
                 self.tally.shards_skipped += 1
                 self._drop_transient(shard)
                 self.progress.skip(shard)
-
-    def _needed(self, present: set[str]) -> list[Stage]:
-        """Stages to run, last to first: those with a missing lasting group, and what feeds them."""
-        needed: list[Stage] = []
-        wanted_inputs: set[str] = set()
-        for stage in reversed(self.plan.stages):
-            makes = {group.name for group in stage.groups}
-            lasting = {group.name for group in stage.groups if not group.transient}
-            if (lasting - present) or (makes & wanted_inputs) - present:
-                needed.append(stage)
-                wanted_inputs.update(stage.inputs)
-        return needed[::-1]
 
     def _submit_ready(self, job: _Job) -> None:
         for stage in [s for s in job.needed if job.present.issuperset(s.inputs)]:
@@ -203,6 +191,8 @@ class Scheduler:
             stage=request.stage,
             shard=request.shard.index,
             seconds=round(outcome.seconds, 4),
+            setup_s=round(outcome.setup_s, 4),
+            cpu_s=round(outcome.cpu_s, 4),
             groups={n: {"rows": r["rows"], "drops": r["drops"]} for n, r in outcome.records.items()},
         )
         self.progress.task_done(outcome)

@@ -82,7 +82,48 @@ def show_preview(result: Mapping[str, Any]) -> None:
         stage = makers[name]["name"]
         rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
     show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
-    print(f"{result['input_rows']} samples in {result['shards']} shards; run folder {result['out']}")
+    print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    if result["estimate"] is None:
+        print("time: --probe measures it here; --profile NAME computes it for other hardware")
+    else:
+        _show_estimate(result["estimate"])
+
+
+def _show_estimate(estimate: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            stage["stage"],
+            f"{stage['rows']:,}",
+            f"{stage['tokens']:,}" if "tokens" in stage else "-",
+            "unknown" if stage["bytes"] is None else human_bytes(stage["bytes"]),
+            human_seconds(stage["alone_s"]),
+            human_seconds(stage["busy_s"]),
+            f"{stage['gpu_hours']:,.3g}",
+            "unknown" if stage["usd_per_month"] is None else f"{stage['usd_per_month']:,.2f}",
+        ]
+        for stage in estimate["stages"]
+    ]
+    print()
+    show_table(["stage", "samples", "tokens", "bytes", "alone", "busy", "GPU-hours", "$/month stored"], rows)
+    bottleneck, store, compute = estimate["bottleneck"], estimate["object_store"], estimate["usd_compute"]
+    mostly = f", mostly with {bottleneck['mostly']}" if "mostly" in bottleneck else ""
+    print(
+        f"time        {human_seconds(estimate['seconds'])}, stages overlapping"
+        + ("" if compute is None else f"; ${compute:,.2f} for the machine")
+    )
+    print(f"bottleneck  {bottleneck['name']}: busy {bottleneck['busy']:.0%} of the time{mostly}")
+    print(
+        f"store       {human_bytes(store['bytes'])} in {store['files']:,} files: "
+        f"${store['usd_per_month']:,.2f} a month, ${store['usd_to_write']:,.2f} to write"
+    )
+    print(f"basis       {estimate['basis']}")
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration, e.g. `3.2 s`, `4.5 min`, `7.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def show_status(result: Mapping[str, Any]) -> None:

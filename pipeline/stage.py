@@ -5,7 +5,7 @@ A group is a column of the result (`samples`, `images-64`, `text-t5`): one or mo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -55,6 +55,22 @@ class Resources:
     num_cpus: float = 1.0
     num_gpus: float | None = 0.0
     """None: one GPU if there are any, else none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a stage would have to do, counted without doing it."""
+
+    counter: str
+    """The counter of `GroupResult` that counts the same work when it is done."""
+    units: float
+    """How much of it there is."""
+    flops: float
+    """Floating-point operations, a multiply-add being two."""
+    dtype: str
+    """Their type, `bfloat16` or `float32`."""
+    bytes: Mapping[str, int]
+    """Of each group, on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +181,8 @@ class Stage(ABC):
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         """Bytes the group will take on disk for so many rows; None where it cannot be known before."""
+        return None
+
+    def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload | None:
+        """Counts the work on a shard whose rows have these captions; None where only doing it would tell."""
         return None

@@ -41,6 +41,10 @@ class TaskOutcome:
 
     request: TaskRequest
     seconds: float = 0.0
+    setup_s: float = 0.0
+    """Of `seconds`, what a worker spends once: loading packages and models."""
+    cpu_s: float = 0.0
+    """Processor time of all threads of the worker, without `setup_s`."""
     records: dict[str, dict[str, object]] = field(default_factory=dict)
     error: str | None = None
     """Message of the failure, or None."""
@@ -59,8 +63,11 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     outcome = TaskOutcome(request)
     task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
     try:
-        _prepare(stage, run).process(task)
+        prepared = _prepare(stage, run)
+        outcome.setup_s, cpu_started = time.perf_counter() - started, time.process_time()
+        prepared.process(task)
         outcome.records = _commit(run, task, request)
+        outcome.cpu_s = time.process_time() - cpu_started
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()

@@ -35,6 +35,22 @@ class RunOptions:
     quiet: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What `pipeline plan` is to find out beside what is known without running anything."""
+
+    probe: bool = False
+    """Run the stages on some of the input's rows, here, to learn what they cost."""
+    profile: str | None = None
+    """Plan for this hardware instead of this machine: a shipped name or a YAML file."""
+    rows: int | None = None
+    """Plan for so many rows like those of the input."""
+    executor: str | None = None
+    """What the run would use; for the probe."""
+    save: bool = False
+    """Write the plan into the run folder, for the report."""
+
+
 class Workflow(ABC):
     """What `pipeline run NAME` does with a configuration. Derive from `ShardedWorkflow` or `JobWorkflow`."""
 
@@ -51,8 +67,8 @@ class Workflow(ABC):
         """Runs, or goes on with, the workflow in folder `out`; see `run_workflow` and `run_job`."""
 
     @abstractmethod
-    def preview(self, out: Path) -> dict[str, object]:
-        """What a run would do, as JSON; writes nothing."""
+    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:
+        """What a run would do, as JSON; writes nothing unless asked to `save`."""
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
         """Label and path of what the user should look at after a run."""
@@ -77,10 +93,10 @@ class ShardedWorkflow(Workflow):
 
         return run_workflow(self, out, options)
 
-    def preview(self, out: Path) -> dict[str, object]:
+    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:
         from pipeline.preview import preview
 
-        return preview(self, out)
+        return preview(self, out, options)
 
 
 _WORKFLOWS = "pipeline.workflows"

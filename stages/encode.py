@@ -13,6 +13,7 @@ from imagen_core.store import (
     null_path,
     read_samples,
     text_group,
+    text_shard_bytes,
     write_null,
     write_text_shard,
 )
@@ -20,7 +21,7 @@ from pipeline.errors import MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.files import commit_file, temporary_name
 from pipeline.runfolder import RunFolder
-from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task
+from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder
 from stages.fetch import SAMPLES
@@ -101,6 +102,17 @@ class EncodeStage(Stage):
         }
         info = {"excluded_rows": [drop.row for drop in drops], "captions": len(captions)}
         task.done(self.group, GroupResult(len(samples), drops, counters, info))
+
+    def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:
+        distinct = list(dict.fromkeys(caption for row in captions for caption in row))
+        work = self.encoder.workload(distinct)
+        return Workload(
+            counter="tokens",
+            units=sum(work.tokens),
+            flops=work.flops,
+            dtype=self.encoder.compute_dtype,
+            bytes={self.group: text_shard_bytes(work.tokens, self.dim, self.dtype)},
+        )
 
     def _check(self, embeddings: Sequence[np.ndarray]) -> tuple[list[np.ndarray], set[int]]:
         """Replaces embeddings that are not finite once stored by zero tokens; names them."""

@@ -28,6 +28,11 @@ class FetchStage(Stage):
         self.source = source
         self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
 
+    def setup(self, run: RunFolder) -> None:
+        import webdataset  # noqa: F401 - here, so that no shard pays for it
+
+        self.source.prepare()
+
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
         counts = {"fetched": 0, "bytes": 0}

@@ -84,6 +84,8 @@ class Precompute(ShardedWorkflow):
             row_group=SAMPLES,
             max_drop_fraction=config.max_drop_fraction,
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
+            shard_size=config.shard_size,
+            captions=source.captions,
         )
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ class LocalExecutor(Executor):
     def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig):
         self.run = run
         self.num_cpus = config.num_cpus or usable_cpus()
-        self.gpus = _visible_gpus()
+        self.gpus = visible_gpus()
         self.pools: dict[str, list[_Pool]] = {}
         shared = _Pool(self.num_cpus, gpu=None)
         for stage in stages:
@@ -121,7 +121,7 @@ def _start_worker(gpu: str | None) -> None:
     threading.Thread(target=watch, daemon=True, name="watch-driver").start()
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """GPU ids as CUDA_VISIBLE_DEVICES takes them; the driver itself never loads CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

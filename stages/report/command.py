@@ -10,8 +10,9 @@ from imagen_core.store import Store, StoreError
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.runfolder import RunFolder
-from pipeline.show import human_bytes
+from pipeline.show import human_bytes, human_seconds
 from stages.inspect import group_bytes, open_store
+from stages.report.comparison import compare_with_plan, comparison_lines, read_events
 from stages.report.pictures import caption_histogram, caption_tokens, picture_grid
 from stages.verify import CommandResult, store_folder
 
@@ -30,7 +31,7 @@ def report_command(path: Path) -> CommandResult:
     page = run.report_folder / "index.html"
     write_text(page, _render(facts))
     result: dict[str, object] = {"report": str(page), "bytes": page.stat().st_size, **_plain(facts)}
-    return result, [f"report  {page}"], 0
+    return result, [f"report  {page}", *comparison_lines(facts["planned"])], 0
 
 
 def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
         "throughput": _throughput(run),
+        "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
         "captions": {name: caption_tokens(store, name) for name in store.encoders},
         "pictures": picture_grid(store, _NUM_PICTURES),
@@ -70,14 +72,11 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     rows: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     shards: dict[str, int] = defaultdict(int)
-    if run.events_file.exists():
-        with run.events_file.open(encoding="utf-8") as lines:
-            for line in lines:
-                event = _event(line)
-                if event.get("event") == "task":
-                    rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
-                    seconds[event["stage"]] += event["seconds"]
-                    shards[event["stage"]] += 1
+    for event in read_events(run):
+        if event.get("event") == "task":
+            rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
+            seconds[event["stage"]] += event["seconds"]
+            shards[event["stage"]] += 1
     return [
         {
             "stage": stage,
@@ -90,19 +89,11 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     ]
 
 
-def _event(line: str) -> dict[str, Any]:
-    """One event; empty for a line that a killed run left unfinished."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
-
-
 def _render(facts: dict[str, Any]) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["human_bytes"] = human_bytes
+    environment.filters.update(human_bytes=human_bytes, human_seconds=human_seconds)
     template = environment.from_string((files("stages.report") / "page.html").read_text("utf-8"))
     charts = {name: caption_histogram(lengths) for name, lengths in facts["captions"].items()}
     return template.render(**facts, charts=charts)

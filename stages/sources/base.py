@@ -1,6 +1,7 @@
 """What a source is: a stream of shards in the driver, and the reading of one shard in a worker."""
 
 import sqlite3
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,16 @@ class Source(ABC):
             scratch: an empty folder for temporary files, removed afterwards.
             emit: called once for each row.
         """
+
+    def prepare(self) -> None:  # noqa: B027
+        """Loads the packages that `fetch` needs; called once in each worker."""
+
+    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
+        """The cleaned captions of the shard's rows. Reads the rows, unless the source knows a shorter way."""
+        found: list[tuple[str, ...]] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            self.fetch(shard, None, Path(scratch), lambda original: found.append(original.captions))
+        return found
 
     def estimate_rows(self) -> int | None:
         """About how many rows there are, from sizes and footers alone; None where that would take a full pass."""

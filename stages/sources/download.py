@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -30,6 +31,15 @@ class DownloadOptions:
     retries: int
     user_agent_token: str | None
     disallowed_headers: tuple[str, ...]
+
+
+def load_downloader() -> tuple[type[Any], type[Any]]:
+    """img2dataset's Downloader and Resizer; the first import takes seconds."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+
+    return Downloader, Resizer
 
 
 def download(urls: Mapping[int, str], scratch: Path, options: DownloadOptions, result: Result) -> None:
@@ -103,10 +113,7 @@ def _download_once(
     options: DownloadOptions,
     result: Callable[[int, bytes | None, str | None], None],
 ) -> None:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
-    from img2dataset.downloader import Downloader
-    from img2dataset.resizer import Resizer
-
+    Downloader, Resizer = load_downloader()
     folder.mkdir(parents=True)
     rows = list(urls)
     shard_file = folder / "urls.arrow"

@@ -10,7 +10,8 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import Emit, Source, cut_into_shards
-from stages.sources.urls import DownloadConfig, UrlRow, fetch_rows
+from stages.sources.download import load_downloader
+from stages.sources.urls import DownloadConfig, UrlRow, fetch_rows, row_captions
 
 
 class SyntheticConfig(Config):
@@ -50,6 +51,12 @@ class SyntheticSource(Source):
         for index in range(self.config.num_samples):
             captions = list(scene(self.config.seed, index, split=self.config.split).captions)
             yield [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
+
+    def prepare(self) -> None:
+        load_downloader()
+
+    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
+        return row_captions(cast(Sequence[UrlRow], shard.rows))
 
     def estimate_rows(self) -> int:
         return self.config.num_samples

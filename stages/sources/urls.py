@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.download import DownloadOptions, download
+from stages.sources.download import DownloadOptions, download, load_downloader
 from stages.sources.tables import FORMATS, Record, columns, estimate_rows, expand, read_rows, table_format
 
 UrlRow = tuple[str, str, list[str] | None, bool]
@@ -103,6 +103,12 @@ class UrlsSource(Source):
                 ]
                 number += 1
 
+    def prepare(self) -> None:
+        load_downloader()
+
+    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
+        return row_captions(cast(Sequence[UrlRow], shard.rows))
+
     def estimate_rows(self) -> int | None:
         return estimate_rows(expand(self.path, "source.path", FORMATS))
 
@@ -119,6 +125,11 @@ def captions_of(record: Record, column: str | None) -> list[str]:
     value = record.get(column) if column else None
     values = value if isinstance(value, list) else [value]
     return [v if isinstance(v, str) else str(v) for v in values if v is not None]
+
+
+def row_captions(rows: Sequence[UrlRow]) -> list[tuple[str, ...]]:
+    """The cleaned captions of each row; a URL list has them without a download."""
+    return [clean_captions(captions or (), allow_empty=captions is None)[0] for _, _, captions, _ in rows]
 
 
 def fetch_rows(
