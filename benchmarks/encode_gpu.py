@@ -155,7 +155,9 @@ def write(encoder: TextEncoder, shards: list[list[str]], folder: Path) -> None:
 
     def one(index: int) -> None:
         path = folder / f"{index:05d}.h5"
-        write_text_shard(path, encoder.encode(shards[index]).embeddings, encoder.dim, "float16", "hdf5")
+        captions = shards[index]
+        embeddings = encoder.encode(captions).embeddings
+        write_text_shard(path, embeddings, encoder.dim, "float16", "hdf5", captions=captions, fingerprint={})
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.unlink()

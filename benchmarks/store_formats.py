@@ -80,16 +80,19 @@ def write_store(root: Path, data: Captions, images: dict[int, np.ndarray], store
     for index, first in enumerate(range(0, len(data), SHARD_ROWS)):
         ids = range(first, min(first + SHARD_ROWS, len(data)))
         paths = {name: st.shard_path(name, index, group.get("format", "parquet")) for name, group in groups.items()}
-        rows = [st.SampleRow(f"{i:08d}", (f"caption {i}",), (i - first,), None, "0" * 64, 256, 256) for i in ids]
+        rows = [
+            st.SampleRow(f"{i:08d}", (f"caption {i}",), (i - first,), None, "0" * 64, 256, 256, i - first) for i in ids
+        ]
         st.write_samples(root / paths["samples"], rows)
         for size, pixels in images.items():
             with st.open_image_writer(root / paths[st.image_group(size)], size, store_format) as writer:
-                for i in ids:
-                    writer.append(pixels[i])
+                for i, row in zip(ids, rows, strict=True):
+                    writer.append(pixels[i], row.key, row.sha256)
         embeddings = [data[i] for i in ids]
-        st.write_text_shard(root / paths[st.text_group("t5")], embeddings, dim, "float16", store_format)
+        path, captions = root / paths[st.text_group("t5")], [row.captions[0] for row in rows]
+        st.write_text_shard(path, embeddings, dim, "float16", store_format, captions=captions, fingerprint={})
         files = {name: file_entry(root, path, len(ids)) for name, path in paths.items()}
-        shards.append({"index": index, "rows": len(ids), "excluded": [], "files": files})
+        shards.append({"index": index, "rows": len(ids), "files": files})
     st.write_manifest(root / st.MANIFEST_NAME, {"writer": "benchmark", "groups": groups}, shards)
     return st.Store.open(root)
 

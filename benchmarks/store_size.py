@@ -36,12 +36,13 @@ def main() -> None:
     arguments = parser.parse_args()
     data = Captions.make(arguments.captions, DIM, MEAN_TOKENS)
     embeddings = [data[i].astype(np.float32) for i in range(len(data))]
+    captions = [f"caption {i}" for i in range(len(data))]
     payload = len(data.tokens) * DIM * 2 / len(data)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, dtype, store_format in OURS:
             path = Path(folder) / name.replace(" ", "-")
-            write_text_shard(path, embeddings, DIM, dtype, store_format)
+            write_text_shard(path, embeddings, DIM, dtype, store_format, captions=captions, fingerprint={})
             rows.append({"format": name, "bytes_per_caption": path.stat().st_size / len(data)})
         for name, (write, padded_to) in PEERS.items():
             path = Path(folder) / name.split()[0]

@@ -118,6 +118,16 @@ def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
     return result
 
 
+def retry_origins(run: RunFolder) -> dict[int, list[tuple[int, int]]]:
+    """Index of each retry shard -> (shard index, row) that each of its rows was tried as before."""
+    result: dict[int, list[tuple[int, int]]] = {}
+    for number, file in enumerate(_round_files(run), start=1):
+        size = int(file.stem.partition("-")[2])
+        for place, line in enumerate(_read(file)):
+            result.setdefault(number * _FIRST_INDEX + place // size, []).append((line["shard"], line["row"]))
+    return result
+
+
 def _record_fits(run: RunFolder, group: str, shard: Shard) -> bool:
     record = run.read_record(group, shard.name)
     return record is None or record["input"] == shard.digest

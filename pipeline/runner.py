@@ -64,7 +64,7 @@ def _execute(
             tally = scheduler.execute()
         run.clean()  # of workers that died
         tally.leave_out(plan.row_group, superseded(plan, run))
-        facts = plan.finalize(run)
+        facts = plan.finalize(run, tally.input_rows)
         outcome = "failed" if tally.shards_failed else "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"

@@ -5,7 +5,7 @@ A group is a column of the result (`samples`, `images-64`, `text-t5`): one or mo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -84,6 +84,14 @@ class Drop:
     detail: str = ""
 
 
+def rows_by_reason(drops: Iterable[Drop]) -> dict[str, list[int]]:
+    """The dropped rows of each reason, reasons sorted."""
+    result: dict[str, list[int]] = {}
+    for drop in sorted(drops, key=lambda drop: (drop.reason, drop.row)):
+        result.setdefault(drop.reason, []).append(drop.row)
+    return result
+
+
 @dataclass(slots=True)
 class GroupResult:
     """What a stage says of one group of one shard when it has written its files."""
@@ -91,9 +99,10 @@ class GroupResult:
     rows: int
     drops: list[Drop] = field(default_factory=list)
     counters: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...)."""
+    """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...); of those that end in
+    `_min` or `_max` the least or the greatest is kept."""
     info: Mapping[str, object] = field(default_factory=dict)
-    """Further facts for the record (`excluded_rows`, ...)."""
+    """Further facts for the record (`excluded_rows` by reason, ...)."""
 
 
 class Task:

@@ -21,7 +21,7 @@ from pipeline.errors import MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.files import commit_file, temporary_name
 from pipeline.runfolder import RunFolder
-from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload
+from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder
 from stages.fetch import SAMPLES
@@ -30,7 +30,7 @@ from stages.fetch import SAMPLES
 class EncodeStage(Stage):
     """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model."""
 
-    version = 2
+    version = 3
     inputs = (SAMPLES,)
     tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)
 
@@ -81,8 +81,9 @@ class EncodeStage(Stage):
     def process(self, task: Task) -> None:
         assert self._model is not None
         samples = read_samples(task.input(SAMPLES))
-        captions = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
-        encoded = self._model.encode([captions[i] for i in range(len(captions))])
+        by_id = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
+        captions = [by_id[i] for i in range(len(by_id))]
+        encoded = self._model.encode(captions)
         task.waited_s += encoded.waited_s
         embeddings, bad = self._check(encoded.embeddings)
         drops = [
@@ -92,7 +93,10 @@ class EncodeStage(Stage):
         ]
         suffix = ".h5" if self.store_format == "hdf5" else ".parquet"
         path = task.output(self.group, suffix)
-        write_text_shard(path, embeddings, self.dim, self.dtype, self.store_format)
+        fingerprint = cast(dict[str, object], self.groups[0].config["fingerprint"])
+        write_text_shard(
+            path, embeddings, self.dim, self.dtype, self.store_format, captions=captions, fingerprint=fingerprint
+        )
         tokens = sum(len(e) for e in embeddings)
         counters = {
             "captions_encoded": len(captions),
@@ -100,7 +104,7 @@ class EncodeStage(Stage):
             "captions_truncated": encoded.num_truncated,
             "payload_bytes": tokens * self.dim * {"float32": 4, "int8": 1}.get(self.dtype, 2),
         }
-        info = {"excluded_rows": [drop.row for drop in drops], "captions": len(captions)}
+        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions)}
         task.done(self.group, GroupResult(len(samples), drops, counters, info))
 
     def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:

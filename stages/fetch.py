@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from imagen_core.store import RETRIED
 from pipeline.files import TEMPORARY_MARK
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, GroupResult, Resources, Stage, Task
@@ -42,7 +43,7 @@ class FetchStage(Stage):
 
                 def emit(original: Original) -> None:
                     if original.row in task.retried_rows:
-                        original = replace(original, data=None, reason="retried", detail="in a later round")
+                        original = replace(original, data=None, reason=RETRIED, detail="in a later round")
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import imagen_core.store as store_format
 from pipeline.files import file_digest
+from pipeline.retries import retry_origins
 from pipeline.runfolder import Record, RunFolder
 from pipeline.state import read_group_fingerprint
 from stages.fetch import ORIGINALS, SAMPLES
@@ -12,12 +13,14 @@ from stages.fetch import ORIGINALS, SAMPLES
 _WRITER = "imagen-precompute"
 
 
-def build_manifest(run: RunFolder) -> dict[str, object]:
+def build_manifest(run: RunFolder, input_rows: int) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples`.
 
     Streams the records, so that memory does not grow with the number of shards. The same records give the
     same bytes.
 
+    Args:
+        input_rows: rows of the source, as the driver counted them.
     Returns:
         Facts for the run's summary.
     """
@@ -27,6 +30,7 @@ def build_manifest(run: RunFolder) -> dict[str, object]:
     header = {
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
+        "input_rows": input_rows,
         "groups": {name: _describe(run, config) for name, config in groups.items()},
     }
     store_format.write_manifest(run.store / "manifest.json", header, _shards(run, list(groups), totals))
@@ -68,20 +72,25 @@ def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
 
 
 def _shards(run: RunFolder, groups: list[str], totals: dict[str, int]) -> Iterator[dict[str, object]]:
+    origins = retry_origins(run)
     for samples in run.records(SAMPLES):
         shard = int(str(samples["shard"]))
         files: dict[str, object] = {}
-        excluded: set[int] = set()
+        excluded: dict[int, str] = {}
         for group in groups:
             record = run.read_record(group, f"{shard:05d}")
             assert record is not None
             info = record["info"]
             assert isinstance(info, dict)
-            excluded.update(info.get("excluded_rows", ()))
+            for reason, listed in info.get("excluded_rows", {}).items():
+                for row in listed:
+                    excluded.setdefault(row, reason)
             files[group] = _record_entry(run, record, info.get("captions"))
         rows = int(str(samples["rows"]))
         totals["num_samples"] += rows - len(excluded)
-        yield {"index": shard, "rows": rows, "files": files, "excluded": sorted(excluded)}
+        by_reason = {reason: sorted(r for r in excluded if excluded[r] == reason) for reason in excluded.values()}
+        retry_of = {"retry_of": origins[shard]} if shard in origins else {}
+        yield {"index": shard, "rows": rows, "files": files, "excluded": by_reason, **retry_of}
 
 
 def _record_entry(run: RunFolder, record: Record, captions: object) -> dict[str, object]:

@@ -21,7 +21,7 @@ from imagen_core.store import (
 )
 from pipeline.config import Config
 from pipeline.runfolder import RunFolder
-from pipeline.stage import Drop, Group, GroupResult, Stage, Task
+from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
 from stages.fetch import ORIGINALS, SAMPLES
 from stages.images import ImageRejected, center_square, decode_rgb, pyramid
 from stages.originals import OriginalsReader, StoredOriginal
@@ -81,6 +81,7 @@ class ResizeStage(Stage):
     """
 
     name = "resize"
+    version = 2
     inputs = (ORIGINALS,)
 
     def __init__(self, images: ImagesConfig, store_format: StoreFormat):
@@ -129,20 +130,21 @@ class ResizeStage(Stage):
                 except (ImageRejected, _Unusable) as rejected:
                     drops.append(Drop(entry.row, entry.key, str(rejected.reason), rejected.detail))
                     continue
-                for group, picture in self._resize(pixels, writers.sizes).items():
-                    writers.append(group, picture)
-                samples.append(
-                    SampleRow(
-                        key=entry.key,
-                        captions=entry.captions,
-                        caption_ids=tuple(caption_ids.setdefault(c, len(caption_ids)) for c in entry.captions),
-                        url=entry.url,
-                        sha256=hashlib.sha256(data).hexdigest(),
-                        width=size[0],
-                        height=size[1],
-                    )
+                sample = SampleRow(
+                    key=entry.key,
+                    captions=entry.captions,
+                    caption_ids=tuple(caption_ids.setdefault(c, len(caption_ids)) for c in entry.captions),
+                    url=entry.url,
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    width=size[0],
+                    height=size[1],
+                    input_row=entry.row,
                 )
-        write_samples(task.output(SAMPLES, ".parquet"), samples)
+                for group, picture in self._resize(pixels, writers.sizes).items():
+                    writers.append(group, picture, sample)
+                samples.append(sample)
+        path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
+        write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
         counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
         task.done(SAMPLES, GroupResult(len(samples), drops, counters))
         for group in writers.groups:
@@ -168,10 +170,10 @@ class ResizeStage(Stage):
                     for group in writers.groups:
                         drops[group].append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
                 for group, size in zip(writers.groups, writers.sizes, strict=True):
-                    writers.append(group, pictures.get(group, np.zeros((size, size, 3), np.uint8)))
+                    writers.append(group, pictures.get(group, np.zeros((size, size, 3), np.uint8)), sample)
         for group in writers.groups:
-            excluded = [drop.row for drop in drops[group]]
-            task.done(group, GroupResult(len(samples), drops[group], info={"excluded_rows": excluded}))
+            info = {"excluded_rows": rows_by_reason(drops[group])}
+            task.done(group, GroupResult(len(samples), drops[group], info=info))
 
     def _decode(
         self, entry: StoredOriginal, originals: OriginalsReader, least_px: int
@@ -227,8 +229,8 @@ class _ImageWriters:
             self._stack = stack.pop_all()
         return self
 
-    def append(self, group: str, pixels: np.ndarray) -> None:
-        self._writers[group].append(pixels)
+    def append(self, group: str, pixels: np.ndarray, sample: SampleRow) -> None:
+        self._writers[group].append(pixels, sample.key, sample.sha256)
 
     def __exit__(self, *details: object) -> bool | None:
         return self._stack.__exit__(*details)  # pyright: ignore[reportArgumentType]

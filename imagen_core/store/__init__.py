@@ -5,6 +5,7 @@ from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.layout import (
     MANIFEST_NAME,
+    RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
     SampleRow,
@@ -26,6 +27,7 @@ from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
     "MANIFEST_NAME",
+    "RETRIED",
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
     "Codec",

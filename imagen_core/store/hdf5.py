@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from imagen_core.store.codec import Codec
+from imagen_core.store.digest import DIGEST_DTYPE
 from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.layout import StoreDtype
 from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
@@ -49,22 +50,26 @@ def _ragged(
 class Hdf5ImageWriter:
     """Takes stored pictures, spools them beside the file, and writes them as one dataset at the end.
 
-    Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,).
+    Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,);
+    beside them "digests" (n,).
     """
 
     def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
         self._path, self._size_px, self._codec = path, size_px, codec
         self._lengths: list[int] = []
+        self._digests: list[int] = []
         self._spool_path = path.with_name(f"{path.name}.spool")
         self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
 
-    def append(self, stored: bytes) -> None:
+    def append(self, stored: bytes, digest: int) -> None:
         self._spool.write(stored)
         self._lengths.append(len(stored))
+        self._digests.append(digest)
 
     def finish(self) -> None:
         with _new_hdf5(self._path) as file:
             file.attrs["size_px"] = np.int32(self._size_px)
+            digests = _dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
             if self._codec == "raw":
                 shape = (len(self._lengths), self._size_px, self._size_px, 3)
                 self._unspool(_dataset(file, "pixels", shape, np.dtype("u1")))
@@ -72,6 +77,7 @@ class Hdf5ImageWriter:
                 pictures, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
                 self._unspool(pictures)
                 write_offsets()
+            digests[...] = np.array(self._digests, DIGEST_DTYPE)
         self.abort()
 
     def _unspool(self, dataset: h5py.Dataset) -> None:
@@ -91,26 +97,38 @@ class Hdf5ImageWriter:
 
 def write_text_hdf5(
     path: str | os.PathLike[str],
-    embeddings: Iterable[Stored],
+    embeddings: Iterable[tuple[Stored, int]],
     num_tokens: Sequence[int],
     dim: int,
     dtype: StoreDtype,
+    fingerprint: str,
 ) -> None:
-    """Write a shard's embeddings: `tokens` (total, dim), `offsets` int64 (n + 1,) and, for int8, `scales`.
+    """Write a shard's embeddings with their digests.
 
+    Datasets: `tokens` (total, dim), `offsets` int64 (n + 1,), `digests` uint64 (n,) and, for int8, `scales`.
     bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
     """
     with _new_hdf5(path) as file:
         file.attrs["dtype"] = np.bytes_(dtype)
         file.attrs["dim"] = np.int32(dim)
+        file.attrs["fingerprint"] = np.bytes_(fingerprint)
         tokens, write_offsets = _ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
+        digests_set = _dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
         scales = _dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
-        for start, block in _blocks(embeddings):
+        digests: list[int] = []
+        for start, block in _blocks(_noting(digests, embeddings)):
             stop = start + len(block.values)
             tokens[start:stop] = block.values
             if scales is not None:
                 scales[start:stop] = block.scales
         write_offsets()
+        digests_set[...] = np.array(digests, DIGEST_DTYPE)
+
+
+def _noting(digests: list[int], embeddings: Iterable[tuple[Stored, int]]) -> Iterator[Stored]:
+    for stored, digest in embeddings:
+        digests.append(digest)
+        yield stored
 
 
 def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
@@ -182,13 +200,14 @@ class Hdf5Images:
 
 
 class Hdf5Text:
-    """Random access to a shard's embeddings; `num_tokens` is an integer array with one entry a caption."""
+    """Random access to a shard's embeddings; see `TextFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
         self._name = name
         with _reading(name):
             file = _open_hdf5(source)
             found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
+            self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
             tokens = file["tokens"]
             if found != (dtype, dim) or tokens.dtype != DISK_DTYPES[dtype] or tokens.shape[1:] != (dim,):
                 raise StoreError(
@@ -212,6 +231,12 @@ class Hdf5Text:
             return Stored(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
         except _ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
+
+
+def hdf5_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
+    """The digest of each row, uint64; None in a file of schema 1."""
+    with _reading(name), _open_hdf5(source) as file:
+        return file["digests"][()] if "digests" in file else None
 
 
 def _open_hdf5(source: str | BinaryIO) -> Any:

@@ -7,7 +7,8 @@
       text-t5/null.safetensors         the encoding of ""
 
 Row i of shard s is the same sample in `samples` and in every image group. Row j of a text
-group is the caption with id j; `samples` says which ids a sample has.
+group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
+a digest that binds it to its sample or caption (digest.py); `samples` accounts for every input row.
 """
 
 import re
@@ -17,10 +18,12 @@ from typing import Literal, get_args
 StoreFormat = Literal["parquet", "hdf5"]
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_READABLE = 1  # has no input rows and no digests: what is there is read, but nothing proves it
 MANIFEST_NAME = "manifest.json"
 SAMPLES_GROUP = "samples"
 NULL_TENSOR = "embedding"
+RETRIED = "retried"  # the drop reason of an input row that a later shard tries again
 ROW_GROUP_BYTES = 512 * 1024  # what one parquet row group holds: the unit of a remote read
 
 SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
@@ -33,6 +36,7 @@ class SampleRow:
 
     `captions[k]` is row `caption_ids[k]` of the shard's text groups. `sha256` is the hex digest of
     the original image file; `width` and `height` are pixels of the original after EXIF orientation.
+    `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
     """
 
     key: str
@@ -42,6 +46,7 @@ class SampleRow:
     sha256: str
     width: int
     height: int
+    input_row: int
 
 
 def image_group(size_px: int) -> str:

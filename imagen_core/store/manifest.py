@@ -4,10 +4,11 @@ The file is JSON, written in one pass so that 100,000 shards never sit in memory
 
     {
     "groups":{...},                 the header, sorted, one key a line
-    "schema_version":1,
+    "input_rows":...,               rows of the source, counted by who read it
+    "schema_version":2,
     "writer":"...",
     "shards":[
-    {"excluded":[],"files":{...},"index":0,"rows":64},
+    {"excluded":{},"files":{...},"index":0,"rows":64},
     ...                             one line a shard, by rising index
     ],
     "num_bytes":...,                the totals, known only now
@@ -31,7 +32,7 @@ import numpy as np
 
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
 from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP, SCHEMA_VERSION, shard_path
+from imagen_core.store.layout import MANIFEST_NAME, OLDEST_READABLE, SAMPLES_GROUP, SCHEMA_VERSION, shard_path
 from imagen_core.store.records import (
     FileEntry,
     Group,
@@ -55,20 +56,25 @@ class Manifest:
 
     Attributes:
         header: the header as written: schema_version, writer, groups and whatever else was given.
+        input_rows: rows of the source that the store accounts for; None if the header does not say.
         groups: the header's groups, typed, by name.
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
             bytes are those of all files but the manifest.
         sha256: the manifest's own digest; equal digests mean equal stores.
         index: int64 (num_shards,), the number in each shard's file names, rising.
         rows: int64 (num_shards,), rows of each shard, excluded ones included.
-        excluded: the excluded rows of each shard that has some, by position in `rows`.
+        excluded: the excluded rows of each shard that has some, by position in `rows`: row -> reason, by rising row.
+        retries: int64 (n, 2), by position: (shard index, input row) where each input row of a retry shard was
+            tried before.
     """
 
     def __init__(self, header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
         self.header = header
         self.groups = _parse_header(header)
+        self.input_rows: int | None = header.get("input_rows")
         self.sha256 = ""
-        self.excluded: dict[int, tuple[int, ...]] = {}
+        self.excluded: dict[int, dict[int, str]] = {}
+        self.retries: dict[int, np.ndarray] = {}
         indices: list[int] = []
         rows: list[int] = []
         columns: dict[str, _FileColumns] = {name: _FileColumns() for name in self.groups}
@@ -76,6 +82,8 @@ class Manifest:
             shard = _next_shard(raw, self.groups, indices[-1] if indices else -1)
             if shard.excluded:
                 self.excluded[len(rows)] = shard.excluded
+            if shard.retry_of:
+                self.retries[len(rows)] = np.array(shard.retry_of, dtype=np.int64)
             indices.append(shard.index)
             rows.append(shard.rows)
             for name, column in columns.items():
@@ -108,8 +116,9 @@ class Manifest:
     def shard(self, position: int) -> ShardEntry:
         """The shard at a position in [0, num_shards)."""
         files = {name: entry for name in self.groups if (entry := self.file(name, position)) is not None}
-        rows, excluded = int(self.rows[position]), self.excluded.get(position, ())
-        return ShardEntry(int(self.index[position]), rows, files, excluded)
+        rows, excluded = int(self.rows[position]), self.excluded.get(position, {})
+        retry_of = tuple((of, row) for of, row in self.retries.get(position, np.zeros((0, 2), int)).tolist())
+        return ShardEntry(int(self.index[position]), rows, files, excluded, retry_of)
 
     def shards(self) -> Iterator[ShardEntry]:
         """All shards by rising index."""
@@ -149,7 +158,8 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
     input gives the same bytes.
 
     Args:
-        header: "groups", "writer" and anything else that is JSON; "schema_version" is added.
+        header: "groups", "writer", "input_rows" if it is known, and anything else that is JSON; "schema_version"
+            is added.
         shards: entries by rising index, see ShardEntry for the fields.
     Raises:
         ValueError: a header or shard that `load_manifest` would refuse.
@@ -242,8 +252,11 @@ def _shard_lines(body: bytes, start: int, end: int) -> Iterator[dict[str, Any]]:
 
 
 def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"schema_version must be {SCHEMA_VERSION} (got {header.get('schema_version')!r})")
+    version = header.get("schema_version")
+    if type(version) is not int or not OLDEST_READABLE <= version <= SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {OLDEST_READABLE} to {SCHEMA_VERSION} (got {version!r})")
+    if type(header.get("input_rows", 0)) is not int:
+        raise ValueError(f"input_rows must be an integer (got {header['input_rows']!r})")
     if reserved := {"shards", "sha256", *_TOTALS} & set(header):
         raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")
     groups = {name: parse_group(name, raw) for name, raw in sorted(header["groups"].items())}

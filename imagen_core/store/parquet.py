@@ -1,11 +1,13 @@
 """Parquet files of a store: lean and byte-identical for the same rows.
 
-No dictionary, compression, statistics or Arrow schema: an embedding costs 8 bytes beside its payload,
+No dictionary, compression, statistics or Arrow schema: an embedding costs 16 bytes beside its payload,
 and the payload lies in the file as it is in memory, so a local reader maps it (see parquet_column.py).
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.codec import Codec
+from imagen_core.store.digest import DIGEST_DTYPE
 from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.layout import ROW_GROUP_BYTES, SampleRow, StoreDtype
 from imagen_core.store.parquet_column import BlobColumn
@@ -36,16 +39,35 @@ _SAMPLES_SCHEMA = pa.schema(
         _required("sha256", pa.string()),
         _required("width", pa.int32()),
         _required("height", pa.int32()),
+        _required("input_row", pa.int32()),
     ]
 )
+_DIGEST = _required("digest", pa.uint64())
 
 
-def write_samples(path: str | os.PathLike[str], rows: Sequence[SampleRow]) -> None:
-    """Write a shard's `samples` file.
+def write_samples(
+    path: str | os.PathLike[str],
+    rows: Sequence[SampleRow],
+    *,
+    num_input_rows: int | None = None,
+    dropped: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Write a shard's `samples` file, which accounts for every row of the shard's input.
 
+    Args:
+        num_input_rows: rows of the shard's input; None: the samples and the dropped rows.
+        dropped: input rows that are no samples, by reason.
     Raises:
-        ValueError: a row without captions, or whose captions and caption_ids differ in number.
+        ValueError: a row without captions, or whose captions and caption_ids differ in number; an input row that
+            is neither a sample nor dropped, or is there twice.
     """
+    dropped = dropped or {}
+    used = Counter(row.input_row for row in rows) + Counter(row for rows in dropped.values() for row in rows)
+    num_input_rows = used.total() if num_input_rows is None else num_input_rows
+    if wrong := [row for row in {*used, *range(num_input_rows)} if used[row] != 1 or not 0 <= row < num_input_rows]:
+        raise ValueError(
+            f"input rows {sorted(wrong)[:10]} of {num_input_rows}: each must be one sample, or dropped for one reason"
+        )
     for row in rows:
         if not row.captions or len(row.captions) != len(row.caption_ids):
             raise ValueError(
@@ -53,7 +75,8 @@ def write_samples(path: str | os.PathLike[str], rows: Sequence[SampleRow]) -> No
                 "give one id a caption, and one caption or more"
             )
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SAMPLES_SCHEMA]
-    with _new_parquet(path, _SAMPLES_SCHEMA, {}) as writer:
+    facts = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
+    with _new_parquet(path, _SAMPLES_SCHEMA, facts) as writer:
         if rows:
             writer.write_table(pa.table(columns, schema=_SAMPLES_SCHEMA), row_group_size=len(rows))
 
@@ -75,11 +98,19 @@ class SamplesFile:
         num_rows: number of rows, excluded ones included.
         caption_ids: int32, all rows' caption ids one after another.
         offsets: int64 (num_rows + 1,); row i owns `caption_ids[offsets[i]:offsets[i + 1]]`.
+        num_input_rows: rows of the shard's input; None in a store of schema 1.
+        dropped: input rows that are no samples, by reason.
     """
 
     def __init__(self, source: str | BinaryIO, name: str) -> None:
         with _reading(name):
-            table = pq.ParquetFile(source).read(use_threads=False)
+            file = pq.ParquetFile(source)
+            facts = file.metadata.metadata or {}
+            self.num_input_rows = int(facts[b"input_rows"]) if b"input_rows" in facts else None
+            self.dropped: dict[str, list[int]] = json.loads(facts.get(b"dropped", b"{}"))
+            table = file.read(use_threads=False)
+            if self.num_input_rows is None:
+                table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
             self._columns = {field.name: table[field.name].combine_chunks() for field in _SAMPLES_SCHEMA}
             ids = self._columns["caption_ids"]
             self.num_rows: int = table.num_rows
@@ -90,8 +121,9 @@ class SamplesFile:
     def key(self, row: int) -> str:
         return self._columns["key"][row].as_py()
 
-    def all_keys(self) -> list[str]:
-        return self._columns["key"].to_pylist()
+    def column(self, name: str) -> list[Any]:
+        """One field of `SampleRow`, of all rows."""
+        return self._columns[name].to_pylist()
 
     def row(self, row: int) -> SampleRow:
         values = {name: column[row].as_py() for name, column in self._columns.items()}
@@ -128,14 +160,14 @@ class ParquetImageWriter:
     def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
         self._is_raw = codec == "raw"
         if self._is_raw:
-            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3))])
+            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3)), _DIGEST])
         else:
-            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary())])
+            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary()), _DIGEST])
         self._new = _new_parquet(path, schema, {"size_px": str(size_px)})
         self._rows = _RowGroups(self._new.__enter__(), schema)
 
-    def append(self, stored: bytes) -> None:
-        self._rows.append((stored,) if self._is_raw else (len(stored), stored), len(stored))
+    def append(self, stored: bytes, digest: int) -> None:
+        self._rows.append((stored, digest) if self._is_raw else (len(stored), stored, digest), len(stored))
 
     def finish(self) -> None:
         self._rows.flush()
@@ -146,17 +178,21 @@ class ParquetImageWriter:
 
 
 def write_text_parquet(
-    path: str | os.PathLike[str], embeddings: Iterable[Stored], dim: int, dtype: StoreDtype
+    path: str | os.PathLike[str],
+    embeddings: Iterable[tuple[Stored, int]],
+    dim: int,
+    dtype: StoreDtype,
+    fingerprint: str,
 ) -> None:
-    """Write a shard's embeddings: columns num_tokens, embedding and, for int8, scale."""
-    fields = [_required("num_tokens", pa.int32()), _required("embedding", pa.binary())]
+    """Write a shard's embeddings with their digests: columns num_tokens, embedding, digest and, for int8, scale."""
+    fields = [_required("num_tokens", pa.int32()), _required("embedding", pa.binary()), _DIGEST]
     if dtype == "int8":
         fields.append(_required("scale", pa.binary()))
     schema = pa.schema(fields)
-    with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim)}) as writer:
+    with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
         rows = _RowGroups(writer, schema)
-        for stored in embeddings:
-            row = (len(stored.values), stored.values.tobytes())
+        for stored, digest in embeddings:
+            row = (len(stored.values), stored.values.tobytes(), digest)
             rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()), stored.values.nbytes)
         rows.flush()
 
@@ -195,7 +231,7 @@ class ParquetImages:
 
 
 class ParquetText:
-    """Random access to a shard's embeddings; `num_tokens` is an integer array with one entry a caption."""
+    """Random access to a shard's embeddings; see `TextFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
         self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
@@ -203,6 +239,7 @@ class ParquetText:
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             meta = file.metadata.metadata or {}
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
+            self.fingerprint: str = meta.get(b"fingerprint", b"").decode()
             if found != (dtype, dim):
                 raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
             self.num_tokens: np.ndarray = _counts(file, "num_tokens")
@@ -226,6 +263,15 @@ class ParquetText:
             return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
         except _ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
+
+
+def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
+    """The digest of each row, uint64; None in a file of schema 1."""
+    with _reading(name):
+        file = pq.ParquetFile(source)
+        if "digest" not in file.schema_arrow.names:
+            return None
+        return file.read(columns=["digest"], use_threads=False).column(0).to_numpy().astype(DIGEST_DTYPE)
 
 
 @contextmanager

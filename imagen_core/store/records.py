@@ -72,13 +72,15 @@ Group = SamplesGroup | ImagesGroup | TextGroup
 class ShardEntry:
     """One shard: `rows` counts the excluded ones, `files` has one entry a group.
 
-    A shard without rows may have no files.
+    A shard without rows may have no files. `excluded` has the reason of each excluded row, by rising row.
+    `retry_of` is there if the shard's input rows were tried before: the (shard index, input row) of each.
     """
 
     index: int
     rows: int
     files: dict[str, FileEntry]
-    excluded: tuple[int, ...] = ()
+    excluded: dict[int, str] = field(default_factory=dict)
+    retry_of: tuple[tuple[int, int], ...] = ()
 
 
 def parse_group(name: str, raw: Any) -> Group:
@@ -137,9 +139,8 @@ def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
     try:
         index = _count(raw["index"], "index")
         rows = _count(raw["rows"], "rows")
-        excluded = tuple(_count(row, "excluded") for row in raw.get("excluded", ()))
-        if list(excluded) != sorted(set(excluded)) or (excluded and excluded[-1] >= rows):
-            raise ValueError(f"excluded rows {list(excluded)[:10]} must rise and be below rows ({rows})")
+        excluded = _parse_excluded(raw.get("excluded", {}), rows)
+        retry_of = tuple((_count(of, "retry_of"), _count(row, "retry_of")) for of, row in raw.get("retry_of", ()))
         files = {
             name: _parse_file(raw["files"][name], shard_path(name, index, group.format))
             for name, group in groups.items()
@@ -154,7 +155,17 @@ def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
         raise ValueError(f"shard {index}: missing or wrong field {error}") from error
     except ValueError as error:
         raise ValueError(f"shard {index}: {error}") from error
-    return ShardEntry(index, rows, files, excluded)
+    return ShardEntry(index, rows, files, excluded, retry_of)
+
+
+def _parse_excluded(raw: Any, rows: int) -> dict[int, str]:
+    """Row -> reason, from reason -> rows; schema 1 has rows only."""
+    by_reason: dict[str, list[int]] = {"unrecorded": raw} if isinstance(raw, list) else raw
+    pairs = sorted((_count(row, "excluded"), reason) for reason, listed in by_reason.items() for row in listed)
+    excluded = dict(pairs)
+    if len(excluded) < len(pairs) or (pairs and pairs[-1][0] >= rows):
+        raise ValueError(f"excluded rows {[row for row, _ in pairs][:10]} must differ and be below rows ({rows})")
+    return excluded
 
 
 def _parse_file(raw: dict[str, Any], expected_path: str) -> FileEntry:

@@ -4,18 +4,25 @@ Writers write to the exact path they are given: temporary names, fsync and renam
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from imagen_core.store.codec import Codec, check_codec, decode, encode
+from imagen_core.store.digest import caption_digest, fingerprint_digest, picture_digest
 from imagen_core.store.errors import unreadable
-from imagen_core.store.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, write_text_hdf5
+from imagen_core.store.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, hdf5_digests, write_text_hdf5
 from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, check_dtype, check_format
-from imagen_core.store.parquet import ParquetImages, ParquetImageWriter, ParquetText, write_text_parquet
+from imagen_core.store.parquet import (
+    ParquetImages,
+    ParquetImageWriter,
+    ParquetText,
+    parquet_digests,
+    write_text_parquet,
+)
 from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
 from imagen_core.store.records import ImagesGroup, TextGroup
 
@@ -37,13 +44,17 @@ class ImageFile:
         self._size_px = group.size_px
         self.num_rows = pictures.num_rows
 
+    def stored(self, row: int) -> np.ndarray:
+        """As it is in the file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
+        return self._pictures.stored(row)
+
     def pixels(self, row: int) -> np.ndarray:
         """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
 
         Raises:
             StoreError: the file cannot be read, or the picture cannot be decoded.
         """
-        stored = self._pictures.stored(row)
+        stored = self.stored(row)
         if self._codec == "raw":
             return stored
         try:
@@ -53,9 +64,13 @@ class ImageFile:
 
 
 class TextFile(Protocol):
-    """An open text file of a shard; `num_tokens` has one entry a caption."""
+    """An open text file of a shard.
+
+    `num_tokens` has one entry a caption; `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
+    """
 
     num_tokens: np.ndarray
+    fingerprint: str
 
     @property
     def num_rows(self) -> int: ...
@@ -73,15 +88,16 @@ class ImageWriter:
         self._writer = writer(path, size_px, codec)
         self.num_rows = 0
 
-    def append(self, pixels: np.ndarray) -> None:
-        """Add uint8 RGB (size_px, size_px, 3) as the next row.
+    def append(self, pixels: np.ndarray, key: str, sha256: str) -> None:
+        """Add uint8 RGB (size_px, size_px, 3) as the next row: the picture of the sample with this key and sha256.
 
         Raises:
             ValueError: another shape or dtype.
         """
         if pixels.dtype != np.uint8 or pixels.shape != self._shape:
             raise ValueError(f"row {self.num_rows}: {pixels.dtype} {pixels.shape}, not uint8 {self._shape}")
-        self._writer.append(encode(pixels, self._codec))
+        stored = encode(pixels, self._codec)
+        self._writer.append(stored, picture_digest(key, sha256, np.frombuffer(stored, np.uint8)))
         self.num_rows += 1
 
 
@@ -116,11 +132,16 @@ def write_text_shard(
     dim: int,
     dtype: StoreDtype,
     store_format: StoreFormat,
+    *,
+    captions: Sequence[str],
+    fingerprint: Mapping[str, Any],
 ) -> None:
     """Write the embeddings of a shard's distinct captions, row j = caption id j.
 
     Args:
         embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
+        captions: what was encoded, one a row.
+        fingerprint: of the encoder, as in the manifest.
         dtype: what to cast to, see ragged.py.
     Raises:
         ValueError: a wrong shape, or an embedding that is not finite after the cast (its row is named).
@@ -128,12 +149,13 @@ def write_text_shard(
     """
     check_dtype(dtype)
     check_format(store_format)
-    cast = _cast(embeddings, dim, dtype)
+    encoder = fingerprint_digest(fingerprint)
+    cast = _cast(embeddings, dim, dtype, captions, encoder)
     try:
         if store_format == "parquet":
-            write_text_parquet(path, cast, dim, dtype)
+            write_text_parquet(path, cast, dim, dtype, encoder)
         else:
-            write_text_hdf5(path, cast, [len(embedding) for embedding in embeddings], dim, dtype)
+            write_text_hdf5(path, cast, [len(embedding) for embedding in embeddings], dim, dtype, encoder)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -144,17 +166,20 @@ def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> 
     token_bytes = dim * DISK_DTYPES[check_dtype(dtype)].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
     payload = sum(num_tokens) * token_bytes
     row_groups = -(-payload // ROW_GROUP_BYTES)
-    return payload + 8 * len(num_tokens) + 170 * row_groups + 400
+    return payload + 16 * len(num_tokens) + 170 * row_groups + 400
 
 
-def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
-    for row, embedding in enumerate(embeddings):
+def _cast(
+    embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype, captions: Sequence[str], fingerprint: str
+) -> Iterator[tuple[Stored, int]]:
+    for row, (embedding, caption) in enumerate(zip(embeddings, captions, strict=True)):
         if embedding.ndim != 2 or embedding.shape[1] != dim:
             raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
         try:
-            yield cast_embedding(embedding, dtype)
+            stored = cast_embedding(embedding, dtype)
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
+        yield stored, caption_digest(fingerprint, caption, stored)
 
 
 def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped: bool = True) -> ImageFile:
@@ -179,3 +204,12 @@ def open_text(source: str | BinaryIO, name: str, group: TextGroup, *, mapped: bo
     if group.format == "parquet":
         return ParquetText(source, name, group.dim, group.dtype, mapped=mapped)
     return Hdf5Text(source, name, group.dim, group.dtype)
+
+
+def read_digests(source: str | BinaryIO, name: str, store_format: StoreFormat) -> np.ndarray | None:
+    """The digest of each row of an image or text file, uint64; None in a store of schema 1.
+
+    Raises:
+        StoreError: not such a file.
+    """
+    return (parquet_digests if store_format == "parquet" else hdf5_digests)(source, name)

@@ -2,21 +2,24 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from imagen_core.store.coverage import Coverage
+from imagen_core.store.digest import caption_digest, fingerprint_digest, picture_digest
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP
+from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.ragged import all_finite
 from imagen_core.store.records import FileEntry, ImagesGroup, ShardEntry, TextGroup
-from imagen_core.store.shard import open_images, open_text
+from imagen_core.store.shard import open_images, open_text, read_digests
 
 _BLOCK_BYTES = 1 << 20
 _MAX_NAMED_KEYS = 10
@@ -37,14 +40,23 @@ class VerifyReport:
     Attributes:
         ok: no problems; warnings do not count.
         files_checked, bytes_checked: files read to the end, and their bytes; the manifest included.
+        input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
+            None, with `unaccounted`, in a store of schema 1.
         num_samples: samples a reader sees.
+        dropped: rows that did not become samples, by the reason of their last try.
+        excluded: samples that readers leave out, by reason.
+        unaccounted: input rows whose fate the store does not tell; 0 in a good one.
         warnings: hidden and `.tmp` files that the manifest does not know: left by a killed run.
     """
 
     ok: bool = False
     files_checked: int = 0
     bytes_checked: int = 0
+    input_rows: int | None = None
     num_samples: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
+    unaccounted: int | None = None
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
@@ -59,7 +71,8 @@ def verify_store(
 
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
     pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; files
-    the manifest does not know.
+    the manifest does not know; that every input row is one sample or one drop; that row by row the pictures
+    are those of the samples, and the embeddings those of the captions, by the encoder the manifest names.
     A damaged manifest is a problem of the report, as nothing else can be judged without it.
     Memory: one file's rows, and 8 bytes a sample for the keys.
 
@@ -85,9 +98,20 @@ def verify_store(
     for group in manifest.texts.values():
         check.null(group)
     check.keys()
+    check.coverage()
     check.strays()
     report.ok = not report.problems
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the other files of a shard must agree with."""
+
+    keys: list[str]
+    sha256: list[str]
+    captions: list[str]
+    """Distinct ones, by caption id."""
 
 
 class _Check:
@@ -100,6 +124,10 @@ class _Check:
     ) -> None:
         self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
         self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
+        self._coverage = Coverage(manifest)
+        self._fingerprints = {name: fingerprint_digest(group.fingerprint) for name, group in manifest.texts.items()}
+        self._has_digests = manifest.schema_version == SCHEMA_VERSION
+        self._saw_all_samples = True
 
     def count(self, name: str, size_bytes: int) -> None:
         self._report.files_checked += 1
@@ -113,24 +141,17 @@ class _Check:
     def shard(self, shard: ShardEntry) -> None:
         """Check a shard's files: bytes first, and contents only where the bytes are right."""
         intact = {name: self._bytes(entry) for name, entry in shard.files.items()}
-        num_captions = None
-        for name, entry in shard.files.items():
-            if not intact[name]:
-                continue
-            try:
-                if name == SAMPLES_GROUP:
-                    num_captions = self._samples(shard, entry)
-            except StoreError as error:
-                self._bad(entry.path, str(error))
+        rows = self._samples(shard, shard.files[SAMPLES_GROUP]) if intact.get(SAMPLES_GROUP) else None
+        self._saw_all_samples &= rows is not None or SAMPLES_GROUP not in shard.files
         for name, entry in shard.files.items():
             if not intact[name]:
                 continue
             group = self._manifest.groups[name]
             try:
                 if isinstance(group, ImagesGroup):
-                    self._images(entry, group)
+                    self._images(entry, group, rows)
                 elif isinstance(group, TextGroup):
-                    self._text(entry, group, num_captions)
+                    self._text(entry, group, rows)
             except StoreError as error:
                 self._bad(entry.path, str(error))
 
@@ -155,14 +176,22 @@ class _Check:
             return True
         return False
 
-    def _rows(self, entry: FileEntry, found: int) -> None:
+    def _count_rows(self, entry: FileEntry, found: int) -> bool:
         if found != entry.rows:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
+        return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> int:
-        """Check a samples file and note its keys; the number of distinct captions."""
-        samples = SamplesFile(self._source(entry), entry.path)
-        self._rows(entry, samples.num_rows)
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _Rows | None:
+        """Check a samples file, note its keys and count its input rows; None if it cannot be read."""
+        try:
+            samples = SamplesFile(self._source(entry), entry.path)
+        except StoreError as error:
+            self._bad(entry.path, str(error))
+            return None
+        self._count_rows(entry, samples.num_rows)
+        if self._has_digests:
+            for message in self._coverage.add(shard, samples):
+                self._bad(entry.path, message)
         caption_of: dict[int, str] = {}
         for row in map(samples.row, range(samples.num_rows)):
             if len(row.captions) != len(row.caption_ids) or not row.captions:
@@ -172,25 +201,56 @@ class _Check:
                     self._bad(entry.path, f"{row.key!r}: caption id {caption_id} is of another caption too")
         if set(caption_of) != set(range(len(caption_of))):
             self._bad(entry.path, f"caption ids are not 0 to {len(caption_of) - 1}")
-        hashes = np.array([_hash(key) for key in samples.all_keys()], dtype=np.uint64)
-        self._key_hashes.append((shard, hashes))
-        return max(caption_of, default=-1) + 1
+        keys = samples.column("key")
+        self._key_hashes.append((shard, np.array([_hash(key) for key in keys], dtype=np.uint64)))
+        captions = [caption_of.get(i, "") for i in range(max(caption_of, default=-1) + 1)]
+        return _Rows(keys, samples.column("sha256"), captions)
 
-    def _images(self, entry: FileEntry, group: ImagesGroup) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _Rows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
-        self._rows(entry, images.num_rows)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
+        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
+            found = (
+                picture_digest(key, sha256, images.stored(row))
+                for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
+            )
+            self._compare_digests(entry, group, found, rows.keys, "pictures are not those of their samples")
 
-    def _text(self, entry: FileEntry, group: TextGroup, num_captions: int | None) -> None:
+    def _text(self, entry: FileEntry, group: TextGroup, rows: _Rows | None) -> None:
         # Not mapped: the parquet decoder checks the places that the mapped reader computes.
         text = open_text(self._source(entry), entry.path, group, mapped=False)
-        self._rows(entry, text.num_rows)
-        if num_captions is not None and text.num_rows != num_captions:
-            self._bad(entry.path, f"{text.num_rows} rows, the samples have {num_captions} distinct captions")
+        self._count_rows(entry, text.num_rows)
         bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
         if bad:
             self._bad(entry.path, f"{len(bad)} embeddings are not finite, the first in row {bad[0]}")
+        if rows is None:
+            return
+        encoder = self._fingerprints[group.encoder]
+        if text.num_rows != len(rows.captions):
+            self._bad(entry.path, f"{text.num_rows} rows, the samples have {len(rows.captions)} distinct captions")
+        elif self._has_digests and text.fingerprint != encoder:
+            self._bad(
+                entry.path,
+                f"encoded by another encoder: fingerprint {text.fingerprint[:16] or '(none)'}, "
+                f"the manifest's is {encoder[:16]}",
+            )
+        else:
+            found = (caption_digest(encoder, caption, text.stored(i)) for i, caption in enumerate(rows.captions))
+            self._compare_digests(entry, group, found, rows.captions, "embeddings are not those of their captions")
+
+    def _compare_digests(
+        self, entry: FileEntry, group: ImagesGroup | TextGroup, found: Iterator[int], names: Sequence[str], wrong: str
+    ) -> None:
+        if not self._has_digests:
+            return
+        stored = read_digests(self._source(entry), entry.path, group.format)
+        if stored is None or len(stored) != len(names):
+            self._bad(entry.path, f"{0 if stored is None else len(stored)} digests for {len(names)} rows")
+            return
+        rows = [row for row, (a, b) in enumerate(zip(found, stored.tolist(), strict=True)) if a != b]
+        if rows:
+            self._bad(entry.path, f"{len(rows)} {wrong}, the first in row {rows[0]} ({names[rows[0]]!r})")
 
     def null(self, group: TextGroup) -> None:
         if group.null is None or not self._bytes(group.null):
@@ -229,6 +289,19 @@ class _Check:
                 entry = shard.files[SAMPLES_GROUP]
                 samples = SamplesFile(self._source(entry), entry.path)
                 yield from ((entry.path, samples.key(int(row))) for row in rows)
+
+    def coverage(self) -> None:
+        """Sum up the fate of all input rows; what bad files hide is told of them, and not again of the manifest."""
+        excluded = Counter(reason for rows in self._manifest.excluded.values() for reason in rows.values())
+        self._report.excluded = dict(sorted(excluded.items()))
+        if not self._has_digests:
+            message = f"schema {self._manifest.schema_version} proves neither input rows nor the order of rows"
+            self._report.warnings.append(Problem(MANIFEST_NAME, f"{message}; --restart makes one that does"))
+            return
+        self._report.input_rows, self._report.unaccounted = self._coverage.input_rows, self._coverage.unaccounted
+        self._report.dropped = dict(sorted((+self._coverage.dropped).items()))
+        for message in self._coverage.finish() if self._saw_all_samples else ():
+            self._bad(MANIFEST_NAME, message)
 
     def strays(self) -> None:
         """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""

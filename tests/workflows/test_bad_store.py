@@ -140,7 +140,7 @@ def barely_begun(run: Path) -> Path:
 
 
 def newer(run: Path) -> Path:
-    edit_manifest(run, b'"schema_version":1', b'"schema_version":99')
+    edit_manifest(run, b'"schema_version":2', b'"schema_version":99')
     return run
 
 
@@ -159,7 +159,7 @@ CASES = [
     (absent, "absent", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
     (unfinished, "store", "the run that writes it has not finished; run the same pipeline command again"),
     (barely_begun, "run", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
-    (newer, "manifest.json", "schema_version is 99, this library reads up to 1; upgrade imagen-precompute"),
+    (newer, "manifest.json", "schema_version is 99, this library reads up to 2; upgrade imagen-precompute"),
     (changed, "manifest.json", "do not match their own sha256, so it was changed or cut; check the store with"),
     (no_json, "manifest.json", "do not match their own sha256"),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from imagen_core import store as st
 
 DIM = 16
+FINGERPRINT = {"model": "tiny"}
 
 
 @dataclass
@@ -21,6 +22,14 @@ class Made:
     images: dict[int, list[np.ndarray]] = field(default_factory=dict)
     text: list[list[np.ndarray]] = field(default_factory=list)  # float32, before the cast
     null: np.ndarray = field(default_factory=lambda: np.zeros((0, DIM), np.float32))
+
+
+def write_text(
+    path: Path, embeddings: list[np.ndarray], dim: int, dtype: st.StoreDtype, store_format: st.StoreFormat
+) -> None:
+    """Embeddings of captions named by number."""
+    captions = [f"caption {i}" for i in range(len(embeddings))]
+    st.write_text_shard(path, embeddings, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT)
 
 
 def file_entry(root: Path, path: str, rows: int) -> dict:
@@ -60,7 +69,7 @@ def make_store(
             ids = tuple(captions.index(caption) for caption in own)
             url = None if row % 2 else f"https://example.com/{shard}/{row}.jpg"
             digest = hashlib.sha256(bytes([shard, row])).hexdigest()
-            samples.append(st.SampleRow(f"{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row))
+            samples.append(st.SampleRow(f"{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row, row))
         embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
         files = {"samples": st.shard_path("samples", shard)}
         st.write_samples(root / files["samples"], samples)
@@ -68,19 +77,27 @@ def make_store(
             name = st.image_group(size)
             files[name] = st.shard_path(name, shard, store_format)
             with st.open_image_writer(root / files[name], size, store_format, codec) as writer:
-                for row in range(rows):
+                for row, sample in enumerate(samples):
                     pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                    writer.append(pixels)
+                    writer.append(pixels, sample.key, sample.sha256)
                     if row not in excluded.get(shard, []):
                         made.images[size].append(pixels)
         files["text-t5"] = st.shard_path("text-t5", shard, store_format)
-        st.write_text_shard(root / files["text-t5"], embeddings, DIM, dtype, store_format)
+        st.write_text_shard(
+            root / files["text-t5"],
+            embeddings,
+            DIM,
+            dtype,
+            store_format,
+            captions=captions,
+            fingerprint=FINGERPRINT,
+        )
         num_rows = dict.fromkeys(groups, rows) | {"text-t5": len(captions)}
         shards.append(
             {
                 "index": shard,
                 "rows": rows,
-                "excluded": excluded.get(shard, []),
+                "excluded": {"made_up": excluded.get(shard, [])},
                 "files": {name: file_entry(root, path, num_rows[name]) for name, path in files.items()},
             }
         )
@@ -107,8 +124,9 @@ def make_store(
         "dim": DIM,
         "dtype": dtype,
         "format": store_format,
-        "fingerprint": {"model": "tiny"},
+        "fingerprint": FINGERPRINT,
         "null": null,
     }
-    st.write_manifest(root / "manifest.json", {"writer": "test", "groups": header_groups}, shards)
+    header = {"writer": "test", "input_rows": sum(shard_rows), "groups": header_groups}
+    st.write_manifest(root / "manifest.json", header, shards)
     return made

@@ -35,7 +35,7 @@ def smooth(count: int, size_px: int = SIZE_PX) -> np.ndarray:
 def write(path: Path, pictures: np.ndarray, store_format: st.StoreFormat, codec: st.Codec) -> None:
     with st.open_image_writer(path, pictures.shape[1], store_format, codec) as writer:
         for picture in pictures:
-            writer.append(picture)
+            writer.append(picture, "key", "sha256")
 
 
 def opened(source: Any, store_format: st.StoreFormat, codec: st.Codec, size_px: int = SIZE_PX) -> ImageFile:

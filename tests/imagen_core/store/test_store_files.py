@@ -12,12 +12,13 @@ from hypothesis.extra import numpy as hnp
 from imagen_core import store as st
 from imagen_core.store.parquet import ParquetImages, ParquetText
 from imagen_core.store.shard import open_images, open_text
+from tests.imagen_core.store.handmade_store import write_text
 
 DTYPES: list[st.StoreDtype] = ["float16", "bfloat16", "float32", "int8"]
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 ROWS = [
-    st.SampleRow("a", ("one", "zwei é\n"), (0, 1), "https://example.com/a.jpg", "00" * 32, 10, 20),
-    st.SampleRow("b", ("one",), (0,), None, "ff" * 32, 30000, 1),
+    st.SampleRow("a", ("one", "zwei é\n"), (0, 1), "https://example.com/a.jpg", "00" * 32, 10, 20, 0),
+    st.SampleRow("b", ("one",), (0,), None, "ff" * 32, 30000, 1, 1),
 ]
 
 
@@ -60,7 +61,7 @@ def test_no_samples_roundtrip(tmp_path: Path) -> None:
 
 def test_samples_need_one_id_a_caption(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'x': 1 captions and 2 caption_ids"):
-        st.write_samples(tmp_path / "s.parquet", [st.SampleRow("x", ("a",), (0, 1), None, "", 1, 1)])
+        st.write_samples(tmp_path / "s.parquet", [st.SampleRow("x", ("a",), (0, 1), None, "", 1, 1, 0)])
 
 
 def test_an_unreadable_samples_file_is_named(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_text_roundtrip(
 ) -> None:
     xs = embeddings(lengths)
     path = tmp_path / "text"
-    st.write_text_shard(path, xs, 16, dtype, store_format)
+    write_text(path, xs, 16, dtype, store_format)
     with open(path, "rb") as remote:
         for source in (str(path), remote):
             file = open_text(source, "text", text_group(dtype, store_format))
@@ -91,7 +92,7 @@ def test_text_of_many_row_groups_roundtrips(
 ) -> None:
     xs = embeddings([(i * 37) % 90 for i in range(60)], dim=512)
     path = tmp_path / "text"
-    st.write_text_shard(path, xs, 512, dtype, store_format)
+    write_text(path, xs, 512, dtype, store_format)
     for mapped in (True, False):
         file = open_text(str(path), "text", text_group(dtype, store_format, 512), mapped=mapped)
         for row in [59, 0, *range(60)]:
@@ -143,13 +144,13 @@ def test_a_non_finite_embedding_is_refused_by_row(tmp_path: Path, store_format: 
     xs = embeddings([2, 2])
     xs[1][0, 0] = np.nan
     with pytest.raises(ValueError, match=r"row 1: .*not finite as float16"):
-        st.write_text_shard(tmp_path / "text", xs, 16, "float16", store_format)
+        write_text(tmp_path / "text", xs, 16, "float16", store_format)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_embedding_of_another_dim_is_refused(tmp_path: Path, store_format: st.StoreFormat) -> None:
     with pytest.raises(ValueError, match=r"row 0: embedding \(2, 16\) is not \(n_tokens, 8\)"):
-        st.write_text_shard(tmp_path / "text", embeddings([2]), 8, "float16", store_format)
+        write_text(tmp_path / "text", embeddings([2]), 8, "float16", store_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,8 +159,9 @@ def test_text_files_are_hardly_larger_than_their_tokens(
     tmp_path: Path, store_format: st.StoreFormat, dtype: st.StoreDtype, num_captions: int
 ) -> None:
     lengths = [8 + i % 5 for i in range(num_captions)]
-    st.write_text_shard(tmp_path / "text", embeddings(lengths, dim=64), 64, dtype, store_format)
-    limit = 1.02 * sum(lengths) * 64 * ITEMSIZE[dtype] + 64 * num_captions
+    write_text(tmp_path / "text", embeddings(lengths, dim=64), 64, dtype, store_format)
+    token_bytes = 64 * ITEMSIZE[dtype] + (4 if dtype == "int8" else 0)
+    limit = 1.02 * sum(lengths) * token_bytes + 64 * num_captions
     assert (tmp_path / "text").stat().st_size <= limit
 
 
@@ -169,7 +171,7 @@ def test_images_roundtrip(tmp_path: Path, store_format: st.StoreFormat, size: in
     path = tmp_path / "images"
     with st.open_image_writer(path, size, store_format) as writer:
         for picture in pictures:
-            writer.append(picture)
+            writer.append(picture, "key", "sha256")
     assert [file.name for file in tmp_path.iterdir()] == ["images"]
     assert path.stat().st_size <= pictures.nbytes * 1.02 + 4096
     group = st.ImagesGroup(f"images-{size}", size, store_format, "raw")
@@ -184,8 +186,8 @@ def test_images_roundtrip(tmp_path: Path, store_format: st.StoreFormat, size: in
 def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:
     with st.open_image_writer(tmp_path / "images", 64, "parquet") as writer:
         for _ in range(100):
-            writer.append(np.zeros((64, 64, 3), np.uint8))
-    st.write_text_shard(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
+            writer.append(np.zeros((64, 64, 3), np.uint8), "key", "sha256")
+    write_text(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
     images = ParquetImages(str(tmp_path / "images"), "images", 64, "raw")
     text = ParquetText(str(tmp_path / "text"), "text", 16, "int8")
     assert images._values.is_mapped
@@ -199,7 +201,7 @@ def test_parquet_rewritten_by_others_is_decoded(tmp_path: Path, options: dict) -
     import pyarrow.parquet as pq
 
     xs = embeddings([3, 1, 0, 5] * 50)
-    st.write_text_shard(tmp_path / "ours", xs, 16, "float16", "parquet")
+    write_text(tmp_path / "ours", xs, 16, "float16", "parquet")
     options = {"compression": "none", "use_dictionary": False, "write_batch_size": 8, **options}
     with pq.ParquetWriter(tmp_path / "theirs", pq.read_schema(tmp_path / "ours"), **options) as writer:
         writer.write_table(pq.read_table(tmp_path / "ours"))
@@ -218,8 +220,8 @@ def test_wrong_pixels_are_refused_and_leave_nothing(
 ) -> None:
     def write() -> None:
         with st.open_image_writer(tmp_path / "images", 4, store_format) as writer:
-            writer.append(np.zeros((4, 4, 3), np.uint8))
-            writer.append(pixels)
+            writer.append(np.zeros((4, 4, 3), np.uint8), "key", "sha256")
+            writer.append(pixels, "key", "sha256")
 
     with pytest.raises(ValueError, match=r"row 1: .* not uint8 \(4, 4, 3\)"):
         write()
@@ -232,10 +234,10 @@ def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
         st.write_samples(folder / "samples", ROWS)
         for store_format in ("parquet", "hdf5"):
             with st.open_image_writer(folder / f"images-{store_format}", 4, store_format) as writer:
-                writer.append(np.full((4, 4, 3), 7, np.uint8))
+                writer.append(np.full((4, 4, 3), 7, np.uint8), "key", "sha256")
             for dtype in DTYPES:
                 xs = embeddings([3, 0, 2])
-                st.write_text_shard(folder / f"{dtype}-{store_format}", xs, 16, dtype, store_format)
+                write_text(folder / f"{dtype}-{store_format}", xs, 16, dtype, store_format)
         for dtype in DTYPES:
             st.write_null(folder / f"null-{dtype}", embeddings([1])[0], dtype)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -248,7 +250,7 @@ def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
 
 def test_another_dtype_or_dim_than_the_manifest_says_is_refused(tmp_path: Path, store_format: st.StoreFormat) -> None:
     path = tmp_path / "text"
-    st.write_text_shard(path, embeddings([2]), 16, "float16", store_format)
+    write_text(path, embeddings([2]), 16, "float16", store_format)
     for group in (text_group("bfloat16", store_format), text_group("float16", store_format, dim=8)):
         with pytest.raises(st.StoreError, match=r"holds \(dtype, dim\) \('float16', 16\)"):
             open_text(str(path), "text", group)

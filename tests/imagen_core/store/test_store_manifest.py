@@ -30,7 +30,7 @@ def shard(index: int, rows: int = 3, excluded: tuple[int, ...] = ()) -> dict[str
         return {"path": path, "bytes": 10, "sha256": hashlib.sha256(path.encode()).hexdigest(), "rows": rows}
 
     files = {"samples": entry(f"samples/{index:05d}.parquet"), "images-8": entry(f"images-8/{index:05d}.h5")}
-    return {"index": index, "rows": rows, "excluded": list(excluded), "files": files}
+    return {"index": index, "rows": rows, "excluded": {"bad": list(excluded)}, "files": files}
 
 
 def seal(body: bytes) -> bytes:
@@ -41,11 +41,11 @@ def test_what_was_written_is_loaded(tmp_path: Path) -> None:
     st.write_manifest(tmp_path / "manifest.json", HEADER, iter([shard(0), shard(7, 2, (1,)), shard(123456)]))
     manifest = st.load_manifest(tmp_path)
     assert (manifest.num_shards, manifest.num_rows, manifest.num_samples, manifest.num_bytes) == (3, 8, 7, 60)
-    assert manifest.header == {"schema_version": 1, **HEADER}
+    assert manifest.header == {"schema_version": 2, **HEADER}
     assert manifest.images[8].config == {"filter": "bicubic"}
     assert manifest.groups["images-8"].format == "hdf5"
     assert [entry.index for entry in manifest.shards()] == [0, 7, 123456]
-    assert manifest.shard(1).excluded == (1,)
+    assert manifest.shard(1).excluded == {1: "bad"}
     entry = manifest.shard(2).files["images-8"]
     digest = hashlib.sha256(b"images-8/123456.h5").hexdigest()
     assert entry == st.FileEntry("images-8/123456.h5", 10, digest, 3)
@@ -56,7 +56,7 @@ def test_it_is_plain_json_with_one_line_a_shard(tmp_path: Path) -> None:
     text = (tmp_path / "manifest.json").read_text(encoding="utf-8")
     raw = json.loads(text)
     assert raw["shards"] == [shard(0), shard(1)]
-    assert (raw["schema_version"], raw["num_samples"], raw["writer"]) == (1, 6, HEADER["writer"])
+    assert (raw["schema_version"], raw["num_samples"], raw["writer"]) == (2, 6, HEADER["writer"])
     assert len([line for line in text.splitlines() if line.startswith('{"excluded"')]) == 2
 
 
@@ -108,10 +108,10 @@ def test_an_added_or_missing_byte_is_noticed(tmp_path: Path, change: Callable[[b
 
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    newer = seal(b'{\n"schema_version":2,\n"shards":[\n],\n"num_bytes":0,\n')
-    for data in (newer, json.dumps({"schema_version": 2}).encode()):
+    newer = seal(b'{\n"schema_version":3,\n"shards":[\n],\n"num_bytes":0,\n')
+    for data in (newer, json.dumps({"schema_version": 3}).encode()):
         path.write_bytes(data)
-        with pytest.raises(st.StoreError, match=r"schema_version is 2, .* up to 1; upgrade"):
+        with pytest.raises(st.StoreError, match=r"schema_version is 3, .* up to 2; upgrade"):
             st.load_manifest(tmp_path)
 
 
@@ -156,7 +156,7 @@ def _without(raw: dict[str, Any], key: str) -> dict[str, Any]:
         (_without(shard(0), "rows"), "shard 0: missing or wrong field 'rows'"),
         (shard(0, -1), "rows must be an integer"),
         (shard(0, 3, (3,)), "excluded rows"),
-        (shard(0, 3, (1, 0)), "excluded rows"),
+        (shard(0, 3, (1, 1)), "excluded rows"),
         (shard(0) | {"files": {"samples": shard(0)["files"]["samples"]}}, "'images-8'"),
         (shard(0) | {"files": shard(1)["files"]}, "should be 'images-8/00000.h5'"),
         (shard(0) | {"files": shard(0)["files"] | {"text-x": {}}}, "unknown groups"),
@@ -172,7 +172,7 @@ def test_a_wrong_shard_is_refused_and_leaves_nothing(tmp_path: Path, bad: dict[s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version must be 1"),
+        ({"schema_version": 3}, "schema_version must be 1 to 2"),
         ({"num_samples": 3}, "added by write_manifest"),
         ({"groups": {}}, "lack 'samples'"),
         (

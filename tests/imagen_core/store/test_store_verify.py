@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from imagen_core import store as st
+from imagen_core.store.digest import caption_digest, fingerprint_digest
 from imagen_core.store.hdf5 import write_text_hdf5
 from imagen_core.store.parquet import write_text_parquet
-from tests.imagen_core.store.handmade_store import DIM, Made, file_entry
+from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, file_entry, write_text
 
 Make = Callable[..., Made]
 
@@ -23,7 +24,7 @@ def rewrite_manifest(root: Path, change: Callable[[list[dict[str, Any]]], None])
         for entry in shard["files"].values():
             entry.update(file_entry(root, entry["path"], entry["rows"]))
     change(raw["shards"])
-    header = {name: raw[name] for name in ("writer", "groups")}
+    header = {name: raw[name] for name in ("writer", "input_rows", "groups")}
     st.write_manifest(root / "manifest.json", header, raw["shards"])
 
 
@@ -103,11 +104,13 @@ def test_a_non_finite_embedding_is_found(make: Make, store_format: st.StoreForma
         stored[1].scales[0] = np.inf
     else:
         stored[1].values[1, 3] = 0x7F80 if dtype == "bfloat16" else np.nan
+    encoder = fingerprint_digest(FINGERPRINT)
+    rows = [(s, caption_digest(encoder, f"caption 0 {i} é", s)) for i, s in enumerate(stored)]
     (path,) = (made.path / "text-t5").glob("00000.*")
     if store_format == "parquet":
-        write_text_parquet(path, stored, DIM, dtype)
+        write_text_parquet(path, rows, DIM, dtype, encoder)
     else:
-        write_text_hdf5(path, stored, [2, 2], DIM, dtype)
+        write_text_hdf5(path, rows, [2, 2], DIM, dtype, encoder)
     rewrite_manifest(made.path, lambda shards: None)
     (problem,) = st.verify_store(made.path).problems
     assert problem.file.startswith("text-t5/00000.")
@@ -118,9 +121,9 @@ def test_row_counts_must_agree(make: Make, store_format: st.StoreFormat) -> None
     made = make(store_format=store_format, shard_rows=(4,), sizes=(4,))
     (images,) = (made.path / "images-4").glob("*")
     with st.open_image_writer(images, 4, store_format) as writer:
-        writer.append(np.zeros((4, 4, 3), np.uint8))
+        writer.append(np.zeros((4, 4, 3), np.uint8), "key", "sha256")
     (text,) = (made.path / "text-t5").glob("00000.*")
-    st.write_text_shard(text, [np.ones((1, DIM), np.float32)], DIM, "float16", store_format)
+    write_text(text, [np.ones((1, DIM), np.float32)], DIM, "float16", store_format)
 
     def one_row(shards: list[dict[str, Any]]) -> None:
         shards[0]["files"]["text-t5"]["rows"] = 1
@@ -137,9 +140,9 @@ def test_another_size_or_dim_than_the_manifest_says_is_found(make: Make, store_f
     made = make(store_format=store_format, shard_rows=(1,), sizes=(4,), num_captions=1)
     (images,) = (made.path / "images-4").glob("*")
     with st.open_image_writer(images, 5, store_format) as writer:
-        writer.append(np.zeros((5, 5, 3), np.uint8))
+        writer.append(np.zeros((5, 5, 3), np.uint8), "key", "sha256")
     (text,) = (made.path / "text-t5").glob("00000.*")
-    st.write_text_shard(text, [np.ones((1, 7), np.float32)], 7, "float16", store_format)
+    write_text(text, [np.ones((1, 7), np.float32)], 7, "float16", store_format)
     rewrite_manifest(made.path, lambda shards: None)
     found = sorted(st.verify_store(made.path).problems, key=lambda problem: problem.file)
     assert "pixels are" in found[0].message
@@ -156,7 +159,9 @@ def test_another_size_or_dim_than_the_manifest_says_is_found(make: Make, store_f
 )
 def test_wrong_samples_are_found(make: Make, rows: list[tuple], message: str) -> None:
     made = make(shard_rows=(2,), num_captions=1)
-    samples = [st.SampleRow(*row, url=None, sha256="0" * 64, width=1, height=1) for row in rows]
+    samples = [
+        st.SampleRow(*row, url=None, sha256="0" * 64, width=1, height=1, input_row=i) for i, row in enumerate(rows)
+    ]
     st.write_samples(made.path / "samples" / "00000.parquet", samples)
     rewrite_manifest(made.path, lambda shards: None)
     problems = st.verify_store(made.path).problems
@@ -170,7 +175,7 @@ def test_a_key_of_two_shards_is_found(make: Make) -> None:
     rows = st.read_samples(made.path / "samples" / "00000.parquet")
     st.write_samples(made.path / "samples" / "00002.parquet", rows)
     rewrite_manifest(made.path, lambda shards: None)
-    problems = st.verify_store(made.path).problems
+    problems = [p for p in st.verify_store(made.path).problems if p.file.startswith("samples")]
     assert [problem.file for problem in problems] == ["samples/00002.parquet"] * 2
     assert problems[0].message == "key '000-000' occurs twice and in samples/00000.parquet"
 

@@ -56,7 +56,7 @@ def make_store(root: Path, *, rows: tuple[int, ...] = (24, 16), model: str = "ti
     for shard, count in enumerate(rows):
         paths = {name: st.shard_path(name, shard, "parquet") for name in groups}
         samples = [
-            st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32)
+            st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32, row)
             for row in range(count)
         ]
         st.write_samples(root / paths["samples"], samples)
@@ -65,12 +65,15 @@ def make_store(root: Path, *, rows: tuple[int, ...] = (24, 16), model: str = "ti
         for size, pictures in ((32, large), (16, small)):
             name = st.image_group(size)
             with st.open_image_writer(root / paths[name], size, "parquet") as writer:
-                for pixels in pictures:
-                    writer.append(pixels)
+                for pixels, sample in zip(pictures, samples, strict=True):
+                    writer.append(pixels, sample.key, sample.sha256)
         embeddings = [rng.normal(size=(1 + row % 5, dim)).astype(np.float32) for row in range(count)]
-        st.write_text_shard(root / paths["text-t5"], embeddings, dim, "float16", "parquet")
+        captions = [sample.captions[0] for sample in samples]
+        fingerprint = groups["text-t5"]["fingerprint"]
+        path = root / paths["text-t5"]
+        st.write_text_shard(path, embeddings, dim, "float16", "parquet", captions=captions, fingerprint=fingerprint)
         files = {name: _entry(root, path, count) for name, path in paths.items()}
-        shards.append({"index": shard, "rows": count, "excluded": [], "files": files})
+        shards.append({"index": shard, "rows": count, "files": files})
     st.write_manifest(root / "manifest.json", {"writer": "test", "groups": groups}, shards)
     return root
 
