@@ -4,6 +4,7 @@ Different shards are in different stages at the same time, so shard 7 is encoded
 Memory in the driver is bounded by the window, not by the number of shards.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -79,7 +80,8 @@ class GroupTally:
         for reason, count in drops.items():
             self.drops[reason] = self.drops.get(reason, 0) + count
         for name, value in counters.items():
-            self.counters[name] = self.counters.get(name, 0) + value
+            merge = min if name.endswith("_min") else max if name.endswith("_max") else operator.add
+            self.counters[name] = merge(self.counters[name], value) if name in self.counters else value
 
 
 _MAX_LISTED_FAILURES = 20

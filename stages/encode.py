@@ -9,6 +9,7 @@ import numpy as np
 from imagen_core.store import (
     StoreDtype,
     StoreFormat,
+    TokenErrors,
     is_finite_as,
     null_path,
     read_samples,
@@ -25,6 +26,7 @@ from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Wor
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder
 from stages.fetch import SAMPLES
+from stages.quantisation import int8_errors, quantisation_counters, quantisation_facts
 
 
 class EncodeStage(Stage):
@@ -34,11 +36,12 @@ class EncodeStage(Stage):
     inputs = (SAMPLES,)
     tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)
 
-    def __init__(self, encoder: EncoderConfig, store_format: StoreFormat, dtype: StoreDtype):
+    def __init__(self, encoder: EncoderConfig, store_format: StoreFormat, dtype: StoreDtype, min_cosine: float = 0.99):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)
         self.store_format: StoreFormat = store_format
         self.dtype: StoreDtype = dtype
+        self.min_cosine = min_cosine
         self.name = f"encode-{encoder.name}"
         self.group = text_group(encoder.name)
         self.max_workers = encoder.workers or 0
@@ -54,6 +57,7 @@ class EncodeStage(Stage):
                     "dtype": dtype,
                     "format": store_format,
                     "fingerprint": identity.fingerprint,
+                    **({"min_cosine": min_cosine} if dtype == "int8" else {}),
                 },
                 shared_files=(PurePosixPath(null_path(encoder.name)).name,),
             ),
@@ -85,11 +89,11 @@ class EncodeStage(Stage):
         captions = [by_id[i] for i in range(len(by_id))]
         encoded = self._model.encode(captions)
         task.waited_s += encoded.waited_s
-        embeddings, bad = self._check(encoded.embeddings)
+        embeddings, bad, quality = self._check(encoded.embeddings)
         drops = [
-            Drop(row, sample.key, "non_finite_embedding", f"as {self.dtype}")
+            Drop(row, sample.key, *next(bad[i] for i in sample.caption_ids if i in bad))
             for row, sample in enumerate(samples)
-            if bad.intersection(sample.caption_ids)
+            if not bad.keys().isdisjoint(sample.caption_ids)
         ]
         suffix = ".h5" if self.store_format == "hdf5" else ".parquet"
         path = task.output(self.group, suffix)
@@ -103,8 +107,9 @@ class EncodeStage(Stage):
             "tokens": tokens,
             "captions_truncated": encoded.num_truncated,
             "payload_bytes": tokens * self.dim * {"float32": 4, "int8": 1}.get(self.dtype, 2),
+            **quality,
         }
-        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions)}
+        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_facts(quality)}
         task.done(self.group, GroupResult(len(samples), drops, counters, info))
 
     def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:
@@ -118,8 +123,25 @@ class EncodeStage(Stage):
             bytes={self.group: text_shard_bytes(work.tokens, self.dim, self.dtype)},
         )
 
-    def _check(self, embeddings: Sequence[np.ndarray]) -> tuple[list[np.ndarray], set[int]]:
-        """Replaces embeddings that are not finite once stored by zero tokens; names them."""
-        bad = {i for i, e in enumerate(embeddings) if not is_finite_as(e, self.dtype)}
+    def _check(
+        self, embeddings: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], dict[int, tuple[str, str]], dict[str, float]]:
+        """Replaces embeddings that the store's dtype cannot hold by zero tokens.
+
+        Returns:
+            The embeddings; reason and detail of the replaced ones; what rounding costs the others.
+        """
+        bad: dict[int, tuple[str, str]] = {}
+        errors: list[TokenErrors] = []
+        for i, embedding in enumerate(embeddings):
+            if not is_finite_as(embedding, self.dtype):
+                bad[i] = ("non_finite_embedding", f"as {self.dtype}")
+            elif self.dtype == "int8":
+                error = int8_errors(embedding)
+                least = float(error.cosine.min(initial=1.0))
+                if least < self.min_cosine:
+                    bad[i] = ("quantisation_error", f"cosine {least:.4f} as int8")
+                else:
+                    errors.append(error)
         empty = np.zeros((0, self.dim), np.float32)
-        return [empty if i in bad else e for i, e in enumerate(embeddings)], bad
+        return [empty if i in bad else e for i, e in enumerate(embeddings)], bad, quantisation_counters(errors)

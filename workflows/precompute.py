@@ -1,5 +1,6 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
+import json
 import math
 from typing import Literal
 
@@ -15,6 +16,7 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.manifest import build_manifest
+from stages.quantisation import quantisation_facts, quantisation_line
 from stages.resize import ImagesConfig, ResizeStage
 from stages.sources.any import AnySource
 from stages.sources.synthetic import SyntheticConfig
@@ -27,6 +29,9 @@ class StoreConfig(Config):
     """hdf5 is the fastest to read at random on a local disk; parquet is read everywhere."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Type of the stored embeddings; int8 keeps one scale a token."""
+    min_cosine: float = Field(default=0.99, ge=0, lt=1)
+    """int8 only: a caption with a token whose cosine to its float32 embedding is less is dropped
+    (`quantisation_error`)."""
 
 
 class PrecomputeConfig(WorkflowConfig):
@@ -75,7 +80,10 @@ class Precompute(ShardedWorkflow):
             stages=(
                 FetchStage(source, config.source.kind),
                 ResizeStage(config.images, config.store.format),
-                *(EncodeStage(e, config.store.format, config.store.dtype) for e in config.encoders),
+                *(
+                    EncodeStage(e, config.store.format, config.store.dtype, config.store.min_cosine)
+                    for e in config.encoders
+                ),
             ),
             shards=lambda: source.shards(config.shard_size),
             finalize=build_manifest,
@@ -89,4 +97,10 @@ class Precompute(ShardedWorkflow):
         )
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        return [("store", str(run.store)), ("report", f"pipeline report {run.root}")]
+        groups = json.loads(run.summary_file.read_text("utf-8"))["tally"]["groups"]
+        facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
+        return [
+            *((name, f"as int8: {quantisation_line(fact)}") for name, fact in facts.items() if fact),
+            ("store", str(run.store)),
+            ("report", f"pipeline report {run.root}"),
+        ]

@@ -23,6 +23,7 @@ from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, resto
 from imagen_core.store.reader import Sample, Store
 from imagen_core.store.records import FileEntry, ImagesGroup, SamplesGroup, ShardEntry, TextGroup
 from imagen_core.store.shard import ImageWriter, open_image_writer, text_shard_bytes, write_text_shard
+from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "StoreFormat",
     "Stored",
     "TextGroup",
+    "TokenErrors",
     "VerifyReport",
     "cast_embedding",
     "check_codec",
@@ -62,6 +64,7 @@ __all__ = [
     "shard_path",
     "text_group",
     "text_shard_bytes",
+    "token_errors",
     "verify_store",
     "write_manifest",
     "write_null",

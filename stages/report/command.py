@@ -12,6 +12,7 @@ from pipeline.files import write_text
 from pipeline.runfolder import RunFolder
 from pipeline.show import human_bytes, human_seconds
 from stages.inspect import group_bytes, open_store
+from stages.quantisation import quantisation_facts
 from stages.report.comparison import compare_with_plan, comparison_lines, read_events
 from stages.report.pictures import caption_histogram, caption_tokens, picture_grid
 from stages.verify import CommandResult, store_folder
@@ -49,6 +50,7 @@ def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
         ],
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
+        "int8": _int8(summary),
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
@@ -65,6 +67,13 @@ def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
         for name, group in summary["tally"]["groups"].items()
         for reason, count in sorted(group["drops"].items(), key=lambda item: -item[1])
     ]
+
+
+def _int8(summary: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """What int8 costs each encoder's embeddings."""
+    groups = summary["tally"]["groups"] if summary else {}
+    facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _throughput(run: RunFolder) -> list[dict[str, object]]:

@@ -1,0 +1,45 @@
+"""How far an embedding is from the one it should be, token by token."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_TINY = np.float32(1e-30)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenErrors:
+    """Float arrays (n_tokens,), one entry a token.
+
+    Attributes:
+        cosine: of the angle to the reference, in [-1, 1].
+        relative: length of the difference over the length of the reference.
+        absolute: largest difference of one element.
+    """
+
+    cosine: np.ndarray
+    relative: np.ndarray
+    absolute: np.ndarray
+
+
+def token_errors(x: np.ndarray, reference: np.ndarray) -> TokenErrors:
+    """Compare two float (n_tokens, dim) embeddings; a token of zeros equals only another one.
+
+    Raises:
+        ValueError: they differ in shape.
+    """
+    if x.shape != reference.shape:
+        raise ValueError(f"embeddings {x.shape} and {reference.shape} cannot be compared")
+    x, reference = x.astype(np.float32, copy=False), reference.astype(np.float32, copy=False)
+    difference = x - reference
+    distance, length, other = (np.sqrt(_dot(a, a)) for a in (difference, reference, x))
+    cosine = np.clip(_dot(x, reference) / np.maximum(length * other, _TINY), -1.0, 1.0)
+    return TokenErrors(
+        cosine=np.where(distance == 0, np.float32(1.0), cosine),
+        relative=distance / np.maximum(length, _TINY),
+        absolute=np.abs(difference).max(axis=1, initial=0.0),
+    )
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("td,td->t", a, b)
