@@ -152,9 +152,21 @@ StoreArg = Annotated[Path, typer.Argument(metavar="STORE", help="Store folder, o
 
 
 @app.command()
-def verify(store: StoreArg, as_json: AsJson = False) -> None:
-    """Check every checksum and the alignment of all groups; names each bad file. Exit 1 if any."""
-    _read_command("verify", store, as_json)
+def verify(
+    store: StoreArg,
+    reencode: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Also encode this fraction of the captions again, at least one; e.g. 0.001."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which captions --reencode takes.")] = 0,
+    encoder_model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="Where an encoder's model is now, if not where its name says."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every checksum, every row's place, the fate of every input row. Names each bad file; exit 1 if any."""
+    _read_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
 
 
 @app.command()
@@ -238,14 +250,14 @@ def _build(name: str, config: str | None, overrides: list[str] | None):
     return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
 
 
-def _read_command(name: str, path: Path, as_json: bool) -> None:
+def _read_command(name: str, path: Path, as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points.
 
     It returns (JSON-able result, lines for people, exit code).
     """
     from pipeline.workflow import load_command
 
-    result, lines, exit_code = load_command(name)(path)
+    result, lines, exit_code = load_command(name)(path, **options)
     if as_json:
         _print_json(result)
     else:

@@ -12,6 +12,7 @@ from pipeline.executors.base import usable_cpus
 from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.any import AnyEncoder
+from stages.encoders.encoder import TextEncoder
 
 
 def encode_prompts(
@@ -29,20 +30,35 @@ def encode_prompts(
         ConfigError: the encoder found differs from the one trained on; names each field.
         MachineError: the model cannot be found.
     """
-    config = encoder_of(trained_on, model, use_gpu=use_gpu)
-    changes = differences(dict(trained_on["fingerprint"]), config.identify().fingerprint)
+    bad = [prompt for prompt in prompts if not is_valid_text(prompt)]
+    if bad:
+        raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
+    encoder = load_encoder(trained_on, model, use_gpu=use_gpu, option="encoder_model=...")
+    encoded = encoder.encode([clean_caption(prompt) for prompt in prompts])
+    return [_as_stored(e, cast(StoreDtype, trained_on["dtype"])) for e in encoded.embeddings]
+
+
+def load_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool, option: str) -> TextEncoder:
+    """Loads the encoder that made a text group, once it is proved to be the one.
+
+    Args:
+        made_by: `name`, `dim`, `dtype` and `fingerprint` of the group.
+        model: where the model is now (hub id or folder), if not where its name says.
+        option: how the user names `model`, for the message.
+    Raises:
+        ConfigError: the encoder found is another one; names each field.
+        MachineError: the model cannot be found.
+    """
+    config = encoder_of(made_by, model, use_gpu=use_gpu)
+    changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
     if model is not None:  # a folder may have another name than the one it was encoded from
         changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
     if changes:
         raise ConfigError(
-            f"encoder {config.model}: differs from the one the checkpoint was trained on: {'; '.join(changes)}; "
-            "give the right model with encoder_model=..."
+            f"encoder {config.model}: differs from the one the embeddings were made with: {'; '.join(changes)}; "
+            f"give the right model with {option}"
         )
-    bad = [prompt for prompt in prompts if not is_valid_text(prompt)]
-    if bad:
-        raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
-    encoded = config.load(usable_cpus()).encode([clean_caption(prompt) for prompt in prompts])
-    return [_as_stored(e, cast(StoreDtype, trained_on["dtype"])) for e in encoded.embeddings]
+    return config.load(usable_cpus())
 
 
 def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:
