@@ -1,8 +1,11 @@
 """A small store made by hand, with the values it was made from."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +38,19 @@ def write_text(
 def file_entry(root: Path, path: str, rows: int) -> dict:
     data = (root / path).read_bytes()
     return {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
+
+
+def rewrite_manifest(
+    root: Path, change: Callable[[list[dict[str, Any]]], None] = lambda shards: None, **header: object
+) -> None:
+    """Seal the store again after its files were changed, so that only contents are wrong."""
+    raw = json.loads((root / "manifest.json").read_bytes())
+    for shard in raw["shards"]:
+        for entry in shard["files"].values():
+            entry.update(file_entry(root, entry["path"], entry["rows"]))
+    change(raw["shards"])
+    kept = {name: raw[name] for name in ("writer", "input_rows", "groups")}
+    st.write_manifest(root / "manifest.json", kept | header, raw["shards"])
 
 
 def make_store(

@@ -1,6 +1,5 @@
 """verify_store: names every bad file, and nothing else."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,9 @@ from imagen_core import store as st
 from imagen_core.store.digest import caption_digest, fingerprint_digest
 from imagen_core.store.hdf5 import write_text_hdf5
 from imagen_core.store.parquet import write_text_parquet
-from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, file_entry, write_text
+from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest, write_text
 
 Make = Callable[..., Made]
-
-
-def rewrite_manifest(root: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Seal the store again after its files were changed, so that only contents are wrong."""
-    raw = json.loads((root / "manifest.json").read_bytes())
-    for shard in raw["shards"]:
-        for entry in shard["files"].values():
-            entry.update(file_entry(root, entry["path"], entry["rows"]))
-    change(raw["shards"])
-    header = {name: raw[name] for name in ("writer", "input_rows", "groups")}
-    st.write_manifest(root / "manifest.json", header, raw["shards"])
 
 
 def files_of(report: st.VerifyReport) -> set[str]:
