@@ -1,13 +1,16 @@
 """The encode stage: several captions, equal captions, and embeddings that do not fit the store."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imagen_core.store import Store, verify_store
+from pipeline.errors import StaleOutputError
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
+from stages.report import report_command
 from tests.stages.test_resize import png
 from tests.workflows.conftest import precompute
 
@@ -81,3 +84,41 @@ def test_every_store_dtype_is_close_to_float32(captioned: Path, tmp_path: Path, 
         for exact, stored in zip(a.text["t5"], b.text["t5"], strict=True):
             error = np.abs(stored.astype(np.float32) - exact).max(axis=1)
             assert (error <= tolerance * np.abs(exact).max(axis=1)).all()
+
+
+def test_a_caption_that_int8_spoils_is_dropped_with_its_error_and_the_others_are_measured(
+    captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = TextEncoder.encode
+
+    def spiked(self: TextEncoder, captions: list[str]) -> Encoded:
+        encoded = honest(self, captions)
+        for caption, embedding in zip(captions, encoded.embeddings, strict=True):
+            if caption == "boom":
+                embedding[-1, 0] = 12.0 * np.abs(embedding[-1]).max()
+        return encoded
+
+    monkeypatch.setattr(TextEncoder, "encode", spiked)
+    out = tmp_path / "run"
+    summary = run(out, captioned, "store.dtype=int8", "store.min_cosine=0.9999")
+    group = summary["tally"]["groups"]["text-t5"]  # type: ignore[index]
+    assert group["drops"] == {"quantisation_error": 1}
+    (drop,) = [json.loads(line) for line in (out / "quarantine" / "text-t5" / "00000.jsonl").read_text().splitlines()]
+    assert (drop["key"], drop["reason"]) == ("c.png", "quantisation_error")
+    assert drop["detail"].startswith("cosine 0.999")
+    report = verify_store(out / "store")
+    assert (report.ok, report.num_samples, report.excluded) == (True, 2, {"quantisation_error": 1})
+    record = json.loads((out / "state" / "text-t5" / "00000.json").read_text())
+    counters, info = record["counters"], record["info"]
+    assert counters["int8_tokens"] == counters["tokens"] > 0
+    assert info["mean_cosine"] == pytest.approx(counters["int8_cosine_sum"] / counters["tokens"])
+    assert 0.9999 <= info["min_cosine"] == counters["int8_cosine_min"] <= info["mean_cosine"] <= 1
+    assert 0 < info["mean_relative_error"] <= info["max_relative_error"] < 0.015
+    assert Store.open(out / "store").manifest.header["groups"]["text-t5"]["min_cosine"] == 0.9999
+    page, _, _ = report_command(out)
+    assert "Rounding to int8" in Path(str(page["report"])).read_text()
+    monkeypatch.undo()
+    lenient = run(tmp_path / "lenient", captioned, "store.dtype=int8")
+    assert lenient["num_samples"] == 3
+    with pytest.raises(StaleOutputError, match=r"text-t5\.min_cosine: 0\.9999 -> 0\.99"):
+        run(out, captioned, "store.dtype=int8")

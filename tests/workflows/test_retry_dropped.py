@@ -89,4 +89,13 @@ def test_a_later_round_fetches_only_what_was_dropped(server: FlakyServer, tmp_pa
     assert run() == {"samples": 8, "in": 9, "invalid_url": 1}, "a plain run keeps what the rounds brought"
     store = Store.open(out / "store")
     assert sorted(sample.captions[0] for sample in store) == [f"scene {i}" for i in range(8)]
-    assert json.loads(pipeline("verify", str(out), "--json").stdout)["ok"]
+    found = json.loads(pipeline("verify", str(out), "--json").stdout)
+    assert found["ok"], found["problems"]
+    counts = {name: found[name] for name in ("input_rows", "num_samples", "dropped", "excluded", "unaccounted")}
+    assert counts == {
+        "input_rows": 9,
+        "num_samples": 8,
+        "dropped": {"invalid_url": 1},
+        "excluded": {},
+        "unaccounted": 0,
+    }, "a row that was tried three times counts once"
