@@ -156,16 +156,15 @@ def _machine(stations: Sequence[Station], basis: Basis, hardware: Hardware) -> M
 def _play(stations: Sequence[Station], batches: Sequence[tuple[Job, int]], machine: Machine) -> Played:
     """Plays all shards, or so many of a large run that its pace is known."""
     total = sum(count for _, count in batches)
-    most = max(_PLAYED_SHARDS, 4 * machine.window)
+    most = max(_PLAYED_SHARDS, 8 * machine.window)
     if total <= most:
         return play(stations, _spread(batches, total), machine)
     short, long = (play(stations, _spread(batches, n), machine) for n in (most // 2, most))
-    pace = (long.seconds - short.seconds) / (most - most // 2)
-    scale = total / most
+    further = (total - most) / (most - most // 2)  # times what the second half of those played has added
     return Played(
-        seconds=long.seconds + pace * (total - most),
-        busy_s={name: value * scale for name, value in long.busy_s.items()},
-        used={name: value * scale for name, value in long.used.items()},
+        seconds=long.seconds + further * (long.seconds - short.seconds),
+        busy_s={name: value + further * (value - short.busy_s[name]) for name, value in long.busy_s.items()},
+        used={name: value + further * (value - short.used[name]) for name, value in long.used.items()},
     )
 
 

@@ -14,7 +14,8 @@ from tests.workflows.conftest import REPOSITORY, pipeline, precompute
 from workflows.precompute import PrecomputeConfig
 
 DOCUMENTS = [
-    REPOSITORY / name for name in ("README.md", "docs/architecture.md", "docs/training.md", "CONTRIBUTING.md")
+    REPOSITORY / name
+    for name in ("README.md", "docs/architecture.md", "docs/planning.md", "docs/training.md", "CONTRIBUTING.md")
 ]
 
 

@@ -163,10 +163,10 @@ def write_text_shard(
 
 def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
     """Bytes of the file `write_text_shard` would write for captions of so many tokens; within 1 %, either format."""
-    token_bytes = dim * DISK_DTYPES[check_dtype(dtype)].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
-    payload = sum(num_tokens) * token_bytes
+    scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
+    payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
     row_groups = -(-payload // ROW_GROUP_BYTES)
-    return payload + 16 * len(num_tokens) + 170 * row_groups + 400
+    return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
 
 
 def _cast(

@@ -165,6 +165,17 @@ def test_text_files_are_hardly_larger_than_their_tokens(
     assert (tmp_path / "text").stat().st_size <= limit
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 1024])
+def test_bytes_of_a_text_file_are_known_from_its_token_counts(
+    tmp_path: Path, store_format: st.StoreFormat, dtype: st.StoreDtype, dim: int
+) -> None:
+    num_tokens = [1 + i % 30 for i in range(300)]
+    path = tmp_path / "text"
+    st.write_text_shard(path, [np.zeros((n, dim), np.float32) for n in num_tokens], dim, dtype, store_format)
+    assert st.text_shard_bytes(num_tokens, dim, dtype) == pytest.approx(path.stat().st_size, rel=0.01)
+
+
 @pytest.mark.parametrize(("size", "rows"), [(4, 0), (4, 1), (64, 100), (256, 7)])
 def test_images_roundtrip(tmp_path: Path, store_format: st.StoreFormat, size: int, rows: int) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)

@@ -313,3 +313,23 @@ def test_cut_weights_are_an_error_of_the_machine(folder: Path, tmp_path: Path) -
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(MachineError, match=r"encoders\.model: .* cannot be loaded"):
         config(str(broken)).load(1)
+
+
+def test_the_workload_counts_the_tokens_and_products_of_the_model(tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    write_tiny_model(tmp_path / "model")
+    config = T5EncoderConfig(name="t5", model=str(tmp_path / "model"), max_tokens=12, compute_dtype="float32")
+    work = config.workload(CAPTIONS)
+    assert work.tokens == [len(e) for e in config.load(1).encode(CAPTIONS).embeddings]
+    model = T5EncoderModel.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        for length in work.tokens:
+            model(torch.full((1, length), 5))
+    assert work.flops == counter.get_total_flops()
+
+
+def test_the_workload_needs_no_weights(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    assert sum(T5EncoderConfig(name="t5", model=str(tmp_path / "model")).workload(CAPTIONS).tokens) > len(CAPTIONS)

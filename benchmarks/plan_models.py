@@ -1,0 +1,128 @@
+"""What do 100 million captions cost with each encoder? `pipeline plan --profile`, for models that are not here.
+
+    python -m benchmarks.plan_models --docs docs/planning.md
+
+Each model folder has the real config.json's numbers, no weights, and a tokenizer made of the captions' own words: a
+stand-in, whose counts differ from the real one's. Captions: PartiPrompts. Nothing is timed.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import report
+from benchmarks.encode import shuffled_prompts, write_tokenizer
+from benchmarks.table import shown, table
+
+ROWS = 100_000_000
+BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
+GATED = {"num_layers": 24, "feed_forward_proj": "gated-gelu"}
+MODELS: dict[str, dict[str, Any]] = {
+    "T5 v1.1 XXL": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, **GATED},
+    "T5-11B": {
+        "d_model": 1024,
+        "d_ff": 65536,
+        "num_heads": 128,
+        "d_kv": 128,
+        "num_layers": 24,
+        "feed_forward_proj": "relu",
+    },
+    "T5 v1.1 large": {"d_model": 1024, "d_ff": 2816, "num_heads": 16, "d_kv": 64, **GATED},
+    "mT5-XXL": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, **GATED},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON report")
+    parser.add_argument("--docs", type=Path, help="write the table between the two markers of this file")
+    parser.add_argument("--profiles", nargs="+", default=["h200x8", "a100x8"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        captions = shuffled_prompts()
+        urls = Path(folder) / "urls.csv"
+        with urls.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["url", "caption"])
+            writer.writerows([f"https://example.com/{i}.jpg", caption] for i, caption in enumerate(captions))
+        rows = []
+        for name, shape in MODELS.items():
+            model = Path(folder) / name.replace(" ", "-")
+            write_shape(model, shape, captions)
+            rows += [row_of(name, shape, profile, planned(urls, model, profile)) for profile in arguments.profiles]
+    report("plan_models", rows, {}, arguments.out, packages=["imagen-precompute", "transformers"])
+    if arguments.docs is not None:
+        fill(arguments.docs, rows)
+
+
+def write_shape(folder: Path, shape: dict[str, Any], captions: list[str]) -> None:
+    """A model folder that can be planned, and not run: its weights are an empty file."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **shape}), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    write_tokenizer(folder, captions)
+
+
+def planned(urls: Path, model: Path, profile: str) -> dict[str, Any]:
+    """What `pipeline plan precompute -c urls-t5-xxl --rows ROWS --profile PROFILE --json` prints."""
+    from pipeline.config import load_config
+    from pipeline.presets import find_config
+    from pipeline.workflow import PlanOptions
+    from workflows.precompute import Precompute, PrecomputeConfig
+
+    overrides = [f"source.path={urls}", f"encoders.0.model={model}"]
+    config = load_config(PrecomputeConfig, find_config("precompute", "urls-t5-xxl"), overrides)
+    return dict(Precompute(config).preview(urls.parent / "run", PlanOptions(profile=profile, rows=ROWS)))
+
+
+def row_of(name: str, shape: dict[str, Any], profile: str, plan: dict[str, Any]) -> dict[str, Any]:
+    estimate = plan["estimate"]
+    encode = next(stage for stage in estimate["stages"] if stage["stage"] == "encode-t5")
+    feed_forward = 3 if shape["feed_forward_proj"].startswith("gated") else 2
+    layer = shape["d_model"] * (4 * shape["num_heads"] * shape["d_kv"] + feed_forward * shape["d_ff"])
+    return {
+        "encoder": name,
+        "parameters_b": shape["num_layers"] * layer / 1e9,
+        "tokens_per_caption": encode["tokens"] / ROWS,
+        "gflop_per_caption": encode["flops"] / ROWS / 1e9,
+        "text_tb": encode["bytes"] / 1e12,
+        "text_usd_per_month": encode["usd_per_month"],
+        "machine": profile,
+        "gpu_hours": encode["gpu_hours"],
+        "encode_alone_h": encode["alone_s"] / 3600,
+        "run_h": estimate["seconds"] / 3600,
+        "run_usd": estimate["usd_compute"],
+        "bottleneck": estimate["bottleneck"]["name"],
+    }
+
+
+def fill(docs: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts the table between the markers."""
+    before, begin, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{docs}: lacks {BEGIN} or {END}")
+    titles = {
+        "encoder": "encoder",
+        "parameters_b": "10^9 weights in layers",
+        "tokens_per_caption": "tokens a caption",
+        "gflop_per_caption": "GFLOP a caption",
+        "text_tb": "text, TB",
+        "text_usd_per_month": "text, $ a month",
+        "machine": "machine",
+        "gpu_hours": "GPU-hours",
+        "run_h": "run, hours",
+        "run_usd": "run, $",
+        "bottleneck": "bottleneck",
+    }
+    cells = [[shown(row[key]) for key in titles] for row in rows]
+    body = "\n".join(table(list(titles.values()), cells))
+    docs.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
