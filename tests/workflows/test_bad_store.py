@@ -57,7 +57,9 @@ def test_a_good_store_verifies_by_its_folder_and_by_the_run_around_it(good: Path
         found = json.loads(result.out)
         assert (result.code, found["ok"], found["num_samples"], found["problems"]) == (0, True, 4, [])
         assert found["files_checked"] == len(tree(good / "store")) == 8
-    assert call("verify", str(good)).out.startswith("good: 8 files, ")
+    rows, files = call("verify", str(good)).out.splitlines()
+    assert rows == "5 input rows: 4 samples, 1 dropped (http_404 1), 0 excluded, 0 unaccounted"
+    assert files.startswith("good: 8 files, ")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -69,7 +71,7 @@ def test_a_damaged_file_is_named_alone_and_made_anew_by_the_advice(run: Path, go
     assert result.code == 1
     assert [line for line in lines if line.startswith("bad: ")] == [line for line in lines if name in line]
     assert lines[0].startswith(f"bad: {name}: ")
-    assert lines[-2] == "Move the bad files away and run the same pipeline command again: it makes only those anew."
+    assert lines[-3] == "Move the bad files away and run the same pipeline command again: it makes only those anew."
     assert lines[-1].startswith("NOT good: ")
     problems = json.loads(call("verify", str(run), "--json").out)["problems"]
     assert [problem["file"] for problem in problems] == [name]

@@ -172,7 +172,7 @@ def test_bytes_of_a_text_file_are_known_from_its_token_counts(
 ) -> None:
     num_tokens = [1 + i % 30 for i in range(300)]
     path = tmp_path / "text"
-    st.write_text_shard(path, [np.zeros((n, dim), np.float32) for n in num_tokens], dim, dtype, store_format)
+    write_text(path, [np.zeros((n, dim), np.float32) for n in num_tokens], dim, dtype, store_format)
     assert st.text_shard_bytes(num_tokens, dim, dtype) == pytest.approx(path.stat().st_size, rel=0.01)
 
 
