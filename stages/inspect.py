@@ -37,18 +37,19 @@ def inspect_command(path: Path) -> CommandResult:
     lines = [f"{len(store)} samples in {store.manifest.num_shards} shards, {human_bytes(sum(sizes.values()))}"]
     for name, group in store.manifest.groups.items():
         entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
-        text = ""
+        text, facts = "", {}
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
-            text = f"{group.size_px} px, {group.codec}, {group.format}"
+            text, facts = f"{group.size_px} px, {group.codec}, {group.format}", group.config
         elif isinstance(group, TextGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
+            facts = group.fingerprint
         groups[name] = entry
         lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
-        if isinstance(group, TextGroup):
-            lines += [f"      {key}: {value}" for key, value in sorted(group.fingerprint.items())]
+        lines += [f"      {key}: {value}" for key, value in sorted(facts.items())]
     result: dict[str, object] = {
+        "input_rows": store.manifest.input_rows,
         "num_samples": len(store),
         "num_shards": store.manifest.num_shards,
         "image_sizes": store.image_sizes,
