@@ -182,6 +182,8 @@ def connect(num_cpus: int | None, address: str | None) -> tuple[float, float]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # By default Ray ends workers that are idle for a second, and their successors load all packages again.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "86400000")
     import ray
 
     on_terminate = signal.getsignal(signal.SIGTERM)
