@@ -9,10 +9,13 @@ bytes within 2 %, time within 25 %.
 import argparse
 import csv
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,8 @@ def main() -> None:
         notes=[
             f"executor {arguments.executor}; planned / actual, median of {arguments.rounds} rounds; "
             "seconds of a stage are those of all its workers, without their start",
+            "others: CPUs kept busy by other processes of the machine during the run, near 0 in a fair one; with ray, "
+            "its workers count too",
             "downloads: 8,000 synthetic scenes from a loopback server; captions: PartiPrompts with an encoder of "
             "t5-v1_1-small's shape; resizing: 2,000 emoji to 64, 256 and 1024 px",
         ],
@@ -97,15 +102,29 @@ def compare(shape: str, out: Path, executor: str, overrides: list[str]) -> list[
     """Plans, runs and reports; one row for each group, each stage and the whole."""
     common = ["precompute", "--out", str(out), "--executor", executor, "--json", *overrides]
     plan = pipeline("plan", "--probe", "--save", *common)
+    began, busy, own = time.perf_counter(), busy_cpu_s(), own_cpu_s()
     pipeline("run", "--quiet", *common)
+    others = (busy_cpu_s() - busy - (own_cpu_s() - own)) / (time.perf_counter() - began)
     planned = pipeline("report", str(out), "--json")["planned"]
     rows = [
-        {"shape": shape, "what": row.get("group") or row.get("stage"), "unit": unit, **numbers(row)}
+        {"shape": shape, "what": row.get("group") or row.get("stage"), "unit": unit, **numbers(row), "others": others}
         for unit, part in (("bytes", planned["groups"]), ("seconds", planned["stages"]))
         for row in part
     ]
     print(f"{shape}: {plan['estimate']['basis']}; bottleneck {plan['estimate']['bottleneck']}", file=sys.stderr)
     return rows
+
+
+def busy_cpu_s() -> float:
+    """Seconds all CPUs of the machine have been busy."""
+    user, nice, system = (int(word) for word in Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def own_cpu_s() -> float:
+    """Of them, for the finished processes that this one started."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -58,14 +58,15 @@ def _bytes_line(stage: Stage, group: str, basis: Basis) -> Line | None:
 
 
 def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> dict[str, Any]:
-    """The whole prediction, as JSON.
+    """The whole prediction, as JSON; of the stages that still have something to do.
 
     Raises:
         ConfigError: the profile lacks a number.
     """
     hardware = basis.hardware
     assert hardware is not None
-    stations = [_station(plan, stage, basis, hardware) for stage in plan.stages]
+    needed = {name for batch in basis.survey.work for name in batch.needs}
+    stations = [_station(plan, stage, basis, hardware) for stage in plan.stages if stage.name in needed]
     machine = _machine(stations, basis, hardware)
     batches = [(Job(b.needs, b.rows), b.count) for b in basis.survey.work if b.needs]
     played = _play(stations, batches, machine)

@@ -65,7 +65,7 @@ def _basis(workflow: ShardedWorkflow, plan: Plan, found: Survey, hardware: Hardw
     counted = count_work(plan, found.samples)
     executor, execution = options.executor or workflow.default_executor, workflow.config.execution
     measured = None
-    if options.probe and found.samples:
+    if options.probe and any(batch.needs for batch in found.work):
         stages = [stage for stage in plan.stages if not options.profile or stage.name not in counted]
         measured = probe(plan, stages, found.samples, executor, execution)
     executor = "ray" if options.profile else executor

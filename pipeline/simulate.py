@@ -97,8 +97,8 @@ def play(stations: Sequence[Station], jobs: Sequence[Job], machine: Machine) -> 
     while True:
         while admitted < len(jobs) and len(open_needs) < machine.window:
             open_needs[admitted] = [s for s in stations if s.name in jobs[admitted].needs]
-            finished[admitted] = {s.name for s in stations} - set(jobs[admitted].needs)
-            waiting += _ready(admitted, open_needs, finished)
+            finished[admitted] = set()
+            waiting += _ready(admitted, jobs[admitted], open_needs, finished)
             admitted += 1
         waiting = [entry for entry in waiting if not _start(*entry, jobs, machine, idle, taken, running)]
         if not running:
@@ -114,15 +114,18 @@ def play(stations: Sequence[Station], jobs: Sequence[Job], machine: Machine) -> 
             taken[owner] -= task.station.slots if not owner else 1
             idle[owner].append(task.process)
             finished[task.job].add(task.station.name)
-            waiting += _ready(task.job, open_needs, finished)
+            waiting += _ready(task.job, jobs[task.job], open_needs, finished)
             if finished[task.job].issuperset(jobs[task.job].needs):
                 del open_needs[task.job], finished[task.job]
 
 
-def _ready(job: int, needs: dict[int, list[Station]], finished: dict[int, set[str]]) -> list[tuple[int, Station]]:
-    ready = [s for s in needs[job] if finished[job].issuperset(s.after)]
-    needs[job] = [s for s in needs[job] if s not in ready]
-    return [(job, station) for station in ready]
+def _ready(
+    index: int, job: Job, needs: dict[int, list[Station]], finished: dict[int, set[str]]
+) -> list[tuple[int, Station]]:
+    """What the job needs and is not waiting for a stage that it also needs."""
+    ready = [s for s in needs[index] if finished[index].issuperset(set(s.after) & set(job.needs))]
+    needs[index] = [s for s in needs[index] if s not in ready]
+    return [(index, station) for station in ready]
 
 
 def _start(

@@ -108,6 +108,20 @@ def test_the_report_compares_a_run_with_its_saved_plan(tmp_path: Path) -> None:
     assert "Planned and actual" in (out / "report/index.html").read_text()
 
 
+def test_what_is_finished_is_neither_counted_nor_probed(tmp_path: Path, machine: str) -> None:
+    out = tmp_path / "run"
+    assert precompute(out, *SMALL).code == 0
+    done = plan("--out", str(out), "--probe", "--executor", "inline", *SMALL)["estimate"]
+    assert (done["seconds"], done["stages"], done["object_store"]["bytes"]) == (0.0, [], 0)
+    second = 'encoders=[{"name": "t5", "model": "tiny-random-t5"}, {"name": "b", "model": "tiny-random-t5"}]'
+    added = plan("--out", str(out), "--profile", machine, *SMALL, second)
+    assert [stage["stage"] for stage in added["estimate"]["stages"]] == ["encode-b"]
+    assert added["groups"]["text-t5"]["bytes_to_do"] == 0
+    assert added["groups"]["text-b"]["bytes_to_do"] == pytest.approx(
+        added["groups"]["text-t5"]["bytes_done"], rel=0.02
+    )
+
+
 def test_a_plan_of_another_configuration_is_not_compared(tmp_path: Path) -> None:
     out = tmp_path / "run"
     plan("--out", str(out), "--save", *SMALL)
