@@ -69,7 +69,7 @@ def main() -> None:
             found, rates = measure(order, readers, args.rounds, args.seconds)
             results += found
             for ours in ("store", "store[i]"):
-                ratios |= ratios_of(order, rates, ours, ["memcpy", "raw memmap", "webdataset pickle"])
+                ratios |= ratios_of(order, rates, ours, ["memcpy", "raw memmap", "webdataset pickle", "hdf5 gzip"])
             ratios |= ratios_of(order, rates, "loader", [BY_HAND, "memcpy", "raw memmap", "webdataset pickle"])
         found, rates = measure("full batch", batch_readers(Path(folder), data), args.rounds, args.seconds)
         results += found
@@ -172,8 +172,8 @@ def text_of(store: Store) -> Read:
 
     def read(i: int) -> np.ndarray:
         shard, row = store.locate(i)
-        samples = store.samples_file(shard)
-        return np.array(store.text_file("t5", shard).stored(samples.caption_ids[samples.offsets[row]]).values)
+        files = store.shard(shard)
+        return np.array(files.text["t5"].stored(files.samples.caption_ids(row)[0]).values)
 
     return read
 

@@ -106,7 +106,7 @@ def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int
 def _captions(store: Store, position: int) -> dict[int, str]:
     if not store.manifest.rows[position]:
         return {}
-    samples = store.samples_file(position)
+    samples = store.shard(position).samples
     excluded = store.manifest.excluded.get(position, {})
     rows = enumerate(zip(samples.column("caption_ids"), samples.column("captions"), strict=True))
     return {i: c for row, (ids, captions) in rows if row not in excluded for i, c in zip(ids, captions, strict=True)}
@@ -122,7 +122,7 @@ def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[
         for (position, caption_id, caption), encoded in zip(batch, embeddings, strict=True):
             entry = store.manifest.file(group.name, position)
             assert entry is not None
-            stored = restore(store.text_file(name, position).stored(caption_id), group.dtype)
+            stored = restore(store.shard(position).text[name].stored(caption_id), group.dtype)
             result.add(entry.path, caption, stored, encoded)
     if group.null is not None:
         result.add(group.null.path, "", store.null(name), encoder.encode([""]).embeddings[0])

@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from imagen_core.store.crop import WHOLE, Crop
-from imagen_core.store.order import derive_key, permute, pick
+from imagen_core.store.crop import WHOLE, Crop, Window
+from imagen_core.store.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.ragged import Stored, restore
+from imagen_core.store.records import TextGroup
 
 if TYPE_CHECKING:
     from imagen_core.store.reader import Store
 
-_ORDER, _CAPTION = 0, 1  # what a key is for
+_PADDED_DTYPES = {"bfloat16": np.dtype(np.int16), "float32": np.dtype(np.float32)}  # of others: float16
 
 
 class Loader:
     """Iterate over one epoch of batches with `for batch in loader`; the next `for` is the next epoch.
 
-    Order. An epoch is a permutation of all samples made from (seed, epoch). A global batch is the next
+    Order. An epoch is a permutation of all samples made from (seed, epoch); with `shuffle_window_shards`, of
+    samples within windows of that many shards, and of the shards. A global batch is the next
     `world_size * batch_size` of them, split over the ranks in order. The last one may be smaller: it is
     split as evenly as can be, so each sample is seen exactly once an epoch, and every rank yields the
     same number of batches. A rank can then get an empty batch (B = 0); `drop_last` leaves that global
@@ -58,6 +60,8 @@ class Loader:
         drop_last: bool,
         samples: range,
         crop: Crop | None,
+        shuffle_window_shards: int | None,
+        pin_memory: bool,
     ) -> None:
         """Made by `Store.loader`, which explains the arguments."""
         if batch_size < 1:
@@ -68,8 +72,18 @@ class Loader:
             raise ValueError(f"max_tokens must be 1 or more, or None (got {max_tokens})")
         if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
             raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
+        if shuffle_window_shards is not None and (shuffle_window_shards < 1 or not shuffle):
+            raise ValueError(
+                f"shuffle_window_shards must be 1 or more, and goes with shuffle (got {shuffle_window_shards}, "
+                f"shuffle={shuffle})"
+            )
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory is for copies to a CUDA device, and there is none; leave it off")
         self._store = store
         self._samples = samples
+        self._window_shards, self._pin_memory = shuffle_window_shards or 0, pin_memory
+        if self._window_shards:
+            self._windowed = WindowedOrder(store.shard_bounds(samples), self._window_shards, seed)
         self._sides = {store.image_group(size).size_px: size for size in images or ()}
         self._crop = crop if self._sides else None
         if self._crop is not None:
@@ -90,7 +104,7 @@ class Loader:
         while self._epoch == epoch and (size := self._next_global_size()):
             first = self._position + self._rank * size // self._world_size
             stop = self._position + (self._rank + 1) * size // self._world_size
-            batch = self._read(self._epoch, np.arange(first, stop))
+            batch = self._read(self._epoch, range(first, stop))
             self._position += size
             if not self._next_global_size():
                 self._epoch, self._position = self._epoch + 1, 0
@@ -111,6 +125,7 @@ class Loader:
             "shuffle": self._shuffle,
             "num_samples": len(self._samples),
             "first_sample": self._samples.start,
+            "shuffle_window_shards": self._window_shards,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,7 +135,7 @@ class Loader:
             ValueError: the state is of another seed, shuffle or store length, so of another order.
         """
         mine = self.state_dict()
-        for name in ("seed", "shuffle", "num_samples", "first_sample"):
+        for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):
             if state.get(name, 0) != mine[name]:
                 raise ValueError(
                     f"loader state has {name} {state.get(name, 0)}, this loader has {mine[name]}: the order of "
@@ -130,70 +145,66 @@ class Loader:
         if self._position and not self._next_global_size():
             self._epoch, self._position = self._epoch + 1, 0
 
-    def _read(self, epoch: int, positions: np.ndarray) -> dict[str, Any]:
-        indices = positions
-        if self._shuffle:
-            indices = permute(positions, len(self._samples), derive_key(self._seed, epoch, _ORDER))
-        indices = indices + self._samples.start
-        places = [(k, *self._store.locate(index)) for k, index in enumerate(indices.tolist())]
-        places.sort(key=lambda place: place[1])  # shard by shard, so that a file is opened once a batch
-        batch: dict[str, Any] = {"keys": [""] * len(places)}
-        for k, shard, row in places:
-            batch["keys"][k] = self._store.samples_file(shard).key(row)
-        if self._sides:
-            batch["images"] = self._read_images(epoch, positions, places)
+    def _read(self, epoch: int, positions: range) -> dict[str, Any]:
+        indices = self._order(epoch, np.arange(positions.start, positions.stop))
+        keys = [""] * len(positions)
+        shapes = {size: (len(positions), side, side, 3) for size, side in self._sides.items()}
+        images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
+        pixels = {size: tensor.numpy() for size, tensor in images.items()}
+        windows = self._windows(epoch, positions)
+        embeddings: list[np.ndarray] = [np.empty(0)] * len(positions)
+        hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
+        places = [(*self._store.locate(index), k) for k, index in enumerate(indices.tolist())]
+        for shard, row, k in sorted(places):  # shard by shard, so that a file is opened once a batch
+            files = self._store.shard(shard)
+            keys[k] = files.samples.key(row)
+            for size, rows in pixels.items():
+                rows[k] = files.images[size].pixels(row)[windows[size][k]]
+            if self._text_group is not None:
+                ids = files.samples.caption_ids(row)
+                stored = files.text[self._text_group.encoder].stored(ids[hashes[k] % len(ids)])
+                embeddings[k] = self._cut(stored, self._text_group)
+        batch: dict[str, Any] = {"keys": keys}
+        if images:
+            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
         if self._text_group is not None:
-            batch["text"], batch["text_mask"] = self._read_text(epoch, indices, places)
+            batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
         return batch
 
-    def _read_images(
-        self, epoch: int, positions: np.ndarray, places: list[tuple[int, int, int]]
-    ) -> dict[int, torch.Tensor]:
-        windows = {size: [WHOLE] * len(places) for size in self._sides}
-        if self._crop is not None:
-            first = epoch * len(self._samples) + (int(positions[0]) if len(positions) else 0)
-            windows = self._crop.windows(list(self._sides), range(first, first + len(positions)))
-        images = {}
-        for size, side in self._sides.items():
-            pixels = np.empty((len(places), side, side, 3), dtype=np.uint8)
-            for k, shard, row in places:
-                pixels[k] = self._store.image_file(size, shard).pixels(row)[windows[size][k]]
-            images[size] = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (b, 3, side, side)
-        return images
+    def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        if self._window_shards:
+            return self._windowed.indices(epoch, positions)
+        if self._shuffle:
+            positions = permute(positions, len(self._samples), derive_key(self._seed, epoch, ORDER))
+        return positions + self._samples.start
 
-    def _read_text(
-        self, epoch: int, indices: np.ndarray, places: list[tuple[int, int, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._text_group is not None
-        group = self._text_group
-        captions = self._caption_ids(epoch, indices, places)
-        values = [np.empty((0, group.dim))] * len(places)
-        for k, shard, _ in places:
-            stored = self._store.text_file(group.encoder, shard).stored(captions[k])
-            cut = slice(self._max_tokens)
-            if stored.scales is not None:
-                values[k] = restore(Stored(stored.values[cut], stored.scales[cut]), group.dtype)
-            else:
-                values[k] = stored.values[cut]
-        kind = {"bfloat16": np.int16, "float32": np.float32}.get(group.dtype, np.float16)
-        lengths = np.array([len(value) for value in values], dtype=np.int64)
+    def _windows(self, epoch: int, positions: range) -> dict[int, list[Window]]:
+        if self._crop is None:
+            return {size: [WHOLE] * len(positions) for size in self._sides}
+        first = epoch * len(self._samples)
+        return self._crop.windows(list(self._sides), range(first + positions.start, first + positions.stop))
+
+    def _cut(self, stored: Stored, group: TextGroup) -> np.ndarray:
+        """The first max_tokens of an embedding, (n_tokens, dim), as what the batch has."""
+        values = stored.values[: self._max_tokens]
+        if stored.scales is not None:
+            return restore(Stored(values, stored.scales[: self._max_tokens]), group.dtype)
+        return values.view(np.int16) if group.dtype == "bfloat16" else values
+
+    def _pad(self, embeddings: list[np.ndarray], group: TextGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = np.array([len(embedding) for embedding in embeddings], dtype=np.int64)
         longest = int(lengths.max(initial=0))
-        padded = np.empty((len(places), longest, group.dim), dtype=kind)  # (b, l, dim)
-        for k, value in enumerate(values):
-            padded[k, : len(value)] = value.view(np.int16) if group.dtype == "bfloat16" else value
-            padded[k, len(value) :] = 0
-        mask = torch.from_numpy(np.arange(longest) < lengths[:, None])
-        text = torch.from_numpy(padded)
+        dtype = _PADDED_DTYPES.get(group.dtype, np.dtype(np.float16))
+        text = self._empty((len(embeddings), longest, group.dim), dtype)
+        for row, embedding in zip(text.numpy(), embeddings, strict=True):  # (l, dim)
+            row[: len(embedding)] = embedding
+            row[len(embedding) :] = 0
+        mask = self._empty((len(embeddings), longest), np.dtype(np.bool_))
+        np.less(np.arange(longest), lengths[:, None], out=mask.numpy())
         return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask
 
-    def _caption_ids(self, epoch: int, indices: np.ndarray, places: list[tuple[int, int, int]]) -> list[int]:
-        firsts = np.zeros(len(places), dtype=np.int64)
-        counts = np.ones(len(places), dtype=np.int64)
-        for k, shard, row in places:
-            offsets = self._store.samples_file(shard).offsets
-            firsts[k], counts[k] = offsets[row], offsets[row + 1] - offsets[row]
-        chosen = firsts + pick(indices, counts, derive_key(self._seed, epoch, _CAPTION))
-        ids = [0] * len(places)
-        for k, shard, _ in places:
-            ids[k] = int(self._store.samples_file(shard).caption_ids[chosen[k]])
-        return ids
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+        """Memory for a part of a batch. Pinned memory is torch's, which reuses it once nobody has the tensor."""
+        array = np.empty(0 if self._pin_memory else shape, dtype)
+        tensor = torch.from_numpy(array)
+        return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._pin_memory else tensor

@@ -10,6 +10,7 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 6
+ORDER, CAPTION, _SHARDS, _WINDOW = range(4)  # what a key is for
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -55,7 +56,43 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def pick(indices: np.ndarray, counts: np.ndarray, key: int) -> np.ndarray:
-    """One choice in [0, count) a sample, a hash of the key and the sample's index; int64."""
-    hashes = mix64(mix64(indices.astype(np.uint64)) ^ np.uint64(key))
-    return (hashes % counts.astype(np.uint64)).astype(np.int64)
+def choices(indices: np.ndarray, key: int) -> list[int]:
+    """A hash of the key and each sample's index; `hash % count` chooses one of `count`."""
+    return mix64(mix64(indices.astype(np.uint64)) ^ np.uint64(key)).tolist()
+
+
+class WindowedOrder:
+    """An order that reads few shards at a time: shards in random order, samples shuffled within `window` of them.
+
+    An order is a function of (seed, epoch), as `permute` is: any position is computed alone.
+    """
+
+    def __init__(self, bounds: np.ndarray, window: int, seed: int) -> None:
+        """`bounds`: rising, (n + 1,); shard i has the indices from bounds[i] to bounds[i + 1]."""
+        self._starts, self._counts = bounds[:-1], np.diff(bounds)
+        self._window, self._seed = window, seed
+        self._epoch = -1
+
+    def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The sample at each position of an epoch, int64."""
+        if epoch != self._epoch:
+            self._shuffle_shards(epoch)
+        placed = positions.astype(np.int64)
+        windows = self._window_ends.searchsorted(positions, side="right")
+        for window in np.unique(windows).tolist():
+            chosen = windows == window
+            first = int(self._window_ends[window - 1]) if window else 0
+            size = int(self._window_ends[window]) - first
+            key = derive_key(self._seed, epoch, _WINDOW, window)
+            placed[chosen] = permute(positions[chosen] - first, size, key) + first
+        shards = self._ends.searchsorted(placed, side="right")
+        return placed + self._shifts[shards]
+
+    def _shuffle_shards(self, epoch: int) -> None:
+        num_shards = len(self._counts)
+        order = permute(np.arange(num_shards), num_shards, derive_key(self._seed, epoch, _SHARDS))
+        self._ends = np.cumsum(self._counts[order])
+        self._shifts = self._starts[order] - (self._ends - self._counts[order])
+        lasts = np.minimum(np.arange(self._window, num_shards + self._window, self._window), num_shards) - 1
+        self._window_ends = self._ends[lasts]
+        self._epoch = epoch

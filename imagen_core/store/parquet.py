@@ -92,12 +92,10 @@ def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
 
 
 class SamplesFile:
-    """A shard's `samples`, held by column.
+    """A shard's `samples`, held by column; a row is read without pyarrow.
 
     Attributes:
         num_rows: number of rows, excluded ones included.
-        caption_ids: int32, all rows' caption ids one after another.
-        offsets: int64 (num_rows + 1,); row i owns `caption_ids[offsets[i]:offsets[i + 1]]`.
         num_input_rows: rows of the shard's input; None in a store of schema 1.
         dropped: input rows that are no samples, by reason.
     """
@@ -111,25 +109,64 @@ class SamplesFile:
             table = file.read(use_threads=False)
             if self.num_input_rows is None:
                 table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
-            self._columns = {field.name: table[field.name].combine_chunks() for field in _SAMPLES_SCHEMA}
-            ids = self._columns["caption_ids"]
+            columns = {field.name: table[field.name].combine_chunks() for field in _SAMPLES_SCHEMA}
             self.num_rows: int = table.num_rows
-            self.offsets: np.ndarray = np.zeros(self.num_rows + 1, dtype=np.int64)
-            np.cumsum(ids.value_lengths().to_numpy(zero_copy_only=False), out=self.offsets[1:])
-            self.caption_ids: np.ndarray = ids.flatten().to_numpy(zero_copy_only=False)
+            self._ids: list[int] = columns["caption_ids"].flatten().to_pylist()
+            self._first_id = _offsets(columns["caption_ids"])
+            self._first_caption = _offsets(columns["captions"])
+            self._captions = _Strings(columns["captions"].flatten())
+            self._keys, self._urls, self._sha256s = (_Strings(columns[name]) for name in ("key", "url", "sha256"))
+            self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
+            numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row"))
+            self._widths, self._heights, self._input_rows = numbers
 
     def key(self, row: int) -> str:
-        return self._columns["key"][row].as_py()
+        return self._keys[row]
+
+    def caption_ids(self, row: int) -> list[int]:
+        return self._ids[self._first_id[row] : self._first_id[row + 1]]
 
     def column(self, name: str) -> list[Any]:
         """One field of `SampleRow`, of all rows."""
-        return self._columns[name].to_pylist()
+        return [getattr(self.row(row), name) for row in range(self.num_rows)]
+
+    def fields(self, row: int) -> tuple[str, list[str], list[int], str | None, str, int, int, int]:
+        """The fields of `SampleRow` in its order."""
+        text, starts = self._captions, self._first_caption
+        return (
+            self._keys[row],
+            [text[i] for i in range(starts[row], starts[row + 1])],
+            self.caption_ids(row),
+            self._urls[row] if self._has_url[row] else None,
+            self._sha256s[row],
+            self._widths[row],
+            self._heights[row],
+            self._input_rows[row],
+        )
 
     def row(self, row: int) -> SampleRow:
-        values = {name: column[row].as_py() for name, column in self._columns.items()}
-        values["captions"] = tuple(values["captions"])
-        values["caption_ids"] = tuple(values["caption_ids"])
-        return SampleRow(**values)
+        key, captions, caption_ids, url, sha256, width, height, input_row = self.fields(row)
+        return SampleRow(key, tuple(captions), tuple(caption_ids), url, sha256, width, height, input_row)
+
+
+def _offsets(lists: pa.ListArray) -> list[int]:
+    """Where each row's items begin in the flattened column, and where the last row's end."""
+    return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
+
+
+class _Strings:
+    """A column of strings as pyarrow has it: the bytes of all, and where each begins."""
+
+    def __init__(self, column: pa.StringArray) -> None:
+        column = column.cast(pa.string())
+        _, offsets, data = column.buffers()
+        self._data: bytes = data.to_pybytes() if data else b""
+        self._offsets = [0]
+        if len(column):
+            self._offsets = np.frombuffer(offsets, np.int32, len(column) + 1, column.offset * 4).tolist()
+
+    def __getitem__(self, row: int) -> str:
+        return self._data[self._offsets[row] : self._offsets[row + 1]].decode()
 
 
 class _RowGroups:

@@ -2,9 +2,11 @@
 
 import operator
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import SAMPLES_GROUP
+from imagen_core.store.layout import SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from imagen_core.store.loader import Loader
 
 _FileT = TypeVar("_FileT", SamplesFile, ImageFile, TextFile)
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +59,19 @@ class Store(Sequence[Sample]):
     object a thread.
     """
 
-    def __init__(self, folder: StoreFolder, manifest: Manifest, max_open_files: int = 64) -> None:
+    def __init__(self, folder: StoreFolder, manifest: Manifest, max_open_shards: int = 64) -> None:
         """Most callers want `Store.open`."""
         self._folder = folder
         self._manifest = manifest
-        self._max_open_files = max_open_files
-        self._open_files: dict[str, OrderedDict[int, Any]] = {}
+        self._max_open_shards = max_open_shards
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
+        self._sizes = list(manifest.images)
+        self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         valid = manifest.rows.copy()
         for shard, rows in manifest.excluded.items():
             valid[shard] -= len(rows)
-        self._ends = np.cumsum(valid)  # readable samples up to and with each shard
+        self._ends: list[int] = np.cumsum(valid).tolist()  # readable samples up to and with each shard
 
     @classmethod
     def open(
@@ -73,7 +79,7 @@ class Store(Sequence[Sample]):
         path: str | os.PathLike[str],
         *,
         storage_options: dict[str, Any] | None = None,
-        max_open_files: int = 64,
+        max_open_shards: int = 64,
     ) -> "Store":
         """Open a store by its folder or its fsspec URL; local files are mapped into memory.
 
@@ -81,13 +87,13 @@ class Store(Sequence[Sample]):
 
         Args:
             storage_options: what fsspec needs for the URL, such as keys or an endpoint.
-            max_open_files: open files kept a group.
+            max_open_shards: shards whose files are kept open.
         Raises:
             ManifestError: manifest.json was changed.
             StoreError: not a store, an unfinished one, or one of a newer schema version.
         """
         folder = StoreFolder(path, storage_options)
-        return cls(folder, load_manifest(folder), max_open_files)
+        return cls(folder, load_manifest(folder), max_open_shards)
 
     @property
     def manifest(self) -> Manifest:
@@ -96,12 +102,12 @@ class Store(Sequence[Sample]):
     @property
     def image_sizes(self) -> list[int]:
         """Sizes of the pictures in pixels, rising."""
-        return list(self._manifest.images)
+        return list(self._sizes)
 
     @property
     def encoders(self) -> list[str]:
         """Names of the text encoders, sorted."""
-        return list(self._manifest.texts)
+        return list(self._dtypes)
 
     def __len__(self) -> int:
         return self._manifest.num_samples
@@ -119,30 +125,23 @@ class Store(Sequence[Sample]):
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        number = operator.index(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of a store of {len(self)}")
-        return self._read(*self.locate(number % len(self)))
+        number, count = operator.index(index), len(self)
+        if not -count <= number < count:
+            raise IndexError(f"sample {number} of a store of {count}")
+        return self._read(*self.locate(number % count))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     def _read(self, shard: int, row: int) -> Sample:
-        info = self.samples_file(shard).row(row)
-        text: dict[str, list[np.ndarray]] = {}
-        for encoder, group in self._manifest.texts.items():
-            file = self.text_file(encoder, shard)
-            text[encoder] = [restore(file.stored(i), group.dtype) for i in info.caption_ids]
-        return Sample(
-            key=info.key,
-            captions=list(info.captions),
-            url=info.url,
-            sha256=info.sha256,
-            width=info.width,
-            height=info.height,
-            images={size: np.array(self.image_file(size, shard).pixels(row)) for size in self.image_sizes},
-            text=text,
-        )
+        files = self.shard(shard)
+        key, captions, caption_ids, url, sha256, width, height, _ = files.samples.fields(row)
+        images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
+        text = {
+            encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
+            for encoder, dtype in self._dtypes.items()
+        }
+        return Sample(key, captions, url, sha256, width, height, images, text)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
@@ -154,7 +153,7 @@ class Store(Sequence[Sample]):
         group = self.text_group(encoder)
         if group.null is None:
             raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
-        self._check_size(group.null)
+        check_size(self._folder, group.null)
         data = self._folder.read_bytes(group.null.path)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
@@ -172,6 +171,8 @@ class Store(Sequence[Sample]):
         drop_last: bool = False,
         samples: range | None = None,
         crop: Crop | None = None,
+        shuffle_window_shards: int | None = None,
+        pin_memory: bool = False,
     ) -> "Loader":
         """A resumable loader of torch batches; see `Loader`.
 
@@ -185,6 +186,9 @@ class Store(Sequence[Sample]):
             drop_last: leave out the last global batch if it is not full.
             samples: indices to load, a range of step 1; None loads the whole store.
             crop: a square of each picture instead of all of it; only that is read where pictures are raw.
+            shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards;
+                for stores that are far away or larger than memory. None shuffles all samples with each other.
+            pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
         Raises:
             ValueError: a size or encoder the store lacks, or a number out of range.
         """
@@ -203,15 +207,23 @@ class Store(Sequence[Sample]):
             drop_last=drop_last,
             samples=range(len(self)) if samples is None else samples,
             crop=crop,
+            shuffle_window_shards=shuffle_window_shards,
+            pin_memory=pin_memory,
         )
 
     def locate(self, index: int) -> tuple[int, int]:
         """Shard position and row of a sample; index in [0, len(store))."""
-        shard = int(self._ends.searchsorted(index, side="right"))
-        row = index - (int(self._ends[shard - 1]) if shard else 0)
+        shard = bisect_right(self._ends, index)
+        row = index - (self._ends[shard - 1] if shard else 0)
         for excluded in self._manifest.excluded.get(shard, ()):
             row += excluded <= row
         return shard, row
+
+    def shard_bounds(self, samples: range) -> np.ndarray:
+        """Where the shards of some samples begin and end, int64, rising from samples.start to samples.stop."""
+        ends = np.array(self._ends, dtype=np.int64)
+        inside = ends[(ends > samples.start) & (ends < samples.stop)]
+        return np.unique(np.concatenate([[samples.start], inside, [samples.stop]]))
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""
@@ -225,47 +237,77 @@ class Store(Sequence[Sample]):
             raise ValueError(f"encoder {encoder!r} is not in the store; it has {self.encoders}")
         return self._manifest.texts[encoder]
 
-    def samples_file(self, shard: int) -> SamplesFile:
-        """The open `samples` file of the shard at a position."""
-        return self._file(SAMPLES_GROUP, shard, SamplesFile)
-
-    def image_file(self, size_px: int, shard: int) -> ImageFile:
-        """The open image file of the shard at a position."""
-        group = self.image_group(size_px)
-        return self._file(group.name, shard, lambda source, name: open_images(source, name, group))
-
-    def text_file(self, encoder: str, shard: int) -> TextFile:
-        """The open text file of the shard at a position."""
-        group = self.text_group(encoder)
-        return self._file(group.name, shard, lambda source, name: open_text(source, name, group))
-
-    def _file(self, group: str, shard: int, opener: Callable[[Any, str], _FileT]) -> _FileT:
+    def shard(self, position: int) -> "OpenShard":
+        """The files of the shard at a position."""
         if self._pid != os.getpid():  # forked: the parent's handles are not ours
-            self._open_files, self._pid = {}, os.getpid()
-        files = self._open_files.setdefault(group, OrderedDict())
-        if shard not in files:
-            entry = self._manifest.file(group, shard)
-            assert entry is not None, "a shard with samples has all files"
-            self._check_size(entry)
-            file = opener(self._folder.source(entry.path), self._folder.path(entry.path))
-            if file.num_rows != entry.rows:
-                path = self._folder.path(entry.path)
-                raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
-            files[shard] = file
-            if len(files) > self._max_open_files:
-                files.popitem(last=False)
-        files.move_to_end(shard)
-        return files[shard]
-
-    def _check_size(self, entry: FileEntry) -> None:
-        path, size = self._folder.path(entry.path), self._folder.size_bytes(entry.path)
-        if size is None:
-            raise StoreError(f"{path}: missing; {ADVICE}")
-        if size != entry.bytes:
-            raise StoreError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {ADVICE}")
+            self._open, self._pid = OrderedDict(), os.getpid()
+        files = self._open.get(position)
+        if files is not None:
+            self._open.move_to_end(position)
+            return files
+        files = self._open[position] = OpenShard(self._folder, self._manifest, position)
+        if len(self._open) > self._max_open_shards:
+            self._open.popitem(last=False)
+        return files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_files": {}, "_pid": -1}
+        return {**self.__dict__, "_open": OrderedDict(), "_pid": -1}
 
     def __repr__(self) -> str:
         return f"Store({self._folder.url!r}, {len(self)} samples, images {self.image_sizes}, encoders {self.encoders})"
+
+
+class OpenShard:
+    """The files of one shard, each opened when it is first needed.
+
+    Attributes:
+        images: the image file by size in pixels.
+        text: the text file by encoder.
+    """
+
+    def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
+        self._folder, self._manifest, self._position = folder, manifest, position
+        self.images: dict[int, ImageFile] = _Lazy(self._open_images)
+        self.text: dict[str, TextFile] = _Lazy(self._open_text)
+
+    @cached_property
+    def samples(self) -> SamplesFile:
+        return self._file(SAMPLES_GROUP, SamplesFile)
+
+    def _open_images(self, size_px: int) -> ImageFile:
+        group = self._manifest.images[size_px]
+        return self._file(group.name, lambda source, name: open_images(source, name, group))
+
+    def _open_text(self, encoder: str) -> TextFile:
+        group = self._manifest.texts[encoder]
+        return self._file(group.name, lambda source, name: open_text(source, name, group))
+
+    def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
+        entry = self._manifest.file(group, self._position)
+        assert entry is not None, "a shard with samples has all files"
+        check_size(self._folder, entry)
+        path = self._folder.path(entry.path)
+        file = opener(self._folder.source(entry.path), path)
+        if file.num_rows != entry.rows:
+            raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
+        return file
+
+
+class _Lazy(dict[_Key, _Value]):
+    """A dict that makes a value when its key is first asked for."""
+
+    def __init__(self, make: Callable[[_Key], _Value]) -> None:
+        self._make = make
+
+    def __missing__(self, key: _Key) -> _Value:
+        value = self[key] = self._make(key)
+        return value
+
+
+def check_size(folder: StoreFolder, entry: FileEntry) -> None:
+    """Raise StoreError where a file is missing or has another size than the manifest says."""
+    path, size = folder.path(entry.path), folder.size_bytes(entry.path)
+    if size is None:
+        raise StoreError(f"{path}: missing; {ADVICE}")
+    if size != entry.bytes:
+        raise StoreError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {ADVICE}")

@@ -126,6 +126,7 @@ class BatchStream:
             world_size=world.size,
             samples=range(self._samples),
             crop=random_crop(config),
+            pin_memory=world.device.type == "cuda",
         )
         if state is not None:
             try:
@@ -177,21 +178,16 @@ class BatchStream:
             begin = before["epoch"] * self._samples + before["position"]
             size = after["epoch"] * self._samples + after["position"] - begin
             first = self._world.rank * size // self._world.size
-            pin = self._world.device.type == "cuda"
             yield Batch(
                 raw["keys"],
-                {px: pixels.pin_memory() if pin else pixels for px, pixels in raw["images"].items()},
-                _pinned(raw.get("text"), pin),
-                _pinned(raw.get("text_mask"), pin),
+                raw["images"],
+                raw.get("text"),
+                raw.get("text_mask"),
                 range(begin + first, begin + first + len(raw["keys"])),
                 size,
                 after,
             )
             before = after
-
-
-def _pinned(tensor: Tensor | None, pin: bool) -> Tensor | None:
-    return tensor.pin_memory() if pin and tensor is not None else tensor
 
 
 def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: torch.device, step: int) -> Example:

@@ -122,7 +122,7 @@ def rewrite(store: Path, change: Any) -> list[str]:
     samples = st.read_samples(store / "samples" / "00001.parquet")
     by_id = {i: c for sample in samples for i, c in zip(sample.caption_ids, sample.captions, strict=True)}
     captions = [by_id[i] for i in range(len(by_id))]
-    file = opened.text_file("t5", 1)
+    file = opened.shard(1).text["t5"]
     embeddings = change(captions, [st.restore(file.stored(i), "float16") for i in range(len(captions))])
     st.write_text_shard(
         store / TEXT,

@@ -68,7 +68,7 @@ def test_an_empty_batch_has_the_crops_sides(make: Make) -> None:
 def test_raw_pictures_are_views_of_the_file_so_that_a_crop_costs_only_its_own_part(
     make: Make, store_format: st.StoreFormat
 ) -> None:
-    file = st.Store.open(make(store_format=store_format).path).image_file(8, 0)
+    file = st.Store.open(make(store_format=store_format).path).shard(0).images[8]
     assert np.shares_memory(file.pixels(1), file.pixels(1))
 
 

@@ -1,7 +1,9 @@
 """Loader: right tensors, each sample once, and the same order however it is run."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from imagen_core import store as st
-from imagen_core.store.order import permute, pick
+from imagen_core.store.order import WindowedOrder, choices, permute
 from tests.imagen_core.store.handmade_store import DIM, Made
 
 Make = Callable[..., Made]
@@ -216,7 +218,12 @@ def test_a_loop_left_early_goes_on_there(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"seed": 5}, "seed 5, this loader has 0"), ({"shuffle": False}, "shuffle False")]
+    ("change", "message"),
+    [
+        ({"seed": 5}, "seed 5, this loader has 0"),
+        ({"shuffle": False}, "shuffle False"),
+        ({"shuffle_window_shards": 2}, "shuffle_window_shards 2, this loader has 0"),
+    ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, Any], message: str) -> None:
     store = st.Store.open(make().path)
@@ -245,6 +252,47 @@ def test_a_part_of_the_store_is_an_epoch_of_its_own(make: Make, shuffle: bool) -
     assert chosen == {name: value for name, value in whole.items() if name[1] in made.keys[3:10]}
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("samples", [range(28), range(4, 23)])
+def test_a_windowed_epoch_reads_few_shards_at_a_time_and_each_sample_once(
+    make: Make, window: int, samples: range
+) -> None:
+    made = make(shard_rows=(7, 5, 6, 3, 9), excluded={2: [0], 4: [8]}, sizes=(4,), num_captions=1)
+    keys = [made.keys[i] for i in samples]
+    sizes = Counter(key[:3] for key in keys)
+    loader = st.Store.open(made.path).loader(1, samples=samples, shuffle_window_shards=window, seed=2)
+    epochs = [keys_of(loader) for _ in range(6)]
+    orders = set()
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(keys)
+        shards = list(dict.fromkeys(key[:3] for key in epoch))
+        orders.add(tuple(shards))
+        for first in range(0, len(shards), window):
+            opened = shards[first : first + window]
+            count = sum(sizes[shard] for shard in opened)
+            assert {key[:3] for key in epoch[:count]} == set(opened)
+            assert epoch[:count] != sorted(epoch[:count]) or count < 8
+            epoch = epoch[count:]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len(orders) > 1
+
+
+def test_a_windowed_order_is_the_same_for_all_world_sizes_and_resumes(make: Make) -> None:
+    store = st.Store.open(make(shard_rows=(7, 5, 6, 3, 9), sizes=(4,)).path)
+    options: dict[str, Any] = {"shuffle_window_shards": 2, "seed": 5}
+    one, two, four = (run_global(store, w, 4 // w, **options) for w in (1, 2, 4))
+    assert one == two == four
+    assert one != run_global(store, 1, 4, seed=5)
+    begun = store.loader(4, **options)
+    straight = [key for batch in one for key in batch]
+    seen = keys_of(islice(begun, 3))
+    loaders = [store.loader(3, rank=rank, world_size=2, **options) for rank in range(2)]
+    for loader in loaders:
+        loader.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    rest = [key for batches in zip(*loaders, strict=True) for key in keys_of(batches)]
+    assert seen + rest == straight
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
@@ -270,6 +318,8 @@ def test_resume_with_another_part_of_the_store_is_refused(make: Make, samples: r
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"shuffle_window_shards": 0}, "shuffle_window_shards must be 1 or more"),
+        ({"shuffle_window_shards": 2, "shuffle": False}, "goes with shuffle"),
     ],
 )
 def test_wrong_arguments_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
@@ -296,5 +346,35 @@ def test_the_order_looks_random() -> None:
 
 def test_the_order_is_frozen() -> None:
     """A resumed run relies on these numbers; a change here breaks every checkpoint."""
+    windowed = WindowedOrder(np.array([0, 2, 5, 6, 9]), window=2, seed=3)
+    assert windowed.indices(1, np.arange(9)).tolist() == [8, 7, 2, 6, 4, 3, 0, 5, 1]
     assert permute(np.arange(8), 8, key=1).tolist() == [1, 0, 5, 4, 6, 3, 7, 2]
-    assert pick(np.arange(8), np.full(8, 5), key=1).tolist() == [4, 1, 1, 3, 0, 3, 4, 3]
+    assert [number % 5 for number in choices(np.arange(8), key=1)] == [4, 1, 1, 3, 0, 3, 4, 3]
+
+
+def test_pinned_memory_without_a_cuda_device_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="pin_memory is for copies to a CUDA device"):
+        st.Store.open(make().path).loader(2, pin_memory=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_have_the_same_values(make: Make) -> None:
+    store = st.Store.open(make(dtype="bfloat16").path)
+    loaders = (store.loader(5, [8, 4], "t5", pin_memory=pin) for pin in (False, True))
+    for a, b in zip(*loaders, strict=True):
+        for x, y in ((a["text"], b["text"]), (a["text_mask"], b["text_mask"]), (a["images"][8], b["images"][8])):
+            assert torch.equal(x, y)
+            assert y.is_pinned()
+
+
+def test_a_batch_that_is_kept_never_changes(make: Make) -> None:
+    store = st.Store.open(make().path)
+    loader = store.loader(5, [8], "t5")
+    kept = [batch for _ in range(4) for batch in loader]
+    copies = [{name: batch[name].clone() for name in ("text", "text_mask")} for batch in kept]
+    list(loader)
+    pointers = {batch["images"][8].data_ptr() for batch in kept} | {batch["text"].data_ptr() for batch in kept}
+    assert len(pointers) == 2 * len(kept)
+    assert all(torch.equal(batch[name], copy[name]) for batch, copy in zip(kept, copies, strict=True) for name in copy)

@@ -99,11 +99,11 @@ def test_excluded_rows_are_never_returned(make: Make, store_format: st.StoreForm
     assert sorted(seen) == sorted(made.keys)
 
 
-def test_few_open_files_are_enough(make: Make, store_format: st.StoreFormat) -> None:
+def test_one_open_shard_is_enough(make: Make, store_format: st.StoreFormat) -> None:
     made = make(store_format=store_format)
-    store = st.Store.open(made.path, max_open_files=1)
+    store = st.Store.open(made.path, max_open_shards=1)
     assert [store[i].key for i in (0, 11, 0, 6)] == [made.keys[i] for i in (0, 11, 0, 6)]
-    assert all(len(files) == 1 for files in store._open_files.values())
+    assert len(store._open) == 1
 
 
 def test_a_pickled_store_reads_on(make: Make, store_format: st.StoreFormat) -> None:
