@@ -1,5 +1,6 @@
 """The store: what precompute writes and the trainer reads."""
 
+from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ManifestError, StoreError
@@ -27,6 +28,7 @@ from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
+    "DEFAULT_CACHE_BYTES",
     "MANIFEST_NAME",
     "RETRIED",
     "SAMPLES_GROUP",

@@ -1,8 +1,15 @@
 """Read access to a store's folder: a local path, or a fsspec URL."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from imagen_core.store.cache import FileCache
+from imagen_core.store.errors import ADVICE, StoreError
+from imagen_core.store.records import FileEntry
 
 _REMOTE_BLOCK_BYTES = 1 << 20
 
@@ -13,9 +20,15 @@ class StoreFolder:
     It is picklable and safe over fork: the file system is made again in each process.
     """
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        cache: FileCache | None = None,
+    ) -> None:
         self.url = os.fspath(url)
         self.storage_options = storage_options or {}
+        self._cache = cache
         self._connect()
 
     def _connect(self) -> None:
@@ -32,10 +45,10 @@ class StoreFolder:
         self._root = root.rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "storage_options": self.storage_options}
+        return {"url": self.url, "storage_options": self.storage_options, "cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.url, self.storage_options = state["url"], state["storage_options"]
+        self.url, self.storage_options, self._cache = state["url"], state["storage_options"], state["cache"]
         self._connect()
 
     @property
@@ -78,6 +91,34 @@ class StoreFolder:
     def source(self, name: str) -> str | BinaryIO:
         """What the file readers take: the path of a local file, an open file of a remote one."""
         return self.path(name) if self.is_local else self.open(name)
+
+    @contextmanager
+    def checked(self, entry: FileEntry) -> Iterator[str | BinaryIO]:
+        """What the file readers take of a file that is there as the manifest says: its local copy with a cache."""
+        if self._cache is None:
+            self.check_size(entry)
+            yield self.source(entry.path)
+        else:
+            name = self.path(entry.path)
+            with self._cache.file(entry, name, lambda path: self._download(entry.path, path)) as copy:
+                yield copy
+
+    def _download(self, name: str, path: Path) -> None:
+        try:
+            if self.is_local:
+                shutil.copyfile(self.path(name), path)
+            else:
+                self.fs.get_file(self.path(name), str(path))
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path(name)}: missing; {ADVICE}") from error
+
+    def check_size(self, entry: FileEntry) -> None:
+        """Raise StoreError where a file is missing or has another size than the manifest says."""
+        path, size = self.path(entry.path), self.size_bytes(entry.path)
+        if size is None:
+            raise StoreError(f"{path}: missing; {ADVICE}")
+        if size != entry.bytes:
+            raise StoreError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {ADVICE}")
 
     def walk(self) -> Iterator[str]:
         """Names of all files, relative to the store, sorted within a folder."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+from imagen_core.store.cache import DEFAULT_CACHE_BYTES, FileCache
 from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files import StoreFolder
@@ -19,7 +20,7 @@ from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.ragged import restore
-from imagen_core.store.records import FileEntry, ImagesGroup, TextGroup
+from imagen_core.store.records import ImagesGroup, TextGroup
 from imagen_core.store.shard import ImageFile, TextFile, open_images, open_text
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Store(Sequence[Sample]):
         path: str | os.PathLike[str],
         *,
         storage_options: dict[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_open_shards: int = 64,
     ) -> "Store":
         """Open a store by its folder or its fsspec URL; local files are mapped into memory.
@@ -87,12 +90,16 @@ class Store(Sequence[Sample]):
 
         Args:
             storage_options: what fsspec needs for the URL, such as keys or an endpoint.
+            cache_dir: keep local copies of the files that are read here, checked by size and sha256; for
+                stores that are far away. Processes may share it. None reads where the files are.
+            cache_bytes: most bytes of cache_dir; least recently used files are removed.
             max_open_shards: shards whose files are kept open.
         Raises:
             ManifestError: manifest.json was changed.
             StoreError: not a store, an unfinished one, or one of a newer schema version.
         """
-        folder = StoreFolder(path, storage_options)
+        cache = None if cache_dir is None else FileCache(cache_dir, cache_bytes)
+        folder = StoreFolder(path, storage_options, cache)
         return cls(folder, load_manifest(folder), max_open_shards)
 
     @property
@@ -153,7 +160,7 @@ class Store(Sequence[Sample]):
         group = self.text_group(encoder)
         if group.null is None:
             raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
-        check_size(self._folder, group.null)
+        self._folder.check_size(group.null)
         data = self._folder.read_bytes(group.null.path)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
@@ -285,9 +292,9 @@ class OpenShard:
     def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
         entry = self._manifest.file(group, self._position)
         assert entry is not None, "a shard with samples has all files"
-        check_size(self._folder, entry)
         path = self._folder.path(entry.path)
-        file = opener(self._folder.source(entry.path), path)
+        with self._folder.checked(entry) as source:
+            file = opener(source, path)
         if file.num_rows != entry.rows:
             raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
         return file
@@ -302,12 +309,3 @@ class _Lazy(dict[_Key, _Value]):
     def __missing__(self, key: _Key) -> _Value:
         value = self[key] = self._make(key)
         return value
-
-
-def check_size(folder: StoreFolder, entry: FileEntry) -> None:
-    """Raise StoreError where a file is missing or has another size than the manifest says."""
-    path, size = folder.path(entry.path), folder.size_bytes(entry.path)
-    if size is None:
-        raise StoreError(f"{path}: missing; {ADVICE}")
-    if size != entry.bytes:
-        raise StoreError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {ADVICE}")

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from imagen_core.config import Config
 from imagen_core.diffusion import DenoiserConfig
+from imagen_core.store import DEFAULT_CACHE_BYTES
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -63,6 +64,12 @@ class TrainConfig(Config):
 
     store: str
     """Folder or fsspec URL of the store; the only thing training reads."""
+    cache_dir: str | None = None
+    """Local folder for checked copies of a far store's files, shared by the processes of a machine; null: none."""
+    cache_bytes: int = Field(default=DEFAULT_CACHE_BYTES, ge=1)
+    """Most bytes of cache_dir; the least recently used files are removed."""
+    shuffle_window_shards: int | None = Field(default=None, ge=1)
+    """Shards in random order, samples shuffled within this many of them; null: all samples with each other."""
     denoiser: DenoiserConfig
     """The model and its diffusion."""
     text: str | None = None

@@ -72,7 +72,7 @@ def open_store(config: TrainConfig) -> Store:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
     """
-    store = Store.open(config.store)
+    store = Store.open(config.store, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
     for size in needed_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
@@ -126,6 +126,7 @@ class BatchStream:
             world_size=world.size,
             samples=range(self._samples),
             crop=random_crop(config),
+            shuffle_window_shards=config.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
         )
         if state is not None:

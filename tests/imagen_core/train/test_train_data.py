@@ -39,6 +39,18 @@ def test_batches_go_on_over_epochs_and_count_samples(store: Path) -> None:
         assert len({key for batch in epoch for key in batch.keys}) == 40
 
 
+def test_a_far_store_is_read_through_the_cache_a_few_shards_at_a_time(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, batch_size=4, cache_dir=str(tmp_path / "cache"), shuffle_window_shards=1)
+    batches = read(config, 10)
+    shards = ["".join(sorted({key[0] for key in batch.keys})) for batch in batches]
+    assert shards in (["0"] * 6 + ["1"] * 4, ["1"] * 4 + ["0"] * 6)
+    assert len({key for batch in batches for key in batch.keys}) == 40
+    copies = [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
+    assert len(copies) == 2 * 3  # of two shards: samples, pictures of one size, embeddings
+    resumed = read(config, 4, state=batches[5].loader_state)
+    assert [batch.keys for batch in resumed] == [batch.keys for batch in batches[6:]]
+
+
 def test_validation_samples_are_never_in_a_batch(store: Path) -> None:
     config = make_config(store, num_validation_samples=10)
     keys = {key for batch in read(config, 12) for key in batch.keys}

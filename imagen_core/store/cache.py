@@ -1,0 +1,98 @@
+"""A bounded folder of local copies of a store's files.
+
+fsspec's `filecache` keeps whole files too, but neither bounds them nor checks what it downloaded.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from imagen_core.store.errors import ADVICE, StoreError
+from imagen_core.store.records import FileEntry
+
+DEFAULT_CACHE_BYTES = 32 << 30
+_PARTIAL = ".part"
+
+
+class FileCache:
+    """Copies named by their sha256; least recently used ones go first. Any number of processes may share the folder.
+
+    A file is downloaded under another name, checked against the manifest, synced and renamed: what has its final
+    name is whole. A file that is being downloaded or opened holds the lock of its first two digits, and no file is
+    removed without that lock. A removed file that some process still has open takes disk space until it is closed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"cache_bytes must be 1 or more (got {max_bytes})")
+        self._folder = Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._max_bytes = max_bytes
+
+    @contextmanager
+    def file(self, entry: FileEntry, name: str, download: Callable[[Path], None]) -> Iterator[str]:
+        """The path of a whole copy, which stays at least until the `with` ends.
+
+        Args:
+            name: of the original, for errors.
+            download: writes the original to a path.
+        Raises:
+            StoreError: what was downloaded is not what the manifest says.
+        """
+        path = self._folder / entry.sha256
+        with self._lock(path):
+            if path.is_file() and path.stat().st_size == entry.bytes:
+                os.utime(path)  # its last use
+            else:
+                partial = path.with_suffix(_PARTIAL)
+                download(partial)
+                _check(partial, entry, name)
+                os.replace(partial, path)
+                self._evict(path)
+            yield str(path)
+
+    def _lock(self, path: Path, timeout_s: float = -1) -> FileLock:
+        return FileLock(self._folder / f".{path.name[:2]}.lock", timeout=timeout_s, poll_interval=0.005)
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the least recently used files, and what killed downloads left, until the rest fits."""
+        found = []
+        for entry in os.scandir(self._folder):
+            if not entry.name.startswith("."):
+                try:
+                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                except FileNotFoundError:  # removed by another process
+                    continue
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._max_bytes:
+                return
+            if path == keep:
+                continue
+            if path.name[:2] == keep.name[:2]:  # our own lock
+                path.unlink(missing_ok=True)
+            else:
+                try:
+                    with self._lock(path, timeout_s=0):
+                        path.unlink(missing_ok=True)
+                except Timeout:  # in use
+                    continue
+            total -= size
+
+
+def _check(path: Path, entry: FileEntry, name: str) -> None:
+    """Sync a downloaded file; remove it and raise where it is not the manifest's."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    size = path.stat().st_size
+    if (size, digest) != (entry.bytes, entry.sha256):
+        path.unlink()
+        raise StoreError(
+            f"{name}: downloaded {size} bytes with sha256 {digest}, the manifest says {entry.bytes} bytes with "
+            f"{entry.sha256}; {ADVICE}"
+        )
