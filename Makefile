@@ -28,6 +28,7 @@ check: $(VENV)/.dev  ## style, types, and who may import whom
 
 bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.resize --out benchmarks/results/resize.json
+	$(BIN)/python -m benchmarks.codec --out benchmarks/results/codec.json
 	$(BIN)/python -m benchmarks.store --out benchmarks/results/store.json
 	$(BIN)/python -m benchmarks.encode --out benchmarks/results/encode.json
 	$(BIN)/python -m benchmarks.store_size --out benchmarks/results/store_size.json
