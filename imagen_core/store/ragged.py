@@ -64,11 +64,14 @@ def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
     x = np.ascontiguousarray(x, dtype=np.float32)
     if dtype == "int8":
         return _quantise(x)
-    if dtype == "bfloat16":
-        bits = x.view(np.uint32)
-        round_up = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-        return Stored(((bits + round_up) >> np.uint32(16)).astype(DISK_DTYPES[dtype]))
-    return Stored(x.astype(DISK_DTYPES[dtype]))
+    if dtype == "float32":
+        return Stored(x.astype(DISK_DTYPES[dtype]))
+    import torch  # four times as fast as numpy here
+
+    if not x.flags.writeable:
+        x = x.copy()  # or torch warns
+    half = torch.from_numpy(x).to(getattr(torch, dtype))
+    return Stored(half.view(torch.int16).numpy().view(DISK_DTYPES[dtype]))
 
 
 def _quantise(x: np.ndarray) -> Stored:
