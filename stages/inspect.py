@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from imagen_core.store import ImagesGroup, Store, StoreError, TextGroup
+from imagen_core.store import ImageEmbedGroup, ImagesGroup, Store, StoreError, TextGroup
 from pipeline.errors import ConfigError
 from pipeline.show import human_bytes
 from stages.verify import CommandResult, store_folder
@@ -41,7 +41,7 @@ def inspect_command(path: Path) -> CommandResult:
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
             text, facts = f"{group.size_px} px, {group.codec}, {group.format}", group.config
-        elif isinstance(group, TextGroup):
+        elif isinstance(group, TextGroup | ImageEmbedGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
             facts = group.fingerprint
@@ -54,6 +54,7 @@ def inspect_command(path: Path) -> CommandResult:
         "num_shards": store.manifest.num_shards,
         "image_sizes": store.image_sizes,
         "encoders": store.encoders,
+        "image_encoders": store.image_encoders,
         "schema_version": store.manifest.schema_version,
         "groups": groups,
     }

@@ -2,16 +2,19 @@
 
 import json
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
 from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
+from stages.encode_pictures import EncodePicturesStage
 from stages.encoders.any import AnyEncoder
+from stages.encoders.base import FrozenModelConfig
+from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -45,6 +48,8 @@ class PrecomputeConfig(WorkflowConfig):
     """The pictures to store."""
     encoders: tuple[AnyEncoder, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
+    image_encoders: tuple[ClipImageConfig, ...] = ()
+    """Picture encoders; each looks at a stored size, and makes its own group."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -53,14 +58,24 @@ class PrecomputeConfig(WorkflowConfig):
     """Keep the fetched originals as webdataset tars in RUN/staging/originals (needed to add sizes later
     without fetching again)."""
 
-    @field_validator("encoders")
+    @field_validator("encoders", "image_encoders")
     @classmethod
-    def _check_names(cls, encoders: tuple[AnyEncoder, ...]) -> tuple[AnyEncoder, ...]:
+    def _check_names(cls, encoders: tuple[FrozenModelConfig, ...]) -> tuple[FrozenModelConfig, ...]:
         names = [encoder.name for encoder in encoders]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two encoders are named {twice[0]!r}; give each its own name")
         return encoders
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        for encoder in self.image_encoders:
+            if encoder.from_px not in self.images.sizes_px:
+                raise ValueError(
+                    f"image_encoders.{encoder.name}.from_px is {encoder.from_px}, but images.sizes_px is "
+                    f"{list(self.images.sizes_px)}; add the size, or look at one of these"
+                )
+        return self
 
 
 class Precompute(ShardedWorkflow):
@@ -83,6 +98,10 @@ class Precompute(ShardedWorkflow):
                 *(
                     EncodeStage(e, config.store.format, config.store.dtype, config.store.min_cosine)
                     for e in config.encoders
+                ),
+                *(
+                    EncodePicturesStage(e, config.images, config.store.format, config.store.dtype)
+                    for e in config.image_encoders
                 ),
             ),
             shards=lambda: source.shards(config.shard_size),

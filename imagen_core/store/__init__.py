@@ -12,6 +12,7 @@ from imagen_core.store.layout import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    image_embed_group,
     image_group,
     null_path,
     shard_path,
@@ -22,8 +23,8 @@ from imagen_core.store.null import write_null
 from imagen_core.store.parquet import read_samples, write_samples
 from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, restore
 from imagen_core.store.reader import Sample, Store
-from imagen_core.store.records import FileEntry, ImagesGroup, SamplesGroup, ShardEntry, TextGroup
-from imagen_core.store.shard import ImageWriter, open_image_writer, text_shard_bytes, write_text_shard
+from imagen_core.store.records import FileEntry, ImageEmbedGroup, ImagesGroup, SamplesGroup, ShardEntry, TextGroup
+from imagen_core.store.shard import ImageWriter, open_image_writer, open_images, text_shard_bytes, write_text_shard
 from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
@@ -36,6 +37,7 @@ __all__ = [
     "Codec",
     "Crop",
     "FileEntry",
+    "ImageEmbedGroup",
     "ImageWriter",
     "ImagesGroup",
     "Manifest",
@@ -56,11 +58,13 @@ __all__ = [
     "cast_embedding",
     "check_codec",
     "codec_settings",
+    "image_embed_group",
     "image_group",
     "is_finite_as",
     "load_manifest",
     "null_path",
     "open_image_writer",
+    "open_images",
     "read_samples",
     "restore",
     "shard_path",

@@ -5,8 +5,9 @@
       images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row, raw or encoded
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
+      image-embed-clip/00000.(...)     one embedding a picture, (1, dim) a row
 
-Row i of shard s is the same sample in `samples` and in every image group. Row j of a text
+Row i of shard s is the same sample in `samples` and in every group of pictures or of their embeddings. Row j of a text
 group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
 a digest that binds it to its sample or caption (digest.py); `samples` accounts for every input row.
 """
@@ -60,9 +61,18 @@ def text_group(encoder: str) -> str:
     Raises:
         ValueError: the encoder name has a character that is not a letter, digit, `.`, `_` or `-`.
     """
+    return f"text-{_encoder_name(encoder)}"
+
+
+def image_embed_group(encoder: str) -> str:
+    """Name of the group that holds one picture encoder's embeddings; raises like `text_group`."""
+    return f"image-embed-{_encoder_name(encoder)}"
+
+
+def _encoder_name(encoder: str) -> str:
     if not _ENCODER_NAME.fullmatch(encoder):
         raise ValueError(f"encoder name {encoder!r}: use letters, digits, '.', '_' and '-' only")
-    return f"text-{encoder}"
+    return encoder
 
 
 def shard_path(group: str, index: int, store_format: StoreFormat = "parquet") -> str:

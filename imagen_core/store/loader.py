@@ -10,7 +10,7 @@ import torch
 from imagen_core.store.crop import WHOLE, Crop, Window
 from imagen_core.store.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.ragged import Stored, restore
-from imagen_core.store.records import TextGroup
+from imagen_core.store.records import EmbeddingGroup
 
 if TYPE_CHECKING:
     from imagen_core.store.reader import Store
@@ -43,6 +43,7 @@ class Loader:
             batch after the cut at max_tokens (which also cuts the end-of-sentence token of those cut);
             only if text was asked for.
         text_mask: bool (B, L), true on real tokens; comes with text.
+        image_embed: (B, dim), embeddings of the pictures in the store's dtype; only if they were asked for.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Loader:
         batch_size: int,
         images: Sequence[int] | None,
         text: str | None,
+        image_embed: str | None,
         max_tokens: int | None,
         seed: int,
         rank: int,
@@ -89,6 +91,7 @@ class Loader:
         if self._crop is not None:
             self._sides = self._crop.sides(list(self._sides))
         self._text_group = None if text is None else store.text_group(text)
+        self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
         self._max_tokens = max_tokens
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -153,6 +156,7 @@ class Loader:
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         windows = self._windows(epoch, positions)
         embeddings: list[np.ndarray] = [np.empty(0)] * len(positions)
+        embeds: list[np.ndarray] = [np.empty(0)] * len(positions)
         hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
         places = [(*self._store.locate(index), k) for k, index in enumerate(indices.tolist())]
         for shard, row, k in sorted(places):  # shard by shard, so that a file is opened once a batch
@@ -164,11 +168,15 @@ class Loader:
                 ids = files.samples.caption_ids(row)
                 stored = files.text[self._text_group.encoder].stored(ids[hashes[k] % len(ids)])
                 embeddings[k] = self._cut(stored, self._text_group)
+            if self._embed_group is not None:
+                embeds[k] = self._cut(files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group)
         batch: dict[str, Any] = {"keys": keys}
         if images:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
         if self._text_group is not None:
             batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
+        if self._embed_group is not None:
+            batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
         return batch
 
     def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:
@@ -184,14 +192,14 @@ class Loader:
         first = epoch * len(self._samples)
         return self._crop.windows(list(self._sides), range(first + positions.start, first + positions.stop))
 
-    def _cut(self, stored: Stored, group: TextGroup) -> np.ndarray:
+    def _cut(self, stored: Stored, group: EmbeddingGroup) -> np.ndarray:
         """The first max_tokens of an embedding, (n_tokens, dim), as what the batch has."""
         values = stored.values[: self._max_tokens]
         if stored.scales is not None:
             return restore(Stored(values, stored.scales[: self._max_tokens]), group.dtype)
         return values.view(np.int16) if group.dtype == "bfloat16" else values
 
-    def _pad(self, embeddings: list[np.ndarray], group: TextGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, embeddings: list[np.ndarray], group: EmbeddingGroup) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = np.array([len(embedding) for embedding in embeddings], dtype=np.int64)
         longest = int(lengths.max(initial=0))
         dtype = _PADDED_DTYPES.get(group.dtype, np.dtype(np.float16))

@@ -36,6 +36,7 @@ from imagen_core.store.layout import MANIFEST_NAME, OLDEST_READABLE, SAMPLES_GRO
 from imagen_core.store.records import (
     FileEntry,
     Group,
+    ImageEmbedGroup,
     ImagesGroup,
     SamplesGroup,
     ShardEntry,
@@ -111,6 +112,12 @@ class Manifest:
     def texts(self) -> dict[str, TextGroup]:
         """Text groups by encoder name, sorted."""
         found = (group for group in self.groups.values() if isinstance(group, TextGroup))
+        return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
+
+    @cached_property
+    def image_embeds(self) -> dict[str, ImageEmbedGroup]:
+        """Groups of picture embeddings by encoder name, sorted."""
+        found = (group for group in self.groups.values() if isinstance(group, ImageEmbedGroup))
         return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
 
     def shard(self, position: int) -> ShardEntry:

@@ -20,7 +20,7 @@ from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.ragged import restore
-from imagen_core.store.records import ImagesGroup, TextGroup
+from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.shard import ImageFile, TextFile, open_images, open_text
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Sample:
         images: uint8 RGB (S, S, 3) by size S in pixels.
         text: by encoder, one (n_tokens, dim) array a caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
+        image_embeds: by picture encoder, (dim,) in the types of `text`.
         width, height: pixels of the original picture after EXIF orientation.
         sha256: hex digest of the original image file.
     """
@@ -51,6 +52,7 @@ class Sample:
     height: int
     images: dict[int, np.ndarray]
     text: dict[str, list[np.ndarray]]
+    image_embeds: dict[str, np.ndarray]
 
 
 class Store(Sequence[Sample]):
@@ -69,6 +71,7 @@ class Store(Sequence[Sample]):
         self._pid = os.getpid()
         self._sizes = list(manifest.images)
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
+        self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
         valid = manifest.rows.copy()
         for shard, rows in manifest.excluded.items():
             valid[shard] -= len(rows)
@@ -116,6 +119,11 @@ class Store(Sequence[Sample]):
         """Names of the text encoders, sorted."""
         return list(self._dtypes)
 
+    @property
+    def image_encoders(self) -> list[str]:
+        """Names of the picture encoders, sorted."""
+        return list(self._embed_dtypes)
+
     def __len__(self) -> int:
         return self._manifest.num_samples
 
@@ -148,7 +156,8 @@ class Store(Sequence[Sample]):
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
             for encoder, dtype in self._dtypes.items()
         }
-        return Sample(key, captions, url, sha256, width, height, images, text)
+        embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
@@ -170,6 +179,7 @@ class Store(Sequence[Sample]):
         batch_size: int,
         images: Sequence[int] | None = None,
         text: str | None = None,
+        image_embed: str | None = None,
         max_tokens: int | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -186,7 +196,8 @@ class Store(Sequence[Sample]):
         Args:
             batch_size: samples a batch on this rank.
             images: sizes to load, in pixels; None loads no pictures.
-            text: encoder to load; None loads no embeddings.
+            text: encoder to load; None loads no embeddings of captions.
+            image_embed: picture encoder to load; None loads no embeddings of pictures.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
             seed: decides the order and which of several captions is taken.
             shuffle: off, samples come in the store's order in every epoch.
@@ -206,6 +217,7 @@ class Store(Sequence[Sample]):
             batch_size=batch_size,
             images=images,
             text=text,
+            image_embed=image_embed,
             max_tokens=max_tokens,
             seed=seed,
             rank=rank,
@@ -244,6 +256,12 @@ class Store(Sequence[Sample]):
             raise ValueError(f"encoder {encoder!r} is not in the store; it has {self.encoders}")
         return self._manifest.texts[encoder]
 
+    def image_embed_group(self, encoder: str) -> ImageEmbedGroup:
+        """The group of one picture encoder; ValueError if there is none."""
+        if encoder not in self._manifest.image_embeds:
+            raise ValueError(f"image encoder {encoder!r} is not in the store; it has {self.image_encoders}")
+        return self._manifest.image_embeds[encoder]
+
     def shard(self, position: int) -> "OpenShard":
         """The files of the shard at a position."""
         if self._pid != os.getpid():  # forked: the parent's handles are not ours
@@ -270,12 +288,16 @@ class OpenShard:
     Attributes:
         images: the image file by size in pixels.
         text: the text file by encoder.
+        image_embeds: the file of picture embeddings by encoder.
     """
 
     def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
         self._folder, self._manifest, self._position = folder, manifest, position
         self.images: dict[int, ImageFile] = _Lazy(self._open_images)
-        self.text: dict[str, TextFile] = _Lazy(self._open_text)
+        self.text: dict[str, TextFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
+        self.image_embeds: dict[str, TextFile] = _Lazy(
+            lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
+        )
 
     @cached_property
     def samples(self) -> SamplesFile:
@@ -285,8 +307,7 @@ class OpenShard:
         group = self._manifest.images[size_px]
         return self._file(group.name, lambda source, name: open_images(source, name, group))
 
-    def _open_text(self, encoder: str) -> TextFile:
-        group = self._manifest.texts[encoder]
+    def _open_embeddings(self, group: EmbeddingGroup) -> TextFile:
         return self._file(group.name, lambda source, name: open_text(source, name, group))
 
     def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:

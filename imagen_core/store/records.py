@@ -11,6 +11,7 @@ from imagen_core.store.layout import (
     StoreFormat,
     check_dtype,
     check_format,
+    image_embed_group,
     image_group,
     null_path,
     shard_path,
@@ -65,7 +66,20 @@ class TextGroup:
     null: FileEntry | None = None
 
 
-Group = SamplesGroup | ImagesGroup | TextGroup
+@dataclass(frozen=True, slots=True)
+class ImageEmbedGroup:
+    """Embeddings of the pictures, one (1, dim) row a sample."""
+
+    name: str
+    encoder: str
+    dim: int
+    dtype: StoreDtype
+    format: StoreFormat
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+EmbeddingGroup = TextGroup | ImageEmbedGroup
+Group = SamplesGroup | ImagesGroup | EmbeddingGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +116,13 @@ def parse_group(name: str, raw: Any) -> Group:
             group = ImagesGroup(name, size_px, check_format(raw["format"]), check_codec(raw["codec"]), config)
             expected_name = image_group(size_px)
         elif kind == "text":
-            group = _parse_text_group(name, raw)
-            expected_name = text_group(group.encoder)
+            encoder, null = str(raw["encoder"]), raw.get("null")
+            entry = None if null is None else _parse_file({"rows": 1, **null}, null_path(encoder))
+            group = TextGroup(name, encoder, **_embeddings(raw), null=entry)
+            expected_name = text_group(encoder)
+        elif kind == "image_embeds":
+            group = ImageEmbedGroup(name, str(raw["encoder"]), **_embeddings(raw))
+            expected_name = image_embed_group(group.encoder)
         else:
             raise ValueError(f"unknown kind {kind!r}")
     except (KeyError, TypeError, AttributeError) as error:
@@ -115,18 +134,13 @@ def parse_group(name: str, raw: Any) -> Group:
     return group
 
 
-def _parse_text_group(name: str, raw: dict[str, Any]) -> TextGroup:
-    encoder = str(raw["encoder"])
-    null = raw.get("null")
-    return TextGroup(
-        name=name,
-        encoder=encoder,
-        dim=_count(raw["dim"], "dim"),
-        dtype=check_dtype(raw["dtype"]),
-        format=check_format(raw["format"]),
-        fingerprint=dict(raw.get("fingerprint", {})),
-        null=None if null is None else _parse_file({"rows": 1, **null}, null_path(encoder)),
-    )
+def _embeddings(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "dim": _count(raw["dim"], "dim"),
+        "dtype": check_dtype(raw["dtype"]),
+        "format": check_format(raw["format"]),
+        "fingerprint": dict(raw.get("fingerprint", {})),
+    }
 
 
 def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:

@@ -24,7 +24,7 @@ from imagen_core.store.parquet import (
     write_text_parquet,
 )
 from imagen_core.store.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
-from imagen_core.store.records import ImagesGroup, TextGroup
+from imagen_core.store.records import EmbeddingGroup, ImagesGroup
 
 
 class StoredPictures(Protocol):
@@ -140,7 +140,7 @@ def write_text_shard(
 
     Args:
         embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
-        captions: what was encoded, one a row.
+        captions: what was encoded, one a row; for embeddings of pictures, the samples' keys.
         fingerprint: of the encoder, as in the manifest.
         dtype: what to cast to, see ragged.py.
     Raises:
@@ -195,7 +195,7 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     return ImageFile(pictures, name, group)
 
 
-def open_text(source: str | BinaryIO, name: str, group: TextGroup, *, mapped: bool = True) -> TextFile:
+def open_text(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> TextFile:
     """Open a text file: a local path, or an open file of a remote store.
 
     Raises:

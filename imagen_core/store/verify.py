@@ -18,7 +18,7 @@ from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.ragged import all_finite
-from imagen_core.store.records import FileEntry, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
 from imagen_core.store.shard import open_images, open_text, read_digests
 
 _BLOCK_BYTES = 1 << 20
@@ -125,7 +125,11 @@ class _Check:
         self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
         self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
         self._coverage = Coverage(manifest)
-        self._fingerprints = {name: fingerprint_digest(group.fingerprint) for name, group in manifest.texts.items()}
+        self._fingerprints = {
+            name: fingerprint_digest(group.fingerprint)
+            for name, group in manifest.groups.items()
+            if isinstance(group, TextGroup | ImageEmbedGroup)
+        }
         self._has_digests = manifest.schema_version == SCHEMA_VERSION
         self._saw_all_samples = True
 
@@ -151,7 +155,9 @@ class _Check:
                 if isinstance(group, ImagesGroup):
                     self._images(entry, group, rows)
                 elif isinstance(group, TextGroup):
-                    self._text(entry, group, rows)
+                    self._embeddings(entry, group, rows and rows.captions, "distinct captions")
+                elif isinstance(group, ImageEmbedGroup):
+                    self._embeddings(entry, group, rows and rows.keys, "rows")
             except StoreError as error:
                 self._bad(entry.path, str(error))
 
@@ -217,18 +223,19 @@ class _Check:
             )
             self._compare_digests(entry, group, found, rows.keys, "pictures are not those of their samples")
 
-    def _text(self, entry: FileEntry, group: TextGroup, rows: _Rows | None) -> None:
+    def _embeddings(self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str) -> None:
+        """Check the embeddings of captions or keys; None if the samples cannot be read."""
         # Not mapped: the parquet decoder checks the places that the mapped reader computes.
         text = open_text(self._source(entry), entry.path, group, mapped=False)
         self._count_rows(entry, text.num_rows)
         bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
         if bad:
             self._bad(entry.path, f"{len(bad)} embeddings are not finite, the first in row {bad[0]}")
-        if rows is None:
+        if names is None:
             return
-        encoder = self._fingerprints[group.encoder]
-        if text.num_rows != len(rows.captions):
-            self._bad(entry.path, f"{text.num_rows} rows, the samples have {len(rows.captions)} distinct captions")
+        encoder = self._fingerprints[group.name]
+        if text.num_rows != len(names):
+            self._bad(entry.path, f"{text.num_rows} rows, the samples have {len(names)} {of}")
         elif self._has_digests and text.fingerprint != encoder:
             self._bad(
                 entry.path,
@@ -236,11 +243,17 @@ class _Check:
                 f"the manifest's is {encoder[:16]}",
             )
         else:
-            found = (caption_digest(encoder, caption, text.stored(i)) for i, caption in enumerate(rows.captions))
-            self._compare_digests(entry, group, found, rows.captions, "embeddings are not those of their captions")
+            found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
+            whose = "captions" if isinstance(group, TextGroup) else "samples"
+            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}")
 
     def _compare_digests(
-        self, entry: FileEntry, group: ImagesGroup | TextGroup, found: Iterator[int], names: Sequence[str], wrong: str
+        self,
+        entry: FileEntry,
+        group: ImagesGroup | EmbeddingGroup,
+        found: Iterator[int],
+        names: Sequence[str],
+        wrong: str,
     ) -> None:
         if not self._has_digests:
             return

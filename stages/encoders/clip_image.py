@@ -1,8 +1,9 @@
 """CLIP's picture encoder (Radford et al. 2021, arXiv 2103.00020): the image embeddings that DALL-E 2 is trained on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,15 +91,15 @@ class ClipImageEncoder:
         with reading(config):
             self._model = load_weights(model_class, files, self._dtype, self.device)
 
-    def encode(self, pictures: Sequence[np.ndarray]) -> list[FloatArray]:
+    def encode(self, pictures: Iterable[np.ndarray]) -> list[FloatArray]:
         """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding."""
         import torch
 
         rows: list[FloatArray] = []
-        for start in range(0, len(pictures), self.config.batch_size):
-            batch = np.stack([self._looks.prepare(p) for p in pictures[start : start + self.config.batch_size]])
+        prepared = map(self._looks.prepare, pictures)
+        while batch := list(islice(prepared, self.config.batch_size)):
             with torch.inference_mode():
-                result = self._model(pixel_values=torch.from_numpy(batch).to(self.device, self._dtype))
+                result = self._model(pixel_values=torch.from_numpy(np.stack(batch)).to(self.device, self._dtype))
                 values = result.image_embeds if self.config.output == "projected" else result.pooler_output
                 rows += list(values.float().cpu().numpy()[:, None])
         return rows
