@@ -51,8 +51,6 @@ def verify_command(
     if reencode is not None:
         result["reencoded"] = {name: comparison.facts() for name, comparison in comparisons.items()}
     lines = [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
-    if lines:
-        lines.append("Move the bad files away and run the same pipeline command again: it makes only those anew.")
     lines += [f"note: {warning.file}: {warning.message}" for warning in report.warnings[:_MAX_NOTES]]
     if len(report.warnings) > _MAX_NOTES:
         lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
@@ -61,6 +59,8 @@ def verify_command(
     lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
     if report.input_rows is not None:
         lines.append(_coverage_line(report))
+    if not report.ok:
+        lines.append("Move the bad files away and run the same pipeline command again: it makes only those anew.")
     checked = f"{report.files_checked} files, {human_bytes(report.bytes_checked)}, {report.num_samples} samples"
     lines.append(f"{'good' if report.ok else 'NOT good'}: {checked} checked in {store}")
     return result, lines, EXIT_OK if report.ok else EXIT_FAILED
