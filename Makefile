@@ -15,7 +15,7 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/pictures
 
 test: $(VENV)/.dev  ## set up, then pass the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes: kills, real images, thousands of shards
 	$(BIN)/python -m pytest -m slow --timeout 1200
