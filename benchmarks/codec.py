@@ -89,7 +89,7 @@ def measure(
         path = folder / f"{kind}-{size_px}-{codec}"
         with st.open_image_writer(path, size_px, "parquet", codec) as writer:
             for picture in pictures:
-                writer.append(picture)
+                writer.append(picture, "key", "sha256")
         files[codec] = open_images(
             str(path), path.name, st.ImagesGroup(f"images-{size_px}", size_px, "parquet", codec)
         )

@@ -17,22 +17,43 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.encode import shuffled_prompts, write_tokenizer
 from benchmarks.table import shown, table
+from pipeline.config import load_config
+from pipeline.presets import find_config
+from pipeline.workflow import PlanOptions
+from workflows.precompute import Precompute, PrecomputeConfig
 
 ROWS = 100_000_000
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
-GATED = {"num_layers": 24, "feed_forward_proj": "gated-gelu"}
-MODELS: dict[str, dict[str, Any]] = {
-    "T5 v1.1 XXL": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, **GATED},
-    "T5-11B": {
-        "d_model": 1024,
-        "d_ff": 65536,
-        "num_heads": 128,
-        "d_kv": 128,
-        "num_layers": 24,
-        "feed_forward_proj": "relu",
-    },
-    "T5 v1.1 large": {"d_model": 1024, "d_ff": 2816, "num_heads": 16, "d_kv": 64, **GATED},
-    "mT5-XXL": {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, **GATED},
+XXL = {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, "num_layers": 24}
+GATED = {"feed_forward_proj": "gated-gelu"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "T5 v1.1 XXL": ("t5", {**XXL, **GATED}),
+    "T5-11B": ("t5", {**XXL, "d_model": 1024, "d_ff": 65536, "num_heads": 128, "d_kv": 128}),
+    "T5 v1.1 large": ("t5", {**XXL, "d_model": 1024, "d_ff": 2816, "num_heads": 16, **GATED}),
+    "mT5-XXL": ("t5", {**XXL, "model_type": "mt5", **GATED}),
+    "DeBERTa-v2-xxlarge": (
+        "auto",
+        {
+            "model_type": "deberta-v2",
+            "hidden_size": 1536,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 24,
+            "intermediate_size": 6144,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+        },
+    ),
+    "CLIP ViT-L/14, text": (
+        "clip",
+        {
+            "model_type": "clip_text_model",
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+    ),
 }
 
 
@@ -50,10 +71,11 @@ def main() -> None:
             writer.writerow(["url", "caption"])
             writer.writerows([f"https://example.com/{i}.jpg", caption] for i, caption in enumerate(captions))
         rows = []
-        for name, shape in MODELS.items():
-            model = Path(folder) / name.replace(" ", "-")
+        for index, (name, (kind, shape)) in enumerate(MODELS.items()):
+            model = Path(folder) / str(index)
             write_shape(model, shape, captions)
-            rows += [row_of(name, shape, profile, planned(urls, model, profile)) for profile in arguments.profiles]
+            config = configured(urls, model, kind)
+            rows += [row_of(name, config, profile, planned(urls, config, profile)) for profile in arguments.profiles]
     report("plan_models", rows, {}, arguments.out, packages=["imagen-precompute", "transformers"])
     if arguments.docs is not None:
         fill(arguments.docs, rows)
@@ -62,32 +84,33 @@ def main() -> None:
 def write_shape(folder: Path, shape: dict[str, Any], captions: list[str]) -> None:
     """A model folder that can be planned, and not run: its weights are an empty file."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **shape}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"")
     write_tokenizer(folder, captions)
 
 
-def planned(urls: Path, model: Path, profile: str) -> dict[str, Any]:
-    """What `pipeline plan precompute -c urls-t5-xxl --rows ROWS --profile PROFILE --json` prints."""
-    from pipeline.config import load_config
-    from pipeline.presets import find_config
-    from pipeline.workflow import PlanOptions
-    from workflows.precompute import Precompute, PrecomputeConfig
+def configured(urls: Path, model: Path, kind: str) -> PrecomputeConfig:
+    overrides = [f"source.path={urls}", f"encoders=[{{name: text, kind: {kind}, model: {model}, max_tokens: 77}}]"]
+    return load_config(PrecomputeConfig, find_config("precompute", "urls-t5-xxl"), overrides)
 
-    overrides = [f"source.path={urls}", f"encoders.0.model={model}"]
-    config = load_config(PrecomputeConfig, find_config("precompute", "urls-t5-xxl"), overrides)
+
+def planned(urls: Path, config: PrecomputeConfig, profile: str) -> dict[str, Any]:
+    """What `pipeline plan precompute -c urls-t5-xxl --rows ROWS --profile PROFILE --json` prints."""
     return dict(Precompute(config).preview(urls.parent / "run", PlanOptions(profile=profile, rows=ROWS)))
 
 
-def row_of(name: str, shape: dict[str, Any], profile: str, plan: dict[str, Any]) -> dict[str, Any]:
+def row_of(name: str, config: PrecomputeConfig, profile: str, plan: dict[str, Any]) -> dict[str, Any]:
     estimate = plan["estimate"]
-    encode = next(stage for stage in estimate["stages"] if stage["stage"] == "encode-t5")
-    feed_forward = 3 if shape["feed_forward_proj"].startswith("gated") else 2
-    layer = shape["d_model"] * (4 * shape["num_heads"] * shape["d_kv"] + feed_forward * shape["d_ff"])
+    encode = next(stage for stage in estimate["stages"] if stage["stage"] == "encode-text")
+    encoder = config.encoders[0]
+    with encoder.located() as files:
+        dim, weights = encoder.dim(files), encoder.flops(files, [1]) / 2
     return {
         "encoder": name,
-        "parameters_b": shape["num_layers"] * layer / 1e9,
+        "width": dim,
+        "parameters_b": weights / 1e9,
         "tokens_per_caption": encode["tokens"] / ROWS,
+        "bytes_per_caption": round(encode["bytes"] / ROWS),
         "gflop_per_caption": encode["flops"] / ROWS / 1e9,
         "text_tb": encode["bytes"] / 1e12,
         "text_usd_per_month": encode["usd_per_month"],
@@ -108,8 +131,10 @@ def fill(docs: Path, rows: list[dict[str, Any]]) -> None:
         sys.exit(f"{docs}: lacks {BEGIN} or {END}")
     titles = {
         "encoder": "encoder",
+        "width": "width",
         "parameters_b": "10^9 weights in layers",
         "tokens_per_caption": "tokens a caption",
+        "bytes_per_caption": "bytes a caption",
         "gflop_per_caption": "GFLOP a caption",
         "text_tb": "text, TB",
         "text_usd_per_month": "text, $ a month",
