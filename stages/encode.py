@@ -1,8 +1,7 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import cast
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from imagen_core.store import (
     write_text_shard,
 )
 from pipeline.errors import MachineError
-from pipeline.executors.base import usable_cpus
 from pipeline.files import commit_file, temporary_name
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
@@ -46,7 +44,7 @@ class EncodeStage(Stage):
         self.group = text_group(encoder.name)
         self.max_workers = encoder.workers or 0
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus)
-        self.dim = identity.dim
+        self.dim, self.fingerprint = identity.dim, identity.fingerprint
         self.groups = (
             Group(
                 self.group,
@@ -56,7 +54,7 @@ class EncodeStage(Stage):
                     "dim": self.dim,
                     "dtype": dtype,
                     "format": store_format,
-                    "fingerprint": identity.fingerprint,
+                    "fingerprint": self.fingerprint,
                     **({"min_cosine": min_cosine} if dtype == "int8" else {}),
                 },
                 shared_files=(PurePosixPath(null_path(encoder.name)).name,),
@@ -66,9 +64,8 @@ class EncodeStage(Stage):
 
     def setup(self, run: RunFolder) -> None:
         """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
-        self.encoder.check_unchanged(cast(Mapping[str, object], self.groups[0].config["fingerprint"]))
-        threads = self.encoder.cpu_threads or max(1, usable_cpus() // (self.encoder.workers or 1))
-        self._model = self.encoder.load(threads)
+        self.encoder.check_unchanged(self.fingerprint)
+        self._model = self.encoder.load(self.encoder.threads())
         final = run.store / null_path(self.encoder.name)
         if not final.exists():
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +94,8 @@ class EncodeStage(Stage):
         ]
         suffix = ".h5" if self.store_format == "hdf5" else ".parquet"
         path = task.output(self.group, suffix)
-        fingerprint = cast(dict[str, object], self.groups[0].config["fingerprint"])
         write_text_shard(
-            path, embeddings, self.dim, self.dtype, self.store_format, captions=captions, fingerprint=fingerprint
+            path, embeddings, self.dim, self.dtype, self.store_format, captions=captions, fingerprint=self.fingerprint
         )
         tokens = sum(len(e) for e in embeddings)
         counters = {

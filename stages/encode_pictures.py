@@ -1,8 +1,5 @@
 """Encodes the stored pictures of a shard with one frozen picture encoder."""
 
-from collections.abc import Mapping
-from typing import cast
-
 import numpy as np
 
 from imagen_core.store import (
@@ -17,7 +14,6 @@ from imagen_core.store import (
     text_shard_bytes,
     write_text_shard,
 )
-from pipeline.executors.base import usable_cpus
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from stages.encoders.clip_image import ClipImageConfig, ClipImageEncoder
@@ -59,10 +55,8 @@ class EncodePicturesStage(Stage):
         self._model: ClipImageEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
-        self.encoder.check_unchanged(cast(Mapping[str, object], self.fingerprint))
-        self._model = self.encoder.load(
-            self.encoder.cpu_threads or max(1, usable_cpus() // (self.encoder.workers or 1))
-        )
+        self.encoder.check_unchanged(self.fingerprint)
+        self._model = self.encoder.load(self.encoder.threads())
 
     def process(self, task: Task) -> None:
         assert self._model is not None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from imagen_core.store import ImageEmbedGroup, ImagesGroup, Store, StoreError, TextGroup
+from imagen_core.store import EmbeddingGroup, ImagesGroup, Store, StoreError
 from pipeline.errors import ConfigError
 from pipeline.show import human_bytes
 from stages.verify import CommandResult, store_folder
@@ -41,7 +41,7 @@ def inspect_command(path: Path) -> CommandResult:
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
             text, facts = f"{group.size_px} px, {group.codec}, {group.format}", group.config
-        elif isinstance(group, TextGroup | ImageEmbedGroup):
+        elif isinstance(group, EmbeddingGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
             facts = group.fingerprint

@@ -23,7 +23,15 @@ from imagen_core.store.null import write_null
 from imagen_core.store.parquet import read_samples, write_samples
 from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, restore
 from imagen_core.store.reader import Sample, Store
-from imagen_core.store.records import FileEntry, ImageEmbedGroup, ImagesGroup, SamplesGroup, ShardEntry, TextGroup
+from imagen_core.store.records import (
+    EmbeddingGroup,
+    FileEntry,
+    ImageEmbedGroup,
+    ImagesGroup,
+    SamplesGroup,
+    ShardEntry,
+    TextGroup,
+)
 from imagen_core.store.shard import ImageWriter, open_image_writer, open_images, text_shard_bytes, write_text_shard
 from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
@@ -36,6 +44,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Codec",
     "Crop",
+    "EmbeddingGroup",
     "FileEntry",
     "ImageEmbedGroup",
     "ImageWriter",

@@ -51,35 +51,33 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class TextGroup:
-    """Embeddings of one encoder; `fingerprint` identifies its weights, tokenizer and settings.
+class EmbeddingGroup:
+    """Embeddings by one encoder; `fingerprint` identifies its weights, tokenizer and settings."""
+
+    name: str
+    encoder: str
+    dim: int
+    dtype: StoreDtype
+    format: StoreFormat
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TextGroup(EmbeddingGroup):
+    """Embeddings of captions, one row a distinct caption.
 
     `null` is the file of the encoding of "", with rows = 1; None where the encoder has none.
     """
 
-    name: str
-    encoder: str
-    dim: int
-    dtype: StoreDtype
-    format: StoreFormat
-    fingerprint: dict[str, Any] = field(default_factory=dict)
     null: FileEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ImageEmbedGroup:
+class ImageEmbedGroup(EmbeddingGroup):
     """Embeddings of the pictures, one (1, dim) row a sample."""
 
-    name: str
-    encoder: str
-    dim: int
-    dtype: StoreDtype
-    format: StoreFormat
-    fingerprint: dict[str, Any] = field(default_factory=dict)
 
-
-EmbeddingGroup = TextGroup | ImageEmbedGroup
-Group = SamplesGroup | ImagesGroup | EmbeddingGroup
+Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup
 
 
 @dataclass(frozen=True, slots=True)

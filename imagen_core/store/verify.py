@@ -128,7 +128,7 @@ class _Check:
         self._fingerprints = {
             name: fingerprint_digest(group.fingerprint)
             for name, group in manifest.groups.items()
-            if isinstance(group, TextGroup | ImageEmbedGroup)
+            if isinstance(group, EmbeddingGroup)
         }
         self._has_digests = manifest.schema_version == SCHEMA_VERSION
         self._saw_all_samples = True

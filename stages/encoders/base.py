@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import MachineError
+from pipeline.executors.base import usable_cpus
 from pipeline.fingerprint import differences
 from stages.captions import NORMALISATION
 from stages.encoders.model_files import ModelFiles, find_model
@@ -144,6 +145,10 @@ class FrozenModelConfig(Config):
                 f"encoders.{self.name}: this worker finds another model than the run began with: "
                 f"{'; '.join(changes)}; put the same files on every node, or start a new run"
             )
+
+    def threads(self) -> int:
+        """CPU threads of one worker."""
+        return self.cpu_threads or max(1, usable_cpus() // (self.workers or 1))
 
     @contextmanager
     def located(self) -> Iterator[ModelFiles]:
