@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -32,7 +31,7 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")]
+Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...); runs/WORKFLOW if not given.")]
 ExecutorName = Annotated[
     str | None,
     typer.Option(help="ray, local or inline (this process); default ray for precompute, local for train and sample."),
@@ -65,6 +64,9 @@ def run(
         str | None,
         typer.Option(metavar="REASONS", help="Try dropped samples again: reasons with commas between, or all."),
     ] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the run folder from a run that is dead but seems alive.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,13 +78,13 @@ def run(
     from pipeline.workflow import RunOptions
 
     chosen = _build(workflow, config, overrides)
-    folder = out or Path("runs") / workflow
+    folder = out or f"runs/{workflow}"
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
     signal.signal(signal.SIGTERM, _on_sigterm)
     failure: RunError | None = None
     try:
         summary: Mapping[str, object] = chosen.run(
-            folder, RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet)
+            folder, RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet, take_over)
         )
     except RunError as error:
         failure, summary = error, error.summary
@@ -132,13 +134,13 @@ def plan(
     from pipeline.workflow import PlanOptions
 
     options = PlanOptions(probe, profile, rows, executor, save)
-    result = _build(workflow, config, overrides).preview(out or Path("runs") / workflow, options)
+    result = _build(workflow, config, overrides).preview(out or f"runs/{workflow}", options)
     _print_json(result) if as_json else show_preview(result)
 
 
 @app.command()
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], as_json: AsJson = False
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or URL.")], as_json: AsJson = False
 ) -> None:
     """Show how far a run is."""
     from pipeline.preview import run_status
@@ -148,7 +150,7 @@ def status(
     _print_json(result) if as_json else show_status(result)
 
 
-StoreArg = Annotated[Path, typer.Argument(metavar="STORE", help="Store folder, or the run folder around it.")]
+StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
 
 
 @app.command()
@@ -177,7 +179,7 @@ def inspect(store: StoreArg, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(
-    run_or_store: Annotated[Path, typer.Argument(metavar="RUN_OR_STORE")],
+    run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE")],
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
@@ -250,7 +252,7 @@ def _build(name: str, config: str | None, overrides: list[str] | None):
     return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
 
 
-def _read_command(name: str, path: Path, as_json: bool, **options: object) -> None:
+def _read_command(name: str, path: str, as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points.
 
     It returns (JSON-able result, lines for people, exit code).

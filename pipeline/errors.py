@@ -35,6 +35,10 @@ class MachineError(PipelineError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class LockedError(MachineError):
+    """Another run works in the run folder, or has taken it over."""
+
+
 class RunError(PipelineError):
     """The run came to its end, but not as wished; `summary` says what it made."""
 

@@ -10,13 +10,12 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
-from pipeline.files import write_json, write_text
+from pipeline.events import EventLog
 from pipeline.progress import Lines
-from pipeline.runfolder import EventLog, RunFolder
+from pipeline.runfolder import CONFIG, PLAN, SUMMARY, RunFolder
 from pipeline.workflow import PlanOptions, RunOptions, Summary, Workflow
 
 
@@ -51,16 +50,16 @@ class JobWorkflow(Workflow):
     def facts(self) -> Mapping[str, object]:
         """What the run would do: sizes and needs. Cheap, writes nothing."""
 
-    def run(self, out: Path, options: RunOptions) -> Summary:
+    def run(self, out: str, options: RunOptions) -> Summary:
         return run_job(self, out, options)
 
-    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
+    def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
         if options != PlanOptions(executor=options.executor):
             raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
         return {"workflow": self.name, "out": str(out), "facts": dict(self.facts())}
 
 
-def run_job(workflow: JobWorkflow, out: Path, options: RunOptions) -> Summary:
+def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
     """Runs the job in folder `out`.
 
     One of several processes (torchrun sets RANK) only works; the first one also keeps the run folder.
@@ -77,7 +76,7 @@ def run_job(workflow: JobWorkflow, out: Path, options: RunOptions) -> Summary:
             facts = workflow.work(job)
         _raise_stop(job)
         return {"workflow": workflow.name, "outcome": "finished", "facts": dict(facts), "seconds": 0.0}
-    with job.run.lock():
+    with job.run.lock(take_over=options.take_over):
         return _execute(workflow, job)
 
 
@@ -85,12 +84,12 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     run, started = job.run, time.perf_counter()
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
-    files = (run.config_file, run.plan_file, run.summary_file)
-    former = {path: path.read_text(encoding="utf-8") for path in files if path.exists()}
-    run.summary_file.unlink(missing_ok=True)
-    write_text(run.config_file, dump_yaml(workflow.config))
-    write_json(run.plan_file, {"workflow": workflow.name, "stages": [], "transient_groups": []})
-    events = EventLog(run.events_file)
+    storage = run.storage
+    former = {name: storage.read(name) for name in (CONFIG, PLAN, SUMMARY) if storage.size(name) is not None}
+    storage.delete(SUMMARY)
+    storage.write_text(CONFIG, dump_yaml(workflow.config))
+    storage.write_json(PLAN, {"workflow": workflow.name, "stages": [], "transient_groups": []})
+    events = EventLog(storage)
     events.write("run_started", workflow=workflow.name, executor=job.options.executor)
     outcome = "interrupted"
     try:
@@ -101,11 +100,11 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
         if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays what it was
-            for path in files:
-                if path in former:
-                    write_text(path, former[path])
+            for name in (CONFIG, PLAN, SUMMARY):
+                if name in former:
+                    storage.write(name, former[name])
                 else:
-                    path.unlink(missing_ok=True)
+                    storage.delete(name)
         raise
     finally:
         events.write("run_ended", outcome=outcome)
@@ -117,7 +116,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
         "seconds": round(time.perf_counter() - started, 3),
         "facts": dict(facts),
     }
-    write_json(run.summary_file, summary)
+    storage.write_json(SUMMARY, summary)
     return summary
 
 

@@ -1,24 +1,23 @@
 """Looks at a plan and at a run folder: `pipeline plan` and `pipeline status`."""
 
-import json
 import time
-from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.estimate import Basis, expected_bytes, predict
-from pipeline.files import write_json
 from pipeline.hardware import Hardware, load_profile, this_machine
+from pipeline.lock import is_running
 from pipeline.plan import Plan
 from pipeline.probe import probe
 from pipeline.retries import with_retries
-from pipeline.runfolder import RunFolder
+from pipeline.runfolder import ESTIMATE, PLAN, SUMMARY, RunFolder
 from pipeline.runner import describe
 from pipeline.state import check_groups
+from pipeline.storage import LocalStorage
 from pipeline.survey import Survey, count_work, survey
 from pipeline.workflow import PlanOptions, ShardedWorkflow
 
 
-def preview(workflow: ShardedWorkflow, out: Path, options: PlanOptions) -> dict[str, object]:
+def preview(workflow: ShardedWorkflow, out: str, options: PlanOptions) -> dict[str, object]:
     """Counts shards, rows and bytes of the plan, and what the run folder already has; predicts time if asked to.
 
     Raises:
@@ -26,7 +25,7 @@ def preview(workflow: ShardedWorkflow, out: Path, options: PlanOptions) -> dict[
         PipelineError: the probe failed.
     """
     run = RunFolder(out)
-    if out.exists() and not out.is_dir():
+    if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():
         raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
     if options.save and options.rows is not None:
         raise ConfigError(f"--save: a plan for --rows {options.rows} is none of the run in {out}; leave one out")
@@ -56,7 +55,7 @@ def preview(workflow: ShardedWorkflow, out: Path, options: PlanOptions) -> dict[
         "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }
     if options.save:
-        write_json(run.estimate_file, {"time": round(time.time(), 3), **result})
+        run.storage.write_json(ESTIMATE, {"time": round(time.time(), 3), **result})
     return result
 
 
@@ -72,16 +71,16 @@ def _basis(workflow: ShardedWorkflow, plan: Plan, found: Survey, hardware: Hardw
     return Basis(found, counted, measured, hardware, executor, execution.max_in_flight_shards, options.profile)
 
 
-def run_status(root: Path) -> dict[str, object]:
+def run_status(place: str) -> dict[str, object]:
     """Reads the state of a run folder.
 
     Raises:
         ConfigError: the folder is not a run folder.
     """
-    run = RunFolder(root)
-    if not run.plan_file.exists():
-        raise ConfigError(f"{root}: not a run folder (no plan.json); give the --out of a `pipeline run`")
-    plan = json.loads(run.plan_file.read_text(encoding="utf-8"))
+    run = RunFolder(place)
+    plan = run.storage.read_json(PLAN)
+    if plan is None:
+        raise ConfigError(f"{place}: not a run folder (no plan.json); give the --out of a `pipeline run`")
     groups = {}
     for stage in plan["stages"]:
         for name in stage["groups"]:
@@ -96,19 +95,11 @@ def run_status(root: Path) -> dict[str, object]:
                 for reason, count in reasons.items():
                     drops[reason] = drops.get(reason, 0) + count
             groups[name] = {"shards": shards, "rows": rows, "drops": drops}
-    summary = json.loads(run.summary_file.read_text(encoding="utf-8")) if run.summary_file.exists() else None
+    summary = run.storage.read_json(SUMMARY)
     return {
-        "run": str(root),
+        "run": place,
         "workflow": plan["workflow"],
-        "running": _is_locked(run),
+        "running": is_running(run.storage),
         "outcome": summary["outcome"] if summary else None,
         "groups": groups,
     }
-
-
-def _is_locked(run: RunFolder) -> bool:
-    try:
-        with run.lock():
-            return False
-    except ConfigError:
-        return True

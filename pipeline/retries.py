@@ -6,22 +6,21 @@ groups stay aligned. A row's last try counts: what is retried leaves the counts 
 """
 
 import json
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.files import write_text
 from pipeline.plan import Plan
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Shard
 from pipeline.state import changed_input
 
 _FIRST_INDEX = 10_000_000
+_FOLDER = "retries"
 ALL = "all"
 
 
@@ -68,7 +67,7 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
         )
     if lines:
         rounds = _round_files(run)
-        write_text(_folder(run) / f"{len(rounds) + 1:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
+        run.storage.write_text(f"{_FOLDER}/{len(rounds) + 1:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
     return chosen
 
 
@@ -96,13 +95,13 @@ def forget_retries(plan: Plan, run: RunFolder) -> None:
     for shard in _retry_shards(run):
         for group in plan.groups:
             run.forget(group, shard.name)
-    shutil.rmtree(_folder(run), ignore_errors=True)
+    run.storage.delete_folder(_FOLDER)
 
 
 def _retry_shards(run: RunFolder) -> Iterator[Shard]:
     for number, file in enumerate(_round_files(run), start=1):
-        size = int(file.stem.partition("-")[2])
-        rows = (line["source"] for line in _read(file))
+        size = int(PurePosixPath(file).stem.partition("-")[2])
+        rows = (line["source"] for line in _read(run, file))
         index = number * _FIRST_INDEX
         while batch := list(islice(rows, size)):
             yield Shard(index, batch, len(batch))
@@ -113,7 +112,7 @@ def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
     """Shard index -> rows that a later round has taken over."""
     result: defaultdict[int, set[int]] = defaultdict(set)
     for file in _round_files(run):
-        for line in _read(file):
+        for line in _read(run, file):
             result[line["shard"]].add(line["row"])
     return result
 
@@ -122,8 +121,8 @@ def retry_origins(run: RunFolder) -> dict[int, list[tuple[int, int]]]:
     """Index of each retry shard -> (shard index, row) that each of its rows was tried as before."""
     result: dict[int, list[tuple[int, int]]] = {}
     for number, file in enumerate(_round_files(run), start=1):
-        size = int(file.stem.partition("-")[2])
-        for place, line in enumerate(_read(file)):
+        size = int(PurePosixPath(file).stem.partition("-")[2])
+        for place, line in enumerate(_read(run, file)):
             result.setdefault(number * _FIRST_INDEX + place // size, []).append((line["shard"], line["row"]))
     return result
 
@@ -134,20 +133,20 @@ def _record_fits(run: RunFolder, group: str, shard: Shard) -> bool:
 
 
 def _drops(run: RunFolder, group: str, shard: str) -> Iterator[dict[str, Any]]:
-    path = run.quarantine / group / f"{shard}.jsonl"
-    if path.is_file():
-        yield from _read(path)
+    name = run.drops_name(group, shard)
+    if run.storage.size(name) is not None:
+        yield from _read(run, name)
 
 
-def _folder(run: RunFolder) -> Path:
-    return run.root / "retries"
+def _round_files(run: RunFolder) -> list[str]:
+    return sorted(f"{_FOLDER}/{name}" for name in run.storage.names(_FOLDER) if name.endswith(".jsonl"))
 
 
-def _round_files(run: RunFolder) -> list[Path]:
-    return sorted(_folder(run).glob("*.jsonl"))
-
-
-def _read(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
+    copy = run.storage.copy(name)
+    try:
+        with copy.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+    finally:
+        run.storage.release(copy)

@@ -4,166 +4,108 @@ RUN/  config.yaml  plan.json  events.jsonl  summary.json  state/<group>/<shard>.
       store/  staging/  report/
 """
 
-import json
 import os
-import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
-
-from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigError
-from pipeline.files import remove_temporaries, temporary_name
+from pipeline.lock import Lease, RunLock
+from pipeline.storage import LocalStorage, Storage, open_storage
+
+CONFIG = "config.yaml"
+PLAN = "plan.json"
+SUMMARY = "summary.json"
+ESTIMATE = "estimate.json"
+STORE = "store"
+QUARANTINE = "quarantine"
 
 Record = dict[str, object]
 
-_LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
-
 
 class RunFolder:
-    """Paths and small files of one run. Picklable: workers get a copy."""
+    """Names and small files of one run, in a local folder or below a URL. Picklable: workers get a copy."""
 
-    def __init__(self, root: Path, transient_groups: frozenset[str] = frozenset()):
-        self.root = root.absolute()
+    def __init__(self, place: str | os.PathLike[str] | Storage, transient_groups: frozenset[str] = frozenset()):
+        self.storage = place if isinstance(place, Storage) else open_storage(place)
         self.transient_groups = transient_groups
+        self.lease: Lease | None = None
+        """The right to write, once the run has it."""
 
     @property
-    def store(self) -> Path:
-        return self.root / "store"
+    def url(self) -> str:
+        return self.storage.url
 
     @property
-    def staging(self) -> Path:
-        return self.root / "staging"
+    def store_url(self) -> str:
+        return f"{self.url}/{STORE}"
 
     @property
-    def config_file(self) -> Path:
-        return self.root / "config.yaml"
+    def root(self) -> Path:
+        """The local folder.
 
-    @property
-    def plan_file(self) -> Path:
-        return self.root / "plan.json"
+        Raises:
+            ConfigError: the run is on an object store.
+        """
+        if not isinstance(self.storage, LocalStorage):
+            raise ConfigError(f"--out {self.url}: this workflow needs a local folder; give one")
+        return self.storage.root
 
-    @property
-    def events_file(self) -> Path:
-        return self.root / "events.jsonl"
-
-    @property
-    def summary_file(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def estimate_file(self) -> Path:
-        return self.root / "estimate.json"
-
-    @property
-    def report_folder(self) -> Path:
-        return self.root / "report"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.root / "quarantine"
-
-    def group_folder(self, group: str) -> Path:
+    def group_folder(self, group: str) -> str:
         """Where the group's files lie: in the store, or in staging for intermediate files."""
-        return (self.staging if group in self.transient_groups else self.store) / group
+        return f"staging/{group}" if group in self.transient_groups else f"{STORE}/{group}"
 
-    def record_file(self, group: str, shard: str) -> Path:
-        return self.root / "state" / group / f"{shard}.json"
+    def record_name(self, group: str, shard: str) -> str:
+        return f"state/{group}/{shard}.json"
 
-    def temporary(self, final: Path) -> Path:
-        return temporary_name(final)
+    def drops_name(self, group: str, shard: str) -> str:
+        """The list of dropped samples."""
+        return f"{QUARANTINE}/{group}/{shard}.jsonl"
 
     def read_record(self, group: str, shard: str) -> Record | None:
         """The completion record, or None if this (group, shard) is not finished."""
-        try:
-            return json.loads(self.record_file(group, shard).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        return self.storage.read_json(self.record_name(group, shard))
 
     def records(self, group: str) -> Iterator[Record]:
-        """All completion records of a group in shard order, read one at a time."""
-        for index in sorted(self.recorded_shards(group)):
-            record = self.read_record(group, f"{index:05d}")
+        """All completion records of a group in shard order, a few at a time."""
+        names = (f"{index:05d}" for index in sorted(self.recorded_shards(group)))
+        for record in self.storage.map(lambda name: self.read_record(group, name), names):
             if record is not None:
                 yield record
 
     def recorded_shards(self, group: str) -> Iterator[int]:
         """Indices of the shards with a completion record, in no order."""
-        folder = self.root / "state" / group
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                yield from (int(e.name.removesuffix(".json")) for e in entries if e.name[0].isdigit())
+        names = self.storage.names(f"state/{group}")
+        yield from (int(name.removesuffix(".json")) for name in names if name[0].isdigit())
 
-    def committed_file(self, group: str, shard: str) -> Path:
-        """The one file of a committed (group, shard)."""
+    def begun_groups(self) -> list[str]:
+        """Groups that any run of the folder has begun, sorted."""
+        return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
+
+    def committed_file(self, group: str, shard: str) -> str:
+        """Name of the one file of a committed (group, shard)."""
         record = self.read_record(group, shard)
         if record is None:
-            raise FileNotFoundError(f"{group}/{shard} is not committed in {self.root}")
+            raise FileNotFoundError(f"{group}/{shard} is not committed in {self.url}")
         files = record["files"]
         assert isinstance(files, list)
         assert len(files) == 1
-        return self.root / files[0]["path"]
+        return files[0]["path"]
 
     def forget(self, group: str, shard: str) -> None:
         """Removes a (group, shard): the record first, so that a kill in between loses no truth."""
         record = self.read_record(group, shard)
-        self.record_file(group, shard).unlink(missing_ok=True)
-        (self.quarantine / group / f"{shard}.jsonl").unlink(missing_ok=True)
+        self.storage.delete(self.record_name(group, shard))
+        self.storage.delete(self.drops_name(group, shard))
         files = record["files"] if record else []
         assert isinstance(files, list)
         for file in files:
-            (self.root / file["path"]).unlink(missing_ok=True)
+            self.storage.delete(file["path"])
 
     def forget_group(self, group: str) -> None:
         """Removes a whole group, records first."""
-        shutil.rmtree(self.root / "state" / group, ignore_errors=True)
-        shutil.rmtree(self.quarantine / group, ignore_errors=True)
-        shutil.rmtree(self.group_folder(group), ignore_errors=True)
+        for folder in (f"state/{group}", f"{QUARANTINE}/{group}", self.group_folder(group)):
+            self.storage.delete_folder(folder)
 
-    def clean(self) -> int:
-        """Removes what a killed run left half-written."""
-        return sum(remove_temporaries(self.root / part) for part in ("store", "staging", "state", "quarantine"))
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; the lock goes with the process, however it ends.
-
-        Raises:
-            ConfigError: another run holds it, or the folder cannot be made.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"--out {self.root}: cannot be made ({error.strerror}); choose a folder that you can write to"
-            ) from error
-        lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(timeout=_LOCK_TIMEOUT_S)
-        except Timeout as error:
-            raise ConfigError(
-                f"--out {self.root}: another run is working in this folder; wait for it, or choose another folder"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-class EventLog:
-    """Appends one JSON line an event to events.jsonl."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("a", encoding="utf-8", errors="backslashreplace")
-
-    def write(self, event: str, **fields: object) -> None:
-        line = {"time": round(time.time(), 3), "event": event, **fields}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    def lock(self, *, take_over: bool = False) -> RunLock:
+        """Holds the folder for this process while the block runs; see `RunLock`."""
+        return RunLock(self, take_over=take_over)

@@ -2,27 +2,27 @@
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from pipeline.config import dump_yaml
 from pipeline.errors import DropLimitError, ShardError
+from pipeline.events import EventLog
 from pipeline.executors.base import Executor, make_executor
-from pipeline.files import write_json, write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.retries import begin_round, forget_retries, rounds_fit, superseded, with_retries
-from pipeline.runfolder import EventLog, RunFolder
+from pipeline.runfolder import CONFIG, PLAN, QUARANTINE, SUMMARY, RunFolder
 from pipeline.scheduler import Scheduler, Tally
 from pipeline.state import check_groups, refuse_changed_input
 from pipeline.workflow import RunOptions, ShardedWorkflow, Summary
 
 
-def run_workflow(workflow: ShardedWorkflow, out: Path, options: RunOptions) -> Summary:
+def run_workflow(workflow: ShardedWorkflow, out: str, options: RunOptions) -> Summary:
     """Runs, or goes on with, the workflow in folder `out`.
 
     Raises:
         ConfigError: unusable configuration or input; nothing was changed.
         StaleOutputError: the folder holds work of another configuration.
+        LockedError: another run works in the folder.
         ShardError: some shards failed after all tries; the rest is finished.
         DropLimitError: finished, but too many samples were dropped.
     """
@@ -30,18 +30,18 @@ def run_workflow(workflow: ShardedWorkflow, out: Path, options: RunOptions) -> S
     plan = with_retries(workflow.plan(run), run)
     run.transient_groups = plan.transient_groups
     executor = make_executor(options.executor, plan.stages, run, workflow.config.execution, options.address)
-    with run.lock():
+    with run.lock(take_over=options.take_over):
         refuse_changed_input(plan, run, restart=options.restart)
         removed = check_groups(plan, run, restart=options.restart)
         if options.restart and (plan.row_group in removed or not rounds_fit(plan, run)):
             forget_retries(plan, run)
         if options.retry_dropped:
             begin_round(plan, run, options.retry_dropped)
-        run.clean()
-        run.summary_file.unlink(missing_ok=True)
-        write_text(run.config_file, dump_yaml(workflow.config))
-        write_json(run.plan_file, describe(workflow, plan))
-        events = EventLog(run.events_file)
+        run.storage.clean()
+        run.storage.delete(SUMMARY)
+        run.storage.write_text(CONFIG, dump_yaml(workflow.config))
+        run.storage.write_json(PLAN, describe(workflow, plan))
+        events = EventLog(run.storage)
         try:
             return _execute(workflow, plan, run, executor, events, options)
         finally:
@@ -62,7 +62,7 @@ def _execute(
     try:
         with progress:
             tally = scheduler.execute()
-        run.clean()  # of workers that died
+        run.storage.clean()  # of workers that died
         tally.leave_out(plan.row_group, superseded(plan, run))
         facts = plan.finalize(run, tally.input_rows)
         outcome = "failed" if tally.shards_failed else "finished"
@@ -81,7 +81,7 @@ def _execute(
         "this_run": progress.rates(),
         **facts,
     }
-    write_json(run.summary_file, summary)
+    run.storage.write_json(SUMMARY, summary)
     _check_limits(plan, run, tally, summary)
     return summary
 
@@ -113,7 +113,7 @@ def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) ->
         raise ShardError(
             f"{tally.shards_failed} of {tally.shards} shards failed; the others are finished. "
             f"First: {first['stage']} on shard {first['shard']}: {first['error']}\n"
-            f"Tracebacks: {run.quarantine / 'failed'}. Run the same command again to retry them.",
+            f"Tracebacks: {run.url}/{QUARANTINE}/failed. Run the same command again to retry them.",
             summary,
         )
     samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
@@ -122,6 +122,6 @@ def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) ->
         raise DropLimitError(
             f"max_drop_fraction: {dropped} of {rows} samples were dropped ({dropped / rows:.1%}), "
             f"more than the {plan.max_drop_fraction:.1%} allowed; "
-            f"see {run.quarantine} for each key and reason. The store holds the {samples} good ones.",
+            f"see {run.url}/{QUARANTINE} for each key and reason. The store holds the {samples} good ones.",
             summary,
         )

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.errors import PipelineError
+from pipeline.events import EventLog
 from pipeline.executors.base import Executor
-from pipeline.files import write_text
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.retries import retried_rows
-from pipeline.runfolder import EventLog, Record, RunFolder
+from pipeline.runfolder import QUARANTINE, Record, RunFolder
 from pipeline.stage import Shard, Stage
 from pipeline.state import Ledger
 from pipeline.task import TaskOutcome, TaskRequest
@@ -118,7 +118,7 @@ class Scheduler:
         A failing shard is retried, then set aside with its traceback; the others go on.
 
         Raises:
-            PipelineError: no shard can succeed, or the inputs changed.
+            PipelineError: no shard can succeed, the inputs changed, or another run has taken the folder over.
         """
         shards = self._unfinished()
         exhausted = False
@@ -137,13 +137,14 @@ class Scheduler:
                 return self.tally
             for outcome in self.executor.wait():
                 self._handle(outcome)
+            if self.run.lease is not None and self.run.lease.lost:
+                self.run.lease.check()
 
     def _unfinished(self) -> Iterator[_Job]:
         """Streams the shards that still need work; counts those that do not."""
-        for shard in self.plan.shards():
+        for shard, finished in self.ledger.finished(self.plan.shards()):
             self.tally.shards += 1
             self.tally.input_rows += shard.num_rows
-            finished = self.ledger.finished(shard)
             needed = self.plan.needed(set(finished))
             for name, record in finished.items():
                 if name not in self.plan.transient_groups:
@@ -221,15 +222,15 @@ class Scheduler:
         self.tally.shards_failed += not job.failed
         job.failed = True
         job.needed.clear()
-        where = self.run.quarantine / "failed" / f"{request.stage}-{job.shard.name}.txt"
-        write_text(where, outcome.traceback or str(outcome.error))
+        where = f"{QUARANTINE}/failed/{request.stage}-{job.shard.name}.txt"
+        self.run.storage.write_text(where, outcome.traceback or str(outcome.error))
         if len(self.tally.failures) < _MAX_LISTED_FAILURES:
             self.tally.failures.append(
                 {
                     "stage": request.stage,
                     "shard": job.shard.index,
                     "error": outcome.error,
-                    "traceback": str(where.relative_to(self.run.root)),
+                    "traceback": where,
                 }
             )
         self.progress.task_failed(outcome)

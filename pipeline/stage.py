@@ -128,32 +128,43 @@ class Task:
         self.waited_s = 0.0
         """Time in which other tasks of the same worker had what this one needed; not counted as its own."""
         self.results: dict[str, GroupResult] = {}
-        self._outputs: dict[str, dict[Path, Path]] = {}
+        self._outputs: dict[str, dict[str, Path]] = {}
+        self._copies: dict[str, Path] = {}
 
     def input(self, group: str) -> Path:
-        """The committed file of `group` for this shard."""
-        return self.run.committed_file(group, self.shard.name)
+        """The committed file of `group` for this shard, or a local copy of it."""
+        name = self.run.committed_file(group, self.shard.name)
+        if name not in self._copies:
+            self._copies[name] = self.run.storage.copy(name)
+        return self._copies[name]
 
     def has(self, group: str) -> bool:
         """True if `group` was committed for this shard when the task was planned."""
         return group in self.present
 
     def output(self, group: str, suffix: str) -> Path:
-        """A temporary path for the group's file; the engine renames it once the stage has returned."""
+        """A temporary path for the group's file; the engine publishes it once the stage has returned."""
         outputs = self._outputs.setdefault(group, {})
-        final = self.run.group_folder(group) / f"{self.shard.name}{suffix}"
-        if final not in outputs:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            outputs[final] = self.run.temporary(final)
-        return outputs[final]
+        name = f"{self.run.group_folder(group)}/{self.shard.name}{suffix}"
+        if name not in outputs:
+            outputs[name] = self.run.storage.new_file(name)
+        return outputs[name]
 
     def done(self, group: str, result: GroupResult) -> None:
         """Declares the group's files complete."""
         self.results[group] = result
 
-    def outputs(self, group: str) -> dict[Path, Path]:
-        """Final path -> temporary path."""
+    def outputs(self, group: str) -> dict[str, Path]:
+        """Final name -> temporary path."""
         return self._outputs.get(group, {})
+
+    def release(self) -> None:
+        """Removes temporary files and copies."""
+        for outputs in self._outputs.values():
+            for local in outputs.values():
+                local.unlink(missing_ok=True)
+        for copy in self._copies.values():
+            self.run.storage.release(copy)
 
 
 class Stage(ABC):

@@ -1,11 +1,9 @@
 """What is already done: compares records on disk with the plan, and refuses what no longer fits."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from pipeline.errors import StaleOutputError
-from pipeline.files import write_json
 from pipeline.fingerprint import differences, digest
 from pipeline.plan import Plan
 from pipeline.runfolder import Record, RunFolder
@@ -42,7 +40,7 @@ def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = Tru
         if implied:
             lines.append(f"and therefore: {', '.join(implied)}")
         raise StaleOutputError(
-            f"{run.root}: the finished work was made with another configuration:\n  "
+            f"{run.url}: the finished work was made with another configuration:\n  "
             + "\n  ".join(lines)
             + "\nGive the old values, choose another --out, or rebuild what changed with --restart."
         )
@@ -51,12 +49,12 @@ def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = Tru
         for name, inputs in unplanned_groups(plan, run).items():
             if downstream.intersection(inputs):
                 run.forget_group(name)
-                _group_file(run, name).unlink()
+                run.storage.delete(_group_name(name))
     for name, fingerprint in fingerprints.items():
         if name in downstream:
             run.forget_group(name)
         if write and read_group_fingerprint(run, name) != fingerprint:
-            write_json(_group_file(run, name), fingerprint)
+            run.storage.write_json(_group_name(name), fingerprint)
     return downstream
 
 
@@ -78,27 +76,37 @@ def refuse_changed_input(plan: Plan, run: RunFolder, *, restart: bool) -> None:
 def remove_final_file(plan: Plan, run: RunFolder) -> None:
     """Removes the manifest, before the first file it lists is removed or replaced."""
     if plan.final_file is not None:
-        (run.root / plan.final_file).unlink(missing_ok=True)
+        run.storage.delete(plan.final_file)
 
 
 def unplanned_groups(plan: Plan, run: RunFolder) -> dict[str, tuple[str, ...]]:
     """Groups of earlier configurations that the plan does not make, and the lasting groups each was made from."""
     result: dict[str, tuple[str, ...]] = {}
-    for path in sorted((run.root / "state").glob("*.json")):
-        fingerprint = read_group_fingerprint(run, path.stem)
-        if path.stem not in plan.groups and fingerprint is not None:
+    for group in run.begun_groups():
+        fingerprint = read_group_fingerprint(run, group)
+        if group not in plan.groups and fingerprint is not None:
             inputs = fingerprint["inputs"]
             assert isinstance(inputs, dict)
-            result[path.stem] = tuple(name for name in inputs if name not in plan.transient_groups)
+            result[group] = tuple(name for name in inputs if name not in plan.transient_groups)
     return result
 
 
 def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | None:
     """The fingerprint the group was begun with, or None if it was never begun."""
-    try:
-        return json.loads(_group_file(run, group).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return run.storage.read_json(_group_name(group))
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the run folder has of a shard."""
+
+    shard: Shard
+    whole: dict[str, Record]
+    """Records of the groups that are finished and still fit."""
+    stale: list[str]
+    """Groups to forget, so that they are made anew."""
+    refused: str | None = None
+    """Why the shard cannot be gone on with."""
 
 
 class Ledger:
@@ -113,23 +121,37 @@ class Ledger:
         self.transient = plan.transient_groups
         self.unplanned = unplanned_groups(plan, run)
         self.fingerprints = {name: digest(value) for name, value in plan.fingerprints().items()}
-        self.shared_files = {
-            name: [run.group_folder(name) / file for file in group.shared_files] for name, group in plan.groups.items()
-        }
+        self._complete: set[str] = set()  # groups whose shared files were seen
         self._seen: list[list[int]] = []  # [first, last] of each run of shard indices
 
-    def finished(self, shard: Shard) -> dict[str, Record]:
-        """Records of the groups whose files of this shard are present and still fit.
+    def _has_shared_files(self, group: str) -> bool:
+        if group not in self._complete:
+            folder, files = self.run.group_folder(group), self.plan.groups[group].shared_files
+            if any(self.run.storage.size(f"{folder}/{file}") is None for file in files):
+                return False
+            self._complete.add(group)
+        return True
+
+    def finished(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, dict[str, Record]]]:
+        """Each shard with the records of the groups whose files are present and still fit.
 
         What is no longer whole (a file is missing or cut, or what it was made from is gone) is forgotten, so
         that it is made anew.
 
         Raises:
-            StaleOutputError: the shard was committed from other input rows, and `restart` is off.
+            StaleOutputError: a shard was committed from other input rows, and `restart` is off.
         """
-        self._note(shard.index)
-        result: dict[str, Record] = {}
-        stale: list[str] = []
+        for found in self.run.storage.map(self._look, shards):
+            self._note(found.shard.index)
+            if found.refused is not None:
+                raise StaleOutputError(found.refused)
+            for group in found.stale:
+                self._forget(group, found.shard.name)
+            yield found.shard, found.whole
+
+    def _look(self, shard: Shard) -> _Found:
+        found = _Found(shard, {}, [])
+        result, stale = found.whole, found.stale
         shard_digest = shard.digest
         for group, fingerprint in self.fingerprints.items():
             record = self.run.read_record(group, shard.name)
@@ -137,10 +159,10 @@ class Ledger:
                 continue
             fits = record["input"] == shard_digest and record["fingerprint"] == fingerprint
             if not fits and group not in self.transient and not self.restart:
-                raise StaleOutputError(changed_input(self.run, shard, group, record))
-            whole = fits and _files_present(self.run.root, record)
+                found.refused = changed_input(self.run, shard, group, record)
+                return found
             # Without a shared file the next shard is made anew, for its stage's `setup` to write the file.
-            whole = whole and all(path.exists() for path in self.shared_files[group])
+            whole = fits and self._has_shared_files(group) and _files_present(self.run, record)
             if whole and all(name in result for name in self.dependencies[group]):
                 result[group] = record
             else:
@@ -152,9 +174,7 @@ class Ledger:
         for group, inputs in self.unplanned.items():
             if not all(name in result for name in inputs) and self.run.read_record(group, shard.name) is not None:
                 stale.append(group)
-        for group in stale:
-            self._forget(group, shard.name)
-        return result
+        return found
 
     def check_leftovers(self) -> None:
         """Compares what is committed with the shards seen, once the source has ended.
@@ -168,7 +188,7 @@ class Ledger:
                     continue
                 if not self.restart:
                     raise StaleOutputError(
-                        f"{self.run.root}: shard {index:05d} of {group} is finished, but the source no longer has "
+                        f"{self.run.url}: shard {index:05d} of {group} is finished, but the source no longer has "
                         "it: rows were taken away, or shard_size changed.\n"
                         "Restore the source, choose another --out, or remove such shards with --restart."
                     )
@@ -191,7 +211,7 @@ class Ledger:
 def changed_input(run: RunFolder, shard: Shard, group: str, record: Mapping[str, object]) -> str:
     """The message for a shard whose input rows are no longer those it was made from."""
     return (
-        f"{run.root}: shard {shard.name} of {group} was made from other input rows "
+        f"{run.url}: shard {shard.name} of {group} was made from other input rows "
         f"({record['input_rows']} rows then, {shard.num_rows} now): the source or shard_size changed.\n"
         "Restore the source, choose another --out, or rebuild the changed shards with --restart."
     )
@@ -202,20 +222,14 @@ def _is_partial(record: Record) -> bool:
     return isinstance(info, dict) and bool(info.get("partial"))
 
 
-def _files_present(root: Path, record: Record) -> bool:
+def _files_present(run: RunFolder, record: Record) -> bool:
     files = record["files"]
     assert isinstance(files, list)
-    for file in files:
-        try:
-            if (root / file["path"]).stat().st_size != file["bytes"]:
-                return False
-        except FileNotFoundError:
-            return False
-    return True
+    return all(run.storage.size(file["path"]) == file["bytes"] for file in files)
 
 
-def _group_file(run: RunFolder, group: str) -> Path:
-    return run.root / "state" / f"{group}.json"
+def _group_name(group: str) -> str:
+    return f"state/{group}.json"
 
 
 def _without_inputs(fingerprint: Mapping[str, object]) -> dict[str, object]:

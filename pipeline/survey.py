@@ -64,8 +64,7 @@ def survey(plan: Plan, run: RunFolder) -> Survey:
     ledger = Ledger(plan, run, read_only=True)
     result = Survey({name: GroupSurvey() for name in plan.groups if name not in plan.transient_groups})
     stride = 1
-    for index, shard in enumerate(plan.shards()):
-        finished = ledger.finished(shard)
+    for index, (shard, finished) in enumerate(ledger.finished(plan.shards())):
         for name, group in result.groups.items():
             record = finished.get(name)
             if record is None:

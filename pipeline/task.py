@@ -1,7 +1,7 @@
 """Runs one task in a worker: the stage, then the commit protocol.
 
-Files are written under temporary names, made durable and renamed; then the quarantine list; last the
-completion record. A process killed at any point leaves either a whole (group, shard) or none.
+Files are written under temporary names or on local scratch, made durable and published; then the quarantine list; last
+the completion record. A process killed at any point leaves either a whole (group, shard) or none.
 """
 
 import json
@@ -13,10 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.errors import EXIT_FAILED, PipelineError
-from pipeline.files import commit_file, file_digest, write_json, write_text
+from pipeline.files import file_digest
 from pipeline.fingerprint import digest
 from pipeline.runfolder import RunFolder
 from pipeline.stage import GroupResult, Shard, Stage, Task
+from pipeline.storage import LocalStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
     finally:
-        for group in request.wanted:
-            for temporary in task.outputs(group).values():
-                temporary.unlink(missing_ok=True)
+        task.release()
     outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
 
@@ -90,7 +89,7 @@ _DISK_ERRORS = (28, 30, 122)  # ENOSPC, EROFS, EDQUOT
 
 def _prepare(stage: Stage, run: RunFolder) -> Stage:
     """The stage with its models loaded; once in a process."""
-    key = digest([str(run.root), stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
+    key = digest([run.url, stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
     with _prepare_lock:
         if key not in _prepared:
             stage.setup(run)
@@ -107,21 +106,17 @@ def release_stages() -> None:
 def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:
     missing = request.wanted - task.results.keys()
     assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
+    if run.lease is not None and not isinstance(run.storage, LocalStorage):
+        run.lease.check()  # on a local folder no worker outlives the driver's lock
     return {group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)}
 
 
 def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> dict[str, object]:
     result = task.results[group]
     files = []
-    for final, temporary in task.outputs(group).items():
-        files.append(
-            {
-                "path": str(final.relative_to(run.root)),
-                "bytes": os.path.getsize(temporary),
-                "sha256": file_digest(temporary),
-            }
-        )
-        commit_file(temporary, final)
+    for name, local in task.outputs(group).items():
+        files.append({"path": name, "bytes": os.path.getsize(local), "sha256": file_digest(local)})
+        run.storage.publish(local, name)
     _write_quarantine(run, task.shard, group, result)
     record: dict[str, object] = {
         "group": group,
@@ -135,14 +130,14 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> d
         "counters": dict(result.counters),
         "info": dict(result.info),
     }
-    write_json(run.record_file(group, task.shard.name), record)
+    run.storage.write_json(run.record_name(group, task.shard.name), record)
     return record
 
 
 def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupResult) -> None:
-    path = run.quarantine / group / f"{shard.name}.jsonl"
+    name = run.drops_name(group, shard.name)
     if not result.drops:
-        path.unlink(missing_ok=True)
+        run.storage.delete(name)
         return
     lines = (
         json.dumps(
@@ -150,4 +145,4 @@ def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupRes
         )
         for drop in result.drops
     )
-    write_text(path, "\n".join(lines) + "\n")
+    run.storage.write_text(name, "\n".join(lines) + "\n")

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
@@ -33,6 +32,8 @@ class RunOptions:
     retry_dropped: tuple[str, ...] = ()
     """Drop reasons to try again, or `all`."""
     quiet: bool = False
+    take_over: bool = False
+    """Take the folder from a run that is dead, without waiting for its lease to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,11 @@ class Workflow(ABC):
         self.config = config
 
     @abstractmethod
-    def run(self, out: Path, options: RunOptions) -> Summary:
+    def run(self, out: str, options: RunOptions) -> Summary:
         """Runs, or goes on with, the workflow in folder `out`; see `run_workflow` and `run_job`."""
 
     @abstractmethod
-    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:
+    def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:
         """What a run would do, as JSON; writes nothing unless asked to `save`."""
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
@@ -88,12 +89,12 @@ class ShardedWorkflow(Workflow):
             ConfigError: the input is missing or unusable.
         """
 
-    def run(self, out: Path, options: RunOptions) -> Summary:
+    def run(self, out: str, options: RunOptions) -> Summary:
         from pipeline.runner import run_workflow
 
         return run_workflow(self, out, options)
 
-    def preview(self, out: Path, options: PlanOptions = PlanOptions()) -> dict[str, object]:
+    def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:
         from pipeline.preview import preview
 
         return preview(self, out, options)

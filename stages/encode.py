@@ -18,8 +18,7 @@ from imagen_core.store import (
     write_text_shard,
 )
 from pipeline.errors import MachineError
-from pipeline.files import commit_file, temporary_name
-from pipeline.runfolder import RunFolder
+from pipeline.runfolder import STORE, RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder
@@ -66,18 +65,16 @@ class EncodeStage(Stage):
         """Loads the model, and writes the encoding of "" for classifier-free guidance if it is not there."""
         self.encoder.check_unchanged(self.fingerprint)
         self._model = self.encoder.load(self.encoder.threads())
-        final = run.store / null_path(self.encoder.name)
-        if not final.exists():
-            final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_name(final)
+        name = f"{STORE}/{null_path(self.encoder.name)}"
+        if run.storage.size(name) is None:
             embedding = self._model.encode([""]).embeddings[0]
             if not is_finite_as(embedding, self.dtype):
                 raise MachineError(
                     f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as "
                     f"{self.dtype}; use store.dtype=bfloat16 or float32, or compute_dtype=float32"
                 )
-            write_null(temporary, embedding, self.dtype)
-            commit_file(temporary, final)
+            with run.storage.writing(name) as path:
+                write_null(path, embedding, self.dtype)
 
     def process(self, task: Task) -> None:
         assert self._model is not None

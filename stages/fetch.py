@@ -1,12 +1,9 @@
 """Fetches the originals of a shard from any source into a staged tar."""
 
 import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from imagen_core.store import RETRIED
-from pipeline.files import TEMPORARY_MARK
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, GroupResult, Resources, Stage, Task
 from stages.captions import is_valid_text
@@ -37,7 +34,7 @@ class FetchStage(Stage):
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
         counts = {"fetched": 0, "bytes": 0}
-        scratch = _scratch(task.run)
+        scratch = task.run.storage.new_folder()
         try:
             with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
 
@@ -78,8 +75,3 @@ def _wanted_keys(task: Task) -> frozenset[str] | None:
     from imagen_core.store import read_samples
 
     return frozenset(row.key for row in read_samples(task.input(SAMPLES)))
-
-
-def _scratch(run: RunFolder) -> Path:
-    run.staging.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=run.staging))

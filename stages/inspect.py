@@ -1,14 +1,12 @@
 """`pipeline inspect`: what a store holds."""
 
-from pathlib import Path
-
 from imagen_core.store import EmbeddingGroup, ImagesGroup, Store, StoreError
 from pipeline.errors import ConfigError
 from pipeline.show import human_bytes
 from stages.verify import CommandResult, store_folder
 
 
-def open_store(path: Path) -> Store:
+def open_store(path: str) -> Store:
     """Opens a store or the one inside a run folder.
 
     Raises:
@@ -29,7 +27,7 @@ def group_bytes(store: Store) -> dict[str, int]:
     return totals
 
 
-def inspect_command(path: Path) -> CommandResult:
+def inspect_command(path: str) -> CommandResult:
     """Counts, groups, bytes and encoder fingerprints."""
     store = open_store(path)
     sizes = group_bytes(store)

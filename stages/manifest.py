@@ -1,12 +1,11 @@
 """Writes the store's manifest from the completion records: what was cached, and the proof of it."""
 
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import imagen_core.store as store_format
-from pipeline.files import file_digest
 from pipeline.retries import retry_origins
-from pipeline.runfolder import Record, RunFolder
+from pipeline.runfolder import STORE, Record, RunFolder
 from pipeline.state import read_group_fingerprint
 from stages.fetch import ORIGINALS, SAMPLES
 
@@ -25,7 +24,6 @@ def build_manifest(run: RunFolder, input_rows: int) -> dict[str, object]:
         Facts for the run's summary.
     """
     groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run)}
-    run.store.mkdir(parents=True, exist_ok=True)
     totals = {"num_samples": 0}
     header = {
         "schema_version": store_format.SCHEMA_VERSION,
@@ -33,8 +31,9 @@ def build_manifest(run: RunFolder, input_rows: int) -> dict[str, object]:
         "input_rows": input_rows,
         "groups": {name: _describe(run, config) for name, config in groups.items()},
     }
-    store_format.write_manifest(run.store / "manifest.json", header, _shards(run, list(groups), totals))
-    return {"num_samples": totals["num_samples"], "store": str(run.store), "groups_in_store": sorted(groups)}
+    with run.storage.writing(f"{STORE}/manifest.json") as path:
+        store_format.write_manifest(path, header, _shards(run, list(groups), totals))
+    return {"num_samples": totals["num_samples"], "store": run.store_url, "groups_in_store": sorted(groups)}
 
 
 def run_group(run: RunFolder, name: str) -> dict[str, object]:
@@ -48,20 +47,21 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
 
 def _complete_groups(run: RunFolder) -> dict[str, dict[str, object]]:
     """Groups with a record for every shard, also those of earlier configurations of this run folder."""
-    state = run.root / "state"
     shards = set(run.recorded_shards(SAMPLES))
     result = {}
-    for path in sorted(state.glob("*.json")):
-        if path.stem in (ORIGINALS, SAMPLES):
+    for group in run.begun_groups():
+        if group in (ORIGINALS, SAMPLES):
             continue
-        config = run_group(run, path.stem)
-        if shards.issubset(run.recorded_shards(path.stem)) and _has_null(run, config):
-            result[path.stem] = config
+        config = run_group(run, group)
+        if shards.issubset(run.recorded_shards(group)) and _has_null(run, config):
+            result[group] = config
     return result
 
 
 def _has_null(run: RunFolder, config: dict[str, object]) -> bool:
-    return config["kind"] != "text" or (run.store / store_format.null_path(str(config["encoder"]))).is_file()
+    if config["kind"] != "text":
+        return True
+    return run.storage.size(f"{STORE}/{store_format.null_path(str(config['encoder']))}") is not None
 
 
 def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
@@ -73,19 +73,21 @@ def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
 
 def _shards(run: RunFolder, groups: list[str], totals: dict[str, int]) -> Iterator[dict[str, object]]:
     origins = retry_origins(run)
-    for samples in run.records(SAMPLES):
+    read = lambda shard: {group: run.read_record(group, f"{shard:05d}") for group in groups}  # noqa: E731
+    for records in run.storage.map(read, sorted(run.recorded_shards(SAMPLES))):
+        samples = records[SAMPLES]
+        assert samples is not None
         shard = int(str(samples["shard"]))
         files: dict[str, object] = {}
         excluded: dict[int, str] = {}
-        for group in groups:
-            record = run.read_record(group, f"{shard:05d}")
+        for group, record in records.items():
             assert record is not None
             info = record["info"]
             assert isinstance(info, dict)
             for reason, listed in info.get("excluded_rows", {}).items():
                 for row in listed:
                     excluded.setdefault(row, reason)
-            files[group] = _record_entry(run, record, info.get("captions"))
+            files[group] = _record_entry(record, info.get("captions"))
         rows = int(str(samples["rows"]))
         totals["num_samples"] += rows - len(excluded)
         by_reason = {reason: sorted(r for r in excluded if excluded[r] == reason) for reason in excluded.values()}
@@ -93,12 +95,12 @@ def _shards(run: RunFolder, groups: list[str], totals: dict[str, int]) -> Iterat
         yield {"index": shard, "rows": rows, "files": files, "excluded": by_reason, **retry_of}
 
 
-def _record_entry(run: RunFolder, record: Record, captions: object) -> dict[str, object]:
+def _record_entry(record: Record, captions: object) -> dict[str, object]:
     files = record["files"]
     assert isinstance(files, list)
     file = files[0]
     return {
-        "path": Path(file["path"]).relative_to(run.store.relative_to(run.root)).as_posix(),
+        "path": file["path"].removeprefix(f"{STORE}/"),
         "bytes": file["bytes"],
         "sha256": file["sha256"],
         "rows": record["rows"] if captions is None else captions,
@@ -106,5 +108,5 @@ def _record_entry(run: RunFolder, record: Record, captions: object) -> dict[str,
 
 
 def _file_entry(run: RunFolder, relative: str) -> dict[str, object]:
-    path = run.store / relative
-    return {"path": relative, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+    data = run.storage.read(f"{STORE}/{relative}")
+    return {"path": relative, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagen_core.store import Store, StoreError, VerifyReport, verify_store
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from pipeline.runfolder import PLAN, RunFolder
 from pipeline.show import human_bytes
+from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     from stages.reencode import Comparison
@@ -19,14 +20,16 @@ CommandResult = tuple[dict[str, object], list[str], int]
 _MAX_NOTES = 10
 
 
-def store_folder(path: Path) -> Path:
-    """The store itself, given a store or the run folder around it."""
-    inner = path / "store"
-    return inner if inner.is_dir() and not (path / "manifest.json").exists() else path
+def store_folder(path: str) -> str:
+    """The store itself, given a store or the run folder around it; each a local path or a URL."""
+    storage = open_storage(path)
+    if storage.size("manifest.json") is not None or storage.size(PLAN) is None:
+        return storage.url
+    return RunFolder(storage).store_url
 
 
 def verify_command(
-    path: Path, *, reencode: float | None = None, seed: int = 0, encoder_models: Sequence[str] = ()
+    path: str, *, reencode: float | None = None, seed: int = 0, encoder_models: Sequence[str] = ()
 ) -> CommandResult:
     """Recomputes every checksum, checks the alignment of all groups row by row, and accounts for every input row.
 
@@ -39,7 +42,7 @@ def verify_command(
     try:
         report = verify_store(store)
     except StoreError as error:
-        return {"ok": False, "problems": [{"file": str(store), "message": str(error)}]}, [f"bad: {error}"], EXIT_FAILED
+        return {"ok": False, "problems": [{"file": store, "message": str(error)}]}, [f"bad: {error}"], EXIT_FAILED
     comparisons = {}
     if reencode is not None and report.ok:
         from stages.reencode import reencode as encode_again

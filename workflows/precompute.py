@@ -1,6 +1,5 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
-import json
 import math
 from typing import Literal, Self
 
@@ -8,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Config
 from pipeline.plan import Plan
-from pipeline.runfolder import RunFolder
+from pipeline.runfolder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
 from stages.encode_pictures import EncodePicturesStage
@@ -116,10 +115,10 @@ class Precompute(ShardedWorkflow):
         )
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        groups = json.loads(run.summary_file.read_text("utf-8"))["tally"]["groups"]
+        groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
         facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
         return [
             *((name, f"as int8: {quantisation_line(fact)}") for name, fact in facts.items() if fact),
-            ("store", str(run.store)),
-            ("report", f"pipeline report {run.root}"),
+            ("store", run.store_url),
+            ("report", f"pipeline report {run.url}"),
         ]

@@ -1,45 +1,43 @@
 """Collects the facts of a run and renders the page."""
 
-import json
 from collections import defaultdict
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from imagen_core.store import Store, StoreError
 from pipeline.errors import ConfigError
-from pipeline.files import write_text
-from pipeline.runfolder import RunFolder
+from pipeline.events import read_events
+from pipeline.runfolder import SUMMARY, RunFolder
 from pipeline.show import human_bytes, human_seconds
 from stages.inspect import group_bytes, open_store
 from stages.quantisation import quantisation_facts
-from stages.report.comparison import compare_with_plan, comparison_lines, read_events
+from stages.report.comparison import compare_with_plan, comparison_lines
 from stages.report.pictures import caption_histogram, caption_tokens, picture_grid
 from stages.verify import CommandResult, store_folder
 
+_PAGE = "report/index.html"
 _NUM_PICTURES = 24
 
 
-def report_command(path: Path) -> CommandResult:
+def report_command(path: str) -> CommandResult:
     """Writes RUN/report/index.html (or `report/` beside a bare store) and says where it is."""
     store = open_store(path)
-    root = store_folder(path).absolute().parent
-    run = RunFolder(root)
+    run = RunFolder(store_folder(path).rpartition("/")[0])
     try:
         facts = _facts(store, run)
     except StoreError as error:
         raise ConfigError(str(error)) from error
-    page = run.report_folder / "index.html"
-    write_text(page, _render(facts))
-    result: dict[str, object] = {"report": str(page), "bytes": page.stat().st_size, **_plain(facts)}
+    page = f"{run.url}/{_PAGE}"
+    run.storage.write_text(_PAGE, _render(facts))
+    result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(facts)}
     return result, [f"report  {page}", *comparison_lines(facts["planned"])], 0
 
 
 def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
     sizes = group_bytes(store)
-    summary = json.loads(run.summary_file.read_text("utf-8")) if run.summary_file.exists() else None
+    summary = run.storage.read_json(SUMMARY)
     return {
-        "title": run.root.name,
+        "title": run.url.rpartition("/")[2],
         "num_samples": len(store),
         "num_shards": store.manifest.num_shards,
         "input_rows": summary["tally"]["input_rows"] if summary else None,
@@ -81,7 +79,7 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     rows: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     shards: dict[str, int] = defaultdict(int)
-    for event in read_events(run):
+    for event in read_events(run.storage):
         if event.get("event") == "task":
             rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
             seconds[event["stage"]] += event["seconds"]

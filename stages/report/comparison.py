@@ -1,12 +1,11 @@
 """Compares a run with the plan that was saved for it (`pipeline plan --save`)."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.files import read_json
-from pipeline.runfolder import RunFolder
+from pipeline.events import read_events
+from pipeline.runfolder import ESTIMATE, PLAN, RunFolder
 from pipeline.show import human_bytes, human_seconds
 
 
@@ -19,8 +18,8 @@ def compare_with_plan(run: RunFolder, sizes: Mapping[str, int]) -> dict[str, Any
     Args:
         sizes: bytes on disk of each group.
     """
-    saved: dict[str, Any] | None = read_json(run.estimate_file)
-    plan = read_json(run.plan_file)
+    saved: dict[str, Any] | None = run.storage.read_json(ESTIMATE)
+    plan = run.storage.read_json(PLAN)
     if saved is None or plan is None:
         return None
     if saved["fingerprints"] != plan["fingerprints"]:
@@ -59,23 +58,12 @@ def comparison_lines(planned: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def read_events(run: RunFolder) -> Iterator[dict[str, Any]]:
-    """The events of all runs of the folder; empty for a line that a killed run left unfinished."""
-    if run.events_file.exists():
-        with run.events_file.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    yield {}
-
-
 def _times(run: RunFolder, since: float) -> tuple[dict[str, float], float]:
     """Worker seconds by stage and wall seconds of the runs, from the events after `since` (Unix time)."""
     busy: dict[str, float] = defaultdict(float)
     seconds = 0.0
     started: float | None = None
-    for event in read_events(run):
+    for event in read_events(run.storage):
         if event.get("time", 0.0) < since:
             continue
         if event["event"] == "task":

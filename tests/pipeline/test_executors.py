@@ -1,6 +1,7 @@
 """The contract of the executors: both pass the same tests."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -143,10 +144,10 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
-    from pipeline.errors import ConfigError
+    from pipeline.errors import LockedError
     from pipeline.runfolder import RunFolder
 
-    with RunFolder(tmp_path / "r").lock(), pytest.raises(ConfigError, match="another run is working"):
+    with RunFolder(tmp_path / "r").lock(), pytest.raises(LockedError, match=rf"process {os.getpid()} of .* begun \d s"):
         run(tmp_path / "r", "inline")
 
 

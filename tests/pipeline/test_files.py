@@ -104,7 +104,7 @@ def test_a_run_ends_without_what_its_dead_workers_left(tmp_path: Path, monkeypat
 
     def with_a_death(scheduler: Scheduler) -> Tally:
         tally = execute(scheduler)
-        (scheduler.run.store / "squares" / ".tmp-1-00000.txt").write_text("half")
+        (scheduler.run.root / "store" / "squares" / ".tmp-1-00000.txt").write_text("half")
         return tally
 
     monkeypatch.setattr(Scheduler, "execute", with_a_death)

@@ -1,0 +1,74 @@
+"""events.jsonl: what happened in a run folder, one JSON line an event, over all its runs.
+
+An object cannot be appended to: on an object store the lines are gathered, and written every few seconds as a file of
+their own below events/.
+"""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any
+
+from pipeline.storage import LocalStorage, Storage
+
+_FILE = "events.jsonl"
+_FOLDER = "events"
+_GATHER_S = 10.0
+
+
+class EventLog:
+    """Appends events. A killed driver loses none locally, and those of the last 10 s on an object store."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._lines: list[str] = []
+        self._file: IO[str] | None = None
+        self._mutex = threading.Lock()
+        if isinstance(storage, LocalStorage):
+            self._file = (storage.root / _FILE).open("a", encoding="utf-8", errors="backslashreplace")
+        self._next_write = time.monotonic() + _GATHER_S
+
+    def write(self, event: str, **fields: object) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False) + "\n"
+        with self._mutex:
+            if self._file is not None:
+                self._file.write(line)
+                self._file.flush()
+                return
+            self._lines.append(line)
+            if time.monotonic() >= self._next_write:
+                self._write_gathered()
+
+    def close(self) -> None:
+        with self._mutex:
+            if self._file is not None:
+                self._file.close()
+            else:
+                self._write_gathered()
+
+    def _write_gathered(self) -> None:
+        if self._lines:
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+            name = f"{_FOLDER}/{stamp}-{time.time_ns() % 10**9:09d}-{uuid.uuid4().hex[:6]}.jsonl"
+            self._storage.write_text(name, "".join(self._lines))
+        self._lines.clear()
+        self._next_write = time.monotonic() + _GATHER_S
+
+
+def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
+    """The events of all runs of the folder; empty for a line that a killed run left unfinished."""
+    for name in [_FILE, *(f"{_FOLDER}/{file}" for file in sorted(storage.names(_FOLDER)))]:
+        if storage.size(name) is None:
+            continue
+        copy = storage.copy(name)
+        try:
+            with copy.open(encoding="utf-8") as lines:
+                for line in lines:
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        yield {}
+        finally:
+            storage.release(copy)

@@ -1,0 +1,108 @@
+"""An S3 server on loopback (moto), with faults on request."""
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+ACCESS_KEY, SECRET_KEY = "AKIATESTACCESSKEY123", "a-very-secret-test-key-0987654321"
+BUCKET = "bucket"
+
+
+@dataclass
+class Faults:
+    """What goes wrong, as fractions of the requests."""
+
+    errors: float = 0.0
+    """Answered with 500 or 503, half of them after the request was carried out."""
+    slow: float = 0.0
+    """Answered after `slow_s`."""
+    slow_s: float = 0.5
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+    count: Counter[str] = field(default_factory=Counter)
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    def draw(self) -> tuple[str, bool]:
+        with self.mutex:
+            value, late = self.dice.random(), self.dice.random() < 0.5
+            kind = "error" if value < self.errors else "slow" if value < self.errors + self.slow else "good"
+            self.count[kind] += 1
+            return kind, late
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    url: str
+    """`s3://...`, the prefix for a test."""
+    endpoint: str
+    faults: Faults
+    environment: dict[str, str]
+
+    def keys(self, prefix: str = "") -> dict[str, bytes]:
+        """Every object below the prefix, by name."""
+        import boto3
+
+        client: Any = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        names = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        return {n.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in names}
+
+
+@contextmanager
+def object_store() -> Iterator[ObjectStore]:
+    """A server with an empty bucket; credentials and address are in the environment meanwhile."""
+    import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        def log(self, *_: object, **__: object) -> None:
+            pass
+
+    faults = Faults()
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, _faulty(app, faults), threaded=True, request_handler=Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    environment = {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with mock.patch.dict(os.environ, environment):
+        client: Any = boto3.client("s3", endpoint_url=endpoint)
+        client.create_bucket(Bucket=BUCKET)
+        try:
+            yield ObjectStore(f"s3://{BUCKET}", endpoint, faults, environment)
+        finally:
+            server.shutdown()
+            server.server_close()
+            import s3fs
+
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _faulty(app: Callable[..., Iterable[bytes]], faults: Faults) -> Callable[..., Iterable[bytes]]:
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        kind, late = faults.draw()
+        if kind == "good":
+            return app(environ, start_response)
+        if kind == "slow":
+            time.sleep(faults.slow_s)
+            return app(environ, start_response)
+        if late:
+            b"".join(app(environ, lambda *_: lambda _: None))
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start_response("503 Service Unavailable" if late else "500 Internal Server Error", [])
+        return [b""]
+
+    return answer

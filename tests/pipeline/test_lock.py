@@ -1,0 +1,134 @@
+"""One run at a time, on a local folder and on S3."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import lock
+from pipeline.errors import LockedError
+from pipeline.lock import LEASE, is_running
+from pipeline.runfolder import RunFolder
+from tests.object_store import ObjectStore, object_store
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, s3: ObjectStore) -> RunFolder:
+    return RunFolder(tmp_path / "run" if request.param == "local" else f"{s3.url}/{tmp_path.name}")
+
+
+def lease_of(run: RunFolder, *, host: str, renewed_s_ago: float) -> None:
+    now = time.time()
+    lease = {
+        "owner": "other",
+        "host": host,
+        "pid": 7,
+        "user": "ann",
+        "since": now - 5000,
+        "renewed": now - renewed_s_ago,
+    }
+    run.storage.write(LEASE, json.dumps(lease).encode())
+
+
+def test_a_second_run_is_refused_with_the_owner_and_its_age(run: RunFolder) -> None:
+    lease_of(run, host="node-3", renewed_s_ago=30)
+    with pytest.raises(LockedError) as caught, run.lock():
+        pass
+    assert re.search(
+        r"another run is working in this folder: process 7 of ann on node-3, begun 50\d\d s ago, last sign of life "
+        r"3\d s ago\. .*--take-over",
+        str(caught.value),
+    )
+    assert caught.value.exit_code == 4
+    assert is_running(run.storage)
+
+
+def test_the_folder_is_free_again_after_a_run(run: RunFolder) -> None:
+    for _ in range(2):
+        with run.lock() as lease:
+            lease.check()
+            assert is_running(run.storage)
+        assert not is_running(run.storage)
+        assert run.storage.size(LEASE) is None
+
+
+def test_a_run_without_a_sign_of_life_is_taken_over(run: RunFolder) -> None:
+    lease_of(run, host="node-3", renewed_s_ago=lock.EXPIRE_S + 1)
+    assert not is_running(run.storage)
+    with run.lock() as lease:
+        lease.check()
+
+
+def test_a_live_run_can_be_taken_over_on_request_and_then_knows_it(run: RunFolder) -> None:
+    lease_of(run, host="node-3", renewed_s_ago=1)
+    with run.lock(take_over=True) as lease:
+        lease.check()
+        lease_of(run, host="node-4", renewed_s_ago=1)
+        with pytest.raises(LockedError, match="lost its right to the folder to process 7 of ann on node-4"):
+            lease.check()
+    assert run.storage.read_json(LEASE)["host"] == "node-4"  # the other one's lease stays
+
+
+def test_a_living_run_renews_its_lease(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEW_S", 0.02)
+    with run.lock():
+        first = run.storage.read_json(LEASE)
+        deadline = time.monotonic() + 20
+        while run.storage.read_json(LEASE)["renewed"] == first["renewed"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_killed_run_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pipeline.runfolder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
+    )
+    run = RunFolder(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", code, run.url], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(LockedError, match=f"process {process.pid} of .* on {socket.gethostname()}"), run.lock():
+            pass
+        assert is_running(run.storage)
+        process.kill()
+    assert not is_running(run.storage)
+    with run.lock() as lease:
+        lease.check()
+
+
+def test_the_driver_of_a_run_that_was_taken_over_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.executors.inline import InlineExecutor
+    from pipeline.workflow import RunOptions
+    from tests.pipeline.toy import Toy, ToyConfig
+
+    monkeypatch.setattr(lock, "RENEW_S", 0.01)
+    run = RunFolder(tmp_path / "run")
+    wait = InlineExecutor.wait
+
+    def with_a_thief(executor: InlineExecutor) -> list:
+        if run.storage.read_json(LEASE)["owner"] != "other":
+            lease_of(run, host="node-4", renewed_s_ago=1)
+        assert executor.run.lease is not None
+        deadline = time.monotonic() + 20
+        while not executor.run.lease.lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return wait(executor)
+
+    monkeypatch.setattr(InlineExecutor, "wait", with_a_thief)
+    workflow = Toy(ToyConfig.model_validate({"toy": {"num_shards": 5}}))
+    with pytest.raises(LockedError, match="node-4"):
+        workflow.run(str(tmp_path / "run"), RunOptions("inline", quiet=True))
+    assert len(list((tmp_path / "run" / "store" / "squares").glob("*"))) <= 1
