@@ -14,7 +14,7 @@ from typing import IO, Any
 from pipeline.storage import LocalStorage, Storage
 
 _FILE = "events.jsonl"
-_FOLDER = "events"
+EVENTS_FOLDER = "events"
 _GATHER_S = 10.0
 
 
@@ -51,7 +51,7 @@ class EventLog:
     def _write_gathered(self) -> None:
         if self._lines:
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-            name = f"{_FOLDER}/{stamp}-{time.time_ns() % 10**9:09d}-{uuid.uuid4().hex[:6]}.jsonl"
+            name = f"{EVENTS_FOLDER}/{stamp}-{time.time_ns() % 10**9:09d}-{uuid.uuid4().hex[:6]}.jsonl"
             self._storage.write_text(name, "".join(self._lines))
         self._lines.clear()
         self._next_write = time.monotonic() + _GATHER_S
@@ -59,7 +59,7 @@ class EventLog:
 
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
     """The events of all runs of the folder; empty for a line that a killed run left unfinished."""
-    for name in [_FILE, *(f"{_FOLDER}/{file}" for file in sorted(storage.names(_FOLDER)))]:
+    for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(storage.names(EVENTS_FOLDER)))]:
         if storage.size(name) is None:
             continue
         copy = storage.copy(name)

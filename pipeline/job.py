@@ -9,13 +9,17 @@ import signal
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
 from pipeline.events import EventLog
+from pipeline.mirror import working_folder
 from pipeline.progress import Lines
 from pipeline.runfolder import CONFIG, PLAN, SUMMARY, RunFolder
+from pipeline.storage import LocalStorage
 from pipeline.workflow import PlanOptions, RunOptions, Summary, Workflow
 
 
@@ -32,6 +36,19 @@ class Job:
     def should_stop(self) -> bool:
         """True once the run was told to stop (SIGTERM or Ctrl-C): save and return soon."""
         return self.stop_signal is not None
+
+    def working_folder(self) -> AbstractContextManager[Path]:
+        """The folder to work in: the run's own, or on an object store a local copy whose changes are sent back.
+
+        Raises:
+            ConfigError: this is one of several processes, which would each have a copy.
+        """
+        if not isinstance(self.run.storage, LocalStorage) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"--out {self.run.url}: under torchrun give a folder that all processes see; on an object store use "
+                "--executor ray, or one process"
+            )
+        return working_folder(self.run.storage)
 
 
 class JobWorkflow(Workflow):

@@ -59,6 +59,18 @@ class Storage(ABC):
         """Names of the files right in a folder, without the folder, in no order."""
 
     @abstractmethod
+    def walk(self) -> Iterator[str]:
+        """Names of all files, sorted within a folder."""
+
+    @abstractmethod
+    def write_file(self, name: str, local: Path) -> None:
+        """Creates or replaces a file with the content of a local one, which stays.
+
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Removes a file if it is there."""
 
@@ -197,6 +209,16 @@ class LocalStorage(Storage):
             with os.scandir(self.root / folder) as entries:
                 yield from (e.name for e in entries if not e.name.startswith(TEMPORARY_MARK) and not e.is_dir())
 
+    def walk(self) -> Iterator[str]:
+        for folder, folders, names in os.walk(self.root):
+            folders.sort()
+            for name in sorted(names):
+                yield (Path(folder) / name).relative_to(self.root).as_posix()
+
+    def write_file(self, name: str, local: Path) -> None:
+        with self.writing(name) as path:
+            shutil.copyfile(local, path)
+
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
 
@@ -282,6 +304,14 @@ class ObjectStorage(Storage):
             return
         yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    def walk(self) -> Iterator[str]:
+        found: list[str] = self._call("listed", "", self._fs.find)
+        yield from (path[len(self._root) + 1 :] for path in sorted(found))
+
+    def write_file(self, name: str, local: Path) -> None:
+        local.stat()
+        self._call("written", name, lambda path: self._fs.put_file(str(local), path))
+
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._call("deleted", name, self._fs.rm_file)
@@ -306,7 +336,7 @@ class ObjectStorage(Storage):
         return _scratch() / f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
 
     def publish(self, local: Path, name: str) -> None:
-        self._call("written", name, lambda path: self._fs.put_file(str(local), path))
+        self.write_file(name, local)
         local.unlink()
 
     def new_folder(self) -> Path:

@@ -13,12 +13,13 @@ from pydantic import Field, model_validator
 from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
 from imagen_core.pictures import from_pixels, read_picture, tile, to_pixels, write_png
 from imagen_core.samplers import Inpaint
-from imagen_core.train import TrainError, load_checkpoint
+from imagen_core.train import TrainError
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import file_digest, read_json, write_json
 from pipeline.fingerprint import differences
 from pipeline.job import Job
+from stages.checkpoints import load_checkpoint_from
 from stages.prompts import encode_prompts
 
 
@@ -26,7 +27,7 @@ class SampleStageConfig(Config):
     """One stage of the cascade."""
 
     checkpoint: str
-    """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder."""
+    """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
     weights: str | None = None
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
     sampling: SamplingConfig = SamplingConfig()
@@ -145,6 +146,11 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
         ConfigError: unusable prompts, pictures or checkpoints.
         StaleOutputError: the folder holds pictures of other settings.
     """
+    with job.working_folder() as root:
+        return _draw(config, job, root)
+
+
+def _draw(config: SampleConfig, job: Job, root: Path) -> Mapping[str, object]:
     pictures = pictures_to_draw(config)
     cascade, origins = load_cascade(config)
     if cascade.stages[0].is_super_resolution and not config.low_res:
@@ -158,8 +164,8 @@ def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
             "stages out of `stages`, or use init_image"
         )
     device = _device(config.device)
-    _check_folder(config, pictures, origins, job)
-    root, sizes = job.run.root, cascade.sizes_px
+    _check_folder(config, pictures, origins, job, root)
+    sizes = cascade.sizes_px
     for size in sizes:
         (root / f"images-{size}").mkdir(exist_ok=True)
     missing = [p for p in pictures if not all((root / f"images-{size}" / p.name).exists() for size in sizes)]
@@ -201,7 +207,7 @@ def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]
     encoder: Mapping[str, object] | None = None
     for number, stage in enumerate(config.stages):
         try:
-            loaded = load_checkpoint(Path(stage.checkpoint), weights=stage.weights)
+            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
         if loaded.encoder is not None and encoder is not None:
@@ -223,7 +229,7 @@ def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]
 _CHANGES_NOTHING = {"batch_size", "device", "encoder_model"}
 
 
-def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: object, job: Job) -> None:
+def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: object, job: Job, root: Path) -> None:
     """Refuses a folder with pictures of other settings; with --restart removes them."""
     record = {
         "settings": config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
@@ -231,17 +237,17 @@ def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: ob
         "sources": _digests(config),
         "pictures": [{"file": p.name, "prompt": p.prompt, "seed": p.seed} for p in pictures],
     }
-    path = job.run.root / "pictures.json"
-    drawn = any(job.run.root.glob("images-*/*.png"))
+    path = root / "pictures.json"
+    drawn = any(root.glob("images-*/*.png"))
     former = read_json(path) if drawn else None
     changes = [] if former is None else differences(former, record)
     if changes and not job.options.restart:
         raise StaleOutputError(
-            f"{job.run.root}: holds pictures of other settings: {'; '.join(changes[:5])}; "
+            f"{job.run.url}: holds pictures of other settings: {'; '.join(changes[:5])}; "
             "use another --out, or --restart to draw them anew"
         )
     if changes:
-        for picture in job.run.root.glob("images-*/*.png"):
+        for picture in root.glob("images-*/*.png"):
             picture.unlink()
     write_json(path, record)
 

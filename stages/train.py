@@ -56,7 +56,9 @@ def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
                 from stages.train_ray import train_on_ray
 
                 return train_on_ray(config, workers, job)
-            return train(config, job.run.root, on_progress=_shown(job), should_stop=job.should_stop)
+            with job.working_folder() as folder:
+                facts = train(config, folder, on_progress=_shown(job), should_stop=job.should_stop)
+            return {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), job.run.url)}
     except TrainingStopped:
         job.stop_signal = job.stop_signal or signal.SIGTERM  # another process of the training was told
         return {}

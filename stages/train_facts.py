@@ -1,12 +1,12 @@
 """What a training run needs: shown by `--dry-run`, before anything is started."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from imagen_core.memory import estimate_memory
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import open_store
+from pipeline.storage import open_storage
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -54,7 +54,7 @@ def _store_state(config: TrainConfig) -> str:
     try:
         samples = len(open_store(config)) - config.num_validation_samples
     except (StoreError, TrainError) as error:
-        if not Path(config.store).exists():
+        if open_storage(config.store).size("manifest.json") is None:
             return "not there yet"
         return f"cannot be used: {error}"
     return f"{samples:,} samples: {config.num_steps * config.batch_size / samples:,.1f} epochs"

@@ -1,5 +1,6 @@
 """Trains on Ray: one process a GPU, started and watched by Ray Train."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from imagen_core.train import TrainConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.executors.ray import connect
 from pipeline.job import Job
+from pipeline.mirror import working_folder
+from pipeline.storage import LocalStorage, open_storage
 from stages.train import WorkersConfig
 
 
@@ -18,14 +21,16 @@ class RayTrainError(PipelineError):
 def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mapping[str, object]:
     """Runs `imagen_core.train.train` in processes that Ray Train starts and joins into one process group.
 
-    The run folder must be on a file system that all workers see. A worker that dies ends the run; the same command
-    goes on from the newest checkpoint.
+    The run folder must be on a file system that all workers see, or on an object store: then each worker has a local
+    copy, and the first one sends the changes back. A worker that dies ends the run; the same command goes on from the
+    newest checkpoint.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     _, gpus = connect(None, job.options.address)
+    scratch = Path(tempfile.mkdtemp()) if not isinstance(job.run.storage, LocalStorage) else job.run.root / "ray"
     try:
         use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
         num_workers = workers.num_workers or max(1, int(gpus))
@@ -34,9 +39,9 @@ def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
         resources = {"CPU": workers.num_cpus} | ({"GPU": 1.0} if use_gpu else {})
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"config": config.model_dump(mode="json"), "out": str(job.run.root)},
+            train_loop_config={"config": config.model_dump(mode="json"), "out": job.run.url},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
-            run_config=RunConfig(name="train", storage_path=str(job.run.root / "ray")),
+            run_config=RunConfig(name="train", storage_path=str(scratch)),
         )
         result = trainer.fit()
     except TrainingFailedError as error:
@@ -53,7 +58,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from imagen_core.train import train
 
     config = TrainConfig.model_validate(settings["config"])
-    facts = train(config, Path(settings["out"]))
+    rank = ray.train.get_context().get_world_rank()
+    with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
+        facts = train(config, folder)
+    facts = {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), settings["out"])}
     ray.train.report({key: value for key, value in facts.items() if value is not None})
 
 

@@ -29,4 +29,4 @@ class Sample(JobWorkflow):
         }
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        return [("grid", str(run.root / "grid.png"))]
+        return [("grid", f"{run.url}/grid.png")]

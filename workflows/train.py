@@ -36,4 +36,4 @@ class Train(JobWorkflow):
         return training_facts(self.config.training())
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        return [("checkpoints", str(run.root / "checkpoints")), ("metrics", str(run.root / "metrics.jsonl"))]
+        return [("checkpoints", f"{run.url}/checkpoints"), ("metrics", f"{run.url}/metrics.jsonl")]

@@ -307,3 +307,48 @@ def test_ray_train_gives_the_same_model(work: Path, tmp_path: Path) -> None:
     ray, alone = weights(tmp_path / "ray"), weights(tmp_path / "alone")
     for name, values in alone.items():
         np.testing.assert_allclose(ray[name], values, atol=1e-5)
+
+
+def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Path, tmp_path: Path) -> None:
+    from pipeline.storage import open_storage
+    from tests.object_store import object_store
+
+    with object_store() as s3:
+        data = open_storage(f"{s3.url}/data")
+        for path in (work / "run/store").rglob("*"):
+            if path.is_file():
+                data.write(f"store/{path.relative_to(work / 'run/store').as_posix()}", path.read_bytes())
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump({"store": f"{s3.url}/data/store", **BASE}))
+        for steps in (3, 6):
+            result = call(
+                "run",
+                "train",
+                "-c",
+                str(tmp_path / "base.yaml"),
+                "--out",
+                f"{s3.url}/train",
+                "--quiet",
+                f"num_steps={steps}",
+            )
+            assert result.code == 0, result.err
+        found = s3.keys("train/checkpoints/")
+        expected = work / "base/checkpoints/step-00000006"
+        assert found["step-00000006/model.safetensors"] == (expected / "model.safetensors").read_bytes()
+        assert open_storage(f"{s3.url}/train").read_json("summary.json")["facts"]["checkpoint"] == (
+            f"{s3.url}/train/checkpoints/step-00000006"
+        )
+        stages = [{"checkpoint": f"{s3.url}/train", "sampling": {"num_steps": 2}}]
+        (tmp_path / "sample.yaml").write_text(yaml.safe_dump({"stages": stages, "device": "cpu"}))
+        result = call(
+            "run",
+            "sample",
+            "-c",
+            str(tmp_path / "sample.yaml"),
+            "--out",
+            f"{s3.url}/sample",
+            "--quiet",
+            "prompts=[a red circle]",
+        )
+        assert result.code == 0, result.err
+        assert "images-16/00000.png" in s3.keys("sample/")
+        assert "grid.png" in s3.keys("sample/")

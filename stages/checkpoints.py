@@ -1,0 +1,39 @@
+"""Loads trained stages from local folders and from object stores."""
+
+import shutil
+from pathlib import Path
+
+from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
+from pipeline.storage import LocalStorage, open_storage
+
+_STATE = "state.json"
+
+
+def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
+    """A trained stage from a checkpoint, or from a training's run folder (its newest checkpoint); a path or a URL.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has no such weights.
+    """
+    storage = open_storage(place)
+    if isinstance(storage, LocalStorage):
+        return load_checkpoint(Path(place.removeprefix("file://")), weights=weights)
+    names = list(storage.walk())
+    folder = "" if _STATE in names else _newest(names)
+    if folder is None:
+        raise CheckpointError(
+            f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"
+        )
+    local = storage.new_folder()
+    try:
+        for name in names:
+            if name.startswith(folder) and "optimizer" not in name:
+                storage.copy(name).replace(local / Path(name).name)
+        return load_checkpoint(local, weights=weights)
+    finally:
+        shutil.rmtree(local)
+
+
+def _newest(names: list[str]) -> str | None:
+    folders = [name.removesuffix(_STATE) for name in names if name.startswith("checkpoints/step-") and _STATE in name]
+    return max(folders, key=lambda folder: (len(folder), folder), default=None)
