@@ -1,14 +1,17 @@
 """SIGKILL at random moments, then the same command: the store's files are those of an uninterrupted run."""
 
+import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import descendants, wait_until_gone
 from tests.workflows.conftest import REPOSITORY, command, pipeline, precompute, store_bytes
 
 pytestmark = pytest.mark.slow
@@ -30,44 +33,8 @@ def start(out: Path, executor: str) -> subprocess.Popen[bytes]:
     )
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Process id -> command line of all processes below `pid`."""
-    table: dict[int, tuple[int, str]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError, IndexError):
-                continue
-            table[int(folder.name)] = (parent, line)
-    found: dict[int, str] = {}
-    frontier = [pid]
-    while frontier:
-        parents, frontier = frontier, []
-        for child, (parent, line) in table.items():
-            if parent in parents and child not in found:
-                found[child] = line
-                frontier.append(child)
-    return found
-
-
 def records(out: Path) -> int:
     return len(list((out / "state").glob("*/*.json")))
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 150  # Ray's agents wait a minute for a dead cluster before they go
-    while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not [pid for pid in pids if _is_alive(pid)], "processes were left behind"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -94,7 +61,8 @@ def test_a_killed_driver_goes_on_with_the_same_command(
     assert records(out) > 0
     pipeline("run", "precompute", "--out", str(out), "--executor", executor, "--quiet", *CONFIG)
     assert store_bytes(out) == uninterrupted
-    wait_until_gone(children)
+    left = wait_until_gone(children, timeout_s=150)  # Ray's agents wait a minute for a dead cluster before they go
+    assert not left, "processes were left behind"
 
 
 @pytest.mark.parametrize(
@@ -122,3 +90,13 @@ def test_a_killed_worker_or_download_is_made_good_within_the_run(
     assert kills >= 1
     assert process.returncode == 0, errors.decode()
     assert store_bytes(out) == uninterrupted
+
+
+@pytest.mark.ray
+def test_runs_killed_at_random_moments_end_with_every_byte_in_place(tmp_path: Path) -> None:
+    out = tmp_path / "chaos.json"
+    arguments = ["--runs", "3", "--seed", "7", "--work", str(tmp_path / "work"), "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "benchmarks.chaos", *arguments], cwd=REPOSITORY, check=True, timeout=1100)
+    rows = json.loads(out.read_text())["results"]
+    assert [row["identical"] for row in rows] == [True] * 3
+    assert sum(len(row["kills"].split()) for row in rows) >= 3

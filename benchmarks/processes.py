@@ -1,0 +1,42 @@
+"""The processes below a process, from /proc."""
+
+import time
+from pathlib import Path
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> command line of all processes below `pid`."""
+    table: dict[int, tuple[int, str]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError, IndexError):
+                continue
+            table[int(folder.name)] = (parent, line)
+    found: dict[int, str] = {}
+    frontier = [pid]
+    while frontier:
+        parents, frontier = frontier, []
+        for child, (parent, line) in table.items():
+            if parent in parents and child not in found:
+                found[child] = line
+                frontier.append(child)
+    return found
+
+
+def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
+    """Waits until none of the processes lives; returns those that still do."""
+    deadline = time.monotonic() + timeout_s
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [pid for pid in pids if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    """True while the process runs; a zombie does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
