@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,15 +15,17 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, routes: Mapping[str, Answer]):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, routes: Mapping[str, Answer], address: str):
+        super().__init__((address, 0), Handler)
         self.routes = routes
         self.requests: Counter[str] = Counter()
         self.agents: list[str] = []
+        self.addresses: list[str] = []
+        """Of this machine, by which each request came."""
         self.closing = threading.Event()
 
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.server_port}{path}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are part of the tests."""
@@ -35,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
         self.server.agents.append(self.headers["User-Agent"])
+        self.server.addresses.append(self.connection.getsockname()[0])
         self.server.routes.get(self.path, status(404))(self)
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -42,8 +45,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(routes: Mapping[str, Answer]) -> Iterator[Server]:
-    server = Server(routes)
+def serve(routes: Mapping[str, Answer], address: str = "127.0.0.1") -> Iterator[Server]:
+    """`address` 0.0.0.0 is every address of this machine; on Linux 127.0.0.0/8 are among them."""
+    server = Server(routes, address)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -78,6 +82,35 @@ def redirect(target: str) -> Answer:
         handler.send_response(302)
         handler.send_header("Location", target)
         handler.end_headers()
+
+    return answer
+
+
+def drip(data: bytes, pause_s: float) -> Answer:
+    """200 with these bytes, one after the other."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for byte in data:
+            handler.wfile.write(bytes([byte]))
+            if handler.server.closing.wait(pause_s):
+                return
+
+    return answer
+
+
+def chunked(chunks: Iterable[bytes], *, claimed: int | None = None) -> Answer:
+    """200 in HTTP chunks; `claimed` is a wrong size of each."""
+
+    def answer(handler: Handler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for chunk in chunks:
+            handler.wfile.write(f"{claimed or len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+        handler.wfile.write(b"0\r\n\r\n")
 
     return answer
 

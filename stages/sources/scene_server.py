@@ -54,11 +54,17 @@ class SceneServer:
         """Give the scene behind `url(index)`, captions included."""
         return scene(self.seed, index, self.split)
 
-    def url(self, index: int) -> str:
-        """Address of a scene; the server must be running."""
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """IP address and port; the server must be running."""
         if self._http is None:
             raise RuntimeError("SceneServer has no address yet; use it in a with statement")
-        return f"http://127.0.0.1:{self._http.server_port}/scenes/{index:09d}.png"
+        return "127.0.0.1", self._http.server_port
+
+    def url(self, index: int) -> str:
+        """Address of a scene; the server must be running."""
+        host, port = self.endpoint
+        return f"http://{host}:{port}/scenes/{index:09d}.png"
 
     def image(self, index: int) -> bytes | None:
         """Draw the PNG file behind `url(index)`; None where the server answers 404."""

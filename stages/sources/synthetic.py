@@ -11,7 +11,8 @@ from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import Emit, Source, cut_into_shards
 from stages.sources.download import load_downloader
-from stages.sources.urls import DownloadConfig, UrlRow, fetch_rows, row_captions
+from stages.sources.download_config import DownloadConfig
+from stages.sources.urls import UrlRow, fetch_rows, row_captions
 
 
 class SyntheticConfig(Config):
@@ -75,8 +76,7 @@ class SyntheticSource(Source):
             split=config.split,
         ) as server:
             address = {url: server.url(int(key)) for key, url, _, _ in rows}
-            options = config.download.options()
-            fetch_rows(rows, wanted, scratch, options, emit, address=address)
+            fetch_rows(rows, wanted, scratch, config.download, emit, address=address, own=server.endpoint)
 
     def fingerprint(self) -> dict[str, object]:
         return {"seed": self.config.seed, "split": self.config.split, "dead_links": self.config.dead_links}

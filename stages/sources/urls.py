@@ -4,38 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-from pydantic import Field
-
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.download import DownloadOptions, download, load_downloader
+from stages.sources.download import download, load_downloader
+from stages.sources.download_config import DownloadConfig
 from stages.sources.tables import FORMATS, Record, columns, estimate_rows, expand, read_rows, table_format
+from stages.sources.visit import Endpoint
 
 UrlRow = tuple[str, str, list[str] | None, bool]
 """key, url, captions (null where the list has none at all: then the caption is empty), is_duplicate."""
-
-
-class DownloadConfig(Config):
-    """How to fetch URLs. Changes nothing in what a successful download returns."""
-
-    threads: int = Field(default=32, ge=1)
-    """Downloads at once in each task."""
-    timeout_s: float = Field(default=10.0, gt=0)
-    """Longest wait for a server's next bytes."""
-    retries: int = Field(default=2, ge=0)
-    """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx."""
-    user_agent_token: str | None = None
-    """A word put into the User-Agent header, and matched in X-Robots-Tag."""
-    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """X-Robots-Tag directives that forbid use; such pictures are dropped as `robots_disallowed`."""
-
-    def options(self) -> DownloadOptions:
-        return DownloadOptions(
-            self.threads, self.timeout_s, self.retries, self.user_agent_token, self.disallowed_headers
-        )
 
 
 class UrlsConfig(Config):
@@ -114,7 +94,7 @@ class UrlsSource(Source):
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         rows = cast(Sequence[UrlRow], shard.rows)
-        fetch_rows(rows, wanted, scratch, self.config.download.options(), emit)
+        fetch_rows(rows, wanted, scratch, self.config.download, emit)
 
     def fingerprint(self) -> dict[str, object]:
         return {"url_column": self.config.url_column, "caption_column": self.config.caption_column}
@@ -136,15 +116,17 @@ def fetch_rows(
     rows: Sequence[UrlRow],
     wanted: frozenset[str] | None,
     scratch: Path,
-    options: DownloadOptions,
+    config: DownloadConfig,
     emit: Emit,
     *,
     address: Mapping[str, str] | None = None,
+    own: Endpoint | None = None,
 ) -> None:
     """Downloads rows of (key, url, captions, is_duplicate); rows that will be dropped anyway are not fetched.
 
     Args:
         address: where to fetch a URL from, if not from itself.
+        own: an address of this program itself, allowed though it be private.
     """
     urls: dict[int, str] = {}
     originals: dict[int, Original] = {}
@@ -165,4 +147,4 @@ def fetch_rows(
         emit(Original(row, original.key, original.url, original.captions, data, reason, detail))
 
     if urls:
-        download(urls, scratch, options, result)
+        download(urls, scratch, config, result, own=own)

@@ -173,6 +173,7 @@ def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
             "source.key_column=key",
             "source.download.timeout_s=1",
             "source.download.retries=0",
+            "source.download.allow_private_addresses=true",
             "shard_size=25",
             *BASE,
         )

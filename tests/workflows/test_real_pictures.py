@@ -61,6 +61,7 @@ def test_every_pixel_is_within_one_level_of_pillow_and_http_gives_the_same(
         str(tmp_path / "http"),
         "source.kind=urls",
         f"source.path={urls}",
+        "source.download.allow_private_addresses=true",
         "store.format=hdf5",
         timeout_s=600,
     )

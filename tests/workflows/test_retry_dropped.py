@@ -63,6 +63,7 @@ def test_a_later_round_fetches_only_what_was_dropped(server: FlakyServer, tmp_pa
         "source.kind=urls",
         f"source.path={tmp_path / 'urls.tsv'}",
         "source.download.retries=0",
+        "source.download.allow_private_addresses=true",
         "shard_size=4",
         "images.sizes_px=[16]",
         "execution.num_cpus=1",

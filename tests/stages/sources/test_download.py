@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
 from stages.sources import download as module
-from stages.sources.download import DownloadOptions, classify, download
+from stages.sources.download import classify, download
+from stages.sources.download_config import DownloadConfig
 from stages.sources.synthetic import SyntheticConfig
 from tests.picture_server import (
     Server,
@@ -23,7 +25,9 @@ from tests.picture_server import (
 from tests.pictures import plain_png
 
 PICTURE = plain_png()
-OPTIONS = DownloadOptions(threads=8, timeout_s=0.4, retries=0, user_agent_token=None, disallowed_headers=("noai",))
+CONFIG = DownloadConfig(
+    threads=8, timeout_s=0.4, retries=0, disallowed_headers=("noai",), allow_private_addresses=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fetch(urls: Mapping[int, str], scratch: Path, **changes: object) -> dict[int, tuple[bytes | None, str | None]]:
     """Row -> (bytes, reason); each row exactly once."""
-    options = DownloadOptions(**{name: getattr(OPTIONS, name) for name in OPTIONS.__slots__} | changes)  # type: ignore[arg-type]
     found: dict[int, tuple[bytes | None, str | None]] = {}
 
     def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
@@ -42,7 +45,8 @@ def fetch(urls: Mapping[int, str], scratch: Path, **changes: object) -> dict[int
         assert (data is None) == (reason is not None)
         found[row] = (data, reason)
 
-    download(urls, scratch, options, result)
+    scratch.mkdir(exist_ok=True)
+    download(urls, scratch, CONFIG.model_copy(update=changes), result)
     return found
 
 
@@ -159,19 +163,42 @@ def test_without_retries_each_url_is_asked_once(tmp_path: Path) -> None:
 def test_the_pictures_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import img2dataset.downloader
 
-    asked: list[str] = []
-    original = img2dataset.downloader.download_image
+    asked: list[object] = []
+    original = img2dataset.downloader.is_disallowed
 
-    def spy(row: tuple[int, str], *arguments: object, **options: object) -> object:
-        asked.append(row[1])
-        return original(row, *arguments, **options)
+    def spy(headers: object, *arguments: object) -> bool:
+        asked.append(headers)
+        return original(headers, *arguments)
 
-    monkeypatch.setattr(img2dataset.downloader, "download_image", spy)
+    monkeypatch.setattr(img2dataset.downloader, "is_disallowed", spy)
     with serve(ROUTES) as server:
         urls = {row: server.url("/good") for row in range(30)}
-        found = fetch(urls, tmp_path)
+        found = fetch(urls, tmp_path, user_agent_token="ourbot")
+        assert all("ourbot; +https://github.com/rom1504/img2dataset" in agent for agent in server.agents)
     assert found == dict.fromkeys(range(30), (PICTURE, None))
-    assert sorted(asked) == sorted(urls.values())
+    assert len(asked) == 30
+
+
+@pytest.mark.parametrize("name", ["download_image_with_retry", "urllib"])
+def test_an_img2dataset_that_goes_past_the_limits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import img2dataset.downloader as theirs
+
+    if name == "urllib":
+        monkeypatch.setattr(theirs, "download_image", lambda row, **_: (row[0], BytesIO(PICTURE), None))
+        monkeypatch.setitem(globals(), "urllib", None)
+        message = "did not open"
+    else:
+        monkeypatch.setattr(theirs.Downloader, "download_shard", lambda self, row: None)
+        monkeypatch.setitem(globals(), "download_image_with_retry", None)
+        message = "no result for 2 of 2"
+    with pytest.raises(RuntimeError, match=message):
+        fetch({0: "http://127.0.0.1/a", 1: "http://127.0.0.1/b"}, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.delattr(theirs, name)
+    with pytest.raises(RuntimeError, match=f"img2dataset.downloader has no {name}; install img2dataset 1.47"):
+        fetch({0: "http://127.0.0.1/a"}, tmp_path)
 
 
 def test_robots_headers_are_obeyed_only_as_configured(tmp_path: Path) -> None:
@@ -197,7 +224,7 @@ def test_a_result_that_cannot_be_kept_stops_the_shard(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with serve(ROUTES) as server, pytest.raises(OSError, match="No space left"):
-        download({row: server.url("/good") for row in range(5)}, tmp_path, OPTIONS, result)
+        download({row: server.url("/good") for row in range(5)}, tmp_path, CONFIG, result)
     assert len(calls) == 1
 
 

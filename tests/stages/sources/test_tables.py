@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from stages.sources.base import Original
+from stages.sources.download_config import DownloadConfig
 from stages.sources.tables import FORMATS, columns, expand, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource, captions_of
 from tests.picture_server import body, serve
@@ -59,6 +60,8 @@ def write_list(path: Path, rows: list[dict[str, str]]) -> None:
 
 NAMES = ["l.csv", "l.tsv", "l.jsonl", "l.ndjson", "l.parquet", "l.pq", "l.csv.gz", "l.tsv.bz2", "l.jsonl.xz", "L.CSV"]
 
+LOOPBACK = DownloadConfig(retries=0, allow_private_addresses=True)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_format_holds_the_same_rows(tmp_path: Path, name: str) -> None:
@@ -87,7 +90,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
         found = {}
         for name in NAMES:
             write_list(tmp_path / name, rows)
-            source = UrlsSource(UrlsConfig.model_validate({"path": str(tmp_path / name), "download": {"retries": 0}}))
+            source = UrlsSource(UrlsConfig(path=str(tmp_path / name), download=LOOPBACK))
             source.check()
             found[name] = fetched(source, tmp_path / "scratch" / name)
     samples = [o for _, originals in found["l.csv"] for o in originals]
@@ -107,7 +110,7 @@ def test_a_txt_list_gives_the_same_pictures_with_empty_captions(tmp_path: Path, 
         (tmp_path / "lists").mkdir()
         (tmp_path / "lists" / "l.txt").write_text(f"\ufeff{urls[0]}\n\n  {urls[1]}\r\n", encoding="utf-8")
         path = {"file": "lists/l.txt", "folder": "lists", "glob": "lists/*.txt"}[place]
-        source = UrlsSource(UrlsConfig(path=str(tmp_path / path)))
+        source = UrlsSource(UrlsConfig(path=str(tmp_path / path), download=LOOPBACK))
         source.check()
         ((_, originals),) = fetched(source, tmp_path / "scratch")
     assert [(o.key, o.url, o.captions, o.data) for o in originals] == [
@@ -119,7 +122,7 @@ def test_a_txt_list_gives_the_same_pictures_with_empty_captions(tmp_path: Path, 
 def test_a_list_without_caption_column_gives_empty_captions(tmp_path: Path) -> None:
     with serve({"/a.png": body(plain_png(RED))}) as server:
         (tmp_path / "l.csv").write_text(f"url\n{server.url('/a.png')}\n")
-        source = UrlsSource(UrlsConfig(path=str(tmp_path / "l.csv"), caption_column=None))
+        source = UrlsSource(UrlsConfig(path=str(tmp_path / "l.csv"), caption_column=None, download=LOOPBACK))
         source.check()
         ((_, (original,)),) = fetched(source, tmp_path / "scratch")
     assert (original.captions, original.data, original.reason) == (("",), plain_png(RED), None)

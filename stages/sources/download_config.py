@@ -1,0 +1,49 @@
+"""The settings of downloads: how many at once, from whom, and for how long."""
+
+from pydantic import Field
+
+from pipeline.config import Config
+
+
+class DownloadConfig(Config):
+    """How to fetch URLs. Changes nothing in what a successful download returns.
+
+    The limits hold in each fetch task; so many tasks as run at once, so many times as much may one host see.
+    A host is what stands in the URL: `name` or `name:port`.
+    """
+
+    threads: int = Field(default=32, ge=1)
+    """Downloads at once in each task."""
+    max_per_host: int = Field(default=6, ge=1)
+    """Downloads at once from one host (browsers take 6); other hosts go ahead of those that wait. Where a URL
+    redirects to is not counted."""
+    min_interval_s: float = Field(default=0.0, ge=0)
+    """Least time between the starts of two downloads from one host."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Longest wait for a connection, and for a server's next bytes."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Longest time for one download in all, redirects included, however the bytes trickle in. Only the lookup of
+    a name has the resolver's own limit. Over it, as over `timeout_s`: `timeout`."""
+    max_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Most bytes received for one picture, headers and redirects included, whatever Content-Length says; more is
+    `too_large`. A task may hold 3 * `threads` pictures at once."""
+    max_redirects: int = Field(default=10, ge=0)
+    """Most redirects followed for one picture; more are `too_many_redirects`."""
+    retries: int = Field(default=2, ge=0)
+    """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx."""
+    max_retry_after_s: float = Field(default=30.0, ge=0)
+    """Longest pause that a host gets when it answers 429 or 503 with Retry-After. If it asks for more, the rest of
+    its URLs in the shard are dropped as `host_unreachable`."""
+    max_host_failures: int = Field(default=10, ge=1)
+    """Timeouts, connection errors and asked-for pauses in a row, after which the rest of a host's URLs in the shard
+    are dropped as `host_unreachable`; `--retry-dropped host_unreachable` tries them again."""
+    allow_private_addresses: bool = False
+    """Whether pictures may come from addresses that are not on the public internet (loopback, private, link-local,
+    CGNAT, cloud metadata, ...); they are `forbidden_address` otherwise. The address connected to is what is checked,
+    at every redirect. Proxies of the environment (http_proxy, https_proxy, no_proxy) are used, wherever they are; then
+    it is the proxy that looks names up, so only addresses written into the URL are checked here, and the proxy has
+    to refuse the rest."""
+    user_agent_token: str | None = None
+    """A word put into the User-Agent header, and matched in X-Robots-Tag."""
+    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """X-Robots-Tag directives that forbid use; such pictures are dropped as `robots_disallowed`."""

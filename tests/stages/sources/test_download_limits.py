@@ -1,0 +1,371 @@
+"""What servers, names and redirects may try, and where it ends. Hosts here: 127.0.0.1, 127.0.0.2, localhost."""
+
+import gzip
+import itertools
+import socket
+import threading
+from collections import Counter
+from email.message import Message
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from stages.sources import download as module
+from stages.sources import visit
+from stages.sources.download import classify, download
+from stages.sources.download_config import DownloadConfig
+from stages.sources.synthetic import SyntheticConfig
+from stages.sources.visit import Endpoint, retry_after_s
+from tests.picture_server import (
+    Answer,
+    Handler,
+    Server,
+    body,
+    chunked,
+    closed_port_url,
+    drip,
+    first_then,
+    redirect,
+    serve,
+    silence,
+)
+from tests.pictures import plain_png
+
+PICTURE = plain_png()
+CONFIG = DownloadConfig(threads=8, timeout_s=5, retries=0, allow_private_addresses=True)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_S", 0.001)
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def outcomes(
+    urls: list[str], scratch: Path, *, own: Endpoint | None = None, **changes: object
+) -> list[bytes | str | None]:
+    """The bytes or the reason of each URL, in their order."""
+    found: dict[int, bytes | str | None] = {}
+
+    def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
+        assert row not in found
+        found[row] = data if reason is None else reason
+
+    scratch.mkdir(exist_ok=True)
+    download(dict(enumerate(urls)), scratch, CONFIG.model_copy(update=changes), result, own=own)
+    return [found[row] for row in range(len(urls))]
+
+
+# Hosts
+
+
+def test_a_host_that_waits_does_not_hold_the_threads_of_the_others(tmp_path: Path) -> None:
+    others_done = threading.Event()
+
+    def slow(handler: Handler) -> None:
+        assert others_done.wait(20)
+        body(PICTURE)(handler)
+
+    def quick(handler: Handler) -> None:
+        body(PICTURE)(handler)
+        if handler.server.requests["/quick"] == 6:
+            others_done.set()
+
+    with serve({"/slow": slow, "/quick": quick}, "0.0.0.0") as server:
+        urls = [server.url("/slow")] * 6 + [server.url("/quick", "127.0.0.2")] * 6
+        found = outcomes(urls, tmp_path, threads=2, max_per_host=1, timeout_s=20)
+    assert found == [PICTURE] * 12
+    assert others_done.is_set()
+
+
+def test_one_host_has_no_more_downloads_at_once_than_allowed(tmp_path: Path) -> None:
+    lock, active, most = threading.Lock(), Counter[str](), Counter[str]()
+    three_at_once = threading.Barrier(3)
+
+    def count(handler: Handler) -> None:
+        host = handler.headers["Host"].partition(":")[0]
+        with lock:
+            active[host] += 1
+            most[host] = max(most[host], active[host])
+        three_at_once.wait(20)
+        with lock:
+            active[host] -= 1
+        body(PICTURE)(handler)
+
+    with serve({"/": count}, "0.0.0.0") as server:
+        hosts = ["127.0.0.1", "127.0.0.2", "localhost"]
+        found = outcomes([server.url("/", host) for host in hosts for _ in range(4)], tmp_path, max_per_host=1)
+    assert found == [PICTURE] * 12
+    assert most == dict.fromkeys(hosts, 1)
+
+
+@pytest.mark.parametrize("kind", ["silent", "closed", "reset"])
+def test_a_stuck_host_is_given_up_and_others_are_not(tmp_path: Path, kind: str) -> None:
+    routes = {"/silent": silence, "/reset": lambda _: None, "/good": body(PICTURE)}
+    with serve(routes, "0.0.0.0") as server:
+        stuck = server.url(f"/{kind}", "127.0.0.2")
+        if kind == "closed":
+            stuck = closed_port_url().replace("127.0.0.1", "127.0.0.2")
+        urls = [stuck] * 40 + [server.url("/good")] * 5
+        found = outcomes(urls, tmp_path, timeout_s=0.2, max_host_failures=4, max_per_host=1, retries=1)
+        asked = server.requests[f"/{kind}"]
+    reason = {"silent": "timeout", "closed": "connection_refused", "reset": "connection_reset"}[kind]
+    assert Counter(found[:40]) == {reason: 4, "host_unreachable": 36}
+    assert asked == (0 if kind == "closed" else 4)
+    assert found[40:] == [PICTURE] * 5
+
+
+def test_a_host_whose_targets_are_stuck_is_not_given_up(tmp_path: Path) -> None:
+    with serve({"/away": redirect(closed_port_url()), "/good": body(PICTURE)}) as server:
+        urls = [server.url("/away")] * 12 + [server.url("/good")]
+        found = outcomes(urls, tmp_path, max_host_failures=2, max_per_host=1)
+    assert found == ["connection_refused"] * 12 + [PICTURE]
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_pause_that_a_server_asks_for_is_given_up_to_the_bound(tmp_path: Path, code: int) -> None:
+    def busy(seconds: int) -> Answer:
+        def answer(handler: Handler) -> None:
+            handler.send_response(code)
+            handler.send_header("Retry-After", str(seconds))
+            handler.end_headers()
+
+        return answer
+
+    routes = {"/soon": first_then(busy(1), body(PICTURE)), "/never": busy(3600)}
+    with serve(routes, "0.0.0.0") as server:
+        urls = [server.url("/soon")] + [server.url("/never", "127.0.0.2")] * 9
+        found = outcomes(urls, tmp_path, retries=1, max_per_host=1)
+        assert server.requests == {"/soon": 2, "/never": 1}
+    assert found == [PICTURE, f"http_{code}"] + ["host_unreachable"] * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("120", 120),
+        (" 0 ", 0),
+        (formatdate(1_000_090, usegmt=True), 90),
+        (formatdate(999_000, usegmt=True), 0),
+        ("-5", 0),
+        ("soon", 0),
+        ("9" * 5000, 0),
+        (None, 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(text: str | None, seconds: float) -> None:
+    headers = Message()
+    if text is not None:
+        headers["Retry-After"] = text
+    assert retry_after_s(headers, now=1_000_000) == seconds
+
+
+# Bytes and time
+
+
+def endless(handler: Handler) -> None:
+    """A body without a size and without an end."""
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.closing.is_set():
+        handler.wfile.write(bytes(1 << 16))
+
+
+def endless_headers(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers = lambda: None  # type: ignore[method-assign]
+    handler.flush_headers()
+    for i in itertools.count():
+        handler.wfile.write(f"X-{i}: {'x' * 1000}\r\n".encode())
+
+
+def endless_redirect(handler: Handler) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", "/good")
+    handler.end_headers()
+    while not handler.server.closing.is_set():
+        handler.wfile.write(bytes(1 << 16))
+
+
+LARGE: dict[str, Answer] = {
+    "/body": body(bytes(60_000)),
+    "/small-claim": body(bytes(60_000), claimed=10),
+    "/huge-claim": body(b"x", claimed=10**15),
+    "/endless": endless,
+    "/endless-chunks": chunked(itertools.repeat(bytes(1 << 16))),
+    "/huge-chunk": chunked([b"x"], claimed=10**15),
+    "/endless-redirect": endless_redirect,
+}
+
+
+def test_no_more_bytes_than_allowed_are_received_whatever_is_claimed(tmp_path: Path) -> None:
+    with serve({**LARGE, "/good": body(PICTURE), "/chunks": chunked([PICTURE[:9], PICTURE[9:]])}) as server:
+        paths = [*LARGE, "/good", "/chunks"]
+        found = outcomes([server.url(path) for path in paths], tmp_path, max_bytes=50_000)
+    expected = dict.fromkeys(paths, "too_large") | {"/small-claim": bytes(10), "/good": PICTURE, "/chunks": PICTURE}
+    assert dict(zip(paths, found, strict=True)) == expected
+
+
+def test_endless_headers_end(tmp_path: Path) -> None:
+    with serve({"/": endless_headers}) as server:
+        assert outcomes([server.url("/")], tmp_path, max_bytes=50_000) == ["too_large"]
+        assert outcomes([server.url("/")], tmp_path) == ["download_error"], "http.client takes 100 headers"
+
+
+def test_a_compressed_body_is_not_inflated(tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(10_000_000))
+    with serve({"/": body(bomb, Content_Encoding="gzip")}) as server:
+        assert outcomes([server.url("/")], tmp_path, max_bytes=20_000) == [bomb]
+
+
+def test_bytes_that_drip_are_cut_off_at_the_deadline(tmp_path: Path) -> None:
+    with serve({"/": drip(bytes(1000), pause_s=0.02), "/quick": drip(b"abc", pause_s=0.01)}) as server:
+        found = outcomes([server.url("/"), server.url("/quick")], tmp_path, timeout_s=4, deadline_s=0.4)
+    assert found == ["timeout", b"abc"]
+
+
+def test_the_deadline_holds_over_redirects_and_for_headers(tmp_path: Path) -> None:
+    def dripping_headers(handler: Handler) -> None:
+        for byte in b"HTTP/1.0 200 OK\r\nX-Slow: " + b"x" * 1000:
+            handler.wfile.write(bytes([byte]))
+            if handler.server.closing.wait(0.02):
+                return
+
+    def circle(handler: Handler) -> None:
+        handler.server.closing.wait(0.03)
+        redirect(f"/{handler.server.requests.total()}")(handler)
+
+    with serve({"/headers": dripping_headers}) as server:
+        server.routes = {**server.routes, **{f"/{i}": circle for i in range(1000)}}
+        urls = [server.url("/headers"), server.url("/0")]
+        found = outcomes(urls, tmp_path, timeout_s=4, deadline_s=0.4, max_redirects=10**6)
+    assert found[0] == "timeout"
+    assert found[1] in ("timeout", "redirect_loop")
+
+
+# Addresses and redirects
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]"])
+def test_private_addresses_are_refused_however_written(tmp_path: Path, host: str) -> None:
+    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+        assert outcomes([server.url("/", host)], tmp_path, allow_private_addresses=False) == ["forbidden_address"]
+        assert server.requests == {}
+        if host != "[::1]":
+            assert outcomes([server.url("/", host)], tmp_path) == [PICTURE]
+
+
+def own_address(server: Server) -> Endpoint:
+    return "127.0.0.1", server.server_port
+
+
+def test_only_the_own_address_and_port_are_allowed(tmp_path: Path) -> None:
+    with serve({"/": body(PICTURE)}, "0.0.0.0") as server, serve({"/": body(PICTURE)}) as other:
+        urls = [server.url("/"), server.url("/", "127.0.0.2"), other.url("/")]
+        found = outcomes(urls, tmp_path, own=own_address(server), allow_private_addresses=False)
+        assert (server.requests, other.requests) == ({"/": 1}, {})
+    assert found == [PICTURE, "forbidden_address", "forbidden_address"]
+
+
+def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
+    with serve({"/": body(PICTURE)}) as inside:
+        routes = {
+            "/inside": redirect(inside.url("/")),
+            "/metadata": redirect("http://169.254.169.254/latest/meta-data/"),
+            "/twice": redirect("/inside"),
+            "/file": redirect("file:///etc/passwd"),
+            "/ftp": redirect("ftp://127.0.0.1/x"),
+            "/data": redirect("data:image/png;base64,"),
+        }
+        with serve(routes) as server:
+            found = outcomes(
+                [server.url(path) for path in routes],
+                tmp_path,
+                own=own_address(server),
+                allow_private_addresses=False,
+            )
+        assert inside.requests == {}
+    assert found == ["forbidden_address"] * 3 + ["http_302", "invalid_url", "http_302"]
+
+
+def test_redirects_are_followed_up_to_the_limit(tmp_path: Path) -> None:
+    routes = {f"/{i}": redirect(f"/{i - 1}") for i in range(1, 5)} | {"/0": body(PICTURE)}
+    with serve(routes) as server:
+        urls = [server.url(f"/{i}") for i in range(5)]
+        assert outcomes(urls, tmp_path / "2", max_redirects=2) == [PICTURE] * 3 + ["too_many_redirects"] * 2
+        assert outcomes(urls, tmp_path / "0", max_redirects=0) == [PICTURE] + ["too_many_redirects"] * 4
+
+
+class Resolver:
+    """Answers a name with one list of addresses after the other, then with the last again and again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: list[str]):
+        self.answers = list(answers)
+        self.asked = 0
+        self.real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self)
+
+    def __call__(self, host: str, port: int, *arguments: object, **options: object) -> list[object]:
+        if host != "rebind.test":
+            return self.real(host, port, *arguments, **options)  # type: ignore[return-value,arg-type]
+        answer = self.answers[min(self.asked, len(self.answers) - 1)]
+        self.asked += 1
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answer]
+
+
+def test_a_name_that_changes_its_address_gets_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
+    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+        urls = [server.url("/", "rebind.test")] * 2
+        found = outcomes(urls, tmp_path, own=own_address(server), allow_private_addresses=False, threads=1)
+        assert server.addresses == ["127.0.0.1"], "connected to what was checked, and not to a second answer"
+    assert found == [PICTURE, "forbidden_address"]
+    assert resolver.asked == 2, "one lookup a connection"
+
+
+def test_of_several_addresses_only_the_allowed_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Resolver(monkeypatch, ["127.0.0.2", "127.0.0.1", "10.0.0.1"])
+    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+        url = server.url("/", "rebind.test")
+        assert outcomes([url], tmp_path, own=own_address(server), allow_private_addresses=False) == [PICTURE]
+        assert server.addresses == ["127.0.0.1"]
+
+
+def test_a_proxy_is_used_and_addresses_written_into_urls_are_still_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["http://example.org/a", "http://169.254.169.254/a", "https://[fd00:ec2::254]/a", "http://[::1]:1/a"]
+    with serve({asked[0]: body(PICTURE)}) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url(""))
+        monkeypatch.setenv("https_proxy", proxy.url(""))
+        found = outcomes(asked, tmp_path, allow_private_addresses=False)
+        assert proxy.requests == {asked[0]: 1}
+    assert found == [PICTURE] + ["forbidden_address"] * 3
+
+
+def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[Endpoint | None] = []
+    init = visit.Visit.__init__
+
+    def spy(self: visit.Visit, config: DownloadConfig, own: Endpoint | None = None) -> None:
+        assert not config.allow_private_addresses
+        allowed.append(own)
+        init(self, config, own)
+
+    monkeypatch.setattr(visit.Visit, "__init__", spy)
+    source = SyntheticConfig(num_samples=2, dead_links=0).build()
+    (shard,) = source.shards(10)
+    originals = []
+    source.fetch(shard, None, tmp_path, originals.append)
+    assert [original.reason for original in originals] == [None, None]
+    assert len(set(allowed)) == 1
+    assert allowed[0] is not None
+    assert allowed[0][0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("reason", ["too_large", "too_many_redirects", "forbidden_address", "host_unreachable"])
+def test_a_limit_names_itself_and_no_server_can_name_it(reason: str) -> None:
+    assert classify(f"{reason}: more than 3") == reason
+    assert classify(f"HTTP Error 500: {reason}: ") == "http_500"
