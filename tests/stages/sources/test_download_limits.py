@@ -3,13 +3,19 @@
 import gzip
 import itertools
 import socket
+import ssl
 import threading
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from stages.sources import download as module
 from stages.sources import visit
@@ -296,6 +302,51 @@ def test_redirects_are_followed_up_to_the_limit(tmp_path: Path) -> None:
         urls = [server.url(f"/{i}") for i in range(5)]
         assert outcomes(urls, tmp_path / "2", max_redirects=2) == [PICTURE] * 3 + ["too_many_redirects"] * 2
         assert outcomes(urls, tmp_path / "0", max_redirects=0) == [PICTURE] + ["too_many_redirects"] * 4
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Key and certificate of localhost, by its own word."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    file = tmp_path / "localhost.pem"
+    file.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + made.public_bytes(pem)
+    )
+    return file
+
+
+def test_https_has_the_same_limits_and_checks_certificates(
+    tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def secure(server: Server) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+
+    routes = {"/": body(PICTURE), "/drip": drip(bytes(1000), pause_s=0.02), "/huge": body(b"x", claimed=10**15)}
+    with serve(routes) as server, socket.create_server(("127.0.0.1", 0)) as no_handshake:
+        secure(server)
+        base = f"https://localhost:{server.server_port}"
+        stuck = f"https://localhost:{no_handshake.getsockname()[1]}/"
+        urls = [f"{base}/", f"{base}/drip", f"{base}/huge", f"https://127.0.0.1:{server.server_port}/", stuck]
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        assert outcomes(urls[:1], tmp_path / "untrusted") == ["tls_error"]
+        monkeypatch.setattr(visit, "_tls", lambda: trusting)
+        found = outcomes(urls, tmp_path / "trusted", timeout_s=4, deadline_s=0.5)
+        refused = outcomes(urls, tmp_path / "public", allow_private_addresses=False)
+    assert found == [PICTURE, "timeout", "too_large", "tls_error", "timeout"]
+    assert refused == ["forbidden_address"] * 5
 
 
 class Resolver:
