@@ -14,8 +14,9 @@ from tests.workflows.conftest import REPOSITORY, pipeline, precompute
 from workflows.precompute import PrecomputeConfig
 
 DOCUMENTS = [
-    REPOSITORY / name
-    for name in ("README.md", "docs/architecture.md", "docs/planning.md", "docs/training.md", "CONTRIBUTING.md")
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *(REPOSITORY / f"docs/{name}.md" for name in ("architecture", "downloads", "planning", "training")),
 ]
 
 

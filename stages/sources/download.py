@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from stages.sources.download_config import DownloadConfig
 from stages.sources.host_queue import HostQueue, Turn
-from stages.sources.visit import Endpoint, Visit
+from stages.sources.visit import Endpoint, Visit, make_opener
 
 Result = Callable[[int, bytes | None, str | None, str], None]
 """Called with row, bytes or None, drop reason or None, detail."""
@@ -70,6 +70,7 @@ class _Fetcher:
         self.answered: set[int] = set()
         self.failure: Exception | None = None
         self._downloader, _ = load_downloader()
+        self._opener = make_opener()
 
     def stop(self, failure: Exception) -> None:
         """Ends the shard with its first failure. Raised within the Downloader, it would block its threads."""
@@ -83,7 +84,7 @@ class _Fetcher:
             if turn.verdict is not None:
                 self.answered.add(turn.key)
                 return turn.key, None, turn.verdict
-            visit = Visit(self.config, self.own)
+            visit = Visit(self.config, self._opener, self.own)
             try:
                 stream, turn.message = self._fetch(turn, visit, options)
             except Exception as error:  # noqa: BLE001 - raised when the Downloader has ended

@@ -9,6 +9,7 @@ import io
 import re
 import socket
 import ssl
+import sys
 import time
 import urllib.request
 from email.message import Message
@@ -31,15 +32,33 @@ class Refused(Exception):
     """A limit was reached. The message starts with the reason of the drop and a colon."""
 
 
+def make_opener() -> urllib.request.OpenerDirector:
+    """Opens http and https for visits, with the proxies that the environment names now."""
+    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(proxies),
+        _HttpHandler(),
+        _Redirects(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
 class Visit:
     """One download; the clock starts when it is made.
 
     Args:
+        opener: from `make_opener`; visits may share it, also at the same time.
         own: an address of this program itself, allowed though it be private.
     """
 
-    def __init__(self, config: DownloadConfig, own: Endpoint | None = None):
+    def __init__(self, config: DownloadConfig, opener: urllib.request.OpenerDirector, own: Endpoint | None = None):
         self.config = config
+        self.opener = opener
         self.own = own
         self.redirects = 0
         self.opened = False
@@ -52,18 +71,9 @@ class Visit:
     def open(self, request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
         """In the place of `urllib.request.urlopen`."""
         self.opened = True
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(_proxies()),
-            _HttpHandler(self),
-            _Redirects(self),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            urllib.request.UnknownHandler(),
-        ):
-            opener.add_handler(handler)
+        vars(request)["visit"] = self  # redirects take it along
         try:
-            return opener.open(request, timeout=timeout)
+            return self.opener.open(request, timeout=timeout)
         except HTTPError as error:
             if error.code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
                 self.retry_after_s = retry_after_s(error.headers, time.time())
@@ -146,10 +156,6 @@ def retry_after_s(headers: Message, now: float) -> float:
         return 0.0
 
 
-def _proxies() -> dict[str, str]:
-    return {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
-
-
 @cache
 def _tls() -> ssl.SSLContext:
     context = ssl.create_default_context()
@@ -214,10 +220,6 @@ class _Https(http.client.HTTPSConnection, _Http):
 
 
 class _HttpHandler(urllib.request.AbstractHTTPHandler):
-    def __init__(self, visit: Visit):
-        super().__init__()
-        self.visit = visit
-
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(partial(self._connection, _Http, request), request)  # type: ignore[arg-type]
 
@@ -225,12 +227,13 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
         return self.do_open(partial(self._connection, _Https, request), request, context=_tls())  # type: ignore[arg-type]
 
     def _connection(self, kind: type[_Http], request: urllib.request.Request, host: str, **options: Any) -> _Http:
+        visit: Visit = vars(request)["visit"]
         connection = kind(host, **options)
-        connection.visit = self.visit
+        connection.visit = visit
         connection.to_proxy = request.has_proxy() or bool(request._tunnel_host)  # type: ignore[attr-defined]
-        connection.response_class = partial(_Response, visit=self.visit)  # type: ignore[assignment]
+        connection.response_class = partial(_Response, visit=visit)  # type: ignore[assignment]
         if connection.to_proxy:
-            self.visit.check_written(request.full_url)
+            visit.check_written(request.full_url)
         return connection
 
     http_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -238,9 +241,12 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, visit: Visit):
-        self.visit = visit
+    max_redirections = sys.maxsize  # `Visit` counts them
 
-    def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
-        self.visit.count_redirect()
-        return super().redirect_request(*arguments)
+    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
+        visit: Visit = vars(req)["visit"]
+        visit.count_redirect()
+        further = super().redirect_request(req, *arguments)
+        if further is not None:
+            vars(further)["visit"] = visit
+        return further

@@ -161,16 +161,15 @@ def test_without_retries_each_url_is_asked_once(tmp_path: Path) -> None:
 
 
 def test_the_pictures_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import img2dataset.downloader
-
+    theirs, _ = module.load_downloader()
     asked: list[object] = []
-    original = img2dataset.downloader.is_disallowed
+    original = theirs.is_disallowed
 
     def spy(headers: object, *arguments: object) -> bool:
         asked.append(headers)
         return original(headers, *arguments)
 
-    monkeypatch.setattr(img2dataset.downloader, "is_disallowed", spy)
+    monkeypatch.setattr(theirs, "is_disallowed", spy)
     with serve(ROUTES) as server:
         urls = {row: server.url("/good") for row in range(30)}
         found = fetch(urls, tmp_path, user_agent_token="ourbot")
@@ -183,7 +182,7 @@ def test_the_pictures_come_through_img2dataset(tmp_path: Path, monkeypatch: pyte
 def test_an_img2dataset_that_goes_past_the_limits_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    import img2dataset.downloader as theirs
+    theirs, _ = module.load_downloader()
 
     if name == "urllib":
         monkeypatch.setattr(theirs, "download_image", lambda row, **_: (row[0], BytesIO(PICTURE), None))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
+from urllib.request import OpenerDirector
 
 import pytest
 from cryptography import x509
@@ -115,11 +116,11 @@ def test_a_stuck_host_is_given_up_and_others_are_not(tmp_path: Path, kind: str) 
         if kind == "closed":
             stuck = closed_port_url().replace("127.0.0.1", "127.0.0.2")
         urls = [stuck] * 40 + [server.url("/good")] * 5
-        found = outcomes(urls, tmp_path, timeout_s=0.2, max_host_failures=4, max_per_host=1, retries=1)
+        found = outcomes(urls, tmp_path, timeout_s=1, max_host_failures=2, max_per_host=1, retries=1)
         asked = server.requests[f"/{kind}"]
     reason = {"silent": "timeout", "closed": "connection_refused", "reset": "connection_reset"}[kind]
-    assert Counter(found[:40]) == {reason: 4, "host_unreachable": 36}
-    assert asked == (0 if kind == "closed" else 4)
+    assert Counter(found[:40]) == {reason: 2, "host_unreachable": 38}
+    assert asked == (0 if kind == "closed" else 2)
     assert found[40:] == [PICTURE] * 5
 
 
@@ -140,12 +141,12 @@ def test_a_pause_that_a_server_asks_for_is_given_up_to_the_bound(tmp_path: Path,
 
         return answer
 
-    routes = {"/soon": first_then(busy(1), body(PICTURE)), "/never": busy(3600)}
+    routes = {"/soon": first_then(busy(1), body(PICTURE)), "/never": busy(3600), "/to-never": redirect("/never")}
     with serve(routes, "0.0.0.0") as server:
         urls = [server.url("/soon")] + [server.url("/never", "127.0.0.2")] * 9
-        found = outcomes(urls, tmp_path, retries=1, max_per_host=1)
-        assert server.requests == {"/soon": 2, "/never": 1}
-    assert found == [PICTURE, f"http_{code}"] + ["host_unreachable"] * 8
+        found = outcomes([*urls, server.url("/to-never", "localhost")], tmp_path, retries=1, max_per_host=1)
+        assert server.requests == {"/soon": 2, "/never": 2, "/to-never": 1}
+    assert found == [PICTURE, f"http_{code}"] + ["host_unreachable"] * 8 + [f"http_{code}"]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +172,17 @@ def test_retry_after_is_seconds_or_a_date(text: str | None, seconds: float) -> N
 # Bytes and time
 
 
-def endless(handler: Handler) -> None:
-    """A body without a size and without an end."""
+def pour(handler: Handler) -> None:
+    """Far more than allowed; not without an end, lest a missing limit fill the memory."""
+    for _ in range(100):
+        handler.wfile.write(bytes(1 << 16))
+
+
+def unsized(handler: Handler) -> None:
+    """A body of which nothing says how long it is."""
     handler.send_response(200)
     handler.end_headers()
-    while not handler.server.closing.is_set():
-        handler.wfile.write(bytes(1 << 16))
+    pour(handler)
 
 
 def endless_headers(handler: Handler) -> None:
@@ -187,22 +193,20 @@ def endless_headers(handler: Handler) -> None:
         handler.wfile.write(f"X-{i}: {'x' * 1000}\r\n".encode())
 
 
-def endless_redirect(handler: Handler) -> None:
-    handler.send_response(302)
-    handler.send_header("Location", "/good")
-    handler.end_headers()
-    while not handler.server.closing.is_set():
-        handler.wfile.write(bytes(1 << 16))
+def long_redirect(handler: Handler) -> None:
+    redirect("/good")(handler)
+    pour(handler)
 
 
 LARGE: dict[str, Answer] = {
     "/body": body(bytes(60_000)),
     "/small-claim": body(bytes(60_000), claimed=10),
     "/huge-claim": body(b"x", claimed=10**15),
-    "/endless": endless,
-    "/endless-chunks": chunked(itertools.repeat(bytes(1 << 16))),
+    "/unsized": unsized,
+    "/chunks-for-long": chunked([bytes(1 << 16)] * 100),
+    "/small-chunks": chunked([bytes(100)] * 1000),
     "/huge-chunk": chunked([b"x"], claimed=10**15),
-    "/endless-redirect": endless_redirect,
+    "/long-redirect": long_redirect,
 }
 
 
@@ -228,8 +232,8 @@ def test_a_compressed_body_is_not_inflated(tmp_path: Path) -> None:
 
 def test_bytes_that_drip_are_cut_off_at_the_deadline(tmp_path: Path) -> None:
     with serve({"/": drip(bytes(1000), pause_s=0.02), "/quick": drip(b"abc", pause_s=0.01)}) as server:
-        found = outcomes([server.url("/"), server.url("/quick")], tmp_path, timeout_s=4, deadline_s=0.4)
-    assert found == ["timeout", b"abc"]
+        assert outcomes([server.url("/")], tmp_path, timeout_s=4, deadline_s=0.4) == ["timeout"]
+        assert outcomes([server.url("/quick")], tmp_path) == [b"abc"]
 
 
 def test_the_deadline_holds_over_redirects_and_for_headers(tmp_path: Path) -> None:
@@ -246,9 +250,8 @@ def test_the_deadline_holds_over_redirects_and_for_headers(tmp_path: Path) -> No
     with serve({"/headers": dripping_headers}) as server:
         server.routes = {**server.routes, **{f"/{i}": circle for i in range(1000)}}
         urls = [server.url("/headers"), server.url("/0")]
-        found = outcomes(urls, tmp_path, timeout_s=4, deadline_s=0.4, max_redirects=10**6)
-    assert found[0] == "timeout"
-    assert found[1] in ("timeout", "redirect_loop")
+        found = outcomes(urls, tmp_path, timeout_s=4, deadline_s=0.5, max_redirects=10**6)
+    assert found == ["timeout", "timeout"]
 
 
 # Addresses and redirects
@@ -297,8 +300,9 @@ def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
 
 
 def test_redirects_are_followed_up_to_the_limit(tmp_path: Path) -> None:
-    routes = {f"/{i}": redirect(f"/{i - 1}") for i in range(1, 5)} | {"/0": body(PICTURE)}
+    routes = {f"/{i}": redirect(f"/{i - 1}") for i in range(1, 20)} | {"/0": body(PICTURE)}
     with serve(routes) as server:
+        assert outcomes([server.url("/19")], tmp_path / "20", max_redirects=19) == [PICTURE]
         urls = [server.url(f"/{i}") for i in range(5)]
         assert outcomes(urls, tmp_path / "2", max_redirects=2) == [PICTURE] * 3 + ["too_many_redirects"] * 2
         assert outcomes(urls, tmp_path / "0", max_redirects=0) == [PICTURE] + ["too_many_redirects"] * 4
@@ -326,27 +330,58 @@ def certificate(tmp_path: Path) -> Path:
     return file
 
 
+def secure(server: Server, certificate: Path) -> None:
+    """Makes a server speak TLS, on connections from now on."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+
+
 def test_https_has_the_same_limits_and_checks_certificates(
     tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def secure(server: Server) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-
     routes = {"/": body(PICTURE), "/drip": drip(bytes(1000), pause_s=0.02), "/huge": body(b"x", claimed=10**15)}
     with serve(routes) as server, socket.create_server(("127.0.0.1", 0)) as no_handshake:
-        secure(server)
+        secure(server, certificate)
         base = f"https://localhost:{server.server_port}"
         stuck = f"https://localhost:{no_handshake.getsockname()[1]}/"
-        urls = [f"{base}/", f"{base}/drip", f"{base}/huge", f"https://127.0.0.1:{server.server_port}/", stuck]
+        urls = [f"{base}/", f"{base}/huge", f"https://127.0.0.1:{server.server_port}/", f"{base}/drip", stuck]
         trusting = ssl.create_default_context(cafile=str(certificate))
         assert outcomes(urls[:1], tmp_path / "untrusted") == ["tls_error"]
         monkeypatch.setattr(visit, "_tls", lambda: trusting)
-        found = outcomes(urls, tmp_path / "trusted", timeout_s=4, deadline_s=0.5)
+        found = outcomes(urls[:3], tmp_path / "trusted")
+        slow = outcomes(urls[3:], tmp_path / "slow", deadline_s=0.5)
         refused = outcomes(urls, tmp_path / "public", allow_private_addresses=False)
-    assert found == [PICTURE, "timeout", "too_large", "tls_error", "timeout"]
+    assert found == [PICTURE, "too_large", "tls_error"]
+    assert slow == ["timeout", "timeout"]
     assert refused == ["forbidden_address"] * 5
+
+
+def test_https_goes_through_a_proxy(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visit, "_tls", lambda: ssl.create_default_context(cafile=str(certificate)))
+    with serve({"/": body(PICTURE)}) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
+        secure(server, certificate)
+        asked: list[bytes] = []
+
+        def pump(source: socket.socket, target: socket.socket) -> None:
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+        def tunnel() -> None:
+            client, _ = proxy.accept()
+            with client, socket.create_connection(server.server_address[:2]) as target:
+                asked.append(client.recv(1 << 16).splitlines()[0])
+                client.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                back = threading.Thread(target=pump, args=(target, client), daemon=True)
+                back.start()
+                pump(client, target)
+                back.join()
+
+        threading.Thread(target=tunnel, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert outcomes(["https://localhost:1/"], tmp_path, allow_private_addresses=False) == [PICTURE]
+    assert asked[0].startswith(b"CONNECT localhost:1 ")
 
 
 class Resolver:
@@ -400,10 +435,10 @@ def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monk
     allowed: list[Endpoint | None] = []
     init = visit.Visit.__init__
 
-    def spy(self: visit.Visit, config: DownloadConfig, own: Endpoint | None = None) -> None:
+    def spy(self: visit.Visit, config: DownloadConfig, opener: OpenerDirector, own: Endpoint | None = None) -> None:
         assert not config.allow_private_addresses
         allowed.append(own)
-        init(self, config, own)
+        init(self, config, opener, own)
 
     monkeypatch.setattr(visit.Visit, "__init__", spy)
     source = SyntheticConfig(num_samples=2, dead_links=0).build()

@@ -95,9 +95,10 @@ def test_a_host_that_asks_for_too_long_a_pause_is_given_up(make: Make) -> None:
 def test_a_host_is_given_up_after_failures_in_a_row(make: Make) -> None:
     queue, _ = make(urls("a", 9), max_host_failures=3)
     for failed in (True, True, False, True, None, True):
-        queue.give_back(queue.take(), failed=failed)
-    waits = queue.take()
-    tried = queue.take()
+        turn = queue.take()
+        assert turn.verdict is None
+        queue.give_back(turn, failed=failed)
+    waits, tried = queue.take(), queue.take()
     tried.message = "timed out"
     queue.give_back(tried, failed=True, retry_in_s=1)
     waits.message = "Connection refused"

@@ -1,0 +1,112 @@
+"""How many pictures a second does one task download from this machine, beside img2dataset on its own, without limits?
+
+    python -m benchmarks.download --out benchmarks/results/download.json
+
+The server runs in a process of its own. Ours has the defaults, but for `max_per_host` = `threads` where there is one
+host; the other row has a host for every 10 pictures. Nothing here measures a network: it is the cost beside it.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import interleaved_rates, median_ratio, report
+from stages.sources import download as ours
+from stages.sources.download_config import DownloadConfig
+
+OURS, PLAIN = "ours", "img2dataset"
+
+
+class Handler(BaseHTTPRequestHandler):
+    picture = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.picture)))
+        self.end_headers()
+        self.wfile.write(self.picture)
+
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    daemon_threads = True
+
+
+def serve(picture: bytes, port: Connection) -> None:
+    Handler.picture = picture
+    with Server(("0.0.0.0", 0), Handler) as server:
+        port.send(server.server_port)
+        server.serve_forever()
+
+
+class Unlimited(ours._Fetcher):
+    """What img2dataset does of itself: each thread takes the row it is given, and opens it with urllib."""
+
+    def __call__(self, row: Any, **options: Any) -> Any:
+        self.answered.add(row[0])
+        return self._downloader.download_image_with_retry(row, **options)
+
+
+def run(fetcher: type[ours._Fetcher], urls: list[str], config: DownloadConfig, folder: Path) -> None:
+    kept: list[int] = []
+
+    def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
+        assert data, (reason, detail)
+        kept.append(row)
+
+    folder.mkdir()
+    ours._run_downloader(dict(enumerate(urls)), folder, fetcher(urls, config, None), result)
+    shutil.rmtree(folder)
+    assert len(kept) == len(urls)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/download.json")
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--picture-bytes", type=int, default=50_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    os.environ["no_proxy"] = "*"
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(os.urandom(args.picture_bytes), send), daemon=True
+    )
+    process.start()
+    port = receive.recv()
+    config = DownloadConfig(allow_private_addresses=True)
+    results: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for hosts in (1, args.pictures // 10):
+            urls = [f"http://127.0.{i % hosts // 250}.{i % hosts % 250 + 1}:{port}/{i}" for i in range(args.pictures)]
+            limits = config if hosts > 1 else config.model_copy(update={"max_per_host": config.threads})
+            fns: dict[str, Callable[[], object]] = {
+                OURS: partial(run, ours._Fetcher, urls, limits, Path(folder) / "shard"),
+                PLAIN: partial(run, Unlimited, urls, limits, Path(folder) / "shard"),
+            }
+            rates = interleaved_rates(fns, args.rounds, 0.0)
+            for name in fns:
+                best = max(rates[name])
+                results.append({"hosts": hosts, "downloader": name, "img/s": best * args.pictures})
+            ratios[f"ours / img2dataset, {hosts} host{'s' * (hosts > 1)}"] = median_ratio(rates, OURS, PLAIN)
+    process.terminate()
+    notes = [
+        f"{args.pictures} pictures of {args.picture_bytes / 1000:g} kB over loopback, {config.threads} threads; the "
+        "server is another process on the same cores"
+    ]
+    report("download", results, ratios, args.out, ["imagen-precompute", "img2dataset"], notes)
+
+
+if __name__ == "__main__":
+    main()
