@@ -198,6 +198,42 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(4)
 
 
+@app.command()
+def schedule(
+    workflow: WorkflowArg,
+    kind: Annotated[
+        str, typer.Option(help="cron, systemd, airflow, slurm, kuberay, kuberay-cron or docker.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Annotated[str | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="CRON", help="When: minute hour day month weekday; default '0 3 * * *'.")
+    ] = None,
+    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Of --at; default UTC.")] = None,
+    image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    write_to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the files here, and say how to install them.")
+    ] = None,
+) -> None:
+    """Print the files that make a scheduler run a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    from pipeline.schedule import Schedule, install_command, render, write_files
+
+    _build(workflow, config, overrides)
+    wanted = Schedule(
+        kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, folder=Path.cwd()
+    )
+    files = render(wanted)
+    if write_to is not None:
+        paths = write_files(files, write_to)
+        typer.echo("\n".join([*paths, f"install: {install_command(wanted, paths)}"]))
+    elif len(files) == 1:
+        typer.echo(next(iter(files.values())), nl=False)
+    else:
+        typer.echo("\n".join(f"# {name}\n{text}" for name, text in files.items()), nl=False)
+
+
 @config_app.command("ls")
 def config_ls(as_json: AsJson = False) -> None:
     """List the shipped configurations, and the model presets with their exact numbers of parameters."""
