@@ -16,7 +16,7 @@ from workflows.precompute import PrecomputeConfig
 DOCUMENTS = [
     REPOSITORY / "README.md",
     REPOSITORY / "CONTRIBUTING.md",
-    *(REPOSITORY / f"docs/{name}.md" for name in ("architecture", "downloads", "planning", "training")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 
 
