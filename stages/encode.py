@@ -100,6 +100,7 @@ class EncodeStage(Stage):
             "tokens": tokens,
             "captions_truncated": encoded.num_truncated,
             "payload_bytes": tokens * self.dim * {"float32": 4, "int8": 1}.get(self.dtype, 2),
+            **encoded.oom_counter(),
             **quality,
         }
         info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_facts(quality)}

@@ -63,7 +63,8 @@ class EncodePicturesStage(Stage):
         samples = read_samples(task.input(SAMPLES))
         path = task.input(self.pictures.name)
         pictures = open_images(str(path), str(path), self.pictures)
-        embeddings = self._model.encode(pictures.pixels(row) for row in range(pictures.num_rows))
+        encoded = self._model.encode(pictures.pixels(row) for row in range(pictures.num_rows))
+        embeddings = encoded.embeddings
         bad = [row for row, embedding in enumerate(embeddings) if not is_finite_as(embedding, self.dtype)]
         for row in bad:
             embeddings[row] = np.zeros((1, self.dim), np.float32)
@@ -77,7 +78,7 @@ class EncodePicturesStage(Stage):
             captions=[sample.key for sample in samples],
             fingerprint=self.fingerprint,
         )
-        counters = {"pictures_encoded": len(embeddings)}
+        counters = {"pictures_encoded": len(embeddings), **encoded.oom_counter()}
         task.done(self.group, GroupResult(len(samples), drops, counters, {"excluded_rows": rows_by_reason(drops)}))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:

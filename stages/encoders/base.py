@@ -32,15 +32,21 @@ FloatArray = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Embeddings of some captions, in their order."""
+    """Embeddings of some captions or pictures, in their order."""
 
     embeddings: list[FloatArray]
-    """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output, and differs
-    by caption."""
-    num_truncated: int
+    """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output or a picture,
+    and differs by caption."""
+    num_truncated: int = 0
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
     waited_s: float = 0.0
     """Seconds spent waiting for another thread to be done with the model."""
+    oom_halvings: int = 0
+    """How often a batch did not fit into memory; each time the size of a batch was halved."""
+
+    def oom_counter(self) -> dict[str, float]:
+        """For the record, of a shard where a batch did not fit."""
+        return {"oom_halvings": self.oom_halvings} if self.oom_halvings else {}
 
 
 @dataclass(frozen=True, slots=True)

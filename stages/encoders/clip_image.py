@@ -5,15 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from stages.encoders.base import FloatArray, FrozenModelConfig, reading, refuse_kind
+from stages.encoders.base import Encoded, FloatArray, FrozenModelConfig, reading, refuse_kind
 from stages.encoders.loading import load_weights, place
+from stages.encoders.memory import run_batches
 from stages.encoders.model_files import ModelFiles, hf_config
 from stages.images.resample import resize_square
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ClipImageConfig(FrozenModelConfig):
@@ -87,19 +91,38 @@ class ClipImageEncoder:
 
         self.config, self.dim, self._looks = config, config.dim(files), config.looks(files)
         self.device, self._dtype = place(config, num_threads)
+        self.batch_size = config.batch_size
         model_class = CLIPVisionModelWithProjection if config.output == "projected" else CLIPVisionModel
         with reading(config):
             self._model = load_weights(model_class, files, self._dtype, self.device)
 
-    def encode(self, pictures: Iterable[np.ndarray]) -> list[FloatArray]:
-        """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding."""
+    def encode(self, pictures: Iterable[np.ndarray]) -> Encoded:
+        """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding.
+
+        A batch that does not fit into memory halves `batch_size`, for as long as the encoder lives.
+
+        Raises:
+            MemoryError: not even one picture fits.
+        """
+        rows: list[FloatArray] = []
+        halvings = 0
+        prepared = map(self._looks.prepare, pictures)
+        while part := list(islice(prepared, self.batch_size)):
+            batches = run_batches(
+                range(len(part)),
+                self.batch_size,
+                lambda rest, size: [list(rest[i : i + size]) for i in range(0, len(rest), size)],
+                lambda batch: self._forward(np.stack([part[i] for i in batch])),
+            )
+            self.batch_size, halvings = batches.limit, halvings + batches.halvings
+            rows += [row[None] for _, values in batches.results for row in values.numpy()]
+        return Encoded(rows, oom_halvings=halvings)
+
+    def _forward(self, pixels: np.ndarray) -> "Tensor":
+        """float32 (batch, 3, size_px, size_px) -> float32 (batch, dim) on the CPU."""
         import torch
 
-        rows: list[FloatArray] = []
-        prepared = map(self._looks.prepare, pictures)
-        while batch := list(islice(prepared, self.config.batch_size)):
-            with torch.inference_mode():
-                result = self._model(pixel_values=torch.from_numpy(np.stack(batch)).to(self.device, self._dtype))
-                values = result.image_embeds if self.config.output == "projected" else result.pooler_output
-                rows += list(values.float().cpu().numpy()[:, None])
-        return rows
+        with torch.inference_mode():
+            result = self._model(pixel_values=torch.from_numpy(pixels).to(self.device, self._dtype))
+            values = result.image_embeds if self.config.output == "projected" else result.pooler_output
+            return values.float().cpu()

@@ -10,6 +10,7 @@ import numpy as np
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, reading
 from stages.encoders.batching import token_budget_batches
 from stages.encoders.loading import place
+from stages.encoders.memory import run_batches
 from stages.encoders.model_files import ModelFiles
 from stages.encoders.tokens import load_tokenizer, tokenize
 
@@ -40,23 +41,37 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.
 
-        The result does not depend on which captions come together, beyond rounding.
+        The result does not depend on which captions come together, beyond rounding. A batch that does not fit into
+        memory halves `tokens_per_batch`, for as long as the encoder lives.
+
+        Raises:
+            MemoryError: not even one caption fits.
         """
         with self._tokenizing:
             token_ids, num_truncated = tokenize(self.tokenizer, captions, self.config.max_tokens)
         lengths = [len(ids) for ids in token_ids]
-        batches = token_budget_batches(lengths, self.tokens_per_batch, padded=self.model.padded)
+
+        def split(rest: Sequence[int], budget: int) -> list[list[int]]:
+            batches = token_budget_batches([lengths[i] for i in rest], budget, padded=self.model.padded)
+            return [[rest[place] for place in batch] for batch in batches]
+
         began = time.perf_counter()
         with self._computing:
             waited_s = time.perf_counter() - began
-            states = [self._forward([token_ids[i] for i in batch]) for batch in batches]
+            batches = run_batches(
+                range(len(captions)),
+                self.tokens_per_batch,
+                split,
+                lambda batch: self._forward([token_ids[i] for i in batch]),
+            )
+            self.tokens_per_batch = batches.limit
             self._wait()
         embeddings: list[FloatArray | None] = [None] * len(captions)
-        for batch, rows in zip(batches, states, strict=True):
+        for batch, rows in batches.results:
             ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
                 embeddings[index] = values
-        return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s)
+        return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s, batches.halvings)
 
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
         """One batch: float32 (rows, dim) on the CPU; from a GPU it may still be on its way."""

@@ -1,0 +1,82 @@
+"""Goes on with smaller batches when one does not fit into memory."""
+
+import gc
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_PHRASES = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
+
+@dataclass(slots=True)
+class Batches:
+    """What a model made of some items, batch by batch."""
+
+    limit: int
+    """The most that a batch may hold, in the unit of `split`: half as much after each halving."""
+    halvings: int = 0
+    """How often a batch did not fit into memory."""
+    results: "list[tuple[list[int], Tensor]]" = field(default_factory=list)
+    """The items of each batch and what `forward` made of them."""
+
+
+def run_batches(
+    items: Sequence[int],
+    limit: int,
+    split: Callable[[Sequence[int], int], list[list[int]]],
+    forward: "Callable[[list[int]], Tensor]",
+) -> Batches:
+    """Runs `forward` on `split(items, limit)`; when a batch does not fit into memory, goes on with half the limit.
+
+    Args:
+        split: cuts items into batches within a limit; an item over the limit is a batch of its own.
+
+    Raises:
+        MemoryError: not even one item fits.
+    """
+    done = Batches(limit)
+    waiting = deque(split(items, limit))
+    while waiting:
+        try:
+            done.results.append((waiting[0], forward(waiting[0])))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(waiting[0]) == 1:
+                raise MemoryError(f"a batch of one does not fit into memory ({_first_line(error)})") from error
+            done.limit, done.halvings = max(1, done.limit // 2), done.halvings + 1
+            log.warning("out of memory (%s): batches of at most %d from now on", _first_line(error), done.limit)
+        else:
+            waiting.popleft()
+            continue
+        _release()  # now that the error no longer holds the batch's tensors
+        waiting = deque(split([item for batch in waiting for item in batch], done.limit))
+    return done
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    import torch
+
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES))
+
+
+def _release() -> None:
+    """Gives back what the allocator keeps for later."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
