@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,9 +25,50 @@ _BLOCK_BYTES = 4 << 20
 _ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
 
 
-def _new_hdf5(path: str | os.PathLike[str]) -> h5py.File:
-    # A small metadata block: the default pads each file to 2 KiB.
-    return h5py.File(path, "w", libver="latest", meta_block_size=512)
+@contextmanager
+def _new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """A new file to fill.
+
+    Raises:
+        OSError: the disk is full, among others.
+    """
+    with open(path, "w+b", buffering=0) as raw:
+        sink = _Sink(raw)
+        # A small metadata block: the default pads each file to 2 KiB.
+        with h5py.File(sink, "w", libver="latest", meta_block_size=512) as file:
+            yield file
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink:
+    """Lets HDF5 believe that each write succeeds, and keeps the first error: after a failed one HDF5 may crash."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.error: OSError | None = None
+        self._file = file
+        self.read, self.readinto, self.seek, self.tell = file.read, file.readinto, file.seek, file.tell
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data).cast("B")
+        self._attempt(lambda: self._write_all(left))
+        return len(left)
+
+    def _write_all(self, left: memoryview) -> None:
+        while left:
+            left = left[self._file.write(left) :]
+
+    def truncate(self, size: int) -> None:
+        self._attempt(lambda: self._file.truncate(size))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.error = error
 
 
 def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
