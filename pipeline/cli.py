@@ -3,16 +3,16 @@
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from pipeline.errors import PipelineError, PreemptedError, RunError
+from pipeline.errors import PipelineError, RunError
+from pipeline.signals import raise_when_preempted
 
 app = typer.Typer(
     name="pipeline",
@@ -81,7 +81,7 @@ def run(
     chosen = _build(workflow, config, overrides)
     folder = out or f"runs/{workflow}"
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    raise_when_preempted()
     failure: RunError | None = None
     try:
         summary: Mapping[str, object] = chosen.run(
@@ -312,10 +312,6 @@ def _print_json(value: object) -> None:
 
 def _debugging() -> bool:
     return os.environ.get("PIPELINE_DEBUG", "") not in ("", "0")
-
-
-def _on_sigterm(signum: int, frame: object) -> NoReturn:
-    raise PreemptedError("stopped by SIGTERM; run the same command again to go on")
 
 
 def main() -> None:

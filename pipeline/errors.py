@@ -5,7 +5,7 @@ from collections.abc import Mapping
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_DROP_LIMIT = 3
+EXIT_INCOMPLETE = 3
 EXIT_ENVIRONMENT = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -48,16 +48,18 @@ class RunError(PipelineError):
 
 
 class ShardError(RunError):
-    """One or more shards failed after every retry; the other shards are finished."""
+    """Some shards failed after every try and are set aside; the other shards are finished."""
+
+    exit_code = EXIT_INCOMPLETE
 
 
 class DropLimitError(RunError):
     """The run finished, but dropped more samples than `max_drop_fraction` allows."""
 
-    exit_code = EXIT_DROP_LIMIT
+    exit_code = EXIT_INCOMPLETE
 
 
 class PreemptedError(PipelineError):
-    """The run was told to stop (SIGTERM); the same command goes on from here."""
+    """The run was told to stop (SIGTERM, SIGHUP); the same command goes on from here."""
 
     exit_code = EXIT_PREEMPTED

@@ -4,12 +4,14 @@ An object cannot be appended to: on an object store the lines are gathered, and 
 their own below events/.
 """
 
+import io
 import json
+import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from pipeline.storage import LocalStorage, Storage
 
@@ -24,18 +26,17 @@ class EventLog:
     def __init__(self, storage: Storage):
         self._storage = storage
         self._lines: list[str] = []
-        self._file: IO[str] | None = None
+        self._file: io.FileIO | None = None
         self._mutex = threading.Lock()
         if isinstance(storage, LocalStorage):
-            self._file = (storage.root / _FILE).open("a", encoding="utf-8", errors="backslashreplace")
+            self._file = (storage.root / _FILE).open("ab", buffering=0)
         self._next_write = time.monotonic() + _GATHER_S
 
     def write(self, event: str, **fields: object) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False) + "\n"
         with self._mutex:
             if self._file is not None:
-                self._file.write(line)
-                self._file.flush()
+                _append(self._file, line.encode("utf-8", "backslashreplace"))
                 return
             self._lines.append(line)
             if time.monotonic() >= self._next_write:
@@ -55,6 +56,16 @@ class EventLog:
             self._storage.write_text(name, "".join(self._lines))
         self._lines.clear()
         self._next_write = time.monotonic() + _GATHER_S
+
+
+def _append(file: io.FileIO, data: bytes) -> None:
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(end)  # no half a line on a full disk
+        raise
 
 
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:

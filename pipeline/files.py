@@ -40,8 +40,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    commit_file(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        commit_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

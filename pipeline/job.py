@@ -5,7 +5,6 @@ resumed is theirs to decide.
 """
 
 import os
-import signal
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import dump_yaml
-from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
+from pipeline.disk import disk_errors_explained
+from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.events import EventLog
 from pipeline.mirror import working_folder
 from pipeline.progress import Lines
 from pipeline.runfolder import CONFIG, PLAN, SUMMARY, RunFolder
+from pipeline.signals import StopSignals
 from pipeline.storage import LocalStorage
 from pipeline.workflow import PlanOptions, RunOptions, Summary, Workflow
 
@@ -31,11 +32,11 @@ class Job:
     options: RunOptions
     lines: Lines
     """Shows progress to people."""
-    stop_signal: int | None = field(default=None)
+    signals: StopSignals = field(default_factory=StopSignals)
 
     def should_stop(self) -> bool:
-        """True once the run was told to stop (SIGTERM or Ctrl-C): save and return soon."""
-        return self.stop_signal is not None
+        """True once the run was told to stop (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
+        return self.signals.received is not None
 
     def working_folder(self) -> AbstractContextManager[Path]:
         """The folder to work in: the run's own, or on an object store a local copy whose changes are sent back.
@@ -82,16 +83,20 @@ def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
     One of several processes (torchrun sets RANK) only works; the first one also keeps the run folder.
 
     Raises:
-        PreemptedError: stopped by SIGTERM.
+        PreemptedError: stopped by SIGTERM or SIGHUP.
         KeyboardInterrupt: stopped by Ctrl-C.
         PipelineError: what `work` raises.
     """
-    job = Job(RunFolder(out), options, Lines(quiet=options.quiet))
+    run = RunFolder(out)
+    with disk_errors_explained(run.storage.local):
+        return _run(workflow, Job(run, options, Lines(quiet=options.quiet)))
+
+
+def _run(workflow: JobWorkflow, job: Job) -> Summary:
+    options = job.options
     if int(os.environ.get("RANK", "0")) > 0:
         job.lines.quiet = True
-        with _signals_noted(job):
-            facts = workflow.work(job)
-        _raise_stop(job)
+        facts = _work(workflow, job)
         return {"workflow": workflow.name, "outcome": "finished", "facts": dict(facts), "seconds": 0.0}
     with job.run.lock(take_over=options.take_over):
         return _execute(workflow, job)
@@ -110,9 +115,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     events.write("run_started", workflow=workflow.name, executor=job.options.executor)
     outcome = "interrupted"
     try:
-        with _signals_noted(job):
-            facts = workflow.work(job)
-        _raise_stop(job)
+        facts = _work(workflow, job)
         outcome = "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
@@ -137,35 +140,9 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     return summary
 
 
-class _signals_noted:
-    """Within this block the first SIGTERM or Ctrl-C is noted in the job; a second one has its usual effect."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.former: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.former[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever owns it handles signals
-                return
-
-    def _note(self, number: int, frame: object) -> None:
-        self.job.stop_signal = number
-        self._restore()
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self.former = {}
-
-
-def _raise_stop(job: Job) -> None:
-    if job.stop_signal == signal.SIGTERM:
-        raise PreemptedError("stopped by SIGTERM; run the same command again to go on")
-    if job.stop_signal is not None:
-        raise KeyboardInterrupt
+def _work(workflow: JobWorkflow, job: Job) -> Mapping[str, object]:
+    with job.signals:
+        facts = workflow.work(job)
+    if job.should_stop():
+        job.signals.raise_stop()
+    return facts

@@ -16,8 +16,9 @@ class Plan:
     """In an order in which every group is made before it is read."""
     shards: Callable[[], Iterator[Shard]]
     """Starts the stream of shards afresh; the whole input is never held in memory."""
-    finalize: Callable[[RunFolder, int], dict[str, object]]
-    """Called once all shards are committed, with the number of input rows; returns facts for the summary."""
+    finalize: Callable[[RunFolder, int, Sequence[int]], dict[str, object]]
+    """Called at the end, with the number of input rows and the indices of failed shards; returns facts for the
+    summary."""
     final_file: str | None = None
     """What `finalize` writes, relative to the run folder; removed before finished work is, so that it never
     speaks of files that are gone."""

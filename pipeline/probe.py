@@ -17,6 +17,7 @@ from pipeline.task import TaskOutcome, TaskRequest
 
 _FIRST_ROWS = 16
 _BUDGET_S = 5.0
+_POLL_S = 10.0
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Ex
         )
         outcomes: list[TaskOutcome] = []
         while not outcomes:
-            outcomes = executor.wait()
+            outcomes = executor.wait(_POLL_S)
         outcome = outcomes[0]
         if outcome.error is not None:
             error = PipelineError(f"--probe: {stage.name} failed on sample rows of the input: {outcome.error}")

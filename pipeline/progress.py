@@ -109,7 +109,10 @@ class Progress:
 
     def task_failed(self, outcome: TaskOutcome) -> None:
         """A shard failed for good."""
-        message = f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}"
+        self.note(f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}")
+
+    def note(self, message: str) -> None:
+        """Says something that is not a number."""
         if self._bars is not None:
             self._bars.console.print(message, markup=False)
         elif not self.quiet:

@@ -50,6 +50,11 @@ class RunFolder:
             raise ConfigError(f"--out {self.url}: this workflow needs a local folder; give one")
         return self.storage.root
 
+    @property
+    def failures(self) -> str:
+        """Folder of the tracebacks of the shards that the last run set aside."""
+        return f"{QUARANTINE}/failed"
+
     def group_folder(self, group: str) -> str:
         """Where the group's files lie: in the store, or in staging for intermediate files."""
         return f"staging/{group}" if group in self.transient_groups else f"{STORE}/{group}"

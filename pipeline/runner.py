@@ -4,7 +4,8 @@ import time
 from dataclasses import asdict
 
 from pipeline.config import dump_yaml
-from pipeline.errors import DropLimitError, ShardError
+from pipeline.disk import disk_errors_explained
+from pipeline.errors import EXIT_FAILED, DropLimitError, ShardError
 from pipeline.events import EventLog
 from pipeline.executors.base import Executor, make_executor
 from pipeline.plan import Plan
@@ -12,6 +13,7 @@ from pipeline.progress import Progress
 from pipeline.retries import begin_round, forget_retries, rounds_fit, superseded, with_retries
 from pipeline.runfolder import CONFIG, PLAN, QUARANTINE, SUMMARY, RunFolder
 from pipeline.scheduler import Scheduler, Tally
+from pipeline.signals import StopSignals
 from pipeline.state import check_groups, refuse_changed_input
 from pipeline.workflow import RunOptions, ShardedWorkflow, Summary
 
@@ -24,13 +26,15 @@ def run_workflow(workflow: ShardedWorkflow, out: str, options: RunOptions) -> Su
         StaleOutputError: the folder holds work of another configuration.
         LockedError: another run works in the folder.
         ShardError: some shards failed after all tries; the rest is finished.
+        MachineError: the disk is full, among others.
+        KeyboardInterrupt, PreemptedError: stopped by a signal.
         DropLimitError: finished, but too many samples were dropped.
     """
     run = RunFolder(out)
     plan = with_retries(workflow.plan(run), run)
     run.transient_groups = plan.transient_groups
     executor = make_executor(options.executor, plan.stages, run, workflow.config.execution, options.address)
-    with run.lock(take_over=options.take_over):
+    with disk_errors_explained(run.storage.local), run.lock(take_over=options.take_over):
         refuse_changed_input(plan, run, restart=options.restart)
         removed = check_groups(plan, run, restart=options.restart)
         if options.restart and (plan.row_group in removed or not rounds_fit(plan, run)):
@@ -39,6 +43,7 @@ def run_workflow(workflow: ShardedWorkflow, out: str, options: RunOptions) -> Su
             begin_round(plan, run, options.retry_dropped)
         run.storage.clean()
         run.storage.delete(SUMMARY)
+        run.storage.delete_folder(run.failures)
         run.storage.write_text(CONFIG, dump_yaml(workflow.config))
         run.storage.write_json(PLAN, describe(workflow, plan))
         events = EventLog(run.storage)
@@ -54,24 +59,24 @@ def _execute(
     started = time.perf_counter()
     execution = workflow.config.execution
     progress = Progress(plan.stages, plan.estimated_shards, quiet=options.quiet)
-    scheduler = Scheduler(
-        plan, run, executor, events, progress, max_attempts=execution.max_attempts, restart=options.restart
-    )
+    stop = StopSignals(execution.grace_s)
+    scheduler = Scheduler(plan, run, executor, events, progress, execution, stop, restart=options.restart)
     events.write("run_started", workflow=workflow.name, executor=options.executor)
     outcome = "interrupted"
-    try:
-        with progress:
-            tally = scheduler.execute()
-        run.storage.clean()  # of workers that died
-        tally.leave_out(plan.row_group, superseded(plan, run))
-        facts = plan.finalize(run, tally.input_rows)
-        outcome = "failed" if tally.shards_failed else "finished"
-    except BaseException as error:
-        outcome = f"stopped: {type(error).__name__}"
-        raise
-    finally:
-        executor.close()
-        events.write("run_ended", outcome=outcome)
+    with stop:
+        try:
+            with progress:
+                tally = scheduler.execute()
+            tally.leave_out(plan.row_group, superseded(plan, run))
+            facts = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            outcome = "failed" if tally.shards_failed else "finished"
+        except BaseException as error:
+            outcome = f"stopped: {type(error).__name__}"
+            raise
+        finally:
+            executor.close()
+            run.storage.clean()  # of workers that died, or were abandoned
+            events.write("run_ended", outcome=outcome)
     summary: Summary = {
         "workflow": workflow.name,
         "outcome": outcome,
@@ -110,12 +115,15 @@ def describe(workflow: ShardedWorkflow, plan: Plan) -> dict[str, object]:
 def _check_limits(plan: Plan, run: RunFolder, tally: Tally, summary: Summary) -> None:
     if tally.shards_failed:
         first = tally.failures[0]
-        raise ShardError(
+        error = ShardError(
             f"{tally.shards_failed} of {tally.shards} shards failed; the others are finished. "
             f"First: {first['stage']} on shard {first['shard']}: {first['error']}\n"
-            f"Tracebacks: {run.url}/{QUARANTINE}/failed. Run the same command again to retry them.",
+            f"Tracebacks: {run.url}/{run.failures}. Run the same command again to retry them.",
             summary,
         )
+        if tally.shards_failed == tally.shards:
+            error.exit_code = EXIT_FAILED
+        raise error
     samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
     dropped = rows - samples
     if rows and dropped / rows > plan.max_drop_fraction:

@@ -16,9 +16,9 @@ from zoneinfo import ZoneInfo
 
 from pipeline.cron import parse_cron
 from pipeline.errors import (
-    EXIT_DROP_LIMIT,
     EXIT_ENVIRONMENT,
     EXIT_FAILED,
+    EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_USAGE,
@@ -26,7 +26,7 @@ from pipeline.errors import (
 )
 from pipeline.quoting import FILTERS
 
-FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_DROP_LIMIT, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
+FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
 """Codes after which the same command at once would end the same way; after any other it goes on."""
 
 _CONFIG_FOLDER = "/etc/pipeline"

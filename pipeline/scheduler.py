@@ -5,16 +5,21 @@ Memory in the driver is bounded by the window, not by the number of shards.
 """
 
 import operator
+import signal
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from pipeline.errors import PipelineError
 from pipeline.events import EventLog
-from pipeline.executors.base import Executor
+from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.retries import retried_rows
-from pipeline.runfolder import QUARANTINE, Record, RunFolder
+from pipeline.runfolder import Record, RunFolder
+from pipeline.signals import StopSignals
 from pipeline.stage import Shard, Stage
 from pipeline.state import Ledger
 from pipeline.task import TaskOutcome, TaskRequest
@@ -30,6 +35,7 @@ class _Job:
     present: set[str]
     """Groups committed so far."""
     running: int = 0
+    """Tasks handed over, or waiting for their next try."""
     failed: bool = False
 
 
@@ -85,6 +91,7 @@ class GroupTally:
 
 
 _MAX_LISTED_FAILURES = 20
+_POLL_S = 1.0
 
 
 class Scheduler:
@@ -97,8 +104,9 @@ class Scheduler:
         executor: Executor,
         events: EventLog,
         progress: Progress,
+        config: ExecutionConfig,
+        stop: StopSignals,
         *,
-        max_attempts: int,
         restart: bool = False,
     ):
         self.plan = plan
@@ -106,39 +114,70 @@ class Scheduler:
         self.executor = executor
         self.events = events
         self.progress = progress
-        self.max_attempts = max_attempts
+        self.config = config
+        self.stop = stop
         self.ledger = Ledger(plan, run, restart=restart)
         self.retried_rows = retried_rows(run)
         self.tally = Tally()
         self.jobs: dict[int, _Job] = {}
+        self.later: list[tuple[float, Stage, _Job, int]] = []
+        """Further tries: when (monotonic clock), and which."""
+        self.failed_shards: list[int] = []
+        self.failures: Counter[str] = Counter()
+        """Stage -> shards it failed on."""
+        self.succeeded: set[str] = set()
 
     def execute(self) -> Tally:
         """Runs every shard that is not finished.
 
-        A failing shard is retried, then set aside with its traceback; the others go on.
+        A failing shard is retried, then set aside with its traceback; the others go on. Once told to stop, it lets
+        running tasks finish and begins nothing more.
 
         Raises:
             PipelineError: no shard can succeed, the inputs changed, or another run has taken the folder over.
+            KeyboardInterrupt, PreemptedError: told to stop.
         """
         shards = self._unfinished()
         exhausted = False
-        while True:
-            while not exhausted and len(self.jobs) < self.executor.window:
+        while self.jobs or not exhausted:
+            if self.stop.received:
+                self._finish_running(self.stop.received)
+            while not exhausted and not self.stop.received and len(self.jobs) < self.executor.window:
                 job = next(shards, None)
                 if job is None:
                     exhausted = True
                     break
                 self.jobs[job.shard.index] = job
                 self._submit_ready(job)
-            if not self.jobs:
-                self.ledger.check_leftovers()
-                order = list(self.plan.groups)
-                self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
-                return self.tally
-            for outcome in self.executor.wait():
-                self._handle(outcome)
-            if self.run.lease is not None and self.run.lease.lost:
-                self.run.lease.check()
+            self._submit_due()
+            if self.jobs:
+                self._wait()
+        self.ledger.check_leftovers()
+        order = list(self.plan.groups)
+        self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
+        return self.tally
+
+    def _finish_running(self, signal_number: int) -> NoReturn:
+        self.executor.withdraw()
+        self.progress.note(
+            f"{signal.Signals(signal_number).name}: finishing {self.executor.num_tasks} running tasks, "
+            f"for at most {self.config.grace_s:g} s; once more to stop at once"
+        )
+        while self.executor.num_tasks:
+            self._wait()
+        self.stop.raise_stop()
+
+    def _wait(self) -> None:
+        """Handles what has finished; returns soon, to look after signals and further tries."""
+        now = time.monotonic()
+        timeout_s = min([_POLL_S, *(max(0.0, due - now) for due, *_ in self.later)])
+        if not self.executor.num_tasks:
+            time.sleep(timeout_s)
+            return
+        for outcome in self.executor.wait(timeout_s):
+            self._handle(outcome)
+        if self.run.lease is not None and self.run.lease.lost:
+            self.run.lease.check()
 
     def _unfinished(self) -> Iterator[_Job]:
         """Streams the shards that still need work; counts those that do not."""
@@ -146,6 +185,7 @@ class Scheduler:
             self.tally.shards += 1
             self.tally.input_rows += shard.num_rows
             needed = self.plan.needed(set(finished))
+            self.succeeded.update(s.name for s in self.plan.stages if s not in needed)
             for name, record in finished.items():
                 if name not in self.plan.transient_groups:
                     self.tally.add(record)
@@ -158,10 +198,19 @@ class Scheduler:
                 self.progress.skip(shard)
 
     def _submit_ready(self, job: _Job) -> None:
+        if self.stop.received:
+            return
         for stage in [s for s in job.needed if job.present.issuperset(s.inputs)]:
             job.needed.remove(stage)
             job.running += 1
             self._submit(stage, job, attempt=1)
+
+    def _submit_due(self) -> None:
+        now = time.monotonic()
+        due = [entry for entry in self.later if entry[0] <= now]
+        self.later = [entry for entry in self.later if entry[0] > now]
+        for _, stage, job, attempt in due:
+            self._submit(stage, job, attempt)
 
     def _submit(self, stage: Stage, job: _Job, attempt: int) -> None:
         wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
@@ -178,13 +227,14 @@ class Scheduler:
             self._succeed(job, outcome)
         else:
             self._fail(job, outcome)
-        if not job.running:
+        if not job.running and not self.stop.received:
             self._drop_transient(job.shard)
             del self.jobs[job.shard.index]
             self.progress.finish(job.shard)
 
     def _succeed(self, job: _Job, outcome: TaskOutcome) -> None:
         request = outcome.request
+        self.succeeded.add(request.stage)
         for name, record in outcome.records.items():
             job.present.add(name)
             if name not in self.plan.transient_groups:
@@ -214,15 +264,18 @@ class Scheduler:
             error = PipelineError(outcome.error)
             error.exit_code = outcome.fatal_exit_code
             raise error
-        if request.attempt < self.max_attempts:
+        if request.attempt < self.config.max_attempts:
             stage = next(s for s in self.plan.stages if s.name == request.stage)
+            due = time.monotonic() + self.config.retry_delay_s * 2 ** (request.attempt - 1)
             job.running += 1
-            self._submit(stage, job, request.attempt + 1)
+            self.later.append((due, stage, job, request.attempt + 1))
             return
-        self.tally.shards_failed += not job.failed
+        if not job.failed:
+            self.failed_shards.append(job.shard.index)
+            self.tally.shards_failed += 1
         job.failed = True
         job.needed.clear()
-        where = f"{QUARANTINE}/failed/{request.stage}-{job.shard.name}.txt"
+        where = f"{self.run.failures}/{request.stage}-{job.shard.name}.txt"
         self.run.storage.write_text(where, outcome.traceback or str(outcome.error))
         if len(self.tally.failures) < _MAX_LISTED_FAILURES:
             self.tally.failures.append(
@@ -234,6 +287,13 @@ class Scheduler:
                 }
             )
         self.progress.task_failed(outcome)
+        self.failures[request.stage] += 1
+        if request.stage not in self.succeeded and self.failures[request.stage] >= self.config.give_up_after_shards:
+            raise PipelineError(
+                f"{request.stage} failed on each of its first {self.failures[request.stage]} shards "
+                f"(execution.give_up_after_shards), so the others are not tried. Last: {outcome.error}\n"
+                f"Tracebacks: {self.run.url}/{self.run.failures}. Mend the cause and run the same command again."
+            )
 
     def _drop_transient(self, shard: Shard) -> None:
         for group in self.plan.transient_groups - self.plan.keep:

@@ -39,6 +39,11 @@ class Storage(ABC):
     parallel: int = 1
     """Requests worth having under way at once."""
 
+    @property
+    @abstractmethod
+    def local(self) -> Path:
+        """The folder of this machine that files are written to, at least on their way."""
+
     @abstractmethod
     def read(self, name: str) -> bytes: ...
 
@@ -180,6 +185,10 @@ class LocalStorage(Storage):
         self.root = root.absolute()
         self.url = str(self.root)
 
+    @property
+    def local(self) -> Path:
+        return self.root
+
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
@@ -277,6 +286,10 @@ class ObjectStorage(Storage):
     def __setstate__(self, state: dict[str, str]) -> None:
         self.url = state["url"]
         self._connect()
+
+    @property
+    def local(self) -> Path:
+        return _scratch()
 
     def read(self, name: str) -> bytes:
         return self._call("read", name, self._fs.cat_file)

@@ -12,7 +12,8 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.errors import EXIT_FAILED, PipelineError
+from pipeline.disk import disk_message, takes_no_data
+from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
 from pipeline.files import file_digest
 from pipeline.fingerprint import digest
 from pipeline.runfolder import RunFolder
@@ -72,19 +73,14 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()
-    except OSError as error:
-        outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if error.errno in _DISK_ERRORS:
-            outcome.fatal_exit_code = EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if takes_no_data(error):
+            outcome.error, outcome.fatal_exit_code = disk_message(error, run.storage.local), EXIT_ENVIRONMENT
     finally:
         task.release()
     outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
-
-
-_DISK_ERRORS = (28, 30, 122)  # ENOSPC, EROFS, EDQUOT
 
 
 def _prepare(stage: Stage, run: RunFolder) -> Stage:

@@ -33,6 +33,8 @@ def inspect_command(path: str) -> CommandResult:
     sizes = group_bytes(store)
     groups: dict[str, object] = {}
     lines = [f"{len(store)} samples in {store.manifest.num_shards} shards, {human_bytes(sum(sizes.values()))}"]
+    if store.manifest.failed_shards:
+        lines.append(f"  without {len(store.manifest.failed_shards)} shards that failed: run the same command again")
     for name, group in store.manifest.groups.items():
         entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
         text, facts = "", {}
@@ -50,6 +52,7 @@ def inspect_command(path: str) -> CommandResult:
         "input_rows": store.manifest.input_rows,
         "num_samples": len(store),
         "num_shards": store.manifest.num_shards,
+        "failed_shards": list(store.manifest.failed_shards),
         "image_sizes": store.image_sizes,
         "encoders": store.encoders,
         "image_encoders": store.image_encoders,

@@ -1,7 +1,7 @@
 """Writes the store's manifest from the completion records: what was cached, and the proof of it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import imagen_core.store as store_format
 from pipeline.retries import retry_origins
@@ -12,27 +12,30 @@ from stages.fetch import ORIGINALS, SAMPLES
 _WRITER = "imagen-precompute"
 
 
-def build_manifest(run: RunFolder, input_rows: int) -> dict[str, object]:
-    """Writes STORE/manifest.json for all groups that are finished for every shard of `samples`.
+def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[int] = ()) -> dict[str, object]:
+    """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
     Streams the records, so that memory does not grow with the number of shards. The same records give the
     same bytes.
 
     Args:
         input_rows: rows of the source, as the driver counted them.
+        failed_shards: indices of shards with a group that could not be made; readers see none of their rows.
     Returns:
         Facts for the run's summary.
     """
-    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run)}
+    failed = frozenset(failed_shards)
+    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
     totals = {"num_samples": 0}
     header = {
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
         "input_rows": input_rows,
         "groups": {name: _describe(run, config) for name, config in groups.items()},
+        **({"failed_shards": sorted(failed)} if failed else {}),
     }
     with run.storage.writing(f"{STORE}/manifest.json") as path:
-        store_format.write_manifest(path, header, _shards(run, list(groups), totals))
+        store_format.write_manifest(path, header, _shards(run, list(groups), failed, totals))
     return {"num_samples": totals["num_samples"], "store": run.store_url, "groups_in_store": sorted(groups)}
 
 
@@ -45,9 +48,9 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
     return config
 
 
-def _complete_groups(run: RunFolder) -> dict[str, dict[str, object]]:
-    """Groups with a record for every shard, also those of earlier configurations of this run folder."""
-    shards = set(run.recorded_shards(SAMPLES))
+def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[str, object]]:
+    """Groups with a record for every shard that did not fail, also those of earlier configurations of the folder."""
+    shards = set(run.recorded_shards(SAMPLES)) - failed
     result = {}
     for group in run.begun_groups():
         if group in (ORIGINALS, SAMPLES):
@@ -71,10 +74,12 @@ def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
     return {**config, "null": _file_entry(run, path)}
 
 
-def _shards(run: RunFolder, groups: list[str], totals: dict[str, int]) -> Iterator[dict[str, object]]:
+def _shards(
+    run: RunFolder, groups: list[str], failed: frozenset[int], totals: dict[str, int]
+) -> Iterator[dict[str, object]]:
     origins = retry_origins(run)
     read = lambda shard: {group: run.read_record(group, f"{shard:05d}") for group in groups}  # noqa: E731
-    for records in run.storage.map(read, sorted(run.recorded_shards(SAMPLES))):
+    for records in run.storage.map(read, sorted(set(run.recorded_shards(SAMPLES)) - failed)):
         samples = records[SAMPLES]
         assert samples is not None
         shard = int(str(samples["shard"]))

@@ -60,7 +60,7 @@ def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
                 facts = train(config, folder, on_progress=_shown(job), should_stop=job.should_stop)
             return {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), job.run.url)}
     except TrainingStopped:
-        job.stop_signal = job.stop_signal or signal.SIGTERM  # another process of the training was told
+        job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told
         return {}
 
 

@@ -9,6 +9,8 @@ from imagen_core.store.manifest import Manifest
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.records import ShardEntry
 
+_MAX_NAMED_SHARDS = 10
+
 
 class Coverage:
     """Sums over the shards of a store; memory grows with the rows that were tried again, 16 bytes each.
@@ -22,6 +24,7 @@ class Coverage:
         self._total = manifest.input_rows
         self._first_tries = self._accounted = 0
         self._known = manifest.index
+        self._failed = manifest.failed_shards
         retried = np.concatenate([*manifest.retries.values(), np.zeros((0, 2), np.int64)])
         self._retried = retried[np.lexsort((retried[:, 1], retried[:, 0]))]  # by shard, then row
 
@@ -71,8 +74,11 @@ class Coverage:
         if len(unknown):
             problems.append(f"rows of shard {unknown[0]} were tried again, but there is no such shard")
         if self._first_tries != self.input_rows:
+            named = ", ".join(f"{index:05d}" for index in self._failed[:_MAX_NAMED_SHARDS])
+            more = ", ..." if len(self._failed) > _MAX_NAMED_SHARDS else ""
+            why = f"{len(self._failed)} shards failed ({named}{more})" if named else "some are missing"
             problems.append(
-                f"{self.input_rows} input rows, but the shards have {self._first_tries}: some failed, or are missing; "
+                f"{self.input_rows} input rows, but the shards have {self._first_tries}: {why}; "
                 "run the same pipeline command again"
             )
         return problems

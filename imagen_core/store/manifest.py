@@ -58,6 +58,7 @@ class Manifest:
     Attributes:
         header: the header as written: schema_version, writer, groups and whatever else was given.
         input_rows: rows of the source that the store accounts for; None if the header does not say.
+        failed_shards: indices of shards of the source that the store lacks, since a step failed on them.
         groups: the header's groups, typed, by name.
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
             bytes are those of all files but the manifest.
@@ -73,6 +74,7 @@ class Manifest:
         self.header = header
         self.groups = _parse_header(header)
         self.input_rows: int | None = header.get("input_rows")
+        self.failed_shards: tuple[int, ...] = tuple(header.get("failed_shards", ()))
         self.sha256 = ""
         self.excluded: dict[int, dict[int, str]] = {}
         self.retries: dict[int, np.ndarray] = {}
@@ -264,6 +266,9 @@ def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
         raise ValueError(f"schema_version must be {OLDEST_READABLE} to {SCHEMA_VERSION} (got {version!r})")
     if type(header.get("input_rows", 0)) is not int:
         raise ValueError(f"input_rows must be an integer (got {header['input_rows']!r})")
+    failed = header.get("failed_shards", [])
+    if type(failed) is not list or any(type(index) is not int for index in failed):
+        raise ValueError(f"failed_shards must be a list of integers (got {failed!r})")
     if reserved := {"shards", "sha256", *_TOTALS} & set(header):
         raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")
     groups = {name: parse_group(name, raw) for name, raw in sorted(header["groups"].items())}

@@ -24,6 +24,12 @@ class ExecutionConfig(Config):
     """Shards admitted at once (backpressure); default twice the workers, at least 4."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of a failing shard before it is set aside with its traceback."""
+    retry_delay_s: float = Field(default=5.0, ge=0)
+    """Seconds before the second try; twice as many before each further one."""
+    give_up_after_shards: int = Field(default=8, ge=1)
+    """The run ends if a stage fails on so many shards and has not succeeded on any: the cause is not in the data."""
+    grace_s: float = Field(default=10.0, ge=0)
+    """Seconds that running tasks get to finish after Ctrl-C, SIGTERM or SIGHUP; a second signal ends them at once."""
 
 
 class Executor(ABC):
@@ -36,9 +42,18 @@ class Executor(ABC):
     def submit(self, stage: Stage, request: TaskRequest) -> None:
         """Queues a task."""
 
+    @property
     @abstractmethod
-    def wait(self) -> list[TaskOutcome]:
-        """Blocks until at least one task has finished (or about 10 s have passed); returns those that have."""
+    def num_tasks(self) -> int:
+        """Tasks that were submitted and have not been returned by `wait`."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
+        """Blocks until at least one task has finished or the time is over; returns those that have."""
+
+    @abstractmethod
+    def withdraw(self) -> None:
+        """Forgets tasks that have not started yet, as far as it can tell."""
 
     @abstractmethod
     def close(self) -> None:

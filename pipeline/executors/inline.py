@@ -20,10 +20,17 @@ class InlineExecutor(Executor):
     def submit(self, stage: Stage, request: TaskRequest) -> None:
         self.queue.append((stage, request))
 
-    def wait(self) -> list[TaskOutcome]:
+    @property
+    def num_tasks(self) -> int:
+        return len(self.queue)
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
         stage, request = self.queue.popleft()
         return [run_task(stage, self.run, request)]
 
-    def close(self) -> None:
+    def withdraw(self) -> None:
         self.queue.clear()
+
+    def close(self) -> None:
+        self.withdraw()
         release_stages()

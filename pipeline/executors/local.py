@@ -4,111 +4,129 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
 from pipeline.runfolder import RunFolder
+from pipeline.signals import ignore_stop_signals
 from pipeline.stage import Stage
 from pipeline.task import TaskOutcome, TaskRequest, run_task
 
 
 class LocalExecutor(Executor):
-    """One process pool for stateless stages, and one process for each worker of a stage that keeps models."""
+    """Workers of one process and one task each, so that a death is the fault of the task that it ends."""
 
     def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig):
         self.run = run
-        self.num_cpus = config.num_cpus or usable_cpus()
         self.gpus = visible_gpus()
-        self.pools: dict[str, list[_Pool]] = {}
-        shared = _Pool(self.num_cpus, gpu=None)
-        for stage in stages:
-            self.pools[stage.name] = [shared] if stage.max_workers is None else self._own_pools(stage)
-        workers = self.num_cpus + sum(len(p) for p in self.pools.values() if p != [shared])
-        self.window = config.max_in_flight_shards or max(4, 2 * workers)
-        self.running: dict[Future[TaskOutcome], tuple[_Pool, int, TaskRequest]] = {}
+        num_cpus = config.num_cpus or usable_cpus()
+        shared = _Pool([_Worker(gpu=None) for _ in range(num_cpus)])
+        self.pools = {s.name: shared if s.max_workers is None else self._own_pool(s) for s in stages}
+        self.workers = [worker for pool in {*self.pools.values(), shared} for worker in pool.workers]
+        self.window = config.max_in_flight_shards or max(4, 2 * len(self.workers))
+        self.running: dict[Future[TaskOutcome], tuple[_Pool, _Worker, TaskRequest]] = {}
 
-    def _own_pools(self, stage: Stage) -> list["_Pool"]:
+    def _own_pool(self, stage: Stage) -> "_Pool":
+        """One worker for each GPU, or part of a GPU, and tasks that keep models."""
         num_gpus = stage.resources.num_gpus
         slots = [None] if not self.gpus or num_gpus == 0 else self.gpus * max(1, int(1 / (num_gpus or 1)))
         count = stage.max_workers or len(slots)
-        return [_Pool(1, gpu=slots[i % len(slots)]) for i in range(count)]
+        return _Pool([_Worker(gpu=slots[i % len(slots)]) for i in range(count)])
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.running) + sum(len(pool.waiting) for pool in set(self.pools.values()))
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
-        pool = min(self.pools[stage.name], key=lambda p: p.num_running)
-        future = pool.submit(stage, self.run, request)
-        self.running[future] = (pool, pool.generation, request)
+        pool = self.pools[stage.name]
+        pool.waiting.append((stage, request))
+        self._feed(pool)
 
-    def wait(self) -> list[TaskOutcome]:
-        done, _ = wait(self.running, timeout=10, return_when=FIRST_COMPLETED)
+    def _feed(self, pool: "_Pool") -> None:
+        """Hands waiting tasks to idle workers, those that have started first."""
+        while pool.waiting and pool.idle:
+            worker = max(pool.idle, key=lambda worker: worker.process is not None)
+            pool.idle.remove(worker)
+            stage, request = pool.waiting.popleft()
+            self.running[worker.submit(stage, self.run, request)] = (pool, worker, request)
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
+        for pool in set(self.pools.values()):
+            self._feed(pool)
+        done, _ = wait(self.running, timeout=timeout_s, return_when=FIRST_COMPLETED)
         outcomes = []
         for future in done:
-            pool, generation, request = self.running.pop(future)
-            pool.num_running -= 1
+            pool, worker, request = self.running.pop(future)
             try:
                 outcomes.append(future.result())
             except BrokenProcessPool:
-                if pool.generation == generation:  # one death breaks every task of the pool, restart it once
-                    pool.restart()
-                outcomes.append(TaskOutcome(request, error="a worker process died (killed, or out of memory)"))
+                worker.stop()
+                outcomes.append(TaskOutcome(request, error="the worker process died (killed, or out of memory)"))
+            pool.idle.append(worker)
         return outcomes
 
+    def withdraw(self) -> None:
+        for pool in self.pools.values():
+            pool.waiting.clear()
+
     def close(self) -> None:
-        for pools in self.pools.values():
-            for pool in pools:
-                pool.stop()
+        for worker in self.workers:
+            worker.stop()
 
 
+@dataclass(eq=False)
 class _Pool:
-    """A process pool that can be started again after a worker was killed."""
+    """Workers, and what waits for one of them."""
 
-    def __init__(self, size: int, gpu: str | None):
-        self.size = size
+    workers: list["_Worker"]
+    waiting: deque[tuple[Stage, TaskRequest]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.idle = list(self.workers)
+
+
+class _Worker:
+    """A process that is started for its first task, and again after its death."""
+
+    def __init__(self, gpu: str | None):
         self.gpu = gpu
-        self.num_running = 0
-        self.generation = 0
-        self.processes: ProcessPoolExecutor | None = None
+        self.process: ProcessPoolExecutor | None = None
 
     def submit(self, stage: Stage, run: RunFolder, request: TaskRequest) -> Future[TaskOutcome]:
-        self.num_running += 1
-        for attempt in range(2):
-            if self.processes is None:
-                self.processes = ProcessPoolExecutor(
-                    self.size,
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=_start_worker,
-                    initargs=(self.gpu,),
-                )
+        if self.process is not None:
             try:
-                return self.processes.submit(run_task, stage, run, request)
-            except BrokenProcessPool:
-                if attempt:
-                    raise
-                self.restart()
-        raise AssertionError("unreachable")
-
-    def restart(self) -> None:
-        self.generation += 1
-        if self.processes is not None:
-            self.processes.shutdown(wait=False, cancel_futures=True)
-            self.processes = None
+                return self.process.submit(run_task, stage, run, request)
+            except BrokenProcessPool:  # it was killed while it had nothing to do
+                self.stop()
+        self.process = ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.gpu,),
+        )
+        return self.process.submit(run_task, stage, run, request)
 
     def stop(self) -> None:
-        if self.processes is None:
+        """Kills the process; what it has half-written is under temporary names."""
+        if self.process is None:
             return
-        workers = list((self.processes._processes or {}).values())
-        self.processes.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join(timeout=5)
-        self.processes = None
+        processes = list((self.process._processes or {}).values())
+        self.process.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(timeout=5)
+        self.process = None
 
 
 def _start_worker(gpu: str | None) -> None:
     """Pins the worker to its GPU, and ends it when the driver is gone, however it died."""
+    ignore_stop_signals()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     parent = multiprocessing.parent_process()

@@ -54,13 +54,21 @@ class RayExecutor(Executor):
             pool.waiting.append(request)
             self._feed(pool)
 
-    def wait(self) -> list[TaskOutcome]:
+    @property
+    def num_tasks(self) -> int:
+        return len(self.running) + sum(len(pool.waiting) for pool in self.pools.values())
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
         import ray
 
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=10)
+        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=timeout_s)
         if ready:  # take all that are ready by now, in one go
             ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
         return [self._collect(reference) for reference in ready]
+
+    def withdraw(self) -> None:
+        for pool in self.pools.values():
+            pool.waiting.clear()
 
     def close(self) -> None:
         if not self.started:

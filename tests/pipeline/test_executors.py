@@ -16,7 +16,7 @@ RAY_IS_SLOW = ["inline", "local", pytest.param("ray", marks=[pytest.mark.ray, py
 
 
 def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Summary:
-    config = ToyConfig.model_validate({"toy": toy, "execution": {"num_cpus": 2}})
+    config = ToyConfig.model_validate({"toy": toy, "execution": {"num_cpus": 2, "retry_delay_s": 0}})
     return run_workflow(Toy(config), out, RunOptions(executor, restart=restart, quiet=True))
 
 
@@ -56,7 +56,7 @@ def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     executor: str, tmp_path: Path, trace: Path
 ) -> None:
     with pytest.raises(ShardError, match=r"1 of 5 shards failed.*cannot square shard 2"):
-        run(tmp_path / "r", executor, trace=str(trace), fail_shard=2)
+        run(tmp_path / "r", executor, trace=str(trace), fail_shards=[2])
     assert marks(trace, "square-00002") == 3
     assert sorted(files(tmp_path / "r")) == [f"store/squares/0000{i}.txt" for i in (0, 1, 3, 4)]
     assert "ValueError" in (tmp_path / "r" / "quarantine" / "failed" / "square-00002.txt").read_text()

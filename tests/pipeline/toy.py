@@ -19,10 +19,14 @@ class ToyOptions(Config):
     rows: int = 4
     factor: int = 2
     """Part of the `squares` group's fingerprint."""
-    fail_shard: int = -1
-    """`square` raises on this shard."""
+    fail_shards: tuple[int, ...] = ()
+    """`square` raises on these shards."""
     kill_shard: int = -1
     """`square` kills its own process once on this shard."""
+    deadly_shard: int = -1
+    """`square` kills its own process each time on this shard."""
+    gate: str = ""
+    """A file that `square` waits for."""
     broken_setup: bool = False
     trace: str = ""
     """Folder where stages leave a mark for each call."""
@@ -57,10 +61,13 @@ class Square(Stage):
     def process(self, task: Task) -> None:
         options, shard = self.options, task.shard
         mark(options, f"square-{shard.name}")
-        if shard.index == options.fail_shard:
+        wait_for(options.gate)
+        if shard.index in options.fail_shards:
             raise ValueError(f"cannot square shard {shard.index}")
         if shard.index == options.kill_shard and not (Path(options.trace) / "killed").exists():
             (Path(options.trace) / "killed").touch()
+            os.kill(os.getpid(), 9)
+        if shard.index == options.deadly_shard:
             os.kill(os.getpid(), 9)
         values = [int(v) for v in task.input("raw").read_text().split()]
         kept = [v for v in values if v % 10 != 7]
@@ -116,7 +123,7 @@ class Toy(ShardedWorkflow):
         return Plan(
             stages=stages,
             shards=lambda: toy_shards(options),
-            finalize=lambda run, _: {"num_samples": sum(int(str(r["rows"])) for r in run.records("squares"))},
+            finalize=lambda run, *_: {"num_samples": sum(int(str(r["rows"])) for r in run.records("squares"))},
             row_group="squares",
             keep=frozenset(["raw"]) if options.keep else frozenset(),
         )
@@ -126,6 +133,12 @@ def toy_shards(options: ToyOptions) -> Iterator[Shard]:
     for index in range(options.num_shards):
         rows = list(range(index * options.rows, (index + 1) * options.rows))
         yield Shard(index, rows, len(rows))
+
+
+def wait_for(gate: str) -> None:
+    deadline = time.monotonic() + 30
+    while gate and not Path(gate).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def mark(options: ToyOptions, name: str) -> None:

@@ -1,0 +1,89 @@
+"""Stopping on request: the first signal asks the work to end well, the second one ends it at once."""
+
+import os
+import signal
+import threading
+from typing import NoReturn, Self
+
+from pipeline.errors import PreemptedError
+
+_PREEMPTING = (signal.SIGTERM, signal.SIGHUP)
+_ALL = (signal.SIGINT, *_PREEMPTING)
+
+
+class StopSignals:
+    """Within this block the first Ctrl-C, SIGTERM or SIGHUP is noted; the second one raises.
+
+    Signals that the process was started to ignore (nohup) stay ignored.
+
+    Args:
+        grace_s: seconds from the first signal after which a second one is sent; None: never.
+    """
+
+    def __init__(self, grace_s: float | None = None):
+        self.grace_s = grace_s
+        self.received: int | None = None
+        """The first signal."""
+        self._former: dict[int, object] = {}
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        for number in _ALL:
+            former = signal.getsignal(number)
+            if former is signal.SIG_IGN:
+                continue
+            try:
+                signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever owns it handles signals
+                break
+            self._former[number] = former
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def raise_stop(self) -> NoReturn:
+        """Raises what the first signal means.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+            PreemptedError: another signal.
+        """
+        assert self.received is not None
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise_preempted(self.received)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            self._restore()
+            self.raise_stop()
+        self.received = number
+        if self.grace_s is not None:
+            self._timer = threading.Timer(self.grace_s, os.kill, (os.getpid(), number))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _restore(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._former = {}
+
+
+def raise_when_preempted() -> None:
+    """From now on SIGTERM and SIGHUP raise `PreemptedError`, wherever the program is."""
+    for number in _PREEMPTING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, raise_preempted)
+
+
+def raise_preempted(number: int, frame: object = None) -> NoReturn:
+    raise PreemptedError(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+
+
+def ignore_stop_signals() -> None:
+    """For workers: they live and die with the driver, also when a terminal signals the whole process group."""
+    for number in _ALL:
+        signal.signal(number, signal.SIG_IGN)
