@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn, Self
 
 from pipeline.errors import PreemptedError
@@ -83,7 +85,14 @@ def raise_preempted(number: int, frame: object = None) -> NoReturn:
     raise PreemptedError(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
 
 
-def ignore_stop_signals() -> None:
-    """For workers: they live and die with the driver, also when a terminal signals the whole process group."""
-    for number in _ALL:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """Holds the signals back, for this thread, until the end of the block, and for ever from processes started in it.
+
+    So workers live and die with the driver, also when a terminal signals its whole process group.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

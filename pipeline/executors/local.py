@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
 from pipeline.runfolder import RunFolder
-from pipeline.signals import ignore_stop_signals
+from pipeline.signals import stop_signals_held
 from pipeline.stage import Stage
 from pipeline.task import TaskOutcome, TaskRequest, run_task
 
@@ -103,13 +103,14 @@ class _Worker:
                 return self.process.submit(run_task, stage, run, request)
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 self.stop()
-        self.process = ProcessPoolExecutor(
-            1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self.gpu,),
-        )
-        return self.process.submit(run_task, stage, run, request)
+        with stop_signals_held():
+            self.process = ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.gpu,),
+            )
+            return self.process.submit(run_task, stage, run, request)
 
     def stop(self) -> None:
         """Kills the process; what it has half-written is under temporary names."""
@@ -126,7 +127,6 @@ class _Worker:
 
 def _start_worker(gpu: str | None) -> None:
     """Pins the worker to its GPU, and ends it when the driver is gone, however it died."""
-    ignore_stop_signals()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     parent = multiprocessing.parent_process()

@@ -1,30 +1,52 @@
 """Asked to stop, a run stops with the right exit code, and the same command goes on."""
 
+import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.workflows.conftest import pipeline
+from tests.workflows.conftest import events, pipeline
 from tests.workflows.test_kill import CONFIG, descendants, records, start, wait_until_gone
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_ctrl_c_and_sigterm_end_the_run_with_their_codes(
-    executor: str, how: signal.Signals, code: int, tmp_path: Path
+def on_ray(how: signal.Signals, code: int, whole_group: bool) -> Any:
+    return pytest.param("ray", how, code, whole_group, marks=pytest.mark.ray)
+
+
+@pytest.mark.parametrize(
+    ("executor", "how", "code", "whole_group"),
+    [
+        ("inline", signal.SIGINT, 130, False),
+        ("local", signal.SIGINT, 130, True),  # a terminal's Ctrl-C
+        ("local", signal.SIGTERM, 75, False),
+        ("local", signal.SIGTERM, 75, True),
+        ("local", signal.SIGHUP, 75, True),  # a terminal that is closed
+        on_ray(signal.SIGINT, 130, True),
+        on_ray(signal.SIGTERM, 75, False),
+    ],
+)
+def test_signals_end_the_run_with_their_codes_and_leave_nothing_behind(
+    executor: str, how: signal.Signals, code: int, whole_group: bool, tmp_path: Path
 ) -> None:
-    process = start(tmp_path / "run", executor)
-    while records(tmp_path / "run") < 2 and process.poll() is None:
+    out = tmp_path / "run"
+    process = start(out, executor)
+    while records(out) < 2 and process.poll() is None:
         time.sleep(0.05)
     children = list(descendants(process.pid))
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    if whole_group:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors.decode()
     assert b"Traceback" not in errors
     wait_until_gone(children)
+    assert not list(out.rglob(".tmp-*"))
     if executor == "local":
-        pipeline("run", "precompute", "--out", str(tmp_path / "run"), "--executor", executor, "--quiet", *CONFIG)
+        assert {event["event"] for event in events(out)} == {"run_started", "task", "run_ended"}, "no worker died"
+        pipeline("run", "precompute", "--out", str(out), "--executor", executor, "--quiet", *CONFIG)

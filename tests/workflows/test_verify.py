@@ -47,7 +47,7 @@ def test_a_shard_that_failed_leaves_its_rows_unaccounted(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(ResizeStage, "process", failing)
     with pytest.raises(ShardError):
-        precompute(tmp_path / "run", *SMALL)
+        precompute(tmp_path / "run", *SMALL, "execution.max_attempts=1")
     result, found = verified(tmp_path / "run")
     assert (result.code, found["input_rows"], found["num_samples"], found["unaccounted"]) == (1, 20, 15, 4)
     assert [problem["file"] for problem in found["problems"]] == ["manifest.json"]
