@@ -16,7 +16,7 @@ STUBS = {
 echo "pipeline $*" >>"$CALLS"
 pwd >"$CALLS.folder"
 if [ "$CODE" = wait ]; then
-  trap 'echo "pipeline got TERM" >>"$CALLS"; sleep 0.2; exit 75' TERM
+  trap 'touch "$CALLS.stopping"; until [ -e "$CALLS.go" ]; do sleep 0.02; done; exit 75' TERM
   touch "$CALLS.started"
   while :; do sleep 0.02; done
 fi
@@ -46,8 +46,9 @@ class Cluster:
         for name, text in STUBS.items():
             (bin_folder / name).write_text(f"#!/bin/bash\n{text}")
             (bin_folder / name).chmod(0o755)
-        (root / "home").mkdir()
-        self.home = root / "home"
+        self.home, self.folder = root / "home", root / "it's mine"
+        self.home.mkdir()
+        self.folder.mkdir()
         self.script = root / "job.sh"
         self.environment = {
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
@@ -62,6 +63,12 @@ class Cluster:
             ["bash", str(self.script)], env={**self.environment, "CODE": code, **environment}, cwd=self.home
         )
 
+    def wait_for(self, name: str) -> None:
+        give_up = time.monotonic() + 30
+        while not self.calls_file.with_name(name).exists():
+            assert time.monotonic() < give_up, f"no {name}"
+            time.sleep(0.02)
+
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines()
 
@@ -70,7 +77,7 @@ class Cluster:
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin dir" / "python"))
-    schedule = Schedule("slurm", "precompute", None, "/data/run1", ("a=$(id) 'b'",), folder=tmp_path)
+    schedule = Schedule("slurm", "precompute", None, "/data/run1", ("a=$(id) 'b'",), folder=found.folder)
     (text,) = render(schedule).values()
     found.script.write_text(text)
     return found
@@ -92,7 +99,7 @@ def test_the_directives_ask_for_a_signal_and_a_requeue(cluster: Cluster) -> None
 def test_the_exit_code_is_that_of_the_run(cluster: Cluster, code: int) -> None:
     assert cluster.start(str(code)).wait(30) == code
     assert cluster.calls() == [COMMAND]
-    assert (cluster.calls_file.with_name("calls.folder")).read_text().strip() == str(cluster.script.parent)
+    assert (cluster.calls_file.with_name("calls.folder")).read_text().strip() == str(cluster.folder)
 
 
 def test_a_preempted_run_is_put_back_into_the_queue(cluster: Cluster) -> None:
@@ -102,13 +109,13 @@ def test_a_preempted_run_is_put_back_into_the_queue(cluster: Cluster) -> None:
 
 def test_slurms_signal_reaches_the_run_which_ends_in_its_own_time(cluster: Cluster) -> None:
     job = cluster.start("wait")
-    give_up = time.monotonic() + 30
-    while not cluster.calls_file.with_name("calls.started").exists():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    cluster.wait_for("calls.started")
     job.send_signal(signal.SIGTERM)
+    cluster.wait_for("calls.stopping")
+    job.send_signal(signal.SIGTERM)  # a second one does not end the wait
+    cluster.calls_file.with_name("calls.go").touch()
     assert job.wait(30) == 75
-    assert cluster.calls() == [COMMAND, "pipeline got TERM", "scontrol requeue 42"]
+    assert cluster.calls() == [COMMAND, "scontrol requeue 42"]
 
 
 def test_several_nodes_become_a_ray_cluster_with_a_token(cluster: Cluster) -> None:
