@@ -37,6 +37,8 @@ class _Job:
     running: int = 0
     """Tasks handed over, or waiting for their next try."""
     failed: bool = False
+    losses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By stage and kind: how often the worker or the node was lost."""
 
 
 @dataclass(slots=True)
@@ -92,6 +94,7 @@ class GroupTally:
 
 _MAX_LISTED_FAILURES = 20
 _POLL_S = 1.0
+_MAX_NODE_LOSSES = 20  # of one task; then it is the task that brings nodes down
 
 
 class Scheduler:
@@ -216,7 +219,10 @@ class Scheduler:
         wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
         fingerprints = {name: self.ledger.fingerprints[name] for name in wanted}
         retried = frozenset(self.retried_rows.get(job.shard.index, ()))
-        request = TaskRequest(stage.name, job.shard, wanted, fingerprints, frozenset(job.present), retried, attempt)
+        alone = job.losses[stage.name, "worker"] > 0
+        request = TaskRequest(
+            stage.name, job.shard, wanted, fingerprints, frozenset(job.present), retried, attempt, alone
+        )
         self.executor.submit(stage, request)
 
     def _handle(self, outcome: TaskOutcome) -> None:
@@ -246,6 +252,7 @@ class Scheduler:
             seconds=round(outcome.seconds, 4),
             setup_s=round(outcome.setup_s, 4),
             cpu_s=round(outcome.cpu_s, 4),
+            **({"node": outcome.node} if outcome.node else {}),
             groups={n: {"rows": r["rows"], "drops": r["drops"]} for n, r in outcome.records.items()},
         )
         self.progress.task_done(outcome)
@@ -258,17 +265,19 @@ class Scheduler:
             stage=request.stage,
             shard=request.shard.index,
             attempt=request.attempt,
+            **({"lost": outcome.lost} if outcome.lost else {}),
             error=outcome.error,
         )
         if outcome.fatal_exit_code is not None:
             error = PipelineError(outcome.error)
             error.exit_code = outcome.fatal_exit_code
             raise error
-        if request.attempt < self.config.max_attempts:
+        if self._again(job, outcome):
             stage = next(s for s in self.plan.stages if s.name == request.stage)
-            due = time.monotonic() + self.config.retry_delay_s * 2 ** (request.attempt - 1)
+            delay_s = 0.0 if outcome.lost == "node" else self.config.retry_delay_s * 2 ** (request.attempt - 1)
+            due = time.monotonic() + delay_s
             job.running += 1
-            self.later.append((due, stage, job, request.attempt + 1))
+            self.later.append((due, stage, job, request.attempt + (not outcome.lost)))
             return
         if not job.failed:
             self.failed_shards.append(job.shard.index)
@@ -294,6 +303,14 @@ class Scheduler:
                 f"(execution.give_up_after_shards), so the others are not tried. Last: {outcome.error}\n"
                 f"Tracebacks: {self.run.url}/{self.run.failures}. Mend the cause and run the same command again."
             )
+
+    def _again(self, job: _Job, outcome: TaskOutcome) -> bool:
+        """Whether to try once more. Errors and dead workers each have `max_attempts`."""
+        if not outcome.lost:
+            return outcome.request.attempt < self.config.max_attempts
+        loss = (outcome.request.stage, outcome.lost)
+        job.losses[loss] += 1
+        return job.losses[loss] < (self.config.max_attempts if outcome.lost == "worker" else _MAX_NODE_LOSSES)
 
     def _drop_transient(self, shard: Shard) -> None:
         for group in self.plan.transient_groups - self.plan.keep:

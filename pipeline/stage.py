@@ -55,6 +55,8 @@ class Resources:
     num_cpus: float = 1.0
     num_gpus: float | None = 0.0
     """None: one GPU if there are any, else none."""
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """Further resources that a Ray cluster's nodes declare."""
 
 
 @dataclass(frozen=True, slots=True)

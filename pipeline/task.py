@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipeline.disk import disk_message, takes_no_data
 from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
@@ -35,6 +36,8 @@ class TaskRequest:
     retried_rows: frozenset[int] = frozenset()
     """Rows that a retry round has taken over; the shard they came from leaves them out."""
     attempt: int = 1
+    alone: bool = False
+    """A worker died of it, or beside it: nothing else may run in its worker."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,10 @@ class TaskOutcome:
     error: str | None = None
     """Message of the failure, or None."""
     traceback: str = ""
+    lost: Literal["", "worker", "node"] = ""
+    """The task did not fail: the worker that ran it died, or its whole node."""
+    node: str = ""
+    """Ray's id of the node it ran on."""
     fatal_exit_code: int | None = None
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 

@@ -42,7 +42,7 @@ class EncodeStage(Stage):
         self.name = f"encode-{encoder.name}"
         self.group = text_group(encoder.name)
         self.max_workers = encoder.workers or 0
-        self.resources = Resources(encoder.num_cpus, encoder.num_gpus)
+        self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.dim, self.fingerprint = identity.dim, identity.fingerprint
         self.groups = (
             Group(

@@ -37,7 +37,7 @@ class EncodePicturesStage(Stage):
         self.group = image_embed_group(encoder.name)
         self.inputs = (SAMPLES, self.pictures.name)
         self.max_workers = encoder.workers or 0
-        self.resources = Resources(encoder.num_cpus, encoder.num_gpus)
+        self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.fingerprint = identity.fingerprint
         self.groups = (
             Group(

@@ -7,7 +7,7 @@ from typing import Any
 
 from imagen_core.train import TrainConfig
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.executors.ray import connect
+from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
 from pipeline.mirror import working_folder
 from pipeline.storage import LocalStorage, open_storage
@@ -29,7 +29,7 @@ def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    _, gpus = connect(None, job.options.address)
+    gpus = total(connect(None, job.options.address), "GPU")
     scratch = Path(tempfile.mkdtemp()) if not isinstance(job.run.storage, LocalStorage) else job.run.root / "ray"
     try:
         use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu

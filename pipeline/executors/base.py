@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 
@@ -20,10 +21,16 @@ class ExecutionConfig(Config):
 
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs to use on this machine; default all. Ignored when joining a cluster with --address."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Ray resources of the cluster that each task off the GPU asks for beside its CPUs, as `{cpu_node: 0.001}`: puts
+    them on the nodes that have it. Ignored without --address."""
+    idle_release_s: float = Field(default=300.0, gt=0)
+    """A Ray worker that has had no task for so long is ended, and its GPU given back; made anew when needed."""
     max_in_flight_shards: int | None = Field(default=None, ge=1)
     """Shards admitted at once (backpressure); default twice the workers, at least 4."""
     max_attempts: int = Field(default=3, ge=1)
-    """Tries of a failing shard before it is set aside with its traceback."""
+    """Tries of a failing shard before it is set aside with its traceback; deaths of its worker count apart, and the
+    loss of a node does not count."""
     retry_delay_s: float = Field(default=5.0, ge=0)
     """Seconds before the second try; twice as many before each further one."""
     give_up_after_shards: int = Field(default=8, ge=1)

@@ -66,7 +66,8 @@ class LocalExecutor(Executor):
                 outcomes.append(future.result())
             except BrokenProcessPool:
                 worker.stop()
-                outcomes.append(TaskOutcome(request, error="the worker process died (killed, or out of memory)"))
+                error = "the worker process died (killed, or out of memory)"
+                outcomes.append(TaskOutcome(request, error=error, lost="worker"))
             pool.idle.append(worker)
         return outcomes
 

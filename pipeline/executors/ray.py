@@ -1,32 +1,25 @@
 """Runs tasks on Ray: plain Ray tasks for stateless stages, actors for stages that keep a model.
 
-Ray schedules, retries lost workers and places GPUs; this file only hands over tasks and collects results.
+Ray schedules and places; this file hands over tasks, collects results, and follows the cluster as it changes.
 """
 
-import contextlib
 import logging
-import os
-import signal
-import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
-from pipeline.errors import MachineError
-from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
+from pipeline.executors.base import ExecutionConfig, Executor
+from pipeline.executors.ray_cluster import Demand, Node, connect, describe, first_line, living_nodes, total
+from pipeline.executors.ray_pool import StageActor, Started, Worker, WorkerPool, run_here
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest, run_task
+from pipeline.task import TaskOutcome, TaskRequest
 
 log = logging.getLogger(__name__)
 
-_TASK_RETRIES = 3
-_PREFETCH = 1  # tasks that wait in an actor, beside those it runs
-_PROBE_TIMEOUT_S = 10.0
-_OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
+_LOOK_S = 10.0  # between looks at the cluster
+_STARVED_S = 30.0  # then the user is told what others hold
+_REPEAT_S = 300.0
 
 
 class RayExecutor(Executor):
@@ -38,9 +31,13 @@ class RayExecutor(Executor):
         self.config = config
         self.address = address
         self.started = False
-        self.running: dict[Any, tuple[_Pool | None, _Worker | None, TaskRequest]] = {}
-        self.pools: dict[str, _Pool] = {}
-        # Before Ray is up only this machine is known; `_start` sets the cluster's window.
+        self.nodes: list[Node] = []
+        self.looked = 0.0
+        self.told: dict[str, float] = {}
+        self.running: dict[Any, tuple[WorkerPool | None, Worker | None, TaskRequest | None]] = {}
+        self.pools: dict[str, WorkerPool] = {}
+        self.demands: dict[str, Demand] = {}
+        # Before Ray is up only this machine is known; `_look` sets the cluster's window.
         self.window = config.max_in_flight_shards or 4
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
@@ -52,19 +49,23 @@ class RayExecutor(Executor):
             self.running[reference] = (None, None, request)
         else:
             pool.waiting.append(request)
-            self._feed(pool)
+            self._note(pool, pool.feed())
 
     @property
     def num_tasks(self) -> int:
-        return len(self.running) + sum(len(pool.waiting) for pool in self.pools.values())
+        given = sum(request is not None for _, _, request in self.running.values())
+        return given + sum(len(pool.waiting) for pool in self.pools.values())
 
     def wait(self, timeout_s: float) -> list[TaskOutcome]:
         import ray
 
+        if time.monotonic() - self.looked > _LOOK_S:
+            self._look(living_nodes())
         ready, _ = ray.wait(list(self.running), num_returns=1, timeout=timeout_s)
         if ready:  # take all that are ready by now, in one go
             ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-        return [self._collect(reference) for reference in ready]
+        outcomes = [self._collect(reference) for reference in ready]
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def withdraw(self) -> None:
         for pool in self.pools.values():
@@ -74,166 +75,121 @@ class RayExecutor(Executor):
         if not self.started:
             return
         import ray
-        from ray.exceptions import RayError
 
         for pool in self.pools.values():
             for worker in pool.workers:
-                with contextlib.suppress(RayError):
-                    ray.kill(worker.actor)
+                pool.drop(worker)
         ray.shutdown()
         self.started = False
 
-    def _collect(self, reference: Any) -> TaskOutcome:
+    def _note(self, pool: WorkerPool, started: list[Started]) -> None:
+        for reference, worker, request in started:
+            self.running[reference] = (pool, worker, request)
+
+    def _collect(self, reference: Any) -> TaskOutcome | None:
+        """The outcome of a task; None if it was the start of a worker."""
         import ray
-        from ray.exceptions import RayActorError, RayError
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
         pool, worker, request = self.running.pop(reference)
-        if worker is not None:
-            worker.num_running -= 1
+        result, failure = None, None
         try:
-            outcome = cast(TaskOutcome, ray.get(reference))
-        except RayActorError as error:
-            assert pool is not None
-            pool.workers = [w for w in pool.workers if w is not worker]
-            outcome = TaskOutcome(request, error=f"the worker died: {_first_line(error)}")
+            result = ray.get(reference)
         except RayError as error:
-            outcome = TaskOutcome(request, error=f"Ray could not run the task: {_first_line(error)}")
-        if pool is not None:
-            self._feed(pool)
+            failure = error
+        outcome = None
+        if request is not None:
+            outcome = cast(TaskOutcome, result) if failure is None else self._lost(request, failure, worker)
+        if pool is not None and worker is not None:
+            if request is not None:
+                pool.finish(worker)
+            elif failure is None:
+                pool.placed(worker, str(result))
+            elif worker in pool.workers:
+                pool.start_failed(failure)
+            if isinstance(failure, RayActorError):
+                if isinstance(failure, ActorUnavailableError):
+                    worker.node = ""  # nobody knows; it is no fault of its other tasks
+                pool.drop(worker)
+            self._note(pool, pool.feed())
         return outcome
 
-    def _feed(self, pool: "_Pool") -> None:
-        """Hands waiting tasks to the least busy worker; adds a worker while all are busy and more are allowed."""
-        while pool.waiting:
-            worker = min(pool.workers, key=lambda w: w.num_running, default=None)
-            if (worker is None or worker.num_running) and len(pool.workers) < pool.max_workers:
-                worker = _Worker(pool.actor_class.remote(pool.stage, self.run))
-                pool.workers.append(worker)
-            if worker is None or worker.num_running >= pool.stage.tasks_per_worker + _PREFETCH:
-                return
-            request = pool.waiting.popleft()
-            reference = worker.actor.process.remote(request)
-            worker.num_running += 1
-            self.running[reference] = (pool, worker, request)
+    def _lost(self, request: TaskRequest, error: Exception, worker: Worker | None) -> TaskOutcome:
+        """The outcome of a task that Ray could not bring to its end: was it the node, or the worker alone?"""
+        from ray.exceptions import (
+            ActorUnavailableError,
+            NodeDiedError,
+            ObjectLostError,
+            OutOfMemoryError,
+            RayActorError,
+            WorkerCrashedError,
+        )
+
+        if isinstance(error, NodeDiedError | ObjectLostError | ActorUnavailableError):
+            return TaskOutcome(request, error=f"its node was lost: {first_line(error)}", lost="node")
+        if isinstance(error, RayActorError):
+            assert worker is not None
+            if error.preempted or worker.node not in {node.id for node in living_nodes()}:
+                return TaskOutcome(request, error="its node was lost", lost="node", node=worker.node)
+        if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError):
+            return TaskOutcome(request, error=f"the worker died: {first_line(error)}", lost="worker")
+        return TaskOutcome(request, error=f"Ray could not run the task: {first_line(error)}")
 
     def _start(self) -> None:
         import ray
 
-        num_cpus, num_gpus = connect(self.config.num_cpus, self.address)
+        nodes = connect(self.config.num_cpus, self.address)
         self.started = True
         self.remote_task, self.stage_refs = {}, {}
-        remote = ray.remote(run_task)
-        actor_class = ray.remote(_StageActor)
         for name, stage in self.stages.items():
-            gpus = _gpus_of(stage, num_gpus)
+            demand = self.demands[name] = self._demand(stage, nodes)
+            # The scheduler tries again, not Ray: it knows whose fault it was, and Ray retries without end for memory.
+            placement = {
+                "num_cpus": demand.get("CPU", 0),
+                "num_gpus": demand.get("GPU", 0),
+                "resources": {key: amount for key, amount in demand.items() if key not in ("CPU", "GPU")},
+            }
+            self.stage_refs[name] = ray.put(stage)
             if stage.max_workers is None:
-                self.stage_refs[name] = ray.put(stage)
-                self.remote_task[name] = remote.options(
-                    num_cpus=min(stage.resources.num_cpus, num_cpus),
-                    num_gpus=gpus,
-                    max_retries=_TASK_RETRIES,
-                    name=name,
-                )
+                self.remote_task[name] = ray.remote(run_here).options(max_retries=0, name=name, **placement)
             else:
-                # Workers live as long as the run. Off the GPU they reserve no CPU: they would starve the tasks.
-                options = actor_class.options(
-                    num_cpus=stage.resources.num_cpus if gpus else 0,
-                    num_gpus=gpus,
-                    max_restarts=_TASK_RETRIES,
-                    max_task_retries=_TASK_RETRIES,
-                    max_concurrency=stage.tasks_per_worker,
-                )
-                limit = stage.max_workers or max(1, int(num_gpus / gpus) if gpus else 1)
-                self.pools[name] = _Pool(stage, options, limit)
-        workers = num_cpus + sum(pool.max_workers for pool in self.pools.values())
+                actor = ray.remote(StageActor).options(max_concurrency=stage.tasks_per_worker, **placement)
+                self.pools[name] = WorkerPool(stage, self.run, demand, actor, self.stage_refs[name])
+        self._look(nodes)
+
+    def _demand(self, stage: Stage, nodes: list[Node]) -> Demand:
+        """What a task or worker of the stage asks of a node. Off the cluster it never exceeds this machine."""
+        wanted, joined = stage.resources, self.address is not None
+        gpus = wanted.num_gpus
+        if gpus is None or not joined:
+            gpus = min(1.0 if gpus is None else gpus, total(nodes, "GPU"))
+        # Workers live as long as there is work. Off the GPU they reserve no CPU: they would starve the tasks.
+        cpus = 0.0 if stage.max_workers is not None and not gpus else wanted.num_cpus
+        largest = max((node.resources.get("CPU", 0.0) for node in nodes), default=0.0)
+        own = wanted.custom or ({} if gpus else self.config.resources)
+        demand = {"CPU": min(cpus, largest or cpus), "GPU": gpus, **(own if joined else {})}
+        return {name: amount for name, amount in demand.items() if amount}
+
+    def _look(self, nodes: list[Node]) -> None:
+        """Follows the cluster: window and number of workers, workers to end, tasks that no node can take."""
+        self.nodes, self.looked = nodes, time.monotonic()
+        for pool in self.pools.values():
+            pool.resize(nodes)
+            pool.release_idle(self.config.idle_release_s)
+            self._note(pool, pool.feed())
+        workers = max(1.0, total(nodes, "CPU")) + sum(pool.limit for pool in self.pools.values())
         self.window = self.config.max_in_flight_shards or max(4, 2 * int(workers))
+        for name in {request.stage for _, _, request in self.running.values() if request} | set(self.pools):
+            self._tell_missing(name)
 
-
-def _gpus_of(stage: Stage, cluster_gpus: float) -> float:
-    """GPUs of one worker: as the stage says; by default one, where the cluster has any."""
-    if not cluster_gpus:
-        return 0.0
-    return 1.0 if stage.resources.num_gpus is None else stage.resources.num_gpus
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    actor: Any
-    num_running: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Pool:
-    stage: Stage
-    actor_class: Any
-    max_workers: int
-    workers: list[_Worker] = field(default_factory=list)
-    waiting: deque[TaskRequest] = field(default_factory=deque)
-
-
-class _StageActor:
-    """Keeps a stage, and the models it loaded, across shards."""
-
-    def __init__(self, stage: Stage, run: RunFolder):
-        self.stage = stage
-        self.run = run
-
-    def process(self, request: TaskRequest) -> TaskOutcome:
-        return run_task(self.stage, self.run, request)
-
-
-def connect(num_cpus: int | None, address: str | None) -> tuple[float, float]:
-    """Joins or starts Ray; returns the cluster's CPUs and GPUs.
-
-    A local Ray runs without a dashboard, and with Ray's default: token authentication on every port.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_enable_metrics_collection", "false")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # By default Ray ends workers that are idle for a second, and their successors load all packages again.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "86400000")
-    import ray
-
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
-    started = time.perf_counter()
-    try:
-        _probe(address)
-        if address is not None:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            os.environ.pop("RAY_ADDRESS", None)
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or usable_cpus(),
-                include_dashboard=False,
-                dashboard_host="127.0.0.1",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"--address {address}" if address else "a local Ray"
-        raise MachineError(
-            f"{where}: cannot be reached or started ({_first_line(error)}); check the address, or use --executor local"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there
-    resources = ray.cluster_resources()
-    log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, resources)
-    return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-
-
-def _probe(address: str | None) -> None:
-    """Refuses an address where nobody listens; Ray itself would try for minutes.
-
-    Raises:
-        OSError: no connection.
-    """
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _tell_missing(self, name: str) -> None:
+        """Says what a stage waits for, if no node has it, or if none has had it free for long."""
+        demand, pool = self.demands[name], self.pools.get(name)
+        starved = pool.starved_s() if pool else 0.0
+        possible = not demand or any(node.room(demand) for node in self.nodes)
+        idle = pool is not None and not pool.waiting
+        if idle or (possible and starved < _STARVED_S) or time.monotonic() < self.told.get(name, 0.0):
+            return
+        self.told[name] = time.monotonic() + _REPEAT_S
+        why = "all that have it are busy" if possible else "none has it"
+        log.warning("%s waits for a node with %s: of %d nodes %s", name, describe(demand), len(self.nodes), why)

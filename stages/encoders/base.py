@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field
@@ -100,6 +100,9 @@ class FrozenModelConfig(Config):
     """CPUs reserved for a GPU worker."""
     workers: int | None = Field(default=None, ge=1)
     """Workers that hold the model; null: one for each GPU, or one."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Ray resources of the cluster that a worker asks for beside CPU and GPU, as `{"accelerator_type:H100": 0.001}`:
+    puts it on the nodes that have it. Ignored without --address."""
     cpu_threads: int | None = Field(default=None, ge=1)
     """Threads of a worker that runs on the CPU; null: all CPUs divided by the workers."""
 

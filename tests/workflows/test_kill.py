@@ -70,7 +70,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(
     [
         ("local", "spawn_main"),
         pytest.param("ray", "ray::fetch", marks=pytest.mark.ray),
-        pytest.param("ray", "ray::_StageActor", marks=pytest.mark.ray),
+        pytest.param("ray", "ray::StageActor", marks=pytest.mark.ray),
     ],
 )
 def test_a_killed_worker_or_download_is_made_good_within_the_run(

@@ -1,0 +1,123 @@
+"""The Ray cluster: joins or starts one, and says what its nodes have."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import MachineError
+from pipeline.executors.base import usable_cpus
+
+log = logging.getLogger(__name__)
+
+Demand = Mapping[str, float]
+"""Ray resources that a task or worker occupies: CPU, GPU, and names of the cluster's own."""
+
+_PROBE_TIMEOUT_S = 10.0
+_OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living node of the cluster."""
+
+    id: str
+    resources: Demand
+
+    def room(self, demand: Demand) -> int:
+        """Workers of this demand that the node holds when it is empty; a worker's part of a GPU is on one GPU."""
+        return min(_times(name, self.resources.get(name, 0.0), amount) for name, amount in demand.items())
+
+
+def _times(name: str, available: float, amount: float) -> int:
+    if name == "GPU" and amount < 1:
+        return int(available) * int(1 / amount + 1e-9)
+    return int(available / amount + 1e-9)
+
+
+def living_nodes() -> list[Node]:
+    """The nodes of the cluster that are alive now."""
+    import ray
+
+    return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def total(nodes: Iterable[Node], name: str) -> float:
+    """How much of a resource the nodes have together."""
+    return sum(node.resources.get(name, 0.0) for node in nodes)
+
+
+def describe(demand: Demand) -> str:
+    """`CPU 1, GPU 0.5`"""
+    return ", ".join(f"{name} {amount:g}" for name, amount in sorted(demand.items()))
+
+
+def connect(num_cpus: int | None, address: str | None) -> list[Node]:
+    """Joins or starts Ray; returns its nodes.
+
+    A Ray started here listens on the loopback interface only, has no dashboard, and keeps Ray's default: token
+    authentication on every gRPC port.
+
+    Raises:
+        MachineError: the cluster cannot be reached, or Ray not be started.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_enable_metrics_collection", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # By default Ray ends workers that are idle for a second, and their successors load all packages again.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "86400000")
+    if address is None:
+        # Ray's switch for machines that are no cluster: everything binds 127.0.0.1 instead of all interfaces.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+    from ray._private import ray_constants
+
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
+    started = time.perf_counter()
+    try:
+        _probe(address)
+        if address is not None:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            os.environ.pop("RAY_ADDRESS", None)
+            ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or usable_cpus(),
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"--address {address}" if address else "a local Ray"
+        raise MachineError(
+            f"{where}: cannot be reached or started ({first_line(error)}); check the address, or use --executor local"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there
+    nodes = living_nodes()
+    log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, nodes)
+    return nodes
+
+
+def _probe(address: str | None) -> None:
+    """Refuses an address where nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        OSError: no connection.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

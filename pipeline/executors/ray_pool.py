@@ -1,0 +1,146 @@
+"""Long-lived Ray workers of one stage: made while tasks wait, ended when idle, replaced when they die."""
+
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import MachineError
+from pipeline.executors.ray_cluster import Demand, Node, first_line
+from pipeline.runfolder import RunFolder
+from pipeline.stage import Stage
+from pipeline.task import TaskOutcome, TaskRequest, run_task
+
+_PREFETCH = 1  # tasks that wait in a worker, beside those it runs
+_MAX_FAILED_STARTS = 3
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """An actor; it gets tasks once it has told its node."""
+
+    actor: Any
+    node: str = ""
+    num_running: int = 0
+    alone: bool = False
+    """It runs a task that must have no other beside it."""
+    since: float = field(default_factory=time.monotonic)
+    """Start of what it does now: waiting for a node, or for a task."""
+
+
+Started = tuple[Any, Worker, TaskRequest | None]
+"""An object reference to wait for, its worker, and the task; no task: the start of the worker itself."""
+
+
+class WorkerPool:
+    """Hands tasks to workers. More workers are asked of Ray only while tasks wait: pending ones are the demand that
+    an autoscaler sees."""
+
+    def __init__(self, stage: Stage, run: RunFolder, demand: Demand, actor_class: Any, stage_ref: Any):
+        self.stage = stage
+        self.run = run
+        self.demand = demand
+        self.actor_class = actor_class
+        self.stage_ref = stage_ref
+        self.limit = 1
+        self.failed_starts = 0
+        self.workers: list[Worker] = []
+        self.waiting: deque[TaskRequest] = deque()
+
+    def resize(self, nodes: list[Node]) -> None:
+        """Sets how many workers there may be: as the stage says, else what the nodes' GPUs hold."""
+        room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
+        self.limit = self.stage.max_workers or max(1, room)
+
+    def feed(self) -> list[Started]:
+        """Adds workers for tasks that no idle one can take, and hands waiting tasks to the least busy worker."""
+        started: list[Started] = []
+        free = sum(not worker.num_running for worker in self.workers)  # idle, or waiting for a node
+        for _ in range(min(self.limit - len(self.workers), len(self.waiting) - free)):
+            worker = Worker(self.actor_class.remote(self.stage_ref, self.run))
+            self.workers.append(worker)
+            started.append((worker.actor.node.remote(), worker, None))
+        while self.waiting:
+            placed = (worker for worker in self.workers if worker.node and not worker.alone)
+            worker = min(placed, key=lambda w: w.num_running, default=None)
+            alone = self.waiting[0].alone
+            if worker is None or worker.num_running >= (1 if alone else self.stage.tasks_per_worker + _PREFETCH):
+                return started
+            request = self.waiting.popleft()
+            worker.num_running += 1
+            worker.alone = alone
+            started.append((worker.actor.process.remote(request), worker, request))
+        return started
+
+    def finish(self, worker: Worker) -> None:
+        """A task of the worker has ended."""
+        worker.num_running -= 1
+        worker.alone = False
+        worker.since = time.monotonic()
+
+    def placed(self, worker: Worker, node: str) -> None:
+        """The worker has started on this node."""
+        worker.node, worker.since = node, time.monotonic()
+        self.failed_starts = 0
+
+    def start_failed(self, error: Exception) -> None:
+        """A worker could not be started.
+
+        Raises:
+            MachineError: nor could those before it.
+        """
+        self.failed_starts += 1
+        if self.failed_starts >= _MAX_FAILED_STARTS:
+            raise MachineError(f"{self.stage.name}: its workers cannot be started on Ray: {first_line(error)}")
+
+    def drop(self, worker: Worker) -> None:
+        """Ends a worker; `feed` makes another one if there is need."""
+        import ray
+        from ray.exceptions import RayError
+
+        self.workers = [w for w in self.workers if w is not worker]
+        with contextlib.suppress(RayError):
+            ray.kill(worker.actor)
+
+    def release_idle(self, idle_s: float) -> None:
+        """Ends workers that have had nothing to do for so long, so that their node can be given back."""
+        if not self.waiting:
+            for worker in self.workers:
+                if not worker.num_running and time.monotonic() - worker.since > idle_s:
+                    self.drop(worker)
+
+    def starved_s(self) -> float:
+        """Seconds for which tasks have waited for a worker that Ray has found no place for."""
+        if not self.waiting:
+            return 0.0
+        return max((time.monotonic() - worker.since for worker in self.workers if not worker.node), default=0.0)
+
+
+class StageActor:
+    """Keeps a stage, and the models it loaded, across shards."""
+
+    def __init__(self, stage: Stage, run: RunFolder):
+        self.stage = stage
+        self.run = run
+
+    def node(self) -> str:
+        """Id of the node it is on."""
+        return node_id()
+
+    def process(self, request: TaskRequest) -> TaskOutcome:
+        return run_here(self.stage, self.run, request)
+
+
+def run_here(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
+    """Runs the task in this Ray process and notes the node."""
+    outcome = run_task(stage, run, request)
+    outcome.node = node_id()
+    return outcome
+
+
+def node_id() -> str:
+    """Id of this process's node."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
