@@ -7,12 +7,15 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError
 from pipeline.signals import raise_when_preempted
+
+if TYPE_CHECKING:
+    from pipeline.submit import RayJobs
 
 app = typer.Typer(
     name="pipeline",
@@ -36,6 +39,13 @@ Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://
 ExecutorName = Annotated[
     str | None,
     typer.Option(help="ray, local or inline (this process); default ray for precompute, local for train and sample."),
+]
+JobsAddress = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's head, like http://HEAD:8265."),
+]
+JobsAddressOrNone = Annotated[
+    str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show a job of it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -140,15 +150,79 @@ def plan(
 
 
 @app.command()
-def status(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or URL.")], as_json: AsJson = False
+def submit(
+    workflow: WorkflowArg,
+    address: JobsAddress,
+    out: Annotated[str, typer.Option(help="Run folder: a URL, or an absolute path that all nodes share.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
+    retry_dropped: Annotated[
+        str | None, typer.Option(metavar="REASONS", help="Try dropped samples again, as in `run`.")
+    ] = None,
+    code: Annotated[
+        bool, typer.Option("--code/--no-code", help="Ship this installation's code, or use that of the nodes.")
+    ] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or only start it.")
+    ] = True,
+    as_json: AsJson = False,
 ) -> None:
-    """Show how far a run is."""
+    """Run a workflow on a Ray cluster. Shows its progress and ends with its exit code."""
+    from pipeline.submit import RayJobs, check_shared
+
+    check_shared(out)
+    resolved = _build(workflow, config, overrides).config
+    options = ["--restart"] * restart + (["--retry-dropped", retry_dropped] if retry_dropped else [])
+    jobs = RayJobs(address)
+    job = jobs.submit(workflow, resolved, out, options, with_code=code)
+    typer.echo(f"submitted {job}", err=as_json or wait)
+    if wait:
+        _follow(jobs, job, as_json)
+    elif as_json:
+        _print_json(jobs.status(job))
+
+
+@app.command()
+def status(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder; or, with --address, a job.")],
+    address: JobsAddressOrNone = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the job to its end, as `submit` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run or a submitted job is."""
+    if address is not None:
+        from pipeline.show import show_job
+        from pipeline.submit import RayJobs
+
+        jobs = RayJobs(address)
+        if follow:
+            _follow(jobs, run_folder, as_json)
+            return
+        job = jobs.status(run_folder)
+        _print_json(job) if as_json else show_job(job)
+        return
+    if follow:
+        raise ConfigError("--follow: only a job can be followed; give its --address")
     from pipeline.preview import run_status
     from pipeline.show import show_status
 
     result = run_status(run_folder)
     _print_json(result) if as_json else show_status(result)
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="What `submit` printed.")],
+    address: JobsAddress,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a submitted job. The same `submit` again goes on where it stopped."""
+    from pipeline.show import show_job
+    from pipeline.submit import RayJobs
+
+    result = RayJobs(address).stop(job)
+    _print_json(result) if as_json else show_job(result)
 
 
 StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
@@ -287,6 +361,22 @@ def _build(name: str, config: str | None, overrides: list[str] | None):
     workflow_class = load_workflow(name)
     path = find_config(name, config) if config else None
     return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
+
+
+def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
+    """Shows the job's output until it ends; exits with its code. Ctrl-C leaves the job alone."""
+    from pipeline.show import show_job
+
+    try:
+        result = jobs.follow(job, lambda text: typer.echo(text, nl=False, err=as_json))
+    except KeyboardInterrupt:
+        again = f"{job} --address {jobs.address}"
+        typer.echo(
+            f"the job goes on; pipeline status {again} --follow shows it, pipeline stop {again} stops it", err=True
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    _print_json(result) if as_json else show_job({**result, "last_line": ""})
+    raise typer.Exit(int(str(result["exit_code"])))
 
 
 def _read_command(name: str, path: str, as_json: bool, **options: object) -> None:

@@ -48,6 +48,14 @@ def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, 
     _show_closing_words(closing_words)
 
 
+def show_job(job: Mapping[str, Any]) -> None:
+    """State of a submitted job."""
+    print(f"{job['job']}: {job['workflow']} to {job['out']}: {job['status'].lower()}", end="")
+    print("" if job["exit_code"] is None else f", exit code {job['exit_code']}")
+    if job["last_line"]:
+        print(job["last_line"])
+
+
 def _show_closing_words(closing_words: Sequence[tuple[str, str]]) -> None:
     for label, path in closing_words:
         print(f"{label:<7} {path}")

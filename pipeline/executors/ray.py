@@ -61,9 +61,12 @@ class RayExecutor(Executor):
 
         if time.monotonic() - self.looked > _LOOK_S:
             self._look(living_nodes())
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=timeout_s)
-        if ready:  # take all that are ready by now, in one go
-            ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+        try:
+            ready, _ = ray.wait(list(self.running), num_returns=1, timeout=timeout_s)
+            if ready:  # take all that are ready by now, in one go
+                ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+        except SystemError as error:  # how Ray's C++ hands on what a signal handler raised
+            raise error.__cause__ or error from None
         outcomes = [self._collect(reference) for reference in ready]
         return [outcome for outcome in outcomes if outcome is not None]
 

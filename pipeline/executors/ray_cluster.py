@@ -80,7 +80,7 @@ def connect(num_cpus: int | None, address: str | None) -> list[Node]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
-        _probe(address)
+        probe(address or "")
         if address is not None:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
@@ -107,13 +107,13 @@ def connect(num_cpus: int | None, address: str | None) -> list[Node]:
     return nodes
 
 
-def _probe(address: str | None) -> None:
+def probe(address: str) -> None:
     """Refuses an address where nobody listens; Ray itself would try for minutes.
 
     Raises:
         OSError: no connection.
     """
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
 

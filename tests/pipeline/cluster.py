@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.processes import descendants
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _RAY_START = """
@@ -101,28 +103,6 @@ def ray_nodes(folder: Path) -> Iterator[RayNodes]:
     finally:
         for name in list(cluster.nodes):
             cluster.kill(name)
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Process id -> command line of all processes below `pid`."""
-    table: dict[int, tuple[int, str]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError, IndexError):
-                continue
-            table[int(folder.name)] = (parent, line)
-    found: dict[int, str] = {}
-    frontier = [pid]
-    while frontier:
-        parents, frontier = frontier, []
-        for child, (parent, line) in table.items():
-            if parent in parents and child not in found:
-                found[child] = line
-                frontier.append(child)
-    return found
 
 
 def open_ports(pids: set[int]) -> set[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import descendants, wait_until_gone
 from tests.workflows.conftest import events, pipeline
-from tests.workflows.test_kill import CONFIG, descendants, records, start, wait_until_gone
+from tests.workflows.test_kill import CONFIG, records, start
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def test_signals_end_the_run_with_their_codes_and_leave_nothing_behind(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors.decode()
     assert b"Traceback" not in errors
-    wait_until_gone(children)
+    assert not wait_until_gone(children, timeout_s=150)
     assert not list(out.rglob(".tmp-*"))
     if executor == "local":
         assert {event["event"] for event in events(out)} == {"run_started", "task", "run_ended"}, "no worker died"
