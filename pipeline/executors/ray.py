@@ -92,7 +92,7 @@ class RayExecutor(Executor):
     def _collect(self, reference: Any) -> TaskOutcome | None:
         """The outcome of a task; None if it was the start of a worker."""
         import ray
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+        from ray.exceptions import ActorUnavailableError, RayError
 
         pool, worker, request = self.running.pop(reference)
         result, failure = None, None
@@ -110,7 +110,7 @@ class RayExecutor(Executor):
                 pool.placed(worker, str(result))
             elif worker in pool.workers:
                 pool.start_failed(failure)
-            if isinstance(failure, RayActorError):
+            if failure is not None:
                 if isinstance(failure, ActorUnavailableError):
                     worker.node = ""  # nobody knows; it is no fault of its other tasks
                 pool.drop(worker)
