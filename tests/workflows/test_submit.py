@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.pipeline.cluster import RayNodes, ray_nodes
 from tests.workflows.commands import Result, call
 from tests.workflows.conftest import REPOSITORY, SMALL, command, precompute, store_bytes
+from tests.workflows.test_train_and_sample import BASE
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def start(cluster: RayNodes, *arguments: str) -> subprocess.Popen[str]:
 
 def ask(cluster: RayNodes, *arguments: str) -> Result:
     process = start(cluster, *arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     return Result(process.returncode, out, err)
 
 
@@ -64,6 +66,17 @@ def test_the_exit_code_of_the_run_is_that_of_submit(cluster: RayNodes, tmp_path:
     result = ask(cluster, "submit", "precompute", "--out", str(tmp_path / "b"), *SMALL, "max_drop_fraction=0")
     assert result.code == 3
     assert "max_drop_fraction: 1 of 20 samples were dropped" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_training_is_submitted_alike(cluster: RayNodes, small_run: Path, tmp_path: Path) -> None:
+    config = {**BASE, "store": str(small_run / "store")}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    result = ask(cluster, "submit", "train", "-c", str(tmp_path / "base.yaml"), "--out", str(tmp_path / "base"))
+    assert result.code == 0, result
+    assert "finished: " in result.out
+    assert list((tmp_path / "base" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
