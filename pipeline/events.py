@@ -73,13 +73,8 @@ def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
     for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(storage.names(EVENTS_FOLDER)))]:
         if storage.size(name) is None:
             continue
-        copy = storage.copy(name)
-        try:
-            with copy.open(encoding="utf-8") as lines:
-                for line in lines:
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        yield {}
-        finally:
-            storage.release(copy)
+        for line in storage.read_lines(name):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield {}

@@ -2,10 +2,38 @@
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.fingerprint import digest
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, Shard, Stage
+
+
+class Input(Protocol):
+    """An input that may grow from one run to the next."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Those of earlier runs, as they were, then those of what is new.
+
+        Raises:
+            StaleOutputError: something of earlier runs is gone, or has changed.
+        """
+        ...
+
+    def has_news(self) -> bool:
+        """True if there is something that no run has noted yet."""
+        ...
+
+    def note(self, *, restart: bool) -> None:
+        """Notes what is new, so that every later run makes the same shards of it.
+
+        Args:
+            restart: notes anew what is gone or has changed, instead of refusing it.
+
+        Raises:
+            StaleOutputError: something of earlier runs is gone, or has changed.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +47,8 @@ class Plan:
     finalize: Callable[[RunFolder, int, Sequence[int]], dict[str, object]]
     """Called at the end, with the number of input rows and the indices of failed shards; returns facts for the
     summary."""
+    input: Input | None = None
+    """Where `shards` come from, if it may grow."""
     final_file: str | None = None
     """What `finalize` writes, relative to the run folder; removed before finished work is, so that it never
     speaks of files that are gone."""

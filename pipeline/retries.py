@@ -59,7 +59,8 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
             if wanted(reason) and row not in retried[shard.index]:
                 chosen[reason] += 1
                 line = {"shard": shard.index, "row": row, "reason": reason, "source": shard.rows[row]}
-                lines.append(json.dumps(line))
+                files = {name: path for name, path in shard.files.items() if name in shard.rows[row]}
+                lines.append(json.dumps({**line, "files": files} if files else line))
     if not lines and ALL not in reasons:
         there_are = ", ".join(sorted(others)) or "none"
         raise ConfigError(
@@ -101,10 +102,11 @@ def forget_retries(plan: Plan, run: RunFolder) -> None:
 def _retry_shards(run: RunFolder) -> Iterator[Shard]:
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
-        rows = (line["source"] for line in _read(run, file))
+        lines = _read(run, file)
         index = number * _FIRST_INDEX
-        while batch := list(islice(rows, size)):
-            yield Shard(index, batch, len(batch))
+        while batch := list(islice(lines, size)):
+            files = {name: path for line in batch for name, path in line.get("files", {}).items()}
+            yield Shard(index, [line["source"] for line in batch], len(batch), files)
             index += 1
 
 
@@ -143,10 +145,4 @@ def _round_files(run: RunFolder) -> list[str]:
 
 
 def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
-    copy = run.storage.copy(name)
-    try:
-        with copy.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
-    finally:
-        run.storage.release(copy)
+    return map(json.loads, run.storage.read_lines(name))

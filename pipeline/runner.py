@@ -8,6 +8,7 @@ from pipeline.disk import disk_errors_explained
 from pipeline.errors import EXIT_FAILED, DropLimitError, ShardError
 from pipeline.events import EventLog
 from pipeline.executors.base import Executor, make_executor
+from pipeline.input import fix_input
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.retries import begin_round, forget_retries, rounds_fit, superseded, with_retries
@@ -37,6 +38,7 @@ def run_workflow(workflow: ShardedWorkflow, out: str, options: RunOptions) -> Su
     with disk_errors_explained(run.storage.local), run.lock(take_over=options.take_over):
         refuse_changed_input(plan, run, restart=options.restart)
         removed = check_groups(plan, run, restart=options.restart)
+        fix_input(plan, run, restart=options.restart)
         if options.restart and (plan.row_group in removed or not rounds_fit(plan, run)):
             forget_retries(plan, run)
         if options.retry_dropped:

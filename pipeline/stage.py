@@ -23,6 +23,8 @@ class Shard:
     rows: object
     """What the source needs to read these rows; JSON-able. Its digest is the input's fingerprint."""
     num_rows: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Where the files are that the rows name; no part of the digest, so that data may be moved."""
 
     @property
     def name(self) -> str:

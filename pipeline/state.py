@@ -64,8 +64,8 @@ def refuse_changed_input(plan: Plan, run: RunFolder, *, restart: bool) -> None:
     Raises:
         StaleOutputError: it was committed from other input rows, and `restart` is off.
     """
-    shard = next(plan.shards(), None)
-    if shard is None or restart:
+    shard = None if restart else next(plan.shards(), None)
+    if shard is None:
         return
     for name in plan.dependencies():
         record = run.read_record(name, shard.name)

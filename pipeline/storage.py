@@ -117,6 +117,15 @@ class Storage(ABC):
         finally:
             local.unlink(missing_ok=True)
 
+    def read_lines(self, name: str) -> Iterator[str]:
+        """The lines of a text file, streamed."""
+        copy = self.copy(name)
+        try:
+            with copy.open(encoding="utf-8") as lines:
+                yield from lines
+        finally:
+            self.release(copy)
+
     def read_json(self, name: str) -> Any:
         """The value in a JSON file, None if there is none."""
         try:
@@ -176,6 +185,9 @@ def check_no_credentials(url: str, field: str) -> None:
             f"{field}: {re.sub(r'//[^/@]*@', '//...@', url)}: holds a user or password; take it out and give it by "
             "the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role)"
         )
+
+
+_WRITTEN_BY_RUNS = ("store", "staging", "state", "quarantine", "input", "retries")
 
 
 class LocalStorage(Storage):
@@ -256,7 +268,7 @@ class LocalStorage(Storage):
         return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=staging))
 
     def clean(self) -> int:
-        return sum(remove_temporaries(self.root / part) for part in ("store", "staging", "state", "quarantine"))
+        return sum(remove_temporaries(self.root / part) for part in _WRITTEN_BY_RUNS)
 
 
 class ObjectStorage(Storage):

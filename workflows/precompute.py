@@ -21,6 +21,7 @@ from stages.manifest import build_manifest
 from stages.quantisation import quantisation_facts, quantisation_line
 from stages.resize import ImagesConfig, ResizeStage
 from stages.sources.any import AnySource
+from stages.sources.batches import Batches
 from stages.sources.synthetic import SyntheticConfig
 
 
@@ -90,6 +91,7 @@ class Precompute(ShardedWorkflow):
         source = config.source.build()
         source.check()
         rows = source.estimate_rows()
+        batches = Batches(source, run, config.shard_size, SAMPLES)
         return Plan(
             stages=(
                 FetchStage(source, config.source.kind),
@@ -103,7 +105,8 @@ class Precompute(ShardedWorkflow):
                     for e in config.image_encoders
                 ),
             ),
-            shards=lambda: source.shards(config.shard_size),
+            shards=batches.shards,
+            input=batches,
             finalize=build_manifest,
             final_file="store/manifest.json",
             estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),

@@ -3,8 +3,9 @@
 import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import xxhash
@@ -29,10 +30,35 @@ class Original:
 
 
 Emit = Callable[[Original], None]
+Row = list[object]
+"""What a source needs to read one input row; JSON-able."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the input that is noted as a whole: a file, some rows of a table, a picture of a folder."""
+
+    path: str
+    """Relative to the source's folder."""
+    bytes: int | None = None
+    """Size of the file; None where it is not known."""
+    name: str = ""
+    """What the rows call the file, if they name it."""
+    first: int = 0
+    """Rows of the same table that belong to earlier pieces."""
+    rows: int | None = None
+    """How many rows; None for all there are."""
+    batch: int = 0
+    """Pieces that were found by the same run; no shard has rows of two batches."""
 
 
 class Source(ABC):
     """Where samples come from."""
+
+    @property
+    def grows(self) -> bool:
+        """True if the pieces are tables to which rows may be appended."""
+        return False
 
     @abstractmethod
     def check(self) -> None:
@@ -43,8 +69,20 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        """Streams the input as shards, in a fixed order, without holding it in memory."""
+    def pieces(self) -> Iterator[Piece]:
+        """Streams what there is now, in a fixed order."""
+
+    @abstractmethod
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        """Streams the rows of `pieces`, each with its piece. Keys and duplicates depend on the rows before."""
+
+    def count_rows(self, path: str) -> int:
+        """How many rows a table has now; only of a source that `grows`."""
+        raise NotImplementedError
+
+    def shards(self, shard_size: int, pieces: Iterable[Piece] | None = None) -> Iterator[Shard]:
+        """Streams the rows of `pieces`, by default of all there are, as shards, without holding them in memory."""
+        return cut_into_shards(self.rows(self.pieces() if pieces is None else pieces), shard_size)
 
     @abstractmethod
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
@@ -75,17 +113,14 @@ class Source(ABC):
         return {}
 
 
-def cut_into_shards(rows: Iterable[Sequence[object]], shard_size: int) -> Iterator[Shard]:
-    """Groups a stream of JSON-able rows into shards."""
+def cut_into_shards(rows: Iterable[tuple[Piece, Row]], shard_size: int) -> Iterator[Shard]:
+    """Cuts a stream of rows into shards; a batch ends with a shard of its own."""
     index = 0
-    batch: list[Sequence[object]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == shard_size:
-            yield Shard(index, batch, len(batch))
-            index, batch = index + 1, []
-    if batch:
-        yield Shard(index, batch, len(batch))
+    for _, batch in groupby(rows, key=lambda found: found[0].batch):
+        while part := list(islice(batch, shard_size)):
+            files = {piece.name: piece.path for piece, _ in part if piece.name}
+            yield Shard(index, [row for _, row in part], len(part), files)
+            index += 1
 
 
 class KeyRegistry:
@@ -104,12 +139,12 @@ class KeyRegistry:
         self._database.close()
 
 
-def mark_duplicates(keys_and_rows: Iterable[tuple[str, list[object]]]) -> Iterator[list[object]]:
-    """Appends to each row whether its key came before (True: a duplicate, to be dropped)."""
+def mark_duplicates(rows: Iterable[tuple[Piece, Row]]) -> Iterator[tuple[Piece, Row]]:
+    """Appends to each row whether its key, its first item, came before (True: a duplicate, to be dropped)."""
     registry = KeyRegistry()
     try:
-        for key, row in keys_and_rows:
-            yield [*row, not registry.is_new(key)]
+        for piece, row in rows:
+            yield piece, [*row, not registry.is_new(str(row[0]))]
     finally:
         registry.close()
 

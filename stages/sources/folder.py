@@ -1,6 +1,8 @@
 """Local pictures with a caption each: `NAME.txt` beside `NAME.png`, or a captions table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast
 
@@ -8,11 +10,13 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.tables import columns, estimate_rows, read_rows
+from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.tables import columns, count_rows, estimate_rows, read_pieces
+from stages.sources.tree import Content, Tree
 from stages.sources.urls import captions_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
+_CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
 
 
@@ -21,8 +25,8 @@ class FolderConfig(Config):
 
     kind: Literal["folder"] = "folder"
     path: str | None = None
-    """The folder. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples; without, all
-    pictures below the folder, each with the captions of NAME.txt beside it (one a line)."""
+    """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples;
+    without, all pictures below the folder, each with the captions of NAME.txt beside it (one a line)."""
     file_column: str = "file"
     """Column of the picture's path in the captions table, relative to the folder or its `images/`."""
     caption_column: str = "caption"
@@ -33,95 +37,120 @@ class FolderConfig(Config):
 
 
 class FolderSource(Source):
-    """A row is [file, captions, bytes, is_duplicate]."""
+    """A row is [file, captions, bytes, is_duplicate]. A piece is the table, or without one a picture."""
 
     def __init__(self, config: FolderConfig):
         self.config = config
-        self.root = Path(require_path(config.path, "folder")).absolute()
+        self.path = require_path(config.path, "folder")
+
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree(self.path)
+
+    @cached_property
+    def table(self) -> str | None:
+        """Name of the captions table."""
+        return next((name for name in _TABLES if self.tree.size(name) is not None), None)
 
     @property
-    def table(self) -> Path | None:
-        return next((self.root / name for name in _TABLES if (self.root / name).is_file()), None)
+    def grows(self) -> bool:
+        return self.table is not None
 
     def check(self) -> None:
-        if not self.root.is_dir():
-            raise ConfigError(f"source.path: {self.root} is not a folder; check the path")
+        if not self.tree.is_folder():
+            raise ConfigError(f"source.path: {self.tree.url} is not a folder; check the path")
+        where = f"{self.tree.url}/{self.table}" if self.table else self.tree.url
         if self.table is not None:
-            present = columns(str(self.table))
+            present = columns(where)
             for name in ("file_column", "caption_column"):
                 column = getattr(self.config, name)
                 if present and column not in present:
-                    raise ConfigError(
-                        f"source.{name}: {self.table} has no column {column!r}; it has: {', '.join(present)}"
-                    )
-        if next(self.shards(1), None) is None:
-            where = self.table or self.root
+                    raise ConfigError(f"source.{name}: {where} has no column {column!r}; it has: {', '.join(present)}")
+            pieces: Iterable[object] = read_pieces(self.tree.url, self.pieces(), [])
+        else:
+            pieces = self.pieces()
+        if not any(True for _ in pieces):
             raise ConfigError(f"source.path: {where} holds no pictures; give a folder with at least one")
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        rows = self._walk(self.root, frozenset()) if self.table is None else self._table_rows(self.table)
-        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
+    def pieces(self) -> Iterator[Piece]:
+        if self.table is not None:
+            yield Piece(self.table, self.tree.size(self.table))
+            return
+        for name, size in self.tree.walk():
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Piece(name, size)
 
-    def _table_rows(self, table: Path) -> Iterator[list[object]]:
+    def count_rows(self, path: str) -> int:
+        return count_rows(f"{self.tree.url}/{path}")
+
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        return mark_duplicates(self._loose_rows(pieces) if self.table is None else self._table_rows(pieces))
+
+    def _table_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
-        for record in read_rows(str(table), [config.file_column, config.caption_column]):
-            name = str(record.get(config.file_column) or "")
-            path = self._locate(name)
-            size = path.stat().st_size if path is not None else -1
-            yield [name, captions_of(record, config.caption_column), size]
+        with self.tree.sizes() as size_of:
+            for piece, record in read_pieces(self.tree.url, pieces, [config.file_column, config.caption_column]):
+                name = str(record.get(config.file_column) or "")
+                sizes = (size_of(place) for place in _places(name))
+                size = next((size for size in sizes if size is not None), -1)
+                yield piece, [name, captions_of(record, config.caption_column), size]
 
-    def _walk(self, folder: Path, above: frozenset[Path]) -> Iterator[list[object]]:
-        above |= {folder.resolve()}
-        for path in sorted(folder.iterdir()):
-            if path.is_dir():
-                if path.resolve() not in above:  # a link to a folder above would go round for ever
-                    yield from self._walk(path, above)
-            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                text = path.with_suffix(".txt")
-                lines = text.read_text("utf-8-sig", "surrogateescape") if text.is_file() else ""
-                yield [path.relative_to(self.root).as_posix(), lines.splitlines(), path.stat().st_size]
-
-    def _locate(self, name: str) -> Path | None:
-        """The picture's path; None if it is missing, or outside the folder."""
-        if not _stays_inside(name):
-            return None
-        candidates = (self.root / name, self.root / "images" / name)
-        try:
-            return next((path for path in candidates if path.is_file()), None)
-        except OSError:  # a name longer than the file system allows
-            return None
+    def _loose_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        pieces = iter(pieces)
+        while some := list(islice(pieces, _CAPTIONS_AT_ONCE)):
+            texts = self.tree.read([PurePosixPath(piece.path).with_suffix(".txt").as_posix()] for piece in some)
+            for piece, text in zip(some, texts, strict=True):
+                yield piece, [piece.path, _lines(text), piece.bytes]
 
     def estimate_rows(self) -> int | None:
-        return estimate_rows([str(self.table)]) if self.table else None
+        return estimate_rows([f"{self.tree.url}/{self.table}"]) if self.table else None
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
-        for row, (name, captions, _, is_duplicate) in enumerate(
-            cast(Sequence[tuple[str, list[str], int, bool]], shard.rows)
-        ):
-            if wanted is None or name in wanted:
-                emit(self._read(row, name, captions, is_duplicate))
+        rows = [
+            (row, name, captions, is_duplicate)
+            for row, (name, captions, _, is_duplicate) in enumerate(
+                cast(Sequence[tuple[str, list[str], int, bool]], shard.rows)
+            )
+            if wanted is None or name in wanted
+        ]
+        contents = self.tree.read([] if is_duplicate else _places(name) for _, name, _, is_duplicate in rows)
+        for (row, name, captions, is_duplicate), content in zip(rows, contents, strict=True):
+            emit(self._original(row, name, captions, is_duplicate, content))
 
-    def _read(self, row: int, name: str, raw_captions: list[str], is_duplicate: bool) -> Original:
+    def _original(
+        self, row: int, name: str, raw_captions: list[str], is_duplicate: bool, content: Content
+    ) -> Original:
         if is_duplicate:
             return Original(row, name, None, (), None, "duplicate_key")
-        if not _stays_inside(name):
+        if not _places(name):
             return Original(row, name, None, (), None, "unsafe_path", "must stay inside the folder")
-        path = self._locate(name)
-        if path is None:
-            return Original(row, name, None, (), None, "missing_file", f"not found below {self.root.name}/")
+        if isinstance(content, FileNotFoundError):
+            where = PurePosixPath(self.tree.url).name
+            return Original(row, name, None, (), None, "missing_file", f"not found below {where}/")
         captions, reason = clean_captions(raw_captions, allow_empty=False)
         if reason is not None:
             return Original(row, name, None, captions, None, reason)
-        try:
-            return Original(row, name, None, captions, path.read_bytes())
-        except OSError as error:
-            return Original(row, name, None, captions, None, "unreadable_file", error.strerror or "")
+        if isinstance(content, OSError):
+            return Original(row, name, None, captions, None, "unreadable_file", content.strerror or "")
+        return Original(row, name, None, captions, content)
 
     def fingerprint(self) -> dict[str, object]:
-        return {"captions": self.table.suffix if self.table else ".txt beside each picture"}
+        suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each picture"
+        return {"captions": suffix}
 
 
-def _stays_inside(name: str) -> bool:
+def _places(name: str) -> tuple[str, ...]:
+    """Where a picture of this name may be; nowhere if that would be outside the folder."""
     path = PurePosixPath(name)
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    return (name, f"images/{name}") if inside else ()
+
+
+def _lines(text: Content) -> list[str]:
+    """Captions of a text file, one a line; none where there is no such file."""
+    if isinstance(text, FileNotFoundError):
+        return []
+    if isinstance(text, OSError):
+        raise text
+    return text.decode("utf-8-sig", "surrogateescape").splitlines()

@@ -1,6 +1,6 @@
 """Datasets in the Hugging Face format, from the hub or saved locally. Needs the extra `huggingface`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -8,7 +8,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, cut_into_shards, require_path
+from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
 from stages.sources.parquet import image_bytes
 from stages.sources.urls import captions_of
 
@@ -70,13 +70,16 @@ class HuggingfaceSource(Source):
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        return self._shards(self._load(), shard_size)
+    def pieces(self) -> Iterator[Piece]:
+        yield Piece("dataset")
 
-    def _shards(self, dataset: Any, shard_size: int) -> Iterator[Shard]:
-        # The fingerprint is the library's own hash of the data and what was done to them.
-        fingerprint = dataset._fingerprint
-        return cut_into_shards(([f"{row:09d}", row, fingerprint] for row in range(len(dataset))), shard_size)
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        for piece in pieces:
+            dataset = self._load()
+            # The fingerprint is the library's own hash of the data and what was done to them.
+            fingerprint = dataset._fingerprint
+            for row in range(len(dataset)):
+                yield piece, [f"{row:09d}", row, fingerprint]
 
     def estimate_rows(self) -> int:
         return len(self._load())

@@ -1,6 +1,7 @@
 """Parquet files with the pictures' bytes in a column."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,8 +12,9 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
-from stages.sources.tables import columns, estimate_rows, expand, open_parquet, to_records, unique_names
+from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
+from stages.sources.tables import columns, estimate_rows, open_parquet, to_records
 from stages.sources.urls import captions_of
 
 
@@ -45,6 +47,10 @@ class ParquetSource(Source):
         self.config = config
         self.path = require_path(config.path, "parquet")
 
+    @cached_property
+    def folder(self) -> str:
+        return base_folder(self.path)
+
     def _files(self) -> list[str]:
         return expand(self.path, "source.path", ("parquet",))
 
@@ -58,32 +64,34 @@ class ParquetSource(Source):
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        rows = self._rows()
-        if self.config.key_column is None:
-            return cut_into_shards(([*row, False] for row in rows), shard_size)
-        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
+    def pieces(self) -> Iterator[Piece]:
+        return iter(named_pieces(find_files(self.path, "source.path", ("parquet",))))
 
-    def _rows(self) -> Iterator[list[object]]:
-        for name, path in unique_names(self._files()).items():
-            footer = _footer_digest(path)
-            with open_parquet(path) as table:
-                if self.config.key_column is None:
-                    for row in range(table.metadata.num_rows):
-                        yield [f"{name}/{row:07d}", name, row, footer]
-                    continue
-                row = 0
-                for batch in table.iter_batches(columns=[self.config.key_column]):
-                    for (key,) in (record.values() for record in to_records(batch)):
-                        yield [f"{name}/{row:07d}" if key is None else str(key), name, row, footer]
-                        row += 1
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        rows = ((piece, row) for piece in pieces for row in self._rows(piece))
+        if self.config.key_column is None:
+            return ((piece, [*row, False]) for piece, row in rows)
+        return mark_duplicates(rows)
+
+    def _rows(self, piece: Piece) -> Iterator[Row]:
+        name, path = piece.name, f"{self.folder}/{piece.path}"
+        footer = _footer_digest(path)
+        with open_parquet(path) as table:
+            if self.config.key_column is None:
+                for row in range(table.metadata.num_rows):
+                    yield [f"{name}/{row:07d}", name, row, footer]
+                return
+            row = 0
+            for batch in table.iter_batches(columns=[self.config.key_column]):
+                for (key,) in (record.values() for record in to_records(batch)):
+                    yield [f"{name}/{row:07d}" if key is None else str(key), name, row, footer]
+                    row += 1
 
     def estimate_rows(self) -> int | None:
         return estimate_rows(self._files())
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
-        files = unique_names(self._files())
         rows = cast(Sequence[tuple[str, str, int, str, bool]], shard.rows)
         by_file: dict[str, list[tuple[int, str, int]]] = {}
         for position, (key, name, row, _, is_duplicate) in enumerate(rows):
@@ -94,9 +102,8 @@ class ParquetSource(Source):
             else:
                 by_file.setdefault(name, []).append((position, key, row))
         for name, places in by_file.items():
-            if name not in files:
-                raise FileNotFoundError(f"source.path: {name} was there when the run began, and is gone")
-            for (position, key, _), record in zip(places, self._read(files[name], places), strict=True):
+            path = path_of(shard, name, self.folder, self.pieces)
+            for (position, key, _), record in zip(places, self._read(path, places), strict=True):
                 emit(self._original(position, key, record))
 
     def _read(self, path: str, places: Sequence[tuple[int, str, int]]) -> Iterator[dict[str, Any]]:

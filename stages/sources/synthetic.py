@@ -1,7 +1,7 @@
 """The embedded default: captioned scenes drawn by code, served over loopback HTTP and really downloaded."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import Shard
-from stages.sources.base import Emit, Source, cut_into_shards
+from stages.sources.base import Emit, Piece, Row, Source
 from stages.sources.download import load_downloader
 from stages.sources.download_config import DownloadConfig
 from stages.sources.urls import UrlRow, fetch_rows, row_captions
@@ -43,15 +43,16 @@ class SyntheticSource(Source):
     def check(self) -> None:
         return
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        return cut_into_shards(self._rows(), shard_size)
+    def pieces(self) -> Iterator[Piece]:
+        yield Piece("scenes")
 
-    def _rows(self) -> Iterator[list[object]]:
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         from stages.sources.scenes import scene
 
-        for index in range(self.config.num_samples):
-            captions = list(scene(self.config.seed, index, split=self.config.split).captions)
-            yield [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
+        for piece in pieces:
+            for index in range(self.config.num_samples):
+                captions = list(scene(self.config.seed, index, split=self.config.split).captions)
+                yield piece, [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
 
     def prepare(self) -> None:
         load_downloader()

@@ -3,19 +3,18 @@
 import csv
 import json
 import lzma
-import os
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import PurePosixPath
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import fsspec
 
 from pipeline.errors import ConfigError
+from stages.sources.base import Piece
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,46 +26,6 @@ _BATCH_ROWS = 4096
 _HEAD_BYTES = 2**16
 
 Record = dict[str, Any]
-
-
-def expand(path: str, field: str, suffixes: Sequence[str]) -> list[str]:
-    """The files behind a path: a file, a folder, or a glob; local or any fsspec URL; sorted.
-
-    Raises:
-        ConfigError: nothing is there, or the URL's protocol is unknown.
-    """
-    try:
-        filesystem, plain = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{field}: {path} cannot be opened: {error}") from error
-    if filesystem.isdir(plain):
-        found = sorted(p for p in filesystem.find(plain) if table_format(p) in suffixes)
-        if not found:
-            raise ConfigError(f"{field}: {path} holds no {', '.join(suffixes)} file; check the folder")
-    elif filesystem.exists(plain):
-        found = [plain]
-    elif any(c in plain for c in "*?["):
-        found = sorted(p for p in cast(list[str], filesystem.glob(plain)) if not filesystem.isdir(p))
-    else:
-        found = []
-    if not found:
-        raise ConfigError(f"{field}: {path} does not exist; check the path")
-    return [filesystem.unstrip_protocol(p) if "://" in path else p for p in found]
-
-
-def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """Name -> path: the file's stem, or where stems repeat the path below the common folder, without suffix.
-
-    Rows refer to files by these names, so that a file that appears later does not shift the others.
-    """
-    stems = Counter(PurePosixPath(path).stem for path in paths)
-    root = PurePosixPath(os.path.commonpath(paths)) if len(paths) > 1 else PurePosixPath()
-    names: dict[str, str] = {}
-    for path in paths:
-        pure = PurePosixPath(path)
-        name = pure.stem if stems[pure.stem] == 1 else pure.relative_to(root).with_suffix("").as_posix()
-        names[name] = path
-    return names
 
 
 def table_format(path: str) -> str:
@@ -136,6 +95,27 @@ def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
                 yield from _delimited_rows(text, kind)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; make the file anew") from error
+
+
+def count_rows(path: str) -> int:
+    """How many rows `read_rows` gives; for parquet from the footer, for text by reading it."""
+    if table_format(path) == "parquet":
+        with open_parquet(path) as table:
+            return table.metadata.num_rows
+    return sum(1 for _ in read_rows(path, []))
+
+
+def read_pieces(folder: str, pieces: Iterable[Piece], wanted: Sequence[str]) -> Iterator[tuple[Piece, Record]]:
+    """Streams the rows of pieces of tables in `folder`. Reads on where a piece follows the one before."""
+    path, place = "", 0
+    records: Iterator[Record] = iter(())
+    for piece in pieces:
+        if (piece.path, piece.first) != (path, place):
+            path, place = piece.path, piece.first
+            records = islice(read_rows(f"{folder}/{path}", wanted), place, None)
+        for record in islice(records, piece.rows):
+            yield piece, record
+            place += 1
 
 
 def _delimited_rows(text: TextIOWrapper, kind: str) -> Iterator[Record]:

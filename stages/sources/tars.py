@@ -3,7 +3,8 @@
 import json
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -13,9 +14,9 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
+from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.files import base_folder, find_files, named_pieces, path_of
 from stages.sources.folder import IMAGE_SUFFIXES
-from stages.sources.tables import expand, unique_names
 from stages.sources.urls import captions_of
 
 log = logging.getLogger(__name__)
@@ -44,26 +45,27 @@ class WebdatasetSource(Source):
         self.config = config
         self.path = require_path(config.path, "webdataset")
 
-    def _tars(self) -> dict[str, str]:
-        from braceexpand import braceexpand
-
-        return unique_names([tar for path in braceexpand(self.path) for tar in expand(path, "source.path", ("tar",))])
+    @cached_property
+    def folder(self) -> str:
+        return base_folder(self.path)
 
     def check(self) -> None:
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in self._rows()), shard_size)
+    def pieces(self) -> Iterator[Piece]:
+        return iter(named_pieces(find_files(self.path, "source.path", ("tar",), braces=True)))
 
-    def _rows(self) -> Iterator[list[object]]:
-        for name, tar in self._tars().items():
-            for key, members in index_tar(tar):
-                yield [f"{name}/{key}", name, members]
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        return mark_duplicates(self._rows(pieces))
+
+    def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        for piece in pieces:
+            for key, members in index_tar(f"{self.folder}/{piece.path}"):
+                yield piece, [f"{piece.name}/{key}", piece.name, members]
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
-        tars = self._tars()
         rows = cast(Sequence[tuple[str, str, dict[str, Span], bool]], shard.rows)
         opened: tuple[str, BinaryIO] | None = None
         try:
@@ -73,7 +75,8 @@ class WebdatasetSource(Source):
                 if opened is None or opened[0] != name:
                     if opened is not None:
                         opened[1].close()
-                    opened = (name, cast(BinaryIO, cast(Any, fsspec.open(_path_of(tars, name), "rb")).open()))
+                    path = path_of(shard, name, self.folder, self.pieces)
+                    opened = (name, cast(BinaryIO, cast(Any, fsspec.open(path, "rb")).open()))
                 emit(self._read(opened[1], row, key, members, is_duplicate))
         finally:
             if opened is not None:
@@ -140,12 +143,6 @@ def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
             log.warning("%s is cut off (%s); the samples before the cut are used", path, error)
     if key is not None:
         yield key, members
-
-
-def _path_of(files: dict[str, str], name: str) -> str:
-    if name not in files:
-        raise FileNotFoundError(f"source.path: {name} was there when the run began, and is gone")
-    return files[name]
 
 
 def _kind(suffix: str) -> str | None:

@@ -1,6 +1,6 @@
 """URL lists, downloaded with img2dataset."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -8,10 +8,20 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Source, cut_into_shards, mark_duplicates, require_path
+from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.download import download, load_downloader
 from stages.sources.download_config import DownloadConfig
-from stages.sources.tables import FORMATS, Record, columns, estimate_rows, expand, read_rows, table_format
+from stages.sources.files import base_folder, expand, find_files
+from stages.sources.tables import (
+    FORMATS,
+    Record,
+    columns,
+    count_rows,
+    estimate_rows,
+    read_pieces,
+    read_rows,
+    table_format,
+)
 from stages.sources.visit import Endpoint
 
 UrlRow = tuple[str, str, list[str] | None, bool]
@@ -61,27 +71,36 @@ class UrlsSource(Source):
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
 
-    def shards(self, shard_size: int) -> Iterator[Shard]:
-        rows = self._rows()
-        if self.config.key_column is None:
-            return cut_into_shards(([*row, False] for row in rows), shard_size)
-        return cut_into_shards(mark_duplicates((str(row[0]), row) for row in rows), shard_size)
+    @property
+    def grows(self) -> bool:
+        return True
 
-    def _rows(self) -> Iterator[list[object]]:
+    def pieces(self) -> Iterator[Piece]:
+        return (Piece(*found) for found in find_files(self.path, "source.path", FORMATS).items())
+
+    def count_rows(self, path: str) -> int:
+        return count_rows(f"{base_folder(self.path)}/{path}")
+
+    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+        rows = self._rows(pieces)
+        if self.config.key_column is None:
+            return ((piece, [*row, False]) for piece, row in rows)
+        return mark_duplicates(rows)
+
+    def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
-        number = 0
-        for file in expand(self.path, "source.path", FORMATS):
-            uncaptioned = config.caption_column is None or table_format(file) == "txt"
-            for record in read_rows(file, wanted):
-                key = record.get(config.key_column) if config.key_column else None
-                captions = None if uncaptioned else captions_of(record, config.caption_column)
-                yield [
+        for number, (piece, record) in enumerate(read_pieces(base_folder(self.path), pieces, wanted)):
+            key = record.get(config.key_column) if config.key_column else None
+            uncaptioned = config.caption_column is None or table_format(piece.path) == "txt"
+            yield (
+                piece,
+                [
                     f"{number:09d}" if key is None else str(key),
                     str(record.get(config.url_column) or ""),
-                    captions,
-                ]
-                number += 1
+                    None if uncaptioned else captions_of(record, config.caption_column),
+                ],
+            )
 
     def prepare(self) -> None:
         load_downloader()

@@ -14,7 +14,8 @@ import pytest
 from pipeline.errors import ConfigError
 from stages.sources.base import Original
 from stages.sources.download_config import DownloadConfig
-from stages.sources.tables import FORMATS, columns, expand, read_rows, table_format
+from stages.sources.files import expand
+from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource, captions_of
 from tests.picture_server import body, serve
 from tests.pictures import BLUE, RED, plain_png
