@@ -52,7 +52,7 @@ class Batches:
             if not restart:
                 raise self._refusal()
             self._note_what_is_left()
-        for file in set(_batch_files(self.run)) - set(self._files):  # nothing was made of them
+        for file in sorted(set(_batch_files(self.run)) - set(self._files), reverse=True):  # nothing was made of them
             self.run.storage.delete(file)
         if self.has_news():
             file = f"{_FOLDER}/{len(self._files) + 1:05d}.jsonl"
@@ -65,7 +65,7 @@ class Batches:
         if self._new is None:
             self._new = _temporary(self)
             self._compare(self._new)
-            if self._lost and not any(self.run.recorded_shards(self.row_group)):
+            if self._lost and not set(self.run.recorded_shards(self.row_group)):
                 self._files = []
                 self._compare(self._new)
         return self._new
