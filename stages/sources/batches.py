@@ -94,12 +94,11 @@ class Batches:
 
     def _noted(self) -> Iterator[Piece]:
         for number, file in enumerate(self._files, start=1):
-            yield from (replace(piece, batch=number) for piece in _parse(self.run.storage.read_lines(file)))
+            yield from _parse(self.run.storage.read_lines(file), number)
 
     def _pieces(self) -> Iterator[Piece]:
         yield from self._noted()
-        new = len(self._files) + 1
-        yield from (replace(piece, batch=new) for piece in _read(self._look()))
+        yield from _read(self._look(), len(self._files) + 1)
 
     def _write(self, file: str, pieces: Iterable[Piece]) -> None:
         with self.run.storage.writing(file) as path:

@@ -97,7 +97,7 @@ def files(run: RunFolder) -> dict[str, bytes]:
 
 
 def keys(shards: Sequence[Shard]) -> list[list[str]]:
-    return [[str(row[0]) for row in shard.rows] for shard in shards]  # type: ignore[attr-defined]
+    return [[str(row[0]) for row in shard.rows] for shard in shards]
 
 
 @kinds
@@ -203,7 +203,7 @@ def test_rows_appended_to_a_list_follow_those_of_other_files(data: Path, run: Ru
     write_list(data, "c", ["c0"])
     third = note("numbered urls", data, run)
     assert third[:2] == first
-    rows = [[(row[0], row[1][-2:]) for row in shard.rows] for shard in third]  # type: ignore[attr-defined]
+    rows = [[(row[0], row[1][-2:]) for row in shard.rows] for shard in third]
     assert rows[2:] == [
         [("000000003", "a0")],
         [("000000004", "b3"), ("000000005", "b4")],
@@ -213,7 +213,7 @@ def test_rows_appended_to_a_list_follow_those_of_other_files(data: Path, run: Ru
     with pytest.raises(StaleOutputError, match=r"b\.csv: 5 rows then, 2 now"):
         list(look("numbered urls", data, run).shards())
     restarted = note("numbered urls", data, run, restart=True)
-    assert [row[1][-2:] for shard in restarted for row in shard.rows] == ["b0", "b1", "a0", "c0"]  # type: ignore[attr-defined]
+    assert [row[1][-2:] for shard in restarted for row in shard.rows] == ["b0", "b1", "a0", "c0"]
 
 
 def test_rows_appended_while_a_run_goes_on_are_left_to_the_next(data: Path, run: RunFolder) -> None:
@@ -267,7 +267,7 @@ def test_the_first_row_of_a_key_stays_the_first(kind: str, data: Path, run: RunF
     write(data, "b", ["x", "y"])
     note(kind, data, run)
     write(data, "a", ["x", "z"])
-    rows = [(row[0], row[-1]) for shard in note(kind, data, run) for row in shard.rows]  # type: ignore[attr-defined]
+    rows = [(row[0], row[-1]) for shard in note(kind, data, run) for row in shard.rows]
     assert rows == [("x", False), ("y", False), ("x", True), ("z", False)]
 
 
