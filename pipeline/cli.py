@@ -243,13 +243,41 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every checksum, every row's place, the fate of every input row. Names each bad file; exit 1 if any."""
-    _read_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
+    _stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
 
 
 @app.command()
-def inspect(store: StoreArg, as_json: AsJson = False) -> None:
-    """Show what a store holds: samples, groups, bytes, encoder fingerprints."""
-    _read_command("inspect", store, as_json)
+def inspect(
+    store: StoreArg,
+    key: Annotated[str | None, typer.Option(help="Show the sample with this key, and what was made of it.")] = None,
+    url: Annotated[str | None, typer.Option(help="Show the samples of this URL.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Show the samples made from the file with this sha256.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a store holds: samples, groups, bytes, encoder fingerprints; or all about one sample."""
+    _stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
+
+
+@app.command()
+def remove(
+    run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE", help="Run folder, store folder or URL.")],
+    key: Annotated[
+        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="Keys: a file, one a line; or a key.")
+    ] = None,
+    url: Annotated[list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="URLs, likewise.")] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="sha256 of original files, likewise.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Goes into the log of removals.")] = "",
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Also erase all removed samples from the files, not only from view.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove samples, for good: readers leave them out at once, and later runs do not store them again."""
+    values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
+    _stage_command("remove", run_or_store, as_json, **values, reason=reason, compact_files=compact, dry_run=dry_run)
 
 
 @app.command()
@@ -258,7 +286,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
-    _read_command("report", run_or_store, as_json)
+    _stage_command("report", run_or_store, as_json)
 
 
 @app.command()
@@ -379,7 +407,7 @@ def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
     raise typer.Exit(int(str(result["exit_code"])))
 
 
-def _read_command(name: str, path: str, as_json: bool, **options: object) -> None:
+def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points.
 
     It returns (JSON-able result, lines for people, exit code).

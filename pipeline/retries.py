@@ -7,7 +7,7 @@ groups stay aligned. A row's last try counts: what is retried leaves the counts 
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import PurePosixPath
@@ -146,3 +146,37 @@ def _round_files(run: RunFolder) -> list[str]:
 
 def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, run.storage.read_lines(name))
+
+
+def redact_retries(
+    run: RunFolder, removed: Mapping[int, Collection[int]], is_removed: Callable[[object], bool]
+) -> None:
+    """Takes captions and URLs of removed rows out of the rounds, and tells the records of those shards.
+
+    Args:
+        removed: rows by shard index.
+        is_removed: whether a source row is to go too.
+    """
+    for number, file in enumerate(_round_files(run), start=1):
+        size = int(PurePosixPath(file).stem.partition("-")[2])
+        lines = list(_read(run, file))
+        redacted: set[int] = set()
+        for place, line in enumerate(lines):
+            shard = number * _FIRST_INDEX + place // size
+            if line.get("removed") or place % size in removed.get(shard, ()) or is_removed(line["source"]):
+                line.update(source=_without_content(line["source"]), removed=True)
+                redacted.add(shard)
+        if redacted:
+            run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
+        for shard in (shard for shard in _retry_shards(run) if shard.index in redacted):
+            for group in run.begun_groups():
+                record = run.read_record(group, shard.name)
+                if record is not None:
+                    run.storage.write_json(run.record_name(group, shard.name), {**record, "input": shard.digest})
+
+
+def _without_content(row: object) -> object:
+    """A source row in its shape, without its lists, which are captions, and its URLs."""
+    assert isinstance(row, list)
+    empty = {list: [], str: ""}
+    return [empty[type(v)] if isinstance(v, list) or (isinstance(v, str) and "://" in v) else v for v in row]

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import replace
 
-from imagen_core.store import RETRIED
+from imagen_core.store import REMOVED, RETRIED, Blocklist, StoreFolder, load_removals
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, GroupResult, Resources, Stage, Task
 from stages.captions import is_valid_text
@@ -17,7 +17,10 @@ _FETCH_CPUS = 0.5  # mostly waits for the network or the disk
 
 
 class FetchStage(Stage):
-    """Source rows -> `originals` (intermediate): every row with its bytes, or with the reason of its drop."""
+    """Source rows -> `originals` (intermediate): every row with its bytes, or with the reason of its drop.
+
+    What was removed from the store is not stored again: it is the drop `removed`.
+    """
 
     name = "fetch"
     resources = Resources(num_cpus=_FETCH_CPUS)
@@ -33,6 +36,7 @@ class FetchStage(Stage):
 
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
+        blocklist = Blocklist(load_removals(StoreFolder(task.run.store_url)))
         counts = {"fetched": 0, "bytes": 0}
         scratch = task.run.storage.new_folder()
         try:
@@ -41,6 +45,8 @@ class FetchStage(Stage):
                 def emit(original: Original) -> None:
                     if original.row in task.retried_rows:
                         original = replace(original, data=None, reason=RETRIED, detail="in a later round")
+                    if blocklist.blocks(original.key, original.url, original.data):
+                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="")
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None

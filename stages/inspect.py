@@ -1,8 +1,12 @@
-"""`pipeline inspect`: what a store holds."""
+"""`pipeline inspect`: what a store holds, or what became of one sample."""
 
-from imagen_core.store import EmbeddingGroup, ImagesGroup, Store, StoreError
+from collections import Counter
+
+from imagen_core.store import REMOVED, EmbeddingGroup, ImagesGroup, Store, StoreError
 from pipeline.errors import ConfigError
 from pipeline.show import human_bytes
+from stages.lineage import lineage_command
+from stages.remove import open_place
 from stages.verify import CommandResult, store_folder
 
 
@@ -27,14 +31,22 @@ def group_bytes(store: Store) -> dict[str, int]:
     return totals
 
 
-def inspect_command(path: str) -> CommandResult:
-    """Counts, groups, bytes and encoder fingerprints."""
+def inspect_command(
+    path: str, *, key: str | None = None, url: str | None = None, sha256: str | None = None
+) -> CommandResult:
+    """Counts, groups, bytes and encoder fingerprints; or all about the samples with a key, URL or sha256."""
     store = open_store(path)
+    if (key, url, sha256) != (None, None, None):
+        folder, run = open_place(path)
+        return lineage_command(store, folder, run, key=key, url=url, sha256=sha256)
     sizes = group_bytes(store)
     groups: dict[str, object] = {}
     lines = [f"{len(store)} samples in {store.manifest.num_shards} shards, {human_bytes(sum(sizes.values()))}"]
     if store.manifest.failed_shards:
         lines.append(f"  without {len(store.manifest.failed_shards)} shards that failed: run the same command again")
+    excluded = Counter(reason for rows in store.manifest.excluded.values() for reason in rows.values())
+    if removed := excluded[REMOVED]:
+        lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
     for name, group in store.manifest.groups.items():
         entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
         text, facts = "", {}
@@ -51,6 +63,8 @@ def inspect_command(path: str) -> CommandResult:
     result: dict[str, object] = {
         "input_rows": store.manifest.input_rows,
         "num_samples": len(store),
+        "num_removed": removed,
+        "removals": store.manifest.listed_removals,
         "num_shards": store.manifest.num_shards,
         "failed_shards": list(store.manifest.failed_shards),
         "image_sizes": store.image_sizes,

@@ -27,15 +27,18 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
     failed = frozenset(failed_shards)
     groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
     totals = {"num_samples": 0}
-    header = {
+    header: dict[str, object] = {
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
         "input_rows": input_rows,
         "groups": {name: _describe(run, config) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
     }
+    removals = store_format.load_removals(store_format.StoreFolder(run.store_url))
+    if removals:
+        header["removals"] = store_format.removal_entries(removals)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
-        store_format.write_manifest(path, header, _shards(run, list(groups), failed, totals))
+        store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, totals))
     return {"num_samples": totals["num_samples"], "store": run.store_url, "groups_in_store": sorted(groups)}
 
 
@@ -75,16 +78,21 @@ def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
 
 
 def _shards(
-    run: RunFolder, groups: list[str], failed: frozenset[int], totals: dict[str, int]
+    run: RunFolder,
+    groups: list[str],
+    failed: frozenset[int],
+    removals: list[store_format.Removal],
+    totals: dict[str, int],
 ) -> Iterator[dict[str, object]]:
     origins = retry_origins(run)
+    touched = {shard for removal in removals for shard in removal.rows}
     read = lambda shard: {group: run.read_record(group, f"{shard:05d}") for group in groups}  # noqa: E731
     for records in run.storage.map(read, sorted(set(run.recorded_shards(SAMPLES)) - failed)):
         samples = records[SAMPLES]
         assert samples is not None
         shard = int(str(samples["shard"]))
         files: dict[str, object] = {}
-        excluded: dict[int, str] = {}
+        excluded = _removed(run, shard, removals) if shard in touched else {}
         for group, record in records.items():
             assert record is not None
             info = record["info"]
@@ -98,6 +106,16 @@ def _shards(
         by_reason = {reason: sorted(r for r in excluded if excluded[r] == reason) for reason in excluded.values()}
         retry_of = {"retry_of": origins[shard]} if shard in origins else {}
         yield {"index": shard, "rows": rows, "files": files, "excluded": by_reason, **retry_of}
+
+
+def _removed(run: RunFolder, shard: int, removals: list[store_format.Removal]) -> dict[int, str]:
+    name = run.committed_file(SAMPLES, f"{shard:05d}")
+    copy = run.storage.copy(name)
+    try:
+        removed = store_format.removed_rows(removals, shard, store_format.SamplesFile(str(copy), name))
+    finally:
+        run.storage.release(copy)
+    return {row: entry.excluded for row, entry in removed.items()}
 
 
 def _record_entry(record: Record, captions: object) -> dict[str, object]:

@@ -3,9 +3,12 @@
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.crop import Crop
+from imagen_core.store.erase import ErasedShard
 from imagen_core.store.errors import ManifestError, StoreError
+from imagen_core.store.files import StoreFolder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
+    REMOVED,
     RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
@@ -15,71 +18,103 @@ from imagen_core.store.layout import (
     image_embed_group,
     image_group,
     null_path,
+    revision_of,
     shard_path,
     text_group,
 )
 from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
 from imagen_core.store.null import write_null
-from imagen_core.store.parquet import read_samples, write_samples
+from imagen_core.store.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, restore
 from imagen_core.store.reader import Sample, Store
 from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
+    Group,
     ImageEmbedGroup,
     ImagesGroup,
     SamplesGroup,
     ShardEntry,
     TextGroup,
+    parse_group,
 )
+from imagen_core.store.removal import (
+    IDENTIFIERS,
+    Blocklist,
+    Removal,
+    RemovedRow,
+    load_removals,
+    removed_rows,
+    value_digest,
+)
+from imagen_core.store.removing import add_removal, find_rows, list_removals, matching_rows, removal_entries
 from imagen_core.store.shard import ImageWriter, open_image_writer, open_images, text_shard_bytes, write_text_shard
 from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
+    "IDENTIFIERS",
     "MANIFEST_NAME",
+    "REMOVED",
     "RETRIED",
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
+    "Blocklist",
     "Codec",
     "Crop",
     "EmbeddingGroup",
+    "ErasedShard",
     "FileEntry",
+    "Group",
     "ImageEmbedGroup",
     "ImageWriter",
     "ImagesGroup",
     "Manifest",
     "ManifestError",
     "Problem",
+    "Removal",
+    "RemovedRow",
     "Sample",
     "SampleRow",
+    "SamplesFile",
     "SamplesGroup",
     "ShardEntry",
     "Store",
     "StoreDtype",
     "StoreError",
+    "StoreFolder",
     "StoreFormat",
     "Stored",
     "TextGroup",
     "TokenErrors",
     "VerifyReport",
+    "add_removal",
     "cast_embedding",
     "check_codec",
     "codec_settings",
+    "find_rows",
     "image_embed_group",
     "image_group",
     "is_finite_as",
+    "list_removals",
     "load_manifest",
+    "load_removals",
+    "matching_rows",
     "null_path",
     "open_image_writer",
     "open_images",
+    "parse_group",
     "read_samples",
+    "removal_entries",
+    "removed_rows",
     "restore",
+    "revision_of",
     "shard_path",
     "text_group",
     "text_shard_bytes",
     "token_errors",
+    "value_digest",
     "verify_store",
     "write_manifest",
     "write_null",

@@ -1,7 +1,8 @@
-"""Read access to a store's folder: a local path, or a fsspec URL."""
+"""Access to a store's folder: a local path, or a fsspec URL."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,15 @@ from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
 
 _REMOTE_BLOCK_BYTES = 1 << 20
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a local folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class StoreFolder:
@@ -40,7 +50,8 @@ class StoreFolder:
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
-        fs, root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+        options = {"use_listings_cache": False, **self.storage_options}  # others may write here
+        fs, root = fsspec.core.url_to_fs(self.url, **options)
         self._fs = None if isinstance(fs, LocalFileSystem) else fs
         self._root = root.rstrip("/")
 
@@ -87,6 +98,38 @@ class StoreFolder:
     def read_bytes(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file, whole and durably; False where there is one, which then stays as it is."""
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        final = Path(self.path(name))
+        final.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            try:
+                os.link(file.name, final)
+            except FileExistsError:
+                return False
+        fsync_folder(final.parent)
+        return True
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to, which takes the place of the former one when the block ends."""
+        if self.is_local:
+            yield Path(self.path(name))  # whoever writes it does so at once
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            local = Path(scratch) / Path(name).name
+            yield local
+            self.fs.put_file(str(local), self.path(name))
 
     def source(self, name: str) -> str | BinaryIO:
         """What the file readers take: the path of a local file, an open file of a remote one."""

@@ -6,6 +6,7 @@
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
       image-embed-clip/00000.(...)     one embedding a picture, (1, dim) a row
+      removed/00001.json               samples taken out of the store (removal.py)
 
 Row i of shard s is the same sample in `samples` and in every group of pictures or of their embeddings. Row j of a text
 group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
@@ -25,10 +26,12 @@ MANIFEST_NAME = "manifest.json"
 SAMPLES_GROUP = "samples"
 NULL_TENSOR = "embedding"
 RETRIED = "retried"  # the drop reason of an input row that a later shard tries again
+REMOVED = "removed"  # why readers leave out a sample that was taken out of the store, and runs do not store it again
 ROW_GROUP_BYTES = 512 * 1024  # what one parquet row group holds: the unit of a remote read
 
 SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
 _ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REVISION = re.compile(r"/\d+\.r([1-9]\d*)\.\w+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,20 @@ def _encoder_name(encoder: str) -> str:
     return encoder
 
 
-def shard_path(group: str, index: int, store_format: StoreFormat = "parquet") -> str:
-    """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`."""
-    return f"{group}/{index:05d}.{SUFFIXES[check_format(store_format)]}"
+def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", revision: int = 0) -> str:
+    """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`.
+
+    A file that was written again without removed samples has another name, `images-64/00007.r2.h5`, so that the
+    manifest goes from all former files to all new ones at once: `revision` counts the removals it knows.
+    """
+    mark = f".r{revision}" if revision else ""
+    return f"{group}/{index:05d}{mark}.{SUFFIXES[check_format(store_format)]}"
+
+
+def revision_of(path: str) -> int:
+    """The revision in a path made by `shard_path`."""
+    found = _REVISION.search(path)
+    return int(found[1]) if found else 0
 
 
 def null_path(encoder: str) -> str:

@@ -33,7 +33,11 @@ class Loader:
 
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
     received as many batches) restores all of them, with any world size and batch size. A `for` that is
-    left early goes on from there.
+    left early goes on from there. If samples were removed since the state was taken, the others come in the same
+    batches as before; those are smaller by the removed samples, and can be empty.
+
+    Attributes:
+        global_size: samples of the last batch over all ranks.
 
     Each batch is a dict:
         keys: list[str], B of them.
@@ -82,10 +86,7 @@ class Loader:
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory is for copies to a CUDA device, and there is none; leave it off")
         self._store = store
-        self._samples = samples
         self._window_shards, self._pin_memory = shuffle_window_shards or 0, pin_memory
-        if self._window_shards:
-            self._windowed = WindowedOrder(store.shard_bounds(samples), self._window_shards, seed)
         self._sides = {store.image_group(size).size_px: size for size in images or ()}
         self._crop = crop if self._sides else None
         if self._crop is not None:
@@ -96,6 +97,15 @@ class Loader:
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._epoch = self._position = 0
+        self.global_size = 0
+        self._arrange(store.manifest.num_removals, samples)
+
+    def _arrange(self, num_removals: int, samples: range) -> None:
+        """Order these of the samples that the store had after its first removals."""
+        self._num_removals, self._samples = num_removals, samples
+        self._places, self._removed = self._store.places(num_removals)
+        if self._window_shards:
+            self._windowed = WindowedOrder(self._places.bounds(samples), self._window_shards, self._seed)
 
     def __len__(self) -> int:
         """Batches in a whole epoch; the same for all ranks."""
@@ -108,6 +118,9 @@ class Loader:
             first = self._position + self._rank * size // self._world_size
             stop = self._position + (self._rank + 1) * size // self._world_size
             batch = self._read(self._epoch, range(first, stop))
+            self.global_size = size
+            if self._removed:
+                self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
             self._position += size
             if not self._next_global_size():
                 self._epoch, self._position = self._epoch + 1, 0
@@ -129,14 +142,18 @@ class Loader:
             "num_samples": len(self._samples),
             "first_sample": self._samples.start,
             "shuffle_window_shards": self._window_shards,
+            "num_removals": self._num_removals,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; the order is the same whatever the world size and batch size are now.
 
+        A state from before a removal keeps its order, for all epochs; the removed samples are missing from it.
+
         Raises:
             ValueError: the state is of another seed, shuffle or store length, so of another order.
         """
+        self._arrange_as(state)
         mine = self.state_dict()
         for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):
             if state.get(name, 0) != mine[name]:
@@ -148,18 +165,42 @@ class Loader:
         if self._position and not self._next_global_size():
             self._epoch, self._position = self._epoch + 1, 0
 
-    def _read(self, epoch: int, positions: range) -> dict[str, Any]:
+    def _arrange_as(self, state: dict[str, Any]) -> None:
+        """Take the samples of a state from before a removal, if they can be those of this loader."""
+        num_removals, mine = state.get("num_removals", 0), self._samples
+        if num_removals > self._num_removals:
+            raise ValueError(
+                f"loader state knows {num_removals} removals, this store has {self._num_removals}: it is an older "
+                "copy, which has samples that were removed; resume with the store as it is now"
+            )
+        if num_removals == self._num_removals:
+            return
+        places, removed = self._store.places(num_removals)
+        first = state.get("first_sample", 0)
+        samples = range(first, first + state.get("num_samples", 0))
+        shifts = (samples.start - mine.start, samples.stop - mine.stop)
+        if samples.stop <= len(places) and all(0 <= shift <= len(removed) for shift in shifts):
+            self._arrange(num_removals, samples)
+
+    def _kept(self, epoch: int, positions: range) -> tuple[list[int], np.ndarray, list[tuple[int, int]]]:
+        """What is not removed of some positions: which of them, their samples, and the shard and row of each."""
         indices = self._order(epoch, np.arange(positions.start, positions.stop))
-        keys = [""] * len(positions)
-        shapes = {size: (len(positions), side, side, 3) for size, side in self._sides.items()}
+        places = [self._places.locate(index) for index in indices.tolist()]
+        kept = [k for k, place in enumerate(places) if place not in self._removed]
+        return kept, indices[kept], [places[k] for k in kept]
+
+    def _read(self, epoch: int, positions: range) -> dict[str, Any]:
+        kept, indices, located = self._kept(epoch, positions)
+        keys = [""] * len(kept)
+        shapes = {size: (len(kept), side, side, 3) for size, side in self._sides.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
-        windows = self._windows(epoch, positions)
-        embeddings: list[np.ndarray] = [np.empty(0)] * len(positions)
-        embeds: list[np.ndarray] = [np.empty(0)] * len(positions)
+        windows = {size: [all_[k] for k in kept] for size, all_ in self._windows(epoch, positions).items()}
+        embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
+        embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
-        places = [(*self._store.locate(index), k) for k, index in enumerate(indices.tolist())]
-        for shard, row, k in sorted(places):  # shard by shard, so that a file is opened once a batch
+        # Shard by shard, so that a file is opened once a batch.
+        for shard, row, k in sorted((*place, k) for k, place in enumerate(located)):
             files = self._store.shard(shard)
             keys[k] = files.samples.key(row)
             for size, rows in pixels.items():

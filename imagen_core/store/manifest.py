@@ -5,6 +5,7 @@ The file is JSON, written in one pass so that 100,000 shards never sit in memory
     {
     "groups":{...},                 the header, sorted, one key a line
     "input_rows":...,               rows of the source, counted by who read it
+    "removals":[...],               removals whose rows are excluded below: path, bytes, sha256
     "schema_version":2,
     "writer":"...",
     "shards":[
@@ -31,8 +32,15 @@ from typing import Any
 import numpy as np
 
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
-from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import MANIFEST_NAME, OLDEST_READABLE, SAMPLES_GROUP, SCHEMA_VERSION, shard_path
+from imagen_core.store.files import StoreFolder, fsync_folder
+from imagen_core.store.layout import (
+    MANIFEST_NAME,
+    OLDEST_READABLE,
+    SAMPLES_GROUP,
+    SCHEMA_VERSION,
+    revision_of,
+    shard_path,
+)
 from imagen_core.store.records import (
     FileEntry,
     Group,
@@ -44,6 +52,7 @@ from imagen_core.store.records import (
     parse_group,
     parse_shard,
 )
+from imagen_core.store.removal import Removal, load_removals, removal_path
 
 _SHARDS = b'\n"shards":[\n'
 _END_OF_SHARDS = b"\n],\n"
@@ -62,7 +71,8 @@ class Manifest:
         groups: the header's groups, typed, by name.
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
             bytes are those of all files but the manifest.
-        sha256: the manifest's own digest; equal digests mean equal stores.
+        num_removals: removals from the store; their rows are excluded.
+        sha256: the manifest's own digest; equal digests and num_removals mean equal stores.
         index: int64 (num_shards,), the number in each shard's file names, rising.
         rows: int64 (num_shards,), rows of each shard, excluded ones included.
         excluded: the excluded rows of each shard that has some, by position in `rows`: row -> reason, by rising row.
@@ -96,13 +106,32 @@ class Manifest:
         self._files = {name: column.freeze() for name, column in columns.items()}
         self.num_shards = len(rows)
         self.num_rows = int(self.rows.sum())
-        self.num_samples = self.num_rows - sum(len(rows) for rows in self.excluded.values())
-        self.num_bytes = sum(int(sizes[sizes > 0].sum()) for sizes, _, _ in self._files.values())
+        self.num_removals = len(self.listed_removals)
+        self.num_bytes = sum(int(sizes[sizes > 0].sum()) for sizes, *_ in self._files.values())
         self.num_bytes += sum(null.bytes for null in _nulls(self.groups))
 
     @property
     def schema_version(self) -> int:
         return self.header["schema_version"]
+
+    @property
+    def listed_removals(self) -> list[dict[str, Any]]:
+        """Path, bytes and sha256 of the removals the manifest was written with."""
+        return self.header.get("removals", [])
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_rows - sum(len(rows) for rows in self.excluded.values())
+
+    def remove(self, removal: Removal) -> None:
+        """Excludes the rows of a removal that the manifest was not written with."""
+        for index, removed in removal.rows.items():
+            position = int(np.searchsorted(self.index, index))
+            if position < self.num_shards and self.index[position] == index:
+                former = self.excluded.get(position, {})
+                rows = {row.row: row.excluded for row in removed if row.row < self.rows[position]} | former
+                self.excluded[position] = dict(sorted(rows.items()))
+        self.num_removals += 1
 
     @cached_property
     def images(self) -> dict[int, ImagesGroup]:
@@ -135,29 +164,32 @@ class Manifest:
 
     def file(self, group: str, position: int) -> FileEntry | None:
         """The file of a group in the shard at a position; None in a shard without rows."""
-        sizes, rows, digests = self._files[group]
+        sizes, rows, digests, revisions = self._files[group]
         if sizes[position] < 0:
             return None
-        path = shard_path(group, int(self.index[position]), self.groups[group].format)
+        path = shard_path(group, int(self.index[position]), self.groups[group].format, revisions.get(position, 0))
         return FileEntry(path, int(sizes[position]), digests[position].tobytes().hex(), int(rows[position]))
 
 
 class _FileColumns:
-    """Size, rows and digest of one group's files, shard by shard; size -1 = no file."""
+    """Size, rows and digest of one group's files, shard by shard; size -1 = no file. Revisions where not 0."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.rows: list[int] = []
         self.digests = bytearray()
+        self.revisions: dict[int, int] = {}
 
     def append(self, entry: FileEntry | None) -> None:
+        if entry is not None and (revision := revision_of(entry.path)):
+            self.revisions[len(self.sizes)] = revision
         self.sizes.append(-1 if entry is None else entry.bytes)
         self.rows.append(0 if entry is None else entry.rows)
         self.digests += bytes(32) if entry is None else bytes.fromhex(entry.sha256)
 
-    def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, int]]:
         digests = np.frombuffer(bytes(self.digests), dtype=np.uint8).reshape(-1, 32)
-        return np.array(self.sizes, np.int64), np.array(self.rows, np.int64), digests
+        return np.array(self.sizes, np.int64), np.array(self.rows, np.int64), digests, self.revisions
 
 
 def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
@@ -167,8 +199,8 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
     input gives the same bytes.
 
     Args:
-        header: "groups", "writer", "input_rows" if it is known, and anything else that is JSON; "schema_version"
-            is added.
+        header: "groups", "writer", "input_rows" if it is known, "removals" if there are any, and anything else that
+            is JSON; "schema_version" is added.
         shards: entries by rising index, see ShardEntry for the fields.
     Raises:
         ValueError: a header or shard that `load_manifest` would refuse.
@@ -202,11 +234,11 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
-    """Read and check the manifest of a store (a folder or a fsspec URL).
+    """Read and check the manifest of a store (a folder or a fsspec URL), with the removals since it was written.
 
     Raises:
         ManifestError: a changed byte, or not a manifest.
@@ -236,6 +268,8 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
     manifest.sha256 = digest
+    for removal in load_removals(folder, after=len(manifest.listed_removals)):
+        manifest.remove(removal)
     return manifest
 
 
@@ -264,6 +298,9 @@ def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
     version = header.get("schema_version")
     if type(version) is not int or not OLDEST_READABLE <= version <= SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {OLDEST_READABLE} to {SCHEMA_VERSION} (got {version!r})")
+    for number, entry in enumerate(header.get("removals", []), start=1):
+        if set(entry) != {"path", "bytes", "sha256"} or entry["path"] != removal_path(number):
+            raise ValueError(f"removals: {entry} should be path, bytes and sha256 of {removal_path(number)}")
     if type(header.get("input_rows", 0)) is not int:
         raise ValueError(f"input_rows must be an integer (got {header['input_rows']!r})")
     failed = header.get("failed_shards", [])
@@ -312,14 +349,6 @@ def _no_manifest(folder: StoreFolder) -> StoreError:
 
 def _dump(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashingWriter:

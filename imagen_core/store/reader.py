@@ -2,7 +2,6 @@
 
 import operator
 import os
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ from imagen_core.store.cache import DEFAULT_CACHE_BYTES, FileCache
 from imagen_core.store.crop import Crop
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import SAMPLES_GROUP, StoreDtype
+from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
+from imagen_core.store.places import Places
 from imagen_core.store.ragged import restore
 from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
+from imagen_core.store.removal import load_removals
 from imagen_core.store.shard import ImageFile, TextFile, open_images, open_text
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Sample:
 
 
 class Store(Sequence[Sample]):
-    """A finished store: a sequence of samples, without the excluded ones.
+    """A finished store: a sequence of samples, without the excluded and the removed ones.
 
     It can be pickled and used after a fork: files are opened in the process that reads them. Use one
     object a thread.
@@ -72,10 +73,7 @@ class Store(Sequence[Sample]):
         self._sizes = list(manifest.images)
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
-        valid = manifest.rows.copy()
-        for shard, rows in manifest.excluded.items():
-            valid[shard] -= len(rows)
-        self._ends: list[int] = np.cumsum(valid).tolist()  # readable samples up to and with each shard
+        self._places = Places(manifest.rows, manifest.excluded)
 
     @classmethod
     def open(
@@ -232,17 +230,29 @@ class Store(Sequence[Sample]):
 
     def locate(self, index: int) -> tuple[int, int]:
         """Shard position and row of a sample; index in [0, len(store))."""
-        shard = bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        for excluded in self._manifest.excluded.get(shard, ()):
-            row += excluded <= row
-        return shard, row
+        return self._places.locate(index)
 
-    def shard_bounds(self, samples: range) -> np.ndarray:
-        """Where the shards of some samples begin and end, int64, rising from samples.start to samples.stop."""
-        ends = np.array(self._ends, dtype=np.int64)
-        inside = ends[(ends > samples.start) & (ends < samples.stop)]
-        return np.unique(np.concatenate([[samples.start], inside, [samples.stop]]))
+    def places(self, num_removals: int | None = None) -> tuple[Places, set[tuple[int, int]]]:
+        """Where the samples are that the store had after its first removals; and which were removed since.
+
+        Args:
+            num_removals: None: all there are.
+        Returns:
+            The places; shard position and row of those that must not be read.
+        """
+        excluded = self._manifest.excluded
+        if num_removals is None or num_removals == self._manifest.num_removals:
+            return self._places, set()
+        later = load_removals(self._folder, after=num_removals)[: self._manifest.num_removals - num_removals]
+        named = {(index, row.row) for removal in later for index, rows in removal.rows.items() for row in rows}
+        removed = {
+            (shard, row)
+            for shard, rows in excluded.items()
+            for row, reason in rows.items()
+            if reason == REMOVED and (int(self._manifest.index[shard]), row) in named
+        }
+        former = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
+        return Places(self._manifest.rows, former), removed
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""

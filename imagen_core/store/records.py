@@ -14,6 +14,7 @@ from imagen_core.store.layout import (
     image_embed_group,
     image_group,
     null_path,
+    revision_of,
     shard_path,
     text_group,
 )
@@ -154,9 +155,9 @@ def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
         excluded = _parse_excluded(raw.get("excluded", {}), rows)
         retry_of = tuple((_count(of, "retry_of"), _count(row, "retry_of")) for of, row in raw.get("retry_of", ()))
         files = {
-            name: _parse_file(raw["files"][name], shard_path(name, index, group.format))
+            name: _parse_file(entry, shard_path(name, index, group.format, revision_of(entry["path"])))
             for name, group in groups.items()
-            if rows or name in raw["files"]
+            if (entry := raw["files"][name] if rows else raw["files"].get(name)) is not None
         }
         if unknown := set(raw["files"]) - set(groups):
             raise ValueError(f"files of unknown groups {sorted(unknown)}")

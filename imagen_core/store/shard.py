@@ -4,7 +4,7 @@ Writers write to the exact path they are given: temporary names, fsync and renam
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -96,8 +96,11 @@ class ImageWriter:
         """
         if pixels.dtype != np.uint8 or pixels.shape != self._shape:
             raise ValueError(f"row {self.num_rows}: {pixels.dtype} {pixels.shape}, not uint8 {self._shape}")
-        stored = encode(pixels, self._codec)
-        self._writer.append(stored, picture_digest(key, sha256, np.frombuffer(stored, np.uint8)))
+        self.append_stored(np.frombuffer(encode(pixels, self._codec), np.uint8), key, sha256)
+
+    def append_stored(self, stored: np.ndarray, key: str, sha256: str) -> None:
+        """Add a picture as a file of the same size and codec has it."""
+        self._writer.append(stored.tobytes(), picture_digest(key, sha256, stored))
         self.num_rows += 1
 
 
@@ -148,14 +151,33 @@ def write_text_shard(
             Nothing is left behind.
     """
     check_dtype(dtype)
+    num_tokens = [len(embedding) for embedding in embeddings]
+    cast = _cast(embeddings, dim, dtype)
+    write_stored_text_shard(
+        path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=fingerprint
+    )
+
+
+def write_stored_text_shard(
+    path: str | os.PathLike[str],
+    embeddings: Iterable[Stored],
+    num_tokens: Sequence[int],
+    dim: int,
+    dtype: StoreDtype,
+    store_format: StoreFormat,
+    *,
+    captions: Sequence[str],
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """`write_text_shard` of embeddings as a file of the same dim and dtype has them."""
     check_format(store_format)
     encoder = fingerprint_digest(fingerprint)
-    cast = _cast(embeddings, dim, dtype, captions, encoder)
+    rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
     try:
         if store_format == "parquet":
-            write_text_parquet(path, cast, dim, dtype, encoder)
+            write_text_parquet(path, rows, dim, dtype, encoder)
         else:
-            write_text_hdf5(path, cast, [len(embedding) for embedding in embeddings], dim, dtype, encoder)
+            write_text_hdf5(path, rows, num_tokens, dim, dtype, encoder)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -169,17 +191,14 @@ def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> 
     return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
 
 
-def _cast(
-    embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype, captions: Sequence[str], fingerprint: str
-) -> Iterator[tuple[Stored, int]]:
-    for row, (embedding, caption) in enumerate(zip(embeddings, captions, strict=True)):
+def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
+    for row, embedding in enumerate(embeddings):
         if embedding.ndim != 2 or embedding.shape[1] != dim:
             raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
         try:
-            stored = cast_embedding(embedding, dtype)
+            yield cast_embedding(embedding, dtype)
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
-        yield stored, caption_digest(fingerprint, caption, stored)
 
 
 def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped: bool = True) -> ImageFile:

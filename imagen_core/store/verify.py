@@ -19,6 +19,7 @@ from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
 from imagen_core.store.ragged import all_finite
 from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.removal import removal_path
 from imagen_core.store.shard import open_images, open_text, read_digests
 
 _BLOCK_BYTES = 1 << 20
@@ -70,9 +71,10 @@ def verify_store(
     """Read the whole store, one file at a time, and list what is wrong with which file.
 
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
-    pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; files
-    the manifest does not know; that every input row is one sample or one drop; that row by row the pictures
-    are those of the samples, and the embeddings those of the captions, by the encoder the manifest names.
+    pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
+    removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
+    the pictures are those of the samples, and the embeddings those of the captions, by the encoder the manifest
+    names.
     A damaged manifest is a problem of the report, as nothing else can be judged without it.
     Memory: one file's rows, and 8 bytes a sample for the keys.
 
@@ -99,6 +101,7 @@ def verify_store(
         check.null(group)
     check.keys()
     check.coverage()
+    check.removals()
     check.strays()
     report.ok = not report.problems
     return report
@@ -316,9 +319,14 @@ class _Check:
         for message in self._coverage.finish() if self._saw_all_samples else ():
             self._bad(MANIFEST_NAME, message)
 
+    def removals(self) -> None:
+        """Check the log of removals that the manifest was written with; rows of later ones are excluded already."""
+        for entry in self._manifest.listed_removals:
+            self._bytes(FileEntry(**entry, rows=0))
+
     def strays(self) -> None:
         """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""
-        known = {MANIFEST_NAME}
+        known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
         known.update(group.null.path for group in self._manifest.texts.values() if group.null)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
         for name in self._folder.walk():

@@ -30,6 +30,7 @@ class Batch:
     Attributes:
         counters: how many samples were consumed before each of these; names their random numbers.
         global_size: samples of the batch over all processes.
+        largest_part: no process has more samples of it.
         loader_state: where the loader is once this batch is consumed.
     """
 
@@ -39,6 +40,7 @@ class Batch:
     text_mask: Tensor | None
     counters: range
     global_size: int
+    largest_part: int
     loader_state: dict[str, Any]
 
     def part(self, start: int, stop: int) -> "Batch":
@@ -51,6 +53,7 @@ class Batch:
             None if self.text_mask is None else self.text_mask[rows],
             self.counters[rows],
             self.global_size,
+            self.largest_part,
             self.loader_state,
         )
 
@@ -112,7 +115,6 @@ class BatchStream:
     """An endless stream of training batches; a thread reads the next ones while a step runs."""
 
     def __init__(self, store: Store, config: TrainConfig, world: World, state: dict[str, Any] | None):
-        self._samples = len(store) - config.num_validation_samples
         self._world = world
         if config.batch_size % world.size:
             raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
@@ -124,7 +126,7 @@ class BatchStream:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            samples=range(self._samples),
+            samples=range(len(store) - config.num_validation_samples),
             crop=random_crop(config),
             shuffle_window_shards=config.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
@@ -176,19 +178,23 @@ class BatchStream:
         before = self._loader.state_dict()
         for raw in self._loader:
             after = self._loader.state_dict()
-            begin = before["epoch"] * self._samples + before["position"]
-            size = after["epoch"] * self._samples + after["position"] - begin
+            samples = after["num_samples"]
+            begin = before["epoch"] * samples + before["position"]
+            size = after["epoch"] * samples + after["position"] - begin
             first = self._world.rank * size // self._world.size
+            before = after
+            if not self._loader.global_size:  # all of it was removed from the store
+                continue
             yield Batch(
                 raw["keys"],
                 raw["images"],
                 raw.get("text"),
                 raw.get("text_mask"),
                 range(begin + first, begin + first + len(raw["keys"])),
-                size,
+                self._loader.global_size,
+                -(-size // self._world.size),
                 after,
             )
-            before = after
 
 
 def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: torch.device, step: int) -> Example:

@@ -48,6 +48,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
             raw.get("text_mask"),
             range(first, first + len(raw["keys"])),
             size,
+            -(-size // world.size),
             state,
         )
         example = make_example(batch, fixed, denoiser, world.device, step=0)

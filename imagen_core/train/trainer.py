@@ -176,7 +176,7 @@ class _Run:
         torch.manual_seed(mix(config.seed, 6, state.step, world.rank))  # dropout
 
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        most = -(-batch.global_size // world.size)  # samples of any process: all take as many micro-batches
+        most = batch.largest_part  # all processes take as many micro-batches
         size = config.micro_batch_size or most
         starts = range(0, most, size)
         for start in starts:
