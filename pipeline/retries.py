@@ -22,6 +22,7 @@ from pipeline.state import changed_input
 _FIRST_INDEX = 10_000_000
 _FOLDER = "retries"
 ALL = "all"
+REMOVED = "removed"  # the drop reason of what was taken out of the store: never tried again
 
 
 def with_retries(plan: Plan, run: RunFolder) -> Plan:
@@ -31,7 +32,7 @@ def with_retries(plan: Plan, run: RunFolder) -> Plan:
 
 
 def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[str]:
-    """Collects the rows dropped for one of `reasons` (or `all`) and not retried yet, as a new round.
+    """Collects the rows dropped for one of `reasons` (or `all`, but `removed`) and not retried yet, as a new round.
 
     Returns:
         How many rows will be tried again, by reason.
@@ -41,7 +42,7 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
         ConfigError: no dropped sample has one of the reasons.
     """
     retried = retried_rows(run)
-    wanted: Callable[[str], bool] = lambda reason: reason in reasons or ALL in reasons  # noqa: E731
+    wanted: Callable[[str], bool] = lambda r: r != REMOVED and (r in reasons or ALL in reasons)  # noqa: E731
     chosen: Counter[str] = Counter()
     lines: list[str] = []
     others: set[str] = set()

@@ -32,7 +32,7 @@ from imagen_core.store import (
     shard_path,
 )
 from pipeline.errors import ConfigError
-from pipeline.files import commit_file, file_digest, temporary_name
+from pipeline.files import commit_file, file_digest, remove_temporaries, temporary_name
 from pipeline.retries import redact_retries
 from pipeline.runfolder import STORE, Record, RunFolder
 from stages.fetch import ORIGINALS
@@ -58,6 +58,7 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
         ConfigError: a store of schema 1.
         StoreError: a file cannot be read.
     """
+    remove_temporaries(store)  # of a compaction that was killed
     folder = StoreFolder(store)
     removals = load_removals(folder)
     blocklist = Blocklist(removals)

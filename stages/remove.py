@@ -54,7 +54,7 @@ def remove_command(
     Raises:
         ConfigError: nothing was asked for, a value that cannot be one, or a store that cannot be changed.
     """
-    given = dict(zip(IDENTIFIERS, (key, url, sha256), strict=True))
+    given: dict[str, Sequence[str]] = dict(zip(IDENTIFIERS, (key, url, sha256), strict=True))
     values = {name: _read_values(name, texts) for name, texts in given.items()}
     if not any(values.values()) and not compact_files:
         raise ConfigError("nothing to remove: give --key, --url or --sha256 with a file or a value, or --compact")
@@ -125,14 +125,12 @@ def _remove(
                 f"--{name} {both[0]}: is a file, and the {name} of a sample too; give ./{both[0]} for the file, or "
                 "put the value into a file"
             )
-    removed_before = _removed_before(removals)
+    former = _removed_before(removals)
     unmatched = {
-        name: sorted(
-            value for value in listed - found.matched[name] if value_digest(name, value) not in removed_before
-        )
+        name: sorted(value for value in listed - found.matched[name] if value_digest(name, value) not in former)
         for name, listed in values.items()
     }
-    before = sum(value_digest(name, value) in removed_before for name, listed in values.items() for value in listed)
+    before = sum(value_digest(name, value) in former for name, listed in values.items() for value in listed)
     _refuse_mistyped(given, files, unmatched, Blocklist(removals))
     removed = sum(len(rows) for rows in found.rows.values())
     if not dry_run and any(values.values()):

@@ -195,7 +195,7 @@ class Loader:
         shapes = {size: (len(kept), side, side, 3) for size, side in self._sides.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
-        windows = {size: [all_[k] for k in kept] for size, all_ in self._windows(epoch, positions).items()}
+        windows = {size: [chosen[k] for k in kept] for size, chosen in self._windows(epoch, positions).items()}
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))

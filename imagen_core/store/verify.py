@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from imagen_core.store.coverage import Coverage
 from imagen_core.store.digest import caption_digest, fingerprint_digest, picture_digest
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files import StoreFolder
-from imagen_core.store.layout import MANIFEST_NAME, SAMPLES_GROUP, SCHEMA_VERSION
+from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, load_manifest
 from imagen_core.store.null import parse_null
 from imagen_core.store.parquet import SamplesFile
@@ -74,7 +74,7 @@ def verify_store(
     pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
     removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
     the pictures are those of the samples, and the embeddings those of the captions, by the encoder the manifest
-    names.
+    names. What removed samples have is not compared, as readers never see it.
     A damaged manifest is a problem of the report, as nothing else can be judged without it.
     Memory: one file's rows, and 8 bytes a sample for the keys.
 
@@ -115,6 +115,10 @@ class _Rows:
     sha256: list[str]
     captions: list[str]
     """Distinct ones, by caption id."""
+    removed: frozenset[int]
+    """Rows that are or will be erased, perhaps not in all files yet."""
+    removed_ids: frozenset[int]
+    """Caption ids that only those have."""
 
 
 class _Check:
@@ -158,9 +162,11 @@ class _Check:
                 if isinstance(group, ImagesGroup):
                     self._images(entry, group, rows)
                 elif isinstance(group, TextGroup):
-                    self._embeddings(entry, group, rows and rows.captions, "distinct captions")
+                    names, ignored = (rows.captions, rows.removed_ids) if rows else (None, ())
+                    self._embeddings(entry, group, names, "distinct captions", ignored)
                 elif isinstance(group, ImageEmbedGroup):
-                    self._embeddings(entry, group, rows and rows.keys, "rows")
+                    names, ignored = (rows.keys, rows.removed) if rows else (None, ())
+                    self._embeddings(entry, group, names, "rows", ignored)
             except StoreError as error:
                 self._bad(entry.path, str(error))
 
@@ -213,7 +219,10 @@ class _Check:
         keys = samples.column("key")
         self._key_hashes.append((shard, np.array([_hash(key) for key in keys], dtype=np.uint64)))
         captions = [caption_of.get(i, "") for i in range(max(caption_of, default=-1) + 1)]
-        return _Rows(keys, samples.column("sha256"), captions)
+        removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
+        ids = enumerate(samples.column("caption_ids"))
+        removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
+        return _Rows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
 
     def _images(self, entry: FileEntry, group: ImagesGroup, rows: _Rows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
@@ -224,9 +233,12 @@ class _Check:
                 picture_digest(key, sha256, images.stored(row))
                 for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
             )
-            self._compare_digests(entry, group, found, rows.keys, "pictures are not those of their samples")
+            wrong = "pictures are not those of their samples"
+            self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
 
-    def _embeddings(self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str) -> None:
+    def _embeddings(
+        self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
+    ) -> None:
         """Check the embeddings of captions or keys; None if the samples cannot be read."""
         # Not mapped: the parquet decoder checks the places that the mapped reader computes.
         text = open_text(self._source(entry), entry.path, group, mapped=False)
@@ -248,7 +260,7 @@ class _Check:
         else:
             found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
             whose = "captions" if isinstance(group, TextGroup) else "samples"
-            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}")
+            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}", ignored)
 
     def _compare_digests(
         self,
@@ -257,6 +269,7 @@ class _Check:
         found: Iterator[int],
         names: Sequence[str],
         wrong: str,
+        ignored: Collection[int],
     ) -> None:
         if not self._has_digests:
             return
@@ -264,7 +277,8 @@ class _Check:
         if stored is None or len(stored) != len(names):
             self._bad(entry.path, f"{0 if stored is None else len(stored)} digests for {len(names)} rows")
             return
-        rows = [row for row, (a, b) in enumerate(zip(found, stored.tolist(), strict=True)) if a != b]
+        pairs = enumerate(zip(found, stored.tolist(), strict=True))
+        rows = [row for row, (a, b) in pairs if a != b and row not in ignored]
         if rows:
             self._bad(entry.path, f"{len(rows)} {wrong}, the first in row {rows[0]} ({names[rows[0]]!r})")
 

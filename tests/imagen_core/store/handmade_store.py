@@ -13,6 +13,7 @@ from imagen_core import store as st
 
 DIM = 16
 FINGERPRINT = {"model": "tiny"}
+REMOVED_AT = "2026-01-02T03:04:05+00:00"
 
 
 @dataclass
@@ -146,3 +147,23 @@ def make_store(
     header = {"writer": "test", "input_rows": sum(shard_rows), "groups": header_groups}
     st.write_manifest(root / "manifest.json", header, shards)
     return made
+
+
+def samples_files(folder: st.StoreFolder) -> list[tuple[int, st.SamplesFile, dict[int, str]]]:
+    manifest = st.load_manifest(folder)
+    return [
+        (int(manifest.index[i]), st.SamplesFile(folder.source(entry.path), entry.path), manifest.excluded.get(i, {}))
+        for i in range(manifest.num_shards)
+        if (entry := manifest.file("samples", i))
+    ]
+
+
+def remove(store: Path | str, *, listed: bool = True, **values: list[str]) -> st.StoreFolder:
+    """Removes by key, url or sha256; `listed`: the manifest is written again."""
+    folder = st.StoreFolder(store)
+    removals = st.load_removals(folder)
+    found = st.find_rows(samples_files(folder), removals, values)
+    st.add_removal(folder, removals, found, values, REMOVED_AT, "asked for")
+    if listed:
+        st.list_removals(folder)
+    return folder

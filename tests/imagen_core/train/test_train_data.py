@@ -13,6 +13,7 @@ from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
 from imagen_core.train.distributed import World
 from imagen_core.train.randomness import draw
+from tests.imagen_core.store.handmade_store import remove
 from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store
 
 CPU = torch.device("cpu")
@@ -77,6 +78,32 @@ def test_processes_share_a_batch_and_its_numbers(store: Path) -> None:
         assert [key for part in parts for key in part[step].keys] == batch.keys
         assert [n for part in parts for n in part[step].counters] == list(batch.counters)
         assert {part[step].global_size for part in parts} == {len(batch.keys)}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_training_goes_on_after_a_removal_with_the_batches_it_would_have_had(
+    tmp_path: Path, world_size: int
+) -> None:
+    config = make_config(make_store(tmp_path / "store"), batch_size=3, num_validation_samples=10)
+    before = read(config, 20)
+    gone = {*before[2].keys, before[4].keys[1], before[15].keys[0]}
+    remove(tmp_path / "store", key=sorted(gone))
+    left = [[key for key in batch.keys if key not in gone] for batch in before]
+    expected = [(keys, batch) for keys, batch in zip(left, before, strict=True) if keys][1:]
+    parts = [
+        read(config, len(expected), World(rank, world_size, CPU), state=before[0].loader_state)
+        for rank in range(world_size)
+    ]
+    for step, (keys, batch) in enumerate(expected):
+        assert [key for part in parts for key in part[step].keys] == keys
+        assert {part[step].global_size for part in parts} == {len(keys)}
+        assert {part[step].loader_state["position"] for part in parts} == {batch.loader_state["position"]}
+        assert all(len(part[step].keys) <= part[step].largest_part == 3 // world_size for part in parts)
+        numbers = [n for part in parts for n in part[step].counters]
+        assert len(numbers) == len(set(numbers) & set(batch.counters)), "no random number is taken twice"
+    fresh = read(config, 9)
+    assert {key for batch in fresh for key in batch.keys}.isdisjoint(gone)
+    assert [len(batch.keys) for batch in fresh] == [3] * 8 + [1], "30 samples less the 5 that were trained on"
 
 
 def test_an_error_of_the_reading_thread_is_raised_in_the_loop(tmp_path: Path) -> None:
