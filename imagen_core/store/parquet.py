@@ -123,6 +123,10 @@ class SamplesFile:
     def key(self, row: int) -> str:
         return self._keys[row]
 
+    def texts(self, name: str) -> "_Strings":
+        """The key, url ("" where there is none) or sha256 of each row, decoded when asked for."""
+        return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
+
     def caption_ids(self, row: int) -> list[int]:
         return self._ids[self._first_id[row] : self._first_id[row + 1]]
 

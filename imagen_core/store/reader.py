@@ -123,7 +123,7 @@ class Store(Sequence[Sample]):
         return list(self._embed_dtypes)
 
     def __len__(self) -> int:
-        return self._manifest.num_samples
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...

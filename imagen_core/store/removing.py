@@ -42,9 +42,9 @@ class Found:
 def matching_rows(samples: SamplesFile, values: Values) -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """Rows that have one of the values, and which they have."""
     wanted = {name: set(values.get(name, ())) for name in IDENTIFIERS if values.get(name)}
-    columns = {name: samples.column(name) for name in wanted}
+    columns = {name: samples.texts(name) for name in wanted}
     for row in range(samples.num_rows):
-        hits = [(name, columns[name][row]) for name in wanted if columns[name][row] in wanted[name]]
+        hits = [(name, value) for name, column in columns.items() if (value := column[row]) in wanted[name]]
         if hits:
             yield row, hits
 
@@ -67,7 +67,9 @@ def find_rows(
     return found
 
 
-def add_removal(folder: StoreFolder, removals: list[Removal], found: Found, values: Values, time: str, reason: str):
+def add_removal(
+    folder: StoreFolder, removals: list[Removal], found: Found, values: Values, time: str, reason: str
+) -> Removal | None:
     """Log a removal, from which moment on readers leave its rows out; None if the log says all of it already.
 
     Raises:
