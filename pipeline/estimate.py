@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.executors.simulated import Machine, Played, Station
 from pipeline.hardware import Hardware
 from pipeline.plan import Plan
 from pipeline.probe import Line, Measured
-from pipeline.simulate import Job, Machine, Played, Station, play
+from pipeline.simulate import Job, play
 from pipeline.stage import Stage
 from pipeline.survey import Counted, Survey
 

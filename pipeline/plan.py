@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from pipeline.fingerprint import digest
@@ -73,11 +74,11 @@ class Plan:
             assert not names & made, f"stage {stage.name} makes {names & made} a second time"
             made |= names
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, Group]:
         return {group.name: group for stage in self.stages for group in stage.groups}
 
-    @property
+    @cached_property
     def transient_groups(self) -> frozenset[str]:
         return frozenset(name for name, group in self.groups.items() if group.transient)
 

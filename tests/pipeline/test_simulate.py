@@ -4,20 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.simulate import Job, Machine, Station, play
+from pipeline.executors.simulated import Machine, Station
+from pipeline.simulate import Job, play
 
 READ = Station("read", (), start_s=0.0, shard_s=0.0, row_s=1.0, uses={"cpus": 1.0})
 ENCODE = Station("encode", ("read",), start_s=0.0, shard_s=0.0, row_s=3.0, uses={}, workers=1)
 ROOMY = Machine({"cpus": 8.0}, processes=1, window=100)
 
 
-def jobs(count: int, *needs: str, rows: float = 1.0) -> list[Job]:
+def jobs(count: int, *needs: str, rows: int = 1) -> list[Job]:
     return [Job(needs, rows)] * count
 
 
 def test_one_process_takes_the_sum() -> None:
     station = replace(READ, shard_s=0.5)
-    played = play([station], jobs(4, "read", rows=2.0), ROOMY)
+    played = play([station], jobs(4, "read", rows=2), ROOMY)
     assert played.seconds == pytest.approx(4 * 2.5)
     assert played.used["cpus"] == pytest.approx(10.0)
 
