@@ -12,7 +12,12 @@ def canonical_json(value: object) -> str:
 
 def digest(value: object) -> str:
     """SHA-256 of the canonical JSON, as 64 hex digits."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    return text_digest(canonical_json(value))
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, as 64 hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def differences(old: object, new: object, path: str = "") -> list[str]:

@@ -114,7 +114,6 @@ def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
     while any(start < sample.num_rows for start, sample in zip(used, samples, strict=True)):
         place = index % len(samples)
         sample, start = samples[place], used[place]
-        assert isinstance(sample.rows, list)
         rows = sample.rows[start : start + size]
         used[place] += len(rows)
         if rows:

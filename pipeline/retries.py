@@ -49,18 +49,19 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
     shard_size = 1
     for shard in plan.shards():
         shard_size = max(shard_size, shard.num_rows)
-        assert isinstance(shard.rows, list)
         record = run.read_record(plan.row_group, shard.name)
         if record is not None and record["input"] != shard.digest:
             raise StaleOutputError(changed_input(run, shard, plan.row_group, record))
-        for drop in _drops(run, plan.row_group, shard.name):
+        drops = list(_drops(run, plan.row_group, shard.name))
+        rows = shard.rows if drops else []
+        for drop in drops:
             row, reason = drop["row"], drop["reason"]
             if row not in retried[shard.index]:
                 others.add(reason)
             if wanted(reason) and row not in retried[shard.index]:
                 chosen[reason] += 1
-                line = {"shard": shard.index, "row": row, "reason": reason, "source": shard.rows[row]}
-                files = {name: path for name, path in shard.files.items() if name in shard.rows[row]}
+                line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
+                files = {name: path for name, path in shard.files.items() if name in rows[row]}
                 lines.append(json.dumps({**line, "files": files} if files else line))
     if not lines and ALL not in reasons:
         there_are = ", ".join(sorted(others)) or "none"

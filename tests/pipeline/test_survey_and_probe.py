@@ -14,6 +14,7 @@ from pipeline.plan import Plan
 from pipeline.probe import Line, Measured, StageCost, probe
 from pipeline.runfolder import RunFolder
 from pipeline.runner import run_workflow
+from pipeline.stage import Shard
 from pipeline.survey import Batch, Survey, survey
 from pipeline.workflow import RunOptions
 from tests.pipeline.toy import Toy, ToyConfig, ToyOptions
@@ -88,7 +89,7 @@ def test_a_stage_that_fails_ends_the_probe_with_its_reason(tmp_path: Path) -> No
 
 def test_a_sample_without_one_good_row_is_refused(tmp_path: Path) -> None:
     plan, run = plan_of(toy(num_shards=1, rows=8), tmp_path)
-    sevens = [replace(shard, rows=[7, 17], num_rows=2) for shard in survey(plan, run).samples]
+    sevens = [Shard(shard.index, [7, 17], 2) for shard in survey(plan, run).samples]
     with pytest.raises(PipelineError, match=r"all 2 sample rows were dropped \(ends_in_seven\); look at the source"):
         probe(plan, plan.stages, sevens, "inline", ExecutionConfig())
 
