@@ -9,14 +9,13 @@ stand-in, whose counts differ from the real one's. Captions: PartiPrompts. Nothi
 import argparse
 import csv
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
 from benchmarks.encode import shuffled_prompts, write_tokenizer
-from benchmarks.table import shown, table
+from benchmarks.table import put_between, shown, table
 from pipeline.config import load_config
 from pipeline.presets import find_config
 from pipeline.workflow import PlanOptions
@@ -96,7 +95,7 @@ def configured(urls: Path, model: Path, kind: str) -> PrecomputeConfig:
 
 def planned(urls: Path, config: PrecomputeConfig, profile: str) -> dict[str, Any]:
     """What `pipeline plan precompute -c urls-t5-xxl --rows ROWS --profile PROFILE --json` prints."""
-    return dict(Precompute(config).preview(urls.parent / "run", PlanOptions(profile=profile, rows=ROWS)))
+    return dict(Precompute(config).preview(str(urls.parent / "run"), PlanOptions(profile=profile, rows=ROWS)))
 
 
 def row_of(name: str, config: PrecomputeConfig, profile: str, plan: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +124,6 @@ def row_of(name: str, config: PrecomputeConfig, profile: str, plan: dict[str, An
 
 def fill(docs: Path, rows: list[dict[str, Any]]) -> None:
     """Puts the table between the markers."""
-    before, begin, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{docs}: lacks {BEGIN} or {END}")
     titles = {
         "encoder": "encoder",
         "width": "width",
@@ -145,8 +140,7 @@ def fill(docs: Path, rows: list[dict[str, Any]]) -> None:
         "bottleneck": "bottleneck",
     }
     cells = [[shown(row[key]) for key in titles] for row in rows]
-    body = "\n".join(table(list(titles.values()), cells))
-    docs.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    put_between(docs, BEGIN, END, "\n".join(table(list(titles.values()), cells)) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,18 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def main() -> None:
-    readme = FOLDER / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{readme}: lacks {BEGIN} or {END}")
     files = sorted((FOLDER / "results").glob("*.json"))
     sections = [section(json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    body = "\n".join(sections) or "No results yet.\n"
-    readme.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{after}", encoding="utf-8")
+    put_between(FOLDER / "README.md", BEGIN, END, "\n".join(sections) or "No results yet.\n")
+
+
+def put_between(document: Path, begin: str, end: str, body: str) -> None:
+    """Replaces what a document has between two markers."""
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        sys.exit(f"{document}: lacks {begin} or {end}")
+    document.write_text(f"{before}{begin}\n\n{body}\n{end}{after}", encoding="utf-8")
 
 
 def section(report: dict[str, Any]) -> str:

@@ -1,0 +1,94 @@
+"""Counts the requests that a run makes to an object store: a real run, on one in memory."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.plan import Plan
+from pipeline.runfolder import RunFolder
+from pipeline.runner import run_workflow
+from pipeline.stage import Group, GroupResult, Shard, Stage, Task
+from pipeline.storage import ObjectStorage
+from pipeline.workflow import RunOptions, ShardedWorkflow, WorkflowConfig
+
+FEW, MANY = 10, 30
+KINDS = {"read": "GET", "written": "PUT", "deleted": "DELETE", "listed": "LIST"}
+
+
+def requests_a_shard() -> tuple[dict[str, float], dict[str, float], float]:
+    """Requests a shard by kind, of a run and of the same command again; and how many of the run's the driver makes.
+
+    Listings of folders, which grow by a request every 1,000 shards, are left out.
+    """
+    few, many = counted(FEW), counted(MANY)
+    run, again = ({kind: (b[kind] - a[kind]) / (MANY - FEW) for kind in a | b} for a, b in zip(few, many, strict=True))
+    driver = run.pop("driver")
+    again.pop("driver")
+    return (
+        {"LIST": 0.0, "HEAD": 0.0, **run},
+        {kind: again.get(kind, 0.0) for kind in (*KINDS.values(), "HEAD")},
+        driver,
+    )
+
+
+class Bytes(Stage):
+    """Reads its inputs and writes a byte a group."""
+
+    def __init__(self, name: str, inputs: tuple[str, ...], groups: tuple[Group, ...]):
+        self.name, self.inputs, self.groups = name, inputs, groups
+
+    def process(self, task: Task) -> None:
+        for group in self.inputs:
+            task.input(group).read_bytes()
+        for group in task.wanted:
+            task.output(group, ".bin").write_bytes(b"x")
+            task.done(group, GroupResult(1))
+
+
+class Requests(ShardedWorkflow):
+    name = "requests"
+    summary = "the groups of precompute, a byte each"
+    config_class = WorkflowConfig
+    shards = 0
+
+    def plan(self, run: RunFolder) -> Plan:
+        lasting = tuple(Group(name, {}) for name in ("samples", "images-64", "images-256"))
+        stages = (
+            Bytes("fetch", (), (Group("originals", {}, transient=True),)),
+            Bytes("resize", ("originals",), lasting),
+            Bytes("encode", ("samples",), (Group("text-t5", {}),)),
+        )
+        return Plan(stages, lambda: (Shard(i, [i], 1) for i in range(self.shards)), lambda run, rows: {})
+
+
+def counted(shards: int) -> tuple[Counter[str], Counter[str]]:
+    """Of a run of so many shards, and of the same command again."""
+    workflow = Requests(WorkflowConfig())
+    workflow.shards = shards
+    place, original, found = f"memory://scale-{time.time_ns()}", ObjectStorage._call, []
+    for _ in range(2):
+        counts: Counter[str] = Counter()
+
+        def call(self: ObjectStorage, done: str, name: str, function: Callable[[str], Any], to: Any = counts) -> Any:
+            callers = list(_callers())
+            to["HEAD" if callers[0] == "size" else KINDS[done]] += 1
+            to["driver"] += "run_task" not in callers
+            return original(self, done, name, function)
+
+        ObjectStorage._call = call  # type: ignore[method-assign]
+        try:
+            run_workflow(workflow, place, RunOptions("inline", quiet=True))
+        finally:
+            ObjectStorage._call = original  # type: ignore[method-assign]
+        found.append(counts)
+    return found[0], found[1]
+
+
+def _callers() -> list[str]:
+    frame, names = sys._getframe(2), []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
