@@ -60,7 +60,7 @@ class Requests(ShardedWorkflow):
             Bytes("resize", ("originals",), lasting),
             Bytes("encode", ("samples",), (Group("text-t5", {}),)),
         )
-        return Plan(stages, lambda: (Shard(i, [i], 1) for i in range(self.shards)), lambda run, rows: {})
+        return Plan(stages, lambda: (Shard(i, [i], 1) for i in range(self.shards)), lambda *_: {})
 
 
 def counted(shards: int) -> tuple[Counter[str], Counter[str]]:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from benchmarks.engine_run import peak_mib
 from pipeline.events import EventLog
+from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.simulated import Change, Luck, Machine, SimulatedExecutor, Station
 from pipeline.hardware import load_profile
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.runfolder import RunFolder
 from pipeline.scheduler import Scheduler
+from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.state import check_groups
 from pipeline.task import TaskOutcome, TaskRequest
@@ -37,6 +39,7 @@ FAILING = 0.01  # attempts
 HOPELESS = 10_000  # each so many-th shard fails whenever it is resized
 LEAVE_EVERY_S, AWAY_S = 1800.0, 1200.0  # a node goes, its successor comes
 SEED = 0
+CONFIG = ExecutionConfig(retry_delay_s=0)  # pauses would be real ones
 
 STATIONS = (
     Station("fetch", (), 5.0, 0.0, PROFILE.cpu_s_per_row["fetch"] / FETCH_SLOTS, {"cpus": FETCH_SLOTS}, None, 0.5),
@@ -68,9 +71,7 @@ def plan_of(shards: int) -> Plan:
         Counted("resize", ("originals",), lasting),
         Counted("encode", ("samples",), (Group("text-t5", {}),), GPUS),
     )
-    return Plan(
-        stages, lambda: (Shard(i, [i], ROWS) for i in range(shards)), lambda run, rows: {}, row_group="samples"
-    )
+    return Plan(stages, lambda: (Shard(i, [i], ROWS) for i in range(shards)), lambda *_: {}, row_group="samples")
 
 
 class Drawn:
@@ -109,9 +110,9 @@ class Cluster(SimulatedExecutor):
         super().submit(stage, request)
         self.own_s += time.perf_counter() - began
 
-    def wait(self) -> list[TaskOutcome]:
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
         began = time.perf_counter()
-        outcomes = super().wait()
+        outcomes = super().wait(timeout_s)
         self.tasks += len(outcomes)
         self.own_s += time.perf_counter() - began
         return outcomes
@@ -175,7 +176,7 @@ def scenario(name: str, shards: int, folder: Path) -> dict[str, float]:
     check_groups(plan, run, restart=False)
     events, progress = EventLog(run.storage), Finished(plan, cluster)
     before_mib, began, began_cpu = peak_mib(), time.perf_counter(), time.process_time()
-    tally = Scheduler(plan, run, cluster, events, progress, max_attempts=3).execute()
+    tally = Scheduler(plan, run, cluster, events, progress, CONFIG, StopSignals()).execute()
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     events.close()
     scheduling_s = cpu_s * (1 - cluster.own_s / seconds)

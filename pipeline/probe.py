@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
         rows = sample.rows[start : start + size]
         used[place] += len(rows)
         if rows:
-            yield replace(sample, index=index, rows=rows, num_rows=len(rows))
+            yield Shard(index, rows, len(rows), sample.files)
         index += 1
         size = size if index < 2 else 2 * size
 

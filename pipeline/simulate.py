@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from pipeline.events import EventLog
+from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.simulated import Machine, Played, SimulatedExecutor, Station
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.runfolder import Record, RunFolder
 from pipeline.scheduler import Scheduler
+from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.state import Ledger
 
@@ -27,12 +29,13 @@ def play(stations: Sequence[Station], jobs: Sequence[Job], machine: Machine) -> 
     executor = SimulatedExecutor(stations, machine)
     names = {station.name for station in stations}
     stages = tuple(_Counted(station, names) for station in stations)
-    plan = Plan(stages, lambda: _shards(jobs), lambda run, rows: {})
+    plan = Plan(stages, lambda: _shards(jobs), lambda *_: {})
     with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
         run = _Played(folder, plan, jobs)
         events = EventLog(run.storage)
         try:
-            Scheduler(plan, run, executor, events, Progress(plan.stages, quiet=True), max_attempts=1).execute()
+            progress, config = Progress(plan.stages, quiet=True), ExecutionConfig()
+            Scheduler(plan, run, executor, events, progress, config, StopSignals()).execute()
         finally:
             events.close()
     return executor.played

@@ -119,15 +119,24 @@ class SimulatedExecutor(Executor):
         self._submitted += 1
         self._waiting[stage.name].append((self._submitted, request))
 
-    def wait(self) -> list[TaskOutcome]:
+    @property
+    def num_tasks(self) -> int:
+        return sum(map(len, self._waiting.values())) + sum(len(lane.heap) for lane in self._lanes())
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
+        """Until the next task has finished on the simulated clock; the real one stands still."""
         outcomes: list[TaskOutcome] = []
         while not outcomes:
             self._start_waiting()
             outcomes = self._step()
         return outcomes
 
+    def withdraw(self) -> None:
+        for queue in self._waiting.values():
+            queue.clear()
+
     def close(self) -> None:
-        pass
+        self.withdraw()
 
     def records(self, request: TaskRequest) -> dict[str, dict[str, object]]:
         """What a finished task has committed; nothing is written here."""
@@ -229,7 +238,7 @@ class SimulatedExecutor(Executor):
                 self.played.lost_s[name] += task.work_s - left_s
                 lost.append(task)
         lost.sort(key=lambda task: task.order)
-        return [TaskOutcome(task.request, error=f"node {node.number} was lost") for task in lost]
+        return [TaskOutcome(task.request, error=f"node {node.number} was lost", lost="node") for task in lost]
 
 
 _CPU_START = {"cpus": 1.0}  # importing and loading are one thread's work

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from pipeline.events import EventLog
+from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.simulated import Change, Luck, Machine, SimulatedExecutor, Station
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.runfolder import RunFolder
 from pipeline.scheduler import Scheduler, Tally
+from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.task import TaskRequest
 
 SHARDS, NODES = 2000, 2
+CONFIG = ExecutionConfig(retry_delay_s=0)  # pauses would be real ones
 STATIONS = (
     Station("fetch", (), start_s=2.0, shard_s=6.0, row_s=0.0, uses={"cpus": 0.5}, slots=0.5),
     Station("resize", ("fetch",), start_s=2.0, shard_s=10.0, row_s=0.0, uses={"cpus": 1.0}),
@@ -70,11 +73,11 @@ def simulate(
     folder: Path, luck: Callable[[TaskRequest], Luck], changes: Sequence[Change] = ()
 ) -> tuple[SimulatedExecutor, Tally, Watched]:
     stages = tuple(Counted(station) for station in STATIONS)
-    plan = Plan(stages, lambda: (Shard(i, i, 1000) for i in range(SHARDS)), lambda run, rows: {})
+    plan = Plan(stages, lambda: (Shard(i, i, 1000) for i in range(SHARDS)), lambda *_: {})
     folder.mkdir(exist_ok=True)
     run, executor = RunFolder(folder), SimulatedExecutor(STATIONS, MACHINE, luck=luck, changes=changes)
     log, progress = EventLog(run.storage), Watched(stages)
-    tally = Scheduler(plan, run, executor, log, progress, max_attempts=3).execute()
+    tally = Scheduler(plan, run, executor, log, progress, CONFIG, StopSignals()).execute()
     log.close()
     return executor, tally, progress
 
