@@ -50,6 +50,14 @@ class Shard:
     def name(self) -> str:
         return f"{self.index:05d}"
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Shard):
+            return NotImplemented
+        return (self.index, self.digest, self.files) == (other.index, other.digest, other.files)
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.digest))
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from imagen_core.store import Store, StoreError, VerifyReport, verify_store
+from imagen_core.store import MANIFEST_NAME, Store, StoreError, VerifyReport, verify_store
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
-from pipeline.runfolder import PLAN, RunFolder
+from pipeline.runfolder import PLAN, STORE, RunFolder
 from pipeline.show import human_bytes
 from pipeline.storage import open_storage
 
@@ -23,9 +23,11 @@ _MAX_NOTES = 10
 def store_folder(path: str) -> str:
     """The store itself, given a store or the run folder around it; each a local path or a URL."""
     storage = open_storage(path)
-    if storage.size("manifest.json") is not None or storage.size(PLAN) is None:
-        return storage.url
-    return RunFolder(storage).store_url
+    if storage.size(MANIFEST_NAME) is None and any(
+        storage.size(n) is not None for n in (PLAN, f"{STORE}/{MANIFEST_NAME}")
+    ):
+        return RunFolder(storage).store_url
+    return storage.url
 
 
 def verify_command(

@@ -165,18 +165,18 @@ class Losing(InlineExecutor):
         super().__init__(run)
         self.kind, self.left = kind, times
 
-    def wait(self) -> list[TaskOutcome]:
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
         if self.left:
             self.left -= 1
             _, request = self.queue.popleft()
             assert request.attempt == 1
             return [TaskOutcome(request, error="lost", lost=self.kind)]
-        return super().wait()
+        return super().wait(timeout_s)
 
 
 def run_losing(tmp_path: Path, kind: str, times: int) -> None:
     made = Losing(RunFolder(tmp_path), kind, times)
-    config = ToyConfig.model_validate({"toy": {"num_shards": 1}, "execution": {"max_attempts": 2}})
+    config = ToyConfig.model_validate({"toy": {"num_shards": 1}, "execution": {"max_attempts": 2, "retry_delay_s": 0}})
     with mock.patch("pipeline.runner.make_executor", return_value=made):
         run_workflow(Toy(config), tmp_path, RunOptions(quiet=True))
 

@@ -81,7 +81,7 @@ def test_the_probe_measures_every_stage_and_leaves_the_run_folder_alone(tmp_path
 
 def test_a_stage_that_fails_ends_the_probe_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"--probe: square failed on sample rows of the input: .*cannot square"):
-        measure(toy(fail_shard=0), tmp_path)
+        measure(toy(fail_shards=(0,)), tmp_path)
     with pytest.raises(PipelineError, match=r"toy\.model: not found") as failure:
         measure(toy(add_cubes=True, broken_setup=True), tmp_path)
     assert failure.value.exit_code == 4

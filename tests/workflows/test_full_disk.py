@@ -11,7 +11,8 @@ import pytest
 
 from imagen_core.store import hdf5, write_text_shard
 from pipeline.disk import disk_message, takes_no_data
-from pipeline.runfolder import EventLog
+from pipeline.events import EventLog
+from pipeline.storage import LocalStorage
 from tests.workflows.commands import call, precompute
 from tests.workflows.conftest import SMALL, events, store_bytes
 
@@ -68,7 +69,7 @@ def test_a_run_goes_on_where_a_full_disk_stopped_it(
 
 
 def test_an_event_that_does_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
+    log = EventLog(LocalStorage(tmp_path))
     log.write("first")
     whole = (tmp_path / "events.jsonl").read_bytes()
     file = log._file

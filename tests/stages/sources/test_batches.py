@@ -11,10 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StaleOutputError
-from pipeline.files import write_json
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Shard
-from stages.sources import batches as module
 from stages.sources.base import Original, Source
 from stages.sources.batches import Batches
 from stages.sources.folder import FolderConfig
@@ -88,7 +86,7 @@ def note(kind: str, data: Path, run: RunFolder, *, restart: bool = False) -> lis
     """Notes the input, and says of the first shard that it was made."""
     batches = look(kind, data, run)
     batches.note(restart=restart)
-    write_json(run.record_file("samples", "00000"), {})
+    run.storage.write_json(run.record_name("samples", "00000"), {})
     return list(batches.shards())
 
 
@@ -185,12 +183,12 @@ def test_a_kill_while_the_list_is_written_leaves_none(
     write, _ = KINDS[kind]
     write(data, "b", ["b0", "b1"])
     with monkeypatch.context() as patch:
-        patch.setattr(module, "commit_file", killed)
+        patch.setattr(type(run.storage), "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             look(kind, data, run).note(restart=False)
     write(data, "a", ["a0"])
     assert len(note(kind, data, run)) == 2
-    run.clean()
+    run.storage.clean()
     assert list(files(run)) == ["00001.jsonl"], "both files are one batch"
 
 
