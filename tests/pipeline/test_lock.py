@@ -118,14 +118,14 @@ def test_the_driver_of_a_run_that_was_taken_over_stops(tmp_path: Path, monkeypat
     run = RunFolder(tmp_path / "run")
     wait = InlineExecutor.wait
 
-    def with_a_thief(executor: InlineExecutor) -> list:
+    def with_a_thief(executor: InlineExecutor, timeout_s: float) -> list:
         if run.storage.read_json(LEASE)["owner"] != "other":
             lease_of(run, host="node-4", renewed_s_ago=1)
         assert executor.run.lease is not None
         deadline = time.monotonic() + 20
         while not executor.run.lease.lost and time.monotonic() < deadline:
             time.sleep(0.01)
-        return wait(executor)
+        return wait(executor, timeout_s)
 
     monkeypatch.setattr(InlineExecutor, "wait", with_a_thief)
     workflow = Toy(ToyConfig.model_validate({"toy": {"num_shards": 5}}))

@@ -223,7 +223,8 @@ def server() -> Iterator[Server]:
 def test_batches_and_rounds_of_retries_take_turns(server: Server, tmp_path: Path) -> None:
     lists, out = tmp_path / "lists", tmp_path / "run"
     lists.mkdir()
-    overrides = ["source.kind=urls", f"source.path={lists}", "source.download.retries=0", *SMALL, "encoders=[]"]
+    download = "source.download={retries: 0, allow_private_addresses: true}"
+    overrides = ["source.kind=urls", f"source.path={lists}", download, *SMALL, "encoders=[]"]
 
     def add(name: str, *pictures: str) -> None:
         lines = [f"{server.url('/' + picture)}\t{picture}" for picture in pictures]
