@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
@@ -104,6 +105,8 @@ class _Worker:
                 return self.process.submit(run_task, stage, run, request)
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 self.stop()
+        with stop_signals_held():
+            resource_tracker.ensure_running()  # it lets some of the signals through again when it starts
         with stop_signals_held():
             self.process = ProcessPoolExecutor(
                 1,
