@@ -33,7 +33,12 @@ def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -
         MachineError: weights are missing; transformers would go on with random numbers in their place.
     """
     model, report = model_class.from_pretrained(
-        files.model, revision=files.revision or "main", dtype=dtype, output_loading_info=True
+        files.model,
+        revision=files.revision or "main",
+        dtype=dtype,
+        output_loading_info=True,
+        weights_only=True,  # of a pickled checkpoint tensors alone
+        trust_remote_code=False,
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(_UNUSED))
     if missing:

@@ -10,7 +10,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
     """The model's tokenizer, as transformers loads it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main")
+    return AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main", trust_remote_code=False)
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
