@@ -22,6 +22,7 @@ from pipeline.runfolder import Record, RunFolder
 from pipeline.signals import StopSignals
 from pipeline.stage import Shard, Stage
 from pipeline.state import Ledger
+from pipeline.storage import Chores
 from pipeline.task import TaskOutcome, TaskRequest
 
 
@@ -119,6 +120,7 @@ class Scheduler:
         self.progress = progress
         self.config = config
         self.stop = stop
+        self.chores = Chores(run.storage)
         self.ledger = Ledger(plan, run, restart=restart)
         self.retried_rows = retried_rows(run)
         self.tally = Tally()
@@ -155,6 +157,7 @@ class Scheduler:
             self._submit_due()
             if self.jobs:
                 self._wait()
+        self.chores.finish()
         self.ledger.check_leftovers()
         order = list(self.plan.groups)
         self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
@@ -314,4 +317,4 @@ class Scheduler:
 
     def _drop_transient(self, shard: Shard) -> None:
         for group in self.plan.transient_groups - self.plan.keep:
-            self.run.forget(group, shard.name)
+            self.chores.do(self.run.forget, group, shard.name)

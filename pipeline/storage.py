@@ -187,6 +187,33 @@ def check_no_credentials(url: str, field: str) -> None:
         )
 
 
+class Chores:
+    """Small work that nobody waits for, such as deletions: at once on a local folder, aside on an object store.
+
+    An error ends the next `do` or `finish`.
+    """
+
+    def __init__(self, storage: Storage):
+        self._most = 4 * storage.parallel
+        self._threads = ThreadPoolExecutor(storage.parallel) if storage.parallel > 1 else None
+        self._pending: deque[Future[None]] = deque()
+
+    def do(self, function: Callable[..., None], *arguments: object) -> None:
+        if self._threads is None:
+            function(*arguments)
+            return
+        self._pending.append(self._threads.submit(function, *arguments))
+        while self._pending[0].done() or len(self._pending) > self._most:
+            self._pending.popleft().result()
+            if not self._pending:
+                return
+
+    def finish(self) -> None:
+        """Waits for all of it."""
+        while self._pending:
+            self._pending.popleft().result()
+
+
 _WRITTEN_BY_RUNS = ("store", "staging", "state", "quarantine", "input", "retries")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.files import TEMPORARY_MARK
-from pipeline.storage import LocalStorage, ObjectStorage, Storage, open_storage
+from pipeline.storage import Chores, LocalStorage, ObjectStorage, Storage, open_storage
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 
 
@@ -133,6 +133,26 @@ def test_map_hands_on_what_the_function_raises(storage: Storage) -> None:
 
     with pytest.raises(ValueError, match="three"):
         list(storage.map(fail, range(10)))
+
+
+def test_chores_are_done_when_they_are_finished_and_their_errors_are_not_lost(storage: Storage) -> None:
+    for number in range(20):
+        storage.write(f"a/{number}", b"")
+    chores = Chores(storage)
+    for number in range(200):
+        chores.do(storage.delete, f"a/{number}")
+    chores.finish()
+    assert list(storage.names("a")) == []
+
+    def fail() -> None:
+        raise RuntimeError("not deleted")
+
+    def do_and_finish() -> None:
+        chores.do(fail)
+        chores.finish()
+
+    with pytest.raises(RuntimeError, match="not deleted"):
+        do_and_finish()
 
 
 def test_cleaning_removes_half_written_files_and_nothing_else(storage: Storage) -> None:
