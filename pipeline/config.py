@@ -4,7 +4,7 @@ Every problem is reported in one `ConfigError` with the field's path, the value 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_jsonable_python
 
+from pipeline.credentials import check_no_credentials
 from pipeline.errors import ConfigError
 
 
@@ -39,10 +40,22 @@ def load_config(config_class: type[ConfigT], path: Path | None = None, overrides
         kind = getattr(field.default, "kind", None)
         if kind is not None and isinstance(section, dict):
             section.setdefault("kind", kind)  # `source.seed=1` alone changes the default source
+    for name, value in _leaves(tree):
+        if isinstance(value, str):
+            check_no_credentials(value, name)  # the configuration is written into the run folder
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(config_class, error)) from error
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in entries:
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def read_yaml(path: Path) -> Tree:

@@ -6,8 +6,8 @@ they are finished.
 """
 
 import json
+import logging
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -19,8 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.credentials import check_no_credentials, without_secrets
 from pipeline.errors import ConfigError, MachineError
 from pipeline.files import TEMPORARY_MARK, commit_file, remove_temporaries, temporary_name
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -172,19 +175,6 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     if protocol in ("file", "local"):
         return LocalStorage(Path(rest))
     return ObjectStorage(text)
-
-
-def check_no_credentials(url: str, field: str) -> None:
-    """Refuses a URL with a user or password: it would be written into files and logs.
-
-    Raises:
-        ConfigError: it has one.
-    """
-    if re.match(r"[^:/]+://[^/@]*@", url):
-        raise ConfigError(
-            f"{field}: {re.sub(r'//[^/@]*@', '//...@', url)}: holds a user or password; take it out and give it by "
-            "the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role)"
-        )
 
 
 class Chores:
@@ -409,13 +399,21 @@ class ObjectStorage(Storage):
         return count
 
     def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
         path = f"{self._root}/{name}" if name else self._root
+
+        def tell(state: RetryCallState) -> None:
+            if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
+                error = state.outcome.exception()
+                what = without_secrets(_first_line(error)) if error else ""
+                log.warning("%s/%s: not %s: %s; tried again for %g s", self.url, name, done, what, _PATIENCE_S)
+
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(_ATTEMPTS),
+            stop=stop_after_delay(_PATIENCE_S),
             wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
+            before_sleep=tell,
             reraise=True,
         )
         try:
@@ -425,15 +423,16 @@ class ObjectStorage(Storage):
         except Exception as error:  # each file system has its own classes
             if isinstance(error, FileNotFoundError) and done != "written":
                 raise
-            what = f"{type(error).__name__}: {_without_secrets(_first_line(error))}"
+            what = f"{type(error).__name__}: {without_secrets(_first_line(error))}"
             raise MachineError(
                 f"{self.url}/{name}: cannot be {done}: {what}; check that the address is right, that it can be "
                 "reached, and that the environment's credentials allow this"
             ) from error
 
 
-_ATTEMPTS = 8
+_PATIENCE_S = 300.0  # an outage of a night is often shorter
 _LONGEST_PAUSE_S = 20.0
+_QUIET_TRIES = 5
 _HOPELESS = (
     FileNotFoundError,
     FileExistsError,
@@ -465,13 +464,6 @@ def _scratch() -> Path:
     folder = Path(tempfile.gettempdir()) / f"imagen-precompute-{os.getuid()}" / str(os.getpid())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
-
-
-def _without_secrets(text: str) -> str:
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search("KEY|SECRET|TOKEN|PASSWORD", name):
-            text = text.replace(value, f"<{name}>")
-    return text
 
 
 def _first_line(error: BaseException) -> str:

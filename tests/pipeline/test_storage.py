@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.files import TEMPORARY_MARK
 from pipeline.storage import Chores, LocalStorage, ObjectStorage, Storage, open_storage
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
+from tests.workflows.commands import call
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +225,10 @@ def test_a_bucket_that_is_not_there_is_an_error_that_names_it(s3: ObjectStore) -
 
 
 def test_an_endless_outage_ends_with_an_error_without_secrets(
-    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pipeline.storage._LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr("pipeline.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("pipeline.storage._PATIENCE_S", 0.2)
     storage = open_storage(f"{s3.url}/outage")
     assert isinstance(storage, ObjectStorage)
 
@@ -237,14 +238,26 @@ def test_an_endless_outage_ends_with_an_error_without_secrets(
     monkeypatch.setattr(storage._fs, "cat_file", fail, raising=False)
     with pytest.raises(MachineError, match=r"outage/a: cannot be read: OSError: signed with <AWS_SECRET_AC") as caught:
         storage.read("a")
-    assert SECRET_KEY not in str(caught.value)
-    assert ACCESS_KEY not in str(caught.value)
+    assert "outage/a: not read: signed with <AWS_SECRET_ACCESS_KEY>" in caplog.text
+    assert SECRET_KEY not in str(caught.value) + caplog.text
+    assert ACCESS_KEY not in str(caught.value) + caplog.text
 
 
 def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match=r"s3://\.\.\.@bucket/run: holds a user or password") as caught:
         open_storage("s3://key:secret-word@bucket/run")
     assert "secret-word" not in str(caught.value)
+
+
+def test_a_configuration_with_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    for override in (
+        "source={kind: urls, path: 's3://key:secret-word@bucket/urls'}",
+        "encoders.0.model=https://me@hub/x",
+    ):
+        result = call("config", "show", "precompute", override)
+        assert result.code == 2
+        assert "holds a user or password" in result.err
+        assert "secret-word" not in result.out + result.err
 
 
 def test_an_unknown_protocol_is_refused() -> None:
