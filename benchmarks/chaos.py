@@ -25,7 +25,7 @@ from benchmarks.processes import descendants, wait_until_gone
 
 CONFIG = ["source.num_samples=480", "shard_size=24", "images.sizes_px=[32,64]", "execution.num_cpus=2"]
 VICTIMS = {
-    "ray": {"driver": "", "encoder": "ray::_StageActor", "download": "ray::fetch", "raylet": "raylet/raylet"},
+    "ray": {"driver": "", "encoder": "ray::StageActor", "download": "ray::fetch", "raylet": "raylet/raylet"},
     "local": {"driver": "", "worker": "spawn_main"},
 }
 _MOST_KILLS = 3
@@ -91,19 +91,19 @@ def survive(out: Path, executor: str, chance: random.Random, reference: dict[str
         assert story.starts <= _MOST_STARTS, f"{story}: does not come to an end"
         process, started = start(out, executor), time.time()
         while process.poll() is None and len(story.kills) < planned:
-            _wait(process, chance.uniform(0.2, usual_s))
-            victim = chance.choice(list(VICTIMS[executor]))
+            _wait(process, chance.uniform(0.2, 0.8 * usual_s))
             family = descendants(process.pid)
             seen += family
-            if _kill(process, victim, VICTIMS[executor][victim], family, chance):
+            victim = _kill(process, VICTIMS[executor], family, chance)
+            if victim is not None:
                 story.kills.append(victim)
                 if victim in ("driver", "raylet"):
                     story.lost_s.append(time.time() - max(started, _last_commit(out)))
                     break
-        if len(story.kills) == 0 and process.poll() is not None:
-            planned = 0  # it ended before anything could be killed
-        if process.wait() == 0:
+        if process.wait() == 0 and story.kills:
             break
+        if not story.kills:  # it ended before anything could be killed
+            shutil.rmtree(out)
     story.seconds = time.perf_counter() - began
     found = store_bytes(out)
     half = [path for path in out.rglob("*") if path.name.startswith(".tmp-")]
@@ -178,18 +178,21 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 
 
 def _kill(
-    process: "subprocess.Popen[bytes]", victim: str, pattern: str, family: dict[int, str], chance: random.Random
-) -> bool:
+    process: "subprocess.Popen[bytes]", victims: dict[str, str], family: dict[int, str], chance: random.Random
+) -> str | None:
+    """Kills one process of a kind that there is; the kind."""
+    there = {
+        kind: [pid for pid, line in family.items() if pattern in line] if pattern else [process.pid]
+        for kind, pattern in victims.items()
+    }
+    kind = chance.choice([kind for kind in victims if there[kind]])
     if process.poll() is not None:
-        return False
-    pids = [process.pid] if victim == "driver" else [pid for pid, line in family.items() if pattern in line]
-    if not pids:
-        return False
+        return None
     try:
-        os.kill(chance.choice(sorted(pids)), signal.SIGKILL)
+        os.kill(chance.choice(sorted(there[kind])), signal.SIGKILL)
     except ProcessLookupError:
-        return False
-    return True
+        return None
+    return kind
 
 
 def _last_commit(out: Path) -> float:
