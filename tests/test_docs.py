@@ -80,7 +80,9 @@ def test_every_command_shown_exists_with_its_options() -> None:
 
 def test_the_make_targets_of_the_readme_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`|\$ )make ([a-z-]+)", "".join(d.read_text("utf-8") for d in DOCUMENTS)):
+    for target in re.findall(
+        r"(?m)(?:^|`|\$ )make ([a-z-]+)(?=`|$| +#)", "".join(d.read_text("utf-8") for d in DOCUMENTS)
+    ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
