@@ -63,3 +63,8 @@ class PreemptedError(PipelineError):
     """The run was told to stop (SIGTERM, SIGHUP); the same command goes on from here."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import Config, dump_yaml
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, MachineError
-from pipeline.executors.ray_cluster import first_line, probe
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, MachineError, first_line
+from pipeline.executors.ray_cluster import probe
 
 _ENTRY_POINTS = ("pipeline.workflows", "pipeline.commands", "pipeline.models")
 _DISTRIBUTION = "imagen-precompute"

@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+from pipeline.errors import first_line
 from pipeline.executors.base import ExecutionConfig, Executor
-from pipeline.executors.ray_cluster import Demand, Node, connect, describe, first_line, living_nodes, total
+from pipeline.executors.ray_cluster import Demand, Node, connect, describe, living_nodes, total
 from pipeline.executors.ray_pool import StageActor, Started, Worker, WorkerPool, run_here
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Stage

@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import MachineError
-from pipeline.executors.ray_cluster import Demand, Node, first_line
+from pipeline.errors import MachineError, first_line
+from pipeline.executors.ray_cluster import Demand, Node
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Stage
 from pipeline.task import TaskOutcome, TaskRequest, run_task

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.errors import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -50,9 +52,9 @@ def run_batches(
             if not is_out_of_memory(error):
                 raise
             if len(waiting[0]) == 1:
-                raise MemoryError(f"a batch of one does not fit into memory ({_first_line(error)})") from error
+                raise MemoryError(f"a batch of one does not fit into memory ({first_line(error)})") from error
             done.limit, done.halvings = max(1, done.limit // 2), done.halvings + 1
-            log.warning("out of memory (%s): batches of at most %d from now on", _first_line(error), done.limit)
+            log.warning("out of memory (%s): batches of at most %d from now on", first_line(error), done.limit)
         else:
             waiting.popleft()
             continue
@@ -76,7 +78,3 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

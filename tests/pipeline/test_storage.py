@@ -185,7 +185,7 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(s3: ObjectStore, mon
 
 
 def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
     storage = open_storage(f"{s3.url}/errors")
     s3.faults.errors = 0.25
     before = s3.faults.count["error"]
@@ -227,8 +227,8 @@ def test_a_bucket_that_is_not_there_is_an_error_that_names_it(s3: ObjectStore) -
 def test_an_endless_outage_ends_with_an_error_without_secrets(
     s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.storage._LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr("pipeline.storage._PATIENCE_S", 0.2)
+    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.objects._PATIENCE_S", 0.2)
     storage = open_storage(f"{s3.url}/outage")
     assert isinstance(storage, ObjectStorage)
 

@@ -1,0 +1,176 @@
+"""What every place for a run's files offers.
+
+A file is whole or absent, on each. Stages see local paths only: they read copies, and write files that are published
+when they are finished.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Storage(ABC):
+    """Files by names such as `state/samples/00000.json`. Picklable: workers get a copy.
+
+    Raises, on every call:
+        FileNotFoundError: there is no file of this name.
+        MachineError: the object store cannot be reached, or refuses, also after retries.
+    """
+
+    url: str
+    """Path or URL, for people."""
+    parallel: int = 1
+    """Requests worth having under way at once."""
+
+    @property
+    @abstractmethod
+    def local(self) -> Path:
+        """The folder of this machine that files are written to, at least on their way."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes: ...
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Creates or replaces a small file."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Creates a small file; False if there is one, which then stays as it is."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if there is none."""
+
+    @abstractmethod
+    def names(self, folder: str) -> Iterator[str]:
+        """Names of the files right in a folder, without the folder, in no order."""
+
+    @abstractmethod
+    def walk(self) -> Iterator[str]:
+        """Names of all files, sorted within a folder."""
+
+    @abstractmethod
+    def write_file(self, name: str, local: Path) -> None:
+        """Creates or replaces a file with the content of a local one, which stays.
+
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Removes a file if it is there."""
+
+    @abstractmethod
+    def delete_folder(self, name: str) -> None:
+        """Removes a folder with all in it, if it is there."""
+
+    @abstractmethod
+    def copy(self, name: str) -> Path:
+        """A local path to read the file from; give it back with `release`."""
+
+    @abstractmethod
+    def release(self, copy: Path) -> None:
+        """Frees what `copy` took."""
+
+    @abstractmethod
+    def new_file(self, name: str) -> Path:
+        """A local path, private to the caller, to write the file to before it is published."""
+
+    @abstractmethod
+    def publish(self, local: Path, name: str) -> None:
+        """Makes a finished file from `new_file` visible under its name, durably and at once."""
+
+    @abstractmethod
+    def new_folder(self) -> Path:
+        """An empty local folder for temporary files; the caller removes it."""
+
+    @abstractmethod
+    def clean(self) -> int:
+        """Removes what killed processes left half-written; returns how many files."""
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write a file to; published at the end of the block, unless that raises."""
+        local = self.new_file(name)
+        try:
+            yield local
+            self.publish(local, name)
+        finally:
+            local.unlink(missing_ok=True)
+
+    def read_lines(self, name: str) -> Iterator[str]:
+        """The lines of a text file, streamed."""
+        copy = self.copy(name)
+        try:
+            with copy.open(encoding="utf-8") as lines:
+                yield from lines
+        finally:
+            self.release(copy)
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file, None if there is none."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write_text(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write(name, text.encode("utf-8", "backslashreplace"))
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`function` of each item, in order; on an object store many are under way at once, a bounded number."""
+        if self.parallel == 1:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(self.parallel, thread_name_prefix="storage") as threads:
+            ahead: deque[Future[R]] = deque()
+            try:
+                for item in items:
+                    ahead.append(threads.submit(function, item))
+                    if len(ahead) > 2 * self.parallel:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+
+class Chores:
+    """Small work that nobody waits for, such as deletions: at once on a local folder, aside on an object store.
+
+    An error ends the next `do` or `finish`.
+    """
+
+    def __init__(self, storage: Storage):
+        self._most = 4 * storage.parallel
+        self._threads = ThreadPoolExecutor(storage.parallel) if storage.parallel > 1 else None
+        self._pending: deque[Future[None]] = deque()
+
+    def do(self, function: Callable[..., None], *arguments: object) -> None:
+        if self._threads is None:
+            function(*arguments)
+            return
+        self._pending.append(self._threads.submit(function, *arguments))
+        while self._pending[0].done() or len(self._pending) > self._most:
+            self._pending.popleft().result()
+            if not self._pending:
+                return
+
+    def finish(self) -> None:
+        """Waits for all of it."""
+        while self._pending:
+            self._pending.popleft().result()

@@ -1,0 +1,192 @@
+"""An object store such as `s3://` or `gs://`: an object appears when its upload ends."""
+
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.credentials import without_secrets
+from pipeline.errors import ConfigError, MachineError, first_line
+from pipeline.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+
+class ObjectStorage(Storage):
+    """A prefix of an object store, through fsspec. Credentials come from the environment of each process.
+
+    An upload replaces the object at once when it ends, so a reader sees the former one or the new one; large files go
+    up in parts. What may pass (5xx, timeouts, broken connections, slow-down) is tried again with growing pauses.
+    """
+
+    parallel = 32
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._connect()
+
+    def _connect(self) -> None:
+        import fsspec
+
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url.partition("://")[0]))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"--out {self.url}: cannot be used: {first_line(error)}") from error
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.url = state["url"]
+        self._connect()
+
+    @property
+    def local(self) -> Path:
+        return _scratch()
+
+    def read(self, name: str) -> bytes:
+        return self._call("read", name, self._fs.cat_file)
+
+    def write(self, name: str, data: bytes) -> None:
+        self._call("written", name, lambda path: self._fs.pipe_file(path, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._call("written", name, lambda path: self._fs.pipe_file(path, data, mode="create"))
+        except FileExistsError:
+            return self.read(name) == data  # a first try may have got through though its answer did not
+        return True
+
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self._call("read", name, self._fs.info)["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> Iterator[str]:
+        try:
+            entries = self._call("listed", folder, lambda path: self._fs.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return
+        yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
+
+    def walk(self) -> Iterator[str]:
+        found: list[str] = self._call("listed", "", self._fs.find)
+        yield from (path[len(self._root) + 1 :] for path in sorted(found))
+
+    def write_file(self, name: str, local: Path) -> None:
+        local.stat()
+        self._call("written", name, lambda path: self._fs.put_file(str(local), path))
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._call("deleted", name, self._fs.rm_file)
+
+    def delete_folder(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._call("deleted", name, lambda path: self._fs.rm(path, recursive=True))
+
+    def copy(self, name: str) -> Path:
+        local = self.new_file(name)
+        try:
+            self._call("read", name, lambda path: self._fs.get_file(path, str(local)))
+        except BaseException:
+            local.unlink(missing_ok=True)
+            raise
+        return local
+
+    def release(self, copy: Path) -> None:
+        copy.unlink(missing_ok=True)
+
+    def new_file(self, name: str) -> Path:
+        return _scratch() / f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
+
+    def publish(self, local: Path, name: str) -> None:
+        self.write_file(name, local)
+        local.unlink()
+
+    def new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=_scratch()))
+
+    def clean(self) -> int:
+        """Objects are never half-written; removes local files of processes of this machine that are gone."""
+        count = 0
+        for folder in _scratch().parent.iterdir():
+            if folder.name.isdigit() and not Path(f"/proc/{folder.name}").exists():
+                count += sum(1 for path in folder.rglob("*") if path.is_file())
+                shutil.rmtree(folder, ignore_errors=True)
+        return count
+
+    def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
+        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+
+        path = f"{self._root}/{name}" if name else self._root
+
+        def tell(state: RetryCallState) -> None:
+            if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
+                error = state.outcome.exception()
+                what = without_secrets(first_line(error)) if error else ""
+                log.warning("%s/%s: not %s: %s; tried again for %g s", self.url, name, done, what, _PATIENCE_S)
+
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            stop=stop_after_delay(_PATIENCE_S),
+            wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
+            before_sleep=tell,
+            reraise=True,
+        )
+        try:
+            return retrying(function, path)
+        except FileExistsError:
+            raise
+        except Exception as error:  # each file system has its own classes
+            if isinstance(error, FileNotFoundError) and done != "written":
+                raise
+            what = f"{type(error).__name__}: {without_secrets(first_line(error))}"
+            raise MachineError(
+                f"{self.url}/{name}: cannot be {done}: {what}; check that the address is right, that it can be "
+                "reached, and that the environment's credentials allow this"
+            ) from error
+
+
+_PATIENCE_S = 300.0  # an outage of a night is often shorter
+_LONGEST_PAUSE_S = 20.0
+_QUIET_TRIES = 5
+_HOPELESS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    ImportError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+
+
+def _may_pass(error: BaseException) -> bool:
+    lasting = isinstance(error, _HOPELESS) or "redential" in type(error).__name__
+    return isinstance(error, Exception) and not lasting
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Options of the file system that the user's fsspec configuration does not set."""
+    from fsspec.config import conf
+
+    options: dict[str, Any] = {"use_listings_cache": False}  # others write here too
+    if protocol in ("s3", "s3a"):
+        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
+    return {key: value for key, value in options.items() if key not in conf.get(protocol, {})}
+
+
+def _scratch() -> Path:
+    """This process's folder for files on their way; TMPDIR says where."""
+    folder = Path(tempfile.gettempdir()) / f"imagen-precompute-{os.getuid()}" / str(os.getpid())
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
