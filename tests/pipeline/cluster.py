@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.processes import descendants
 
@@ -29,6 +30,7 @@ class RayNodes:
     """Nodes started by `ray start`, each with all its processes below one of ours."""
 
     folder: Path
+    ray_folder: Path
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     address: str = ""
     dashboard: str = ""
@@ -58,7 +60,7 @@ class RayNodes:
         where = (
             [f"--address={self.address}"]
             if self.nodes
-            else ["--head", "--port=0", f"--temp-dir={self.folder / 'r'}", "--dashboard-port=0"]
+            else ["--head", "--port=0", f"--temp-dir={self.ray_folder}", "--dashboard-port=0"]
         )
         arguments = ["start", "--block", "--node-ip-address=127.0.0.1", "--dashboard-agent-listen-port=0"]
         log = self.folder / f"{name}.log"
@@ -77,7 +79,7 @@ class RayNodes:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         if not self.address:
-            self.address = (self.folder / "r" / "ray_current_cluster").read_text().strip()
+            self.address = (self.ray_folder / "ray_current_cluster").read_text().strip()
             lines = [line for line in log.read_text().splitlines() if "RAY_API_SERVER_ADDRESS" in line]
             self.dashboard = lines[0].split("RAY_API_SERVER_ADDRESS='")[1].split("'")[0]
 
@@ -94,15 +96,19 @@ class RayNodes:
 
 @contextmanager
 def ray_nodes(folder: Path) -> Iterator[RayNodes]:
-    """A cluster without nodes; all that are started in it are killed at the end."""
+    """A cluster without nodes; all that are started in it are killed at the end.
+
+    Ray's sockets lie in a folder of their own: their paths are limited to 107 bytes, pytest's folders are long.
+    """
     folder.mkdir()
     (folder / "token").write_text(secrets.token_hex(32))
-    cluster = RayNodes(folder)
-    try:
-        yield cluster
-    finally:
-        for name in list(cluster.nodes):
-            cluster.kill(name)
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
+        cluster = RayNodes(folder, Path(ray_folder))
+        try:
+            yield cluster
+        finally:
+            for name in list(cluster.nodes):
+                cluster.kill(name)
 
 
 def open_ports(pids: set[int]) -> set[str]:

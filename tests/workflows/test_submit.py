@@ -50,9 +50,11 @@ def test_a_submitted_run_ships_its_config_and_code_and_shows_its_progress(cluste
     assert "finished: 19 of 20 samples in 3 shards" in result.out
     precompute(tmp_path / "here", *SMALL)
     assert store_bytes(out) == store_bytes(tmp_path / "here")
-    packages = list(cluster.folder.glob("r/session_latest/runtime_resources/working_dir_files/*/stages"))
+    packages = list(cluster.ray_folder.glob("session_latest/runtime_resources/working_dir_files/*/stages"))
     assert packages, "the nodes ran the code that was shipped"
-    readable = "".join(path.read_text(errors="replace") for path in cluster.folder.rglob("*.log") if path.is_file())
+    logs = [path for folder in (cluster.folder, cluster.ray_folder) for path in folder.rglob("*.log")]
+    readable = "".join(path.read_text(errors="replace") for path in logs if path.is_file())
+    assert "Ray runtime started" in readable
     assert cluster.token not in readable + result.out + result.err
 
 
