@@ -1,7 +1,6 @@
 """Classifier-free guidance and thresholding, wrapped around a denoiser for the samplers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,10 +9,13 @@ from torch import Tensor
 
 from imagen_core.config import Config
 from imagen_core.diffusion.denoiser import Denoiser
-from imagen_core.models import Conditioning, cat
+from imagen_core.models.conditioning import Condition, Conditioning, cat
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), sigma scalar tensor) -> estimate of x0 (b, c, h, w); all a sampler needs to know."""
+
+
+_ORDER: tuple[Condition, ...] = ("text", "labels", "image_embed", "low_res")
 
 
 class Guidance(Config):
@@ -21,6 +23,10 @@ class Guidance(Config):
 
     text: float = 1.0
     """Weight of the caption."""
+    labels: float = 1.0
+    """Weight of the class label."""
+    image_embed: float = 1.0
+    """Weight of the picture embedding."""
     low_res: float = 1.0
     """Weight of the low-resolution picture, against a grey one."""
     two_passes: bool = False
@@ -51,8 +57,10 @@ class Threshold(Config):
 def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Denoise:
     """A function of (x, sigma) alone: guidance first, then the threshold.
 
-    With conditions taken away one by one, D = D_0 + w_low_res (D_low_res - D_0) + w_text (D_all - D_low_res). Only
-    the terms with a weight are computed: with all weights 1 the network runs once.
+    Conditions are taken away one by one, in the order text, labels, image_embed, low_res; each step's difference has
+    the weight of what it took away, and the rest stays: D = D_none + sum of w_i (D_with_i - D_without_i). Equal
+    weights make one difference of several steps. Only the terms with a weight are computed: with all weights 1 the
+    network runs once.
     """
     terms = _terms(conditioning, guidance)
 
@@ -63,7 +71,7 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         else:
             count = len(terms)
             joined = cat([condition for _, condition in terms])
-            estimates = list(denoiser(x.repeat(count, 1, 1, 1), level.repeat(count), joined).chunk(count))
+            estimates = list(denoiser(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined).chunk(count))
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
@@ -74,12 +82,13 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:
     """Denoiser inputs and the weight of each in the sum; those of weight 0 left out."""
-    with_all = conditioning
-    without_text = conditioning.unconditional()
-    without_any = without_text
-    if without_text.low_res is not None:
-        without_any = replace(without_text, low_res=torch.zeros_like(without_text.low_res))
-    text = guidance.text if conditioning.text is not None else 1.0
-    low_res = guidance.low_res if conditioning.low_res is not None else text
-    weights = [(text, with_all), (low_res - text, without_text), (1 - low_res, without_any)]
-    return [(weight, condition) for weight, condition in weights if weight != 0]
+    terms: list[tuple[float, Conditioning]] = []
+    current, before = conditioning, 0.0
+    for condition in _ORDER:
+        if not conditioning.has(condition):
+            continue
+        weight = getattr(guidance, condition)
+        terms.append((weight - before, current))
+        current, before = current.without(condition), weight
+    terms.append((1 - before, current))
+    return [(weight, condition) for weight, condition in terms if weight != 0]

@@ -36,10 +36,13 @@ class Attention(nn.Module):
         null_kv: bool = False,
         context_bias: bool | None = None,
         qk_norm: bool = False,
+        linear: bool = False,
     ):
         """
         Args:
             dim: width of the queries and of the result.
+            linear: instead of softmax(q k) v, softmax(q) (softmax(k) v), over features and over keys: linearly many
+                operations in the number of keys (Shen et al. 2018, arXiv 1812.01243, equation 6).
             context_bias: bias on the context's keys and values; default `bias`.
             qk_norm: queries and keys are unit vectors with learned gains (cosine similarity, times 8).
             num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). Default num_heads.
@@ -48,7 +51,7 @@ class Attention(nn.Module):
         super().__init__()
         if kind != "self" and context_dim is None:
             raise ValueError(f"{kind} attention needs context_dim")
-        self.kind, self.num_heads, self.head_dim = kind, num_heads, head_dim
+        self.kind, self.num_heads, self.head_dim, self.linear = kind, num_heads, head_dim, linear
         self.num_kv_heads = num_kv_heads or num_heads
         inner, kv_inner = num_heads * head_dim, self.num_kv_heads * head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
@@ -93,7 +96,10 @@ class Attention(nn.Module):
             q, k, scale = F.normalize(q, dim=-1) * self.qk_gains[0], F.normalize(k, dim=-1) * self.qk_gains[1], 8.0
         if self.num_kv_heads != self.num_heads:
             k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
-        if mask is None or self.context_to_kv is None:
+        mask = None if self.context_to_kv is None else mask
+        if self.linear:
+            attended = _linear_attention(q, k, v, mask, num_own)
+        elif mask is None:
             attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
             attended = _masked_attention(q, k, v, mask, num_own, scale)
@@ -108,6 +114,15 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: in
     none_left = ~mask.any(dim=-1, keepdim=True)  # softmax over nothing is not a number: let it see all, then drop it
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none_left)[:, None, None, :], scale=scale)
     return attended.masked_fill(none_left[:, :, None, None], 0)
+
+
+def _linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_own: int) -> Tensor:
+    """All (b, heads, n or m, d); the mask is on the context, which comes after `num_own` keys never masked."""
+    if mask is not None:
+        real = F.pad(mask, (num_own, 0), value=True)[:, None, :, None]
+        k, v = k.masked_fill(~real, torch.finfo(k.dtype).min), v.masked_fill(~real, 0)
+    values = k.softmax(dim=-2).transpose(-1, -2) @ v  # (b, heads, d, d)
+    return (q.softmax(dim=-1) * q.shape[-1] ** -0.5) @ values
 
 
 class PixelAttention(nn.Module):

@@ -1,15 +1,13 @@
 """The unit UNets are built of: a ResBlock, then perhaps attention."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
 from imagen_core.models.attention import PixelAttention, StackedAttention
+from imagen_core.models.base import AttentionType
 from imagen_core.models.inputs import Context
 from imagen_core.models.resblock import ResBlock
-
-AttentionType = Literal["self", "cross", "fused", "stacked"]
 
 
 class Block(nn.Module):
@@ -38,11 +36,6 @@ class Level(nn.Module):
     def of(levels: nn.ModuleList) -> list["Level"]:
         """The levels of a list, with their type."""
         return [level for level in levels if isinstance(level, Level)]
-
-
-def head_width(width: int, head_dim: int, num_heads: int | None) -> int:
-    """Channels of one head, where num_heads counts if given."""
-    return head_dim if num_heads is None else width // num_heads
 
 
 def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, num_heads: int | None) -> None:

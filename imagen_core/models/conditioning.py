@@ -2,32 +2,52 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Condition = Literal["text", "labels", "image_embed", "low_res"]
+"""What guidance can take away."""
+
+_KEEP = {"text": "text_keep", "labels": "labels_keep", "image_embed": "image_embed_keep"}
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """Row i of every tensor belongs to row i of the noisy batch; None where a model has no such input.
 
+    A false row of a `keep` is unconditional in that condition (dropout in training, guidance in sampling); a keep of
+    None keeps all.
+
     Attributes:
         text: float (b, l, text_dim), zero padded token embeddings.
         text_mask: bool (b, l), true on real tokens.
-        text_keep: bool (b,); a false row is unconditional (caption dropout in training, guidance in
-            sampling). None keeps all.
+        text_embed: float (b, d), the caption as one vector, of a text encoder that shares its space with pictures.
+        text_keep: bool (b,), for text and text_embed.
         low_res: float (b, c, h, w), the low-resolution picture upsampled to the size of x, noised and
             scaled by `diffusion.low_res`.
         low_res_noise: float (b,), c_noise of the noise level put on low_res.
         labels: int64 (b,), class labels.
+        labels_keep: bool (b,).
+        image_embed: float (b, d), a picture encoder's embedding of the picture to draw.
+        image_embed_keep: bool (b,).
+        images: float (b, k, h, w), pictures to look at, of the size of x.
+        estimate: float (b, c, h, w), an earlier estimate of the clean picture (self-conditioning).
     """
 
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    text_embed: Tensor | None = None
     text_keep: Tensor | None = None
     low_res: Tensor | None = None
     low_res_noise: Tensor | None = None
     labels: Tensor | None = None
+    labels_keep: Tensor | None = None
+    image_embed: Tensor | None = None
+    image_embed_keep: Tensor | None = None
+    images: Tensor | None = None
+    estimate: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Apply a function to every tensor."""
@@ -41,32 +61,48 @@ class Conditioning:
         """Some rows of the batch."""
         return self.map(lambda t: t[part])
 
+    def has(self, condition: Condition) -> bool:
+        """Whether there is anything to take away."""
+        if condition == "text":
+            return self.text is not None or self.text_embed is not None
+        return getattr(self, condition) is not None
+
+    def without(self, condition: Condition) -> "Conditioning":
+        """The same with one condition taken away in all rows; a low-resolution picture becomes grey."""
+        if not self.has(condition):
+            return self
+        if condition == "low_res":
+            assert self.low_res is not None
+            return replace(self, low_res=torch.zeros_like(self.low_res))
+        return replace(self, **{_KEEP[condition]: torch.zeros_like(self._all_kept())})
+
     def unconditional(self) -> "Conditioning":
         """The same without captions, for classifier-free guidance (Ho and Salimans 2022)."""
-        if self.text is None:
-            return self
-        return replace(self, text_keep=torch.zeros(len(self.text), dtype=torch.bool, device=self.text.device))
+        return self.without("text")
 
     def _items(self) -> list[tuple[str, Tensor | None]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
+    def _all_kept(self) -> Tensor:
+        """bool (b,), all true."""
+        some = next(t for _, t in self._items() if t is not None)
+        return torch.ones(len(some), dtype=torch.bool, device=some.device)
+
+
+def kept(keep: Tensor | None, like: Tensor) -> Tensor:
+    """A keep, bool (b,); all true for None, with the rows and the device of `like`."""
+    return torch.ones(len(like), dtype=torch.bool, device=like.device) if keep is None else keep
+
 
 def cat(parts: Sequence[Conditioning]) -> Conditioning:
-    """Join batches. A missing `text_keep` counts as all true if another part has one."""
+    """Join batches. A missing keep counts as all true if another part has one."""
     joined: dict[str, Tensor | None] = {}
-    keeps = [part.text_keep for part in parts]
     for field in fields(Conditioning):
         values = [getattr(part, field.name) for part in parts]
-        if field.name == "text_keep" and any(keep is not None for keep in keeps):
-            values = [_keep(part) for part in parts]
         present = [value for value in values if value is not None]
-        if present and len(present) != len(values):
+        if present and len(present) != len(values) and field.name.endswith("_keep"):
+            values = [part._all_kept() if value is None else value for part, value in zip(parts, values, strict=True)]
+        elif present and len(present) != len(values):
             raise ValueError(f"conditioning.{field.name}: some parts have it and some do not")
-        joined[field.name] = torch.cat(present) if present else None
+        joined[field.name] = torch.cat(values) if present else None
     return Conditioning(**joined)
-
-
-def _keep(part: Conditioning) -> Tensor | None:
-    if part.text_keep is not None or part.text is None:
-        return part.text_keep
-    return torch.ones(len(part.text), dtype=torch.bool, device=part.text.device)

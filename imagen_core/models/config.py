@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from imagen_core.models.efficient import EfficientUNetConfig
-from imagen_core.models.hybrid import HybridUNetConfig
+from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.presets import PRESETS
 from imagen_core.models.regular import RegularUNetConfig
 

@@ -1,6 +1,6 @@
 """Published UNets of the Hybrid family."""
 
-from imagen_core.models.hybrid import HybridUNetConfig
+from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.preset import Preset
 
 
@@ -42,18 +42,58 @@ def _super_resolution(size_px: int, text_dim: int | None, *, attends: bool, **mo
     )
 
 
+def _decoder(
+    dim: int, dim_mults: tuple[int, ...], cond_dim: int, image_embed_dim: int, text_dim: int | None, **more: object
+) -> HybridUNetConfig:
+    """DALL-E 2's decoder; attention to captions in the middle only, to picture embeddings below the first level."""
+    levels = len(dim_mults)
+    return HybridUNetConfig.model_validate(
+        {
+            "dim": dim,
+            "dim_mults": dim_mults,
+            "num_res_blocks": (2,) * levels,
+            "attention_levels": (False,) * levels,
+            "cross_attention_levels": (False, *(True,) * (levels - 1)),
+            "conditions_in": "other_blocks",
+            "cond_dim": cond_dim,
+            "text_dim": text_dim,
+            "image_embed_dim": image_embed_dim,
+            "text_in_middle_only": True,
+            "caption_vector": False,
+            "unread_caption_parameters": text_dim is None,
+            "perceiver": False,
+            "num_heads": 16,
+            "head_dim": 32,
+            "cross_num_heads": 8,
+            "cross_head_dim": 64,
+            "ff_mult": 0,
+            "attend_to_conditions": False,
+            "deepest_widen": "conv",
+            "res_block": "conv_first",
+            "global_context": False,
+            "final_global_context": False,
+            "num_fourier_frequencies": None,
+            "scale_skips": False,
+            "init_residual": True,
+            "out_kernel_size": 1,
+            **more,
+        }
+    )
+
+
 _LUCIDRAINS = {"norm": "rms", "qk_norm": True}
 _MINIMAGEN = {
     "perceiver": False,
     "attend_to_conditions": False,
     "middle_attention": False,
-    "pixel_shuffle": False,
+    "halve": "conv",
+    "double": "repeat_conv",
     "global_context": False,
     "final_global_context": False,
     "num_fourier_frequencies": None,
     "low_res_at_end": False,
 }
-_PADDLE, _PYTORCH, _MINI = "PaddleFleetX Imagen", "imagen-pytorch", "MinImagen"
+_PADDLE, _PYTORCH, _MINI, _DALLE2 = "PaddleFleetX Imagen", "imagen-pytorch", "MinImagen", "DALLE2-pytorch"
 _TINY = {
     "dim": 8,
     "dim_mults": (1, 2),
@@ -98,6 +138,21 @@ HYBRID_PRESETS: dict[str, Preset] = {
         ),
         158_147,
         f"{_MINI} SuperTest",
+    ),
+    "dalle2_decoder": Preset(
+        _decoder(128, (1, 2, 4, 8), 64, 768, None, image_size_px=64),
+        186_292_291,
+        f"{_DALLE2} example decoder, 64 px, CLIP ViT-L/14 embeddings",
+    ),
+    "dalle2_decoder_text": Preset(
+        _decoder(128, (1, 2, 4, 8), 128, 512, 512, image_size_px=64),
+        187_489_347,
+        f"{_DALLE2} README's first decoder UNet, with text encodings",
+    ),
+    "dalle2_decoder_sr": Preset(
+        _decoder(16, (1, 2, 4, 8, 16), 128, 512, None, image_size_px=256, low_res=True),
+        16_496_252,
+        f"{_DALLE2} README's second decoder UNet",
     ),
 }
 """By name. Text is 1024 wide (T5 11B) unless the name or source says otherwise."""

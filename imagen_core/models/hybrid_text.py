@@ -6,8 +6,6 @@ low-resolution picture's noise level, and the caption, either as it is or as 36 
 learned embedding.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,35 +13,12 @@ from torch import Tensor, nn
 from imagen_core.models.attention import Attention
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding
-from imagen_core.models.inputs import Context
+from imagen_core.models.hybrid_config import HybridUNetConfig
+from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
+from imagen_core.models.inputs import Context, low_res_noise
 from imagen_core.models.text import checked_text
 
 _TOKENS_PER_LEVEL = 2
-
-
-class HybridInputConfig(Protocol):
-    """The fields of a Hybrid UNet's configuration read here."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def text_dim(self) -> int | None: ...
-    @property
-    def context_dim(self) -> int: ...
-    @property
-    def time_dim(self) -> int: ...
-    @property
-    def max_text_tokens(self) -> int: ...
-    @property
-    def perceiver(self) -> bool: ...
-    @property
-    def qk_norm(self) -> bool: ...
-    @property
-    def num_fourier_frequencies(self) -> int | None: ...
-    @property
-    def low_res_noise(self) -> bool: ...
-    @property
-    def unread_caption_parameters(self) -> bool: ...
 
 
 class LevelTokens(nn.Module):
@@ -65,78 +40,91 @@ class LevelTokens(nn.Module):
 
 
 class HybridInputs(nn.Module):
-    """Noise level, caption and low-resolution noise level -> `Context`, whose tokens all are real (no mask)."""
+    """Noise level, caption, picture embedding, class and low-resolution noise level -> `Context`.
 
-    def __init__(self, config: HybridInputConfig):
+    All tokens are real (no mask).
+    """
+
+    def __init__(self, config: HybridUNetConfig):
         super().__init__()
-        dim, time_dim, context_dim = config.dim, config.time_dim, config.context_dim
+        time_dim, context_dim = config.time_dim, config.context_dim
         frequencies = config.num_fourier_frequencies
-        self.level = LevelTokens(dim, time_dim, context_dim, frequencies)
-        self.low_res_level = LevelTokens(dim, time_dim, context_dim, frequencies) if config.low_res_noise else None
-        self.text = None
-        if config.text_dim is not None:
-            self.text = CaptionTokens(
-                config.text_dim,
-                context_dim,
-                time_dim,
-                max_tokens=config.max_text_tokens,
-                perceiver=config.perceiver,
-                qk_norm=config.qk_norm,
+        self.level = LevelTokens(config.dim, time_dim, context_dim, frequencies)
+        self.low_res_level = None
+        if config.low_res_noise:
+            self.low_res_level = LevelTokens(config.dim, time_dim, context_dim, frequencies)
+        self.image_embed = None
+        if config.image_embed_dim is not None:
+            self.image_embed = ImageEmbedConditioning(
+                config.image_embed_dim, context_dim, time_dim, config.num_image_tokens
             )
+        self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
+        self.text = None if config.text_dim is None else CaptionTokens(config, config.text_dim)
         self.unread = None
         if config.unread_caption_parameters:
-            self.unread = nn.ParameterDict(
-                {
-                    "null_tokens": torch.randn(config.max_text_tokens, context_dim),
-                    "null_vector": torch.randn(time_dim),
-                }
-            )
-            self.unread_resampler = PerceiverResampler(context_dim, qk_norm=config.qk_norm).requires_grad_(False)
-            self.unread.requires_grad_(False)
+            self.unread = EmptyCaption(config).requires_grad_(False)
         self.norm = nn.LayerNorm(context_dim)
+        self.norm_middle = nn.LayerNorm(context_dim) if config.text_in_middle_only else None
 
-    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
-        """c_noise (b,).
+    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> tuple[Context, Context]:
+        """c_noise (b,) -> what the levels are told, and what the middle is told.
 
         Raises:
             ValueError: a condition the model reads is missing.
         """
         vector, tokens = self.level(c_noise)
         if self.low_res_level is not None:
-            if conditioning.low_res_noise is None:
-                raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
-            more, level_tokens = self.low_res_level(conditioning.low_res_noise)
+            more, level_tokens = self.low_res_level(low_res_noise(conditioning))
             vector, tokens = vector + more, torch.cat([tokens, level_tokens], dim=1)
+        if self.labels is not None:
+            vector = vector + self.labels(conditioning)
+        if self.image_embed is not None:
+            image_tokens, more = self.image_embed(conditioning)
+            assert image_tokens is not None
+            vector, tokens = vector + more, torch.cat([tokens, image_tokens], dim=1)
+        all_tokens = tokens
         if self.text is not None:
             caption_tokens, more = self.text(conditioning)
-            vector, tokens = vector + more, torch.cat([tokens, caption_tokens], dim=1)
-        return Context(F.silu(vector), self.norm(tokens), None)
+            vector, all_tokens = vector + more, torch.cat([tokens, caption_tokens], dim=1)
+        time = F.silu(vector)
+        if self.norm_middle is None:
+            context = Context(time, self.norm(all_tokens), None)
+            return context, context
+        return Context(time, self.norm(tokens), None), Context(time, self.norm_middle(all_tokens), None)
 
 
-class CaptionTokens(nn.Module):
-    """A caption as tokens (b, t, context_dim) and as a vector (b, time_dim).
+class EmptyCaption(nn.Module):
+    """What stands for a caption left out and for padding, and the perceiver that would read it."""
 
-    Captions are padded to max_tokens with a learned embedding, which also stands for a caption left out; so the
+    def __init__(self, config: HybridUNetConfig):
+        super().__init__()
+        self.null_tokens = nn.Parameter(torch.randn(config.max_text_tokens, config.context_dim))
+        self.null_vector = nn.Parameter(torch.randn(config.time_dim)) if config.caption_vector else None
+        self.resampler = PerceiverResampler(config.context_dim, qk_norm=config.qk_norm) if config.perceiver else None
+
+
+class CaptionTokens(EmptyCaption):
+    """A caption as tokens (b, t, context_dim) and as a vector (b, time_dim), zero without `caption_vector`.
+
+    Captions are padded to max_text_tokens with a learned embedding, which also stands for a caption left out; so the
     result does not depend on the lengths of the other captions of a batch.
     """
 
-    def __init__(
-        self, text_dim: int, context_dim: int, time_dim: int, *, max_tokens: int, perceiver: bool, qk_norm: bool
-    ):
-        super().__init__()
-        self.text_dim, self.max_tokens = text_dim, max_tokens
+    def __init__(self, config: HybridUNetConfig, text_dim: int):
+        super().__init__(config)
+        context_dim, time_dim = config.context_dim, config.time_dim
+        self.text_dim, self.max_tokens = text_dim, config.max_text_tokens
         self.to_context = nn.Linear(text_dim, context_dim)
-        self.null_tokens = nn.Parameter(torch.randn(max_tokens, context_dim))
-        self.null_vector = nn.Parameter(torch.randn(time_dim))
-        self.resampler = PerceiverResampler(context_dim, qk_norm=qk_norm) if perceiver else None
-        self.to_vector = nn.Sequential(
-            nn.LayerNorm(context_dim), nn.Linear(context_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.to_vector = None
+        if config.caption_vector:
+            self.to_vector = nn.Sequential(
+                nn.LayerNorm(context_dim), nn.Linear(context_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """
         Raises:
-            ValueError: no text, text of another width, or longer than max_tokens.
+            ValueError: no text, text of another width, or longer than max_text_tokens.
         """
         text, mask, keep = checked_text(conditioning, self.text_dim)
         if text.shape[1] > self.max_tokens:
@@ -150,6 +138,8 @@ class CaptionTokens(nn.Module):
         tokens = torch.where(real, tokens, self.null_tokens.to(tokens.dtype))
         if self.resampler is not None:
             tokens = self.resampler(tokens)
+        if self.to_vector is None or self.null_vector is None:
+            return tokens, tokens.new_zeros(())
         vector = self.to_vector(tokens.mean(dim=1))
         return tokens, torch.where(keep[:, None], vector, self.null_vector.to(vector.dtype))
 

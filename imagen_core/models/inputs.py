@@ -1,16 +1,17 @@
 """What all UNet families do with their inputs before the first block."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from imagen_core.models.base import AttentionUNetConfig, UNetBaseConfig
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.embeddings import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
-from imagen_core.models.text import DroppedCaption, Pooling, TextConditioning
+from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
+from imagen_core.models.text import TextConditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class Context:
 
     Attributes:
         time: (b, time_dim), the noise level with pooled text and labels, after its SiLU.
-        tokens: (b, l, cond_dim) for attention, and mask bool (b, l); None without text.
+        tokens: (b, l, cond_dim) for attention, and mask bool (b, l); None without conditions, and mask also if all
+            tokens are real.
     """
 
     time: Tensor
@@ -27,53 +29,39 @@ class Context:
     mask: Tensor | None
 
 
-class InputConfig(Protocol):
-    """The fields of a UNet's configuration read here."""
-
-    @property
-    def text_dim(self) -> int | None: ...
-    @property
-    def pooling(self) -> Pooling: ...
-    @property
-    def null_token(self) -> bool: ...
-    @property
-    def dropped_caption(self) -> DroppedCaption: ...
-    @property
-    def learned_fourier_frequencies(self) -> int | None: ...
-    @property
-    def low_res_noise(self) -> bool: ...
-    @property
-    def num_classes(self) -> int | None: ...
-
-
 class Inputs(nn.Module):
-    """Noise level, caption, class and low-resolution noise level -> `Context`."""
+    """Noise level, caption, picture embedding, class and low-resolution noise level -> `Context`."""
 
-    def __init__(self, config: InputConfig, embed_dim: int, cond_dim: int, *, attends_to_text: bool):
+    def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
+        """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
         super().__init__()
-        time_dim = 4 * embed_dim
+        time_dim = config.time_dim
         frequencies = config.learned_fourier_frequencies
 
         def time_mlp() -> NoiseEmbedding:
-            embedding = SinusoidalEmbedding(embed_dim) if frequencies is None else LearnedFourierEmbedding(frequencies)
+            embedding = (
+                SinusoidalEmbedding(config.embed_dim) if frequencies is None else LearnedFourierEmbedding(frequencies)
+            )
             return NoiseEmbedding(embedding, time_dim)
 
         self.time = time_mlp()
         self.low_res_time = time_mlp() if config.low_res_noise else None
-        self.text = (
-            None
-            if config.text_dim is None
-            else TextConditioning(
+        self.text = None
+        if config.text_dim is not None:
+            self.text = TextConditioning(
                 config.text_dim,
                 cond_dim,
                 time_dim,
                 pooling=config.pooling,
                 null_token=config.null_token,
                 dropped_caption=config.dropped_caption,
-                attended=attends_to_text,
+                attended=attends,
             )
-        )
-        self.labels = None if config.num_classes is None else nn.Embedding(config.num_classes, time_dim)
+        self.image_embed = None
+        if config.image_embed_dim is not None:
+            num_tokens = config.num_image_tokens if attends else 0
+            self.image_embed = ImageEmbedConditioning(config.image_embed_dim, cond_dim, time_dim, num_tokens)
+        self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
 
     def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
         """c_noise float (b,), in float32 or better where it is a step index.
@@ -83,32 +71,53 @@ class Inputs(nn.Module):
         """
         time = self.time(c_noise)
         if self.low_res_time is not None:
-            if conditioning.low_res_noise is None:
-                raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
-            time = time + self.low_res_time(conditioning.low_res_noise)
+            time = time + self.low_res_time(low_res_noise(conditioning))
         if self.labels is not None:
-            if conditioning.labels is None:
-                raise ValueError("conditioning.labels: this model reads class labels")
-            time = time + self.labels(conditioning.labels)
-        if self.text is None:
-            return Context(F.silu(time), None, None)
-        tokens, mask, vector = self.text(conditioning)
-        return Context(F.silu(time + vector), tokens, mask)
+            time = time + self.labels(conditioning)
+        tokens = mask = None
+        if self.text is not None:
+            tokens, mask, vector = self.text(conditioning)
+            time = time + vector
+        if self.image_embed is not None:
+            more, vector = self.image_embed(conditioning)
+            time = time + vector
+            if more is not None and tokens is not None and mask is not None:
+                tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
+            elif more is not None:
+                tokens = more
+        return Context(F.silu(time), tokens, mask)
 
 
-def join_low_res(x: Tensor, conditioning: Conditioning, low_res: bool) -> Tensor:
-    """Concatenates the low-resolution picture to the noisy one, if the model reads it.
+def low_res_noise(conditioning: Conditioning) -> Tensor:
+    """c_noise (b,) of the low-resolution picture; ValueError if it is missing."""
+    if conditioning.low_res_noise is None:
+        raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
+    return conditioning.low_res_noise
+
+
+def join_pictures(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
+    """Concatenates to the noisy picture what else the first convolution reads: (b, input_channels, h, w).
 
     Raises:
-        ValueError: it is missing or of another size.
+        ValueError: a picture is missing or of another size.
     """
-    if not low_res:
-        return x
-    picture = conditioning.low_res
-    if picture is None or picture.shape != x.shape:
+    joined = [x]
+    if config.low_res:
+        joined.append(_picture("low_res", conditioning.low_res, x, config.in_channels))
+    if config.self_conditioning:
+        estimate = torch.zeros_like(x) if conditioning.estimate is None else conditioning.estimate
+        joined.append(_picture("estimate", estimate, x, config.in_channels))
+    if config.condition_channels:
+        joined.append(_picture("images", conditioning.images, x, config.condition_channels))
+    return torch.cat(joined, dim=1) if len(joined) > 1 else x
+
+
+def _picture(name: str, picture: Tensor | None, x: Tensor, channels: int) -> Tensor:
+    wanted = (len(x), channels, *x.shape[2:])
+    if picture is None or picture.shape != wanted:
         found = None if picture is None else tuple(picture.shape)
-        raise ValueError(f"conditioning.low_res: this model reads a picture of {tuple(x.shape)} (got {found})")
-    return torch.cat([x, picture.to(x.dtype)], dim=1)
+        raise ValueError(f"conditioning.{name}: this model reads a picture of {wanted} (got {found})")
+    return picture.to(x.dtype)
 
 
 def check_sides(x: Tensor, divisor: int) -> None:

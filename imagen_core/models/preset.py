@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from imagen_core.models.efficient import EfficientUNetConfig
-from imagen_core.models.hybrid import HybridUNetConfig
+from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.regular import RegularUNetConfig
 
 

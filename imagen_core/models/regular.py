@@ -12,58 +12,24 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from imagen_core.config import Config
 from imagen_core.models.attention import zero_
-from imagen_core.models.block import AttentionType, Block, Level, check_widths, head_width, make_attention
+from imagen_core.models.base import AttentionUNetConfig
+from imagen_core.models.block import Block, Level, check_widths, make_attention
 from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.inputs import Inputs, check_sides, join_low_res, run_block
+from imagen_core.models.inputs import Inputs, check_sides, join_pictures, run_block
 from imagen_core.models.resblock import RepeatConv, Resample, ResBlock
-from imagen_core.models.text import DroppedCaption, Pooling
 
 
-class RegularUNetConfig(Config):
+class RegularUNetConfig(AttentionUNetConfig):
     """A Regular UNet."""
 
     family: Literal["regular"] = "regular"
-    image_size_px: int = Field(ge=1)
-    """Side the model is meant for; decides at which levels attention_resolutions lie."""
-    embed_dim: int = Field(ge=32)
-    """Channels at multiplier 1, and width of the sinusoidal time embedding."""
-    channel_mult: tuple[int, ...] = Field(min_length=1)
-    """Channels of each level, in units of embed_dim."""
     num_res_blocks: int | tuple[int, ...] = 3
     """ResBlocks of each level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (8, 16, 32)
     """Sides in pixels at which each ResBlock is followed by attention."""
-    attention_type: AttentionType = "fused"
-    """fused: pixels attend to pixels and text at once; stacked: a transformer block; self: no text attention."""
-    head_dim: int = Field(default=64, ge=1)
-    """Channels of one attention head (NeMo: per_head_channels)."""
-    num_heads: int | None = Field(default=None, ge=1)
-    """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
-    text_dim: int | None = Field(default=1024, ge=1)
-    """Width of the text embeddings; null: not conditioned on text."""
     cond_dim: int = Field(default=512, ge=1)
     """Width the text is projected to."""
-    pooling: Pooling = "attention"
-    """How the caption becomes one vector, added to the time vector."""
-    null_token: bool = False
-    """One learned token beside every caption (NeMo: use_null_token)."""
-    dropped_caption: DroppedCaption = "zero_tokens"
-    """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
-    no_tokens, so that it does not depend on the caption's length either."""
-    learned_fourier_frequencies: int | None = None
-    """Learned time embedding with so many frequencies; null: fixed sinusoids."""
-    in_channels: int = Field(default=3, ge=1)
-    """Channels of the noisy picture (without the low-resolution one)."""
-    out_channels: int = Field(default=3, ge=1)
-    """Channels of the result; twice in_channels for models with learned variance."""
-    low_res: bool = False
-    """Super-resolution: the upsampled low-resolution picture is concatenated to the input."""
-    low_res_noise: bool = False
-    """A second time embedding for the noise level put on the low-resolution picture."""
-    num_classes: int | None = None
-    """Class labels, embedded and added to the time vector."""
     init_kernel_size: int = 3
     """Side of the first convolution."""
     scale_shift: bool = True
@@ -74,10 +40,6 @@ class RegularUNetConfig(Config):
     """Halve with a strided convolution; false: average-pool. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
     """How to double, without resblock_updown."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in ResBlocks."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegularUNetConfig":
@@ -86,19 +48,10 @@ class RegularUNetConfig(Config):
             raise ValueError(f"num_res_blocks has {len(self.num_res_blocks)} entries for {levels} levels")
         if min(self.blocks_per_level) < 1:
             raise ValueError(f"num_res_blocks: every level needs one or more (got {self.num_res_blocks})")
-        if self.image_size_px % self.sides_divisor:
-            raise ValueError(
-                f"image_size_px must be a multiple of {self.sides_divisor} for {levels} levels "
-                f"(got {self.image_size_px})"
-            )
+        self.check_conditions()
         sides = [self.image_size_px // 2**level for level in range(levels)]
         attends = [side in self.attention_resolutions for side in sides[:-1]] + [True]  # the middle always
-        widths = [self.embed_dim * mult for mult in self.channel_mult]
-        check_widths(widths, attends, self.head_dim, self.num_heads)
-        if self.text_dim is None and self.attention_type != "self":
-            raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
-        if self.low_res_noise and not self.low_res:
-            raise ValueError("low_res_noise needs low_res")
+        check_widths(self.widths, attends, self.head_dim, self.num_heads)
         return self
 
     @property
@@ -107,16 +60,6 @@ class RegularUNetConfig(Config):
         if isinstance(self.num_res_blocks, tuple):
             return self.num_res_blocks
         return (self.num_res_blocks,) * len(self.channel_mult)
-
-    @property
-    def time_dim(self) -> int:
-        """Width of the time vector."""
-        return 4 * self.embed_dim
-
-    @property
-    def sides_divisor(self) -> int:
-        """What the sides of a picture must be a multiple of."""
-        return 2 ** (len(self.channel_mult) - 1)
 
     def build(self) -> "RegularUNet":
         """A new model with random weights."""
@@ -129,14 +72,11 @@ class RegularUNet(nn.Module):
     def __init__(self, config: RegularUNetConfig):
         super().__init__()
         self.config = config
-        widths = [config.embed_dim * mult for mult in config.channel_mult]
+        widths = config.widths
         last = len(widths) - 1
-        self.inputs = Inputs(
-            config, config.embed_dim, config.cond_dim, attends_to_text=config.attention_type != "self"
-        )
-        channels = 2 * config.in_channels if config.low_res else config.in_channels
+        self.inputs = Inputs(config, config.cond_dim, attends=config.attention_type != "self")
         kernel = config.init_kernel_size
-        self.conv_in = nn.Conv2d(channels, widths[0], kernel, padding=kernel // 2)
+        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
 
         skips, width = [widths[0]], widths[0]
         self.down = nn.ModuleList()
@@ -172,7 +112,7 @@ class RegularUNet(nn.Module):
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
         context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_low_res(x, conditioning, self.config.low_res))
+        h = self.conv_in(join_pictures(x, conditioning, self.config))
         skips = [h]
         for level in Level.of(self.down):
             for block in level.blocks:
@@ -207,8 +147,7 @@ class RegularUNet(nn.Module):
 
     def _attention(self, width: int) -> nn.Module:
         config = self.config
-        head_dim = head_width(width, config.head_dim, config.num_heads)
-        return make_attention(config.attention_type, width, head_dim, config.cond_dim)
+        return make_attention(config.attention_type, width, config.head_width(width), config.cond_dim)
 
     def _resample(self, how: Resample, width: int) -> "Block":
         if self.config.resblock_updown:

@@ -33,6 +33,8 @@ class ResBlock(nn.Module):
         resample: Resample = "none",
         norm: Literal["group", "rms"] = "group",
         zero_init: bool = True,
+        conv_first: bool = False,
+        weight_standardization: bool = False,
         text_attention: nn.Module | None = None,
         gate: nn.Module | None = None,
     ):
@@ -43,19 +45,28 @@ class ResBlock(nn.Module):
             scale_shift: False: the time vector is only added (DDPM, Ho et al. 2020).
             resample: average-pool or repeat both branches by 2 between the first norm and convolution.
             zero_init: the last convolution starts at zero.
+            conv_first: convolution, norm, SiLU, twice, the first norm scaled and shifted (DALLE2-pytorch); else norm,
+                SiLU, convolution, twice, the second norm scaled and shifted.
+            weight_standardization: the kernels of each output channel have mean 0 and variance 1.
             text_attention: (b, c, h, w) and a `Context` -> (b, c, h, w), between the two convolutions.
             gate: (b, c, h, w) -> (b, c, h, w), at the end of the branch.
         """
         super().__init__()
         self.resample: Resample = resample
         self.skip_scale, self.scale_shift = skip_scale, scale_shift
-        self.norm1 = PixelRMSNorm(in_channels) if norm == "rms" else nn.GroupNorm(num_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_first = conv_first
+        conv = StandardizedConv2d if weight_standardization else nn.Conv2d
+
+        def make_norm(channels: int) -> nn.Module:
+            return PixelRMSNorm(channels) if norm == "rms" else nn.GroupNorm(num_groups, channels)
+
+        self.norm1 = make_norm(out_channels if conv_first else in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.text_attention = text_attention
-        self.norm2 = PixelRMSNorm(out_channels) if norm == "rms" else nn.GroupNorm(num_groups, out_channels)
+        self.norm2 = make_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         if zero_init:
             zero_(self.conv2)
         self.gate = gate
@@ -64,23 +75,41 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (b, in_channels, h, w) -> (b, out_channels, h', w')."""
-        h = F.silu(self.norm1(x))
-        if self.resample != "none":
-            h, x = resample(h, self.resample), resample(x, self.resample)
-        h = self.conv1(h)
-        if self.text_attention is not None:
-            h = self.text_attention(h, context)
-        shift = self.time(context.time)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        if self.conv_first:
+            h = F.silu(self._shifted(self.norm1, self.conv1(x), context))
+            h = h if self.text_attention is None else self.text_attention(h, context)
+            h = F.silu(self.norm2(self.conv2(self.dropout(h))))
         else:
-            h = self.norm2(h + shift)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = F.silu(self.norm1(x))
+            if self.resample != "none":
+                h, x = resample(h, self.resample), resample(x, self.resample)
+            h = self.conv1(h)
+            h = h if self.text_attention is None else self.text_attention(h, context)
+            h = self._shifted(self.norm2, h, context)
+            h = self.conv2(self.dropout(F.silu(h)))
         if self.gate is not None:
             h = self.gate(h)
         skip = self.skip(x)
         return torch.add(h, skip, alpha=self.skip_scale)
+
+    def _shifted(self, norm: nn.Module, h: Tensor, context: Context) -> Tensor:
+        """A norm with the time vector's scale and shift, or after adding the time vector."""
+        shift = self.time(context.time)[:, :, None, None]
+        if not self.scale_shift:
+            return norm(h + shift)
+        scale, shift = shift.chunk(2, dim=1)
+        return torch.addcmul(shift, norm(h), 1 + scale)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose kernel for each output channel has mean 0 and variance 1 (Qiao et al. 2019)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, in_channels, h, w) -> (b, out_channels, h', w')."""
+        flat = self.weight.flatten(1)
+        variance, mean = torch.var_mean(flat, dim=1, correction=0, keepdim=True)
+        weight = ((flat - mean) * (variance + 1e-5).rsqrt()).view_as(self.weight)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class PixelRMSNorm(nn.Module):

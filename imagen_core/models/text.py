@@ -1,15 +1,11 @@
 """How captions reach the UNet: a context of tokens for attention, and one vector added to the time vector."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.conditioning import Conditioning
-
-Pooling = Literal["attention", "mean"]
-DroppedCaption = Literal["zero_tokens", "no_tokens"]
+from imagen_core.models.base import DroppedCaption, Pooling
+from imagen_core.models.conditioning import Conditioning, kept
 
 
 class AttentionPooling(nn.Module):
@@ -111,5 +107,4 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
         raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    keep = conditioning.text_keep
-    return text, mask, torch.ones(len(text), dtype=torch.bool, device=text.device) if keep is None else keep
+    return text, mask, kept(conditioning.text_keep, text)

@@ -43,4 +43,8 @@ TABLE = {
     "minimagen_super": 715_760_003,
     "minimagen_base_test": 106_163,
     "minimagen_super_test": 158_147,
+    # DALLE2-pytorch
+    "dalle2_decoder": 186_292_291,
+    "dalle2_decoder_text": 187_489_347,
+    "dalle2_decoder_sr": 16_496_252,
 }

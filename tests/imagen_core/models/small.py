@@ -1,10 +1,12 @@
 """Small UNets and inputs for the tests of this folder."""
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from imagen_core.models.base import UNetBaseConfig
 from imagen_core.models.block import Level
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.efficient import EfficientUNetConfig
@@ -85,14 +87,32 @@ def inputs(
     text = mask = None
     if config.text_dim is not None:
         text, mask = captions(lengths, padded_to, config.text_dim, dtype=dtype)
-    conditioning = Conditioning(
+    conditioning = replace(
+        other_conditions(config, batch, dtype, side_px=side_px),
         text=text,
         text_mask=mask,
         low_res=low_res if config.low_res else None,
         low_res_noise=low_res_noise if config.low_res_noise else None,
-        labels=torch.arange(batch) if config.num_classes is not None else None,
     )
     return x, c_noise, conditioning
+
+
+def other_conditions(
+    config: UNetBaseConfig, batch: int, dtype: torch.dtype = torch.float32, side_px: int = 16
+) -> Conditioning:
+    """Conditions that are neither captions nor low-resolution pictures, as far as the model reads them."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Conditioning(
+        labels=None if config.num_classes is None else torch.arange(batch),
+        image_embed=None if config.image_embed_dim is None else draw(config.image_embed_dim),
+        image_embed_keep=None if config.image_embed_dim is None else torch.arange(batch) % 2 == 0,
+        images=draw(config.condition_channels, side_px, side_px) if config.condition_channels else None,
+        estimate=draw(config.in_channels, side_px, side_px) if config.self_conditioning else None,
+    )
 
 
 def captions(

@@ -8,8 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.hybrid import GlobalContext, HybridUNet, HybridUNetConfig
-from tests.imagen_core.models.small import TEXT_DIM, captions, random_weights
+from imagen_core.models.hybrid import HybridUNet
+from imagen_core.models.hybrid_blocks import GlobalContext
+from imagen_core.models.hybrid_config import HybridUNetConfig
+from tests.imagen_core.models.small import TEXT_DIM, captions, other_conditions, random_weights
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paddle": {},
@@ -18,13 +20,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "perceiver": False,
         "attend_to_conditions": False,
         "middle_attention": False,
-        "pixel_shuffle": False,
+        "halve": "conv",
+        "double": "repeat_conv",
         "global_context": False,
         "final_global_context": False,
         "num_fourier_frequencies": None,
     },
     "super_resolution": {"memory_efficient": True, "initial_res_block": True, "low_res": True, "low_res_noise": True},
     "without_captions": {"text_dim": None, "unread_caption_parameters": True},
+    "dalle2_decoder": {
+        "text_in_middle_only": True,
+        "caption_vector": False,
+        "perceiver": False,
+        "conditions_in": "other_blocks",
+        "image_embed_dim": 10,
+        "cross_num_heads": 3,
+        "cross_head_dim": 4,
+        "ff_mult": 0,
+        "attend_to_conditions": False,
+        "deepest_widen": "conv",
+        "res_block": "conv_first",
+        "init_residual": True,
+        "out_kernel_size": 1,
+    },
+    "linear_attention": {"attention_levels": (True, "linear"), "cross_attention_levels": (True, "linear")},
+    "other_options": {
+        "transformer_depth": (1, 2),
+        "halve": "cross_embed",
+        "weight_standardization": True,
+        "combine_up_features": True,
+        "num_classes": 5,
+        "self_conditioning": True,
+        "condition_channels": 2,
+    },
 }
 
 
@@ -54,8 +82,9 @@ def inputs(model: HybridUNet, padded_to: int = 6, dtype: torch.dtype = torch.flo
     c_noise = torch.tensor([0.3, -0.7], dtype=dtype)
     text, mask = captions((3, 5), padded_to, dtype=dtype) if model.config.text_dim else (None, None)
     low = model.config.low_res
-    conditioning = Conditioning(text=text, text_mask=mask, low_res=x.flip(0) if low else None,
-                                low_res_noise=c_noise.flip(0) if low else None)  # fmt: skip
+    more = other_conditions(model.config, 2, dtype)
+    conditioning = replace(more, text=text, text_mask=mask, low_res=x.flip(0) if low else None,
+                           low_res_noise=c_noise.flip(0) if low else None)  # fmt: skip
     return x, c_noise, conditioning
 
 

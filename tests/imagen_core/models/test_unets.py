@@ -21,6 +21,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"pooling": "mean", "null_token": True, "dropped_caption": "no_tokens"},
     {"learned_fourier_frequencies": 8, "num_heads": 2},
     {"low_res": True, "low_res_noise": True},
+    {"image_embed_dim": 10, "self_conditioning": True, "condition_channels": 2},
+    {"text_dim": None, "image_embed_dim": 24, "attention_type": "cross"},
+    {"text_dim": None, "image_embed_dim": 10, "attention_type": "self"},
     {"in_channels": 1, "out_channels": 1, "dropout": 0.1, "channel_mult": (1, 3)},
 ]
 
@@ -47,11 +50,10 @@ def test_every_parameter_and_every_condition_has_an_effect(family: str, options:
         assert gradient.isfinite().all(), name
         assert gradient.any() or name in NO_EFFECT, name
     assert not torch.allclose(result, unet(x, c_noise + 1, conditioning))
-    changes: dict[str, Any] = {"low_res": 1, "low_res_noise": 1, "labels": 1}
-    for name in ("text", "low_res", "low_res_noise", "labels"):
+    for name in ("text", "low_res", "low_res_noise", "labels", "image_embed", "images", "estimate"):
         value = getattr(conditioning, name)
         if value is not None:
-            changed = value.flip(0) if name == "text" else value + changes[name]
+            changed = value.flip(0) if name == "text" else value + 1
             assert not torch.allclose(result, unet(x, c_noise, replace(conditioning, **{name: changed}))), name
 
 
