@@ -3,6 +3,7 @@
 Shapes: b batch, c channels, h w height and width, n = h * w pixels, l tokens of text, d width of a head.
 """
 
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
@@ -35,8 +36,9 @@ class Attention(nn.Module):
         bias: bool = True,
         null_kv: bool = False,
         context_bias: bool | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | float = False,
         linear: bool = False,
+        causal: bool = False,
     ):
         """
         Args:
@@ -44,7 +46,9 @@ class Attention(nn.Module):
             linear: instead of softmax(q k) v, softmax(q) (softmax(k) v), over features and over keys: linearly many
                 operations in the number of keys (Shen et al. 2018, arXiv 1812.01243, equation 6).
             context_bias: bias on the context's keys and values; default `bias`.
-            qk_norm: queries and keys are unit vectors with learned gains (cosine similarity, times 8).
+            qk_norm: queries and keys are unit vectors (cosine similarity) with learned gains, times 8; a number:
+                times it, without gains.
+            causal: a query sees the null key and the own keys up to its own only.
             num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). Default num_heads.
             null_kv: adds one learned key and value of head_dim each, never masked.
         """
@@ -62,11 +66,19 @@ class Attention(nn.Module):
             else None
         )
         self.null_kv = nn.Parameter(torch.randn(2, head_dim)) if null_kv else None
-        self.qk_gains = nn.Parameter(torch.ones(2, head_dim)) if qk_norm else None
+        self.causal, self.cosine_scale = causal, (8.0 if qk_norm is True else float(qk_norm) or None)
+        self.qk_gains = nn.Parameter(torch.ones(2, head_dim)) if qk_norm is True else None
         self.to_out = nn.Linear(inner, dim, bias=bias)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, keys_from: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        keys_from: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        rotary: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -75,6 +87,8 @@ class Attention(nn.Module):
             context: (b, l, context_dim), for cross and fused.
             mask: bool (b, l), true where the context is real; None: everywhere.
             keys_from: (b, n, dim) for the own keys and values if they are normalised otherwise than the queries.
+            bias: (heads, n, n), added to the logits of the own keys; for self attention.
+            rotary: applied to queries and own keys (b, heads, n, d); for self attention.
         Returns:
             (b, n, dim).
         """
@@ -86,24 +100,41 @@ class Attention(nn.Module):
             kv.append(self.context_to_kv(context))
         num_own = 0 if self.to_kv is None else x.shape[1]
         k, v = torch.cat(kv, dim=1).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (b, heads, n, d)
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
         if self.null_kv is not None:
             null = self.null_kv.to(k.dtype)[:, None, None, None].expand(2, k.shape[0], k.shape[1], 1, -1)
             k, v = torch.cat([null[0], k], dim=2), torch.cat([null[1], v], dim=2)
             num_own += 1
-        q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (b, heads, n, d)
-        scale = None
+        if self.cosine_scale is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if self.qk_gains is not None:
-            q, k, scale = F.normalize(q, dim=-1) * self.qk_gains[0], F.normalize(k, dim=-1) * self.qk_gains[1], 8.0
+            q, k = q * self.qk_gains[0], k * self.qk_gains[1]
         if self.num_kv_heads != self.num_heads:
             k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
         mask = None if self.context_to_kv is None else mask
         if self.linear:
             attended = _linear_attention(q, k, v, mask, num_own)
         elif mask is None:
-            attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            logits = self._own_logits(q, k.shape[2], bias)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=self.cosine_scale)
         else:
-            attended = _masked_attention(q, k, v, mask, num_own, scale)
+            attended = _masked_attention(q, k, v, mask, num_own, self.cosine_scale)
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def _own_logits(self, q: Tensor, num_keys: int, bias: Tensor | None) -> Tensor | None:
+        """What is added to the logits (heads or 1, n, m) of self attention: the bias, and minus infinity ahead."""
+        if bias is None and not self.causal:
+            return None
+        num_queries = q.shape[2]
+        logits = q.new_zeros(1, num_queries, num_keys)
+        if bias is not None:
+            logits = F.pad(bias.to(q.dtype), (num_keys - num_queries, 0))
+        if self.causal:
+            ahead = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+            logits = logits.masked_fill(ahead.triu(num_keys - num_queries + 1), -torch.inf)
+        return logits
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int, scale: float | None) -> Tensor:

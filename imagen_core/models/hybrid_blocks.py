@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from imagen_core.models.attention import Attention, to_picture, to_tokens
 from imagen_core.models.block import Block
 from imagen_core.models.hybrid_config import HybridUNetConfig
-from imagen_core.models.hybrid_text import feed_forward
 from imagen_core.models.inputs import Context
+from imagen_core.models.transformer import TransformerLayer
 
 
 class HybridLevel(nn.Module):
@@ -103,7 +103,15 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(
             [
-                TransformerLayer(width, config, attend_to_conditions=attend_to_conditions, linear=linear)
+                TransformerLayer(
+                    width,
+                    num_heads=config.num_heads,
+                    head_dim=config.head_dim,
+                    ff_mult=config.ff_mult,
+                    context_dim=config.context_dim if attend_to_conditions else None,
+                    qk_norm=config.qk_norm,
+                    linear=linear,
+                )
                 for _ in range(depth)
             ]
         )
@@ -112,40 +120,8 @@ class TransformerBlock(nn.Module):
         """(b, c, h, w) -> the same."""
         tokens = to_tokens(x)
         for layer in self.layers:
-            tokens = layer(tokens, context)
+            tokens = layer(tokens, context.tokens, context.mask)
         return to_picture(tokens, x)
-
-
-class TransformerLayer(nn.Module):
-    """Attention, then a feed-forward layer unless ff_mult is 0; both with residuals."""
-
-    def __init__(self, width: int, config: HybridUNetConfig, *, attend_to_conditions: bool, linear: bool):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.norm_context = nn.LayerNorm(config.context_dim) if attend_to_conditions else None
-        self.attention = Attention(
-            width,
-            kind="fused" if attend_to_conditions else "self",
-            linear=linear,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            context_dim=config.context_dim,
-            num_kv_heads=1,
-            bias=False,
-            context_bias=True,
-            null_kv=True,
-            qk_norm=config.qk_norm,
-        )
-        self.norm_out = nn.LayerNorm(width, bias=False)
-        self.feed_forward = feed_forward(width, config.ff_mult) if config.ff_mult else None
-
-    def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """(b, n, c) -> the same."""
-        conditions = context.tokens
-        if self.norm_context is not None and conditions is not None:
-            conditions = self.norm_context(conditions)
-        tokens = tokens + self.norm_out(self.attention(self.norm(tokens), conditions, context.mask))
-        return tokens if self.feed_forward is None else tokens + self.feed_forward(tokens)
 
 
 class FeatureCombiner(nn.Module):

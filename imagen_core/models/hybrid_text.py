@@ -17,6 +17,7 @@ from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.inputs import Context, low_res_noise
 from imagen_core.models.text import checked_text
+from imagen_core.models.transformer import feed_forward
 
 _TOKENS_PER_LEVEL = 2
 
@@ -182,15 +183,3 @@ class ResamplerLayer(nn.Module):
         context = torch.cat([self.norm_tokens(tokens), queries], dim=1)
         latents = latents + self.norm_out(self.attention(queries, context))
         return latents + self.feed_forward(latents)
-
-
-def feed_forward(dim: int, multiplier: int) -> nn.Sequential:
-    """Norm, linear, GELU, norm, linear, without biases, on the last axis."""
-    inner = multiplier * dim
-    return nn.Sequential(
-        nn.LayerNorm(dim, bias=False),
-        nn.Linear(dim, inner, bias=False),
-        nn.GELU(),
-        nn.LayerNorm(inner, bias=False),
-        nn.Linear(inner, dim, bias=False),
-    )

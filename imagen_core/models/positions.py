@@ -1,0 +1,60 @@
+"""How transformers over tokens know their order."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RelativePositionBias(nn.Module):
+    """One learned number for each head and bucket of distances, added to attention's logits.
+
+    T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1): small distances have a bucket each, larger ones share
+    buckets whose width grows with the logarithm, up to max_distance.
+    """
+
+    def __init__(self, num_heads: int, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, length: int) -> Tensor:
+        """(num_heads, length, length): row is the query's position, column the key's."""
+        positions = torch.arange(length, device=self.embedding.weight.device)
+        return self.embedding(self.bucket(positions[None, :] - positions[:, None])).permute(2, 0, 1)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Distances, key minus query, int64 -> bucket in [0, num_buckets)."""
+        count = self.num_buckets
+        offset = torch.zeros_like(distance)
+        if self.bidirectional:
+            count //= 2
+            offset = (distance > 0) * count
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = count // 2
+        ratio = (distance.clamp(min=1).double() / exact).log() / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+
+class Rotary(nn.Module):
+    """Turns pairs of features by angles proportional to the position (Su et al. 2021, arXiv 2104.09864)."""
+
+    def __init__(self, width: int):
+        """`width`: how many of the first features are turned; even."""
+        super().__init__()
+        frequencies = 10_000 ** (-torch.arange(0, width, 2).double() / width)
+        # A parameter that is not trained, as in the published models, which count it.
+        self.frequencies = nn.Parameter(frequencies.float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., length, d) -> the same."""
+        positions = torch.arange(x.shape[-2], device=x.device, dtype=self.frequencies.dtype)
+        angles = positions[:, None] * self.frequencies
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (length, width / 2)
+        width = 2 * self.frequencies.numel()
+        even, odd = x[..., 0:width:2], x[..., 1:width:2]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        return torch.cat([turned, x[..., width:]], dim=-1)

@@ -1,0 +1,180 @@
+"""DALL-E 2's prior: a causal transformer that draws a picture's embedding from its caption.
+
+Ramesh et al. 2022 (arXiv 2204.06125), section 2.2: the sequence is the caption's tokens, its embedding, the noise
+level, the noisy picture embedding, and a query whose output is the prediction.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from imagen_core.config import Config
+from imagen_core.models.conditioning import Conditioning, kept
+from imagen_core.models.embeddings import SinusoidalEmbedding
+from imagen_core.models.positions import RelativePositionBias, Rotary
+from imagen_core.models.text import checked_text
+from imagen_core.models.transformer import TransformerLayer
+
+_COSINE_SCALE = 16.0
+_ROTARY_WIDTH = 32
+
+
+class PriorNetworkConfig(Config):
+    """The transformer of a prior."""
+
+    family: Literal["prior"] = "prior"
+    dim: int = Field(ge=2)
+    """Width of the picture embeddings, of the captions' embeddings, and of the transformer."""
+    depth: int = Field(ge=1)
+    """Layers."""
+    num_heads: int = Field(default=8, ge=1)
+    """Attention heads."""
+    head_dim: int = Field(default=64, ge=2)
+    """Channels of one attention head."""
+    ff_mult: int = Field(default=4, ge=1)
+    """Width of the feed-forward layers (SwiGLU), in units of dim."""
+    text_dim: int | None = Field(default=None, ge=1)
+    """Width of the captions' token embeddings; null: only their one embedding is read."""
+    max_text_tokens: int = Field(default=256, ge=1)
+    """Captions are padded to this length with learned tokens."""
+    num_timesteps: int | None = Field(default=None, ge=1)
+    """A learned embedding for each step of a discrete schedule; null: made from sinusoids, for any schedule."""
+    num_time_tokens: int = Field(default=1, ge=1)
+    """Tokens of the noise level."""
+    num_image_tokens: int = Field(default=1, ge=1)
+    """Tokens of the noisy embedding."""
+    num_text_embed_tokens: int = Field(default=1, ge=1)
+    """Tokens of the caption's embedding."""
+    self_conditioning: bool = False
+    """One more token: an earlier estimate of the embedding (Chen et al. 2022, arXiv 2208.04202)."""
+    rotary: bool = True
+    """Rotary positions beside the relative position bias."""
+    ff_norm: bool = False
+    """A norm within the feed-forward layers (DALLE2-pytorch: normformer)."""
+    norm_out: bool = True
+    """A norm after the last layer."""
+    final_projection: bool = True
+    """A linear layer at the end."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in the feed-forward layers."""
+
+    def build(self) -> "PriorNetwork":
+        """A new model with random weights."""
+        return PriorNetwork(self)
+
+
+class PriorNetwork(nn.Module):
+    """Predicts from a noisy picture embedding, its noise level and the caption; what, the objective decides."""
+
+    def __init__(self, config: PriorNetworkConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.to_text_tokens = None
+        if config.text_dim is not None and config.text_dim != dim:
+            self.to_text_tokens = nn.Linear(config.text_dim, dim)
+        self.to_text_embed = _to_tokens(dim, config.num_text_embed_tokens)
+        self.to_image = _to_tokens(dim, config.num_image_tokens)
+        self.steps = self.sinusoids = None
+        time_width = dim * config.num_time_tokens
+        if config.num_timesteps is not None:
+            self.steps = nn.Embedding(config.num_timesteps, time_width)
+        else:
+            hidden = 2 * time_width
+            self.sinusoids = SinusoidalEmbedding(dim)
+            self.to_time = nn.Sequential(
+                nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, time_width)
+            )
+        self.query = nn.Parameter(torch.randn(dim))
+        self.null_text_tokens = None
+        if config.text_dim is not None:
+            self.null_text_tokens = nn.Parameter(torch.randn(config.max_text_tokens, dim))
+        self.null_text_embed = nn.Parameter(torch.randn(config.num_text_embed_tokens, dim))
+        self.null_image = nn.Parameter(torch.randn(dim))
+        self.bias = RelativePositionBias(config.num_heads, bidirectional=False)
+        self.rotary = Rotary(min(_ROTARY_WIDTH, config.head_dim)) if config.rotary else None
+        self.layers = nn.ModuleList(
+            [
+                TransformerLayer(
+                    dim,
+                    num_heads=config.num_heads,
+                    head_dim=config.head_dim,
+                    ff_mult=config.ff_mult,
+                    activation="swiglu",
+                    ff_norm=config.ff_norm,
+                    qk_norm=_COSINE_SCALE,
+                    causal=True,
+                    dropout=config.dropout,
+                )
+                for _ in range(config.depth)
+            ]
+        )
+        self.norm_out = nn.LayerNorm(dim, bias=False) if config.norm_out else nn.Identity()
+        self.project = nn.Linear(dim, dim, bias=False) if config.final_projection else nn.Identity()
+
+    def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """x (b, dim), c_noise (b,), and a conditioning with text_embed (and text) -> (b, dim).
+
+        `text_keep` drops the caption, `image_embed_keep` the noisy embedding itself.
+
+        Raises:
+            ValueError: a missing condition, one of another width, or a caption that is too long.
+        """
+        parts = [self._text_embed(conditioning), self._time(x, c_noise)]
+        if self.null_text_tokens is not None and self.config.text_dim is not None:
+            parts.insert(0, self._text_tokens(conditioning, self.config.text_dim, self.null_text_tokens.to(x.dtype)))
+        seen = kept(conditioning.image_embed_keep, x)
+        image = self.to_image(x).unflatten(-1, (-1, self.config.dim))
+        parts.append(torch.where(seen[:, None, None], image, self.null_image.to(x.dtype)))
+        if self.config.self_conditioning:
+            estimate = torch.zeros_like(x) if conditioning.estimate is None else conditioning.estimate
+            parts.append(estimate.to(x.dtype)[:, None])
+        parts.append(self.query.to(x.dtype).expand(len(x), 1, -1))
+        tokens = torch.cat(parts, dim=1)
+        bias = self.bias(tokens.shape[1])
+        for layer in self.layers:
+            tokens = layer(tokens, bias=bias, rotary=self.rotary)
+        return self.project(self.norm_out(tokens[:, -1]))
+
+    def _text_tokens(self, conditioning: Conditioning, text_dim: int, null: Tensor) -> Tensor:
+        """(b, max_text_tokens, dim): the caption's tokens, then learned ones; all learned if it is not kept."""
+        text, mask, keep = checked_text(conditioning, text_dim)
+        missing = len(null) - text.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"conditioning.text: {text.shape[1]} tokens, this model reads at most {len(null)}; lower max_tokens"
+            )
+        text = text.to(null.dtype)
+        text = text if self.to_text_tokens is None else self.to_text_tokens(text)
+        real = F.pad(mask & keep[:, None], (0, missing))[..., None]
+        return torch.where(real, F.pad(text, (0, 0, 0, missing)), null)
+
+    def _text_embed(self, conditioning: Conditioning) -> Tensor:
+        """(b, num_text_embed_tokens, dim)."""
+        embed = conditioning.text_embed
+        if embed is None:
+            raise ValueError("conditioning.text_embed: a prior reads the captions' embeddings; give text_embed")
+        if embed.shape[-1] != self.config.dim:
+            raise ValueError(
+                f"conditioning.text_embed: this model reads {self.config.dim}-wide embeddings (got {embed.shape[-1]})"
+            )
+        tokens = self.to_text_embed(embed.to(self.query.dtype)).unflatten(-1, (-1, self.config.dim))
+        return torch.where(kept(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
+
+    def _time(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        """(b, num_time_tokens, dim)."""
+        if self.steps is not None:
+            last = self.steps.num_embeddings - 1
+            embedded = self.steps(c_noise.round().long().clamp(0, last))
+        else:
+            assert self.sinusoids is not None
+            values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
+            embedded = self.to_time(self.sinusoids(values).to(x.dtype))
+        return embedded.to(x.dtype).unflatten(-1, (-1, self.config.dim))
+
+
+def _to_tokens(dim: int, count: int) -> nn.Module:
+    return nn.Linear(dim, count * dim) if count > 1 else nn.Identity()
