@@ -2,7 +2,8 @@
 
 from imagen_core.diffusion.config import DenoiserConfig, DiffusionConfig
 from imagen_core.diffusion.denoiser import Denoiser
-from imagen_core.diffusion.guidance import Denoise, Guidance, Threshold, guided
+from imagen_core.diffusion.guidance import Denoise, Guidance, Guided, Threshold, guided
+from imagen_core.diffusion.likelihood import Likelihood, bits_per_dimension
 from imagen_core.diffusion.loss import diffusion_loss, loss_weight
 from imagen_core.diffusion.schedules import NoiseSchedule
 
@@ -12,8 +13,11 @@ __all__ = [
     "DenoiserConfig",
     "DiffusionConfig",
     "Guidance",
+    "Guided",
+    "Likelihood",
     "NoiseSchedule",
     "Threshold",
+    "bits_per_dimension",
     "diffusion_loss",
     "guided",
     "loss_weight",

@@ -2,15 +2,18 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from imagen_core.config import Config
 from imagen_core.diffusion.low_res import LowResNoise
-from imagen_core.diffusion.precondition import Objective
-from imagen_core.diffusion.schedules import LogNormal, NoiseSchedule
+from imagen_core.diffusion.precondition import Coefficients, Objective, coefficients
+from imagen_core.diffusion.schedules import Discrete, LogNormal, NoiseSchedule
+from imagen_core.diffusion.variance import Variance, is_learned
 from imagen_core.models import UNetConfig
 
-LossKind = Literal["l1", "l2", "huber"]
+LossKind = Literal["l1", "l2", "huber", "kl", "rescaled_kl"]
 WeightKind = Literal["none", "p2", "min_snr", "snr_plus_one", "edm"]
 
 
@@ -23,8 +26,15 @@ class DiffusionConfig(Config):
     """What the network predicts."""
     sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the pictures, for the edm objective."""
+    variance: Variance = "fixed_small"
+    """Variance of ancestral sampling's steps. The learned ones need a discrete schedule and a network with twice as
+    many out_channels as in_channels."""
     loss: LossKind = "l2"
-    """Distance between the network's output and its target."""
+    """Distance between the network's output and its target; or the variational bound in bits a dimension: kl, the term
+    of the drawn step, and rescaled_kl, times the number of steps."""
+    vb_weight: float = Field(default=0.001, ge=0)
+    """Weight of the variational bound, summed over all steps, in the loss of a learned variance. It teaches the
+    variance only: the gradient stops at the mean."""
     weight: WeightKind = "none"
     """Weight by noise level; none weighs the network's output alike everywhere (for edm that is the paper's)."""
     p2_k: float = Field(default=1.0, gt=0)
@@ -33,6 +43,44 @@ class DiffusionConfig(Config):
     """gamma of the p2 weight; larger puts less weight on low noise. Above 2 training is known to fail."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """gamma of the min-SNR weight."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiffusionConfig":
+        bound = self.loss in ("kl", "rescaled_kl")
+        for name, value, needs in (
+            ("objective", self.objective, self.objective == "prev"),
+            ("variance", self.variance, is_learned(self.variance)),
+            ("loss", self.loss, bound),
+        ):
+            if needs and not isinstance(self.schedule, Discrete):
+                raise ValueError(f"{name}={value} needs a discrete schedule (got {self.schedule.kind})")
+        if bound and self.weight != "none":
+            raise ValueError(f"loss={self.loss} has no weight by noise level (got {self.weight}); use weight=none")
+        return self
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """c_skip, c_out and c_in at noise levels sigma > 0, in their shape and dtype."""
+        previous = None
+        if self.objective == "prev" and isinstance(self.schedule, Discrete):
+            previous = self.schedule.previous(sigma).to(sigma.dtype)
+        return coefficients(self.objective, sigma, self.sigma_data, previous)
+
+    def check_step(self, sigma: Tensor, sigma_next: Tensor) -> None:
+        """Refuses a step, between two scalar levels, whose variance was not learned.
+
+        Raises:
+            ValueError: variance=learned, which is of the schedule's own steps only, and this is none of them.
+        """
+        if self.variance != "learned" or not isinstance(self.schedule, Discrete):
+            return
+        levels = torch.cat([torch.zeros(1, dtype=torch.float64), self.schedule.sigmas()])
+        found = [int((levels - float(level)).abs().argmin()) for level in (sigma, sigma_next)]
+        if found[0] != found[1] + 1:
+            raise ValueError(
+                f"variance=learned is of the schedule's {self.schedule.num_steps} steps, and sigma {float(sigma):.4g} "
+                f"to {float(sigma_next):.4g} is none of them; use grid.kind=uniform with num_steps="
+                f"{self.schedule.num_steps}, a sampler without noise, or a model with learned_range"
+            )
 
 
 class DenoiserConfig(Config):
@@ -62,6 +110,12 @@ class DenoiserConfig(Config):
             raise ValueError("low_res_noise: unet.low_res_noise reads a noise level; give {kind: lognormal}")
         if self.low_res_noise is not None and self.low_res_px is None:
             raise ValueError("low_res_noise needs low_res_px: a base model has no low-resolution picture")
+        channels = self.unet.in_channels, self.unet.out_channels
+        if is_learned(self.diffusion.variance) and channels[1] != 2 * channels[0]:
+            raise ValueError(
+                f"diffusion.variance={self.diffusion.variance} needs a network with twice as many unet.out_channels "
+                f"as in_channels (got {channels[1]} and {channels[0]})"
+            )
         if self.size_px % self.unet.sides_divisor:
             raise ValueError(f"size_px must be a multiple of {self.unet.sides_divisor} (got {self.size_px})")
         return self

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from imagen_core.diffusion.config import DenoiserConfig
 from imagen_core.diffusion.low_res import add_low_res_noise, upsample
-from imagen_core.diffusion.precondition import Coefficients, coefficients
+from imagen_core.diffusion.precondition import Coefficients
 from imagen_core.diffusion.schedules import sampling_range
+from imagen_core.diffusion.variance import is_learned
 from imagen_core.models import Conditioning
 
 
@@ -29,19 +30,25 @@ class Denoiser(nn.Module):
         Returns:
             (b, c, h, w), about in [-1, 1], in the dtype of x.
         """
-        c = self.coefficients(sigma.to(x.dtype))
-        return column(c.skip) * x + column(c.out) * self.network(x, sigma, conditioning)
+        return self.with_variance(x, sigma, conditioning)[0]
 
-    def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """F(c_in x, c_noise): what the UNet says, (b, c, h, w) in the dtype of x, without learned variances."""
+    def with_variance(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """The estimate of x0, and the channels of `variance.log_variance` where the network learns them."""
+        c = self.coefficients(sigma.to(x.dtype))
+        predicted, channels = self.network(x, sigma, conditioning)
+        return column(c.skip) * x + column(c.out) * predicted, channels
+
+    def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """What the UNet says: F(c_in x, c_noise), and the learned variance; each (b, c, h, w) in the dtype of x."""
         scaled = column(self.coefficients(sigma.to(x.dtype)).input) * x
         c_noise = self.config.diffusion.schedule.c_noise(sigma.double())
-        predicted = self.unet(scaled, c_noise.to(x.dtype), conditioning)
-        return predicted[:, : x.shape[1]].to(x.dtype)
+        output = self.unet(scaled, c_noise.to(x.dtype), conditioning).to(x.dtype)
+        channels = output[:, x.shape[1] :] if is_learned(self.config.diffusion.variance) else None
+        return output[:, : x.shape[1]], channels
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """c_skip, c_out and c_in at sigma."""
-        return coefficients(self.config.diffusion.objective, sigma, self.config.diffusion.sigma_data)
+        return self.config.diffusion.coefficients(sigma)
 
     def with_low_res(self, conditioning: Conditioning, low_res: Tensor, sigma: Tensor, noise: Tensor) -> Conditioning:
         """Adds the low-resolution picture of a super-resolution stage.

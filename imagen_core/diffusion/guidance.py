@@ -1,13 +1,16 @@
 """Classifier-free guidance and thresholding, wrapped around a denoiser for the samplers."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
+from imagen_core.diffusion.config import DiffusionConfig
 from imagen_core.diffusion.denoiser import Denoiser
 from imagen_core.models.conditioning import Condition, Conditioning, cat
 
@@ -31,6 +34,25 @@ class Guidance(Config):
     """Weight of the low-resolution picture, against a grey one."""
     two_passes: bool = False
     """Run the conditional and the unconditional batch one after the other: slower, half the memory."""
+    after_sigma: float | None = Field(default=None, gt=0)
+    """Guide only from this noise level on, downwards; null: from the first."""
+    until_sigma: float | None = Field(default=None, gt=0)
+    """Guide only down to this noise level (Kynkäänniemi et al. 2024, arXiv 2404.07724); null: to the last."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Guidance":
+        if self.after_sigma is not None and self.until_sigma is not None and self.after_sigma < self.until_sigma:
+            raise ValueError(
+                f"after_sigma must not be below until_sigma (got {self.after_sigma} and {self.until_sigma}): noise "
+                "falls as a picture is drawn"
+            )
+        return self
+
+    def applies(self, sigma: Tensor) -> bool:
+        """Whether noise level sigma, a scalar, is within the limits."""
+        if self.after_sigma is None and self.until_sigma is None:
+            return True  # without waiting for the device
+        return (self.until_sigma or 0) <= float(sigma) <= (self.after_sigma or math.inf)
 
 
 class Threshold(Config):
@@ -54,7 +76,24 @@ class Threshold(Config):
         return x0.clamp(-limit, limit) / limit
 
 
-def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Denoise:
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """A `Denoise` that can also say what the network knows of a step's variance.
+
+    Attributes:
+        with_variance: (x, sigma) -> the estimate of x0, and what the network says for `variance.log_variance` with
+            all conditions; None if it learns none.
+        diffusion: the model's configuration, with the kind of variance.
+    """
+
+    with_variance: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    diffusion: DiffusionConfig
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.with_variance(x, sigma)[0]
+
+
+def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Guided:
     """A function of (x, sigma) alone: guidance first, then the threshold.
 
     Conditions are taken away one by one, in the order text, labels, image_embed, low_res; each step's difference has
@@ -62,22 +101,26 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
     weights make one difference of several steps. Only the terms with a weight are computed: with all weights 1 the
     network runs once.
     """
-    terms = _terms(conditioning, guidance)
+    within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        terms = within if guidance.applies(sigma) else outside
         level = sigma.to(x).expand(len(x))
         if guidance.two_passes or len(terms) == 1:
-            estimates = [denoiser(x, level, condition) for _, condition in terms]
+            outputs = [denoiser.with_variance(x, level, condition) for _, condition in terms]
+            estimates, channels = [estimate for estimate, _ in outputs], outputs[0][1]
         else:
             count = len(terms)
             joined = cat([condition for _, condition in terms])
-            estimates = list(denoiser(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined).chunk(count))
+            estimate, channels = denoiser.with_variance(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined)
+            estimates = list(estimate.chunk(count))
+            channels = None if channels is None else channels[: len(x)]
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        return threshold(total)
+        return threshold(total), channels
 
-    return denoise
+    return Guided(with_variance, denoiser.config.diffusion)
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from imagen_core.diffusion.config import DiffusionConfig
 from imagen_core.diffusion.denoiser import Denoiser, column
-from imagen_core.diffusion.precondition import coefficients
+from imagen_core.diffusion.likelihood import bound_term
+from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models import Conditioning
 
 
@@ -14,22 +15,44 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor,
     """Loss of each picture: the distance between the network's output and its target, times the weight.
 
     The target is what makes D(x, sigma) = x0: (x0 - c_skip x) / c_out. In this space EDM's weight lambda(sigma)
-    is 1 (Karras et al. 2022, arXiv 2206.00364, equation 8).
+    is 1 (Karras et al. 2022, arXiv 2206.00364, equation 8). A learned variance adds vb_weight times the variational
+    bound, with D held fixed (L_hybrid of Nichol and Dhariwal 2021, arXiv 2102.09672, equation 16); with loss kl or
+    rescaled_kl the bound is all of it.
 
     Args:
-        x0: (b, c, h, w) in [-1, 1].
-        sigma: (b,) > 0.
+        x0: (b, c, h, w) in [-1, 1]; for the bound 8-bit values / 127.5 - 1.
+        sigma: (b,) > 0; for the bound levels of the discrete schedule.
         noise: (b, c, h, w), standard normal.
     Returns:
         (b,), in the dtype of x0.
     """
     level = sigma.to(x0.dtype)
+    settings = denoiser.config.diffusion
     x = x0 + column(level) * noise
     c = denoiser.coefficients(level)
     target = (x0 - column(c.skip) * x) / column(c.out)
-    predicted = denoiser.network(x, sigma, conditioning)
-    distance = _distance(predicted, target, denoiser.config.diffusion.loss).flatten(1).mean(dim=1)
-    return distance * loss_weight(denoiser.config.diffusion, level)
+    predicted, channels = denoiser.network(x, sigma, conditioning)
+    estimate = column(c.skip) * x + column(c.out) * predicted
+    if settings.loss in ("kl", "rescaled_kl"):
+        return _bound(settings, x0, sigma, estimate, channels, whole=settings.loss == "rescaled_kl")
+    distance = _distance(predicted, target, settings.loss).flatten(1).mean(dim=1) * loss_weight(settings, level)
+    if channels is None:
+        return distance
+    return distance + settings.vb_weight * _bound(settings, x0, sigma, estimate.detach(), channels, whole=True)
+
+
+def _bound(
+    settings: DiffusionConfig, x0: Tensor, sigma: Tensor, estimate: Tensor, channels: Tensor | None, *, whole: bool
+) -> Tensor:
+    """The bound's term of the step from sigma down, (b,) bits a dimension; if `whole` times the number of steps, which
+    in the mean over steps is the whole bound."""
+    assert isinstance(settings.schedule, Discrete)
+    table = settings.schedule.sigmas().to(sigma.device)
+    step = settings.schedule.step(sigma).round().long()
+    below = torch.where(step > 0, table[(step - 1).clamp(min=0)], 0)
+    above = table[(step + 1).clamp(max=len(table) - 1)]
+    term = bound_term(settings.variance, x0, estimate, channels, sigma.double(), below, above)
+    return term * len(table) if whole else term
 
 
 def _distance(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -48,6 +71,8 @@ def loss_weight(config: DiffusionConfig, sigma: Tensor) -> Tensor:
     snr_plus_one: SNR + 1 on the picture's error (Salimans and Ho 2022, arXiv 2202.00512, section 4).
     edm: (sigma^2 + sd^2)/(sigma sd)^2 on the picture's error (Karras et al. 2022, table 1).
 
+    snr_plus_one is also the squared error of v, and twice the mean of those of eps and x0.
+
     A weight on the picture's error is one on the network's output times c_out^2.
     """
     snr = sigma**-2
@@ -55,7 +80,7 @@ def loss_weight(config: DiffusionConfig, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
     if config.weight == "p2":
         return (config.p2_k + snr) ** -config.p2_gamma
-    out = coefficients(config.objective, sigma, config.sigma_data).out
+    out = config.coefficients(sigma).out
     if config.weight == "min_snr":
         return snr.clamp(max=config.min_snr_gamma) * out**2
     if config.weight == "snr_plus_one":

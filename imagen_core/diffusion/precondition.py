@@ -9,6 +9,10 @@ eps        the noise n                      1                            -sigma
 x0         the picture                      0                            1
 v          alpha n - sigma alpha x0         1/(1 + sigma^2)              -sigma/sqrt(1 + sigma^2)
 edm        (x0 - c_skip x)/c_out            sd^2/(sigma^2 + sd^2)        sigma sd/sqrt(sigma^2 + sd^2)
+prev       DDPM's state one step before     -r^2/(1 - r^2)               sqrt(1 + sigma_prev^2)/(1 - r^2)
+
+prev predicts the mean of q(x_prev | x, x0) in DDPM's coordinate (Ho et al. 2020, arXiv 2006.11239, section 3.2); its
+r is sigma_prev / sigma, so it exists in discrete schedules only.
 """
 
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Objective = Literal["eps", "x0", "v", "edm"]
+Objective = Literal["eps", "x0", "v", "edm", "prev"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,10 @@ class Coefficients:
     input: Tensor
 
 
-def coefficients(objective: Objective, sigma: Tensor, sigma_data: float = 0.5) -> Coefficients:
-    """The row of the table for `objective` at noise levels sigma > 0."""
+def coefficients(
+    objective: Objective, sigma: Tensor, sigma_data: float = 0.5, sigma_prev: Tensor | None = None
+) -> Coefficients:
+    """The row of the table for `objective` at noise levels sigma > 0; `prev` reads sigma_prev, which may be 0."""
     if objective == "edm":
         total = (sigma**2 + sigma_data**2).sqrt()
         return Coefficients(sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total)
@@ -39,4 +45,8 @@ def coefficients(objective: Objective, sigma: Tensor, sigma_data: float = 0.5) -
         return Coefficients(torch.ones_like(sigma), -sigma, alpha)
     if objective == "x0":
         return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), alpha)
+    if objective == "prev":
+        assert sigma_prev is not None
+        share = 1 - (sigma_prev / sigma) ** 2
+        return Coefficients(1 - 1 / share, (1 + sigma_prev**2).sqrt() / share, alpha)
     return Coefficients(alpha**2, -sigma * alpha, alpha)

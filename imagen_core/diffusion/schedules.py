@@ -125,6 +125,13 @@ class Discrete(Config):
         low, high = table[above - 1], table[above]
         return above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
 
+    def previous(self, sigma: Tensor) -> Tensor:
+        """The level one step below sigma; 0 below the first."""
+        table, step = self.sigmas().to(sigma.device), self.step(sigma) - 1
+        whole = step.clamp(min=0).floor()
+        low, high = (table[(whole + k).long().clamp(max=self.num_steps - 1)].log() for k in (0, 1))
+        return torch.where(step < 0, (step + 1) * table[0], torch.lerp(low, high, step - whole).exp())
+
     def c_noise(self, sigma: Tensor) -> Tensor:
         """What the network is told: the step index."""
         return self.step(sigma)

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from imagen_core.diffusion.guidance import Denoise
+from imagen_core.diffusion.guidance import Denoise, Guided
+from imagen_core.diffusion.variance import log_variance
 from imagen_core.samplers.base import DrawNoise, History, Sampler
 
 
@@ -28,14 +29,29 @@ class Ddim(Sampler):
 
 
 class Ancestral(Sampler):
-    """DDPM's own sampler: a draw from the posterior at every step (DDIM with eta 1)."""
+    """DDPM's own sampler: a draw from p(x_next | x) at every step; with fixed_small variance DDIM with eta 1."""
 
     kind: Literal["ancestral"] = "ancestral"
+    variance: Literal["fixed_small", "fixed_large"] | None = None
+    """Variance of each step; null: as the model was trained for (fixed_small unless its diffusion.variance says
+    otherwise)."""
 
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
     ) -> Tensor:
-        return posterior_step(x, denoise(x, sigma), sigma, sigma_next, 1.0, noise)
+        if isinstance(denoise, Guided):
+            estimate, channels = denoise.with_variance(x, sigma)
+            variance = self.variance or denoise.diffusion.variance
+        else:
+            estimate, channels = denoise(x, sigma), None
+            variance = self.variance or "fixed_small"
+        if variance == "fixed_small" or sigma_next == 0:
+            return posterior_step(x, estimate, sigma, sigma_next, 1.0, noise)
+        if isinstance(denoise, Guided) and variance == "learned":
+            denoise.diffusion.check_step(sigma, sigma_next)
+        level, level_next = sigma.double(), sigma_next.double()
+        spread = (log_variance(variance, level, level_next, level, channels) / 2).exp().to(x)
+        return estimate + (sigma_next / sigma) ** 2 * (x - estimate) + spread * noise()
 
 
 def posterior_step(

@@ -188,14 +188,20 @@ def refuse_other(
 ) -> None:
     """Refuses to go on from a checkpoint of another model or other embeddings.
 
+    Settings of the model that did not exist when the checkpoint was written count as their defaults.
+
     Raises:
         CheckpointMismatchError: names each field with both values.
     """
-    for what, mine, remedy in (
-        ("denoiser", denoiser, "train it in another --out, or go back to the model's settings"),
-        ("encoder", encoder, "train on the store it began with, or start anew in another --out"),
+    try:
+        saved = DenoiserConfig.model_validate(state["denoiser"]).model_dump(mode="json")
+    except ValidationError:
+        saved = state["denoiser"]  # of another version: the fields that differ are named
+    for what, theirs, mine, remedy in (
+        ("denoiser", saved, denoiser, "train it in another --out, or go back to the model's settings"),
+        ("encoder", state["encoder"], encoder, "train on the store it began with, or start anew in another --out"),
     ):
-        changes = [change for change in changed_fields(state[what], mine) if not change.startswith(_MAY_CHANGE)]
+        changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:
             raise CheckpointMismatchError(
                 f"{path}: was trained with another {what}: {'; '.join(changes[:5])}; {remedy}"

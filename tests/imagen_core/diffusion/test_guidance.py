@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from imagen_core.diffusion import Guidance, Threshold, guided
 from imagen_core.models import Conditioning
@@ -97,6 +98,30 @@ def test_without_a_caption_the_weight_of_captions_has_nothing_to_weigh():
     network = stub(denoiser, lambda x, *_: x)
     guided(denoiser, Conditioning(), Guidance(text=7), NONE)(picture(), SIGMA)
     assert [len(call[0]) for call in network.calls] == [2]
+
+
+@pytest.mark.parametrize(
+    ("limits", "weights"),
+    [
+        ({"after_sigma": 1.0}, [1, 5, 5]),
+        ({"until_sigma": 1.0}, [5, 5, 1]),
+        ({"after_sigma": 2.0, "until_sigma": 0.5}, [1, 5, 1]),
+        ({}, [5, 5, 5]),
+    ],
+)
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_guidance_may_be_limited_to_some_noise_levels(limits, weights, two_passes):
+    denoiser = small_denoiser(diffusion={"objective": "x0"})
+    network = additive(denoiser)
+    denoise = guided(denoiser, text(), Guidance(text=5, two_passes=two_passes, **limits), NONE)
+    found = [float(denoise(picture(), torch.tensor(sigma, dtype=torch.float64)).mean()) for sigma in (10, 1.0, 0.1)]
+    assert found == weights
+    assert sum(len(call[0]) for call in network.calls) == sum(2 if weight == 1 else 4 for weight in weights)
+
+
+def test_limits_of_guidance_the_wrong_way_round_are_refused():
+    with pytest.raises(ValidationError, match=r"after_sigma must not be below until_sigma \(got 0.5 and 2.0\)"):
+        Guidance(after_sigma=0.5, until_sigma=2.0)
 
 
 def test_thresholding_comes_after_guidance():

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from imagen_core.diffusion import DiffusionConfig
 from imagen_core.diffusion.precondition import coefficients
+from imagen_core.diffusion.schedules import Discrete
 
 OBJECTIVES = ["eps", "x0", "v", "edm"]
 SIGMA = torch.logspace(-2, 2, 41, dtype=torch.float64)
@@ -46,6 +49,38 @@ def test_edm_input_and_target_have_unit_variance(sigma_data):
     torch.testing.assert_close(c.input**2 * (sigma_data**2 + SIGMA**2), torch.ones_like(SIGMA))
     target_variance = ((1 - c.skip) ** 2 * sigma_data**2 + c.skip**2 * SIGMA**2) / c.out**2
     torch.testing.assert_close(target_variance, torch.ones_like(SIGMA))
+
+
+@pytest.mark.parametrize("num_steps", [50, 1000])
+def test_prev_predicts_the_mean_of_ddpms_state_one_step_before(num_steps):
+    """Ho et al. 2020, equation 7; below the first step that is the picture itself."""
+    schedule = Discrete(num_steps=num_steps)
+    sigma = schedule.sigmas()
+    kept = 1 / (1 + sigma**2)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(num_steps, generator=generator, dtype=torch.float64) for _ in range(2))
+    state = kept.sqrt() * (x0 + sigma * noise)
+    beta = 1 - kept / before
+    mean = before.sqrt() * beta / (1 - kept) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - kept) * state
+    c = DiffusionConfig(schedule=schedule, objective="prev").coefficients(sigma)
+    torch.testing.assert_close(c.skip * (x0 + sigma * noise) + c.out * mean, x0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(c.input, kept.sqrt())
+
+
+def test_between_two_steps_prev_goes_one_step_down():
+    schedule = Discrete(num_steps=100)
+    table = schedule.sigmas()
+    torch.testing.assert_close(schedule.previous(table[1:]), table[:-1])
+    between = (table[40] * table[41]).sqrt()
+    torch.testing.assert_close(schedule.previous(between), (table[39] * table[40]).sqrt())
+    assert float(schedule.previous(table[:1])) == 0
+    assert 0 < float(schedule.previous((table[:1] * table[1:2]).sqrt())) < float(table[0])
+
+
+def test_prev_needs_a_discrete_schedule():
+    with pytest.raises(ValidationError, match=r"objective=prev needs a discrete schedule \(got log_normal\)"):
+        DiffusionConfig(objective="prev")
 
 
 def test_edm_takes_the_skip_that_amplifies_errors_least():

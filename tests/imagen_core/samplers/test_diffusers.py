@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imagen_core.diffusion import DiffusionConfig, Guided
 from imagen_core.diffusion.precondition import coefficients
 from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras
@@ -72,12 +73,17 @@ def vp_steps(scheduler, **options) -> tuple[Tensor, list[Tensor]]:
             diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_small", clip_sample=False),
             {"draws": True},
         ),
+        (
+            Ancestral(variance="fixed_large"),
+            diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_large", clip_sample=False),
+            {"draws": True},
+        ),
         (Ddim(), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {}),
         (Ddim(eta=0.5), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 0.5, "draws": True}),
         (Ddim(eta=1.0), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 1.0, "draws": True}),
         (Plms(), diffusers.PNDMScheduler(**LINEAR, skip_prk_steps=True, set_alpha_to_one=True), {}),
     ],
-    ids=["ddpm", "ddim eta 0", "ddim eta 0.5", "ddim eta 1", "plms"],
+    ids=["ddpm", "ddpm fixed_large", "ddim eta 0", "ddim eta 0.5", "ddim eta 1", "plms"],
 )
 def test_steps_of_the_ddpm_family(sampler, scheduler, options):
     scheduler.set_timesteps(20)
@@ -88,6 +94,32 @@ def test_steps_of_the_ddpm_family(sampler, scheduler, options):
         states = states[1:]
     theirs = [state * (1 + sigma**2).sqrt() for state, sigma in zip(states, sigmas[1:], strict=True)]
     assert_same(our_steps(sampler, start(float(sigmas[0])), sigmas), theirs, sigmas)
+
+
+def test_steps_of_ddpm_with_a_learned_range():
+    """On 20 of the 1000 steps, as in iDDPM's respaced sampling."""
+    scheduler = diffusers.DDPMScheduler(**LINEAR, variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(20)
+
+    def says(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x / (1 + sigma**2).sqrt())
+
+    settings = DiffusionConfig(schedule=Discrete(), variance="learned_range")
+    model = Guided(lambda x, sigma: (denoise(x, sigma), says(x, sigma)), settings)
+    sigmas = torch.cat([Discrete().sigmas()[scheduler.timesteps].float(), torch.zeros(1)])
+    ours = x = start(float(sigmas[0]))
+    alpha = 1 / (1 + sigmas**2).sqrt()
+    theirs = alpha[0] * x
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigma, sigma_next = sigmas[index], sigmas[index + 1]
+        ours = Ancestral().step(
+            model, ours, sigma, sigma_next, lambda: torch.randn(SHAPE, generator=generators[0]), History()
+        )
+        state = theirs / alpha[index]
+        output = torch.cat([(state - denoise(state, sigma)) / sigma, says(state, sigma)], dim=1)
+        theirs = scheduler.step(output, timestep, theirs, generator=generators[1]).prev_sample
+        torch.testing.assert_close(alpha[index + 1] * ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_steps_of_pseudo_runge_kutta_followed_by_plms():

@@ -174,6 +174,14 @@ def test_recomputing_activations_may_be_switched_on_when_memory_runs_out(
     assert train(make_config(store, num_steps=5, denoiser=recomputing), tmp_path)["steps"] == 5
 
 
+def test_a_setting_newer_than_the_checkpoint_counts_as_its_default(trained: Path, store: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    denoiser = json.loads((path / "state.json").read_text(encoding="utf-8"))["denoiser"]
+    del denoiser["diffusion"]["variance"]
+    edit_state(path, denoiser=denoiser)
+    assert train(make_config(store, num_steps=5), tmp_path)["steps"] == 5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -97,10 +97,17 @@ def test_it_learns_a_few_pictures(store: Path, tmp_path: Path) -> None:
         {"denoiser": EFFICIENT},
         {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "log_snr_cosine"}, "objective": "v"}}},
         {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "weight": "p2"}}},
+        {
+            "denoiser": BASE
+            | {
+                "unet": BASE_UNET | {"out_channels": 6},
+                "diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "variance": "learned_range"},
+            }
+        },
         {"precision": "bfloat16"},
         {"precision": "float32", "channels_last": False},
     ],
-    ids=["super-resolution", "without text", "efficient", "v", "eps", "bfloat16", "contiguous"],
+    ids=["super-resolution", "without text", "efficient", "v", "eps", "learned variance", "bfloat16", "contiguous"],
 )
 def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     summary = train(make_config(store, **{"num_steps": 2, **changes}), tmp_path)

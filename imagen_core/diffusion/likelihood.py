@@ -1,0 +1,138 @@
+"""The variational bound on the likelihood of pictures, in bits a dimension.
+
+Ho et al. 2020 (arXiv 2006.11239), equation 5 and section 3.3; Nichol and Dhariwal 2021 (arXiv 2102.09672). A picture
+costs the KL divergence of its last noise level from the prior, of each step's q(x_next | x, x0) from p(x_next | x),
+and at the step without noise the negative log-likelihood of its 8-bit values. KL divergences do not depend on the
+coordinate; here it is x = x0 + sigma n.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imagen_core.diffusion.denoiser import Denoiser, column
+from imagen_core.diffusion.variance import Variance, log_variance
+from imagen_core.models import Conditioning
+
+_HALF_BIN = 1 / 255  # of 8-bit values as numbers in [-1, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Row i belongs to picture i; steps go from the lowest noise level up. All float64 on the CPU.
+
+    Attributes:
+        prior: (b,) bits a dimension: KL(q(x_T | x0) || N(0, 1)) in DDPM's coordinate.
+        bound: (b, steps) bits a dimension: KL(q(x_next | x, x0) || p(x_next | x)); first, of the step to the picture
+            itself, -log2 p(x0 | x).
+        x0_mse: (b, steps), mean square error of the estimated picture.
+        noise_mse: (b, steps), that of the estimated noise (x - D) / sigma.
+    """
+
+    prior: Tensor
+    bound: Tensor
+    x0_mse: Tensor
+    noise_mse: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """(b,) bits a dimension: not less than the negative log-likelihood in the mean over noise."""
+        return self.prior + self.bound.sum(dim=1)
+
+
+@torch.no_grad()
+def bits_per_dimension(
+    denoiser: Denoiser,
+    x0: Tensor,
+    conditioning: Conditioning,
+    sigmas: Tensor,
+    noise: Callable[[int], Tensor],
+    *,
+    clip: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Likelihood:
+    """What the bound gives for pictures, with one draw of noise at each step. One network call a step.
+
+    Args:
+        x0: (b, c, h, w) in [-1, 1], 8-bit values / 127.5 - 1.
+        sigmas: float64 (steps + 1,), falling to 0: a sampling grid, e.g. all steps of the model's schedule.
+        noise: step 0, 1, ... from the lowest noise up -> (b, c, h, w), standard normal.
+        clip: the estimated picture to [-1, 1], as sampling would.
+        on_step: called after each step as (steps done, number of steps).
+    Raises:
+        ValueError: fewer than two levels; or a variance that is learned for whole steps on other steps than those.
+    """
+    rising = sigmas[:-1].flip(0).to(x0.device)
+    if len(rising) < 2:
+        raise ValueError(f"sigmas: the bound needs two noise levels or more (got {len(rising)})")
+    settings, count = denoiser.config.diffusion, len(rising)
+    terms, errors = [], []
+    for step, sigma in enumerate(rising):
+        sigma_next = rising[step - 1] if step else torch.zeros_like(sigma)
+        settings.check_step(sigma, sigma_next)
+        x = x0 + sigma.to(x0.dtype) * noise(step)
+        estimate, channels = denoiser.with_variance(x, sigma.expand(len(x0)), conditioning)
+        estimate = estimate.clamp(-1, 1) if clip else estimate
+        levels = [level.reshape(1) for level in (sigma, sigma_next, rising[min(step + 1, count - 1)])]
+        terms.append(bound_term(settings.variance, x0, estimate, channels, *levels).double())
+        errors.append(((x0 - estimate) ** 2).flatten(1).mean(dim=1).double())
+        if on_step is not None:
+            on_step(step + 1, count)
+    x0_mse = torch.stack(errors, dim=1)
+    noise_mse = x0_mse / rising**2  # (x - D) / sigma - n is (x0 - D) / sigma
+    return Likelihood(
+        prior_term(x0, rising[-1]).double().cpu(), torch.stack(terms, dim=1).cpu(), x0_mse.cpu(), noise_mse.cpu()
+    )
+
+
+def prior_term(x0: Tensor, sigma: Tensor) -> Tensor:
+    """KL of the pictures at the highest level from N(0, 1 + sigma^2), in DDPM's coordinate N(0, 1); (b,) bits a
+    dimension."""
+    ratio = float(sigma) ** 2 / (1 + float(sigma) ** 2)
+    kl = (ratio - 1 - math.log(ratio) + x0.double() ** 2 * (1 - ratio)) / 2
+    return kl.flatten(1).mean(dim=1) / math.log(2)
+
+
+def bound_term(
+    variance: Variance,
+    x0: Tensor,
+    estimate: Tensor,
+    channels: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    sigma_above: Tensor,
+) -> Tensor:
+    """The term of the step from sigma to sigma_next, with D = `estimate`: (b,) bits a dimension.
+
+    Args:
+        sigma, sigma_next, sigma_above: float64 (b,) or (1,); see `log_variance`.
+    """
+    levels = column(sigma), column(sigma_next), column(sigma_above)
+    log_mine = log_variance(variance, *levels, channels).to(x0.dtype)
+    log_true = log_variance("fixed_small", *levels, None).to(x0.dtype)
+    share = (1 - (levels[1] / levels[0]) ** 2).to(x0.dtype)  # of D in the mean; the rest of both means is x
+    distance = share * (x0 - estimate)
+    kl = (log_mine - log_true - 1 + (log_true - log_mine).exp() + distance**2 * (-log_mine).exp()) / 2
+    last = levels[1] == 0
+    zero = torch.zeros_like(x0)  # elsewhere: its gradient must be finite there too
+    likelihood = discretised_log_likelihood(x0, torch.where(last, estimate, x0), torch.where(last, log_mine / 2, zero))
+    nats = torch.where(last, -likelihood, kl)
+    return nats.flatten(1).mean(dim=1) / math.log(2)
+
+
+def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Natural logarithm of what N(mean, std^2) gives to the 8-bit value of each number of x0 in [-1, 1].
+
+    The lowest value has all that is below, the highest all that is above (Ho et al. 2020, equation 13).
+    """
+    std = log_std.exp()
+    away = (x0 - mean).abs()  # the normal distribution is symmetric, and its lower tail is exact
+    upper = torch.special.log_ndtr((_HALF_BIN - away) / std)
+    lower = torch.special.log_ndtr((-_HALF_BIN - away) / std)
+    inside = upper + torch.log(-torch.expm1(lower - upper))
+    lowest = torch.special.log_ndtr((x0 + _HALF_BIN - mean) / std)
+    highest = torch.special.log_ndtr((mean - x0 + _HALF_BIN) / std)
+    return torch.where(x0 < -1 + _HALF_BIN, lowest, torch.where(x0 > 1 - _HALF_BIN, highest, inside))
