@@ -26,6 +26,11 @@ OnStep = Callable[[int, int, int, Tensor], None]
 """Called after each step as (stage, steps done, number of steps, picture (b, c, h, w) at its noise level)."""
 
 
+Keep = Callable[[int, Tensor], Tensor]
+"""Called after each stage but the last as (stage, its pictures (b, c, h, w) in [-1, 1]) -> bool (b,): those that go on
+to the next stage."""
+
+
 class SamplingConfig(Config):
     """How one stage draws."""
 
@@ -101,6 +106,7 @@ class Cascade:
         dtype: torch.dtype = torch.float32,
         autocast: torch.dtype | None = None,
         on_step: OnStep | None = None,
+        keep: Keep | None = None,
     ) -> dict[int, Tensor]:
         """Draw one picture a seed. A picture depends on its own seed and caption alone, not on its batch.
 
@@ -114,8 +120,11 @@ class Cascade:
             strength: in [0, 1], how much of the way init_image is sent back into noise.
             inpaint: picture and mask of the part to keep, in any size; each stage keeps it.
             autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
+            keep: chooses after each stage which pictures the next one enlarges; when none is left, the rest of the
+                stages does not run.
         Returns:
-            Pictures of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1].
+            Pictures of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1]; with `keep` fewer
+            from stage to stage, in the same order.
         Raises:
             ValueError: inputs that do not fit the stages.
         """
@@ -132,13 +141,14 @@ class Cascade:
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
         pictures: dict[int, Tensor] = {}
+        kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
             stage.denoiser.to(device=device, dtype=dtype).eval()
             with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
                 current = _draw(
                     stage,
                     conditioning,
-                    SeededNoise(seeds, stream=number),
+                    SeededNoise(kept, stream=number),
                     low_res=current if stage.is_super_resolution else None,
                     init_image=start if number == start_stage else None,
                     strength=strength,
@@ -147,6 +157,17 @@ class Cascade:
                 )
             stage.denoiser.to("cpu")  # the next stage needs the room
             pictures[stage.size_px] = current.clamp(-1, 1)
+            if keep is not None and number < last:
+                rows = keep(number, pictures[stage.size_px]).to(current.device)
+                if rows.shape != (len(kept),) or rows.dtype != torch.bool:
+                    raise ValueError(
+                        f"keep: give one bool for each of {len(kept)} pictures (got {rows.dtype} {tuple(rows.shape)})"
+                    )
+                kept = [seed for seed, goes_on in zip(kept, rows.tolist(), strict=True) if goes_on]
+                if not kept:
+                    break
+                current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
+                inpaint = None if inpaint is None else inpaint.rows(rows)
         return pictures
 
 

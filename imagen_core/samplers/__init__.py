@@ -7,6 +7,7 @@ from pydantic import Field
 from imagen_core.samplers.base import History, Sampler
 from imagen_core.samplers.ddim import Ancestral, Ddim
 from imagen_core.samplers.dpm_solver import DpmSolverPP2M
+from imagen_core.samplers.encode import encode
 from imagen_core.samplers.euler import Euler, Heun
 from imagen_core.samplers.loop import Inpaint, sample
 from imagen_core.samplers.noise import SeededNoise
@@ -27,5 +28,6 @@ __all__ = [
     "Prk",
     "Sampler",
     "SeededNoise",
+    "encode",
     "sample",
 ]

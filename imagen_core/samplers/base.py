@@ -24,12 +24,14 @@ class History:
 
     Attributes:
         num_steps: steps taken so far (counted by those who need it).
+        total: steps in all.
         derivatives: noise estimates (x - D) / sigma of the last steps, at most four, oldest first.
         estimate: D of the step before, and sigma its noise level.
         middle: the noise level half-way between two others, by the schedule's time if there is a schedule.
     """
 
     num_steps: int = 0
+    total: int = 0
     derivatives: list[Tensor] = field(default_factory=list)
     estimate: Tensor | None = None
     sigma: Tensor | None = None

@@ -1,7 +1,7 @@
 """The sampling loop, shared by all samplers: image to image and inpainting included."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class Inpaint:
         if self.resample_times < 1:
             raise ValueError(f"resample_times must be at least 1 (got {self.resample_times})")
 
+    def rows(self, rows: Tensor) -> "Inpaint":
+        """The same for the pictures of a batch chosen by bool (b,)."""
+        image, keep = (t[rows.to(t.device)] if len(t) > 1 else t for t in (self.image, self.keep))
+        return replace(self, image=image, keep=keep)
+
 
 @torch.no_grad()
 def sample(
@@ -47,6 +52,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     init_image: Tensor | None = None,
     strength: float = 1.0,
+    latent: Tensor | None = None,
     inpaint: Inpaint | None = None,
     schedule: NoiseSchedule | None = None,
     on_step: OnStep | None = None,
@@ -58,35 +64,39 @@ def sample(
         shape: (c, h, w) of a picture.
         init_image: (b, c, h, w) in [-1, 1] to start from (SDEdit, Meng et al. 2022, arXiv 2108.01073).
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
+        latent: (b, c, h, w), standard normal, what to begin with instead of a draw: of `encode`.
         schedule: lets samplers that look between two levels (prk) take the middle in its time.
     Returns:
         (b, c, h, w), about in [-1, 1].
     Raises:
         ValueError: a grid that does not fall to 0, or a strength outside [0, 1].
     """
-    _check_grid(sigmas)
+    check_grid(sigmas)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1] (got {strength})")
+    if latent is not None and init_image is not None:
+        raise ValueError("latent and init_image both say what to begin with; give one")
 
     def draw() -> Tensor:
         return noise.draw(shape, device, dtype)
 
     if init_image is None or strength == 1:
         first = 0
-        x = float(sigmas[0]) * draw()
+        x = float(sigmas[0]) * (draw() if latent is None else latent.to(device, dtype))
     else:
         first = len(sigmas) - 1 - round(strength * (len(sigmas) - 1))
         x = init_image.to(device, dtype).expand(len(noise), *shape)
         if first < len(sigmas) - 1:
             x = x + float(sigmas[first]) * draw()
     levels = sigmas.to(device=device, dtype=dtype)
-    history, total = _history(schedule), len(sigmas) - 1 - first
+    total = len(sigmas) - 1 - first
+    history = new_history(schedule, total)
     for index in range(first, len(sigmas) - 1):
         sigma, sigma_next = levels[index], levels[index + 1]
         if inpaint is None:
             x = sampler.step(denoise, x, sigma, sigma_next, draw, history)
         else:
-            x = _inpaint_step(sampler, denoise, x, sigma, sigma_next, draw, inpaint, _history(schedule))
+            x = _inpaint_step(sampler, denoise, x, sigma, sigma_next, draw, inpaint, new_history(schedule, total))
         if on_step is not None:
             on_step(index + 1 - first, total, x)
     return x
@@ -109,21 +119,23 @@ def _inpaint_step(
         if repeat:
             x = x + (sigma**2 - sigma_next**2).sqrt() * draw()
         x = torch.where(keep, image + sigma * draw(), x)
-        x = sampler.step(denoise, x, sigma, sigma_next, draw, History(middle=history.middle))
+        x = sampler.step(denoise, x, sigma, sigma_next, draw, replace(history, derivatives=[]))
     return torch.where(keep, image + (sigma_next * draw() if sigma_next > 0 else 0), x)
 
 
-def _history(schedule: NoiseSchedule | None) -> History:
+def new_history(schedule: NoiseSchedule | None, total: int) -> History:
+    """The history of a picture not yet begun, for `total` steps."""
     if schedule is None:
-        return History()
+        return History(total=total)
 
     def middle(sigma: Tensor, sigma_next: Tensor) -> Tensor:
         return schedule.sigma((schedule.time(sigma) + schedule.time(sigma_next)) / 2).to(sigma)
 
-    return History(middle=middle)
+    return History(total=total, middle=middle)
 
 
-def _check_grid(sigmas: Tensor) -> None:
+def check_grid(sigmas: Tensor) -> None:
+    """Raises ValueError unless noise levels fall strictly and end with 0."""
     if len(sigmas) < 2 or float(sigmas[-1]) != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise ValueError(
             f"sigmas must fall strictly and end with 0 (got {sigmas.tolist()[:3]} ... {sigmas[-1:].tolist()})"

@@ -22,7 +22,24 @@ _ADAMS_BASHFORTH = {
 """Weights of the last slopes, oldest first (equations 9 and 12 of the paper)."""
 
 
-class Plms(Sampler):
+class _Multistep(Sampler):
+    """What both share: DDIM steps at the ends, where the noise estimate changes fast."""
+
+    ddim_first_steps: int = Field(default=0, ge=0)
+    """DDIM steps at the start; the estimates made there are remembered."""
+    ddim_last_steps: int = Field(default=0, ge=0)
+    """DDIM steps at the end."""
+
+    def _counted(self, history: History, slope: Tensor) -> bool:
+        """Remembers a step's first slope; whether it is to be a DDIM step."""
+        history.derivatives.append(slope)
+        del history.derivatives[:-4]
+        history.num_steps += 1
+        left = history.total - history.num_steps
+        return history.num_steps <= self.ddim_first_steps or (self.ddim_last_steps > 0 and left < self.ddim_last_steps)
+
+
+class Plms(_Multistep):
     """Linear multistep, one network call a step; the first step takes two (improved Euler).
 
     The weights are those for equal steps: on a grid that is uneven in sigma the order of convergence falls to two.
@@ -34,19 +51,17 @@ class Plms(Sampler):
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
     ) -> Tensor:
         slope = derivative(x, denoise(x, sigma), sigma)
-        past = history.derivatives
-        past.append(slope)
-        del past[:-4]
+        ddim = self._counted(history, slope)
         move = sigma_next - sigma
-        if len(past) > 1:
-            return x + move * _combined(past)
-        if sigma_next == 0:
+        if not ddim and len(history.derivatives) > 1:
+            return x + move * _combined(history.derivatives)
+        if ddim or sigma_next == 0:
             return x + move * slope
         ahead = x + move * slope
         return x + move * torch.lerp(slope, derivative(ahead, denoise(ahead, sigma_next), sigma_next), 0.5)
 
 
-class Prk(Sampler):
+class Prk(_Multistep):
     """Pseudo Runge-Kutta of fourth order: four network calls a step; then PLMS if `num_steps` is given."""
 
     kind: Literal["prk"] = "prk"
@@ -57,14 +72,12 @@ class Prk(Sampler):
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
     ) -> Tensor:
         first = derivative(x, denoise(x, sigma), sigma)
-        past = history.derivatives
-        past.append(first)
-        del past[:-4]
-        history.num_steps += 1
+        ddim = self._counted(history, first)
         move = sigma_next - sigma
-        if self.num_steps is not None and history.num_steps > self.num_steps:
-            return x + move * _combined(past)
-        if sigma_next == 0:
+        multistep = self.num_steps is not None and history.num_steps - self.ddim_first_steps > self.num_steps
+        if multistep and not ddim:
+            return x + move * _combined(history.derivatives)
+        if ddim or sigma_next == 0:
             return x + move * first
 
         def slope_at(point: Tensor, level: Tensor) -> Tensor:

@@ -153,3 +153,35 @@ def test_text_is_padded_with_zeros() -> None:
         pad_text([caption(0)], 2, DIM)
     with pytest.raises(ValueError, match=r"embeddings \(got \(3, 5\)\)"):
         pad_text([np.zeros((3, 5))], 1, DIM)
+
+
+def test_pictures_that_are_not_kept_are_not_enlarged_and_the_others_are_the_same(cascade: Cascade) -> None:
+    every, asked = draw(cascade, [0, 1, 2, 3]), []
+
+    def keep(number: int, pictures: Tensor) -> Tensor:
+        asked.append((number, pictures.clone()))
+        return torch.tensor([True, False, True, True] if number == 0 else [False, True, True])
+
+    kept = draw(cascade, [0, 1, 2, 3], keep=keep)
+    rows = {8: [0, 1, 2, 3], 16: [0, 2, 3], 32: [2, 3]}
+    for size, pictures in kept.items():
+        torch.testing.assert_close(pictures, every[size][rows[size]], rtol=1e-9, atol=1e-9)
+    assert [number for number, _ in asked] == [0, 1]
+    torch.testing.assert_close(asked[1][1], every[16][[0, 2, 3]], rtol=1e-9, atol=1e-9)
+
+
+def test_the_kept_part_of_a_picture_stays_with_its_row(cascade: Cascade) -> None:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    inpaint = Inpaint(images, torch.ones(1, 1, 32, 32, dtype=torch.bool), resample_times=1)
+    kept = draw(cascade, [0, 1, 2], inpaint=inpaint, keep=lambda number, p: torch.arange(len(p)) > 0)
+    torch.testing.assert_close(kept[32], images[2:])
+
+
+def test_when_nothing_is_kept_the_rest_does_not_run(cascade: Cascade) -> None:
+    assert list(draw(cascade, [0, 1], keep=lambda number, p: torch.zeros(2, dtype=torch.bool))) == [8]
+
+
+def test_keep_must_answer_for_every_picture(cascade: Cascade) -> None:
+    for answer in (torch.ones(1, dtype=torch.bool), torch.ones(2)):
+        with pytest.raises(ValueError, match="one bool for each of 2 pictures"):
+            draw(cascade, [0, 1], keep=lambda number, p, answer=answer: answer)

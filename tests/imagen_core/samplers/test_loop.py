@@ -226,3 +226,35 @@ def test_pseudo_runge_kutta_keeps_four_slopes_only():
     for sigma, sigma_next in pairwise(sigmas):
         x = Prk().step(Gaussian().denoise, x, sigma, sigma_next, pytest.fail, history)
     assert len(history.derivatives) == 4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"),
+    [
+        (Plms(), [2, 1, 1, 1, 1, 1, 1, 1]),
+        (Plms(ddim_first_steps=3, ddim_last_steps=2), [1] * 8),
+        (Prk(num_steps=2), [4, 4, 1, 1, 1, 1, 1, 1]),
+        (Prk(ddim_first_steps=2, ddim_last_steps=3, num_steps=1), [1, 1, 4, 1, 1, 1, 1, 1]),
+        (Prk(ddim_last_steps=2), [4, 4, 4, 4, 4, 4, 1, 1]),
+    ],
+    ids=repr,
+)
+def test_the_first_and_last_steps_of_multistep_samplers_may_be_ddims(sampler, calls):
+    """By the number of network calls, and by the states."""
+    sigmas, data, counted, states = Karras().sigmas(LogNormal(), 8), Gaussian(), [0], []
+
+    def denoise(x, sigma):
+        counted[-1] += 1
+        return data.denoise(x, sigma)
+
+    def on_step(done, total, x):
+        states.append(x)
+        counted.append(0)
+
+    start = sigmas[0] * SeededNoise([4]).draw(SHAPE, dtype=torch.float64)
+    sample(sampler, denoise, sigmas, SeededNoise([4]), SHAPE, dtype=torch.float64, on_step=on_step)
+    assert counted[:-1] == calls
+    for index, (x, result) in enumerate(zip([start, *states], states, strict=False)):
+        ddim = Ddim().step(data.denoise, x, sigmas[index], sigmas[index + 1], start.clone, History())
+        is_one = index < sampler.ddim_first_steps or index >= 8 - sampler.ddim_last_steps
+        assert torch.allclose(result, ddim, rtol=1e-12, atol=1e-12) == is_one
