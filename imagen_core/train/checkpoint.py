@@ -1,6 +1,6 @@
 """Checkpoints: a folder of safetensors and one JSON, written whole or not at all; never pickled.
 
-    step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
+    step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors  (times.safetensors)
 
 Tensors are whole and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
 other. state.json names each file's SHA-256.
@@ -158,7 +158,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
             )
         path = found[-1]
     state = read_state(path)
-    names = [name.removesuffix(".safetensors") for name in state["files"] if not name.startswith("optimizer")]
+    names = [name.removesuffix(".safetensors") for name in state["files"] if name.startswith(("model", "ema-"))]
     averages = sorted((n for n in names if n.startswith("ema-")), key=lambda n: float(n.removeprefix("ema-")))
     chosen = weights or (averages[-1] if averages else "model")
     if chosen not in names:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from imagen_core.config import Config
 from imagen_core.diffusion import DenoiserConfig
+from imagen_core.diffusion.schedules import Discrete
 from imagen_core.store import DEFAULT_CACHE_BYTES
 
 Precision = Literal["float32", "bfloat16", "float64"]
@@ -92,6 +93,12 @@ class TrainConfig(Config):
     """Decides weights, order, noise and dropout."""
     precision: Precision = "float32"
     """bfloat16 computes in it (autocast) and keeps float32 weights."""
+    times: Literal["uniform", "early_only", "loss_second_moment"] = "uniform"
+    """Noise levels of training: uniform in the schedule's time; only the early times, which have the least noise; or
+    steps of a discrete schedule by the second moment of their last losses, each loss weighted so that the mean stays
+    the same (less noisy gradients of loss=rescaled_kl)."""
+    early_fraction: float = Field(default=0.5, gt=0, le=1)
+    """early_only: the part of the times that is visited."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     ema: EmaConfig = EmaConfig()
@@ -144,6 +151,9 @@ class TrainConfig(Config):
                 )
             if self.crop_px > denoiser.size_px:
                 raise ValueError(f"crop_px {self.crop_px} is larger than size_px {denoiser.size_px}")
+        schedule = denoiser.diffusion.schedule
+        if self.times == "loss_second_moment" and not isinstance(schedule, Discrete):
+            raise ValueError(f"times=loss_second_moment needs a discrete schedule (got {schedule.kind})")
         if self.shard_group_size is not None and self.parallel != "fsdp2":
             raise ValueError("shard_group_size is for parallel=fsdp2")
         return self

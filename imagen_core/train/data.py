@@ -19,6 +19,7 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
 from imagen_core.train.randomness import draw, draw_uniform, mix
+from imagen_core.train.times import TimeSampler
 
 _AHEAD = 3  # batches read while a step runs
 
@@ -60,10 +61,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the loss needs, on the device: x0 and noise (b, c, h, w), sigma (b,)."""
+    """What the loss needs, on the device: x0 and noise (b, c, h, w), sigma (b,), and what each loss counts (b,)."""
 
     x0: Tensor
     sigma: Tensor
+    weight: Tensor
     noise: Tensor
     conditioning: Conditioning
 
@@ -197,8 +199,17 @@ class BatchStream:
             )
 
 
-def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: torch.device, step: int) -> Example:
+def make_example(
+    batch: Batch,
+    config: TrainConfig,
+    denoiser: Denoiser,
+    device: torch.device,
+    step: int,
+    times: TimeSampler | None = None,
+) -> Example:
     """Pixels and embeddings of a batch with its noise, noise levels, flips and dropped captions.
+
+    Noise levels are uniform in the schedule's time without `times`.
 
     An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
     """
@@ -237,9 +248,11 @@ def make_example(batch: Batch, config: TrainConfig, denoiser: Denoiser, device: 
                 level = torch.full_like(level, mix(config.seed, step, 3) / 2**63)
             sigma = settings.low_res_noise.sigma(level)
         conditioning = denoiser.with_low_res(conditioning, low_res, sigma.to(device), draws.low_res_noise.to(dtype))
-    sigma = settings.diffusion.schedule.sigma(draws.time).to(device)
+    time, weight = (draws.time, torch.ones_like(draws.time)) if times is None else times.choose(draws.time)
+    sigma = settings.diffusion.schedule.sigma(time).to(device)
     memory = torch.channels_last if config.channels_last else torch.contiguous_format
-    return Example(x0.contiguous(memory_format=memory), sigma, draws.noise.to(dtype), conditioning)
+    x0 = x0.contiguous(memory_format=memory)
+    return Example(x0, sigma, weight.to(device, dtype), draws.noise.to(dtype), conditioning)
 
 
 def _few_lengths(text: Tensor, mask: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from imagen_core.train.checkpoint import check_names, read_tensors, write_checkpoint
 from imagen_core.train.distributed import like, local, whole
 from imagen_core.train.ema import WeightAverages
+from imagen_core.train.times import TimeSampler
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -16,8 +17,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class TrainState:
     """Saved and restored exactly, whatever the number of processes was and is."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages):
-        self.model, self.optimizer, self.averages = model, optimizer, averages
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages, times: TimeSampler
+    ):
+        self.model, self.optimizer, self.averages, self.times = model, optimizer, averages, times
         self.step = 0
         self.samples = 0
 
@@ -27,6 +30,8 @@ class TrainState:
         for rate, average in self.averages.averages.items():
             files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
         files["optimizer"] = self._gather(self._moments(), writes)
+        if self.times.learns:
+            files["times"] = self.times.tensors()
         if not writes:
             return None
         progress = {"samples": self.samples, "ema_updates": self.averages.updates}
@@ -58,6 +63,8 @@ class TrainState:
                 restored = torch.empty_like(parameter)
                 local(restored).copy_(local(like(values, parameter)))
                 self.optimizer.state[parameter][moment] = restored
+        if self.times.learns and "times.safetensors" in saved["files"]:  # else it begins to learn them
+            self.times.load(read_tensors(path, saved, "times"))
         self.step, self.samples = saved["step"], saved["samples"]
         self.averages.updates = saved["ema_updates"]
 

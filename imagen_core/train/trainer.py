@@ -29,6 +29,7 @@ from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.randomness import mix
 from imagen_core.train.state import TrainState
+from imagen_core.train.times import TimeSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,10 @@ def train(
 
         # What training changes, and where it was.
         state = TrainState(
-            denoiser, make_optimizer(denoiser, config.optimizer), WeightAverages(denoiser, config.ema.rates)
+            denoiser,
+            make_optimizer(denoiser, config.optimizer),
+            WeightAverages(denoiser, config.ema.rates),
+            TimeSampler(config),
         )
         found = _newest_checkpoint(out, world)
         saved = None if found is None else read_state(found)
@@ -179,11 +183,17 @@ class _Run:
         most = batch.largest_part  # all processes take as many micro-batches
         size = config.micro_batch_size or most
         starts = range(0, most, size)
+        drawn = total.new_zeros(2, world.size * most if state.times.learns else 0)  # loss and step + 1, by sample
         for start in starts:
             part = batch.part(start, start + size)
-            example = make_example(part, config, self.denoiser, world.device, state.step)
+            example = make_example(part, config, self.denoiser, world.device, state.step, state.times)
             with syncing(self.loss, start == starts[-1]):
                 losses = self.loss(example)
+                if state.times.learns:
+                    count, first = len(part.keys), world.rank * most + start
+                    drawn[0, first : first + count] = losses.detach()[:count]
+                    drawn[1, first : first + count] = state.times.steps(example.sigma)[:count] + 1
+                losses = losses * example.weight
                 if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
                     losses = losses * 0
                 # Processes average their gradients: the mean over the global batch needs its size, not ours.
@@ -194,12 +204,16 @@ class _Run:
         norm = whole(norm)
         broken = (~torch.isfinite(total + norm)).double()
         sums = torch.stack([total, norm.double() / world.size, broken, total.new_tensor(float(stop))])
-        loss, norm, broken, stopping = world.sum(sums).tolist()  # the one time a step waits for the GPU
+        sums = world.sum(torch.cat([sums, drawn.flatten()])).tolist()  # the one time a step waits for the GPU
+        loss, norm, broken, stopping = sums[:4]
         mean_loss = loss / batch.global_size
         if broken:
             self._report_non_finite(batch, mean_loss, norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        losses_drawn, steps_drawn = sums[4 : 4 + drawn.shape[1]], sums[4 + drawn.shape[1] :]
+        known = [(int(step) - 1, loss) for step, loss in zip(steps_drawn, losses_drawn, strict=True) if step]
+        state.times.record(known)
         state.step += 1
         state.samples += batch.global_size
         counts = state.step % config.ema.every_steps == 0

@@ -15,7 +15,7 @@ import torch
 
 from imagen_core.train import train
 from tests.imagen_core.train.processes import ROOT, job, keys_in_order, newest, report, train_split
-from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
+from tests.imagen_core.train.small import BASE, SUPER, make_config, metrics, tensors
 
 ONE: dict[str, dict[str, Any]] = {
     "base": {"num_steps": 4},
@@ -25,12 +25,19 @@ ONE: dict[str, dict[str, Any]] = {
         "num_validation_samples": 7,
     },  # 33 samples: the fifth batch has one, so one process none
     "split": {"num_steps": 13},
+    "times": {
+        "num_steps": 5,
+        "times": "loss_second_moment",
+        "denoiser": BASE
+        | {"diffusion": {"schedule": {"kind": "discrete", "num_steps": 2, "beta": "cosine"}, "objective": "eps"}},
+    },
 }
 TWO: dict[str, dict[str, Any]] = {
     "base": ONE["base"],
     "base-micro": {**ONE["base"], "micro_batch_size": 2},
     "super": ONE["super"],
     "uneven": {**ONE["uneven"], "micro_batch_size": 3},
+    "times-micro": {**ONE["times"], "micro_batch_size": 3},
     "stopped": {"stop_at": 2},
     "poisoned": {"poison": 3, "checkpoint_every_steps": 1},
 }
