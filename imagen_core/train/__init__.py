@@ -1,7 +1,7 @@
 """Training of one stage from a store."""
 
 from imagen_core.train.checkpoint import LoadedDenoiser, load_checkpoint
-from imagen_core.train.config import EmaConfig, OptimizerConfig, TrainConfig
+from imagen_core.train.config import EmaConfig, OptimizerConfig, ParameterGroup, TrainConfig
 from imagen_core.train.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -18,6 +18,7 @@ __all__ = [
     "LoadedDenoiser",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "ParameterGroup",
     "Progress",
     "TrainConfig",
     "TrainError",

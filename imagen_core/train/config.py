@@ -1,5 +1,6 @@
 """Everything that decides a training run."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,26 @@ from imagen_core.diffusion.schedules import Discrete
 from imagen_core.store import DEFAULT_CACHE_BYTES
 
 Precision = Literal["float32", "bfloat16", "float64"]
+
+
+class ParameterGroup(Config):
+    """Parameters with settings of their own."""
+
+    match: str = Field(min_length=1)
+    """Regular expression for the beginning of a parameter's name, e.g. `unet\\.text`; of several groups the first that
+    fits has the parameter."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate after warm-up, which follows the schedule of the others; null: the optimizer's."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of matrices and kernels; null: the optimizer's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParameterGroup":
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match: {self.match!r} is no regular expression ({error})") from error
+        return self
 
 
 class OptimizerConfig(Config):
@@ -33,6 +54,8 @@ class OptimizerConfig(Config):
     """Learning rate at the end of cosine decay, as a fraction of lr."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameters with another learning rate or weight decay, by name."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
@@ -89,6 +112,12 @@ class TrainConfig(Config):
     """Pictures of one step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Most pictures of a process at once; gradients are accumulated over the rest. null: all at once."""
+    init_from: str | None = None
+    """Begin with the weights of another training: its run folder, or a checkpoint folder. null: random weights."""
+    init_weights: str | None = None
+    """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
+    init_mismatch: Literal["error", "skip"] = "error"
+    """Tensors that only one of the two models has, or that differ in shape: refuse, or leave them random."""
     seed: int = Field(default=0, ge=0)
     """Decides weights, order, noise and dropout."""
     precision: Precision = "float32"

@@ -1,23 +1,47 @@
 """AdamW and its learning rate."""
 
 import math
+import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from imagen_core.train.config import OptimizerConfig
+from imagen_core.train.errors import TrainError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; one-dimensional ones (biases, norms) are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over all parameters; one-dimensional ones (biases, norms) are not decayed.
+
+    A group's `lr_scale` is its learning rate as a multiple of the configuration's.
+
+    Raises:
+        TrainError: a group of the configuration has no parameters.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    left: dict[str, nn.Parameter] = dict(named)
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(config.groups):
+        taken = {name: p for name, p in left.items() if re.match(group.match, name)}
+        if not taken:
+            raise TrainError(
+                f"optimizer.groups.{number}.match: {group.match!r} is the beginning of no parameter's name that an "
+                f"earlier group does not have; names are like {named[0][0]} and {named[-1][0]}"
+            )
+        left = {name: p for name, p in left.items() if name not in taken}
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        groups += _split(list(taken.values()), decay, (config.lr if group.lr is None else group.lr) / config.lr)
+    groups = _split(list(left.values()), config.weight_decay, 1.0) + groups
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _split(parameters: list[nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.randomness import mix
+from imagen_core.train.start import start_from
 from imagen_core.train.state import TrainState
 from imagen_core.train.times import TimeSampler
 
@@ -98,13 +99,17 @@ def train(
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
 
         # What training changes, and where it was.
+        found = _newest_checkpoint(out, world)
+        if found is None and config.init_from is not None:
+            start = start_from(denoiser, config)
+            if world.is_main:
+                _write_json(out / "start.json", asdict(start))
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
             WeightAverages(denoiser, config.ema.rates),
             TimeSampler(config),
         )
-        found = _newest_checkpoint(out, world)
         saved = None if found is None else read_state(found)
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), encoder=_encoder(store, config))
@@ -176,7 +181,7 @@ class _Run:
         """One optimizer step: mean loss of the global batch, gradient norm, and whether any process wants to stop."""
         config, state, world = self.config, self.state, self.world
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
+            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps) * group["lr_scale"]
         torch.manual_seed(mix(config.seed, 6, state.step, world.rank))  # dropout
 
         total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -223,7 +228,8 @@ class _Run:
 
     def _log(self, meter: "_Meter", waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
         values = meter.values(waited_s)
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        first = self.state.optimizer.param_groups[0]
+        lr = first["lr"] / first["lr_scale"]
         self.loggers.scalars(
             self.state.step,
             {"samples": self.state.samples, **values, "lr": lr, "peak_memory_bytes": _peak_memory(self.world)},
@@ -285,9 +291,7 @@ class _Run:
         path = self.out / "nan" / f"step-{self.state.step:08d}.json"
         keys = [key for part in self.world.gather(batch.keys) for key in part]
         if self.world.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
-            path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write_json(path, {"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "keys": keys})
         raise NonFiniteLossError(
             f"step {self.state.step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. "
             "Go on from the last checkpoint, or begin anew, with a lower optimizer.lr or without these samples"
@@ -360,6 +364,11 @@ def _encoder(store: Store, config: TrainConfig) -> dict[str, Any] | None:
         return None
     group = store.manifest.texts[config.text]
     return {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": dict(group.fingerprint)}
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _json(config: Any) -> dict[str, Any]:

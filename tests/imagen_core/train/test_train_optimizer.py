@@ -1,12 +1,14 @@
 """AdamW: the right groups, the published update, and a learning rate that is a function of the step."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.train import OptimizerConfig
+from imagen_core.train import OptimizerConfig, TrainError
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 
 
@@ -49,6 +51,48 @@ def test_biases_and_norms_are_not_decayed() -> None:
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
     assert names == {"0.weight", "3.weight"}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def grouped(*groups: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:
+    model = nn.ModuleDict({"text": nn.Linear(3, 4), "unet": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
+    config = OptimizerConfig.model_validate({"lr": 0.1, "weight_decay": 0.5, "groups": groups})
+    return model, make_optimizer(model, config)
+
+
+def settings_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, tuple[float, float]]:
+    """Learning rate as a multiple, and weight decay, of each parameter."""
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters()}
+
+
+def test_groups_have_their_own_learning_rate_and_decay() -> None:
+    text = {"match": "text", "lr": 0.02}
+    assert settings_of(*grouped(text, {"match": r"unet\.\d+\.weight", "weight_decay": 0.25})) == {
+        "text.weight": (pytest.approx(0.2), 0.5),
+        "text.bias": (pytest.approx(0.2), 0.0),
+        "unet.0.weight": (1.0, 0.25),
+        "unet.0.bias": (1.0, 0.0),
+        "unet.1.weight": (1.0, 0.0),
+        "unet.1.bias": (1.0, 0.0),
+    }
+
+
+def test_the_first_group_that_fits_has_the_parameter() -> None:
+    settings = settings_of(*grouped({"match": "unet.0", "lr": 0.2}, {"match": "unet", "lr": 0.3}))
+    assert (settings["unet.0.weight"][0], settings["unet.1.weight"][0]) == (pytest.approx(2), pytest.approx(3))
+
+
+@pytest.mark.parametrize("groups", [({"match": "nett"},), ({"match": "unet"}, {"match": "unet.0"})], ids=len)
+def test_a_group_without_parameters_is_refused_by_name(groups: tuple[dict[str, Any], ...]) -> None:
+    last = len(groups) - 1
+    words = rf"optimizer\.groups\.{last}\.match: '{groups[last]['match']}'.*names are like text.weight and unet.1.bias"
+    with pytest.raises(TrainError, match=words):
+        grouped(*groups)
+
+
+def test_what_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(ValidationError, match="is no regular expression"):
+        OptimizerConfig.model_validate({"groups": [{"match": "unet.("}]})
 
 
 def test_the_update_is_adamws() -> None:

@@ -24,12 +24,20 @@ ROOT = Path(__file__).parents[3]
     [
         {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
         {"precision": "float32", "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True, "batch_size": 6},
+        {
+            "precision": "float32",
+            "optimizer": {
+                "lr": 1e-3,
+                "warmup_steps": 3,
+                "groups": [{"match": "unet.inputs", "lr": 1e-4, "weight_decay": 0.1}, {"match": ".*norm", "lr": 5e-3}],
+            },
+        },
         pytest.param(
             {"precision": "bfloat16", "channels_last": False, "ema": {"rates": [0.9], "every_steps": 3}},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["base", "super-resolution", "bfloat16"],
+    ids=["base", "super-resolution", "groups", "bfloat16"],
 )
 def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     straight = train(make_config(store, num_steps=20, **changes), tmp_path / "a")
@@ -86,6 +94,15 @@ def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     kept = tensors(summary["checkpoint"])
     assert kept["model/unet.conv_in.weight"].dtype == torch.float32
     assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
+
+
+def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_path: Path) -> None:
+    """Its moments belong to the parameters: with equal settings the groups change nothing."""
+    straight = train(make_config(store, num_steps=6), tmp_path / "a")
+    train(make_config(store, num_steps=3), tmp_path / "b")
+    same = {"lr": 1e-3, "warmup_steps": 3, "groups": [{"match": "unet.inputs"}, {"match": ".*conv"}]}
+    resumed = train(make_config(store, num_steps=6, optimizer=same), tmp_path / "b")
+    assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
 
 
 @pytest.mark.slow
