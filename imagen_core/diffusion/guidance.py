@@ -112,7 +112,9 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         else:
             count = len(terms)
             joined = cat([condition for _, condition in terms])
-            estimate, channels = denoiser.with_variance(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined)
+            estimate, channels = denoiser.with_variance(
+                x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined
+            )
             estimates = list(estimate.chunk(count))
             channels = None if channels is None else channels[: len(x)]
         total = torch.zeros_like(x)
