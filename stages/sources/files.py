@@ -17,6 +17,10 @@ from stages.sources.tables import table_format
 _WILDCARDS = re.compile(r"[*?\[{]")
 
 
+class Damaged(Exception):
+    """The bytes of a file or member are not what they should be."""
+
+
 def find_files(path: str, field: str, suffixes: Sequence[str], *, braces: bool = False) -> dict[str, int | None]:
     """The files behind a path, relative to `base_folder(path)`, and their bytes where known.
 
