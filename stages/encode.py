@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-import numpy as np
-
 from imagen_core.store import (
     StoreDtype,
     StoreFormat,
-    TokenErrors,
     is_finite_as,
     null_path,
     read_samples,
@@ -23,7 +20,7 @@ from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Wor
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder
 from stages.fetch import SAMPLES
-from stages.quantisation import int8_errors, quantisation_counters, quantisation_facts
+from stages.quantisation import quantisation_facts, storable
 
 
 class EncodeStage(Stage):
@@ -83,7 +80,7 @@ class EncodeStage(Stage):
         captions = [by_id[i] for i in range(len(by_id))]
         encoded = self._model.encode(captions)
         task.waited_s += encoded.waited_s
-        embeddings, bad, quality = self._check(encoded.embeddings)
+        embeddings, bad, quality = storable(encoded.embeddings, self.dim, self.dtype, self.min_cosine)
         drops = [
             Drop(row, sample.key, *next(bad[i] for i in sample.caption_ids if i in bad))
             for row, sample in enumerate(samples)
@@ -116,26 +113,3 @@ class EncodeStage(Stage):
             dtype=self.encoder.compute_dtype,
             bytes={self.group: text_shard_bytes(work.tokens, self.dim, self.dtype)},
         )
-
-    def _check(
-        self, embeddings: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], dict[int, tuple[str, str]], dict[str, float]]:
-        """Replaces embeddings that the store's dtype cannot hold by zero tokens.
-
-        Returns:
-            The embeddings; reason and detail of the replaced ones; what rounding costs the others.
-        """
-        bad: dict[int, tuple[str, str]] = {}
-        errors: list[TokenErrors] = []
-        for i, embedding in enumerate(embeddings):
-            if not is_finite_as(embedding, self.dtype):
-                bad[i] = ("non_finite_embedding", f"as {self.dtype}")
-            elif self.dtype == "int8":
-                error = int8_errors(embedding)
-                least = float(error.cosine.min(initial=1.0))
-                if least < self.min_cosine:
-                    bad[i] = ("quantisation_error", f"cosine {least:.4f} as int8")
-                else:
-                    errors.append(error)
-        empty = np.zeros((0, self.dim), np.float32)
-        return [empty if i in bad else e for i, e in enumerate(embeddings)], bad, quantisation_counters(errors)

@@ -65,13 +65,19 @@ def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[s
 
 
 def _has_null(run: RunFolder, config: dict[str, object]) -> bool:
-    if config["kind"] != "text":
-        return True
-    return run.storage.size(f"{STORE}/{store_format.null_path(str(config['encoder']))}") is not None
+    return (
+        not _wants_null(config)
+        or run.storage.size(f"{STORE}/{store_format.null_path(str(config['encoder']))}") is not None
+    )
+
+
+def _wants_null(config: dict[str, object]) -> bool:
+    """Whether the group has the encoding of ""; embeddings that came with the data may have none."""
+    return config["kind"] == "text" and config.get("null", "") is not None
 
 
 def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
-    if config["kind"] != "text":
+    if not _wants_null(config):
         return config
     path = store_format.null_path(str(config["encoder"]))
     return {**config, "null": _file_entry(run, path)}

@@ -13,6 +13,7 @@ from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.any import AnyEncoder
 from stages.encoders.encoder import TextEncoder
+from stages.encoders.given import KIND as GIVEN
 
 
 def encode_prompts(
@@ -46,9 +47,15 @@ def load_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool
         model: where the model is now (hub id or folder), if not where its name says.
         option: how the user names `model`, for the message.
     Raises:
-        ConfigError: the encoder found is another one; names each field.
+        ConfigError: the encoder found is another one; names each field. Or nothing encoded them: they were given.
         MachineError: the model cannot be found.
     """
+    if made_by["fingerprint"]["kind"] == GIVEN:
+        raise ConfigError(
+            f"encoder {made_by['name']}: its embeddings came with the data (made by "
+            f"{made_by['fingerprint']['model']}, as their owner says), so nothing here encodes other texts alike; to "
+            "sample, have the captions encoded by `pipeline run precompute`, and train on those"
+        )
     config = encoder_of(made_by, model, use_gpu=use_gpu)
     changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
     if model is not None:  # a folder may have another name than the one it was encoded from

@@ -1,10 +1,36 @@
-"""What int8 costs: how far each stored token is from its float32 embedding, measured when it is written."""
+"""What the store can hold: embeddings out of range are found, and what int8 costs is measured when it is written."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from imagen_core.store import TokenErrors, cast_embedding, restore, token_errors
+from imagen_core.store import StoreDtype, TokenErrors, cast_embedding, is_finite_as, restore, token_errors
+
+
+def storable(
+    embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype, min_cosine: float
+) -> tuple[list[np.ndarray], dict[int, tuple[str, str]], dict[str, float]]:
+    """Replaces embeddings that the store's dtype cannot hold by zero tokens.
+
+    Args:
+        min_cosine: of a token as int8 to itself; less is not held.
+    Returns:
+        The embeddings; reason and detail of the replaced ones; what rounding costs the others.
+    """
+    bad: dict[int, tuple[str, str]] = {}
+    errors: list[TokenErrors] = []
+    for i, embedding in enumerate(embeddings):
+        if not is_finite_as(embedding, dtype):
+            bad[i] = ("non_finite_embedding", f"as {dtype}")
+        elif dtype == "int8":
+            error = int8_errors(embedding)
+            least = float(error.cosine.min(initial=1.0))
+            if least < min_cosine:
+                bad[i] = ("quantisation_error", f"cosine {least:.4f} as int8")
+            else:
+                errors.append(error)
+    empty = np.zeros((0, dim), np.float32)
+    return [empty if i in bad else e for i, e in enumerate(embeddings)], bad, quantisation_counters(errors)
 
 
 def int8_errors(embedding: np.ndarray) -> TokenErrors:

@@ -14,6 +14,7 @@ import xxhash
 
 from imagen_core.store import Problem, Store, TextGroup, restore, token_errors
 from pipeline.errors import ConfigError
+from stages.encoders.given import KIND as GIVEN
 from stages.prompts import load_encoder
 
 _CAPTIONS_AT_ONCE = 128
@@ -71,7 +72,7 @@ class Comparison:
 
 
 def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, str]) -> dict[str, Comparison]:
-    """Encodes a fraction of the distinct captions again, with each encoder of the store.
+    """Encodes a fraction of the distinct captions again, with each encoder of the store; what was given is left out.
 
     A caption is chosen by a hash of its text and the seed: always the same ones, whatever the shards. One shard's
     files and 128 captions are in memory at a time.
@@ -85,7 +86,8 @@ def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, s
     """
     if unknown := sorted(set(models) - set(store.encoders)):
         raise ConfigError(f"--encoder-model {unknown[0]}=...: the store has no such encoder; it has {store.encoders}")
-    return {name: _compare(store, name, models.get(name), _chosen(store, fraction, seed)) for name in store.encoders}
+    encoded = [name for name in store.encoders if store.text_group(name).fingerprint.get("kind") != GIVEN]
+    return {name: _compare(store, name, models.get(name), _chosen(store, fraction, seed)) for name in encoded}
 
 
 def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,8 @@ class ImagesConfig(Config):
     """The pictures to store."""
 
     sizes_px: tuple[int, ...] = (64, 256)
-    """Side lengths; each is made from the decoded original, antialiased, never from another size."""
+    """Side lengths; each is made from the decoded original, antialiased, never from another size. []: no pictures are
+    stored, and none is decoded."""
     filter: Literal["bicubic", "lanczos", "box", "bilinear"] = "bicubic"
     """Resampling filter, stretched when shrinking so that it does not alias."""
     codec: Codec | dict[int, Codec] = "raw"
@@ -45,8 +47,8 @@ class ImagesConfig(Config):
     @field_validator("sizes_px")
     @classmethod
     def _check_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if not sizes or any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
-            raise ValueError("give at least one size, each once, in pixels")
+        if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+            raise ValueError("give each size once, in pixels")
         return tuple(sorted(sizes))
 
     @field_validator("codec", mode="before")
@@ -71,6 +73,17 @@ class _Unusable(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What becomes of an original; without a picture the sha256 is "" and the size 0 x 0."""
+
+    sha256: str
+    width: int
+    height: int
+    pictures: Mapping[str, np.ndarray]
+    """By group."""
 
 
 class ResizeStage(Stage):
@@ -126,7 +139,7 @@ class ResizeStage(Stage):
         with _ImageWriters(self, task) as writers:
             for entry in originals.entries:
                 try:
-                    data, pixels, size = self._decode(entry, originals, max(self.images.sizes_px))
+                    made = self._make(entry, originals, writers.sizes)
                 except (ImageRejected, _Unusable) as rejected:
                     drops.append(Drop(entry.row, entry.key, str(rejected.reason), rejected.detail))
                     continue
@@ -135,12 +148,12 @@ class ResizeStage(Stage):
                     captions=entry.captions,
                     caption_ids=tuple(caption_ids.setdefault(c, len(caption_ids)) for c in entry.captions),
                     url=entry.url,
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    width=size[0],
-                    height=size[1],
+                    sha256=made.sha256,
+                    width=made.width,
+                    height=made.height,
                     input_row=entry.row,
                 )
-                for group, picture in self._resize(pixels, writers.sizes).items():
+                for group, picture in made.pictures.items():
                     writers.append(group, picture, sample)
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
@@ -162,10 +175,10 @@ class ResizeStage(Stage):
                     entry = by_key.get(sample.key)
                     if entry is None:
                         raise _Unusable("source_changed", "the row is no longer in the source")
-                    data, pixels, _ = self._decode(entry, originals, max(writers.sizes))
-                    if hashlib.sha256(data).hexdigest() != sample.sha256:
+                    made = self._make(entry, originals, writers.sizes)
+                    if made.sha256 != sample.sha256:
                         raise _Unusable("source_changed", "other bytes than when the samples were made")
-                    pictures = self._resize(pixels, writers.sizes)
+                    pictures = made.pictures
                 except (ImageRejected, _Unusable) as rejected:
                     for group in writers.groups:
                         drops[group].append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
@@ -175,10 +188,8 @@ class ResizeStage(Stage):
             info = {"excluded_rows": rows_by_reason(drops[group])}
             task.done(group, GroupResult(len(samples), drops[group], info=info))
 
-    def _decode(
-        self, entry: StoredOriginal, originals: OriginalsReader, least_px: int
-    ) -> tuple[bytes, np.ndarray, tuple[int, int]]:
-        """Bytes, the centre square, and (width, height) of the whole picture.
+    def _make(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
+        """Hashes and decodes an original, and makes its pictures.
 
         Raises:
             _Unusable: the row was not fetched, or the picture is too small.
@@ -187,14 +198,15 @@ class ResizeStage(Stage):
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
         data = originals.data(entry)
+        if not sizes:
+            return _Made(hashlib.sha256(data).hexdigest() if data else "", 0, 0, {})
         decoded = decode_rgb(data, max_pixels=self.images.max_pixels)
         short = min(decoded.width, decoded.height)
-        if short < least_px and self.images.too_small == "drop":
-            raise _Unusable("too_small", f"{decoded.width} x {decoded.height} px, {least_px} needed")
-        return data, center_square(decoded.pixels), (decoded.width, decoded.height)
-
-    def _resize(self, square: np.ndarray, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
-        return {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
+        if short < max(sizes) and self.images.too_small == "drop":
+            raise _Unusable("too_small", f"{decoded.width} x {decoded.height} px, {max(sizes)} needed")
+        square = center_square(decoded.pixels)
+        pictures = {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
+        return _Made(hashlib.sha256(data).hexdigest(), decoded.width, decoded.height, pictures)
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}

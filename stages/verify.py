@@ -60,7 +60,8 @@ def verify_command(
     if len(report.warnings) > _MAX_NOTES:
         lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
     if reencode is not None and not comparisons:
-        lines.append("note: nothing was encoded again, as files are bad")
+        why = "files are bad" if not report.ok else "the store has no encoder that could do it"
+        lines.append(f"note: nothing was encoded again, as {why}")
     lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
     if report.input_rows is not None:
         lines.append(_coverage_line(report))

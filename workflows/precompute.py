@@ -8,12 +8,13 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.runfolder import SUMMARY, RunFolder
+from pipeline.stage import Stage
 from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
+from stages.encode_given import TakeGivenStage
 from stages.encode_pictures import EncodePicturesStage
-from stages.encoders.any import AnyEncoder
-from stages.encoders.base import FrozenModelConfig
-from stages.encoders.clip_image import ClipImageConfig
+from stages.encoders.any import AnyPicture, AnyText
+from stages.encoders.given import GivenConfig
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -21,7 +22,9 @@ from stages.manifest import build_manifest
 from stages.quantisation import quantisation_facts, quantisation_line
 from stages.resize import ImagesConfig, ResizeStage
 from stages.sources.any import AnySource
+from stages.sources.base import Source
 from stages.sources.batches import Batches
+from stages.sources.parquet import ParquetConfig
 from stages.sources.synthetic import SyntheticConfig
 
 
@@ -46,9 +49,9 @@ class PrecomputeConfig(WorkflowConfig):
     """Input rows a shard: the unit of work, retry and resume."""
     images: ImagesConfig = ImagesConfig()
     """The pictures to store."""
-    encoders: tuple[AnyEncoder, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
+    encoders: tuple[AnyText, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
-    image_encoders: tuple[ClipImageConfig, ...] = ()
+    image_encoders: tuple[AnyPicture, ...] = ()
     """Picture encoders; each looks at a stored size, and makes its own group."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
@@ -60,7 +63,7 @@ class PrecomputeConfig(WorkflowConfig):
 
     @field_validator("encoders", "image_encoders")
     @classmethod
-    def _check_names(cls, encoders: tuple[FrozenModelConfig, ...]) -> tuple[FrozenModelConfig, ...]:
+    def _check_names(cls, encoders: tuple[AnyText | AnyPicture, ...]) -> tuple[AnyText | AnyPicture, ...]:
         names = [encoder.name for encoder in encoders]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -69,8 +72,18 @@ class PrecomputeConfig(WorkflowConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        if self.images.sizes_px and isinstance(self.source, ParquetConfig) and self.source.image_column is None:
+            raise ValueError(
+                f"source.image_column is null, so there are no pictures, but images.sizes_px is "
+                f"{list(self.images.sizes_px)}; set images.sizes_px=[]"
+            )
         for encoder in self.image_encoders:
-            if encoder.from_px not in self.images.sizes_px:
+            if isinstance(encoder, GivenConfig):
+                if encoder.null is not None:
+                    raise ValueError(
+                        f"image_encoders.{encoder.name}.null: only captions have an empty one; leave it out"
+                    )
+            elif encoder.from_px not in self.images.sizes_px:
                 raise ValueError(
                     f"image_encoders.{encoder.name}.from_px is {encoder.from_px}, but images.sizes_px is "
                     f"{list(self.images.sizes_px)}; add the size, or look at one of these"
@@ -96,14 +109,8 @@ class Precompute(ShardedWorkflow):
             stages=(
                 FetchStage(source, config.source.kind),
                 ResizeStage(config.images, config.store.format),
-                *(
-                    EncodeStage(e, config.store.format, config.store.dtype, config.store.min_cosine)
-                    for e in config.encoders
-                ),
-                *(
-                    EncodePicturesStage(e, config.images, config.store.format, config.store.dtype)
-                    for e in config.image_encoders
-                ),
+                *(self._text_stage(encoder, source) for encoder in config.encoders),
+                *(self._picture_stage(encoder, source) for encoder in config.image_encoders),
             ),
             shards=batches.shards,
             input=batches,
@@ -116,6 +123,18 @@ class Precompute(ShardedWorkflow):
             shard_size=config.shard_size,
             captions=source.captions,
         )
+
+    def _text_stage(self, encoder: AnyText, source: Source) -> Stage:
+        store = self.config.store
+        if isinstance(encoder, GivenConfig):
+            return TakeGivenStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
+        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine)
+
+    def _picture_stage(self, encoder: AnyPicture, source: Source) -> Stage:
+        store = self.config.store
+        if isinstance(encoder, GivenConfig):
+            return TakeGivenStage(encoder, source, "pictures", store.format, store.dtype)
+        return EncodePicturesStage(encoder, self.config.images, store.format, store.dtype)
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
         groups = run.storage.read_json(SUMMARY)["tally"]["groups"]

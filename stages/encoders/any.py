@@ -1,4 +1,4 @@
-"""The registry of text encoders, picked by `kind`."""
+"""The registry of encoders, picked by `kind`."""
 
 from typing import Annotated
 
@@ -6,15 +6,24 @@ from pydantic import BeforeValidator, Field
 
 from stages.encoders.auto import AutoEncoderConfig
 from stages.encoders.clip import ClipTextConfig
+from stages.encoders.clip_image import ClipImageConfig
+from stages.encoders.given import GivenConfig
 from stages.encoders.t5 import T5EncoderConfig
 
 
-def _t5_by_default(value: object) -> object:
-    return {"kind": "t5", **value} if isinstance(value, dict) else value
+def _by_default(kind: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: {"kind": kind, **value} if isinstance(value, dict) else value)
 
 
 AnyEncoder = Annotated[
-    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig,
-    Field(discriminator="kind"),
-    BeforeValidator(_t5_by_default),
+    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig, Field(discriminator="kind"), _by_default("t5")
 ]
+"""A model that encodes text."""
+
+AnyText = Annotated[
+    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig | GivenConfig, Field(discriminator="kind"), _by_default("t5")
+]
+"""Where embeddings of captions come from."""
+
+AnyPicture = Annotated[ClipImageConfig | GivenConfig, Field(discriminator="kind"), _by_default("clip")]
+"""Where embeddings of pictures come from."""

@@ -3,11 +3,12 @@
 import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from pipeline.errors import ConfigError
@@ -26,6 +27,18 @@ class Original:
     data: bytes | None = None
     reason: str | None = None
     """Enumerated reason of a drop, such as `http_404`."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An array that came with a row, or the reason why there is none."""
+
+    where: str
+    """Names file and row in errors."""
+    array: np.ndarray | None = None
+    reason: str = ""
+    """Enumerated reason of a drop, such as `missing_embedding`."""
     detail: str = ""
 
 
@@ -96,6 +109,24 @@ class Source(ABC):
 
     def prepare(self) -> None:  # noqa: B027
         """Loads the packages that `fetch` needs; called once in each worker."""
+
+    def describe_array(self, name: str) -> dict[str, object]:
+        """How the arrays of this name are found, for the fingerprint of what is made of them; no paths.
+
+        Raises:
+            ConfigError: the source has none of this name.
+        """
+        raise ConfigError(
+            f"encoders: array {name!r} is asked for, but only webdataset and parquet bring arrays; give source.kind"
+        )
+
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+        """Reads the arrays of this name of some rows of a shard, in the order given.
+
+        Raises:
+            ConfigError: an array that cannot be of that row, or is not one of numbers.
+        """
+        raise NotImplementedError
 
     def captions(self, shard: Shard) -> list[tuple[str, ...]]:
         """The cleaned captions of the shard's rows. Reads the rows, unless the source knows a shorter way."""

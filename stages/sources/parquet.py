@@ -7,14 +7,16 @@ from typing import Any, Literal, cast
 
 import fsspec
 import xxhash
+from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.arrays import ArrayFolder, FolderArrayConfig, no_array
+from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
-from stages.sources.tables import columns, estimate_rows, open_parquet, to_records
+from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records
 from stages.sources.urls import captions_of
 
 
@@ -24,14 +26,17 @@ class ParquetConfig(Config):
     kind: Literal["parquet"] = "parquet"
     path: str | None = None
     """A parquet file, a folder of them, or a glob; local or any fsspec URL."""
-    image_column: str = "image"
-    """Column of the encoded picture: binary, or a struct with a field `bytes` as datasets write it."""
+    image_column: str | None = "image"
+    """Column of the encoded picture: binary, or a struct with a field `bytes` as datasets write it. null: there are no
+    pictures, only captions and what `arrays` has."""
     caption_column: str = "caption"
     """Column of the caption, or of a list of captions."""
     url_column: str | None = None
     """Column of the picture's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key; default: file name and row number."""
+    arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
+    """Embeddings that come with the rows, by a name that encoders of kind `given` ask for."""
 
     def build(self) -> "ParquetSource":
         return ParquetSource(self)
@@ -40,12 +45,13 @@ class ParquetConfig(Config):
 class ParquetSource(Source):
     """A row is [key, file name, row number, digest of the footer, is_duplicate].
 
-    The driver reads footers and the key column only.
+    The driver reads footers and the key column only. With arrays, the digest is also of the .npy of each.
     """
 
     def __init__(self, config: ParquetConfig):
         self.config = config
         self.path = require_path(config.path, "parquet")
+        self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
 
     @cached_property
     def folder(self) -> str:
@@ -61,6 +67,8 @@ class ParquetSource(Source):
             column = getattr(self.config, name)
             if column is not None and column not in present:
                 raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
+        for file in files if self.folders else ():
+            self._digest(file, count_rows(file))
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
 
@@ -75,8 +83,8 @@ class ParquetSource(Source):
 
     def _rows(self, piece: Piece) -> Iterator[Row]:
         name, path = piece.name, f"{self.folder}/{piece.path}"
-        footer = _footer_digest(path)
         with open_parquet(path) as table:
+            footer = self._digest(path, table.metadata.num_rows)
             if self.config.key_column is None:
                 for row in range(table.metadata.num_rows):
                     yield [f"{name}/{row:07d}", name, row, footer]
@@ -86,6 +94,11 @@ class ParquetSource(Source):
                 for (key,) in (record.values() for record in to_records(batch)):
                     yield [f"{name}/{row:07d}" if key is None else str(key), name, row, footer]
                     row += 1
+
+    def _digest(self, path: str, num_rows: int) -> str:
+        """Of the footer of a file, and of its arrays, which must have as many rows."""
+        digests = [folder.check_rows(path, num_rows) for folder in self.folders.values()]
+        return " ".join([_footer_digest(path), *digests])
 
     def estimate_rows(self) -> int | None:
         return estimate_rows(self._files())
@@ -130,13 +143,24 @@ class ParquetSource(Source):
         url = record.get(config.url_column) if config.url_column else None
         url = None if url is None else str(url)
         captions, reason = clean_captions(captions_of(record, config.caption_column), allow_empty=False)
-        data = image_bytes(record.get(config.image_column))
-        if reason is None and data is None:
+        data = image_bytes(record[config.image_column]) if config.image_column else None
+        if reason is None and data is None and config.image_column:
             reason = "no_image"
         return Original(position, key, url, captions, None if reason else data, reason)
 
     def fingerprint(self) -> dict[str, object]:
         return {"image_column": self.config.image_column, "caption_column": self.config.caption_column}
+
+    def describe_array(self, name: str) -> dict[str, object]:
+        if name not in self.folders:
+            raise no_array(name, self.folders)
+        return {"folder": True}
+
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+        sources = shard.rows
+        for _, file, place, *_ in (sources[row] for row in rows):
+            path = path_of(shard, file, self.folder, self.pieces)
+            yield Given(*self.folders[name].read(path, place))
 
 
 def _footer_digest(path: str) -> str:

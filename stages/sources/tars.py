@@ -1,28 +1,24 @@
 """webdataset tars: members of equal base name form a sample."""
 
 import json
-import logging
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
-import fsspec
+from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.arrays import ArrayFolder, no_array
+from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_pieces, path_of
-from stages.sources.folder import IMAGE_SUFFIXES
+from stages.sources.tar_arrays import ArrayConfig, read_member, row_of_key
+from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 from stages.sources.urls import captions_of
-
-log = logging.getLogger(__name__)
-
-Span = tuple[int, int]
-"""Offset and size of a member's bytes in its tar."""
 
 
 class WebdatasetConfig(Config):
@@ -30,65 +26,95 @@ class WebdatasetConfig(Config):
 
     kind: Literal["webdataset"] = "webdataset"
     path: str | None = None
-    """A tar, a folder of tars, a glob, or a brace range such as `data/{00000..00099}.tar`."""
+    """A tar, a folder of tars, a glob, or a brace range such as `data/{00000..00099}.tar`; with `file_list` the folder
+    that its names are relative to."""
+    file_list: str | None = None
+    """A list of the tars to read: one name a line, or NeMo's wdinfo.pkl."""
     caption_column: str = "caption"
     """Key of the caption in KEY.json; used where there is no KEY.txt."""
+    arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
+    """Embeddings that come with the samples, by a name that encoders of kind `given` ask for."""
 
     def build(self) -> "WebdatasetSource":
         return WebdatasetSource(self)
 
 
 class WebdatasetSource(Source):
-    """A row is [key, tar, {image, txt, json -> span}, is_duplicate]; only tar headers are read in the driver."""
+    """A row is [key, tar, {image, txt, json, ....npy -> span}, is_duplicate]; only tar headers are read in the driver.
+
+    With folders of arrays, each has its row there and the digest of its .npy before `is_duplicate`.
+    """
 
     def __init__(self, config: WebdatasetConfig):
         self.config = config
         self.path = require_path(config.path, "webdataset")
+        self.folders = {
+            name: ArrayFolder(name, array.folder) for name, array in config.arrays.items() if array.folder is not None
+        }
 
     @cached_property
     def folder(self) -> str:
         return base_folder(self.path)
 
     def check(self) -> None:
+        for piece in self.pieces():
+            for folder in self.folders.values():
+                folder.file_of(piece.path)
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
 
     def pieces(self) -> Iterator[Piece]:
+        if self.config.file_list is not None:
+            return iter(named_pieces(find_listed(self.path, self.config.file_list)))
         return iter(named_pieces(find_files(self.path, "source.path", ("tar",), braces=True)))
+
+    def estimate_rows(self) -> int | None:
+        return None if self.config.file_list is None else listed_rows(self.config.file_list)
 
     def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         return mark_duplicates(self._rows(pieces))
 
     def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         for piece in pieces:
-            for key, members in index_tar(f"{self.folder}/{piece.path}"):
-                yield piece, [f"{piece.name}/{key}", piece.name, members]
+            samples = index_tar(f"{self.folder}/{piece.path}")
+            if not self.folders:
+                for key, members in samples:
+                    yield piece, [f"{piece.name}/{key}", piece.name, members]
+                continue
+            whole = list(samples)  # all of a tar must fit its arrays before any of it is used
+            places = {name: self._places(name, piece, [key for key, _ in whole]) for name in self.folders}
+            for index, (key, members) in enumerate(whole):
+                arrays = {name: [rows[index], digest] for name, (rows, digest) in places.items()}
+                yield piece, [f"{piece.name}/{key}", piece.name, members, arrays]
+
+    def _places(self, name: str, piece: Piece, keys: Sequence[str]) -> tuple[Sequence[int], str]:
+        """For each sample of a tar its row in the .npy, and the digest of the .npy.
+
+        Raises:
+            ConfigError: there are not as many rows as samples, or a key is not of the tar or has no row.
+        """
+        folder, width = self.folders[name], self.config.arrays[name].index_width
+        if width is None:
+            return range(len(keys)), folder.check_rows(piece.path, len(keys))
+        num_rows, digest = folder.look(piece.path)
+        return [row_of_key(folder, piece.path, key, width, num_rows) for key in keys], digest
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
-        rows = cast(Sequence[tuple[str, str, dict[str, Span], bool]], shard.rows)
-        opened: tuple[str, BinaryIO] | None = None
-        try:
-            for row, (key, name, members, is_duplicate) in enumerate(rows):
-                if wanted is not None and key not in wanted:
-                    continue
-                if opened is None or opened[0] != name:
-                    if opened is not None:
-                        opened[1].close()
-                    path = path_of(shard, name, self.folder, self.pieces)
-                    opened = (name, cast(BinaryIO, cast(Any, fsspec.open(path, "rb")).open()))
-                emit(self._read(opened[1], row, key, members, is_duplicate))
-        finally:
-            if opened is not None:
-                opened[1].close()
+        rows: Sequence[Any] = shard.rows
+        with OpenTars(lambda name: path_of(shard, name, self.folder, self.pieces)) as tars:
+            for row, (key, name, members, *_, is_duplicate) in enumerate(rows):
+                if wanted is None or key in wanted:
+                    emit(self._read(tars.open(name), row, key, members, is_duplicate))
 
     def _read(self, file: BinaryIO, row: int, key: str, members: dict[str, Span], is_duplicate: bool) -> Original:
         if is_duplicate:
             return Original(row, key, None, (), None, "duplicate_key")
         if "image" not in members:
             return Original(row, key, None, (), None, "no_image", f"members: {', '.join(sorted(members))}")
-        content = {kind: _read_span(file, span) for kind, span in members.items()}
-        if any(len(content[kind]) < size for kind, (_, size) in members.items()):
+        wanted = {kind: span for kind, span in members.items() if kind in CONTENT}
+        content = {kind: read_span(file, span) for kind, span in wanted.items()}
+        if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
             return Original(row, key, None, (), None, "truncated", "the tar ends inside this sample")
         metadata = _json_object(content.get("json"))
         text = content.get("txt")
@@ -106,55 +132,22 @@ class WebdatasetSource(Source):
     def fingerprint(self) -> dict[str, object]:
         return {"caption_column": self.config.caption_column}
 
+    def describe_array(self, name: str) -> dict[str, object]:
+        array = self.config.arrays.get(name)
+        if array is None:
+            raise no_array(name, self.config.arrays)
+        return {**array.model_dump(exclude={"folder"}, exclude_none=True), "folder": array.folder is not None}
 
-def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
-    """Streams (key, members) of a tar from its headers alone.
-
-    The key is the member's path up to the first dot of its file name, as in webdataset. A member that comes
-    twice starts a sample of its own, so that no row vanishes uncounted.
-
-    Raises:
-        ConfigError: the file is no tar.
-    """
-    key: str | None = None
-    members: dict[str, Span] = {}
-    suffixes: set[str] = set()
-    with fsspec.open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=cast(Any, file), mode="r:") as archive:
-                for member in archive:
-                    cast(Any, archive).members = []  # or the list of all headers would grow in memory
-                    if not member.isfile():
-                        continue
-                    folder, _, name = member.name.rpartition("/")
-                    base, _, suffix = name.partition(".")
-                    this = f"{folder}/{base}" if folder else base
-                    if key is not None and (this != key or suffix in suffixes):
-                        yield key, members
-                        members, suffixes = {}, set()
-                    key = this
-                    suffixes.add(suffix)
-                    kind = _kind(suffix)
-                    if kind is not None:
-                        members.setdefault(kind, (member.offset_data, member.size))
-        except tarfile.ReadError as error:
-            if key is None:
-                raise ConfigError(f"source.path: {path} is not a readable tar: {error}") from error
-            log.warning("%s is cut off (%s); the samples before the cut are used", path, error)
-    if key is not None:
-        yield key, members
-
-
-def _kind(suffix: str) -> str | None:
-    lower = suffix.lower()
-    if f".{lower.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-        return "image"
-    return lower if lower in ("txt", "json") else None
-
-
-def _read_span(file: BinaryIO, span: Span) -> bytes:
-    file.seek(span[0])
-    return file.read(span[1])
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+        array, sources = self.config.arrays[name], shard.rows
+        with OpenTars(lambda tar: path_of(shard, tar, self.folder, self.pieces)) as tars:
+            for key, tar, members, *further in (sources[row] for row in rows):
+                if array.folder is not None:
+                    index, _ = further[0][name]
+                    path = path_of(shard, tar, self.folder, self.pieces)
+                    yield Given(*self.folders[name].read(path, index))
+                else:
+                    yield read_member(tars, tar, key, members, array)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
