@@ -9,9 +9,10 @@ from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.parquet import ParquetConfig
 from stages.sources.synthetic import SyntheticConfig
 from stages.sources.tars import WebdatasetConfig
+from stages.sources.tsv import TsvConfig
 from stages.sources.urls import UrlsConfig
 
 AnySource = Annotated[
-    SyntheticConfig | UrlsConfig | FolderConfig | WebdatasetConfig | ParquetConfig | HuggingfaceConfig,
+    SyntheticConfig | UrlsConfig | FolderConfig | WebdatasetConfig | ParquetConfig | TsvConfig | HuggingfaceConfig,
     Field(discriminator="kind"),
 ]
