@@ -9,8 +9,10 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
+from stages.sources.download import load_downloader
+from stages.sources.download_config import DownloadConfig
 from stages.sources.parquet import image_bytes
-from stages.sources.urls import captions_of
+from stages.sources.urls import UrlRow, captions_of, fetch_rows
 
 
 class HuggingfaceConfig(Config):
@@ -25,8 +27,14 @@ class HuggingfaceConfig(Config):
     """Commit, tag or branch on the hub; pin it to make runs repeatable."""
     image_column: str = "image"
     """Column of the picture."""
+    url_column: str | None = None
+    """Column of the picture's URL, such as `image_url` of Conceptual Captions: then pictures are downloaded, and
+    `image_column` is not read."""
     caption_column: str = "text"
     """Column of the caption, or of a list of captions."""
+
+    download: DownloadConfig = DownloadConfig()
+    """How to fetch what `url_column` names."""
 
     def build(self) -> "HuggingfaceSource":
         return HuggingfaceSource(self)
@@ -61,7 +69,7 @@ class HuggingfaceSource(Source):
 
     def check(self) -> None:
         dataset = self._load()
-        for name in ("image_column", "caption_column"):
+        for name in ("url_column" if self.config.url_column else "image_column", "caption_column"):
             column = getattr(self.config, name)
             if column not in dataset.column_names:
                 raise ConfigError(
@@ -81,19 +89,37 @@ class HuggingfaceSource(Source):
             for row in range(len(dataset)):
                 yield piece, [f"{row:09d}", row, fingerprint]
 
+    def prepare(self) -> None:
+        if self.config.url_column is not None:
+            load_downloader()
+
+    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
+        column = self.config.caption_column
+        dataset = self._load().select_columns([column])
+        records = (dataset[row] for _, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
+        return [clean_captions(captions_of(record, column), allow_empty=False)[0] for record in records]
+
     def estimate_rows(self) -> int:
         return len(self._load())
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
-        del scratch
         import datasets
 
         dataset = self._load()
+        if self.config.url_column is not None:
+            fetch_rows(self._url_rows(dataset, shard), wanted, scratch, self.config.download, emit)
+            return
         if isinstance(dataset.features[self.config.image_column], datasets.Image):
             dataset = dataset.cast_column(self.config.image_column, datasets.Image(decode=False))
         for position, (key, row, _) in enumerate(cast(Sequence[tuple[str, int, str]], shard.rows)):
             if wanted is None or key in wanted:
                 emit(self._original(position, key, dataset[row]))
+
+    def _url_rows(self, dataset: Any, shard: Shard) -> list[UrlRow]:
+        url_column, caption_column = str(self.config.url_column), self.config.caption_column
+        dataset = dataset.select_columns([url_column, caption_column])
+        rows = ((key, dataset[row]) for key, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
+        return [(key, str(r[url_column] or ""), captions_of(r, caption_column), False) for key, r in rows]
 
     def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
         captions, reason = clean_captions(captions_of(record, self.config.caption_column), allow_empty=False)
@@ -111,4 +137,5 @@ class HuggingfaceSource(Source):
             "revision": self.config.revision,
             "image_column": self.config.image_column,
             "caption_column": self.config.caption_column,
+            **({"url_column": self.config.url_column} if self.config.url_column else {}),
         }

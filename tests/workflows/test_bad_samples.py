@@ -653,3 +653,30 @@ def test_a_split_or_column_that_is_not_there_is_refused(
     assert (result.code, result.err.count("error:")) == (2, 1)
     assert says in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_of_urls_is_downloaded_and_its_bad_rows_are_dropped(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with serve({"/red.png": body(plain_png(RED)), "/blue.png": body(plain_png(BLUE)), "/never": silence}) as server:
+        rows = [
+            ("/red.png", "red"),
+            ("/missing.png", "x"),
+            ("/never", ""),
+            ("/blue.png", "blue"),
+        ]
+        columns = {"image_url": [server.url(path) for path, _ in rows], "caption": [caption for _, caption in rows]}
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "data")
+        result = precompute(
+            *(tmp_path / "run", "source.kind=huggingface", f"source.path={tmp_path / 'data'}", "shard_size=3"),
+            *("source.url_column=image_url", "source.caption_column=caption"),
+            *("source.download.allow_private_addresses=true", *NO_TEXT),
+        )
+    run = finished(tmp_path / "run", result)
+    assert run.dropped == {"000000001": "http_404", "000000002": "empty_caption"}
+    assert server.requests["/never"] == 0
+    assert {key: sample.captions for key, sample in run.samples.items()} == {
+        "000000000": ["red"],
+        "000000003": ["blue"],
+    }
+    assert_plain(run.samples["000000003"].images[SIZE], BLUE)
+    assert run.samples["000000003"].url == columns["image_url"][3]
