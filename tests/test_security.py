@@ -1,9 +1,11 @@
 """Untrusted files run no code, and the table in docs/security.md names tests that exist."""
 
 import ast
+import io
 import json
 import pickle
 import re
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -127,6 +129,26 @@ def test_a_caption_is_text_in_the_report(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page
+
+
+def test_a_pickle_in_a_tar_or_a_wdinfo_runs_nothing(tmp_path: Path) -> None:
+    proof, tar = tmp_path / "it-ran", tmp_path / "0.tar"
+    evil = pickle.dumps({"t5": {"encodings": Payload(proof)}, "tar_files": Payload(proof)})
+    with tarfile.open(tar, "w") as archive:
+        for name, data in (("0.png", plain_png()), ("0.txt", b"a"), ("0.pickle", evil)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (tmp_path / "wdinfo.pkl").write_bytes(evil)
+    small = ("--executor", "inline", "--quiet", "images.sizes_px=[16]", "source.kind=webdataset")
+    arrays = "source.arrays={t5: {member: pickle, pickle_key: t5}}"
+    given = "encoders=[{name: t5, kind: given, array: t5, model: x, dim: 2}]"
+    for source in ((f"source.path={tar}",), (f"source.path={tmp_path}", f"source.file_list={tmp_path}/wdinfo.pkl")):
+        result = call("run", "precompute", "--out", str(tmp_path / "run"), *small, *source, arrays, given)
+        assert result.code == 2
+        assert "the pickle has pathlib" in result.err
+        assert "Traceback" not in result.err
+    assert not proof.exists()
 
 
 def test_the_proof_is_touched_by_who_unpickles(tmp_path: Path) -> None:

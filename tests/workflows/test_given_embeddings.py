@@ -186,6 +186,20 @@ def test_equal_captions_must_have_equal_embeddings(laion: Path, tmp_path: Path) 
     np.testing.assert_array_equal(store[1].text["clip"][0][0], text[0])
 
 
+def test_a_store_of_int8_keeps_given_captions_close_and_drops_those_it_cannot(laion: Path, tmp_path: Path) -> None:
+    text = vectors(10, ROWS)
+    text[1] = [200.0, *[0.7] * (DIM - 1)]  # one channel costs the others all their bits
+    np.save(laion / "text_emb" / "text_emb_0000.npy", text)
+    summary = precompute(tmp_path / "run", *laion_source(laion), "store.dtype=int8", "store.min_cosine=0.99999")
+    counted = summary["tally"]["groups"]["text-clip"]
+    assert counted["drops"]["quantisation_error"] >= 1
+    assert counted["counters"]["int8_cosine_min"] >= 0.99999
+    precompute(tmp_path / "whole", *laion_source(laion), "store.dtype=int8")
+    one = Store.open(tmp_path / "whole" / "store")[0]
+    np.testing.assert_allclose(one.text["clip"][0][0], text[0], atol=np.abs(text[0]).max() / 253)
+    np.testing.assert_array_equal(one.image_embeds["clip"], vectors(0, ROWS)[0].astype(np.float16))
+
+
 def replace_array(folder: Path, array: np.ndarray, *, allow_pickle: bool = False) -> None:
     np.save(folder / "img_emb" / "img_emb_0001.npy", array, allow_pickle=allow_pickle)
 
