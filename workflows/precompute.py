@@ -11,7 +11,6 @@ from pipeline.runfolder import SUMMARY, RunFolder
 from pipeline.stage import Stage
 from pipeline.workflow import ShardedWorkflow, WorkflowConfig
 from stages.encode import EncodeStage
-from stages.encode_given import TakeGivenStage
 from stages.encode_pictures import EncodePicturesStage
 from stages.encoders.any import AnyPicture, AnyText
 from stages.encoders.given import GivenConfig
@@ -26,6 +25,7 @@ from stages.sources.base import Source
 from stages.sources.batches import Batches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.synthetic import SyntheticConfig
+from stages.take_given import TakeGivenStage
 
 
 class StoreConfig(Config):

@@ -66,6 +66,21 @@ class ArrayFolder:
             )
         return self.files[number]
 
+    def check(self, paths: Iterable[str]) -> None:
+        """Each table or tar must have a .npy of its own.
+
+        Raises:
+            ConfigError: one has none, or two have the same.
+        """
+        owners: dict[str, str] = {}
+        for path in paths:
+            file = self.file_of(path)
+            if owners.setdefault(file, path) != path:
+                raise ConfigError(
+                    f"{self.field}: {owners[file]} and {path} have the same number, so {file} would be of both; "
+                    "rename one, or make a run of each folder"
+                )
+
     def look(self, path: str) -> tuple[int, str]:
         """Rows of the .npy of a table or tar, and a digest of its size, header and ends.
 

@@ -67,6 +67,8 @@ class ParquetSource(Source):
             column = getattr(self.config, name)
             if column is not None and column not in present:
                 raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
+        for folder in self.folders.values():
+            folder.check(files)
         for file in files if self.folders else ():
             self._digest(file, count_rows(file))
         if next(self.shards(1), None) is None:

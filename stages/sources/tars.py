@@ -57,9 +57,8 @@ class WebdatasetSource(Source):
         return base_folder(self.path)
 
     def check(self) -> None:
-        for piece in self.pieces():
-            for folder in self.folders.values():
-                folder.file_of(piece.path)
+        for folder in self.folders.values():
+            folder.check(piece.path for piece in self.pieces())
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
 

@@ -16,7 +16,7 @@ import torch
 from imagen_core.store import Store, StoreError, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
-from stages.encode_given import TakeGivenStage
+from stages.take_given import TakeGivenStage
 from tests.pictures import plain_png
 from tests.workflows.commands import call
 from tests.workflows.conftest import precompute, store_bytes
@@ -432,6 +432,13 @@ def test_a_tar_without_a_file_of_arrays_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=r"00004.tar has no .npy with the number 4 in .*glob in source.path"):
         precompute(tmp_path / "run", *tar_source(tars, index_arrays(embeddings)))
     assert not (tmp_path / "run" / "store").exists()
+
+
+def test_tars_of_the_same_number_are_refused(indexed: tuple[Path, Path], tmp_path: Path) -> None:
+    tars, embeddings = indexed
+    write_tar(tars / "more" / "00004.tar", {"040000": sample("a"), "040001": sample("b")})
+    with pytest.raises(ConfigError, match=r"00004.tar and more/00004.tar have the same number, so .*img_emb_4.npy"):
+        precompute(tmp_path / "run", *tar_source(tars, index_arrays(embeddings)))
 
 
 # ---- NeMo's tars with pickled encodings ----

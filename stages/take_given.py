@@ -147,7 +147,9 @@ class TakeGivenStage(Stage):
         for row, (sample, tokens) in enumerate(zip(samples, found, strict=True)):
             if row not in bad:
                 first = chosen.setdefault(sample.caption_ids[0], tokens)
-                if first.shape != tokens.shape or (token_errors(tokens, first).relative > _SAME).any():
+                if first is not tokens and (
+                    first.shape != tokens.shape or (token_errors(tokens, first).relative > _SAME).any()
+                ):
                     bad[row] = ("other_embedding", "than a sample with the same caption")
         none = np.zeros((0, self.encoder.dim), np.float32)
         return [chosen.get(i, none) for i in range(len(names))], [names[i] for i in range(len(names))]
