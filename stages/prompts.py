@@ -15,6 +15,8 @@ from stages.encoders.any import AnyEncoder
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.given import KIND as GIVEN
 
+_PROMPTS_AT_ONCE = 1024
+
 
 def encode_prompts(
     prompts: Sequence[str], trained_on: Mapping[str, Any], *, model: str | None = None, use_gpu: bool = True
@@ -35,8 +37,12 @@ def encode_prompts(
     if bad:
         raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
     encoder = load_encoder(trained_on, model, use_gpu=use_gpu, option="encoder_model=...")
-    encoded = encoder.encode([clean_caption(prompt) for prompt in prompts])
-    return [_as_stored(e, cast(StoreDtype, trained_on["dtype"])) for e in encoded.embeddings]
+    dtype = cast(StoreDtype, trained_on["dtype"])
+    embeddings: list[np.ndarray] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):  # the encoder's float32 is larger than what is kept
+        encoded = encoder.encode([clean_caption(prompt) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]])
+        embeddings += [_as_stored(embedding, dtype) for embedding in encoded.embeddings]
+    return embeddings
 
 
 def load_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool, option: str) -> TextEncoder:

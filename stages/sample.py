@@ -1,156 +1,98 @@
 """Draws pictures from prompts with a trained cascade, or enlarges pictures one has."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
-from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
+from imagen_core.cascade import Cascade
 from imagen_core.pictures import from_pixels, read_picture, tile, to_pixels, write_png
 from imagen_core.samplers import Inpaint
-from imagen_core.train import TrainError
-from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.files import file_digest, read_json, write_json
+from pipeline.files import file_digest, read_json, write_json, write_text
 from pipeline.fingerprint import differences
 from pipeline.job import Job
-from stages.checkpoints import load_checkpoint_from
-from stages.prompts import encode_prompts
+from stages.sample_cascade import choose_device, load_cascade
+from stages.sample_config import SampleConfig
+from stages.sample_pictures import Picture, my_part, pictures_to_draw
+from stages.sample_text import Embeddings
+from stages.sample_times import StageTimes
 
-
-class SampleStageConfig(Config):
-    """One stage of the cascade."""
-
-    checkpoint: str
-    """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
-    weights: str | None = None
-    """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How it draws."""
-
-
-class SampleConfig(Config):
-    """What to draw, and with what."""
-
-    stages: tuple[SampleStageConfig, ...] = Field(min_length=1)
-    """The cascade, smallest pictures first."""
-    prompts: tuple[str, ...] = ()
-    """What to draw."""
-    prompts_file: str | None = None
-    """Text file with one prompt a line, instead of `prompts`."""
-    num_images_per_prompt: int = Field(default=1, ge=1)
-    """Pictures of each prompt, with different seeds."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the first picture; the next pictures have the next seeds."""
-    seeds: tuple[int, ...] | None = None
-    """One seed a picture, instead of `seed`."""
-    low_res: tuple[str, ...] = ()
-    """Pictures to enlarge, one a prompt: the first stage of `stages` must be a super-resolution stage. The centre
-    square is brought to the size that stage enlarges."""
-    init_image: tuple[str, ...] = ()
-    """Pictures to start from, one a prompt (image to image)."""
-    strength: float = Field(default=0.7, ge=0, le=1)
-    """How far init_image is sent back into noise: 0 keeps it, 1 forgets it."""
-    inpaint_image: str | None = None
-    """Picture of which a part is kept."""
-    inpaint_mask: str | None = None
-    """Picture that is white where inpaint_image is kept."""
-    inpaint_resample_times: int = Field(default=5, ge=1)
-    """Rounds of drawing and re-noising at each step (RePaint)."""
-    batch_size: int = Field(default=8, ge=1)
-    """Pictures drawn at once; changes nothing in them but speed."""
-    encoder_model: str | None = None
-    """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type the network computes in."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
-
-    @model_validator(mode="after")
-    def _check_prompts(self) -> "SampleConfig":
-        if self.prompts and self.prompts_file:
-            raise ValueError("give prompts or prompts_file, not both")
-        for name, pictures in (("low_res", self.low_res), ("init_image", self.init_image)):
-            if pictures and self.prompts and len(pictures) != len(self.prompts):
-                raise ValueError(f"{name} has {len(pictures)} pictures for {len(self.prompts)} prompts; give one each")
-        if (self.inpaint_image is None) != (self.inpaint_mask is None):
-            raise ValueError("inpaint_image and inpaint_mask come together")
-        return self
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture to draw."""
+class Drawing:
+    """What is loaded once, to draw into one folder or several."""
 
-    index: int
-    prompt: str
-    seed: int
-    source: int
-    """Which prompt, low_res and init_image it is drawn from."""
+    config: SampleConfig
+    pictures: list[Picture]
+    """Those of all processes."""
+    cascade: Cascade
+    origins: list[dict[str, object]]
+    """Of each stage, which checkpoint it is from."""
+    embeddings: Embeddings
+    device: torch.device
 
     @property
-    def name(self) -> str:
-        return f"{self.index:05d}.png"
+    def sizes_px(self) -> list[int]:
+        """Sizes of the pictures that are kept."""
+        return self.cascade.sizes_px if self.config.save_all_sizes else self.cascade.sizes_px[-1:]
 
+    def files(self, root: Path, picture: Picture) -> Iterator[tuple[int, Path]]:
+        """Size and path of each file of a picture."""
+        return ((size, root / f"images-{size}" / picture.name) for size in self.sizes_px)
 
-def pictures_to_draw(config: SampleConfig) -> list[Picture]:
-    """Prompts times pictures a prompt, with their seeds.
+    def missing(self, root: Path) -> list[Picture]:
+        """Pictures that the folder has not in all sizes."""
+        return [p for p in self.pictures if not all(path.exists() for _, path in self.files(root, p))]
 
-    Raises:
-        ConfigError: no prompt, an unreadable file, or the wrong number of seeds.
-    """
-    prompts = _prompts(config)
-    count = len(prompts) * config.num_images_per_prompt
-    seeds = config.seeds or tuple(range(config.seed, config.seed + count))
-    if len(seeds) != count:
-        raise ConfigError(f"seeds: {len(seeds)} given for {count} pictures; give one a picture, or `seed`")
-    return [
-        Picture(index, prompts[index // config.num_images_per_prompt], seed, index // config.num_images_per_prompt)
-        for index, seed in enumerate(seeds)
-    ]
-
-
-def _prompts(config: SampleConfig) -> list[str]:
-    prompts = list(config.prompts)
-    if config.prompts_file is not None:
-        try:
-            lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"prompts_file {config.prompts_file}: cannot be read ({error}); give a UTF-8 text file"
-            ) from error
-        prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        given = len(config.low_res) or len(config.init_image) or int(config.inpaint_image is not None)
-        if not given:
-            raise ConfigError("prompts: none given; use prompts='[a small red circle]' or prompts_file=FILE")
-        return [""] * given
-    for name, pictures in (("low_res", config.low_res), ("init_image", config.init_image)):
-        if pictures and len(pictures) != len(prompts):
-            raise ConfigError(f"{name}: {len(pictures)} pictures for {len(prompts)} prompts; give one each")
-    return prompts
+    def with_guidance(self, weight: float, stages: Literal["all", "first"]) -> "Drawing":
+        """The same with another weight of the caption, at all stages or at the first."""
+        changed = [
+            stage.sampling.model_copy(
+                update={"guidance": stage.sampling.guidance.model_copy(update={"text": weight})}
+                if stages == "all" or number == 0
+                else {}
+            )
+            for number, stage in enumerate(self.config.stages)
+        ]
+        config = self.config.model_copy(
+            update={
+                "stages": tuple(
+                    stage.model_copy(update={"sampling": sampling})
+                    for stage, sampling in zip(self.config.stages, changed, strict=True)
+                )
+            }
+        )
+        drawing = [
+            replace(stage, sampling=sampling)
+            for stage, sampling in zip(self.cascade.stages, changed, strict=False)  # output_px leaves out the last
+        ]
+        return replace(self, config=config, cascade=Cascade(drawing, self.cascade.encoder))
 
 
 def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
-    """Draws every picture that is not in the run folder yet; the facts of the run.
-
-    `images-SIZE/INDEX.png` is picture INDEX after the stage of that size, `grid.png` shows the last stage,
-    `pictures.json` says which prompt and seed each was drawn from.
+    """Draws every picture that is not in the run folder yet; the facts of the run. See `draw_into`.
 
     Raises:
         ConfigError: unusable prompts, pictures or checkpoints.
         StaleOutputError: the folder holds pictures of other settings.
     """
     with job.working_folder() as root:
-        return _draw(config, job, root)
+        return draw_into(root, prepare(config), job)
 
 
-def _draw(config: SampleConfig, job: Job, root: Path) -> Mapping[str, object]:
+def prepare(config: SampleConfig) -> Drawing:
+    """Loads the cascade and finds out what to draw.
+
+    Raises:
+        ConfigError: unusable prompts or checkpoints.
+    """
     pictures = pictures_to_draw(config)
     cascade, origins = load_cascade(config)
     if cascade.stages[0].is_super_resolution and not config.low_res:
@@ -163,93 +105,114 @@ def _draw(config: SampleConfig, job: Job, root: Path) -> Mapping[str, object]:
             f"low_res: the first stage ({cascade.sizes_px[0]} px) is a base model and reads no picture; leave base "
             "stages out of `stages`, or use init_image"
         )
-    device = _device(config.device)
-    _check_folder(config, pictures, origins, job, root)
-    sizes = cascade.sizes_px
-    for size in sizes:
+    device = choose_device(config.device)
+    embeddings = Embeddings(config, cascade.encoder, use_gpu=device.type == "cuda")
+    return Drawing(config, pictures, cascade, origins, embeddings, device)
+
+
+def draw_into(root: Path, drawing: Drawing, job: Job, label: str = "") -> Mapping[str, object]:
+    """Draws this process's part of the pictures, without those that are in the folder already.
+
+    `images-SIZE/INDEX.png` is picture INDEX after the stage of that size, `grid.png` shows the last stage,
+    `pictures.json` says which prompt and seed each was drawn from.
+
+    Args:
+        label: goes before the progress.
+    Raises:
+        ConfigError: unusable pictures, or an encoder that is not the cascade's.
+        StaleOutputError: the folder holds pictures of other settings.
+    """
+    config, sizes = drawing.config, drawing.cascade.sizes_px
+    index, count = my_part(config)
+    _check_folder(root, drawing, job, alone=count == 1)
+    for size in drawing.sizes_px:
         (root / f"images-{size}").mkdir(exist_ok=True)
-    missing = [p for p in pictures if not all((root / f"images-{size}" / p.name).exists() for size in sizes)]
+    if config.save_text:
+        _write_texts(root, drawing, drawing.pictures[index::count])
+    todo = [picture for picture in drawing.missing(root) if picture.index % count == index]
     inpaint = _inpaint(config)
-    text = _encode(missing, cascade, config, use_gpu=device.type == "cuda")
-    for start in range(0, len(missing), config.batch_size):
+    drawing.embeddings.prepare(todo)
+    times, done = StageTimes(drawing.device), 0
+
+    def on_step(stage: int, step: int, steps: int, _: torch.Tensor) -> None:
+        if step == steps:
+            times.done(sizes[stage])
+        job.lines.show(f"{label}picture {done} of {len(todo)}, {sizes[stage]} px, step {step}/{steps}")
+
+    for start in range(0, len(todo), config.batch_size):
         if job.should_stop():
             break
-        batch = missing[start : start + config.batch_size]
-        result = cascade.sample(
-            None if text is None else [text[picture.prompt] for picture in batch],
+        batch = todo[start : start + config.batch_size]
+        times.start(len(batch))
+        result = drawing.cascade.sample(
+            drawing.embeddings.of(batch),
             [picture.seed for picture in batch],
-            low_res=_read_sources(config.low_res, batch, cascade.stages[0].denoiser.config.low_res_px),
+            low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].denoiser.config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
             inpaint=inpaint,
-            device=device,
-            autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
-            on_step=lambda stage, step, steps, _, done=start: job.lines.show(
-                f"picture {done} of {len(missing)}, {sizes[stage]} px, step {step}/{steps}"
-            ),
+            device=drawing.device,
+            autocast=_AUTOCAST[config.precision],
+            on_step=on_step,
         )
-        for size, images in result.items():
-            for picture, pixels in zip(batch, to_pixels(images), strict=True):
-                write_png(root / f"images-{size}" / picture.name, pixels)
-    else:
-        _write_grid(root, pictures, sizes[-1])
-    return {"pictures": len(pictures), "drawn_now": len(missing), "sizes_px": sizes, "device": str(device)}
+        pixels = {size: to_pixels(result[size]) for size in drawing.sizes_px}
+        for number, picture in enumerate(batch):
+            for size, path in drawing.files(root, picture):
+                write_png(path, pixels[size][number])
+        done += len(batch)
+    left = len(drawing.missing(root))
+    if not left:
+        _write_grid(root, drawing.pictures, sizes[-1])
+    return {
+        "pictures": len(drawing.pictures),
+        "drawn_now": done,
+        "missing": left,
+        "sizes_px": drawing.sizes_px,
+        "device": str(drawing.device),
+        "embeddings": drawing.embeddings.origin,
+        "seconds_per_picture": times.seconds_per_picture(),
+    }
 
 
-def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]]:
-    """The cascade, and for each stage which checkpoint it is from.
-
-    Raises:
-        ConfigError: a checkpoint is missing, damaged, or was trained with another encoder than the others.
-    """
-    stages: list[CascadeStage] = []
-    origins: list[dict[str, object]] = []
-    encoder: Mapping[str, object] | None = None
-    for number, stage in enumerate(config.stages):
-        try:
-            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
-        except TrainError as error:
-            raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
-        if loaded.encoder is not None and encoder is not None:
-            changes = differences(dict(encoder), dict(loaded.encoder))
-            if changes:
-                raise ConfigError(
-                    f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
-                    f"{'; '.join(changes)}; take stages trained on one encoder"
-                )
-        encoder = encoder or loaded.encoder
-        stages.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
-        origins.append({"step": loaded.step, "weights": loaded.weights, "sha256": loaded.sha256})
-    try:
-        return Cascade(stages, None if encoder is None else dict(encoder)), origins
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+_CHANGES_NOTHING = {
+    *("batch_size", "device", "encoder_model", "part", "save_all_sizes", "save_text"),
+    "captions",  # the prompts themselves are recorded
+}
 
 
-_CHANGES_NOTHING = {"batch_size", "device", "encoder_model"}
-
-
-def _check_folder(config: SampleConfig, pictures: Sequence[Picture], origins: object, job: Job, root: Path) -> None:
+def _check_folder(root: Path, drawing: Drawing, job: Job, *, alone: bool) -> None:
     """Refuses a folder with pictures of other settings; with --restart removes them."""
     record = {
-        "settings": config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
-        "stages": origins,
-        "sources": _digests(config),
-        "pictures": [{"file": p.name, "prompt": p.prompt, "seed": p.seed} for p in pictures],
+        "settings": drawing.config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
+        "stages": drawing.origins,
+        "sources": _digests(drawing.config),
+        "pictures": [
+            {"file": p.name, "prompt": p.prompt, "seed": p.seed, "key": p.caption.key} for p in drawing.pictures
+        ],
     }
     path = root / "pictures.json"
     drawn = any(root.glob("images-*/*.png"))
     former = read_json(path) if drawn else None
-    changes = [] if former is None else differences(former, record)
-    if changes and not job.options.restart:
-        raise StaleOutputError(
-            f"{job.run.url}: holds pictures of other settings: {'; '.join(changes[:5])}; "
-            "use another --out, or --restart to draw them anew"
-        )
+    changes = [] if former is None else differences(_by_file(former), _by_file(record))
+    if changes and not (job.options.restart and alone):
+        remedy = "use another --out, or --restart to draw them anew" + ("" if alone else " (in one process, at first)")
+        raise StaleOutputError(f"{job.run.url}: holds pictures of other settings: {'; '.join(changes[:5])}; {remedy}")
     if changes:
-        for picture in root.glob("images-*/*.png"):
-            picture.unlink()
+        for file in root.glob("images-*/*"):
+            file.unlink()
     write_json(path, record)
+
+
+def _by_file(record: Mapping[str, Any]) -> dict[str, object]:
+    """The record with a mapping of pictures, whose differences are lines about single pictures."""
+    return {**record, "pictures": {picture["file"]: picture for picture in record["pictures"]}}
+
+
+def _write_texts(root: Path, drawing: Drawing, pictures: Sequence[Picture]) -> None:
+    for picture in pictures:
+        for _, path in drawing.files(root, picture):
+            if not path.with_suffix(".txt").exists():
+                write_text(path.with_suffix(".txt"), picture.prompt + "\n")
 
 
 def _digests(config: SampleConfig) -> dict[str, str]:
@@ -262,19 +225,6 @@ def _digests(config: SampleConfig) -> dict[str, str]:
         raise ConfigError(
             f"{error.filename}: cannot be read as a picture ({error.strerror}); check the path"
         ) from error
-
-
-def _encode(
-    pictures: Sequence[Picture], cascade: Cascade, config: SampleConfig, *, use_gpu: bool
-) -> dict[str, np.ndarray] | None:
-    """Embeddings by prompt; None if no stage reads captions."""
-    if cascade.encoder is None:
-        return None
-    prompts = sorted({picture.prompt for picture in pictures})
-    if not prompts:
-        return {}
-    embeddings = encode_prompts(prompts, cascade.encoder, model=config.encoder_model, use_gpu=use_gpu)
-    return dict(zip(prompts, embeddings, strict=True))
 
 
 def _read_sources(paths: Sequence[str], batch: Sequence[Picture], size_px: int | None) -> torch.Tensor | None:
@@ -308,16 +258,3 @@ def _inpaint(config: SampleConfig) -> Inpaint | None:
 def _write_grid(root: Path, pictures: Sequence[Picture], size: int) -> None:
     shown = [read_picture(root / f"images-{size}" / picture.name) for picture in pictures[:64]]
     write_png(root / "grid.png", tile(shown, columns=math.ceil(math.sqrt(len(shown)))))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is none that torch knows; use auto, cpu or cuda") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"device: {name!r} is not there ({count} GPUs found); use auto or cpu")
-    return device

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from pipeline.job import Job, JobWorkflow
 from pipeline.runfolder import RunFolder
-from stages.sample import SampleConfig, draw, load_cascade, pictures_to_draw
+from stages.sample import draw
+from stages.sample_cascade import load_cascade
+from stages.sample_config import SampleConfig
+from stages.sample_pictures import pictures_to_draw
 
 
 class Sample(JobWorkflow):

@@ -72,3 +72,12 @@ def emoji() -> Path:
     if not EMOJI.is_dir():
         pytest.skip(f"needs the shared test data in {os.path.relpath(EMOJI, REPOSITORY)}")
     return EMOJI
+
+
+@pytest.fixture(scope="session")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store `run/store`, and a base (16 px) and a super-resolution model (32 px) trained on it; tests
+    must not change it."""
+    from tests.workflows.trained import write_cascade
+
+    return write_cascade(tmp_path_factory.mktemp("cascade"))

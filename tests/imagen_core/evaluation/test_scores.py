@@ -54,7 +54,8 @@ def test_embeddings_that_make_no_pairs_are_refused() -> None:
 
 def brute_force(rows: np.ndarray, others: np.ndarray, k: int) -> float:
     radii = [sorted(math.dist(a, b) for b in others)[k] for a in others]
-    return float(np.mean([any(math.dist(r, o) <= radius for o, radius in zip(others, radii, strict=True)) for r in rows]))  # fmt: skip
+    balls = list(zip(others, radii, strict=True))
+    return float(np.mean([any(math.dist(row, centre) <= radius for centre, radius in balls) for row in rows]))
 
 
 def test_precision_and_recall_are_what_neighbours_one_by_one_give() -> None:

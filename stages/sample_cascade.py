@@ -1,0 +1,68 @@
+"""Loads the trained stages of a cascade, and says where it runs."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from imagen_core.cascade import Cascade, CascadeStage
+from imagen_core.train import TrainError
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import differences
+from stages.checkpoints import load_checkpoint_from
+from stages.sample_config import SampleConfig
+
+
+def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]]:
+    """The cascade, and for each stage which checkpoint it is from.
+
+    Raises:
+        ConfigError: a checkpoint is missing, damaged, or was trained with another encoder than the others.
+    """
+    stages: list[CascadeStage] = []
+    origins: list[dict[str, object]] = []
+    encoder: Mapping[str, object] | None = None
+    for number, stage in enumerate(config.stages):
+        if config.output_px is not None and stages and stages[-1].size_px == config.output_px:
+            break
+        try:
+            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
+        except TrainError as error:
+            raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
+        if loaded.encoder is not None and encoder is not None:
+            changes = differences(dict(encoder), dict(loaded.encoder))
+            if changes:
+                raise ConfigError(
+                    f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
+                    f"{'; '.join(changes)}; take stages trained on one encoder"
+                )
+        encoder = encoder or loaded.encoder
+        stages.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
+        origins.append({"step": loaded.step, "weights": loaded.weights, "sha256": loaded.sha256})
+    if config.output_px not in (None, stages[-1].size_px):
+        sizes = [stage.size_px for stage in stages]
+        raise ConfigError(f"output_px: no stage draws {config.output_px} px; the stages draw {sizes}")
+    try:
+        return Cascade(stages, None if encoder is None else dict(encoder)), origins
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process, made the current one: under torchrun `auto` gives each its own GPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is none that torch knows; use auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device: {name!r} is not there ({count} GPUs found); use auto or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the text encoder goes there too
+    return device

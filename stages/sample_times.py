@@ -1,0 +1,36 @@
+"""Seconds that each stage of a cascade takes for a picture."""
+
+import time
+from collections import defaultdict
+
+import torch
+
+
+class StageTimes:
+    """Adds up the time of each stage over the batches of a sampling."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._pictures = 0
+        self._last = 0.0
+
+    def start(self, pictures: int) -> None:
+        """A batch of so many pictures begins."""
+        self._pictures += pictures
+        self._last = self._now()
+
+    def done(self, size_px: int) -> None:
+        """The stage of this size has drawn the batch."""
+        now = self._now()
+        self._seconds[size_px] += now - self._last
+        self._last = now
+
+    def seconds_per_picture(self) -> dict[str, float]:
+        """By size in pixels, the move of the stage to the device included; empty if nothing was drawn."""
+        return {str(size): round(seconds / self._pictures, 4) for size, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()  # a GPU runs behind the program
+        return time.perf_counter()
