@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ClipImageConfig(FrozenModelConfig):
-    """A CLIP picture encoder, applied to pictures of the store."""
+class ClipImageModelConfig(FrozenModelConfig):
+    """A CLIP picture encoder."""
 
     kind: Literal["clip"] = "clip"
-    from_px: int = Field(ge=1)
-    """Size of the stored pictures it looks at; nothing is lost if it is the model's own (224 for ViT-L/14)."""
     output: Literal["projected", "pooled"] = "projected"
     """The embedding in the space shared with captions (not normalised), or the state it is projected from."""
     batch_size: int = Field(default=64, ge=1)
@@ -37,7 +35,7 @@ class ClipImageConfig(FrozenModelConfig):
 
     def settings(self, files: ModelFiles) -> dict[str, object]:
         looks = self.looks(files)
-        return {"from_px": self.from_px, "image_px": looks.size_px, "mean": list(looks.mean), "std": list(looks.std)}
+        return {"image_px": looks.size_px, "mean": list(looks.mean), "std": list(looks.std)}
 
     def looks(self, files: ModelFiles) -> "Looks":
         """How the model wants its pictures."""
@@ -57,6 +55,16 @@ class ClipImageConfig(FrozenModelConfig):
             raise refuse_kind(self.model, files, "CLIP", "give a CLIP in the format of transformers")
         config = hf_config(files)
         return getattr(config, "vision_config", config)
+
+
+class ClipImageConfig(ClipImageModelConfig):
+    """A CLIP picture encoder, applied to pictures of the store."""
+
+    from_px: int = Field(ge=1)
+    """Size of the stored pictures it looks at; nothing is lost if it is the model's own (224 for ViT-L/14)."""
+
+    def settings(self, files: ModelFiles) -> dict[str, object]:
+        return {"from_px": self.from_px, **super().settings(files)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class Looks:
 class ClipImageEncoder:
     """A loaded picture encoder on the GPU if there is one, else on the CPU."""
 
-    def __init__(self, config: ClipImageConfig, files: ModelFiles, num_threads: int):
+    def __init__(self, config: ClipImageModelConfig, files: ModelFiles, num_threads: int):
         from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
         self.config, self.dim, self._looks = config, config.dim(files), config.looks(files)

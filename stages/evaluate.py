@@ -1,0 +1,98 @@
+"""Judges pictures: draws them first, if asked, with one guidance weight or several."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.job import Job
+from stages.evaluate_config import EvaluateConfig
+from stages.evaluate_metrics import judge
+from stages.evaluate_report import write_report
+from stages.features.gather import FeatureCache, FeatureSet, gather, read_set
+from stages.features.pictures import AnyPictures, FeatureFiles, Pictures, pictures_of_files
+from stages.sample import Drawing, draw_into, prepare
+from stages.sample_config import SampleConfig
+from stages.sample_pictures import my_part
+
+
+def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
+    """Draws what is not there yet, then writes `results.json`, `results.md` and, of several weights, a plot.
+
+    Pictures are in `drawn/`, or in `guidance-WEIGHT/` each, as `pipeline run sample` writes them; features are kept in
+    `features/`. Of several processes all draw, and the first one judges once all pictures are there.
+
+    Raises:
+        ConfigError: unusable settings, pictures or checkpoints.
+        StaleOutputError: a folder holds pictures of other settings.
+        MachineError: a model cannot be found.
+    """
+    with job.working_folder() as root:
+        return _evaluate(config, job, root)
+
+
+def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, object]:
+    facts: dict[str, object] = {}
+    if config.draw is not None:
+        drawings = _drawings(config, config.draw)
+        drawn = {name: draw_into(root / name, each, job, f"{name}: ") for name, each in drawings.items()}
+        missing = sum(int(str(one["missing"])) for one in drawn.values())
+        facts = {"drawn": drawn, "missing": missing}
+        if missing or job.should_stop() or not _judges(config.draw):
+            return facts
+        sets = {name: _drawn_pictures(root / name, each, config) for name, each in drawings.items()}
+    else:
+        assert config.generated is not None
+        sets = {"generated": config.generated}
+    cache = FeatureCache(root / "features")
+    reference = None if config.reference is None else _feature_set("reference", config.reference, config, cache)
+    rows: list[Mapping[str, object]] = []
+    features = None
+    for number, (name, pictures) in enumerate(sets.items()):
+        if job.should_stop():
+            return facts
+        job.lines.show(f"{name}: features")
+        features = _feature_set(name, pictures, config, cache)
+        weight = {"guidance": config.guidance[number]} if config.guidance else {}
+        rows.append({"name": name, **weight, **judge(features, reference, config)})
+    label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
+    clip = None if config.clip is None else config.clip.label
+    results = {"features_model": label, "clip_model": clip, "fingerprints": _fingerprints(config), "rows": rows}
+    return {**facts, **results, "files": write_report(root, results)}
+
+
+def _drawings(config: EvaluateConfig, draw: SampleConfig) -> dict[str, Drawing]:
+    """What to draw, by folder; checkpoints are loaded and prompts encoded once."""
+    drawing = prepare(draw)
+    if config.size_px not in (None, *drawing.sizes_px):
+        raise ConfigError(f"size_px: {config.size_px} px is not drawn; the stages draw {drawing.sizes_px}")
+    if not config.guidance:
+        return {"drawn": drawing}
+    return {f"guidance-{w:g}": drawing.with_guidance(w, config.guidance_of) for w in config.guidance}
+
+
+def _judges(draw: SampleConfig) -> bool:
+    """Whether this process is to judge: of those that draw at the same time, the first."""
+    return draw.part is not None or my_part(draw)[0] == 0
+
+
+def _drawn_pictures(root: Path, drawing: Drawing, config: EvaluateConfig) -> Pictures:
+    size = config.size_px or drawing.sizes_px[-1]
+    files = [root / f"images-{size}" / picture.name for picture in drawing.pictures]
+    return pictures_of_files(files, lambda: [picture.prompt for picture in drawing.pictures])
+
+
+def _feature_set(
+    name: str, pictures: AnyPictures | Pictures, config: EvaluateConfig, cache: FeatureCache
+) -> FeatureSet:
+    if isinstance(pictures, FeatureFiles):
+        return read_set(pictures, name)
+    opened = pictures if isinstance(pictures, Pictures) else pictures.open(name)
+    return gather(name, opened, config.features, None if name == "reference" else config.clip, cache)
+
+
+def _fingerprints(config: EvaluateConfig) -> dict[str, object]:
+    return {
+        name: dict(model.fingerprint())
+        for name, model in (("features", config.features), ("clip", config.clip))
+        if model is not None
+    }

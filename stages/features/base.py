@@ -1,0 +1,42 @@
+"""What a feature model is."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """Arrays with one row for each picture or caption, by name."""
+
+    arrays: Mapping[str, np.ndarray]
+    """`features` float32 (n, d), and `logits` (n, classes) if the model is a classifier."""
+    facts: Mapping[str, int] = field(default_factory=dict)
+    """Counts to be told with the result."""
+
+
+class FeatureModel(Protocol):
+    """The settings of a frozen model that looks at pictures."""
+
+    @property
+    def label(self) -> str:
+        """Names the model in tables: distances of different models cannot be compared."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, object]:
+        """Everything that decides the features; found without loading the model.
+
+        Raises:
+            MachineError: the model cannot be found, or is of another kind.
+        """
+        ...
+
+    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
+        """Loads the model and looks at uint8 RGB (h, w, 3) pictures, at the centre square of each.
+
+        Raises:
+            MachineError: the model cannot be read.
+        """
+        ...

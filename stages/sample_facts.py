@@ -1,0 +1,22 @@
+"""What a sampling would do: shown by `--dry-run`."""
+
+from collections.abc import Mapping
+
+from stages.sample_cascade import load_cascade
+from stages.sample_config import SampleConfig
+from stages.sample_pictures import my_part, pictures_to_draw
+
+
+def sampling_facts(config: SampleConfig) -> Mapping[str, object]:
+    """Pictures, sizes, parameters; nothing is drawn."""
+    cascade, origins = load_cascade(config)
+    index, count = my_part(config)
+    pictures = pictures_to_draw(config)
+    return {
+        "pictures": len(pictures),
+        "pictures_of_this_process": len(pictures[index::count]),
+        "sizes_px": cascade.sizes_px,
+        "parameters": sum(p.numel() for stage in cascade.stages for p in stage.denoiser.parameters()),
+        "network_calls": sum(stage.sampling.num_steps for stage in cascade.stages),
+        "checkpoint_steps": [origin["step"] for origin in origins],
+    }

@@ -1,0 +1,29 @@
+"""evaluate: captions -> cascade -> pictures -> features -> metrics."""
+
+from collections.abc import Mapping
+
+from pipeline.job import Job, JobWorkflow
+from pipeline.runfolder import RunFolder
+from stages.evaluate import evaluate
+from stages.evaluate_config import EvaluateConfig
+from stages.evaluate_report import TABLE
+from stages.sample_facts import sampling_facts
+
+
+class Evaluate(JobWorkflow):
+    """Judges pictures, and draws them first if asked."""
+
+    name = "evaluate"
+    summary = "draw pictures of a caption set, and judge them: Frechet and kernel distance, CLIP score"
+    config_class = EvaluateConfig
+    config: EvaluateConfig
+
+    def work(self, job: Job) -> Mapping[str, object]:
+        return evaluate(self.config, job)
+
+    def facts(self) -> Mapping[str, object]:
+        drawing = {} if self.config.draw is None else sampling_facts(self.config.draw)
+        return {**drawing, "guidance": list(self.config.guidance), "times_drawn": max(1, len(self.config.guidance))}
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        return [("table", f"{run.url}/{TABLE}")] if run.storage.size(TABLE) is not None else []
