@@ -213,7 +213,11 @@ def _copy_originals(old: OriginalsReader, path: Path, erased: Collection[int]) -
                 new.write(Original(entry.row, entry.key, None, (), None, REMOVED))
                 continue
             data = old.data(entry) if entry.size else None
-            new.write(Original(entry.row, entry.key, entry.url, entry.captions, data, entry.reason, entry.detail))
+            new.write(
+                Original(
+                    entry.row, entry.key, entry.url, entry.captions, data, entry.reason, entry.detail, entry.written
+                )
+            )
 
 
 def _is_blocked(blocklist: Blocklist, row: object) -> bool:

@@ -9,6 +9,7 @@ from pipeline.stage import Group, GroupResult, Resources, Stage, Task
 from stages.captions import is_valid_text
 from stages.originals import OriginalsWriter
 from stages.sources.base import Original, Source
+from stages.writing import check_written
 
 ORIGINALS = "originals"
 SAMPLES = "samples"
@@ -46,7 +47,7 @@ class FetchStage(Stage):
                     if original.row in task.retried_rows:
                         original = replace(original, data=None, reason=RETRIED, detail="in a later round")
                     if blocklist.blocks(original.key, original.url, original.data):
-                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="")
+                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="", written={})
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None
@@ -66,12 +67,15 @@ class FetchStage(Stage):
 
 
 def _storable(original: Original) -> Original:
-    """Key and URL as they can be stored: text that was not UTF-8 is a drop as a key, and escaped as a URL."""
+    """As it can be stored: text that was not UTF-8 is a drop, and only escaped as a URL."""
     if original.reason is None and not is_valid_text(original.key):
         original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
     if original.url is not None and not is_valid_text(original.url):
         original = replace(original, url=original.url.encode("utf-8", "backslashreplace").decode())
-    return original
+    written, reason, detail = check_written(original.written)
+    if original.reason is None and reason is not None:
+        return replace(original, data=None, reason=reason, detail=detail, written=written)
+    return replace(original, written=written)
 
 
 def _wanted_keys(task: Task) -> frozenset[str] | None:

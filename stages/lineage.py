@@ -64,6 +64,7 @@ def _stored(store: Store, removals: list[Removal], name: str, value: str) -> Ite
                 "height": sample.height,
                 "input_row": sample.input_row,
                 "retry_of": _retry_of(store, position, sample.input_row),
+                **({} if sample.transcription is None else {"transcription": sample.transcription}),
                 "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
                 "groups": _groups(store, position, row, sample.caption_ids),
                 **_removal_of(removals, shard, row),
@@ -157,6 +158,8 @@ def _lines(entry: dict[str, Any]) -> list[str]:
             f"  tried      before in shard {entry['retry_of']['shard']:05d}, input row "
             f"{entry['retry_of']['input_row']}"
         )
+    if "transcription" in entry:
+        lines.append(f"  written    {entry['transcription']!r}")
     lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
     for name, facts in entry["groups"].items():
         rows = ", ".join(map(str, facts["rows"]))

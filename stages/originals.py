@@ -1,18 +1,20 @@
 """The fetched originals of a shard: a webdataset tar with one sample a row, dropped rows included.
 
-Sample `ROW` has `ROW.json` (key, url, captions, drop reason) and, if it was fetched, `ROW.EXT` with the
-picture's bytes as they came. Rows are in order of arrival; `read_originals` sorts them.
+Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and what is known of the writing in the picture) and, if
+it was fetched, `ROW.EXT` with the picture's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts
+them.
 """
 
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from stages.sources.base import Original
+from stages.writing import Written
 
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
@@ -22,6 +24,8 @@ _MAGIC = (
     (b"II*\x00", "tif"),
     (b"MM\x00*", "tif"),
 )
+
+_ALWAYS = ("key", "url", "captions", "reason", "detail")
 
 
 class OriginalsWriter:
@@ -40,6 +44,7 @@ class OriginalsWriter:
             "captions": list(original.captions),
             "reason": original.reason,
             "detail": original.detail,
+            **original.written,
         }
         sample: dict[str, object] = {
             "__key__": f"{original.row:08d}",
@@ -74,6 +79,7 @@ class StoredOriginal:
     detail: str
     offset: int = 0
     size: int = 0
+    written: Written = field(default_factory=dict)
 
 
 class OriginalsReader:
@@ -123,6 +129,7 @@ def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
             None if reason is None else str(reason),
             str(values["detail"]),
             *spans.get(row, (0, 0)),
+            written={name: value for name, value in values.items() if name not in _ALWAYS},
         )
 
 

@@ -41,6 +41,7 @@ class SampleRow:
     `captions[k]` is row `caption_ids[k]` of the shard's text groups. `sha256` is the hex digest of
     the original image file; `width` and `height` are pixels of the original after EXIF orientation.
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
+    `transcription` is the text written in the picture, "" where there is none; None: not known.
     """
 
     key: str
@@ -51,6 +52,7 @@ class SampleRow:
     width: int
     height: int
     input_row: int
+    transcription: str | None = None
 
 
 def image_group(size_px: int) -> str:

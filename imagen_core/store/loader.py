@@ -48,6 +48,8 @@ class Loader:
             only if text was asked for.
         text_mask: bool (B, L), true on real tokens; comes with text.
         image_embed: (B, dim), embeddings of the pictures in the store's dtype; only if they were asked for.
+        transcriptions: list[str], the text written in each picture, "" where there is none or it is not known;
+            only if they were asked for.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Loader:
         images: Sequence[int] | None,
         text: str | None,
         image_embed: str | None,
+        transcriptions: bool,
         max_tokens: int | None,
         seed: int,
         rank: int,
@@ -93,6 +96,7 @@ class Loader:
             self._sides = self._crop.sides(list(self._sides))
         self._text_group = None if text is None else store.text_group(text)
         self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
+        self._with_transcriptions = transcriptions
         self._max_tokens = max_tokens
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -191,7 +195,7 @@ class Loader:
 
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
         kept, indices, located = self._kept(epoch, positions)
-        keys = [""] * len(kept)
+        keys, transcriptions = [""] * len(kept), [""] * len(kept)
         shapes = {size: (len(kept), side, side, 3) for size, side in self._sides.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
@@ -203,6 +207,8 @@ class Loader:
         for shard, row, k in sorted((*place, k) for k, place in enumerate(located)):
             files = self._store.shard(shard)
             keys[k] = files.samples.key(row)
+            if self._with_transcriptions:
+                transcriptions[k] = files.samples.transcription(row) or ""
             for size, rows in pixels.items():
                 rows[k] = files.images[size].pixels(row)[windows[size][k]]
             if self._text_group is not None:
@@ -218,6 +224,8 @@ class Loader:
             batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
         if self._embed_group is not None:
             batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
+        if self._with_transcriptions:
+            batch["transcriptions"] = transcriptions
         return batch
 
     def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ _SAMPLES_SCHEMA = pa.schema(
         _required("input_row", pa.int32()),
     ]
 )
+_OPTIONAL_COLUMNS = (pa.field("transcription", pa.string()),)  # in a file in which a row has a value
 _DIGEST = _required("digest", pa.uint64())
 
 
@@ -74,11 +75,13 @@ def write_samples(
                 f"sample {row.key!r}: {len(row.captions)} captions and {len(row.caption_ids)} caption_ids; "
                 "give one id a caption, and one caption or more"
             )
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SAMPLES_SCHEMA]
+    used_columns = [c for c in _OPTIONAL_COLUMNS if any(getattr(row, c.name) is not None for row in rows)]
+    schema = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
     facts = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
-    with _new_parquet(path, _SAMPLES_SCHEMA, facts) as writer:
+    with _new_parquet(path, schema, facts) as writer:
         if rows:
-            writer.write_table(pa.table(columns, schema=_SAMPLES_SCHEMA), row_group_size=len(rows))
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
@@ -109,7 +112,10 @@ class SamplesFile:
             table = file.read(use_threads=False)
             if self.num_input_rows is None:
                 table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
-            columns = {field.name: table[field.name].combine_chunks() for field in _SAMPLES_SCHEMA}
+            for column in _OPTIONAL_COLUMNS:
+                if column.name not in table.column_names:
+                    table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+            columns = {name: table[name].combine_chunks() for name in table.column_names}
             self.num_rows: int = table.num_rows
             self._ids: list[int] = columns["caption_ids"].flatten().to_pylist()
             self._first_id = _offsets(columns["caption_ids"])
@@ -117,6 +123,8 @@ class SamplesFile:
             self._captions = _Strings(columns["captions"].flatten())
             self._keys, self._urls, self._sha256s = (_Strings(columns[name]) for name in ("key", "url", "sha256"))
             self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
+            self._transcriptions = _Strings(columns["transcription"])
+            self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
             numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row"))
             self._widths, self._heights, self._input_rows = numbers
 
@@ -127,6 +135,9 @@ class SamplesFile:
         """The key, url ("" where there is none) or sha256 of each row, decoded when asked for."""
         return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
 
+    def transcription(self, row: int) -> str | None:
+        return self._transcriptions[row] if self._has_transcription[row] else None
+
     def caption_ids(self, row: int) -> list[int]:
         return self._ids[self._first_id[row] : self._first_id[row + 1]]
 
@@ -134,7 +145,7 @@ class SamplesFile:
         """One field of `SampleRow`, of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
-    def fields(self, row: int) -> tuple[str, list[str], list[int], str | None, str, int, int, int]:
+    def fields(self, row: int) -> tuple[str, list[str], list[int], str | None, str, int, int, int, str | None]:
         """The fields of `SampleRow` in its order."""
         text, starts = self._captions, self._first_caption
         return (
@@ -146,11 +157,14 @@ class SamplesFile:
             self._widths[row],
             self._heights[row],
             self._input_rows[row],
+            self.transcription(row),
         )
 
     def row(self, row: int) -> SampleRow:
-        key, captions, caption_ids, url, sha256, width, height, input_row = self.fields(row)
-        return SampleRow(key, tuple(captions), tuple(caption_ids), url, sha256, width, height, input_row)
+        key, captions, caption_ids, url, sha256, width, height, input_row, transcription = self.fields(row)
+        return SampleRow(
+            key, tuple(captions), tuple(caption_ids), url, sha256, width, height, input_row, transcription
+        )
 
 
 def _offsets(lists: pa.ListArray) -> list[int]:

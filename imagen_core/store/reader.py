@@ -43,6 +43,7 @@ class Sample:
         image_embeds: by picture encoder, (dim,) in the types of `text`.
         width, height: pixels of the original picture after EXIF orientation.
         sha256: hex digest of the original image file.
+        transcription: the text written in the picture, "" where there is none; None: not known.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Sample:
     images: dict[int, np.ndarray]
     text: dict[str, list[np.ndarray]]
     image_embeds: dict[str, np.ndarray]
+    transcription: str | None = None
 
 
 class Store(Sequence[Sample]):
@@ -148,14 +150,14 @@ class Store(Sequence[Sample]):
 
     def _read(self, shard: int, row: int) -> Sample:
         files = self.shard(shard)
-        key, captions, caption_ids, url, sha256, width, height, _ = files.samples.fields(row)
+        key, captions, caption_ids, url, sha256, width, height, _, transcription = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
         text = {
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
             for encoder, dtype in self._dtypes.items()
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, transcription)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
@@ -178,6 +180,7 @@ class Store(Sequence[Sample]):
         images: Sequence[int] | None = None,
         text: str | None = None,
         image_embed: str | None = None,
+        transcriptions: bool = False,
         max_tokens: int | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -196,6 +199,7 @@ class Store(Sequence[Sample]):
             images: sizes to load, in pixels; None loads no pictures.
             text: encoder to load; None loads no embeddings of captions.
             image_embed: picture encoder to load; None loads no embeddings of pictures.
+            transcriptions: load the text written in the pictures.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
             seed: decides the order and which of several captions is taken.
             shuffle: off, samples come in the store's order in every epoch.
@@ -216,6 +220,7 @@ class Store(Sequence[Sample]):
             images=images,
             text=text,
             image_embed=image_embed,
+            transcriptions=transcriptions,
             max_tokens=max_tokens,
             seed=seed,
             rank=rank,

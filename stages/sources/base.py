@@ -4,7 +4,7 @@ import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.writing import Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Original:
     reason: str | None = None
     """Enumerated reason of a drop, such as `http_404`."""
     detail: str = ""
+    written: Written = field(default_factory=dict)
+    """The writing in the picture, as far as the source tells."""
 
 
 @dataclass(frozen=True, slots=True)

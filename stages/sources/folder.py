@@ -1,12 +1,12 @@
 """Local pictures with a caption each: `NAME.txt` beside `NAME.png`, or a captions table."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
@@ -14,13 +14,15 @@ from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplica
 from stages.sources.tables import columns, count_rows, estimate_rows, read_pieces
 from stages.sources.tree import Content, Tree
 from stages.sources.urls import captions_of
+from stages.writing import WRITING_COLUMNS, WritingConfig, Written
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
+_FolderRow = tuple[str, list[str], int, bool] | tuple[str, list[str], int, Written, bool]
 
 
-class FolderConfig(Config):
+class FolderConfig(WritingConfig):
     """A folder of pictures."""
 
     kind: Literal["folder"] = "folder"
@@ -37,7 +39,10 @@ class FolderConfig(Config):
 
 
 class FolderSource(Source):
-    """A row is [file, captions, bytes, is_duplicate]. A piece is the table, or without one a picture."""
+    """A row is [file, captions, bytes, writing if asked for, is_duplicate].
+
+    A piece is the table, or without one a picture.
+    """
 
     def __init__(self, config: FolderConfig):
         self.config = config
@@ -62,12 +67,17 @@ class FolderSource(Source):
         where = f"{self.tree.url}/{self.table}" if self.table else self.tree.url
         if self.table is not None:
             present = columns(where)
-            for name in ("file_column", "caption_column"):
+            for name in ("file_column", "caption_column", *WRITING_COLUMNS):
                 column = getattr(self.config, name)
-                if present and column not in present:
+                if present and column is not None and column not in present:
                     raise ConfigError(f"source.{name}: {where} has no column {column!r}; it has: {', '.join(present)}")
             pieces: Iterable[object] = read_pieces(self.tree.url, self.pieces(), [])
         else:
+            for field, column in self.config.writing_columns.items():
+                raise ConfigError(
+                    f"source.{field}_column: {column!r} is a column of a captions table, and {where} has none; "
+                    f"add one ({', '.join(_TABLES)})"
+                )
             pieces = self.pieces()
         if not any(True for _ in pieces):
             raise ConfigError(f"source.path: {where} holds no pictures; give a folder with at least one")
@@ -89,11 +99,12 @@ class FolderSource(Source):
     def _table_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
         with self.tree.sizes() as size_of:
-            for piece, record in read_pieces(self.tree.url, pieces, [config.file_column, config.caption_column]):
+            wanted = [config.file_column, config.caption_column, *config.writing_columns.values()]
+            for piece, record in read_pieces(self.tree.url, pieces, wanted):
                 name = str(record.get(config.file_column) or "")
                 sizes = (size_of(place) for place in _places(name))
                 size = next((size for size in sizes if size is not None), -1)
-                yield piece, [name, captions_of(record, config.caption_column), size]
+                yield piece, [name, captions_of(record, config.caption_column), size, *config.row_end(record)]
 
     def _loose_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         pieces = iter(pieces)
@@ -108,15 +119,13 @@ class FolderSource(Source):
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         rows = [
-            (row, name, captions, is_duplicate)
-            for row, (name, captions, _, is_duplicate) in enumerate(
-                cast(Sequence[tuple[str, list[str], int, bool]], shard.rows)
-            )
+            (row, name, captions, written[0] if written else {}, is_duplicate)
+            for row, (name, captions, _, *written, is_duplicate) in enumerate(cast(Sequence[_FolderRow], shard.rows))
             if wanted is None or name in wanted
         ]
-        contents = self.tree.read([] if is_duplicate else _places(name) for _, name, _, is_duplicate in rows)
-        for (row, name, captions, is_duplicate), content in zip(rows, contents, strict=True):
-            emit(self._original(row, name, captions, is_duplicate, content))
+        contents = self.tree.read([] if is_duplicate else _places(name) for _, name, *_, is_duplicate in rows)
+        for (row, name, captions, written, is_duplicate), content in zip(rows, contents, strict=True):
+            emit(replace(self._original(row, name, captions, is_duplicate, content), written=written))
 
     def _original(
         self, row: int, name: str, raw_captions: list[str], is_duplicate: bool, content: Content
@@ -137,7 +146,7 @@ class FolderSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each picture"
-        return {"captions": suffix}
+        return {"captions": suffix, **self.config.writing_columns}
 
 
 def _places(name: str) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
@@ -13,9 +12,10 @@ from stages.sources.download import load_downloader
 from stages.sources.download_config import DownloadConfig
 from stages.sources.parquet import image_bytes
 from stages.sources.urls import UrlRow, captions_of, fetch_rows
+from stages.writing import WRITING_COLUMNS, WritingConfig
 
 
-class HuggingfaceConfig(Config):
+class HuggingfaceConfig(WritingConfig):
     """A dataset of the Hugging Face hub, or one saved with `save_to_disk`."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -69,9 +69,10 @@ class HuggingfaceSource(Source):
 
     def check(self) -> None:
         dataset = self._load()
-        for name in ("url_column" if self.config.url_column else "image_column", "caption_column"):
+        picture = "url_column" if self.config.url_column else "image_column"
+        for name in (picture, "caption_column", *WRITING_COLUMNS):
             column = getattr(self.config, name)
-            if column not in dataset.column_names:
+            if column is not None and column not in dataset.column_names:
                 raise ConfigError(
                     f"source.{name}: {self.path} has no column {column!r}; it has: {', '.join(dataset.column_names)}"
                 )
@@ -129,7 +130,8 @@ class HuggingfaceSource(Source):
             data = Path(cell["path"]).read_bytes()
         if reason is None and data is None:
             reason = "no_image"
-        return Original(position, key, None, captions, None if reason else data, reason)
+        written = self.config.written(record)
+        return Original(position, key, None, captions, None if reason else data, reason, written=written)
 
     def fingerprint(self) -> dict[str, object]:
         return {
@@ -138,4 +140,5 @@ class HuggingfaceSource(Source):
             "image_column": self.config.image_column,
             "caption_column": self.config.caption_column,
             **({"url_column": self.config.url_column} if self.config.url_column else {}),
+            **self.config.writing_columns,
         }

@@ -9,7 +9,6 @@ import fsspec
 import xxhash
 from pydantic import Field
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
@@ -18,9 +17,10 @@ from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_
 from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
 from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records
 from stages.sources.urls import captions_of
+from stages.writing import WRITING_COLUMNS, WritingConfig
 
 
-class ParquetConfig(Config):
+class ParquetConfig(WritingConfig):
     """Parquet files with image bytes."""
 
     kind: Literal["parquet"] = "parquet"
@@ -63,7 +63,7 @@ class ParquetSource(Source):
     def check(self) -> None:
         files = self._files()
         present = columns(files[0])
-        for name in ("image_column", "caption_column", "url_column", "key_column"):
+        for name in ("image_column", "caption_column", "url_column", "key_column", *WRITING_COLUMNS):
             column = getattr(self.config, name)
             if column is not None and column not in present:
                 raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
@@ -127,6 +127,7 @@ class ParquetSource(Source):
 
         config = self.config
         names = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
+        names += config.writing_columns.values()
         wanted = [row for _, _, row in places]
         with fsspec.open(path, "rb") as file:
             table = pq.ParquetFile(cast(Any, file))
@@ -148,10 +149,16 @@ class ParquetSource(Source):
         data = image_bytes(record[config.image_column]) if config.image_column else None
         if reason is None and data is None and config.image_column:
             reason = "no_image"
-        return Original(position, key, url, captions, None if reason else data, reason)
+        written = config.written(record)
+        return Original(position, key, url, captions, None if reason else data, reason, written=written)
 
     def fingerprint(self) -> dict[str, object]:
-        return {"image_column": self.config.image_column, "caption_column": self.config.caption_column}
+        config = self.config
+        return {
+            "image_column": config.image_column,
+            "caption_column": config.caption_column,
+            **config.writing_columns,
+        }
 
     def describe_array(self, name: str) -> dict[str, object]:
         if name not in self.folders:

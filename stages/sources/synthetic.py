@@ -76,7 +76,7 @@ class SyntheticSource(Source):
             dead_indices=dead_indices(config.num_samples, config.dead_links),
             split=config.split,
         ) as server:
-            address = {url: server.url(int(key)) for key, url, _, _ in rows}
+            address = {url: server.url(int(key)) for key, url, *_ in rows}
             fetch_rows(rows, wanted, scratch, config.download, emit, address=address, own=server.endpoint)
 
     def fingerprint(self) -> dict[str, object]:

@@ -8,7 +8,6 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import Field
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
@@ -19,10 +18,11 @@ from stages.sources.files import base_folder, find_files, named_pieces, path_of
 from stages.sources.tar_arrays import ArrayConfig, read_member, row_of_key
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 from stages.sources.urls import captions_of
+from stages.writing import WritingConfig
 
 
-class WebdatasetConfig(Config):
-    """webdataset tars, as img2dataset and others write them."""
+class WebdatasetConfig(WritingConfig):
+    """webdataset tars, as img2dataset and others write them. Columns are keys of KEY.json."""
 
     kind: Literal["webdataset"] = "webdataset"
     path: str | None = None
@@ -126,10 +126,10 @@ class WebdatasetSource(Source):
         captions, reason = clean_captions(raw_captions, allow_empty=False)
         if reason is not None:
             return Original(row, key, url, captions, None, reason)
-        return Original(row, key, url, captions, content["image"])
+        return Original(row, key, url, captions, content["image"], written=self.config.written(metadata))
 
     def fingerprint(self) -> dict[str, object]:
-        return {"caption_column": self.config.caption_column}
+        return {"caption_column": self.config.caption_column, **self.config.writing_columns}
 
     def describe_array(self, name: str) -> dict[str, object]:
         array = self.config.arrays.get(name)

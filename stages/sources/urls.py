@@ -1,10 +1,10 @@
 """URL lists, downloaded with img2dataset."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
@@ -23,12 +23,14 @@ from stages.sources.tables import (
     table_format,
 )
 from stages.sources.visit import Endpoint
+from stages.writing import WRITING_COLUMNS, WritingConfig, Written
 
-UrlRow = tuple[str, str, list[str] | None, bool]
-"""key, url, captions (null where the list has none at all: then the caption is empty), is_duplicate."""
+UrlRow = tuple[str, str, list[str] | None, bool] | tuple[str, str, list[str] | None, Written, bool]
+"""key, url, captions (null where the list has none at all: then the caption is empty), the writing in the picture if
+it is asked for, is_duplicate."""
 
 
-class UrlsConfig(Config):
+class UrlsConfig(WritingConfig):
     """A list of picture URLs with captions."""
 
     kind: Literal["urls"] = "urls"
@@ -56,11 +58,8 @@ class UrlsSource(Source):
 
     def check(self) -> None:
         files = expand(self.path, "source.path", FORMATS)
-        for name, column in (
-            ("url_column", self.config.url_column),
-            ("caption_column", self.config.caption_column),
-            ("key_column", self.config.key_column),
-        ):
+        for name in ("url_column", "caption_column", "key_column", *WRITING_COLUMNS):
+            column = getattr(self.config, name)
             if column is None or table_format(files[0]) == "txt":
                 continue
             present = columns(files[0])
@@ -90,6 +89,7 @@ class UrlsSource(Source):
     def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
+        wanted += config.writing_columns.values()
         for number, (piece, record) in enumerate(read_pieces(base_folder(self.path), pieces, wanted)):
             key = record.get(config.key_column) if config.key_column else None
             uncaptioned = config.caption_column is None or table_format(piece.path) == "txt"
@@ -99,6 +99,7 @@ class UrlsSource(Source):
                     f"{number:09d}" if key is None else str(key),
                     str(record.get(config.url_column) or ""),
                     None if uncaptioned else captions_of(record, config.caption_column),
+                    *config.row_end(record),
                 ],
             )
 
@@ -116,7 +117,8 @@ class UrlsSource(Source):
         fetch_rows(rows, wanted, scratch, self.config.download, emit)
 
     def fingerprint(self) -> dict[str, object]:
-        return {"url_column": self.config.url_column, "caption_column": self.config.caption_column}
+        config = self.config
+        return {"url_column": config.url_column, "caption_column": config.caption_column, **config.writing_columns}
 
 
 def captions_of(record: Record, column: str | None) -> list[str]:
@@ -128,7 +130,7 @@ def captions_of(record: Record, column: str | None) -> list[str]:
 
 def row_captions(rows: Sequence[UrlRow]) -> list[tuple[str, ...]]:
     """The cleaned captions of each row; a URL list has them without a download."""
-    return [clean_captions(captions or (), allow_empty=captions is None)[0] for _, _, captions, _ in rows]
+    return [clean_captions(row[2] or (), allow_empty=row[2] is None)[0] for row in rows]
 
 
 def fetch_rows(
@@ -141,7 +143,7 @@ def fetch_rows(
     address: Mapping[str, str] | None = None,
     own: Endpoint | None = None,
 ) -> None:
-    """Downloads rows of (key, url, captions, is_duplicate); rows that will be dropped anyway are not fetched.
+    """Downloads rows; those that will be dropped anyway are not fetched.
 
     Args:
         address: where to fetch a URL from, if not from itself.
@@ -149,7 +151,7 @@ def fetch_rows(
     """
     urls: dict[int, str] = {}
     originals: dict[int, Original] = {}
-    for row, (key, url, raw_captions, is_duplicate) in enumerate(rows):
+    for row, (key, url, raw_captions, *written, is_duplicate) in enumerate(rows):
         if wanted is not None and key not in wanted:
             continue
         captions, reason = clean_captions(raw_captions or (), allow_empty=raw_captions is None)
@@ -158,12 +160,11 @@ def fetch_rows(
         if reason is not None:
             emit(Original(row, key, url, captions, None, reason))
             continue
-        originals[row] = Original(row, key, url, captions)
+        originals[row] = Original(row, key, url, captions, written=written[0] if written else {})
         urls[row] = address[url] if address is not None else url
 
     def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
-        original = originals[row]
-        emit(Original(row, original.key, original.url, original.captions, data, reason, detail))
+        emit(replace(originals[row], data=data, reason=reason, detail=detail))
 
     if urls:
         download(urls, scratch, config, result, own=own)

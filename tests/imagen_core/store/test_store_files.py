@@ -1,6 +1,7 @@
 """Files of one shard: what was written is what is read, in few and always the same bytes."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,18 @@ def check_restored(x: np.ndarray, restored: np.ndarray, dtype: st.StoreDtype) ->
 def test_samples_roundtrip(tmp_path: Path) -> None:
     st.write_samples(tmp_path / "s.parquet", ROWS)
     assert st.read_samples(tmp_path / "s.parquet") == ROWS
+
+
+def test_a_column_that_only_some_samples_have_roundtrips_and_is_left_out_where_none_has_it(tmp_path: Path) -> None:
+    written = [
+        replace(ROWS[0], transcription="two\nlines é"),
+        ROWS[1],
+        replace(ROWS[1], transcription="", input_row=2),
+    ]
+    st.write_samples(tmp_path / "s.parquet", written)
+    assert st.read_samples(tmp_path / "s.parquet") == written
+    st.write_samples(tmp_path / "t.parquet", ROWS)
+    assert b"transcription" not in (tmp_path / "t.parquet").read_bytes()
 
 
 def test_no_samples_roundtrip(tmp_path: Path) -> None:

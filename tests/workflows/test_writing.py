@@ -1,0 +1,129 @@
+"""The writing in a picture, as a source tells it, reaches the store and the batches of training."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imagen_core.store import Store, read_samples
+from pipeline.errors import ConfigError, StaleOutputError
+from tests.picture_server import body, serve
+from tests.pictures import BLUE, RED, plain_png
+from tests.workflows.commands import call
+from tests.workflows.conftest import precompute, store_bytes
+
+SIZE = ["images.sizes_px=[16]", "encoders=[]"]
+COLUMN = "source.transcription_column=written"
+ROWS = [
+    {"file": "a.png", "caption": "a sign", "written": "STOP\n  here é"},
+    {"file": "b.png", "caption": "a wall", "written": ""},
+    {"file": "c.png", "caption": "a door", "written": None},
+]
+PICTURES = {"a.png": plain_png(RED), "b.png": plain_png(BLUE), "c.png": plain_png((1, 2, 3))}
+EXPECTED = {"a sign": "STOP\n  here é", "a wall": "", "a door": None}
+
+
+def folder(root: Path, rows: list[dict] = ROWS) -> Path:
+    root.mkdir()
+    for name, data in PICTURES.items():
+        (root / name).write_bytes(data)
+    (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def transcriptions(run: Path) -> dict[str, str | None]:
+    return {sample.captions[0]: sample.transcription for sample in Store.open(run / "store")}
+
+
+def test_a_folders_table_tells_it(tmp_path: Path) -> None:
+    source = ["source.kind=folder", f"source.path={folder(tmp_path / 'data')}", COLUMN]
+    precompute(tmp_path / "run", *source, *SIZE)
+    assert transcriptions(tmp_path / "run") == EXPECTED
+    store = Store.open(tmp_path / "run" / "store")
+    (batch,) = store.loader(3, transcriptions=True, shuffle=False)
+    assert batch["transcriptions"] == ["STOP\n  here é", "", ""], "not known is none"
+    (batch,) = store.loader(3)
+    assert "transcriptions" not in batch
+    shown = call("inspect", str(tmp_path / "run"), "--key", "a.png").out
+    assert r"written    'STOP\n  here é'" in shown
+
+
+def test_a_url_list_tells_it(tmp_path: Path) -> None:
+    with serve({f"/{name}": body(data) for name, data in PICTURES.items()}) as server:
+        rows = [{"url": server.url(f"/{row['file']}"), **row} for row in ROWS]
+        (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = ["source.kind=urls", f"source.path={tmp_path / 'l.jsonl'}", COLUMN]
+        precompute(tmp_path / "run", *source, *SIZE, "source.download.allow_private_addresses=true")
+    assert transcriptions(tmp_path / "run") == EXPECTED
+
+
+def test_a_parquet_column_tells_it(tmp_path: Path) -> None:
+    rows = [{"image": PICTURES[row["file"]], **row} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    source = ["source.kind=parquet", f"source.path={tmp_path / 'p.parquet'}", *SIZE]
+    precompute(tmp_path / "run", *source, COLUMN)
+    assert transcriptions(tmp_path / "run") == EXPECTED
+    with pytest.raises(StaleOutputError, match="transcription: written -> "):
+        precompute(tmp_path / "run", *source)
+
+
+def test_a_tars_json_tells_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for row in ROWS:
+            stem = row["file"].removesuffix(".png")
+            for name, data in ((f"{stem}.json", json.dumps(row).encode()), (f"{stem}.png", PICTURES[row["file"]])):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    precompute(tmp_path / "run", "source.kind=webdataset", f"source.path={tmp_path / 't.tar'}", COLUMN, *SIZE)
+    assert transcriptions(tmp_path / "run") == EXPECTED
+
+
+def test_without_the_column_a_store_has_the_bytes_it_always_had(tmp_path: Path) -> None:
+    source = ["source.kind=folder", f"source.path={folder(tmp_path / 'data')}", *SIZE]
+    precompute(tmp_path / "run", *source)
+    assert transcriptions(tmp_path / "run") == dict.fromkeys(EXPECTED)
+    names = pq.read_schema(tmp_path / "run" / "store" / "samples" / "00000.parquet").names
+    assert names == ["key", "captions", "caption_ids", "url", "sha256", "width", "height", "input_row"]
+    before = store_bytes(tmp_path / "run")
+    with pytest.raises(StaleOutputError, match="other input rows"):
+        precompute(tmp_path / "run", *source, COLUMN)
+    assert store_bytes(tmp_path / "run") == before
+    precompute(tmp_path / "run", *source, COLUMN, restart=True)
+    assert transcriptions(tmp_path / "run") == EXPECTED
+
+
+def test_text_that_is_not_utf8_is_a_counted_drop(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", [])
+    (data / "captions.jsonl").unlink()
+    lines = [b"file\tcaption\twritten", b"a.png\ta sign\tcaf\xe9", b"b.png\ta wall\tfine"]
+    (data / "captions.tsv").write_bytes(b"\n".join(lines))
+    limit = "max_drop_fraction=0.9"
+    precompute(tmp_path / "run", "source.kind=folder", f"source.path={data}", COLUMN, *SIZE, limit)
+    assert transcriptions(tmp_path / "run") == {"a wall": "fine"}
+    drop = json.loads((tmp_path / "run" / "quarantine" / "samples" / "00000.jsonl").read_text())
+    assert (drop["key"], drop["reason"], drop["detail"]) == ("a.png", "invalid_transcription", "not UTF-8")
+
+
+def test_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data")
+    source = ["source.kind=folder", f"source.path={data}", *SIZE]
+    with pytest.raises(ConfigError, match=r"source.transcription_column: .* no column 'text'; it has: file, caption"):
+        precompute(tmp_path / "run", *source, "source.transcription_column=text")
+    (data / "captions.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"source.transcription_column: 'written' is a column of a captions table"):
+        precompute(tmp_path / "run", *source, COLUMN)
+
+
+def test_it_is_erased_with_its_sample(tmp_path: Path) -> None:
+    source = ["source.kind=folder", f"source.path={folder(tmp_path / 'data')}", COLUMN, "keep_originals=true"]
+    precompute(tmp_path / "run", *source, *SIZE)
+    assert call("remove", str(tmp_path / "run"), "--key", "a.png", "--compact").code == 0
+    erased, *kept = read_samples(next((tmp_path / "run" / "store" / "samples").iterdir()))
+    assert erased.transcription is None
+    assert [row.transcription for row in kept] == ["", None]
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"STOP" in path.read_bytes()]
