@@ -129,7 +129,11 @@ def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
             None if reason is None else str(reason),
             str(values["detail"]),
             *spans.get(row, (0, 0)),
-            written={name: value for name, value in values.items() if name not in _ALWAYS},
+            written={
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+                if name not in _ALWAYS
+            },
         )
 
 

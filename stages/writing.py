@@ -1,5 +1,6 @@
-"""What a source may tell of the writing in a picture: its text, as columns or keys named in the configuration."""
+"""What a source may tell of the writing in a picture: its text and its place, in columns that are configured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from stages.captions import is_valid_text
 Written = dict[str, Any]
 """Field of `SampleRow` -> value, for the columns that are configured; JSON-able."""
 
-WRITING_COLUMNS = ("transcription_column",)
+WRITING_COLUMNS = ("transcription_column", "safebox_column")
+_MAX_PX = 2**31 - 1
 
 
 class WritingConfig(Config):
@@ -17,6 +19,9 @@ class WritingConfig(Config):
 
     transcription_column: str | None = None
     """Column of the text written in the picture, as it is read there; empty where there is none. null: not known."""
+    safebox_column: str | None = None
+    """Column of the rectangle around it, which crops in training never cut: left, top, right, bottom in pixels of the
+    picture as it is shown (turned by its EXIF orientation), as a list or as text such as `10,20,110,60`."""
 
     @property
     def writing_columns(self) -> dict[str, str]:
@@ -36,12 +41,22 @@ class WritingConfig(Config):
 def check_written(written: Written) -> tuple[Written, str | None, str]:
     """What can be stored of `written`, and why not: a drop reason and its detail.
 
-    The text is kept as it is, lines and spaces too.
+    The text is kept as it is, lines and spaces too. A rectangle grows to whole pixels; empty text is none.
     """
     text = written.get("transcription")
     if text is not None and not is_valid_text(text):
         return {}, "invalid_transcription", "not UTF-8"
-    return {field: value for field, value in written.items() if value is not None}, None, ""
+    written = {field: value for field, value in written.items() if value is not None}
+    box = written.pop("safebox", "").strip().strip("[]()")
+    if box:
+        try:
+            left, top, right, bottom = map(float, box.split(","))
+            if not (-_MAX_PX <= left < right <= _MAX_PX and -_MAX_PX <= top < bottom <= _MAX_PX):
+                raise ValueError
+        except ValueError:
+            return {}, "invalid_safebox", f"{box[:80]!r} is not left,top,right,bottom in pixels"
+        written["safebox"] = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    return written, None, ""
 
 
 def _plain(value: Any) -> Any:

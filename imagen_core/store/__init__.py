@@ -2,7 +2,7 @@
 
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
-from imagen_core.store.crop import Crop
+from imagen_core.store.crop import Crop, Cut, Framing, Layout, PictureFacts, Whole
 from imagen_core.store.erase import ErasedShard
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files import StoreFolder
@@ -63,15 +63,19 @@ __all__ = [
     "Blocklist",
     "Codec",
     "Crop",
+    "Cut",
     "EmbeddingGroup",
     "ErasedShard",
     "FileEntry",
+    "Framing",
     "Group",
     "ImageEmbedGroup",
     "ImageWriter",
     "ImagesGroup",
+    "Layout",
     "Manifest",
     "ManifestError",
+    "PictureFacts",
     "Problem",
     "Removal",
     "RemovedRow",
@@ -89,6 +93,7 @@ __all__ = [
     "TextGroup",
     "TokenErrors",
     "VerifyReport",
+    "Whole",
     "add_removal",
     "cast_embedding",
     "check_codec",

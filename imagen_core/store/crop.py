@@ -1,12 +1,74 @@
 """A square cut out of each picture where it is read, so that the rest is never loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-Window = tuple[slice, slice]
-WHOLE: Window = (slice(None), slice(None))
+
+@dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """What a cut must know of a picture; the fields of `SampleRow`."""
+
+    width: int
+    height: int
+    transcription: str | None = None
+    safebox: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A square of a stored picture in its pixels, and whether it is shown mirrored."""
+
+    top: int
+    left: int
+    side: int
+    mirrored: bool = False
+
+    def show(self, pixels: np.ndarray, side_px: int) -> np.ndarray:
+        """uint8 (S, S, 3) -> (side_px, side_px, 3): resized (bicubic, antialiased) if the square has another side."""
+        square = pixels[self.top : self.top + self.side, self.left : self.left + self.side]
+        if self.side != side_px:
+            from PIL import Image
+
+            picture = Image.fromarray(np.ascontiguousarray(square))
+            square = np.asarray(picture.resize((side_px, side_px), Image.Resampling.BICUBIC))
+        return square[:, ::-1] if self.mirrored else square
+
+
+Layout = Mapping[int, tuple[int, int]]
+"""By the size that a batch was asked for: the stored size it is made from, and its side in the batch."""
+
+
+class Framing(Protocol):
+    """What of each picture a batch shows. Sample `position` of `epoch` has number
+    `epoch * samples of an epoch + position`, whatever the batch size, the rank and the world size."""
+
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        """Where pictures of these sizes come from; ValueError if they cannot."""
+        ...
+
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        """The random numbers of the samples with these numbers, (n, d) in [0, 1)."""
+        ...
+
+    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+        """The square of each size for a sample with these random numbers (d,)."""
+        ...
+
+
+class Whole:
+    """The picture as it is stored."""
+
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        return {size: (size, size) for size in sizes}
+
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        return np.empty((len(numbers), 0))
+
+    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+        return {size: Cut(0, 0, stored) for size, (stored, _) in layout.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +77,13 @@ class Crop:
 
     Attributes:
         side_px: its side in pixels of the largest size.
-        places: how far down and to the right it lies, (n, 2) in [0, 1), for samples by their numbers: sample
-            `position` of `epoch` has number `epoch * samples of an epoch + position`, whatever the world size.
+        places: how far down and to the right it lies, (n, 2) in [0, 1), for samples by their numbers.
     """
 
     side_px: int
-    places: Callable[[range], np.ndarray]
+    places: Callable[[Sequence[int]], np.ndarray]
 
-    def sides(self, sizes: Sequence[int]) -> dict[int, int]:
+    def layout(self, sizes: Sequence[int]) -> Layout:
         """Side of the square in each size.
 
         Raises:
@@ -35,15 +96,14 @@ class Crop:
             raise ValueError(
                 f"crop of {self.side_px} px must be a multiple of {largest}/{smallest} = {largest // smallest}"
             )
-        return {size: self.side_px * size // largest for size in sizes}
+        return {size: (size, self.side_px * size // largest) for size in sizes}
 
-    def windows(self, sizes: Sequence[int], numbers: range) -> dict[int, list[Window]]:
-        """Rows and columns of the square in each size, for each sample."""
-        sides, smallest = self.sides(sizes), min(sizes)
-        corners = (self.places(numbers) * (smallest - sides[smallest] + 1)).astype(np.int64).tolist()
-        return {size: [_window(corner, side, size // smallest) for corner in corners] for size, side in sides.items()}
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        return self.places(numbers)
 
-
-def _window(corner: list[int], side: int, ratio: int) -> Window:
-    top, left = (ratio * at for at in corner)
-    return slice(top, top + side), slice(left, left + side)
+    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+        smallest = min(layout)
+        top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in drawn[:2])
+        return {
+            size: Cut(top * (size // smallest), left * (size // smallest), side) for size, (_, side) in layout.items()
+        }

@@ -42,6 +42,7 @@ class SampleRow:
     the original image file; `width` and `height` are pixels of the original after EXIF orientation.
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
     `transcription` is the text written in the picture, "" where there is none; None: not known.
+    `safebox` is the rectangle around it that crops never cut: left, top, right, bottom in pixels of the original.
     """
 
     key: str
@@ -53,6 +54,7 @@ class SampleRow:
     height: int
     input_row: int
     transcription: str | None = None
+    safebox: tuple[int, int, int, int] | None = None
 
 
 def image_group(size_px: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from imagen_core.store.crop import WHOLE, Crop, Window
+from imagen_core.store.crop import Framing, Whole
 from imagen_core.store.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.ragged import Stored, restore
 from imagen_core.store.records import EmbeddingGroup
@@ -42,7 +42,7 @@ class Loader:
     Each batch is a dict:
         keys: list[str], B of them.
         images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were asked for. With a
-            crop, the side of each is that of the square.
+            crop, the side of each is that which the crop gives.
         text: (B, L, dim) in the store's dtype (float16 for int8), zero padded, L = the longest of this
             batch after the cut at max_tokens (which also cuts the end-of-sentence token of those cut);
             only if text was asked for.
@@ -68,7 +68,7 @@ class Loader:
         shuffle: bool,
         drop_last: bool,
         samples: range,
-        crop: Crop | None,
+        crop: Framing | None,
         shuffle_window_shards: int | None,
         pin_memory: bool,
     ) -> None:
@@ -90,10 +90,10 @@ class Loader:
             raise ValueError("pin_memory is for copies to a CUDA device, and there is none; leave it off")
         self._store = store
         self._window_shards, self._pin_memory = shuffle_window_shards or 0, pin_memory
-        self._sides = {store.image_group(size).size_px: size for size in images or ()}
-        self._crop = crop if self._sides else None
-        if self._crop is not None:
-            self._sides = self._crop.sides(list(self._sides))
+        self._framing = crop or Whole()
+        self._layout = self._framing.layout(images) if images else {}
+        for stored, _ in self._layout.values():
+            store.image_group(stored)
         self._text_group = None if text is None else store.text_group(text)
         self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
         self._with_transcriptions = transcriptions
@@ -196,10 +196,11 @@ class Loader:
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
         kept, indices, located = self._kept(epoch, positions)
         keys, transcriptions = [""] * len(kept), [""] * len(kept)
-        shapes = {size: (len(kept), side, side, 3) for size, side in self._sides.items()}
+        shapes = {size: (len(kept), side, side, 3) for size, (_, side) in self._layout.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
-        windows = {size: [chosen[k] for k in kept] for size, chosen in self._windows(epoch, positions).items()}
+        first = epoch * len(self._samples) + positions.start
+        drawn = self._framing.draw([first + k for k in kept]).tolist() if images else []
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
@@ -209,8 +210,10 @@ class Loader:
             keys[k] = files.samples.key(row)
             if self._with_transcriptions:
                 transcriptions[k] = files.samples.transcription(row) or ""
-            for size, rows in pixels.items():
-                rows[k] = files.images[size].pixels(row)[windows[size][k]]
+            cuts = self._framing.cut(self._layout, drawn[k], files.samples.picture(row)) if images else {}
+            for size, cut in cuts.items():
+                stored, side = self._layout[size]
+                pixels[size][k] = cut.show(files.images[stored].pixels(row), side)
             if self._text_group is not None:
                 ids = files.samples.caption_ids(row)
                 stored = files.text[self._text_group.encoder].stored(ids[hashes[k] % len(ids)])
@@ -234,12 +237,6 @@ class Loader:
         if self._shuffle:
             positions = permute(positions, len(self._samples), derive_key(self._seed, epoch, ORDER))
         return positions + self._samples.start
-
-    def _windows(self, epoch: int, positions: range) -> dict[int, list[Window]]:
-        if self._crop is None:
-            return {size: [WHOLE] * len(positions) for size in self._sides}
-        first = epoch * len(self._samples)
-        return self._crop.windows(list(self._sides), range(first + positions.start, first + positions.stop))
 
     def _cut(self, stored: Stored, group: EmbeddingGroup) -> np.ndarray:
         """The first max_tokens of an embedding, (n_tokens, dim), as what the batch has."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.codec import Codec
+from imagen_core.store.crop import PictureFacts
 from imagen_core.store.digest import DIGEST_DTYPE
 from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.layout import ROW_GROUP_BYTES, SampleRow, StoreDtype
@@ -42,7 +43,10 @@ _SAMPLES_SCHEMA = pa.schema(
         _required("input_row", pa.int32()),
     ]
 )
-_OPTIONAL_COLUMNS = (pa.field("transcription", pa.string()),)  # in a file in which a row has a value
+_OPTIONAL_COLUMNS = (  # in a file in which a row has a value
+    pa.field("transcription", pa.string()),
+    pa.field("safebox", pa.list_(_required("element", pa.int32()))),
+)
 _DIGEST = _required("digest", pa.uint64())
 
 
@@ -125,6 +129,8 @@ class SamplesFile:
             self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
             self._transcriptions = _Strings(columns["transcription"])
             self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
+            boxes = columns["safebox"].to_pylist()
+            self._safeboxes = [None if box is None else tuple(box) for box in boxes]
             numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row"))
             self._widths, self._heights, self._input_rows = numbers
 
@@ -145,7 +151,11 @@ class SamplesFile:
         """One field of `SampleRow`, of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
-    def fields(self, row: int) -> tuple[str, list[str], list[int], str | None, str, int, int, int, str | None]:
+    def picture(self, row: int) -> PictureFacts:
+        """What a crop must know of the original picture."""
+        return PictureFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
+
+    def fields(self, row: int) -> tuple[Any, ...]:
         """The fields of `SampleRow` in its order."""
         text, starts = self._captions, self._first_caption
         return (
@@ -158,13 +168,12 @@ class SamplesFile:
             self._heights[row],
             self._input_rows[row],
             self.transcription(row),
+            self._safeboxes[row],
         )
 
     def row(self, row: int) -> SampleRow:
-        key, captions, caption_ids, url, sha256, width, height, input_row, transcription = self.fields(row)
-        return SampleRow(
-            key, tuple(captions), tuple(caption_ids), url, sha256, width, height, input_row, transcription
-        )
+        key, captions, caption_ids, *others = self.fields(row)
+        return SampleRow(key, tuple(captions), tuple(caption_ids), *others)
 
 
 def _offsets(lists: pa.ListArray) -> list[int]:

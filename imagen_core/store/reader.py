@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import numpy as np
 
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES, FileCache
-from imagen_core.store.crop import Crop
+from imagen_core.store.crop import Framing
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
@@ -44,6 +44,7 @@ class Sample:
         width, height: pixels of the original picture after EXIF orientation.
         sha256: hex digest of the original image file.
         transcription: the text written in the picture, "" where there is none; None: not known.
+        safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: not known.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Sample:
     text: dict[str, list[np.ndarray]]
     image_embeds: dict[str, np.ndarray]
     transcription: str | None = None
+    safebox: tuple[int, int, int, int] | None = None
 
 
 class Store(Sequence[Sample]):
@@ -150,14 +152,14 @@ class Store(Sequence[Sample]):
 
     def _read(self, shard: int, row: int) -> Sample:
         files = self.shard(shard)
-        key, captions, caption_ids, url, sha256, width, height, _, transcription = files.samples.fields(row)
+        key, captions, caption_ids, url, sha256, width, height, _, *writing = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
         text = {
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
             for encoder, dtype in self._dtypes.items()
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, transcription)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *writing)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
@@ -188,7 +190,7 @@ class Store(Sequence[Sample]):
         shuffle: bool = True,
         drop_last: bool = False,
         samples: range | None = None,
-        crop: Crop | None = None,
+        crop: Framing | None = None,
         shuffle_window_shards: int | None = None,
         pin_memory: bool = False,
     ) -> "Loader":
@@ -205,7 +207,8 @@ class Store(Sequence[Sample]):
             shuffle: off, samples come in the store's order in every epoch.
             drop_last: leave out the last global batch if it is not full.
             samples: indices to load, a range of step 1; None loads the whole store.
-            crop: a square of each picture instead of all of it; only that is read where pictures are raw.
+            crop: a square of each picture instead of all of it, such as `Crop`; only that is read where pictures are
+                raw.
             shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards;
                 for stores that are far away or larger than memory. None shuffles all samples with each other.
             pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.

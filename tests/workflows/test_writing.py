@@ -13,7 +13,7 @@ from imagen_core.store import Store, read_samples
 from pipeline.errors import ConfigError, StaleOutputError
 from tests.picture_server import body, serve
 from tests.pictures import BLUE, RED, plain_png
-from tests.workflows.commands import call
+from tests.workflows.commands import call, drops
 from tests.workflows.conftest import precompute, store_bytes
 
 SIZE = ["images.sizes_px=[16]", "encoders=[]"]
@@ -49,7 +49,7 @@ def test_a_folders_table_tells_it(tmp_path: Path) -> None:
     (batch,) = store.loader(3)
     assert "transcriptions" not in batch
     shown = call("inspect", str(tmp_path / "run"), "--key", "a.png").out
-    assert r"written    'STOP\n  here é'" in shown
+    assert r"transcription 'STOP\n  here é'" in shown
 
 
 def test_a_url_list_tells_it(tmp_path: Path) -> None:
@@ -117,6 +117,27 @@ def test_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (data / "captions.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"source.transcription_column: 'written' is a column of a captions table"):
         precompute(tmp_path / "run", *source, COLUMN)
+
+
+def test_the_rectangle_around_it_comes_along_in_whole_pixels(tmp_path: Path) -> None:
+    boxes = ["1.5, 2, 10,20.1", "[3,4,5,6]", None]
+    rows = [{"image": PICTURES[row["file"]], "box": box, **row} for row, box in zip(ROWS, boxes, strict=True)]
+    rows.append({"image": PICTURES["a.png"], "caption": "bad", "box": "1,2,3"})
+    rows.append({"image": PICTURES["a.png"], "caption": "turned round", "box": "5,2,3,9"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    listed = [{**row, "box": [3.0, 4.5, 5, 6]} for row in rows[:1]]
+    pq.write_table(pa.Table.from_pylist(listed), tmp_path / "q.parquet")
+    for name, expected in (
+        ("p", [(1, 2, 10, 21), (3, 4, 5, 6), None]),
+        ("q", [(3, 4, 5, 6)]),
+    ):
+        run = tmp_path / f"run-{name}"
+        source = ["source.kind=parquet", f"source.path={tmp_path / name}.parquet", "source.safebox_column=box"]
+        precompute(run, *source, *SIZE, "max_drop_fraction=0.9")
+        assert [sample.safebox for sample in Store.open(run / "store")] == expected
+    assert [reason for _, reason in drops(tmp_path / "run-p")] == ["invalid_safebox", "invalid_safebox"]
+    shown = call("inspect", str(tmp_path / "run-q"), "--key", "q/0000000").out
+    assert "safebox    (3, 4, 5, 6)" in shown
 
 
 def test_it_is_erased_with_its_sample(tmp_path: Path) -> None:

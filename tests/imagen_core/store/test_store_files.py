@@ -57,14 +57,16 @@ def test_samples_roundtrip(tmp_path: Path) -> None:
 
 def test_a_column_that_only_some_samples_have_roundtrips_and_is_left_out_where_none_has_it(tmp_path: Path) -> None:
     written = [
-        replace(ROWS[0], transcription="two\nlines é"),
+        replace(ROWS[0], transcription="two\nlines é", safebox=(-1, 2, 3, 40000)),
         ROWS[1],
         replace(ROWS[1], transcription="", input_row=2),
     ]
     st.write_samples(tmp_path / "s.parquet", written)
     assert st.read_samples(tmp_path / "s.parquet") == written
     st.write_samples(tmp_path / "t.parquet", ROWS)
-    assert b"transcription" not in (tmp_path / "t.parquet").read_bytes()
+    data = (tmp_path / "t.parquet").read_bytes()
+    assert b"transcription" not in data
+    assert b"safebox" not in data
 
 
 def test_no_samples_roundtrip(tmp_path: Path) -> None:
