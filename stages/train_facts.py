@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from imagen_core.memory import estimate_memory
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data import open_store
+from imagen_core.train.data import open_store, stored_sizes
 from pipeline.storage import open_storage
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -25,7 +25,7 @@ def training_facts(config: TrainConfig) -> Mapping[str, object]:
         num_shards=1,
     )
     dim = denoiser.unet.text_dim
-    sizes = [size for size in (denoiser.size_px, denoiser.low_res_px) if size is not None]
+    sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes] + ([f"text-{config.text}"] if config.text else [])
     image_bytes = sum(3 * size * size for size in sizes)
     return {

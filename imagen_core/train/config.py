@@ -3,12 +3,13 @@
 import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from imagen_core.config import Config
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.store import DEFAULT_CACHE_BYTES
+from imagen_core.train.augment import AugmentConfig, BlurConfig
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -104,8 +105,13 @@ class TrainConfig(Config):
     """Part of the captions left out, so that guidance has an unconditional model."""
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on whole pictures."""
-    horizontal_flip: bool = False
-    """Mirror half of the pictures. Wrong where captions tell left from right, or pictures show writing."""
+    augment: AugmentConfig | None = None
+    """Train on random cuts of a larger stored size; null: on whole pictures, or on crops of crop_px."""
+    low_res_blur: BlurConfig | None = None
+    """Blur some of the low-resolution pictures, in training only; null: none."""
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)
+    """Part of the pictures to mirror; true is half. Pictures that are known to show writing are never mirrored.
+    Wrong where captions tell left from right."""
     num_steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(ge=1)
@@ -161,6 +167,11 @@ class TrainConfig(Config):
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where metrics go."""
 
+    @field_validator("horizontal_flip", mode="before")
+    @classmethod
+    def _half(cls, value: object) -> object:
+        return 0.5 if value is True else value
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         unet, denoiser = self.denoiser.unet, self.denoiser
@@ -180,6 +191,15 @@ class TrainConfig(Config):
                 )
             if self.crop_px > denoiser.size_px:
                 raise ValueError(f"crop_px {self.crop_px} is larger than size_px {denoiser.size_px}")
+            if self.augment is not None:
+                raise ValueError("crop_px and augment are two ways to cut a picture; null one of them")
+        if self.augment is not None and self.augment.from_px < denoiser.size_px:
+            raise ValueError(
+                f"augment.from_px {self.augment.from_px} is smaller than denoiser.size_px {denoiser.size_px}; name a "
+                "larger stored size"
+            )
+        if self.low_res_blur is not None and denoiser.low_res_px is None:
+            raise ValueError("low_res_blur is for super-resolution; a base model has no low-resolution picture")
         schedule = denoiser.diffusion.schedule
         if self.times == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"times=loss_second_moment needs a discrete schedule (got {schedule.kind})")

@@ -4,21 +4,23 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from imagen_core.diffusion import Denoiser
 from imagen_core.models import Conditioning
-from imagen_core.store import Crop, Store
+from imagen_core.store import Crop, Framing, Store, Whole
+from imagen_core.train.augment import Mirrored, RandomCut, blur
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
-from imagen_core.train.randomness import draw, draw_uniform, mix
+from imagen_core.train.randomness import BLUR, CUT, draw, draw_uniform, mix
 from imagen_core.train.times import TimeSampler
 
 _AHEAD = 3  # batches read while a step runs
@@ -78,11 +80,12 @@ def open_store(config: TrainConfig) -> Store:
         StoreError: there is no readable store.
     """
     store = Store.open(config.store, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
-    for size in needed_sizes(config):
+    for size in stored_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
                 f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
-                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px / low_res_px"
+                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
+                "augment.from_px"
             )
     if config.text is not None:
         if config.text not in store.encoders:
@@ -101,16 +104,42 @@ def open_store(config: TrainConfig) -> Store:
 
 
 def needed_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the pictures a run reads."""
+    """Sizes of the pictures of a batch."""
     sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
     return [size for size in sizes if size is not None]
 
 
-def random_crop(config: TrainConfig) -> Crop | None:
-    """The crop of training: a sample's place is a pair of its named random numbers."""
-    if config.crop_px is None:
-        return None
-    return Crop(config.crop_px, lambda counters: draw_uniform(config.seed, counters)[:, 2:4].numpy())
+def stored_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the pictures a run reads."""
+    return needed_sizes(config) if config.augment is None else [config.augment.from_px]
+
+
+def whole_pictures(config: TrainConfig) -> Framing:
+    """Pictures as they are, of the sizes of a batch."""
+    if config.augment is None:
+        return Whole()
+    settings = config.augment.model_copy(update={"probability": 0.0, "without_text": None})
+    return RandomCut(settings, lambda counters: np.zeros((len(counters), 4)))
+
+
+def random_views(config: TrainConfig) -> Framing:
+    """What training sees of a picture: a function of the sample's named random numbers."""
+
+    def uniform(counters: Sequence[int]) -> np.ndarray:
+        return draw_uniform(config.seed, counters).numpy()
+
+    def cut(counters: Sequence[int]) -> np.ndarray:
+        whether_and_area = draw_uniform(config.seed, counters, stream=CUT, count=2).numpy()
+        return np.concatenate([whether_and_area, uniform(counters)[:, 2:4]], axis=1)
+
+    views: Framing = Whole()
+    if config.augment is not None:
+        views = RandomCut(config.augment, cut)
+    elif config.crop_px is not None:
+        views = Crop(config.crop_px, lambda counters: uniform(counters)[:, 2:4])
+    if config.horizontal_flip:
+        views = Mirrored(views, config.horizontal_flip, lambda counters: uniform(counters)[:, 4:5])
+    return views
 
 
 class BatchStream:
@@ -129,7 +158,7 @@ class BatchStream:
             rank=world.rank,
             world_size=world.size,
             samples=range(len(store) - config.num_validation_samples),
-            crop=random_crop(config),
+            crop=random_views(config),
             shuffle_window_shards=config.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
         )
@@ -207,7 +236,7 @@ def make_example(
     step: int,
     times: TimeSampler | None = None,
 ) -> Example:
-    """Pixels and embeddings of a batch with its noise, noise levels, flips and dropped captions.
+    """Pixels and embeddings of a batch with its noise, noise levels, blur and dropped captions.
 
     Noise levels are uniform in the schedule's time without `times`.
 
@@ -225,10 +254,12 @@ def make_example(
     uniform = draws.uniform
     x0 = _pixels(batch.images[settings.size_px], device, dtype)
     low_res = None if settings.low_res_px is None else _pixels(batch.images[settings.low_res_px], device, dtype)
-    if config.horizontal_flip:
-        mirrored = (uniform[:, 4] < 0.5).to(device)[:, None, None, None]
-        x0 = torch.where(mirrored, x0.flip(-1), x0)
-        low_res = None if low_res is None else torch.where(mirrored, low_res.flip(-1), low_res)
+    if low_res is not None and config.low_res_blur is not None:
+        low_res = blur(
+            low_res,
+            config.low_res_blur,
+            draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2),
+        )
     conditioning = Conditioning()
     if batch.text is not None and batch.text_mask is not None:
         text, mask = _one_row(batch.text), _one_row(batch.text_mask)

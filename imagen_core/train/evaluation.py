@@ -13,7 +13,7 @@ from imagen_core.pictures import tile, to_pixels
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, make_example, needed_sizes, random_crop
+from imagen_core.train.data import Batch, make_example, needed_sizes, random_views, whole_pictures
 from imagen_core.train.distributed import World
 from imagen_core.train.randomness import mix
 
@@ -33,7 +33,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
         world_size=world.size,
         shuffle=False,
         samples=range(len(store) - count, len(store)),
-        crop=random_crop(fixed),
+        crop=random_views(fixed),
     )
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     done = 0
@@ -73,6 +73,7 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
         max_tokens=config.max_tokens,
         shuffle=False,
         samples=range(first, first + count),
+        crop=whole_pictures(config),
     )
     raw = next(iter(loader))
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)

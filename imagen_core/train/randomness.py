@@ -14,6 +14,8 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 _MASK = (1 << 64) - 1
 
+CUT, BLUR = 10, 11  # streams of numbers beside those of `Draws`
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
@@ -49,12 +51,13 @@ def draw(
     return Draws(time, draw_uniform(seed, counters), noise, low_res_noise)
 
 
-def draw_uniform(seed: int, counters: Sequence[int]) -> Tensor:
-    """`Draws.uniform` alone."""
+def draw_uniform(seed: int, counters: Sequence[int], *, stream: int = 0, count: int = 5) -> Tensor:
+    """`Draws.uniform` alone; or of another stream, float64 (b, count) in [0, 1)."""
     generator = torch.Generator()
-    uniform = torch.empty(len(counters), 5, dtype=torch.float64)
+    uniform = torch.empty(len(counters), count, dtype=torch.float64)
     for row, counter in enumerate(counters):
-        torch.rand(5, generator=generator.manual_seed(mix(seed, counter, 0)), dtype=torch.float64, out=uniform[row])
+        generator.manual_seed(mix(seed, counter, stream))
+        torch.rand(count, generator=generator, dtype=torch.float64, out=uniform[row])
     return uniform
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,26 @@ SUPER = {
 }
 
 
-def make_store(root: Path, *, rows: tuple[int, ...] = (24, 16), model: str = "tiny", dim: int = DIM) -> Path:
-    """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once."""
+def make_store(
+    root: Path,
+    *,
+    rows: tuple[int, ...] = (24, 16),
+    model: str = "tiny",
+    dim: int = DIM,
+    large_px: int = 32,
+    facts: Callable[[int], dict[str, Any]] = lambda row: {},
+) -> Path:
+    """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
+
+    Args:
+        large_px: another size instead of 32, and its half instead of 16.
+        facts: fields of the samples by row.
+    """
     if (root / "manifest.json").exists():
         return root
     rng = np.random.default_rng(0)
     groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
-    for size in (16, 32):
+    for size in (large_px // 2, large_px):
         images = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
         groups[st.image_group(size)] = images
     groups["text-t5"] = {
@@ -56,13 +71,17 @@ def make_store(root: Path, *, rows: tuple[int, ...] = (24, 16), model: str = "ti
     for shard, count in enumerate(rows):
         paths = {name: st.shard_path(name, shard, "parquet") for name in groups}
         samples = [
-            st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32, row)
+            replace(
+                st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32, row),
+                **facts(row),
+            )
             for row in range(count)
         ]
         st.write_samples(root / paths["samples"], samples)
-        large = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        small = large.reshape(count, 16, 2, 16, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
-        for size, pictures in ((32, large), (16, small)):
+        half = large_px // 2
+        large = rng.integers(0, 256, (count, large_px, large_px, 3), dtype=np.uint8)
+        small = large.reshape(count, half, 2, half, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+        for size, pictures in ((large_px, large), (half, small)):
             name = st.image_group(size)
             with st.open_image_writer(root / paths[name], size, "parquet") as writer:
                 for pixels, sample in zip(pictures, samples, strict=True):

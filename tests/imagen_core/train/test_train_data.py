@@ -147,13 +147,11 @@ def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
 
 
 def test_half_of_the_pictures_are_mirrored_with_their_low_resolution(store: Path) -> None:
-    plain = make_config(
-        store, denoiser=SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
-    )
-    flipped = plain.model_copy(update={"horizontal_flip": True})
+    denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
+    plain, flipped = (make_config(store, denoiser=denoiser, horizontal_flip=flip) for flip in (False, True))
     same = mirrored = 0
-    for batch in read(plain, 5):
-        a, b = example(plain, batch), example(flipped, batch)
+    for batch, turned in zip(read(plain, 5), read(flipped, 5), strict=True):
+        a, b = example(plain, batch), example(flipped, turned)
         assert a.conditioning.low_res is not None
         assert b.conditioning.low_res is not None
         for k in range(len(batch.keys)):

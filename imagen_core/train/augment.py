@@ -1,0 +1,195 @@
+"""Random views of the stored pictures, made where they are read: cuts that spare writing, mirroring, blur.
+
+After nostalgebraist/improved-diffusion (crop.py, image_datasets.py): a cut never divides the rectangle around the
+writing in a picture, never asks for more detail than the original has, and pictures without writing may have settings
+of their own. Nothing of it is in the store, which holds a size larger than the one trained on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.store import Cut, Framing, Layout, PictureFacts
+
+_ROUNDING = 1e-9
+
+Draw = Callable[[Sequence[int]], np.ndarray]
+"""Random numbers in [0, 1), one row a sample number."""
+
+
+class CutConfig(Config):
+    """Square cuts, of uniform area and place among those that are allowed."""
+
+    probability: float = Field(default=1.0, ge=0, le=1)
+    """Part of the pictures that are cut; the others are shown whole."""
+    min_scale: float = Field(default=0.75, gt=0, le=1)
+    """Least area of a cut, as a part of the picture's."""
+    max_scale: float = Field(default=1.0, gt=0, le=1)
+    """Largest area of a cut; larger only where the writing or `min_px` needs it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CutConfig":
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is larger than max_scale {self.max_scale}")
+        return self
+
+
+class AugmentConfig(CutConfig):
+    """Training on cuts of a larger stored size, resized (bicubic, antialiased) to what the model sees.
+
+    The low-resolution picture of a super-resolution stage is made of the same cut. A cut holds the safebox of its
+    picture; a picture whose writing has no known place is shown whole.
+    """
+
+    from_px: int = Field(ge=1)
+    """Stored size that is cut."""
+    min_px: float = Field(default=1.0, ge=0)
+    """Least side of a cut, as a multiple of the side trained on, in pixels of the stored picture and of the original
+    alike: at 1 nothing is enlarged (where that needs more than the whole picture, it is shown whole)."""
+    without_text: CutConfig | None = None
+    """Settings of pictures without writing (an empty or no transcription, and no safebox); null: the same."""
+
+
+class BlurConfig(Config):
+    """Gaussian blur of the low-resolution picture in training, before it is upsampled.
+
+    Ho et al. 2022 (arXiv 2106.15282); the defaults are those of DALLE2-pytorch.
+    """
+
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Part of the pictures that are blurred."""
+    sigma: float | tuple[float, float] = 0.6
+    """Standard deviation in pixels, or the lowest and the highest of a uniform range."""
+    kernel: int = Field(default=3, ge=1)
+    """Side of the kernel in pixels, odd."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BlurConfig":
+        low, high = self.range
+        if not 0 < low <= high:
+            raise ValueError(f"sigma: must be above 0 and not fall (got {self.sigma})")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel: must be odd (got {self.kernel})")
+        return self
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest sigma."""
+        return self.sigma if isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCut:
+    """A square of one stored size, resized to each size asked for.
+
+    Attributes:
+        numbers: (n, 4) random numbers: whether it is cut, its area, how far down and to the right it lies.
+    """
+
+    config: AugmentConfig
+    numbers: Draw
+
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        return {size: (self.config.from_px, size) for size in sizes}
+
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        return self.numbers(numbers)
+
+    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+        return dict.fromkeys(layout, self.square(max(layout), drawn, picture))
+
+    def square(self, size_px: int, drawn: Sequence[float], picture: PictureFacts) -> Cut:
+        """The cut for a model of `size_px`, in pixels of the stored picture."""
+        whole = Cut(0, 0, self.config.from_px)
+        settings: CutConfig = self.config
+        if self.config.without_text is not None and not picture.has_writing:
+            settings = self.config.without_text
+        cut, area, down, right = drawn
+        if cut >= settings.probability or (picture.has_writing and picture.safebox is None):
+            return whole
+        low, high = self.sides(settings, size_px, picture)
+        # Uniform in area: of the sides in [low, high], s has the probability of areas in [s^2, (s + 1)^2).
+        side = min(math.isqrt(int(low**2 + area * ((high + 1) ** 2 - low**2))), high)
+        left, top, end, bottom = stored_box(picture, whole.side)
+        return Cut(_place(whole.side, side, top, bottom, down), _place(whole.side, side, left, end, right), side)
+
+    def sides(self, settings: CutConfig, size_px: int, picture: PictureFacts) -> tuple[int, int]:
+        """The smallest and the largest side of a cut of this picture."""
+        stored = self.config.from_px
+        left, top, right, bottom = stored_box(picture, stored)
+        enlarged = max(1.0, stored / min(picture.width, picture.height))  # by precompute, where it was too small
+        detail = min(stored, math.ceil(self.config.min_px * size_px * enlarged - _ROUNDING))
+        wanted = math.ceil(stored * math.sqrt(settings.min_scale) - _ROUNDING)
+        low = max(1, wanted, detail, right - left, bottom - top)
+        return low, max(low, math.floor(stored * math.sqrt(settings.max_scale) + _ROUNDING))
+
+
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """Another framing, with a part of the pictures mirrored: never one that shows writing.
+
+    Attributes:
+        numbers: (n, 1) random numbers.
+    """
+
+    framing: Framing
+    probability: float
+    numbers: Draw
+
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        return self.framing.layout(sizes)
+
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        return np.concatenate([self.numbers(numbers), self.framing.draw(numbers)], axis=1)
+
+    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+        cuts = self.framing.cut(layout, drawn[1:], picture)
+        if drawn[0] >= self.probability or picture.has_writing:
+            return cuts
+        return {size: replace(cut, mirrored=True) for size, cut in cuts.items()}
+
+
+def stored_box(picture: PictureFacts, stored_px: int) -> tuple[int, int, int, int]:
+    """The safebox in pixels of the stored centre square, grown to whole ones; of no size where it has none of it."""
+    short = min(picture.width, picture.height)
+    if picture.safebox is None or not short:
+        return 0, 0, 0, 0
+    margins = 2 * ((picture.width - short) // 2, (picture.height - short) // 2)
+    places = [(at - margin) * stored_px / short for at, margin in zip(picture.safebox, margins, strict=True)]
+    whole = [*(math.floor(at + _ROUNDING) for at in places[:2]), *(math.ceil(at - _ROUNDING) for at in places[2:])]
+    left, top, right, bottom = (min(max(at, 0), stored_px) for at in whole)
+    return (left, top, right, bottom) if left < right and top < bottom else (0, 0, 0, 0)
+
+
+def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> int:
+    """Where a cut begins that holds [first, last), if that is not empty."""
+    low, high = (max(0, last - side), min(first, stored_px - side)) if last > first else (0, stored_px - side)
+    return low + int(uniform * (high - low + 1))
+
+
+def blur(pictures: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
+    """Blurs some of the pictures (b, c, h, w), whose edges go on outside; the others stay as they are.
+
+    Args:
+        uniform: (b, 2) in [0, 1): whether a picture is blurred, and its sigma in the range.
+    """
+    low, high = config.range
+    sigma = low + uniform[:, 1:] * (high - low)  # (b, 1)
+    reach = config.kernel // 2
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = torch.softmax(-(steps**2) / (2 * sigma**2), dim=1).to(pictures)  # (b, k)
+    result = pictures
+    for axis in (2, 3):
+        sides = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
+        padded, length = F.pad(result, sides, mode="replicate"), pictures.shape[axis]
+        parts = (w[:, None, None, None] * padded.narrow(axis, k, length) for k, w in enumerate(weights.unbind(1)))
+        result = sum(parts, start=torch.zeros_like(pictures))
+    chosen = (uniform[:, 0] < config.probability).to(pictures.device)
+    return torch.where(chosen[:, None, None, None], result, pictures)
