@@ -49,7 +49,7 @@ def main() -> None:
     denoiser = Denoiser(DenoiserConfig.model_validate({"unet": unet, "size_px": SIDE}))
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(denoiser, OptimizerConfig())
-    serve(denoiser.unet, loss_of(denoiser), optimizer)
+    serve(denoiser.net, loss_of(denoiser), optimizer)
 
 
 def loss_of(denoiser: Denoiser) -> Callable[[], Tensor]:

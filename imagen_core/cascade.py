@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.diffusion import Denoiser, Guidance, Threshold, guided
+from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
-from imagen_core.models import Conditioning
+from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
 
 OnStep = Callable[[int, int, int, Tensor], None]
@@ -58,12 +58,24 @@ class CascadeStage:
     """Longer captions are cut, as they were in training; None: never."""
 
     @property
+    def config(self) -> DenoiserConfig:
+        """The denoiser's configuration; ValueError if it is a prior's."""
+        if not isinstance(self.denoiser.config, DenoiserConfig):
+            raise ValueError("a stage of a cascade draws pictures; this checkpoint is a prior: give it as `prior`")
+        return self.denoiser.config
+
+    @property
     def size_px(self) -> int:
-        return self.denoiser.config.size_px
+        return self.config.size_px
 
     @property
     def is_super_resolution(self) -> bool:
-        return self.denoiser.config.low_res_px is not None
+        return self.config.low_res_px is not None
+
+    @property
+    def image_embed_dim(self) -> int | None:
+        """Width of the picture embeddings it reads; None if it reads none."""
+        return self.config.unet.image_embed_dim
 
 
 class Cascade:
@@ -96,6 +108,7 @@ class Cascade:
         text: Sequence[np.ndarray | Tensor] | None,
         seeds: Sequence[int],
         *,
+        image_embed: Tensor | None = None,
         low_res: Tensor | None = None,
         start_stage: int = 0,
         stop_stage: int | None = None,
@@ -112,6 +125,8 @@ class Cascade:
 
         Args:
             text: one (num_tokens, text_dim) array a picture; None draws without captions.
+            image_embed: (b, dim), embeddings of the pictures to draw, for stages that read them: drawn by a prior, or
+                of pictures one has. Only their direction counts.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the picture
                 of the stage before it: super-resolution of a picture you have.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
@@ -136,8 +151,10 @@ class Cascade:
                 f"stage {start_stage} ({stages[0].size_px} px) needs a low-resolution picture: give low_res, "
                 "or start at a base stage"
             )
+        _check_image_embed(stages, image_embed, len(seeds))
         embeddings, mask = pad_text(text, len(seeds), self.text_dim)
-        conditioning = Conditioning(text=embeddings, text_mask=mask).to(device, dtype)
+        directions = None if image_embed is None else unit_variance(image_embed)
+        conditioning = Conditioning(text=embeddings, text_mask=mask, image_embed=directions).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
         pictures: dict[int, Tensor] = {}
@@ -185,9 +202,11 @@ def _draw(
     """One stage: (b, 3, size, size) about in [-1, 1]."""
     denoiser, settings = stage.denoiser, stage.sampling
     weight = next(denoiser.parameters())
-    shape = (denoiser.config.unet.in_channels, stage.size_px, stage.size_px)
-    if denoiser.config.unet.text_dim is None:
+    shape = stage.config.shape
+    if stage.config.unet.text_dim is None:
         conditioning = replace(conditioning, text=None, text_mask=None)
+    if stage.image_embed_dim is None:
+        conditioning = replace(conditioning, image_embed=None)
     if conditioning.text is not None and conditioning.text_mask is not None:
         tokens = slice(stage.max_tokens)
         conditioning = replace(
@@ -211,6 +230,18 @@ def _draw(
         schedule=denoiser.config.diffusion.schedule,
         on_step=on_step,
     )
+
+
+def _check_image_embed(stages: Sequence[CascadeStage], image_embed: Tensor | None, count: int) -> None:
+    """Refuses missing embeddings, and those of another width or number."""
+    for stage in stages:
+        dim = stage.image_embed_dim
+        if dim is not None and (image_embed is None or tuple(image_embed.shape) != (count, dim)):
+            found = None if image_embed is None else tuple(image_embed.shape)
+            raise ValueError(
+                f"image_embed: the {stage.size_px} px stage reads picture embeddings ({count}, {dim}) (got {found}); "
+                "draw them with a prior"
+            )
 
 
 def _resized(inpaint: Inpaint, size_px: int) -> Inpaint:

@@ -1,6 +1,6 @@
 """What a training step needs in memory, worked out without allocating it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from imagen_core.diffusion import DenoiserConfig
+from imagen_core.diffusion import DenoiserConfig, PriorConfig
 from imagen_core.models import Conditioning
+from imagen_core.models.prior import PriorNetworkConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: DenoiserConfig,
+    config: DenoiserConfig | PriorConfig,
     *,
     micro_batch_size: int,
-    side_px: int,
+    side_px: int | None,
     num_tokens: int,
     bytes_per_activation: int,
     num_averages: int,
@@ -44,7 +45,7 @@ def estimate_memory(
     """Estimate the memory of a training step in float32 weights.
 
     Args:
-        side_px: side of the pictures or crops trained on.
+        side_px: side of the pictures or crops trained on; None for a prior.
         num_tokens: length of the captions in a batch.
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
@@ -60,7 +61,7 @@ def estimate_memory(
     )
 
 
-def _count(config: DenoiserConfig, side_px: int, num_tokens: int) -> tuple[int, int]:
+def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens: int) -> tuple[int, int]:
     """Parameters, and values kept for the backward pass of one picture: from a run on tensors without data."""
     kept: dict[int, int] = {}
 
@@ -69,23 +70,36 @@ def _count(config: DenoiserConfig, side_px: int, num_tokens: int) -> tuple[int, 
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
         return tensor
 
-    unet_config = config.unet
     with FakeTensorMode(), _FlashAttention():
-        unet: nn.Module = unet_config.build().train()
-        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        text = None if unet_config.text_dim is None else torch.randn(1, num_tokens, unet_config.text_dim)
-        conditioning = Conditioning(
-            text=text,
-            text_mask=None if text is None else torch.ones(1, num_tokens, dtype=torch.bool),
-            low_res=torch.randn(1, unet_config.in_channels, side_px, side_px) if unet_config.low_res else None,
-            low_res_noise=torch.zeros(1) if unet_config.low_res_noise else None,
-            labels=torch.zeros(1, dtype=torch.long) if getattr(unet_config, "num_classes", None) else None,
-        )
+        net: nn.Module = config.network.build().train()
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        shape = config.shape if side_px is None else (config.shape[0], side_px, side_px)
+        x, conditioning = torch.randn(1, *shape), _any_conditioning(config, shape, num_tokens)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            alive = unet(torch.randn(1, unet_config.in_channels, side_px, side_px), torch.zeros(1), conditioning)
+            alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)
         del alive
-        return sum(p.numel() for p in unet.parameters()), total
+        return sum(p.numel() for p in net.parameters()), total
+
+
+def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
+    """One row of everything the network reads."""
+    network, text, mask = config.network, None, None
+    if network.text_dim is not None:
+        text, mask = torch.randn(1, num_tokens, network.text_dim), torch.ones(1, num_tokens, dtype=torch.bool)
+    conditioning = Conditioning(text=text, text_mask=mask)
+    if network.self_conditioning:
+        conditioning = replace(conditioning, estimate=torch.randn(1, *shape))
+    if isinstance(network, PriorNetworkConfig):
+        return replace(conditioning, text_embed=torch.randn(1, network.dim))
+    return replace(
+        conditioning,
+        low_res=torch.randn(1, *shape) if network.low_res else None,
+        low_res_noise=torch.zeros(1) if network.low_res_noise else None,
+        labels=None if network.num_classes is None else torch.zeros(1, dtype=torch.long),
+        image_embed=None if network.image_embed_dim is None else torch.randn(1, network.image_embed_dim),
+        images=torch.randn(1, network.condition_channels, *shape[1:]) if network.condition_channels else None,
+    )
 
 
 class _FlashAttention(TorchFunctionMode):

@@ -147,7 +147,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, label: str = "") -> Mappin
         result = drawing.cascade.sample(
             drawing.embeddings.of(batch),
             [picture.seed for picture in batch],
-            low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].denoiser.config.low_res_px),
+            low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
             inpaint=inpaint,

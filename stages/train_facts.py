@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from imagen_core.diffusion import DenoiserConfig
 from imagen_core.memory import estimate_memory
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
@@ -18,15 +19,17 @@ def training_facts(config: TrainConfig) -> Mapping[str, object]:
     memory = estimate_memory(
         denoiser,
         micro_batch_size=micro_batch,
-        side_px=config.crop_px or denoiser.size_px,
+        side_px=config.side_px if isinstance(denoiser, DenoiserConfig) else None,
         num_tokens=config.max_tokens,
         bytes_per_activation=_ACTIVATION_BYTES[config.precision],
         num_averages=len(config.ema.rates),
         num_shards=1,
     )
-    dim = denoiser.unet.text_dim
+    dim = denoiser.network.text_dim
     sizes = stored_sizes(config)
-    needed = [f"images-{size}" for size in sizes] + ([f"text-{config.text}"] if config.text else [])
+    needed = [f"images-{size}" for size in sizes]
+    needed += [f"text-{encoder}" for encoder in (config.text, config.text_embed) if encoder]
+    needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
     image_bytes = sum(3 * size * size for size in sizes)
     return {
         "parameters": memory.weights // 4,

@@ -1,6 +1,6 @@
 """Diffusion: noise schedules, objectives, the denoiser, its loss, and guidance."""
 
-from imagen_core.diffusion.config import DenoiserConfig, DiffusionConfig
+from imagen_core.diffusion.config import AnyDenoiserConfig, DenoiserConfig, DiffusionConfig, PriorConfig
 from imagen_core.diffusion.denoiser import Denoiser
 from imagen_core.diffusion.guidance import Denoise, Guidance, Guided, Threshold, guided
 from imagen_core.diffusion.likelihood import Likelihood, bits_per_dimension
@@ -8,6 +8,7 @@ from imagen_core.diffusion.loss import diffusion_loss, loss_weight
 from imagen_core.diffusion.schedules import NoiseSchedule
 
 __all__ = [
+    "AnyDenoiserConfig",
     "Denoise",
     "Denoiser",
     "DenoiserConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "Guided",
     "Likelihood",
     "NoiseSchedule",
+    "PriorConfig",
     "Threshold",
     "bits_per_dimension",
     "diffusion_loss",

@@ -1,9 +1,10 @@
 """Configuration of the diffusion process and of a denoiser."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+import torch.nn.functional as F
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
@@ -11,7 +12,7 @@ from imagen_core.diffusion.low_res import LowResNoise
 from imagen_core.diffusion.precondition import Coefficients, Objective, coefficients
 from imagen_core.diffusion.schedules import Discrete, LogNormal, NoiseSchedule
 from imagen_core.diffusion.variance import Variance, is_learned
-from imagen_core.models import UNetConfig
+from imagen_core.models import AnyPriorNetworkConfig, UNetConfig
 
 LossKind = Literal["l1", "l2", "huber", "kl", "rescaled_kl"]
 WeightKind = Literal["none", "p2", "min_snr", "snr_plus_one", "edm"]
@@ -86,6 +87,7 @@ class DiffusionConfig(Config):
 class DenoiserConfig(Config):
     """One stage of a cascade: a UNet and the diffusion it is trained with."""
 
+    kind: Literal["pictures"] = "pictures"
     unet: UNetConfig
     """The network; `{preset: NAME}` takes a published one."""
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -119,3 +121,71 @@ class DenoiserConfig(Config):
         if self.size_px % self.unet.sides_divisor:
             raise ValueError(f"size_px must be a multiple of {self.unet.sides_divisor} (got {self.size_px})")
         return self
+
+    @property
+    def network(self) -> UNetConfig:
+        """What predicts."""
+        return self.unet
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one thing that is drawn: (c, h, w)."""
+        return self.unet.in_channels, self.size_px, self.size_px
+
+
+class PriorConfig(Config):
+    """A prior: it draws picture embeddings from captions (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
+
+    The embeddings are brought to one length, so that they lie on a sphere, as those of CLIP do when it compares them.
+    """
+
+    kind: Literal["prior"]
+    network: AnyPriorNetworkConfig
+    """The transformer; `{preset: NAME}` takes a published one."""
+    diffusion: DiffusionConfig = DiffusionConfig(schedule=Discrete(beta="cosine"), objective="x0")
+    """The diffusion process."""
+    embed_length: float | None = Field(default=None, gt=0)
+    """Length of the embeddings within the diffusion; null: the square root of their width, variance 1 a number
+    (DALLE2-pytorch: image_embed_scale)."""
+    clamp_prediction: bool = False
+    """Predictions of objective x0 are brought to this length, in training and in sampling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PriorConfig":
+        diffusion = self.diffusion
+        if is_learned(diffusion.variance) or diffusion.loss in ("kl", "rescaled_kl"):
+            raise ValueError("diffusion: learned variances and the variational bound are for pictures")
+        if self.clamp_prediction and diffusion.objective != "x0":
+            raise ValueError(f"clamp_prediction is for objective x0 (got {diffusion.objective})")
+        steps = self.network.num_timesteps
+        found = diffusion.schedule.num_steps if isinstance(diffusion.schedule, Discrete) else None
+        if steps is not None and found != steps:
+            raise ValueError(
+                f"network.num_timesteps is {steps}, but diffusion.schedule has {found or 'no discrete'} steps; give "
+                f"it kind: discrete and num_steps: {steps}, or null num_timesteps"
+            )
+        return self
+
+    @property
+    def length(self) -> float:
+        """Length of the embeddings within the diffusion."""
+        return self.embed_length or self.network.dim**0.5
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one thing that is drawn: (dim,)."""
+        return (self.network.dim,)
+
+    def to_length(self, embeds: Tensor) -> Tensor:
+        """(..., dim) -> the same directions at `length`."""
+        return F.normalize(embeds, dim=-1) * self.length
+
+
+def _kind(value: Any) -> str:
+    return value.get("kind", "pictures") if isinstance(value, dict) else getattr(value, "kind", "pictures")
+
+
+AnyDenoiserConfig = Annotated[
+    Annotated[DenoiserConfig, Tag("pictures")] | Annotated[PriorConfig, Tag("prior")], Discriminator(_kind)
+]
+"""What is trained: a stage of a cascade, or with `kind: prior` a prior."""

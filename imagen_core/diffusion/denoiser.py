@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from imagen_core.diffusion.config import DenoiserConfig
+from imagen_core.diffusion.config import DenoiserConfig, PriorConfig
 from imagen_core.diffusion.low_res import add_low_res_noise, upsample
 from imagen_core.diffusion.precondition import Coefficients
 from imagen_core.diffusion.schedules import sampling_range
@@ -14,12 +14,15 @@ from imagen_core.models import Conditioning
 
 
 class Denoiser(nn.Module):
-    """Estimates the clean picture from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)."""
+    """Estimates the clean picture from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
-    def __init__(self, config: DenoiserConfig):
+    With a `PriorConfig` what is noisy and clean is a picture's embedding: (b, dim) wherever (b, c, h, w) is said.
+    """
+
+    def __init__(self, config: DenoiserConfig | PriorConfig):
         super().__init__()
         self.config = config
-        self.unet: nn.Module = config.unet.build()
+        self.net: nn.Module = config.network.build()
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Estimate x0.
@@ -36,13 +39,15 @@ class Denoiser(nn.Module):
         """The estimate of x0, and the channels of `variance.log_variance` where the network learns them."""
         c = self.coefficients(sigma.to(x.dtype))
         predicted, channels = self.network(x, sigma, conditioning)
-        return column(c.skip) * x + column(c.out) * predicted, channels
+        return column(c.skip, x) * x + column(c.out, x) * predicted, channels
 
     def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """What the UNet says: F(c_in x, c_noise), and the learned variance; each (b, c, h, w) in the dtype of x."""
-        scaled = column(self.coefficients(sigma.to(x.dtype)).input) * x
+        """What the network says: F(c_in x, c_noise), and the learned variance; each (b, c, h, w) in the dtype of x."""
+        scaled = column(self.coefficients(sigma.to(x.dtype)).input, x) * x
         c_noise = self.config.diffusion.schedule.c_noise(sigma.double())
-        output = self.unet(scaled, c_noise.to(x.dtype), conditioning).to(x.dtype)
+        output = self.net(scaled, c_noise.to(x.dtype), conditioning).to(x.dtype)
+        if isinstance(self.config, PriorConfig) and self.config.clamp_prediction:
+            output = self.config.to_length(output)
         channels = output[:, x.shape[1] :] if is_learned(self.config.diffusion.variance) else None
         return output[:, : x.shape[1]], channels
 
@@ -58,6 +63,7 @@ class Denoiser(nn.Module):
             sigma: (b,), noise level to put on it; 0 for none.
             noise: (b, c, H, W), standard normal, of the size of x.
         """
+        assert isinstance(self.config, DenoiserConfig)
         upsampled = upsample(low_res, noise.shape[-1])
         if self.config.low_res_noise is None:
             return replace(conditioning, low_res=upsampled)
@@ -73,12 +79,13 @@ class Denoiser(nn.Module):
         self, conditioning: Conditioning, low_res: Tensor, noise: Tensor, sigma: float | None = None
     ) -> Conditioning:
         """`with_low_res` at the noise level of sampling, or at `sigma`."""
+        assert isinstance(self.config, DenoiserConfig)
         if sigma is None:
             sigma = 0.0 if self.config.low_res_noise is None else self.config.low_res_noise.sampling_sigma
         levels = torch.full((len(low_res),), sigma, dtype=torch.float64, device=low_res.device)
         return self.with_low_res(conditioning, low_res, levels, noise)
 
 
-def column(values: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, 1)."""
-    return values[:, None, None, None]
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b, 1, ...), with as many axes as `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

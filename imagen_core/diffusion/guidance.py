@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.diffusion.config import DiffusionConfig
-from imagen_core.diffusion.denoiser import Denoiser
+from imagen_core.diffusion.config import DiffusionConfig, PriorConfig
+from imagen_core.diffusion.denoiser import Denoiser, column
 from imagen_core.models.conditioning import Condition, Conditioning, cat
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -58,21 +59,31 @@ class Guidance(Config):
 class Threshold(Config):
     """Clipping of the estimated picture at each step (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
 
-    kind: Literal["none", "static", "dynamic"] = "dynamic"
-    """static clips to [-1, 1]; dynamic clips to a percentile of each picture and rescales."""
+    kind: Literal["none", "static", "dynamic", "length"] = "dynamic"
+    """static clips to [-1, 1]; dynamic clips to a percentile of each picture and rescales; length, for a prior, brings
+    each embedding to the length all have."""
     percentile: float = Field(default=0.995, gt=0, le=1)
     """Part of the absolute values that dynamic thresholding keeps."""
     cap: float | None = Field(default=None, ge=1)
     """Largest divisor of dynamic thresholding; null: none."""
 
-    def __call__(self, x0: Tensor) -> Tensor:
-        """(b, c, h, w) -> the same, clipped."""
+    def __call__(self, x0: Tensor, length: float | None = None) -> Tensor:
+        """(b, c, h, w) -> the same, clipped; (b, dim) for kind=length.
+
+        Raises:
+            ValueError: kind=length for pictures.
+        """
         if self.kind == "none":
             return x0
+        if self.kind == "length":
+            if length is None:
+                raise ValueError("threshold.kind=length is for a prior's embeddings; use dynamic or static")
+            return F.normalize(x0, dim=-1) * length
         if self.kind == "static":
             return x0.clamp(-1, 1)
         limit = torch.quantile(x0.abs().flatten(1).float(), self.percentile, dim=1).to(x0.dtype)
-        limit = limit.clamp(min=1, max=self.cap)[:, None, None, None]
+        limit = limit.clamp(min=1, max=self.cap)
+        limit = column(limit, x0)
         return x0.clamp(-limit, limit) / limit
 
 
@@ -93,18 +104,30 @@ class Guided:
         return self.with_variance(x, sigma)[0]
 
 
+@dataclass(slots=True)
+class _Last:
+    """The estimate before, for self-conditioning."""
+
+    estimate: Tensor | None = None
+
+
 def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Guided:
-    """A function of (x, sigma) alone: guidance first, then the threshold.
+    """A function of (x, sigma) alone, for one run of a sampler: guidance first, then the threshold.
 
     Conditions are taken away one by one, in the order text, labels, image_embed, low_res; each step's difference has
     the weight of what it took away, and the rest stays: D = D_none + sum of w_i (D_with_i - D_without_i). Equal
     weights make one difference of several steps. Only the terms with a weight are computed: with all weights 1 the
     network runs once.
     """
+    length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
     within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
+
+    shows_estimate, last = denoiser.config.network.self_conditioning, _Last()
 
     def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         terms = within if guidance.applies(sigma) else outside
+        if shows_estimate and last.estimate is not None:
+            terms = [(weight, replace(condition, estimate=last.estimate)) for weight, condition in terms]
         level = sigma.to(x).expand(len(x))
         if guidance.two_passes or len(terms) == 1:
             outputs = [denoiser.with_variance(x, level, condition) for _, condition in terms]
@@ -120,7 +143,8 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        return threshold(total), channels
+        last.estimate = threshold(total, length)
+        return last.estimate, channels
 
     return Guided(with_variance, denoiser.config.diffusion)
 

@@ -110,7 +110,7 @@ def bound_term(
     Args:
         sigma, sigma_next, sigma_above: float64 (b,) or (1,); see `log_variance`.
     """
-    levels = column(sigma), column(sigma_next), column(sigma_above)
+    levels = column(sigma, x0), column(sigma_next, x0), column(sigma_above, x0)
     log_mine = log_variance(variance, *levels, channels).to(x0.dtype)
     log_true = log_variance("fixed_small", *levels, None).to(x0.dtype)
     share = (1 - (levels[1] / levels[0]) ** 2).to(x0.dtype)  # of D in the mean; the rest of both means is x

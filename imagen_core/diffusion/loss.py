@@ -28,11 +28,11 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor,
     """
     level = sigma.to(x0.dtype)
     settings = denoiser.config.diffusion
-    x = x0 + column(level) * noise
+    x = x0 + column(level, x0) * noise
     c = denoiser.coefficients(level)
-    target = (x0 - column(c.skip) * x) / column(c.out)
+    target = (x0 - column(c.skip, x) * x) / column(c.out, x)
     predicted, channels = denoiser.network(x, sigma, conditioning)
-    estimate = column(c.skip) * x + column(c.out) * predicted
+    estimate = column(c.skip, x) * x + column(c.out, x) * predicted
     if settings.loss in ("kl", "rescaled_kl"):
         return _bound(settings, x0, sigma, estimate, channels, whole=settings.loss == "rescaled_kl")
     distance = _distance(predicted, target, settings.loss).flatten(1).mean(dim=1) * loss_weight(settings, level)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Condition = Literal["text", "labels", "image_embed", "low_res"]
@@ -87,6 +88,14 @@ class Conditioning:
         """bool (b,), all true."""
         some = next(t for _, t in self._items() if t is not None)
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
+
+
+def unit_variance(embeds: Tensor) -> Tensor:
+    """(..., d) -> the same directions with length sqrt(d), so that each number has variance 1.
+
+    What models read of embeddings that are compared by their angle, such as CLIP's.
+    """
+    return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
 
 
 def kept(keep: Tensor | None, like: Tensor) -> Tensor:

@@ -1,28 +1,39 @@
 """Any UNet's configuration, and the presets' short form."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from imagen_core.models.efficient import EfficientUNetConfig
 from imagen_core.models.hybrid_config import HybridUNetConfig
+from imagen_core.models.preset import Preset
 from imagen_core.models.presets import PRESETS
+from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.models.prior_presets import PRIOR_PRESETS, PriorPreset
 from imagen_core.models.regular import RegularUNetConfig
 
 
-def _expand_preset(value: Any) -> Any:
+def _expand(presets: Mapping[str, Preset | PriorPreset]) -> BeforeValidator:
     """`{preset: 500m_res_64, dropout: 0.1}` -> the whole configuration, with the changes."""
-    if not isinstance(value, dict) or "preset" not in value:
-        return value
-    changes = dict(value)
-    name = changes.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r}: there is none of this name; choose from {', '.join(PRESETS)}")
-    return PRESETS[name].config.model_dump() | changes
+
+    def expand(value: Any) -> Any:
+        if not isinstance(value, dict) or "preset" not in value:
+            return value
+        changes = dict(value)
+        name = changes.pop("preset")
+        if name not in presets:
+            raise ValueError(f"preset {name!r}: there is none of this name; choose from {', '.join(presets)}")
+        return presets[name].config.model_dump() | changes
+
+    return BeforeValidator(expand)
 
 
 UNetConfig = Annotated[
     Annotated[RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig, Field(discriminator="family")],
-    BeforeValidator(_expand_preset),
+    _expand(PRESETS),
 ]
 """A UNet of any family, or `{preset: NAME}` with changes."""
+
+AnyPriorNetworkConfig = Annotated[PriorNetworkConfig, _expand(PRIOR_PRESETS)]
+"""The transformer of a prior, or `{preset: NAME}` with changes."""

@@ -7,6 +7,7 @@ configuration builds, `source` says so.
 from imagen_core.models.efficient import EfficientUNetConfig
 from imagen_core.models.hybrid_presets import HYBRID_PRESETS
 from imagen_core.models.preset import Preset
+from imagen_core.models.prior_presets import PRIOR_PRESETS
 from imagen_core.models.regular import RegularUNetConfig
 
 
@@ -179,4 +180,7 @@ def list_presets() -> list[dict[str, object]]:
             "summary": preset.source,
         }
         for name, preset in PRESETS.items()
+    ] + [
+        {"kind": "prior", "name": name, "parameters": preset.parameters, "family": "prior", "summary": preset.source}
+        for name, preset in PRIOR_PRESETS.items()
     ]

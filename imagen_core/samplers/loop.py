@@ -9,7 +9,7 @@ from torch import Tensor
 from imagen_core.diffusion.guidance import Denoise
 from imagen_core.diffusion.schedules import NoiseSchedule
 from imagen_core.samplers.base import History, Sampler
-from imagen_core.samplers.noise import SeededNoise
+from imagen_core.samplers.noise import Noise
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called after each step as (steps done, number of steps, picture (b, c, h, w) at its noise level)."""
@@ -45,8 +45,8 @@ def sample(
     sampler: Sampler,
     denoise: Denoise,
     sigmas: Tensor,
-    noise: SeededNoise,
-    shape: tuple[int, int, int],
+    noise: Noise,
+    shape: tuple[int, ...],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -61,7 +61,7 @@ def sample(
 
     Args:
         sigmas: float64 (steps + 1,), falling, the last one 0.
-        shape: (c, h, w) of a picture.
+        shape: (c, h, w) of a picture, or (dim,) of an embedding.
         init_image: (b, c, h, w) in [-1, 1] to start from (SDEdit, Meng et al. 2022, arXiv 2108.01073).
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
         latent: (b, c, h, w), standard normal, what to begin with instead of a draw: of `encode`.

@@ -2,9 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Noise(Protocol):
+    """Where samplers take their standard normal numbers from."""
+
+    def __len__(self) -> int: ...
+    def draw(
+        self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor: ...
 
 
 class SeededNoise:

@@ -47,6 +47,7 @@ class Loader:
             batch after the cut at max_tokens (which also cuts the end-of-sentence token of those cut);
             only if text was asked for.
         text_mask: bool (B, L), true on real tokens; comes with text.
+        text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if they were asked for.
         image_embed: (B, dim), embeddings of the pictures in the store's dtype; only if they were asked for.
         transcriptions: list[str], the text written in each picture, "" where there is none or it is not known;
             only if they were asked for.
@@ -59,6 +60,7 @@ class Loader:
         batch_size: int,
         images: Sequence[int] | None,
         text: str | None,
+        text_embed: str | None,
         image_embed: str | None,
         transcriptions: bool,
         max_tokens: int | None,
@@ -95,6 +97,7 @@ class Loader:
         for stored, _ in self._layout.values():
             store.image_group(stored)
         self._text_group = None if text is None else store.text_group(text)
+        self._text_embed_group = None if text_embed is None else store.text_group(text_embed)
         self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
         self._with_transcriptions = transcriptions
         self._max_tokens = max_tokens
@@ -202,6 +205,7 @@ class Loader:
         first = epoch * len(self._samples) + positions.start
         drawn = self._framing.draw([first + k for k in kept]).tolist() if images else []
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
+        text_embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
         # Shard by shard, so that a file is opened once a batch.
@@ -218,6 +222,11 @@ class Loader:
                 ids = files.samples.caption_ids(row)
                 stored = files.text[self._text_group.encoder].stored(ids[hashes[k] % len(ids)])
                 embeddings[k] = self._cut(stored, self._text_group)
+            if self._text_embed_group is not None:
+                ids = files.samples.caption_ids(row)
+                group = self._text_embed_group
+                stored = files.text[group.encoder].stored(ids[hashes[k] % len(ids)])
+                text_embeds[k] = self._cut(_one_vector(stored, group.name), group)
             if self._embed_group is not None:
                 embeds[k] = self._cut(files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group)
         batch: dict[str, Any] = {"keys": keys}
@@ -225,6 +234,9 @@ class Loader:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
         if self._text_group is not None:
             batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
+        if self._text_embed_group is not None:
+            vectors, _ = self._pad(text_embeds, self._text_embed_group)
+            batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
         if self._embed_group is not None:
             batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
         if self._with_transcriptions:
@@ -262,3 +274,13 @@ class Loader:
         array = np.empty(0 if self._pin_memory else shape, dtype)
         tensor = torch.from_numpy(array)
         return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._pin_memory else tensor
+
+
+def _one_vector(stored: Stored, group: str) -> Stored:
+    """Refuses token embeddings where one vector a caption is read."""
+    if len(stored.values) != 1:
+        raise ValueError(
+            f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector a "
+            "caption, such as kind: clip with output: projected"
+        )
+    return stored

@@ -181,6 +181,7 @@ class Store(Sequence[Sample]):
         batch_size: int,
         images: Sequence[int] | None = None,
         text: str | None = None,
+        text_embed: str | None = None,
         image_embed: str | None = None,
         transcriptions: bool = False,
         max_tokens: int | None = None,
@@ -200,6 +201,7 @@ class Store(Sequence[Sample]):
             batch_size: samples a batch on this rank.
             images: sizes to load, in pixels; None loads no pictures.
             text: encoder to load; None loads no embeddings of captions.
+            text_embed: text encoder of one vector a caption to load, of the caption `text` is of; None loads none.
             image_embed: picture encoder to load; None loads no embeddings of pictures.
             transcriptions: load the text written in the pictures.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
@@ -222,6 +224,7 @@ class Store(Sequence[Sample]):
             batch_size=batch_size,
             images=images,
             text=text,
+            text_embed=text_embed,
             image_embed=image_embed,
             transcriptions=transcriptions,
             max_tokens=max_tokens,

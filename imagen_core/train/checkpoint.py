@@ -18,16 +18,17 @@ from typing import Any
 
 import safetensors
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imagen_core.diffusion import Denoiser, DenoiserConfig
+from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
+_DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
 _FIELDS = ("step", "samples", "ema_updates", "files", "loader", "denoiser", "encoder", "config")
 
@@ -38,6 +39,7 @@ class LoadedDenoiser:
 
     Attributes:
         encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
+        embed_encoders: the same of `text_embed` and `image_embed`, of those it reads.
         weights: which weights these are: model, or ema-RATE.
         sha256: of their file.
         max_tokens: captions were cut to it in training.
@@ -45,6 +47,7 @@ class LoadedDenoiser:
 
     denoiser: Denoiser
     encoder: dict[str, Any] | None
+    embed_encoders: dict[str, dict[str, Any]]
     step: int
     weights: str
     sha256: str
@@ -164,7 +167,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     if chosen not in names:
         raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
     try:
-        config = DenoiserConfig.model_validate(state["denoiser"])
+        config = _DENOISER.validate_python(state["denoiser"])
     except ValidationError as error:
         raise CheckpointError(f"{path / _STATE}: the model's configuration is not valid: {error}") from error
     with torch.device("meta"):
@@ -176,6 +179,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     return LoadedDenoiser(
         denoiser.eval().requires_grad_(False),
         state["encoder"],
+        state.get("embed_encoders", {}),
         state["step"],
         chosen,
         entry["sha256"],
@@ -184,7 +188,12 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
 
 
 def refuse_other(
-    state: Mapping[str, Any], path: Path, *, denoiser: dict[str, Any], encoder: dict[str, Any] | None
+    state: Mapping[str, Any],
+    path: Path,
+    *,
+    denoiser: dict[str, Any],
+    encoder: dict[str, Any] | None,
+    embed_encoders: dict[str, dict[str, Any]],
 ) -> None:
     """Refuses to go on from a checkpoint of another model or other embeddings.
 
@@ -194,12 +203,14 @@ def refuse_other(
         CheckpointMismatchError: names each field with both values.
     """
     try:
-        saved = DenoiserConfig.model_validate(state["denoiser"]).model_dump(mode="json")
+        saved = _DENOISER.validate_python(state["denoiser"]).model_dump(mode="json")
     except ValidationError:
         saved = state["denoiser"]  # of another version: the fields that differ are named
+    same_store = "train on the store it began with, or start anew in another --out"
     for what, theirs, mine, remedy in (
         ("denoiser", saved, denoiser, "train it in another --out, or go back to the model's settings"),
-        ("encoder", state["encoder"], encoder, "train on the store it began with, or start anew in another --out"),
+        ("encoder", state["encoder"], encoder, same_store),
+        ("encoder", state.get("embed_encoders", {}), embed_encoders, same_store),
     ):
         changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:

@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from imagen_core.config import Config
-from imagen_core.diffusion import DenoiserConfig
+from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
+from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import AugmentConfig, BlurConfig
 
@@ -95,14 +96,22 @@ class TrainConfig(Config):
     """Most bytes of cache_dir; the least recently used files are removed."""
     shuffle_window_shards: int | None = Field(default=None, ge=1)
     """Shards in random order, samples shuffled within this many of them; null: all samples with each other."""
-    denoiser: DenoiserConfig
+    denoiser: AnyDenoiserConfig
     """The model and its diffusion."""
     text: str | None = None
     """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
+    text_embed: str | None = None
+    """Text encoder in the store with one vector a caption, in a space shared with pictures; a prior reads it."""
+    image_embed: str | None = None
+    """Picture encoder in the store: a prior learns to draw its embeddings, a decoder reads them."""
     max_tokens: int = Field(default=128, ge=1)
     """Longer captions are cut."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Part of the captions left out, so that guidance has an unconditional model."""
+    image_embed_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the picture embeddings left out, independently of captions; for a prior, of the noisy ones it sees."""
+    self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Part of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on whole pictures."""
     augment: AugmentConfig | None = None
@@ -174,11 +183,48 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        unet, denoiser = self.denoiser.unet, self.denoiser
-        if (self.text is None) != (unet.text_dim is None):
+        self._check_encoders()
+        schedule = self.denoiser.diffusion.schedule
+        if self.times == "loss_second_moment" and not isinstance(schedule, Discrete):
+            raise ValueError(f"times=loss_second_moment needs a discrete schedule (got {schedule.kind})")
+        if self.shard_group_size is not None and self.parallel != "fsdp2":
+            raise ValueError("shard_group_size is for parallel=fsdp2")
+        if isinstance(self.denoiser, PriorConfig):
+            self._check_prior()
+        else:
+            self._check_pictures(self.denoiser)
+        return self
+
+    def _check_encoders(self) -> None:
+        """Refuses encoders that the model does not read, and the lack of those it does."""
+        network, prior = self.denoiser.network, isinstance(self.denoiser, PriorConfig)
+        name = "network" if prior else "unet"
+        if (self.text is None) != (network.text_dim is None):
             raise ValueError(
-                f"text is {self.text!r}, but denoiser.unet.text_dim is {unet.text_dim}; set both, or null both"
+                f"text is {self.text!r}, but denoiser.{name}.text_dim is {network.text_dim}; set both, or null both"
             )
+        if (self.text_embed is not None) != prior:
+            raise ValueError(
+                f"text_embed is {self.text_embed!r}: a prior reads it (denoiser.kind: prior), and nothing else does"
+            )
+        reads_image_embed = isinstance(network, PriorNetworkConfig) or network.image_embed_dim is not None
+        if (self.image_embed is not None) != reads_image_embed:
+            raise ValueError(
+                f"image_embed is {self.image_embed!r}: a prior and a decoder with denoiser.unet.image_embed_dim read "
+                "it, and nothing else does"
+            )
+
+    def _check_prior(self) -> None:
+        """Refuses what is for pictures."""
+        for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")
+        if self.horizontal_flip:
+            raise ValueError("horizontal_flip is for pictures; a prior draws embeddings: leave it off")
+
+    def _check_pictures(self, denoiser: DenoiserConfig) -> None:
+        """Refuses sizes and cuts that do not fit."""
+        unet = denoiser.unet
         if self.crop_px is not None:
             low = denoiser.low_res_px
             if low is None:
@@ -200,14 +246,9 @@ class TrainConfig(Config):
             )
         if self.low_res_blur is not None and denoiser.low_res_px is None:
             raise ValueError("low_res_blur is for super-resolution; a base model has no low-resolution picture")
-        schedule = denoiser.diffusion.schedule
-        if self.times == "loss_second_moment" and not isinstance(schedule, Discrete):
-            raise ValueError(f"times=loss_second_moment needs a discrete schedule (got {schedule.kind})")
-        if self.shard_group_size is not None and self.parallel != "fsdp2":
-            raise ValueError("shard_group_size is for parallel=fsdp2")
-        return self
 
     @property
     def side_px(self) -> int:
-        """Side of what the network sees in training."""
+        """Side of the pictures the network sees in training."""
+        assert isinstance(self.denoiser, DenoiserConfig)
         return self.crop_px or self.denoiser.size_px

@@ -1,27 +1,25 @@
-"""Batches of the store for this process, read ahead by a thread, and what a step makes of them."""
+"""Batches of the store for this process, read ahead by a thread."""
 
 import copy
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from imagen_core.diffusion import Denoiser
-from imagen_core.models import Conditioning
+from imagen_core.diffusion import PriorConfig
+from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import Crop, Framing, Store, Whole
-from imagen_core.train.augment import Mirrored, RandomCut, blur
+from imagen_core.store.records import EmbeddingGroup
+from imagen_core.train.augment import Mirrored, RandomCut
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
-from imagen_core.train.randomness import BLUR, CUT, draw, draw_uniform, mix
-from imagen_core.train.times import TimeSampler
+from imagen_core.train.randomness import CUT, draw_uniform
 
 _AHEAD = 3  # batches read while a step runs
 
@@ -31,45 +29,36 @@ class Batch:
     """This process's part of a global batch.
 
     Attributes:
+        raw: what the store's loader gives.
         counters: how many samples were consumed before each of these; names their random numbers.
         global_size: samples of the batch over all processes.
         largest_part: no process has more samples of it.
         loader_state: where the loader is once this batch is consumed.
     """
 
-    keys: list[str]
-    images: dict[int, Tensor]
-    text: Tensor | None
-    text_mask: Tensor | None
+    raw: Mapping[str, Any]
     counters: range
     global_size: int
     largest_part: int
     loader_state: dict[str, Any]
 
+    @property
+    def keys(self) -> list[str]:
+        return self.raw["keys"]
+
+    @property
+    def images(self) -> dict[int, Tensor]:
+        """uint8 (b, 3, s, s) by size; none where no pictures are read."""
+        return self.raw.get("images", {})
+
     def part(self, start: int, stop: int) -> "Batch":
         """Some rows of it."""
         rows = slice(start, stop)
-        return Batch(
-            self.keys[rows],
-            {size: pixels[rows] for size, pixels in self.images.items()},
-            None if self.text is None else self.text[rows],
-            None if self.text_mask is None else self.text_mask[rows],
-            self.counters[rows],
-            self.global_size,
-            self.largest_part,
-            self.loader_state,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """What the loss needs, on the device: x0 and noise (b, c, h, w), sigma (b,), and what each loss counts (b,)."""
-
-    x0: Tensor
-    sigma: Tensor
-    weight: Tensor
-    noise: Tensor
-    conditioning: Conditioning
+        raw = {
+            name: {key: t[rows] for key, t in value.items()} if isinstance(value, dict) else value[rows]
+            for name, value in self.raw.items()
+        }
+        return replace(self, raw=raw, counters=self.counters[rows])
 
 
 def open_store(config: TrainConfig) -> Store:
@@ -87,15 +76,15 @@ def open_store(config: TrainConfig) -> Store:
                 "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
                 "augment.from_px"
             )
-    if config.text is not None:
-        if config.text not in store.encoders:
-            raise TrainError(f"text: the store has no encoder {config.text!r} (encoders: {store.encoders})")
-        dim = store.manifest.texts[config.text].dim
-        if dim != config.denoiser.unet.text_dim:
-            raise TrainError(
-                f"denoiser.unet.text_dim is {config.denoiser.unet.text_dim}, but the embeddings of {config.text!r} in "
-                f"the store are {dim} wide; set text_dim={dim}"
-            )
+    network = config.denoiser.network
+    if isinstance(network, PriorNetworkConfig):
+        image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
+    else:
+        image_dim, where = network.image_embed_dim, "denoiser.unet"
+        embed_option = f"{where}.image_embed_dim"
+    _check_encoder("text", config.text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
+    _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
     if len(store) <= config.num_validation_samples:
         raise TrainError(
             f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
@@ -103,8 +92,26 @@ def open_store(config: TrainConfig) -> Store:
     return store
 
 
+def _check_encoder(
+    field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
+) -> None:
+    """Refuses an encoder that the store lacks, or whose embeddings have another width than `option`."""
+    if encoder is None:
+        return
+    if encoder not in groups:
+        kind = "picture encoder" if field == "image_embed" else "encoder"
+        raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
+    if groups[encoder].dim != dim:
+        raise TrainError(
+            f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
+            f"{option.rpartition('.')[2]}={groups[encoder].dim}"
+        )
+
+
 def needed_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the pictures of a batch."""
+    """Sizes of the pictures of a batch; none for a prior."""
+    if isinstance(config.denoiser, PriorConfig):
+        return []
     sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
     return [size for size in sizes if size is not None]
 
@@ -142,6 +149,17 @@ def random_views(config: TrainConfig) -> Framing:
     return views
 
 
+def loader_arguments(config: TrainConfig) -> dict[str, Any]:
+    """What a run reads of each sample, as arguments of `Store.loader`."""
+    return {
+        "images": needed_sizes(config) or None,
+        "text": config.text,
+        "text_embed": config.text_embed,
+        "image_embed": config.image_embed,
+        "max_tokens": config.max_tokens,
+    }
+
+
 class BatchStream:
     """An endless stream of training batches; a thread reads the next ones while a step runs."""
 
@@ -151,9 +169,7 @@ class BatchStream:
             raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
         self._loader = copy.copy(store).loader(  # open files of its own, for a thread of its own
             batch_size=config.batch_size // world.size,
-            images=needed_sizes(config),
-            text=config.text,
-            max_tokens=config.max_tokens,
+            **loader_arguments(config),
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
@@ -217,87 +233,9 @@ class BatchStream:
             if not self._loader.global_size:  # all of it was removed from the store
                 continue
             yield Batch(
-                raw["keys"],
-                raw["images"],
-                raw.get("text"),
-                raw.get("text_mask"),
+                raw,
                 range(begin + first, begin + first + len(raw["keys"])),
                 self._loader.global_size,
                 -(-size // self._world.size),
                 after,
             )
-
-
-def make_example(
-    batch: Batch,
-    config: TrainConfig,
-    denoiser: Denoiser,
-    device: torch.device,
-    step: int,
-    times: TimeSampler | None = None,
-) -> Example:
-    """Pixels and embeddings of a batch with its noise, noise levels, blur and dropped captions.
-
-    Noise levels are uniform in the schedule's time without `times`.
-
-    An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
-    """
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    settings = config.denoiser
-    draws = draw(
-        config.seed,
-        batch.counters or range(1),
-        (settings.unet.in_channels, config.side_px, config.side_px),
-        low_res=settings.low_res_px is not None,
-        device=device,
-    )
-    uniform = draws.uniform
-    x0 = _pixels(batch.images[settings.size_px], device, dtype)
-    low_res = None if settings.low_res_px is None else _pixels(batch.images[settings.low_res_px], device, dtype)
-    if low_res is not None and config.low_res_blur is not None:
-        low_res = blur(
-            low_res,
-            config.low_res_blur,
-            draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2),
-        )
-    conditioning = Conditioning()
-    if batch.text is not None and batch.text_mask is not None:
-        text, mask = _one_row(batch.text), _one_row(batch.text_mask)
-        if config.compile:
-            text, mask = _few_lengths(text, mask, config.max_tokens)
-        conditioning = Conditioning(
-            text=text.to(device, non_blocking=True).to(dtype),
-            text_mask=mask.to(device, non_blocking=True),
-            text_keep=(uniform[:, 0] >= config.caption_dropout).to(device),
-        )
-    if low_res is not None:
-        assert draws.low_res_noise is not None
-        sigma = torch.zeros(len(x0), dtype=torch.float64)
-        if settings.low_res_noise is not None:
-            level = uniform[:, 1]
-            if settings.low_res_noise.per == "batch":
-                level = torch.full_like(level, mix(config.seed, step, 3) / 2**63)
-            sigma = settings.low_res_noise.sigma(level)
-        conditioning = denoiser.with_low_res(conditioning, low_res, sigma.to(device), draws.low_res_noise.to(dtype))
-    time, weight = (draws.time, torch.ones_like(draws.time)) if times is None else times.choose(draws.time)
-    sigma = settings.diffusion.schedule.sigma(time).to(device)
-    memory = torch.channels_last if config.channels_last else torch.contiguous_format
-    x0 = x0.contiguous(memory_format=memory)
-    return Example(x0, sigma, weight.to(device, dtype), draws.noise.to(dtype), conditioning)
-
-
-def _few_lengths(text: Tensor, mask: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Padded to a multiple of a quarter of `max_tokens`: a network is compiled for four lengths only."""
-    quarter = -(-max_tokens // 4)
-    more = min(-(-text.shape[1] // quarter) * quarter, max_tokens) - text.shape[1]
-    return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
-
-
-def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """uint8 (b, c, h, w) -> [-1, 1]."""
-    return _one_row(pixels).to(device, non_blocking=True).to(dtype).div(127.5).sub(1)
-
-
-def _one_row(tensor: Tensor) -> Tensor:
-    """One row of zeros instead of none."""
-    return tensor if len(tensor) else tensor.new_zeros(1, *(max(1, side) for side in tensor.shape[1:]))

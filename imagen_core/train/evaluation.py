@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from imagen_core.diffusion import Denoiser, Guidance, Threshold, guided
+from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
-from imagen_core.models import Conditioning
 from imagen_core.pictures import tile, to_pixels
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, make_example, needed_sizes, random_views, whole_pictures
+from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
 from imagen_core.train.distributed import World
+from imagen_core.train.example import make_example, whole_conditions
 from imagen_core.train.randomness import mix
 
 
@@ -22,12 +22,10 @@ from imagen_core.train.randomness import mix
 def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
     count = config.num_validation_samples
-    fixed = config.model_copy(update={"caption_dropout": 0.0, "seed": mix(config.seed, 4)})
+    fixed = config.model_copy(update={"caption_dropout": 0.0, "image_embed_dropout": 0.0, "seed": mix(config.seed, 4)})
     loader = store.loader(
         batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
-        images=needed_sizes(config),
-        text=config.text,
-        max_tokens=config.max_tokens,
+        **loader_arguments(config),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
@@ -42,10 +40,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
         size = (state["position"] or count) - done
         first = done + world.rank * size // world.size
         batch = Batch(
-            raw["keys"],
-            raw["images"],
-            raw.get("text"),
-            raw.get("text_mask"),
+            raw,
             range(first, first + len(raw["keys"])),
             size,
             -(-size // world.size),
@@ -65,12 +60,11 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
     A super-resolution model enlarges the store's own low-resolution pictures.
     """
     settings, count = config.denoiser, min(config.num_grid_images, len(store))
+    assert isinstance(settings, DenoiserConfig)
     first = len(store) - config.num_validation_samples if config.num_validation_samples >= count else 0
     loader = store.loader(
         batch_size=count,
-        images=needed_sizes(config),
-        text=config.text,
-        max_tokens=config.max_tokens,
+        **loader_arguments(config),
         shuffle=False,
         samples=range(first, first + count),
         crop=whole_pictures(config),
@@ -78,11 +72,7 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
     raw = next(iter(loader))
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    conditioning = Conditioning()
-    if config.text is not None:
-        conditioning = Conditioning(
-            text=raw["text"].to(world.device, dtype), text_mask=raw["text_mask"].to(world.device)
-        )
+    conditioning = whole_conditions(raw, world.device, dtype)
     if settings.low_res_px is not None:
         low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)

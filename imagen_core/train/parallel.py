@@ -13,7 +13,7 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
 
-_UNET = "denoiser.unet"  # in the loss; all parameters are below it
+_NET = "denoiser.net"  # in the loss; all parameters are below it
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
@@ -43,7 +43,7 @@ def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
     if config.precision == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    unet = loss.get_submodule(_UNET)
+    unet = loss.get_submodule(_NET)
     for module in unet.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -57,7 +57,7 @@ def syncing(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged in the backward pass of the last micro-batch only."""
     if isinstance(loss, DistributedDataParallel):
         return nullcontext() if last else loss.no_sync()
-    unet = loss.get_submodule(_UNET)
+    unet = loss.get_submodule(_NET)
     if isinstance(unet, FSDPModule):
         unet.set_requires_gradient_sync(last)
     return nullcontext()

@@ -14,7 +14,7 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 _MASK = (1 << 64) - 1
 
-CUT, BLUR = 10, 11  # streams of numbers beside those of `Draws`
+CUT, BLUR, IMAGE_EMBED, SELF_CONDITIONING = 10, 11, 12, 13  # streams of numbers beside those of `Draws`
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,8 @@ class Draws:
     low_res_noise: Tensor | None
 
 
-def draw(
-    seed: int, counters: Sequence[int], shape: tuple[int, int, int], *, low_res: bool, device: torch.device
-) -> Draws:
-    """Numbers for the samples with these counters, for pictures of `shape` (c, h, w)."""
+def draw(seed: int, counters: Sequence[int], shape: tuple[int, ...], *, low_res: bool, device: torch.device) -> Draws:
+    """Numbers for the samples with these counters, for pictures of `shape` (c, h, w), or embeddings of (dim,)."""
     generator = torch.Generator(device)
     noise = torch.empty(len(counters), *shape, device=device)
     low_res_noise = torch.empty_like(noise) if low_res else None

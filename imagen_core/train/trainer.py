@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser, diffusion_loss
+from imagen_core.diffusion.self_conditioning import with_own_estimate
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
+from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old, remove_unfinished
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
+from imagen_core.train.data import Batch, BatchStream, open_store
 from imagen_core.train.distributed import World, joined_world, whole
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
@@ -57,7 +60,12 @@ class TrainingLoss(nn.Module):
     def forward(self, example: Example) -> Tensor:
         """(b,)."""
         with torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext():
-            return diffusion_loss(self.denoiser, example.x0, example.sigma, example.noise, example.conditioning)
+            conditioning = example.conditioning
+            if example.shown_estimate is not None:
+                conditioning = with_own_estimate(
+                    self.denoiser, example.x0, example.sigma, example.noise, conditioning, example.shown_estimate
+                )
+            return diffusion_loss(self.denoiser, example.x0, example.sigma, example.noise, conditioning)
 
 
 def train(
@@ -95,7 +103,7 @@ def train(
         if config.compile:
             # Lengths and batch sizes are few (`make_example`); each gets a network of its own, as does evaluation.
             torch._dynamo.config.recompile_limit = 32
-            denoiser.unet.compile(dynamic=False)
+            denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
 
         # What training changes, and where it was.
@@ -112,7 +120,7 @@ def train(
         )
         saved = None if found is None else read_state(found)
         if found is not None and saved is not None:
-            refuse_other(saved, found, denoiser=_json(config.denoiser), encoder=_encoder(store, config))
+            refuse_other(saved, found, denoiser=_json(config.denoiser), **_encoders(store, config))
             state.load(found, saved)
 
         run = _Run(
@@ -276,7 +284,7 @@ class _Run:
             {
                 "loader": loader_state,
                 "denoiser": _json(self.config.denoiser),
-                "encoder": _encoder(self.store, self.config),
+                **_encoders(self.store, self.config),
                 "config": _json(self.config),
                 "torch": torch.__version__,
             },
@@ -358,12 +366,20 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
     return newest
 
 
-def _encoder(store: Store, config: TrainConfig) -> dict[str, Any] | None:
-    """What made the embeddings the model is trained on."""
-    if config.text is None:
-        return None
-    group = store.manifest.texts[config.text]
-    return {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": dict(group.fingerprint)}
+def _encoders(store: Store, config: TrainConfig) -> dict[str, Any]:
+    """What made the embeddings the model is trained on: `encoder` of captions' tokens, `embed_encoders` of vectors."""
+
+    def facts(group: EmbeddingGroup) -> dict[str, Any]:
+        fingerprint = dict(group.fingerprint)
+        return {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": fingerprint}
+
+    embeds = {}
+    if config.text_embed is not None:
+        embeds["text_embed"] = facts(store.manifest.texts[config.text_embed])
+    if config.image_embed is not None:
+        embeds["image_embed"] = facts(store.manifest.image_embeds[config.image_embed])
+    tokens = None if config.text is None else facts(store.manifest.texts[config.text])
+    return {"encoder": tokens, "embed_encoders": embeds}
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -58,5 +58,5 @@ class FunctionUNet(nn.Module):
 
 def stub(denoiser: Denoiser, function: Callable[..., Tensor]) -> FunctionUNet:
     """Replaces the denoiser's UNet by function(x, c_noise, conditioning)."""
-    denoiser.unet = FunctionUNet(function)
-    return denoiser.unet
+    denoiser.net = FunctionUNet(function)
+    return denoiser.net

@@ -77,7 +77,7 @@ def test_the_bound_of_the_exact_model_is_the_entropy_of_the_pictures():
 def test_a_wrong_model_costs_more_bits():
     x0, grid = pictures(4), Uniform().sigmas(Discrete(), 200)
     right, wrong = exact_model(), exact_model()
-    estimate = wrong.unet.function
+    estimate = wrong.net.function
     stub(wrong, lambda *inputs: estimate(*inputs) + 0.05)
     totals = [bits_per_dimension(m, x0, Conditioning(), grid, noise_of(4)).total.mean() for m in (right, wrong)]
     assert float(totals[1] - totals[0]) > 0.5

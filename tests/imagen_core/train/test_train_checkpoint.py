@@ -58,7 +58,7 @@ def test_nothing_is_pickled(trained: Path) -> None:
 def test_names_are_the_models_own(trained: Path) -> None:
     names = {name for name in tensors(newest(trained)) if name.startswith("model/")}
     denoiser = make_config(trained).denoiser.unet.build()
-    assert names == {f"model/unet.{name}" for name in denoiser.state_dict()}
+    assert names == {f"model/net.{name}" for name in denoiser.state_dict()}
 
 
 @pytest.mark.parametrize(("weights", "chosen"), [(None, "ema-0.9"), ("ema-0.5", "ema-0.5"), ("model", "model")])

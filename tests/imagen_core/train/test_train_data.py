@@ -10,8 +10,9 @@ import torch
 from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.store import Store, StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data import Batch, BatchStream, Example, make_example, open_store
+from imagen_core.train.data import Batch, BatchStream, open_store
 from imagen_core.train.distributed import World
+from imagen_core.train.example import Example, make_example
 from imagen_core.train.randomness import draw
 from tests.imagen_core.store.handmade_store import remove
 from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store

@@ -14,8 +14,9 @@ from PIL import Image
 
 from imagen_core.diffusion import diffusion_loss
 from imagen_core.train import NonFiniteLossError, Progress, TrainError, load_checkpoint, train, trainer
-from imagen_core.train.data import BatchStream, Example, make_example, open_store
+from imagen_core.train.data import BatchStream, open_store
 from imagen_core.train.distributed import World
+from imagen_core.train.example import Example, make_example
 from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, make_config, metrics, tensors
 
 EFFICIENT = SUPER | {

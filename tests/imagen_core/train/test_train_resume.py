@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
             "optimizer": {
                 "lr": 1e-3,
                 "warmup_steps": 3,
-                "groups": [{"match": "unet.inputs", "lr": 1e-4, "weight_decay": 0.1}, {"match": ".*norm", "lr": 5e-3}],
+                "groups": [{"match": "net.inputs", "lr": 1e-4, "weight_decay": 0.1}, {"match": ".*norm", "lr": 5e-3}],
             },
         },
         pytest.param(
@@ -92,7 +92,7 @@ def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     summary = train(changed, tmp_path)
     assert (summary["steps"], summary["samples"]) == (5, 3 * 8 + 2 * 4)
     kept = tensors(summary["checkpoint"])
-    assert kept["model/unet.conv_in.weight"].dtype == torch.float32
+    assert kept["model/net.conv_in.weight"].dtype == torch.float32
     assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
 
 
@@ -100,7 +100,7 @@ def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_
     """Its moments belong to the parameters: with equal settings the groups change nothing."""
     straight = train(make_config(store, num_steps=6), tmp_path / "a")
     train(make_config(store, num_steps=3), tmp_path / "b")
-    same = {"lr": 1e-3, "warmup_steps": 3, "groups": [{"match": "unet.inputs"}, {"match": ".*conv"}]}
+    same = {"lr": 1e-3, "warmup_steps": 3, "groups": [{"match": "net.inputs"}, {"match": ".*conv"}]}
     resumed = train(make_config(store, num_steps=6, optimizer=same), tmp_path / "b")
     assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
 

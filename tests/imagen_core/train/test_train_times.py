@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from imagen_core.diffusion import Denoiser
 from imagen_core.train import load_checkpoint, train
-from imagen_core.train.data import BatchStream, make_example, open_store
+from imagen_core.train.data import BatchStream, open_store
 from imagen_core.train.distributed import World
+from imagen_core.train.example import make_example
 from imagen_core.train.times import TimeSampler
 from tests.imagen_core.train.small import BASE, files, make_config, tensors
 
@@ -108,7 +109,7 @@ def test_losses_are_part_of_a_checkpoint_and_resume_is_exact(store: Path, tmp_pa
     assert load_checkpoint(tmp_path / "a").weights == "ema-0.9"
     uniform = train(make_config(store, num_steps=5, **changes | {"times": "uniform"}), tmp_path / "c")
     assert "times.safetensors" not in files(uniform["checkpoint"])
-    weight = "model/unet.conv_in.weight"
+    weight = "model/net.conv_in.weight"
     assert not torch.equal(tensors(uniform["checkpoint"])[weight], kept[weight])
 
 

@@ -1,0 +1,23 @@
+"""Self-conditioning: a network is shown an earlier estimate of the clean picture (Chen et al. 2022, arXiv 2208.04202).
+
+In training that is its own first estimate for some rows and zero for the others (section 3.2); in sampling the one of
+the step before.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from imagen_core.diffusion.denoiser import Denoiser, column
+from imagen_core.models import Conditioning
+
+
+@torch.no_grad()
+def with_own_estimate(
+    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning, rows: Tensor
+) -> Conditioning:
+    """Adds the estimate that the denoiser makes without one, in the rows where bool (b,) `rows` is true."""
+    x = x0 + column(sigma.to(x0.dtype), x0) * noise
+    estimate = denoiser(x, sigma, conditioning)
+    return replace(conditioning, estimate=torch.where(column(rows, x0), estimate, 0))

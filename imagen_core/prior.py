@@ -1,0 +1,145 @@
+"""Drawing picture embeddings with a prior, and judging them.
+
+Ramesh et al. 2022 (arXiv 2204.06125), section 2.2: several embeddings are drawn for a caption, and the one that is
+most like the caption's own embedding is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.config import Config
+from imagen_core.diffusion import Denoiser, Guidance, PriorConfig, Threshold, guided
+from imagen_core.diffusion.steps import AnyGrid, Uniform
+from imagen_core.models import Conditioning
+from imagen_core.samplers import AnySampler, Ddim, SeededNoise, sample
+
+_STREAM = 1000  # of the noise; the stages of a cascade have streams from 0 on
+
+
+class PriorSamplingConfig(Config):
+    """How a prior draws."""
+
+    sampler: AnySampler = Ddim()
+    """The solver."""
+    grid: AnyGrid = Uniform()
+    """Where the noise levels lie."""
+    num_steps: int = Field(default=64, ge=1)
+    """Noise levels to visit."""
+    guidance: float = 1.0
+    """Weight of the caption; 1 is no guidance."""
+    threshold: Threshold = Threshold(kind="none")
+    """length brings each estimate to the embeddings' length; the kinds for pictures are none of a prior's."""
+    num_candidates: int = Field(default=2, ge=1)
+    """Embeddings drawn for a caption, of which the one most like the caption's is kept."""
+    start_at_length: bool = False
+    """The first noise is brought to the length it has in the mean."""
+
+
+@torch.no_grad()
+def draw_embeddings(
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    config: PriorSamplingConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draws one picture embedding a caption; row i depends on its caption and seeds[i] alone.
+
+    Args:
+        conditioning: text_embed (b, dim) and, if the prior reads it, text with its mask; on the denoiser's device.
+    Returns:
+        (b, dim), unit vectors.
+    Raises:
+        ValueError: the denoiser is no prior, or the conditioning has no text_embed.
+    """
+    settings = denoiser.config
+    if not isinstance(settings, PriorConfig):
+        raise ValueError("draw_embeddings: the denoiser draws pictures; give one whose configuration has kind: prior")
+    if conditioning.text_embed is None:
+        raise ValueError("conditioning.text_embed: a prior reads the captions' embeddings; give text_embed")
+    device = conditioning.text_embed.device
+    denoise_with = Guidance(text=config.guidance)
+    candidates = []
+    for number in range(config.num_candidates):
+        noise = SeededNoise(seeds, stream=_STREAM + number)
+        drawn = sample(
+            config.sampler,
+            guided(denoiser, conditioning, denoise_with, config.threshold),
+            config.grid.sigmas(settings.diffusion.schedule, config.num_steps),
+            _AtLength(noise, settings) if config.start_at_length else noise,
+            settings.shape,
+            device=device,
+            dtype=dtype,
+            schedule=settings.diffusion.schedule,
+        )
+        candidates.append(F.normalize(drawn, dim=-1))
+    stacked = torch.stack(candidates)  # (n, b, dim)
+    likeness = torch.einsum("nbd,bd->nb", stacked, F.normalize(conditioning.text_embed.to(dtype), dim=-1))
+    best = likeness.argmax(dim=0)
+    return stacked[best, torch.arange(len(best), device=device)]
+
+
+class _AtLength:
+    """Noise whose first draw has the length that a standard normal vector has in the mean."""
+
+    def __init__(self, noise: SeededNoise, settings: PriorConfig):
+        self._noise, self._length, self._first = noise, settings.network.dim**0.5, True
+
+    def __len__(self) -> int:
+        return len(self._noise)
+
+    def draw(
+        self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        drawn = self._noise.draw(shape, device, dtype)
+        if self._first:
+            self._first = False
+            return F.normalize(drawn, dim=-1) * self._length
+        return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class PriorSimilarities:
+    """Mean cosines of drawn embeddings (DALLE2-pytorch's prior.md names the five).
+
+    Attributes:
+        with_image: to the true picture's embedding; the aim.
+        with_text: to the caption's embedding.
+        with_unrelated_text: to another caption's embedding; high: the prior ignores the caption.
+        baseline: of captions' embeddings to their true pictures'; a prior helps where with_image is above it.
+        above_baseline: with_text minus baseline; far above 0: captions are copied.
+    """
+
+    with_image: float
+    with_text: float
+    with_unrelated_text: float
+    baseline: float
+    above_baseline: float
+
+
+def prior_similarities(drawn: Tensor, image_embed: Tensor, text_embed: Tensor) -> PriorSimilarities:
+    """Mean cosines of (b, dim) embeddings; row i of each belongs to the same pair, and unrelated is row i - 1.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if len(drawn) < 2:
+        raise ValueError(f"prior_similarities: needs two pairs or more (got {len(drawn)})")
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(F.cosine_similarity(a.double(), b.double(), dim=-1).mean())
+
+    with_text, baseline = cosine(drawn, text_embed), cosine(image_embed, text_embed)
+    return PriorSimilarities(
+        with_image=cosine(drawn, image_embed),
+        with_text=with_text,
+        with_unrelated_text=cosine(drawn, text_embed.roll(1, dims=0)),
+        baseline=baseline,
+        above_baseline=with_text - baseline,
+    )
