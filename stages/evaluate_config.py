@@ -65,7 +65,7 @@ class EvaluateConfig(Config):
         if self.reference is not None and looked_at and self.features is None:
             raise ValueError(
                 f"features: needed to look at the pictures of {looked_at[0]}; "
-                "give features={model: openai/clip-vit-large-patch14} or a local folder"
+                "give features={kind: clip, model: openai/clip-vit-large-patch14}, or a local folder"
             )
         if self.clip is not None and self.clip.output != "projected":
             raise ValueError(f"clip.output: the CLIP score needs projected (got {self.clip.output})")

@@ -4,6 +4,11 @@ TorchScript archives, in which some feature networks are published, are none of 
 file.
 """
 
-from stages.features.clip import ClipFeatures
+from typing import Annotated
 
-AnyFeatures = ClipFeatures
+from pydantic import Field
+
+from stages.features.clip import ClipFeatures
+from stages.features.inception import InceptionFeatures
+
+AnyFeatures = Annotated[ClipFeatures | InceptionFeatures, Field(discriminator="kind")]

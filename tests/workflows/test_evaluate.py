@@ -41,7 +41,7 @@ def sweep(cascade: Path, clip: Path) -> dict[str, object]:
         },
         "guidance": [1, 2.5],
         "reference": {"kind": "store", "path": str(cascade / "run"), "size_px": 16},
-        "features": {"model": str(clip)},
+        "features": {"kind": "clip", "model": str(clip)},
         "clip": {"model": str(clip)},
         "kernel": {"num_subsets": 2},
     }
@@ -131,7 +131,7 @@ def test_a_folder_has_distance_0_to_itself_and_the_pictures_may_be_those_of_a_st
                 tmp_path / "out",
                 generated=itself,
                 reference=reference,
-                features={"model": str(clip)},
+                features={"kind": "clip", "model": str(clip)},
                 kernel={"num_subsets": 1},
                 num_neighbours=3,
             )
