@@ -38,7 +38,7 @@ ConfigFile = Annotated[
 Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...); runs/WORKFLOW if not given.")]
 ExecutorName = Annotated[
     str | None,
-    typer.Option(help="ray, local or inline (this process); default ray for precompute, local for train and sample."),
+    typer.Option(help="ray, local or inline (this process); default ray for precompute, local for the others."),
 ]
 JobsAddress = Annotated[
     str,

@@ -11,6 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from imagen_core.pictures import read_picture, write_png
 from imagen_core.store import Store
+from pipeline.config import load_config
+from pipeline.presets import find_config
+from stages.evaluate_config import EvaluateConfig
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import Result, call, tree
 
@@ -252,3 +255,12 @@ def test_a_dry_run_says_how_much_is_drawn(cascade: Path, clip: Path, tmp_path: P
     found = json.loads(call("plan", "evaluate", "-c", str(path), "--json", "draw.part={index: 1, count: 2}").out)
     assert (found["facts"]["pictures"], found["facts"]["pictures_of_this_process"]) == (3, 1)
     assert (found["facts"]["times_drawn"], found["facts"]["sizes_px"]) == (2, [16])
+
+
+def test_the_shipped_protocol_is_nemos() -> None:
+    config = load_config(EvaluateConfig, find_config("evaluate", "coco-30k"))
+    assert config.guidance == (1, 1.5, 2, 3, 4, 5, 6, 7)
+    assert config.draw is not None
+    assert config.draw.captions is not None
+    assert config.draw.captions.num_captions == 30_000
+    assert [stage.sampling.num_steps for stage in config.draw.stages] == [30, 20]
