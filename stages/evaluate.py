@@ -34,7 +34,7 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
     facts: dict[str, object] = {}
     if config.draw is not None:
         drawings = _drawings(config, config.draw)
-        drawn = {name: draw_into(root / name, each, job, f"{name}: ") for name, each in drawings.items()}
+        drawn = {name: draw_into(root / name, each, job, name) for name, each in drawings.items()}
         missing = sum(int(str(one["missing"])) for one in drawn.values())
         facts = {"drawn": drawn, "missing": missing}
         if missing or job.should_stop() or not _judges(config.draw):

@@ -110,21 +110,22 @@ def prepare(config: SampleConfig) -> Drawing:
     return Drawing(config, pictures, cascade, origins, embeddings, device)
 
 
-def draw_into(root: Path, drawing: Drawing, job: Job, label: str = "") -> Mapping[str, object]:
+def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping[str, object]:
     """Draws this process's part of the pictures, without those that are in the folder already.
 
     `images-SIZE/INDEX.png` is picture INDEX after the stage of that size, `grid.png` shows the last stage,
     `pictures.json` says which prompt and seed each was drawn from.
 
     Args:
-        label: goes before the progress.
+        name: of the folder in the run folder, where it is not the run folder itself.
     Raises:
         ConfigError: unusable pictures, or an encoder that is not the cascade's.
         StaleOutputError: the folder holds pictures of other settings.
     """
     config, sizes = drawing.config, drawing.cascade.sizes_px
+    label = f"{name}: " if name else ""
     index, count = my_part(config)
-    _check_folder(root, drawing, job, alone=count == 1)
+    _check_folder(root, f"{job.run.url}/{name}".rstrip("/"), drawing, restart=job.options.restart, alone=count == 1)
     for size in drawing.sizes_px:
         (root / f"images-{size}").mkdir(exist_ok=True)
     if config.save_text:
@@ -180,7 +181,7 @@ _CHANGES_NOTHING = {
 }
 
 
-def _check_folder(root: Path, drawing: Drawing, job: Job, *, alone: bool) -> None:
+def _check_folder(root: Path, url: str, drawing: Drawing, *, restart: bool, alone: bool) -> None:
     """Refuses a folder with pictures of other settings; with --restart removes them."""
     record = {
         "settings": drawing.config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
@@ -194,9 +195,9 @@ def _check_folder(root: Path, drawing: Drawing, job: Job, *, alone: bool) -> Non
     drawn = any(root.glob("images-*/*.png"))
     former = read_json(path) if drawn else None
     changes = [] if former is None else differences(_by_file(former), _by_file(record))
-    if changes and not (job.options.restart and alone):
+    if changes and not (restart and alone):
         remedy = "use another --out, or --restart to draw them anew" + ("" if alone else " (in one process, at first)")
-        raise StaleOutputError(f"{job.run.url}: holds pictures of other settings: {'; '.join(changes[:5])}; {remedy}")
+        raise StaleOutputError(f"{url}: holds pictures of other settings: {'; '.join(changes[:5])}; {remedy}")
     if changes:
         for file in root.glob("images-*/*"):
             file.unlink()

@@ -169,7 +169,9 @@ def test_a_list_that_ends_early_is_named(inputs: Path) -> None:
 
 def test_an_unknown_workflow_lists_those_there_are(inputs: Path) -> None:
     assert_refused(
-        call("run", "precomput", "--out", "run"), 2, ["workflow 'precomput': there is none", "choose from precompute"]
+        call("run", "precomput", "--out", "run"),
+        2,
+        ["workflow 'precomput': there is none", "choose from evaluate, precompute"],
     )
 
 

@@ -106,6 +106,16 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same_numbers(
     assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
+def test_a_folder_of_other_settings_is_refused_by_name(
+    cascade: Path, clip: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    shutil.copytree(finished, out)
+    result = evaluate(out, "draw.seed=7", **sweep(cascade, clip))
+    assert result.code == 2
+    assert "sweep/guidance-1: holds pictures of other settings: pictures.00000.png.seed: 0 -> 7" in result.err
+
+
 def test_shares_draw_what_one_process_draws_and_the_last_one_judges(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:
