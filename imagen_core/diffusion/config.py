@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.diffusion.low_res import LowResNoise
+from imagen_core.diffusion.low_res import LowResNoise, Upsampling
 from imagen_core.diffusion.precondition import Coefficients, Objective, coefficients
 from imagen_core.diffusion.schedules import Discrete, LogNormal, NoiseSchedule
 from imagen_core.diffusion.variance import Variance, is_learned
@@ -98,6 +98,8 @@ class DenoiserConfig(Config):
     """Side of the pictures it enlarges; null for a base model."""
     low_res_noise: LowResNoise | None = None
     """Noise-conditioning augmentation of the low-resolution picture."""
+    low_res_upsampling: Upsampling = "bicubic"
+    """How the low-resolution picture is brought to size_px, in training and sampling."""
 
     @model_validator(mode="after")
     def _check(self) -> "DenoiserConfig":

@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
             noise: (b, c, H, W), standard normal, of the size of x.
         """
         assert isinstance(self.config, DenoiserConfig)
-        upsampled = upsample(low_res, noise.shape[-1])
+        upsampled = upsample(low_res, noise.shape[-1], self.config.low_res_upsampling)
         if self.config.low_res_noise is None:
             return replace(conditioning, low_res=upsampled)
         sigma = sigma.to(noise.dtype)

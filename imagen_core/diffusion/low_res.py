@@ -62,12 +62,17 @@ class UniformNoise(Config):
 LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind")]
 
 
-def upsample(low_res: Tensor, size_px: int) -> Tensor:
-    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), bicubic, clipped to [-1, 1]; antialiased if it shrinks."""
+Upsampling = Literal["bicubic", "bilinear", "nearest"]
+
+
+def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Tensor:
+    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), clipped to [-1, 1]; antialiased if it shrinks."""
     if low_res.shape[-1] == low_res.shape[-2] == size_px:
         return low_res
+    if mode == "nearest":
+        return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact")
     shrinks = low_res.shape[-1] > size_px
-    return F.interpolate(low_res, size=(size_px, size_px), mode="bicubic", antialias=shrinks).clamp(-1, 1)
+    return F.interpolate(low_res, size=(size_px, size_px), mode=mode, antialias=shrinks).clamp(-1, 1)
 
 
 def add_low_res_noise(upsampled: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor) -> Tensor:

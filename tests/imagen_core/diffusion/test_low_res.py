@@ -57,6 +57,25 @@ def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(obj
     torch.testing.assert_close(conditioning.low_res_noise, sigma.log() / 4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "row"),
+    [
+        ("nearest", [-1, -1, -0.5, -0.5, 0.5, 0.5, 1, 1]),
+        ("bilinear", [-1, -0.875, -0.625, -0.25, 0.25, 0.625, 0.875, 1]),
+    ],
+)
+def test_the_low_resolution_picture_is_enlarged_as_the_configuration_says(mode, row):
+    unet = {"low_res": True, "low_res_noise": False}
+    denoiser = small_super_denoiser(unet=unet, low_res_noise=None, low_res_upsampling=mode)
+    low_res = torch.tensor([-1, -0.5, 0.5, 1], dtype=torch.float64).expand(1, 3, 4, 4)
+    noise = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    trained = denoiser.with_low_res(Conditioning(), low_res, torch.zeros(1), noise).low_res
+    sampled = denoiser.with_sampling_low_res(Conditioning(), low_res, noise).low_res
+    assert trained is not None
+    torch.testing.assert_close(trained, torch.tensor(row, dtype=torch.float64).expand(1, 3, 8, 8))
+    torch.testing.assert_close(sampled, trained)
+
+
 def test_without_augmentation_the_picture_is_only_upsampled():
     denoiser = small_super_denoiser(unet={"low_res_noise": False}, low_res_noise=None)
     low_res = torch.rand(2, 3, 4, 4) * 2 - 1
