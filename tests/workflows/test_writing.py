@@ -8,9 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from imagen_core.store import Store, read_samples
+from imagen_core.train.data import random_views
 from pipeline.errors import ConfigError, StaleOutputError
+from tests.imagen_core.train.small import make_config
 from tests.picture_server import body, serve
 from tests.pictures import BLUE, RED, plain_png
 from tests.workflows.commands import call, drops
@@ -148,3 +152,29 @@ def test_it_is_erased_with_its_sample(tmp_path: Path) -> None:
     assert erased.transcription is None
     assert [row.transcription for row in kept] == ["", None]
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"STOP" in path.read_bytes()]
+
+
+def test_random_views_in_training_show_the_writing_whole(tmp_path: Path) -> None:
+    """A red bar with a margin in its safebox: if a view divides the box, red is at an edge of it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for name, (width, height), (left, top) in (("a", (300, 200), (90, 20)), ("b", (160, 240), (30, 150))):
+        picture = Image.new("RGB", (width, height), "white")
+        picture.paste((255, 0, 0), (left + 20, top + 20, left + 80, top + 40))
+        picture.save(data / f"{name}.png")
+        rows.append({"file": f"{name}.png", "caption": name, "text": "IIII", "box": [left, top, left + 100, top + 60]})
+    (data / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edges = {}
+    for columns in (["source.transcription_column=text", "source.safebox_column=box"], []):
+        run = tmp_path / f"run{len(columns)}"
+        precompute(run, "source.kind=folder", f"source.path={data}", "images.sizes_px=[96]", "encoders=[]", *columns)
+        config = make_config(run / "store", augment={"from_px": 96, "min_scale": 0.2}, horizontal_flip=True)
+        loader = Store.open(run / "store").loader(2, [16], crop=random_views(config))
+        views = torch.cat([batch["images"][16] for _ in range(100) for batch in loader])
+        assert len(views) == 200
+        assert (views[:, 1] < 128).flatten(1).any(1).all() == bool(columns)
+        at_edge = torch.stack([views[:, 1, 0], views[:, 1, -1], views[:, 1, :, 0], views[:, 1, :, -1]])
+        edges[bool(columns)] = int((at_edge < 200).any(0).any(-1).sum())
+    assert edges[True] == 0
+    assert edges[False] > 20, "which is the safebox's doing"
