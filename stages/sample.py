@@ -16,7 +16,8 @@ from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import file_digest, read_json, write_json, write_text
 from pipeline.fingerprint import differences
 from pipeline.job import Job
-from stages.sample_cascade import choose_device, load_cascade
+from stages.device import choose_device
+from stages.sample_cascade import load_cascade
 from stages.sample_config import SampleConfig
 from stages.sample_pictures import Picture, my_part, pictures_to_draw
 from stages.sample_text import Embeddings

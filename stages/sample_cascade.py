@@ -1,9 +1,6 @@
 """Loads the trained stages of a cascade, and says where it runs."""
 
-import os
 from collections.abc import Mapping
-
-import torch
 
 from imagen_core.cascade import Cascade, CascadeStage
 from imagen_core.train import TrainError
@@ -46,23 +43,3 @@ def load_cascade(config: SampleConfig) -> tuple[Cascade, list[dict[str, object]]
         return Cascade(stages, None if encoder is None else dict(encoder)), origins
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of this process, made the current one: under torchrun `auto` gives each its own GPU.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    count = torch.cuda.device_count()
-    if name == "auto":
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is none that torch knows; use auto, cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"device: {name!r} is not there ({count} GPUs found); use auto or cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the text encoder goes there too
-    return device

@@ -1,0 +1,25 @@
+"""likelihood: store and a trained stage -> bits a dimension of the store's pictures."""
+
+from collections.abc import Mapping
+
+from pipeline.job import Job, JobWorkflow
+from pipeline.runfolder import RunFolder
+from stages.likelihood import LikelihoodConfig, likelihood_facts, measure
+
+
+class Likelihood(JobWorkflow):
+    """Measures how likely a trained stage finds stored pictures."""
+
+    name = "likelihood"
+    summary = "bits a dimension of a store's pictures under a trained stage"
+    config_class = LikelihoodConfig
+    config: LikelihoodConfig
+
+    def work(self, job: Job) -> Mapping[str, object]:
+        return measure(self.config, job)
+
+    def facts(self) -> Mapping[str, object]:
+        return likelihood_facts(self.config)
+
+    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+        return [("by picture", f"{run.url}/batches")]
