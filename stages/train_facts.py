@@ -9,7 +9,7 @@ from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import open_store, stored_sizes
 from pipeline.storage import open_storage
 
-_ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+_ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 def training_facts(config: TrainConfig) -> Mapping[str, object]:

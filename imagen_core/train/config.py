@@ -12,7 +12,7 @@ from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import AugmentConfig, BlurConfig
 
-Precision = Literal["float32", "bfloat16", "float64"]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class ParameterGroup(Config):
@@ -136,7 +136,8 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Decides weights, order, noise and dropout."""
     precision: Precision = "float32"
-    """bfloat16 computes in it (autocast) and keeps float32 weights."""
+    """bfloat16 and float16 compute in it (autocast) and keep float32 weights. float16, for GPUs without bfloat16,
+    scales the loss; it is slow on CPUs."""
     times: Literal["uniform", "early_only", "loss_second_moment"] = "uniform"
     """Noise levels of training: uniform in the schedule's time; only the early times, which have the least noise; or
     steps of a discrete schedule by the second moment of their last losses, each loss weighted so that the mean stays

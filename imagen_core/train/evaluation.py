@@ -15,6 +15,7 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
 from imagen_core.train.distributed import World
 from imagen_core.train.example import make_example, whole_conditions
+from imagen_core.train.precision import autocast_dtype
 from imagen_core.train.randomness import mix
 
 
@@ -77,7 +78,8 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
         low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    half = autocast_dtype(config.precision)
+    with torch.autocast(world.device.type, half, enabled=half is not None):
         result = sample(
             DpmSolverPP2M(),
             guided(denoiser, conditioning, Guidance(text=config.grid_guidance), Threshold()),

@@ -12,6 +12,7 @@ from imagen_core.models.block import Block
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
+from imagen_core.train.precision import autocast_dtype
 
 _NET = "denoiser.net"  # in the loss; all parameters are below it
 
@@ -41,8 +42,9 @@ def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module
     else:
         mesh = init_device_mesh(kind, (world.size // group, group), mesh_dim_names=("copies", "shards"))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
-    if config.precision == "bfloat16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    half = autocast_dtype(config.precision)
+    if half is not None:
+        policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     unet = loss.get_submodule(_NET)
     for module in unet.modules():
         if isinstance(module, Block):

@@ -1,5 +1,6 @@
 """What training changes: weights, their averages, the optimizer, and how far it is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from imagen_core.train.checkpoint import check_names, read_tensors, write_checkpoint
 from imagen_core.train.distributed import like, local, whole
 from imagen_core.train.ema import WeightAverages
+from imagen_core.train.precision import LossScale
 from imagen_core.train.times import TimeSampler
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -23,6 +25,8 @@ class TrainState:
         self.model, self.optimizer, self.averages, self.times = model, optimizer, averages, times
         self.step = 0
         self.samples = 0
+        self.loss_scale: LossScale | None = None
+        """Of float16."""
 
     def save(self, folder: Path, facts: dict[str, Any], *, writes: bool) -> Path | None:
         """Writes a checkpoint on the process that writes; all processes must call it (shards are gathered)."""
@@ -34,7 +38,11 @@ class TrainState:
             files["times"] = self.times.tensors()
         if not writes:
             return None
-        progress = {"samples": self.samples, "ema_updates": self.averages.updates}
+        progress = {
+            "samples": self.samples,
+            "ema_updates": self.averages.updates,
+            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
+        }
         return write_checkpoint(folder, self.step, files, {**progress, **facts})
 
     @torch.no_grad()
@@ -65,15 +73,20 @@ class TrainState:
                 self.optimizer.state[parameter][moment] = restored
         if self.times.learns and "times.safetensors" in saved["files"]:  # else it begins to learn them
             self.times.load(read_tensors(path, saved, "times"))
+        if self.loss_scale is not None and saved.get("loss_scale") is not None:
+            self.loss_scale = LossScale(**saved["loss_scale"])
         self.step, self.samples = saved["step"], saved["samples"]
         self.averages.updates = saved["ema_updates"]
 
     def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"{moment}.{name}": self.optimizer.state[parameter][moment]
-            for name, parameter in self.model.named_parameters()
-            for moment in _MOMENTS
-        }
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            known = self.optimizer.state[parameter]
+            if not known:  # no step was taken yet: all gradients overflowed
+                zeros = torch.zeros_like(parameter)
+                known = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros((), dtype=torch.float32)}
+            moments |= {f"{moment}.{name}": known[moment] for moment in _MOMENTS}
+        return moments
 
     def _laid_out(self, average: dict[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts of an average as sharded tensors, if the parameters are sharded."""

@@ -22,7 +22,7 @@ from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old, remove_unfinished
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, BatchStream, open_store
-from imagen_core.train.distributed import World, joined_world, whole
+from imagen_core.train.distributed import World, joined_world, local, whole
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, validation_loss
@@ -30,6 +30,7 @@ from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
+from imagen_core.train.precision import LossScale, autocast_dtype
 from imagen_core.train.randomness import mix
 from imagen_core.train.start import start_from
 from imagen_core.train.state import TrainState
@@ -54,12 +55,12 @@ class TrainingLoss(nn.Module):
     def __init__(self, denoiser: Denoiser, config: TrainConfig, device_type: str):
         super().__init__()
         self.denoiser = denoiser
-        self._autocast = config.precision == "bfloat16"
+        self._autocast = autocast_dtype(config.precision)
         self._device_type = device_type
 
     def forward(self, example: Example) -> Tensor:
         """(b,)."""
-        with torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext():
+        with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
             conditioning = example.conditioning
             if example.shown_estimate is not None:
                 conditioning = with_own_estimate(
@@ -118,6 +119,7 @@ def train(
             WeightAverages(denoiser, config.ema.rates),
             TimeSampler(config),
         )
+        state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), **_encoders(store, config))
@@ -192,6 +194,7 @@ class _Run:
             group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps) * group["lr_scale"]
         torch.manual_seed(mix(config.seed, 6, state.step, world.rank))  # dropout
 
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         most = batch.largest_part  # all processes take as many micro-batches
         size = config.micro_batch_size or most
@@ -210,9 +213,12 @@ class _Run:
                 if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
                     losses = losses * 0
                 # Processes average their gradients: the mean over the global batch needs its size, not ours.
-                (losses.sum() * (world.size / batch.global_size)).backward()
+                (losses.sum() * (world.size / batch.global_size * scale)).backward()
             total += losses.detach().sum().double()
 
+        if scale != 1:
+            gradients = [local(p.grad) for p in self.denoiser.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip_norm, foreach=True)
         norm = whole(norm)
         broken = (~torch.isfinite(total + norm)).double()
@@ -220,9 +226,13 @@ class _Run:
         sums = world.sum(torch.cat([sums, drawn.flatten()])).tolist()  # the one time a step waits for the GPU
         loss, norm, broken, stopping = sums[:4]
         mean_loss = loss / batch.global_size
-        if broken:
+        overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1
+        if broken and not overflow:
             self._report_non_finite(batch, mean_loss, norm)
-        state.optimizer.step()
+        if not broken:
+            state.optimizer.step()
+        if state.loss_scale is not None:
+            state.loss_scale.shrink() if broken else state.loss_scale.grow()
         state.optimizer.zero_grad(set_to_none=True)
         losses_drawn, steps_drawn = sums[4 : 4 + drawn.shape[1]], sums[4 + drawn.shape[1] :]
         known = [(int(step) - 1, loss) for step, loss in zip(steps_drawn, losses_drawn, strict=True) if step]
@@ -230,7 +240,7 @@ class _Run:
         state.step += 1
         state.samples += batch.global_size
         counts = state.step % config.ema.every_steps == 0
-        if counts or state.averages.updates == 0:
+        if not broken and (counts or state.averages.updates == 0):
             state.averages.update(counts=counts)
         return mean_loss, norm, stopping > 0
 
@@ -240,7 +250,13 @@ class _Run:
         lr = first["lr"] / first["lr_scale"]
         self.loggers.scalars(
             self.state.step,
-            {"samples": self.state.samples, **values, "lr": lr, "peak_memory_bytes": _peak_memory(self.world)},
+            {
+                "samples": self.state.samples,
+                **values,
+                "lr": lr,
+                **({} if self.state.loss_scale is None else {"loss_scale": self.state.loss_scale.value}),
+                "peak_memory_bytes": _peak_memory(self.world),
+            },
         )
         self.last |= values
         if on_progress is not None and self.world.is_main:
@@ -337,14 +353,14 @@ class _Meter:
 
     def add(self, loss: float, norm: float, images: int) -> None:
         self.losses.append(loss)
-        self.norms.append(norm)
+        self.norms += [norm] if math.isfinite(norm) else []  # that of a step that was left out says nothing
         self.images += images
 
     def values(self, waited_s: float) -> dict[str, float]:
         seconds, steps = time.perf_counter() - self.started, len(self.losses)
         return {
             "loss": math.fsum(self.losses) / steps,
-            "grad_norm": math.fsum(self.norms) / steps,
+            "grad_norm": math.fsum(self.norms) / max(1, len(self.norms)),
             "images_per_s": self.images / seconds,
             "step_s": seconds / steps,
             "loader_wait": (waited_s - self.waited_s) / seconds,

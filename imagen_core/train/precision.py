@@ -1,0 +1,37 @@
+"""Training in half precision: what the network computes in, and what keeps float16's gradients in its range."""
+
+from dataclasses import dataclass
+
+import torch
+
+from imagen_core.train.config import Precision
+
+_GROW_AFTER = 2000  # steps without an overflow
+_LARGEST = 2.0**24
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """The type of autocast; None for full precision."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
+@dataclass(slots=True)
+class LossScale:
+    """Factor of the loss, so that small gradients do not vanish in float16.
+
+    Dynamic (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2): halved when a gradient overflows, whose step is
+    left out, and doubled after 2000 steps without. bfloat16 has the range of float32 and needs none.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+
+    def grow(self) -> None:
+        """After a step."""
+        self.good_steps += 1
+        if self.good_steps >= _GROW_AFTER:
+            self.value, self.good_steps = min(2 * self.value, _LARGEST), 0
+
+    def shrink(self) -> None:
+        """After an overflow."""
+        self.value, self.good_steps = self.value / 2, 0
