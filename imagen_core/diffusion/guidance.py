@@ -13,6 +13,7 @@ from torch import Tensor
 from imagen_core.config import Config
 from imagen_core.diffusion.config import DiffusionConfig, PriorConfig
 from imagen_core.diffusion.denoiser import Denoiser, column
+from imagen_core.diffusion.variance import is_learned
 from imagen_core.models.conditioning import Condition, Conditioning, cat
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -124,20 +125,22 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
 
     shows_estimate, last = denoiser.config.network.self_conditioning, _Last()
 
+    def output(x: Tensor, level: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
+        learns = is_learned(denoiser.config.diffusion.variance)
+        return denoiser.with_variance(x, level, condition) if learns else (denoiser(x, level, condition), None)
+
     def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         terms = within if guidance.applies(sigma) else outside
         if shows_estimate and last.estimate is not None:
             terms = [(weight, replace(condition, estimate=last.estimate)) for weight, condition in terms]
         level = sigma.to(x).expand(len(x))
         if guidance.two_passes or len(terms) == 1:
-            outputs = [denoiser.with_variance(x, level, condition) for _, condition in terms]
+            outputs = [output(x, level, condition) for _, condition in terms]
             estimates, channels = [estimate for estimate, _ in outputs], outputs[0][1]
         else:
             count = len(terms)
             joined = cat([condition for _, condition in terms])
-            estimate, channels = denoiser.with_variance(
-                x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined
-            )
+            estimate, channels = output(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined)
             estimates = list(estimate.chunk(count))
             channels = None if channels is None else channels[: len(x)]
         total = torch.zeros_like(x)

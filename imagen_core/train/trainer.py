@@ -231,8 +231,10 @@ class _Run:
             self._report_non_finite(batch, mean_loss, norm)
         if not broken:
             state.optimizer.step()
-        if state.loss_scale is not None:
-            state.loss_scale.shrink() if broken else state.loss_scale.grow()
+        if state.loss_scale is not None and broken:
+            state.loss_scale.shrink()
+        elif state.loss_scale is not None:
+            state.loss_scale.grow()
         state.optimizer.zero_grad(set_to_none=True)
         losses_drawn, steps_drawn = sums[4 : 4 + drawn.shape[1]], sums[4 + drawn.shape[1] :]
         known = [(int(step) - 1, loss) for step, loss in zip(steps_drawn, losses_drawn, strict=True) if step]
