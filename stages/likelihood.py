@@ -15,10 +15,10 @@ from torch import Tensor
 from imagen_core.diffusion import bits_per_dimension
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.diffusion.steps import AnyGrid, Uniform
-from imagen_core.models import Conditioning
 from imagen_core.samplers import SeededNoise
 from imagen_core.store import Store, StoreError
 from imagen_core.train import LoadedDenoiser, TrainError
+from imagen_core.train.example import whole_conditions
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import read_json, write_json
@@ -65,7 +65,7 @@ def likelihood_facts(config: LikelihoodConfig) -> Mapping[str, object]:
     loaded, store, sigmas = _open(config)
     return {
         "pictures": config.num_pictures,
-        "size_px": loaded.denoiser.config.size_px,
+        "size_px": loaded.stage.size_px,
         "steps": len(sigmas) - 1,
         "network_calls": (len(sigmas) - 1) * -(-config.num_pictures // config.batch_size),
         "checkpoint_step": loaded.step,
@@ -112,7 +112,7 @@ def _measure_batch(
     config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, samples: range, sigmas: Tensor, job: Job
 ) -> dict[str, Any]:
     """Bits of each picture, and sums by step from the lowest noise up."""
-    settings = loaded.denoiser.config
+    settings = loaded.stage
     weight = next(loaded.denoiser.parameters())
     device, dtype = weight.device, weight.dtype
     sizes = [size for size in (settings.size_px, settings.low_res_px) if size is not None]
@@ -120,6 +120,7 @@ def _measure_batch(
         batch_size=len(samples),
         images=sizes,
         text=None if loaded.encoder is None else loaded.encoder["name"],
+        image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
         max_tokens=loaded.max_tokens,
         shuffle=False,
         samples=samples,
@@ -135,9 +136,7 @@ def _measure_batch(
     def noise(step: int) -> Tensor:
         return SeededNoise(seeds, stream=step).draw(x0.shape[1:], device, dtype)
 
-    conditioning = Conditioning()
-    if loaded.encoder is not None:
-        conditioning = Conditioning(text=raw["text"].to(device, dtype), text_mask=raw["text_mask"].to(device))
+    conditioning = whole_conditions(raw, device, dtype)
     if settings.low_res_px is not None:
         conditioning = loaded.denoiser.with_sampling_low_res(conditioning, pictures[settings.low_res_px], noise(-1))
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
@@ -187,13 +186,13 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     """The model, the store with everything the model reads, and the noise levels."""
     try:
         loaded = load_checkpoint_from(config.checkpoint, config.weights)
+        settings = loaded.stage
     except TrainError as error:
         raise ConfigError(f"checkpoint: {error}") from error
     try:
         store = Store.open(config.store)
     except StoreError as error:
         raise ConfigError(f"store: {error}") from error
-    settings = loaded.denoiser.config
     for size in (settings.size_px, settings.low_res_px):
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")

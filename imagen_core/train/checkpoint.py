@@ -53,6 +53,15 @@ class LoadedDenoiser:
     sha256: str
     max_tokens: int
 
+    @property
+    def stage(self) -> DenoiserConfig:
+        """The configuration of a model that draws pictures; CheckpointError for a prior."""
+        if not isinstance(self.denoiser.config, DenoiserConfig):
+            raise CheckpointError(
+                "it is a prior, which draws embeddings; give a model that draws pictures"
+            )
+        return self.denoiser.config
+
 
 def write_checkpoint(
     folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]

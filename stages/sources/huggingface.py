@@ -118,9 +118,13 @@ class HuggingfaceSource(Source):
 
     def _url_rows(self, dataset: Any, shard: Shard) -> list[UrlRow]:
         url_column, caption_column = str(self.config.url_column), self.config.caption_column
-        dataset = dataset.select_columns([url_column, caption_column])
+        dataset = dataset.select_columns([url_column, caption_column, *self.config.writing_columns.values()])
         rows = ((key, dataset[row]) for key, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
-        return [(key, str(r[url_column] or ""), captions_of(r, caption_column), False) for key, r in rows]
+        made = [
+            (key, str(r[url_column] or ""), captions_of(r, caption_column), *self.config.row_end(r), False)
+            for key, r in rows
+        ]
+        return cast(list[UrlRow], made)
 
     def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
         captions, reason = clean_captions(captions_of(record, self.config.caption_column), allow_empty=False)

@@ -171,7 +171,7 @@ def test_an_unknown_workflow_lists_those_there_are(inputs: Path) -> None:
     assert_refused(
         call("run", "precomput", "--out", "run"),
         2,
-        ["workflow 'precomput': there is none", "choose from evaluate, precompute"],
+        ["workflow 'precomput': there is none", "choose from evaluate, likelihood, precompute"],
     )
 
 
