@@ -20,6 +20,7 @@ from stages.device import choose_device
 from stages.sample_cascade import load_cascade
 from stages.sample_config import SampleConfig
 from stages.sample_pictures import Picture, my_part, pictures_to_draw
+from stages.sample_prior import PriorDrawing, load_prior
 from stages.sample_text import Embeddings
 from stages.sample_times import StageTimes
 
@@ -37,6 +38,7 @@ class Drawing:
     origins: list[dict[str, object]]
     """Of each stage, which checkpoint it is from."""
     embeddings: Embeddings
+    prior: PriorDrawing | None
     device: torch.device
 
     @property
@@ -56,7 +58,7 @@ class Drawing:
         """The same with another weight of the caption, at all stages or at the first."""
         changed = [
             stage.sampling.model_copy(
-                update={"guidance": stage.sampling.guidance.model_copy(update={"text": weight})}
+                update={"guidance": stage.sampling.guidance.model_copy(update={"text": weight, "image_embed": weight})}
                 if stages == "all" or number == 0
                 else {}
             )
@@ -95,7 +97,8 @@ def prepare(config: SampleConfig) -> Drawing:
         ConfigError: unusable prompts or checkpoints.
     """
     pictures = pictures_to_draw(config)
-    cascade, origins = load_cascade(config)
+    loaded = load_cascade(config)
+    cascade, origins = loaded.cascade, loaded.origins
     if cascade.stages[0].is_super_resolution and not config.low_res:
         raise ConfigError(
             f"low_res: the first stage ({cascade.sizes_px[0]} px) needs a low-resolution picture; give one a prompt, "
@@ -107,8 +110,11 @@ def prepare(config: SampleConfig) -> Drawing:
             "stages out of `stages`, or use init_image"
         )
     device = choose_device(config.device)
-    embeddings = Embeddings(config, cascade.encoder, use_gpu=device.type == "cuda")
-    return Drawing(config, pictures, cascade, origins, embeddings, device)
+    prior = load_prior(config, loaded.checkpoints, device)
+    if prior is not None:
+        origins = [*origins, prior.origin]
+    embeddings = Embeddings(config, cascade.encoder, model=config.encoder_model, use_gpu=device.type == "cuda")
+    return Drawing(config, pictures, cascade, origins, embeddings, prior, device)
 
 
 def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping[str, object]:
@@ -134,6 +140,8 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
     todo = [picture for picture in drawing.missing(root) if picture.index % count == index]
     inpaint = _inpaint(config)
     drawing.embeddings.prepare(todo)
+    if drawing.prior is not None:
+        drawing.prior.prepare(todo)
     times, done = StageTimes(drawing.device), 0
 
     def on_step(stage: int, step: int, steps: int, _: torch.Tensor) -> None:
@@ -149,6 +157,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
         result = drawing.cascade.sample(
             drawing.embeddings.of(batch),
             [picture.seed for picture in batch],
+            image_embed=None if drawing.prior is None else drawing.prior.of(batch),
             low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from imagen_core.cascade import SamplingConfig
+from imagen_core.prior import PriorSamplingConfig
 from pipeline.config import Config
 from stages.caption_sets import AnyCaptions
 
@@ -17,6 +18,19 @@ class SampleStageConfig(Config):
     weights: str | None = None
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
     sampling: SamplingConfig = SamplingConfig()
+    """How it draws."""
+
+
+class SamplePriorConfig(Config):
+    """A prior, which draws the picture embeddings that the stages of DALL-E 2's decoder read."""
+
+    checkpoint: str
+    """Run folder of a training with denoiser.kind: prior, or a checkpoint folder; a path or a URL."""
+    weights: str | None = None
+    """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
+    encoder_model: str | None = None
+    """Where its text encoder is (hub id or folder), if it is not found under the name it was trained with."""
+    sampling: PriorSamplingConfig = PriorSamplingConfig()
     """How it draws."""
 
 
@@ -40,6 +54,8 @@ class SampleConfig(Config):
 
     stages: tuple[SampleStageConfig, ...] = Field(min_length=1)
     """The cascade, smallest pictures first."""
+    prior: SamplePriorConfig | None = None
+    """For stages that read picture embeddings."""
     output_px: int | None = Field(default=None, ge=1)
     """Stop after the stage of this size; the stages behind it are not loaded. null: draw with all of them."""
     prompts: tuple[str, ...] = ()

@@ -9,7 +9,8 @@ from stages.sample_pictures import my_part, pictures_to_draw
 
 def sampling_facts(config: SampleConfig) -> Mapping[str, object]:
     """Pictures, sizes, parameters; nothing is drawn."""
-    cascade, origins = load_cascade(config)
+    loaded = load_cascade(config)
+    cascade = loaded.cascade
     index, count = my_part(config)
     pictures = pictures_to_draw(config)
     return {
@@ -18,5 +19,5 @@ def sampling_facts(config: SampleConfig) -> Mapping[str, object]:
         "sizes_px": cascade.sizes_px,
         "parameters": sum(p.numel() for stage in cascade.stages for p in stage.denoiser.parameters()),
         "network_calls": sum(stage.sampling.num_steps for stage in cascade.stages),
-        "checkpoint_steps": [origin["step"] for origin in origins],
+        "checkpoint_steps": [checkpoint.step for checkpoint in loaded.checkpoints],
     }

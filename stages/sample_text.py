@@ -17,9 +17,10 @@ from stages.sample_pictures import Picture
 class Embeddings:
     """Embeddings of prompts as the cascade was trained on; each prompt is encoded once."""
 
-    def __init__(self, config: SampleConfig, encoder: Mapping[str, Any] | None, *, use_gpu: bool):
-        """`encoder` describes the one the cascade was trained on; None if it reads no captions."""
-        self._config, self._encoder, self._use_gpu = config, encoder, use_gpu
+    def __init__(self, config: SampleConfig, encoder: Mapping[str, Any] | None, *, model: str | None, use_gpu: bool):
+        """`encoder` describes the one the model was trained on, None if it reads no captions; it is found at `model`,
+        if that is given."""
+        self._encoder, self._model, self._use_gpu = encoder, model, use_gpu
         self._stored = None if encoder is None else _stored_group(config, encoder)
         self._encoded: dict[str, np.ndarray] = {}
 
@@ -41,9 +42,7 @@ class Embeddings:
             return
         prompts = sorted({picture.prompt for picture in pictures} - self._encoded.keys())
         if prompts:
-            embeddings = encode_prompts(
-                prompts, self._encoder, model=self._config.encoder_model, use_gpu=self._use_gpu
-            )
+            embeddings = encode_prompts(prompts, self._encoder, model=self._model, use_gpu=self._use_gpu)
             self._encoded.update(zip(prompts, embeddings, strict=True))
 
     def of(self, pictures: Sequence[Picture]) -> list[np.ndarray] | None:

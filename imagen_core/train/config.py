@@ -164,6 +164,9 @@ class TrainConfig(Config):
     """The last samples of the store, kept out of training."""
     validate_every_steps: int = Field(default=1000, ge=1)
     """Steps between validation losses."""
+    similarity_num_steps: tuple[int, ...] = (64,)
+    """Sampling steps with which a prior draws the embeddings of the validation samples, whose similarities to the true
+    ones are logged; one series of figures for each number."""
     grid_every_steps: int | None = Field(default=None, ge=1)
     """Steps between grids of drawn pictures; null: none."""
     num_grid_images: int = Field(default=16, ge=1)
@@ -217,6 +220,8 @@ class TrainConfig(Config):
 
     def _check_prior(self) -> None:
         """Refuses what is for pictures."""
+        if self.num_validation_samples == 1:
+            raise ValueError("num_validation_samples: a prior's similarities need 2 samples or more, or 0 (got 1)")
         for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
             if getattr(self, field) is not None:
                 raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")

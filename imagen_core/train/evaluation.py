@@ -1,14 +1,16 @@
 """Validation loss, and grids of drawn pictures."""
 
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
 from imagen_core.pictures import tile, to_pixels
+from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
 from imagen_core.train.config import TrainConfig
@@ -90,3 +92,40 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
             dtype=dtype,
         )
     return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))
+
+
+@torch.no_grad()
+def similarities(denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> dict[str, float]:
+    """Mean cosines between embeddings that a prior draws for the validation samples and the true ones.
+
+    Returns:
+        The fields of `PriorSimilarities`, for each number of sampling steps as NAME_STEPS, but `baseline` once.
+    """
+    count = config.num_validation_samples
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    loader = store.loader(
+        batch_size=config.micro_batch_size or config.batch_size,
+        **loader_arguments(config),
+        shuffle=False,
+        samples=range(len(store) - count, len(store)),
+    )
+    found: dict[str, float] = {}
+    drawn: dict[int, list[Tensor]] = {steps: [] for steps in config.similarity_num_steps}
+    images, texts = [], []
+    half = autocast_dtype(config.precision)
+    with torch.autocast(world.device.type, half, enabled=half is not None):
+        for raw in loader:
+            conditioning = whole_conditions(raw, world.device, dtype)
+            assert conditioning.image_embed is not None
+            assert conditioning.text_embed is not None
+            images.append(conditioning.image_embed)
+            texts.append(conditioning.text_embed)
+            captions = replace(conditioning, image_embed=None)
+            for steps, rows in drawn.items():
+                seeds = [sum(map(len, rows)) + row for row in range(len(raw["keys"]))]
+                settings = PriorSamplingConfig(num_steps=steps)
+                rows.append(draw_embeddings(denoiser, captions, seeds, settings, dtype=dtype))
+    for steps, rows in drawn.items():
+        for name, value in asdict(prior_similarities(torch.cat(rows), torch.cat(images), torch.cat(texts))).items():
+            found[name if name == "baseline" else f"{name}_{steps}"] = value
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagen_core.diffusion import Denoiser, diffusion_loss
+from imagen_core.diffusion import Denoiser, PriorConfig, diffusion_loss
 from imagen_core.diffusion.self_conditioning import with_own_estimate
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
@@ -25,7 +25,7 @@ from imagen_core.train.data import Batch, BatchStream, open_store
 from imagen_core.train.distributed import World, joined_world, local, whole
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
-from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
 from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.optimizer import learning_rate, make_optimizer
@@ -285,7 +285,12 @@ class _Run:
         with self._evaluating(averaged=True):
             averaged = validation_loss(*arguments)
         self.last["validation_loss"] = averaged
-        self.loggers.scalars(self.state.step, {"validation_loss": averaged, "validation_loss_without_ema": plain})
+        values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
+        if isinstance(self.config.denoiser, PriorConfig):
+            with self._evaluating(averaged=True):
+                values |= similarities(self.denoiser, self.store, self.config, self.world)
+        self.last |= values
+        self.loggers.scalars(self.state.step, values)
 
     def _draw_grid(self) -> None:
         with self._evaluating(averaged=True):

@@ -1,0 +1,146 @@
+"""The path of DALL-E 2 through the command line: CLIP's embeddings, a prior, a decoder, pictures from prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from imagen_core.train import load_checkpoint
+from tests.stages.encoders import tiny_models
+from tests.workflows.commands import call, precompute
+from tests.workflows.trained import COMMON, UNET, train
+
+STEPS = COMMON | {"text": None, "num_steps": 4, "checkpoint_every_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one CLIP's embeddings of captions and pictures, a prior and a decoder trained on it."""
+    folder = tmp_path_factory.mktemp("dalle2")
+    clip = tiny_models.write(tiny_models.clip, folder / "clip")
+    tokens, vector = ({"name": name, "kind": "clip", "model": str(clip), "output": output, "num_gpus": 0}
+                      for name, output in (("tokens", "last_hidden_state"), ("clip", "projected")))  # fmt: skip
+    pictures = {"name": "clip", "model": str(clip), "from_px": 32, "num_gpus": 0}
+    made = precompute(
+        folder / "run",
+        *("source.num_samples=20", "images.sizes_px=[16,32]"),
+        f"encoders={json.dumps([tokens, vector])}",
+        f"image_encoders={json.dumps([pictures])}",
+    )
+    assert made.code == 0, made.err
+    network = {"dim": 16, "depth": 1, "num_heads": 2, "head_dim": 8, "text_dim": 24, "max_text_tokens": 77}
+    configs = {
+        "prior": {
+            **STEPS,
+            "denoiser": {"kind": "prior", "network": network},
+            "text": "tokens",
+            "text_embed": "clip",
+            "image_embed": "clip",
+            "num_validation_samples": 4,
+            "validate_every_steps": 4,
+            "similarity_num_steps": [2, 4],
+        },
+        "decoder": {
+            **STEPS,
+            "denoiser": {"size_px": 16, "unet": UNET | {"text_dim": None, "image_embed_dim": 16}},
+            "image_embed": "clip",
+        },
+    }
+    for name, config in configs.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"store": str(folder / "run/store"), **config}))
+        result = train(folder, name, folder / name)
+        assert result.code == 0, result.err
+    return folder
+
+
+def sample(work: Path, out: Path, *more: str):
+    stage = {"checkpoint": str(work / "decoder"), "sampling": {"num_steps": 3}}
+    prior = {"checkpoint": str(work / "prior"), "encoder_model": str(work / "clip"), "sampling": {"num_steps": 3}}
+    return call(
+        *("run", "sample", "--out", str(out), "--quiet", "--json", "seed=3", "precision=float32"),
+        *(f"stages={json.dumps([stage])}", f"prior={json.dumps(prior)}", *more),
+    )
+
+
+def pixels(out: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
+
+
+def test_a_prior_and_a_decoder_draw_pictures_from_prompts(work: Path, tmp_path: Path) -> None:
+    result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
+    assert result.code == 0, result.err
+    first, second = pixels(tmp_path / "two")
+    assert first.shape == (16, 16, 3)
+    assert not np.array_equal(first, second)
+    assert sample(work, tmp_path / "one", "prompts=[a blue square]", "seed=4").code == 0
+    assert np.array_equal(pixels(tmp_path / "one")[0], second), "a picture depends on its prompt and seed alone"
+    record = json.loads((tmp_path / "two" / "pictures.json").read_text())
+    assert [stage["step"] for stage in record["stages"]] == [4, 4]
+
+
+def test_validation_of_a_prior_says_how_alike_its_embeddings_are(work: Path) -> None:
+    lines = [json.loads(line) for line in (work / "prior" / "metrics.jsonl").read_text().splitlines()]
+    found = next(line for line in lines if "baseline" in line)
+    for name in ("with_image", "with_text", "with_unrelated_text", "above_baseline"):
+        for steps in (2, 4):
+            assert -2 <= found[f"{name}_{steps}"] <= 2
+    assert found["above_baseline_2"] == pytest.approx(found["with_text_2"] - found["baseline"])
+
+
+def test_a_checkpoint_names_the_encoders_of_captions_and_pictures(work: Path) -> None:
+    prior, decoder = load_checkpoint(work / "prior"), load_checkpoint(work / "decoder")
+    assert (prior.encoder or {})["name"] == "tokens"
+    assert {field: facts["name"] for field, facts in prior.embed_encoders.items()} == {
+        "text_embed": "clip",
+        "image_embed": "clip",
+    }
+    assert decoder.encoder is None
+    assert decoder.embed_encoders["image_embed"] == prior.embed_encoders["image_embed"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["prior=null"], "the stages read picture embeddings of 'clip'; give prior.checkpoint"),
+        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model draws pictures"),
+        (["stages.0.checkpoint={work}/prior"], "it is a prior, which draws embeddings"),
+    ],
+)
+def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    result = sample(work, tmp_path / "out", "prompts=[a red circle]", *(m.format(work=work) for m in more))
+    assert result.code == 2
+    assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("prior", "text_embed=null", "text_embed is None: a prior reads it"),
+        (
+            "prior",
+            "text_embed=tokens",
+            "network.dim is 16, but the embeddings of 'tokens' in the store are 24",
+        ),
+        ("prior", "image_embed=dino", "the store has no picture encoder 'dino' (picture encoders: ['clip'])"),
+        ("prior", "grid_every_steps=2", "grid_every_steps is for pictures"),
+        ("decoder", "image_embed=null", "image_embed is None: a prior and a decoder"),
+        ("decoder", "denoiser.unet.image_embed_dim=9", "are 16 wide; set image_embed_dim=16"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(
+    work: Path, tmp_path: Path, name: str, change: str, message: str
+) -> None:
+    result = train(work, name, tmp_path / "out", change)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_prior_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    assert train(work, "prior", half, "num_steps=2", "validate_every_steps=9").code == 0
+    assert train(work, "prior", half).code == 0
+    ends = [load_checkpoint(folder, weights="model") for folder in (work / "prior", half)]
+    assert ends[0].sha256 == ends[1].sha256
