@@ -14,7 +14,7 @@ Condition = Literal["text", "labels", "image_embed", "low_res"]
 _KEEP = {"text": "text_keep", "labels": "labels_keep", "image_embed": "image_embed_keep"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
     """Row i of every tensor belongs to row i of the noisy batch; None where a model has no such input.
 

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 from pipeline.errors import ConfigError
 from pipeline.files import commit_file, temporary_name
 from stages.features.base import Extracted
+from stages.sources.files import Damaged
+from stages.sources.npy import map_file
 
 _TENSOR, _LABEL, _FACTS = "features", "label", "facts"
 
@@ -51,12 +53,12 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
     file = Path(path)
     try:
         if file.suffix == ".npy":
-            found = FeatureFile(np.load(file, mmap_mode="r", allow_pickle=False), None)
+            found = FeatureFile(map_file(file), None)
         elif file.suffix == ".safetensors":
             found = _read_safetensors(file, field)
         else:
             raise ConfigError(f"{field}: {path}: suffix {file.suffix!r} is not supported; give .npy or .safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, Damaged, SafetensorError) as error:
         raise ConfigError(f"{field}: {path} cannot be read ({error}); give an .npy or .safetensors file") from error
     if found.rows.ndim != 2 or found.rows.dtype.kind != "f":
         raise ConfigError(

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -75,3 +76,10 @@ def read_row(file: BinaryIO, header: NpyHeader, row: int) -> np.ndarray:
     """One row of an open file, of shape `header.shape[1:]`."""
     file.seek(header.offset + row * header.row_bytes)
     return np.frombuffer(file.read(header.row_bytes), header.dtype).reshape(header.shape[1:])
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The array of a local file, mapped into memory for reading; raises as `read_header`."""
+    with path.open("rb") as file:
+        header = read_header(file, str(path))
+    return np.memmap(path, header.dtype, mode="r", offset=header.offset, shape=header.shape)

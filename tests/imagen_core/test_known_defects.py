@@ -4,6 +4,7 @@ The numbers X1 ... X7 are NeMo Imagen's, in the order they were found; its X7 (d
 shipped configurations) is the table of tests/workflows/test_train_presets.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,8 +81,8 @@ def test_x4_caption_dropout_works_on_the_cpu() -> None:
     x, sigma = torch.randn(2, 3, 16, 16), torch.ones(2)
     with_text, other_text = captions(2), captions(2)
     assert other_text.text is not None
-    dropped = Conditioning(with_text.text, with_text.text_mask, kept)
-    changed = Conditioning(other_text.text + 1, other_text.text_mask, kept)
+    dropped = replace(with_text, text_keep=kept)
+    changed = replace(other_text, text=other_text.text + 1, text_keep=kept)
     first, second = model(x, sigma, dropped), model(x, sigma, changed)
     assert not torch.allclose(first[0], second[0])
     torch.testing.assert_close(first[1], second[1])

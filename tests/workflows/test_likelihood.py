@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.workflows.commands import call, precompute
-from tests.workflows.test_train_and_sample import COMMON, UNET
+from tests.workflows.trained import COMMON, UNET
 
 DIFFUSION = {"schedule": {"kind": "discrete", "num_steps": 6, "beta": "cosine"}, "variance": "learned_range"}
 BASE = {

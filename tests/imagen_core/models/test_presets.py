@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from imagen_core.models import UNetConfig
 from imagen_core.models.count import build_on_meta
 from imagen_core.models.presets import PRESETS, list_presets
+from imagen_core.models.prior_presets import PRIOR_PRESETS
 from tests.imagen_core.models.published import TABLE
 
 
@@ -27,11 +28,13 @@ def test_every_preset_is_of_a_published_model():
 
 def test_presets_are_listed_with_plain_integers():
     rows = {str(row["name"]): row for row in list_presets()}
-    assert set(rows) == set(PRESETS)
+    presets = PRESETS | PRIOR_PRESETS
+    assert set(rows) == set(presets)
     for name, row in rows.items():
         assert type(row["parameters"]) is int
-        assert row["parameters"] == PRESETS[name].parameters
-        assert (row["kind"], row["family"]) == ("unet", PRESETS[name].config.family)
+        assert row["parameters"] == presets[name].parameters
+        kind = "prior" if name in PRIOR_PRESETS else "unet"
+        assert (row["kind"], row["family"]) == (kind, presets[name].config.family)
         assert row["summary"]
 
 
@@ -41,7 +44,7 @@ def test_listing_builds_no_model():
         "def refuse(self, *_, **__): raise AssertionError('a module was built')\n"
         "nn.Module.__init__ = refuse\n"
         "from imagen_core.models.presets import list_presets\n"
-        f"assert len(list_presets()) == {len(PRESETS)}\n"
+        f"assert len(list_presets()) == {len(PRESETS) + len(PRIOR_PRESETS)}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -42,7 +42,7 @@ def test_float16_trains_as_float32_does_to_its_rounding(store: Path, tmp_path: P
     assert scale_of(tmp_path / "float16") == {"value": 65536.0, "good_steps": 2}
     assert scale_of(tmp_path / "float32") is None
     kept = tensors(checkpoints(tmp_path / "float16" / "checkpoints")[-1])
-    assert kept["model/unet.conv_in.weight"].dtype == torch.float32
+    assert kept["model/net.conv_in.weight"].dtype == torch.float32
 
 
 @pytest.mark.slow

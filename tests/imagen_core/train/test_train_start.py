@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_
 
 def test_what_does_not_fit_is_refused_unless_told_to_skip(source: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        TrainError, match=r"tensors do not fit \(unet\.conv_in\.weight: .* here, .* there.*init_mismatch=skip"
+        TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_mismatch=skip"
     ):
         train(make_config(store, denoiser=SUPER, init_from=str(source)), tmp_path)
     fewer = BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}

@@ -1,0 +1,75 @@
+"""A small CLIP, built from its configuration and trained on the demo's scenes for a minute or two."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from stages.encoders.tiny import write_tiny_model
+from stages.sources.scenes import render, scene
+
+PICTURE_PX = 32
+DIM = 64
+_SEED = 11  # of the scenes it learns from; precompute draws others
+
+
+def train_small_clip(folder: Path, *, num_scenes: int = 4000, num_steps: int = 600, batch_size: int = 128) -> float:
+    """Trains with CLIP's own loss (Radford et al. 2021, arXiv 2103.00020, figure 3) and saves as transformers does.
+
+    Returns:
+        Part of the pictures of the last batches whose own caption is the likeliest of the batch, in [0, 1].
+    """
+    from transformers import CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = _tokenizer(folder)
+    model = CLIPModel(_config(len(tokenizer)))
+    scenes = [scene(_SEED, index, "train") for index in range(num_scenes)]
+    captions = [s.captions[0] for s in scenes]
+    pictures = torch.from_numpy(np.stack([render(s, PICTURE_PX) for s in scenes])).permute(0, 3, 1, 2)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.1)
+    generator, right = torch.Generator().manual_seed(0), []
+    for step in range(num_steps):
+        rows = torch.randperm(num_scenes, generator=generator)[:batch_size]
+        tokens = tokenizer([captions[row] for row in rows.tolist()], padding=True, return_tensors="pt")
+        pixels = (pictures[rows].float() / 255 - mean) / std
+        logits = model(pixel_values=pixels, **tokens).logits_per_image
+        own = torch.arange(batch_size)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        right.append(float((logits.argmax(dim=1) == own).float().mean()))
+        if step % 50 == 0:
+            print(f"CLIP step {step}: loss {float(loss):.3f}, own caption first {right[-1]:.1%}", flush=True)
+    model.save_pretrained(folder)
+    return float(np.mean(right[-20:]))
+
+
+def _config(vocabulary: int):
+    from transformers import CLIPConfig
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
+    text = {**shape, "vocab_size": vocabulary, "max_position_embeddings": 32, "eos_token_id": 1, "bos_token_id": 2}
+    vision = {**shape, "image_size": PICTURE_PX, "patch_size": 8}
+    return CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=DIM)
+
+
+def _tokenizer(folder: Path):
+    """The tiny T5's words, each a token, with an end token."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    write_tiny_model(folder)
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (folder / "model.safetensors").unlink()
+    special = [(token, core.token_to_id(token)) for token in ("</s>", "<unk>")]
+    core.post_processor = processors.TemplateProcessing(single="<unk> $A </s>", special_tokens=special)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
