@@ -46,7 +46,7 @@ def train_small_clip(folder: Path, *, num_scenes: int = 4000, num_steps: int = 6
         schedule.step()
         right.append(float((logits.argmax(dim=1) == own).float().mean()))
         if step % 50 == 0:
-            print(f"CLIP step {step}: loss {float(loss):.3f}, own caption first {right[-1]:.1%}", flush=True)
+            print(f"CLIP step {step}: loss {loss.item():.3f}, own caption first {right[-1]:.1%}", flush=True)
     model.save_pretrained(folder)
     return float(np.mean(right[-20:]))
 
@@ -55,6 +55,7 @@ def _config(vocabulary: int):
     from transformers import CLIPConfig
 
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
+    shape["projection_dim"] = DIM
     text = {**shape, "vocab_size": vocabulary, "max_position_embeddings": 32, "eos_token_id": 1, "bos_token_id": 2}
     vision = {**shape, "image_size": PICTURE_PX, "patch_size": 8}
     return CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=DIM)

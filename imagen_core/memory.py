@@ -94,6 +94,9 @@ def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ..
         return replace(conditioning, text_embed=torch.randn(1, network.dim))
     return replace(
         conditioning,
+        characters=None
+        if network.transcription is None
+        else torch.ones(1, network.transcription.max_characters, dtype=torch.long),
         low_res=torch.randn(1, *shape) if network.low_res else None,
         low_res_noise=torch.zeros(1) if network.low_res_noise else None,
         labels=None if network.num_classes is None else torch.zeros(1, dtype=torch.long),

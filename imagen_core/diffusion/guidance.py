@@ -20,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), sigma scalar tensor) -> estimate of x0 (b, c, h, w); all a sampler needs to know."""
 
 
-_ORDER: tuple[Condition, ...] = ("text", "labels", "image_embed", "low_res")
+_ORDER: tuple[Condition, ...] = ("text", "transcription", "labels", "image_embed", "low_res")
 
 
 class Guidance(Config):
@@ -28,6 +28,8 @@ class Guidance(Config):
 
     text: float = 1.0
     """Weight of the caption."""
+    transcription: float = 1.0
+    """Weight of the text to be written in the picture."""
     labels: float = 1.0
     """Weight of the class label."""
     image_embed: float = 1.0
@@ -115,10 +117,10 @@ class _Last:
 def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Guided:
     """A function of (x, sigma) alone, for one run of a sampler: guidance first, then the threshold.
 
-    Conditions are taken away one by one, in the order text, labels, image_embed, low_res; each step's difference has
-    the weight of what it took away, and the rest stays: D = D_none + sum of w_i (D_with_i - D_without_i). Equal
-    weights make one difference of several steps. Only the terms with a weight are computed: with all weights 1 the
-    network runs once.
+    Conditions are taken away one by one, in the order text, transcription, labels, image_embed, low_res; each step's
+    difference has the weight of what it took away, and the rest stays: D = D_none + sum of w_i (D_with_i -
+    D_without_i). Equal weights make one difference of several steps. Only the terms with a weight are computed: with
+    all weights 1 the network runs once.
     """
     length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
     within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())

@@ -87,7 +87,7 @@ class Attention(nn.Module):
             context: (b, l, context_dim), for cross and fused.
             mask: bool (b, l), true where the context is real; None: everywhere.
             keys_from: (b, n, dim) for the own keys and values if they are normalised otherwise than the queries.
-            bias: (heads, n, n), added to the logits of the own keys; for self attention.
+            bias: added to the logits of the own keys in self attention; broadcasts to (b, heads, n, n), last axis n.
             rotary: applied to queries and own keys (b, heads, n, d); for self attention.
         Returns:
             (b, n, dim).
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _own_logits(self, q: Tensor, num_keys: int, bias: Tensor | None) -> Tensor | None:
-        """What is added to the logits (heads or 1, n, m) of self attention: the bias, and minus infinity ahead."""
+        """What is added to the logits (..., n, m) of self attention: the bias, and minus infinity ahead."""
         if bias is None and not self.causal:
             return None
         num_queries = q.shape[2]

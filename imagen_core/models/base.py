@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from imagen_core.config import Config
+from imagen_core.models.transcription import TranscriptionConfig
 
 AttentionType = Literal["self", "cross", "fused", "stacked"]
 Pooling = Literal["attention", "mean"]
@@ -24,6 +25,8 @@ class UNetBaseConfig(Config):
     """Tokens that the picture embedding becomes, for attention; it is also added to the time vector."""
     num_classes: int | None = Field(default=None, ge=1)
     """Class labels, embedded and added to the time vector; a label of -1 is unknown and adds nothing."""
+    transcription: TranscriptionConfig | None = None
+    """How the text to be written in the picture is read (Regular and Efficient UNets); null: it is not."""
     in_channels: int = Field(default=3, ge=1)
     """Channels of the noisy picture (without the low-resolution one)."""
     out_channels: int = Field(default=3, ge=1)
@@ -98,12 +101,20 @@ class AttentionUNetConfig(UNetBaseConfig):
         """Channels of each level."""
         return [self.embed_dim * mult for mult in self.channel_mult]
 
+    @property
+    def sides_px(self) -> list[int]:
+        """Side of each level's pictures."""
+        return [self.image_size_px // 2**level for level in range(len(self.channel_mult))]
+
     def check_conditions(self, *, attends: bool = True) -> None:
         """Raises ValueError if attention reads conditions that are not there, or if inputs do not fit together."""
         self.check_inputs()
         self.check_image_size(len(self.channel_mult), self.sides_divisor)
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        resolutions = () if self.transcription is None else self.transcription.resolutions
+        if not set(resolutions) <= set(self.sides_px):
+            raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")
 
     def head_width(self, width: int) -> int:
         """Channels of one head, where num_heads counts if given."""

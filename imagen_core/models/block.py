@@ -5,23 +5,31 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from imagen_core.models.attention import PixelAttention, StackedAttention
-from imagen_core.models.base import AttentionType
+from imagen_core.models.base import AttentionType, AttentionUNetConfig
 from imagen_core.models.inputs import Context
 from imagen_core.models.resblock import ResBlock
+from imagen_core.models.transcription_attention import TranscriptionAttention
 
 
 class Block(nn.Module):
-    """A ResBlock (or a plain layer that changes the resolution), then attention or none."""
+    """A ResBlock (or a plain layer that changes the resolution), then attention or none, to a transcription too."""
 
-    def __init__(self, layer: nn.Module, attention: nn.Module | None):
+    def __init__(
+        self,
+        layer: nn.Module,
+        attention: nn.Module | None,
+        transcription_attention: TranscriptionAttention | None = None,
+    ):
         super().__init__()
         self.layer = layer
         self.attention = attention
+        self.transcription_attention = transcription_attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(b, c, h, w) -> (b, c', h', w')."""
         x = self.layer(x, context) if isinstance(self.layer, ResBlock) else self.layer(x)
-        return x if self.attention is None else self.attention(x, context.tokens, context.mask)
+        x = x if self.attention is None else self.attention(x, context.tokens, context.mask)
+        return x if self.transcription_attention is None else self.transcription_attention(x, context)
 
 
 class Level(nn.Module):
@@ -53,3 +61,13 @@ def make_attention(kind: AttentionType, width: int, head_dim: int, cond_dim: int
     if kind == "stacked":
         return StackedAttention(width, head_dim=head_dim, context_dim=cond_dim)
     return PixelAttention(width, kind=kind, head_dim=head_dim, context_dim=None if kind == "self" else cond_dim)
+
+
+def make_transcription_attention(
+    config: AttentionUNetConfig, level: int, width: int, *, up: bool
+) -> TranscriptionAttention | None:
+    """Attention of `width` channels to a transcription, if this level has it on the way up or down."""
+    settings, side = config.transcription, config.sides_px[level]
+    if settings is None or side not in settings.resolutions or (settings.up_only and not up):
+        return None
+    return TranscriptionAttention(settings, width, side, config.time_dim)

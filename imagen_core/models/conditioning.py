@@ -8,10 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Condition = Literal["text", "labels", "image_embed", "low_res"]
+Condition = Literal["text", "transcription", "labels", "image_embed", "low_res"]
 """What guidance can take away."""
 
-_KEEP = {"text": "text_keep", "labels": "labels_keep", "image_embed": "image_embed_keep"}
+_TENSORS: dict[Condition, tuple[str, ...]] = {
+    "text": ("text", "text_embed"),
+    "transcription": ("characters",),
+    "labels": ("labels",),
+    "image_embed": ("image_embed",),
+    "low_res": ("low_res",),
+}
+_KEEP = {
+    "text": "text_keep",
+    "transcription": "characters_keep",
+    "labels": "labels_keep",
+    "image_embed": "image_embed_keep",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +38,8 @@ class Conditioning:
         text_mask: bool (b, l), true on real tokens.
         text_embed: float (b, d), the caption as one vector, of a text encoder that shares its space with pictures.
         text_keep: bool (b,), for text and text_embed.
+        characters: int64 (b, l), the text to be written in the picture, as `character_ids` gives it.
+        characters_keep: bool (b,).
         low_res: float (b, c, h, w), the low-resolution picture upsampled to the size of x, noised and
             scaled by `diffusion.low_res`.
         low_res_noise: float (b,), c_noise of the noise level put on low_res.
@@ -41,6 +55,8 @@ class Conditioning:
     text_mask: Tensor | None = None
     text_embed: Tensor | None = None
     text_keep: Tensor | None = None
+    characters: Tensor | None = None
+    characters_keep: Tensor | None = None
     low_res: Tensor | None = None
     low_res_noise: Tensor | None = None
     labels: Tensor | None = None
@@ -64,9 +80,7 @@ class Conditioning:
 
     def has(self, condition: Condition) -> bool:
         """Whether there is anything to take away."""
-        if condition == "text":
-            return self.text is not None or self.text_embed is not None
-        return getattr(self, condition) is not None
+        return any(getattr(self, name) is not None for name in _TENSORS[condition])
 
     def without(self, condition: Condition) -> "Conditioning":
         """The same with one condition taken away in all rows; a low-resolution picture becomes grey."""

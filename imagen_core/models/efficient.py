@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imagen_core.models.base import AttentionUNetConfig
-from imagen_core.models.block import Block, Level, check_widths, make_attention
+from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_pictures, run_block
 from imagen_core.models.resblock import ResBlock
@@ -49,6 +49,12 @@ class EfficientUNetConfig(AttentionUNetConfig):
         return self
 
     @property
+    def sides_px(self) -> list[int]:
+        """Side of each level's pictures; all but the last level halve before their blocks."""
+        last = len(self.channel_mult) - 1
+        return [self.image_size_px // 2 ** min(level + 1, last) for level in range(last + 1)]
+
+    @property
     def context_dim(self) -> int:
         """Width of the tokens that are attended to."""
         return self.text_dim or self.image_embed_dim or 0
@@ -73,10 +79,10 @@ class EfficientUNet(nn.Module):
         for level, width in enumerate(widths):
             entry, count = widths[max(level - 1, 0)], config.num_res_blocks[level]
             halve = Block(nn.Conv2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
-            self.down.append(Level(self._blocks(level, [entry] + count * [width]), halve))
+            self.down.append(Level(self._blocks(level, [entry] + count * [width], up=False), halve))
             narrowing = [width] + count * [entry] if config.up_narrow == "first" else count * [width] + [entry]
             double = Block(nn.ConvTranspose2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
-            self.up.insert(0, Level(self._blocks(level, narrowing), double))
+            self.up.insert(0, Level(self._blocks(level, narrowing, up=True), double))
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 1)
 
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
@@ -104,12 +110,12 @@ class EfficientUNet(nn.Module):
                 h = run_block(level.resample, h, context, recompute=recompute)
         return self.conv_out(h)
 
-    def _blocks(self, level: int, widths: list[int]) -> list[nn.Module]:
+    def _blocks(self, level: int, widths: list[int], *, up: bool) -> list[nn.Module]:
         """ResBlocks through these widths; attention after the last one if the level has it."""
         config = self.config
         blocks: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(widths)):
-            attends = config.attention_levels[level] and index == len(widths) - 2
+            last = index == len(widths) - 2
             layer = ResBlock(
                 before,
                 after,
@@ -119,8 +125,9 @@ class EfficientUNet(nn.Module):
                 skip_scale=math.sqrt(0.5) if config.scale_skips else 1.0,
             )
             attention = None
-            if attends:
+            if last and config.attention_levels[level]:
                 head_dim = config.head_width(after)
                 attention = make_attention(config.attention_type, after, head_dim, config.context_dim)
-            blocks.append(Block(layer, attention))
+            writing = make_transcription_attention(config, level, after, up=up) if last else None
+            blocks.append(Block(layer, attention, writing))
         return blocks

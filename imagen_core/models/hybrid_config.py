@@ -104,6 +104,8 @@ class HybridUNetConfig(UNetBaseConfig):
             raise ValueError(f"dim must be a multiple of 8 (got {self.dim})")
         if isinstance(self.transformer_depth, tuple) and len(self.transformer_depth) != levels:
             raise ValueError(f"transformer_depth has {len(self.transformer_depth)} entries for {levels} levels")
+        if self.transcription is not None:
+            raise ValueError("transcription: Hybrid UNets read none; take family regular or efficient")
         self.check_inputs()
         self.check_image_size(levels, self.sides_divisor)
         if self.unread_caption_parameters and self.text_dim is not None:

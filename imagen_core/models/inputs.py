@@ -12,6 +12,7 @@ from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.embeddings import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
 from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.text import TextConditioning
+from imagen_core.models.transcription import TranscriptionEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +23,19 @@ class Context:
         time: (b, time_dim), the noise level with pooled text and labels, after its SiLU.
         tokens: (b, l, cond_dim) for attention, and mask bool (b, l); None without conditions, and mask also if all
             tokens are real.
+        characters: (b, m, dim), what the transcription's encoder makes of each character, and characters_mask bool
+            (b, m); None for models that read none.
     """
 
     time: Tensor
     tokens: Tensor | None
     mask: Tensor | None
+    characters: Tensor | None = None
+    characters_mask: Tensor | None = None
 
 
 class Inputs(nn.Module):
-    """Noise level, caption, picture embedding, class and low-resolution noise level -> `Context`."""
+    """Noise level, caption, transcription, picture embedding, class and low-resolution noise level -> `Context`."""
 
     def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
         """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
@@ -62,6 +67,9 @@ class Inputs(nn.Module):
             num_tokens = config.num_image_tokens if attends else 0
             self.image_embed = ImageEmbedConditioning(config.image_embed_dim, cond_dim, time_dim, num_tokens)
         self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
+        self.transcription = None
+        if config.transcription is not None:
+            self.transcription = TranscriptionEncoder(config.transcription, time_dim)
 
     def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
         """c_noise float (b,), in float32 or better where it is a step index.
@@ -85,7 +93,9 @@ class Inputs(nn.Module):
                 tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
             elif more is not None:
                 tokens = more
-        return Context(F.silu(time), tokens, mask)
+        time = F.silu(time)
+        characters = (None, None) if self.transcription is None else self.transcription(conditioning, time)
+        return Context(time, tokens, mask, *characters)
 
 
 def low_res_noise(conditioning: Conditioning) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.attention import zero_
 from imagen_core.models.base import AttentionUNetConfig
-from imagen_core.models.block import Block, Level, check_widths, make_attention
+from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_pictures, run_block
 from imagen_core.models.resblock import RepeatConv, Resample, ResBlock
@@ -49,8 +49,7 @@ class RegularUNetConfig(AttentionUNetConfig):
         if min(self.blocks_per_level) < 1:
             raise ValueError(f"num_res_blocks: every level needs one or more (got {self.num_res_blocks})")
         self.check_conditions()
-        sides = [self.image_size_px // 2**level for level in range(levels)]
-        attends = [side in self.attention_resolutions for side in sides[:-1]] + [True]  # the middle always
+        attends = [side in self.attention_resolutions for side in self.sides_px[:-1]] + [True]  # the middle always
         check_widths(self.widths, attends, self.head_dim, self.num_heads)
         return self
 
@@ -83,7 +82,7 @@ class RegularUNet(nn.Module):
         for level, out in enumerate(widths):
             blocks = []
             for _ in range(config.blocks_per_level[level]):
-                blocks.append(self._block(level, width, out))
+                blocks.append(self._block(level, width, out, up=False))
                 width = out
                 skips.append(width)
             if level < last:
@@ -97,7 +96,7 @@ class RegularUNet(nn.Module):
         for level in reversed(range(len(widths))):
             blocks = []
             for _ in range(config.blocks_per_level[level] + 1):
-                blocks.append(self._block(level, width + skips.pop(), widths[level]))
+                blocks.append(self._block(level, width + skips.pop(), widths[level], up=True))
                 width = widths[level]
             self.up.append(Level(blocks, self._resample("up", width) if level else None))
         self.norm_out = nn.GroupNorm(32, width)
@@ -130,10 +129,13 @@ class RegularUNet(nn.Module):
                 h = run_block(level.resample, h, context, recompute=recompute)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _block(self, level: int, in_channels: int, out_channels: int) -> "Block":
-        side = self.config.image_size_px // 2**level
-        attends = side in self.config.attention_resolutions
-        return Block(self._res(in_channels, out_channels), self._attention(out_channels) if attends else None)
+    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> "Block":
+        attends = self.config.sides_px[level] in self.config.attention_resolutions
+        return Block(
+            self._res(in_channels, out_channels),
+            self._attention(out_channels) if attends else None,
+            make_transcription_attention(self.config, level, out_channels, up=up),
+        )
 
     def _res(self, in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
         return ResBlock(

@@ -93,6 +93,25 @@ def test_each_condition_has_its_weight_and_only_terms_that_count_are_computed(
     assert len(network.calls) == (passes if two_passes else 1)
 
 
+@pytest.mark.parametrize(("weights", "passes"), [((1, 3), 3), ((3, 3), 2), ((4, 1), 2), ((5, 2), 3), ((0, 0), 1)])
+def test_captions_and_transcriptions_are_weighed_apart(weights, passes):
+    denoiser = small_denoiser(diffusion={"objective": "x0"})
+
+    def says(x, c_noise, conditioning):
+        kept = [torch.ones(len(x)) if k is None else k for k in (conditioning.text_keep, conditioning.characters_keep)]
+        return (kept[0] + 10 * kept[1]).to(x)[:, None, None, None].expand_as(x)
+
+    network = stub(denoiser, says)
+    conditioning = Conditioning(
+        text=text().text, text_mask=text().text_mask, characters=torch.ones(2, 4, dtype=torch.int64)
+    )
+    guidance = Guidance(text=weights[0], transcription=weights[1])
+    estimate = guided(denoiser, conditioning, guidance, NONE)(picture(), SIGMA)
+    # D_0 = 0, D_transcription = 10, D_all = 11
+    torch.testing.assert_close(estimate, torch.full_like(estimate, weights[0] * 1 + weights[1] * 10))
+    assert sum(len(call[0]) for call in network.calls) == 2 * passes
+
+
 def test_without_a_caption_the_weight_of_captions_has_nothing_to_weigh():
     denoiser = small_denoiser(diffusion={"objective": "x0"})
     network = stub(denoiser, lambda x, *_: x)
