@@ -19,6 +19,7 @@ from imagen_core.config import Config
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
+from imagen_core.models.characters import character_ids
 from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
 
@@ -69,6 +70,12 @@ class CascadeStage:
         return self.config.size_px
 
     @property
+    def max_characters(self) -> int | None:
+        """Most bytes of a transcription; None if the stage reads none."""
+        settings = self.config.unet.transcription
+        return None if settings is None else settings.max_characters
+
+    @property
     def is_super_resolution(self) -> bool:
         return self.config.low_res_px is not None
 
@@ -102,6 +109,11 @@ class Cascade:
         """Width of the embeddings the stages read; None if no stage reads captions."""
         return None if self.encoder is None else int(self.encoder["dim"])
 
+    @property
+    def max_characters(self) -> int | None:
+        """Most bytes of a transcription that every stage that reads them can read; None if no stage does."""
+        return min((stage.max_characters for stage in self.stages if stage.max_characters is not None), default=None)
+
     @torch.no_grad()
     def sample(
         self,
@@ -109,6 +121,7 @@ class Cascade:
         seeds: Sequence[int],
         *,
         image_embed: Tensor | None = None,
+        transcriptions: Sequence[str] | None = None,
         low_res: Tensor | None = None,
         start_stage: int = 0,
         stop_stage: int | None = None,
@@ -127,6 +140,7 @@ class Cascade:
             text: one (num_tokens, text_dim) array a picture; None draws without captions.
             image_embed: (b, dim), embeddings of the pictures to draw, for stages that read them: drawn by a prior, or
                 of pictures one has. Only their direction counts.
+            transcriptions: the text to be written in each picture; None, or an empty one: none.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the picture
                 of the stage before it: super-resolution of a picture you have.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
@@ -154,7 +168,12 @@ class Cascade:
         _check_image_embed(stages, image_embed, len(seeds))
         embeddings, mask = pad_text(text, len(seeds), self.text_dim)
         directions = None if image_embed is None else unit_variance(image_embed)
-        conditioning = Conditioning(text=embeddings, text_mask=mask, image_embed=directions).to(device, dtype)
+        conditioning = Conditioning(
+            text=embeddings,
+            text_mask=mask,
+            characters=self._characters(transcriptions, len(seeds)),
+            image_embed=directions,
+        ).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
         pictures: dict[int, Tensor] = {}
@@ -187,6 +206,17 @@ class Cascade:
                 inpaint = None if inpaint is None else inpaint.rows(rows)
         return pictures
 
+    def _characters(self, transcriptions: Sequence[str] | None, batch: int) -> Tensor | None:
+        if self.max_characters is None:
+            if transcriptions is not None:
+                raise ValueError("transcriptions: no stage reads them; leave them out")
+            return None
+        if transcriptions is None:
+            transcriptions = [""] * batch
+        if len(transcriptions) != batch:
+            raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} pictures; give one a picture")
+        return character_ids(transcriptions, self.max_characters)
+
 
 def _draw(
     stage: CascadeStage,
@@ -207,6 +237,8 @@ def _draw(
         conditioning = replace(conditioning, text=None, text_mask=None)
     if stage.image_embed_dim is None:
         conditioning = replace(conditioning, image_embed=None)
+    if stage.max_characters is None:
+        conditioning = replace(conditioning, characters=None)
     if conditioning.text is not None and conditioning.text_mask is not None:
         tokens = slice(stage.max_tokens)
         conditioning = replace(

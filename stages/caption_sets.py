@@ -28,6 +28,8 @@ class Caption:
     """Index of that sample."""
     number: int = 0
     """Which of the sample's captions it is."""
+    transcription: str | None = None
+    """The text to be written in the picture; None: not known."""
 
 
 class _CaptionSet(Config):
@@ -67,9 +69,10 @@ class StoreCaptions(_CaptionSet):
         try:
             for index, chance in sorted(zip(chosen, hashes, strict=True)):  # shard by shard
                 shard, row = self.store.locate(index)
-                key, texts, *_ = self.store.shard(shard).samples.fields(row)
+                samples = self.store.shard(shard).samples
+                key, texts, *_ = samples.fields(row)
                 number = chance % len(texts)
-                found[index] = Caption(texts[number], key, index, number)
+                found[index] = Caption(texts[number], key, index, number, samples.transcription(row))
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
         return [found[index] for index in chosen]

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from imagen_core.cascade import Cascade
+from imagen_core.models.characters import character_ids
 from imagen_core.pictures import from_pixels, read_picture, tile, to_pixels, write_png
 from imagen_core.samplers import Inpaint
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import file_digest, read_json, write_json, write_text
 from pipeline.fingerprint import differences
 from pipeline.job import Job
+from stages.captions import is_valid_text
 from stages.device import choose_device
 from stages.sample_cascade import load_cascade
 from stages.sample_config import SampleConfig
@@ -109,6 +111,7 @@ def prepare(config: SampleConfig) -> Drawing:
             f"low_res: the first stage ({cascade.sizes_px[0]} px) is a base model and reads no picture; leave base "
             "stages out of `stages`, or use init_image"
         )
+    _check_transcriptions(config, pictures, cascade)
     device = choose_device(config.device)
     prior = load_prior(config, loaded.checkpoints, device)
     if prior is not None:
@@ -158,6 +161,9 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
             drawing.embeddings.of(batch),
             [picture.seed for picture in batch],
             image_embed=None if drawing.prior is None else drawing.prior.of(batch),
+            transcriptions=None
+            if drawing.cascade.max_characters is None
+            else [picture.transcription for picture in batch],
             low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
@@ -187,7 +193,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
 
 _CHANGES_NOTHING = {
     *("batch_size", "device", "encoder_model", "part", "save_all_sizes", "save_text"),
-    "captions",  # the prompts themselves are recorded
+    *("captions", "transcriptions"),  # the texts themselves are recorded
 }
 
 
@@ -198,7 +204,9 @@ def _check_folder(root: Path, url: str, drawing: Drawing, *, restart: bool, alon
         "stages": drawing.origins,
         "sources": _digests(drawing.config),
         "pictures": [
-            {"file": p.name, "prompt": p.prompt, "seed": p.seed, "key": p.caption.key} for p in drawing.pictures
+            {"file": p.name, "prompt": p.prompt, "seed": p.seed, "key": p.caption.key}
+            | ({} if drawing.cascade.max_characters is None else {"transcription": p.transcription})
+            for p in drawing.pictures
         ],
     }
     path = root / "pictures.json"
@@ -212,6 +220,25 @@ def _check_folder(root: Path, url: str, drawing: Drawing, *, restart: bool, alon
         for file in root.glob("images-*/*"):
             file.unlink()
     write_json(path, record)
+
+
+def _check_transcriptions(config: SampleConfig, pictures: Sequence[Picture], cascade: Cascade) -> None:
+    """Raises ConfigError if some are too long, are no text, or were asked for and no stage reads them."""
+    texts = [picture.transcription for picture in pictures]
+    if cascade.max_characters is None:
+        if config.captions is None and any(texts):
+            raise ConfigError(
+                f"transcriptions: no stage reads them (got {max(texts)!r}); leave them out, or give the checkpoint of "
+                "a model with denoiser.unet.transcription"
+            )
+        return
+    bad = next((text for text in texts if not is_valid_text(text)), None)
+    if bad is not None:
+        raise ConfigError(f"transcriptions: {bad!r} is not valid text; write it in UTF-8")
+    try:
+        character_ids(texts, cascade.max_characters)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _by_file(record: Mapping[str, Any]) -> dict[str, object]:

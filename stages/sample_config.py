@@ -60,10 +60,13 @@ class SampleConfig(Config):
     """Stop after the stage of this size; the stages behind it are not loaded. null: draw with all of them."""
     prompts: tuple[str, ...] = ()
     """What to draw."""
+    transcriptions: tuple[str, ...] = ()
+    """The text to be written in each picture, one a prompt, for a cascade that reads them; default: none."""
     prompts_file: str | None = None
-    """Text file with one prompt a line, instead of `prompts`."""
+    """Text file with one prompt a line, instead of `prompts`; after a tab, the transcription."""
     captions: AnyCaptions | None = None
-    """Captions of a store or a file, all or a seeded selection, instead of `prompts`."""
+    """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions come
+    with them."""
     part: PartConfig | None = None
     """Draw only this share of the pictures; names and seeds are those of the whole, so that shares add up to it. null:
     share RANK of WORLD_SIZE where the environment has them (torchrun), else all."""
@@ -103,9 +106,12 @@ class SampleConfig(Config):
     def _check_prompts(self) -> "SampleConfig":
         if sum(map(bool, (self.prompts, self.prompts_file, self.captions))) > 1:
             raise ValueError("give one of prompts, prompts_file and captions")
-        for name, pictures in (("low_res", self.low_res), ("init_image", self.init_image)):
-            if pictures and self.prompts and len(pictures) != len(self.prompts):
-                raise ValueError(f"{name} has {len(pictures)} pictures for {len(self.prompts)} prompts; give one each")
+        if self.transcriptions and (self.prompts_file or self.captions):
+            raise ValueError("transcriptions go with prompts; in a prompts_file they follow a tab")
+        for name in ("low_res", "init_image", "transcriptions"):
+            given = getattr(self, name)
+            if given and self.prompts and len(given) != len(self.prompts):
+                raise ValueError(f"{name} has {len(given)} entries for {len(self.prompts)} prompts; give one each")
         if (self.inpaint_image is None) != (self.inpaint_mask is None):
             raise ValueError("inpaint_image and inpaint_mask come together")
         return self

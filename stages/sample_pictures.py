@@ -1,7 +1,7 @@
 """Which pictures a sampling draws, and which of them are this process's."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -22,6 +22,10 @@ class Picture:
     @property
     def prompt(self) -> str:
         return self.caption.text
+
+    @property
+    def transcription(self) -> str:
+        return self.caption.transcription or ""
 
     @property
     def name(self) -> str:
@@ -53,26 +57,30 @@ def _captions(config: SampleConfig) -> list[Caption]:
     if config.captions is not None:
         captions = config.captions.captions()
     else:
-        captions = [Caption(prompt) for prompt in _prompts(config)]
-    given = (("low_res", config.low_res), ("init_image", config.init_image))
+        captions = _prompts(config)
+    given = {name: getattr(config, name) for name in ("low_res", "init_image", "transcriptions")}
     if not captions:
-        pictures = len(config.low_res) or len(config.init_image) or int(config.inpaint_image is not None)
+        pictures = max(len(each) for each in given.values()) or int(config.inpaint_image is not None)
         if not pictures:
             raise ConfigError("prompts: none given; use prompts='[a small red circle]' or prompts_file=FILE")
-        return [Caption("")] * pictures
-    for name, pictures in given:
-        if pictures and len(pictures) != len(captions):
-            raise ConfigError(f"{name}: {len(pictures)} pictures for {len(captions)} prompts; give one each")
+        captions = [Caption("")] * pictures
+    for name, each in given.items():
+        if each and len(each) != len(captions):
+            raise ConfigError(f"{name}: {len(each)} given for {len(captions)} prompts; give one each")
+    if config.transcriptions:
+        texts = zip(captions, config.transcriptions, strict=True)
+        captions = [replace(caption, transcription=text) for caption, text in texts]
     return captions
 
 
-def _prompts(config: SampleConfig) -> list[str]:
+def _prompts(config: SampleConfig) -> list[Caption]:
     if config.prompts_file is None:
-        return list(config.prompts)
+        return [Caption(prompt) for prompt in config.prompts]
     try:
         lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"prompts_file {config.prompts_file}: cannot be read ({error}); give a UTF-8 text file"
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    parts = [line.partition("\t") for line in lines if line.strip()]
+    return [Caption(prompt.strip(), transcription=text if tab else None) for prompt, tab, text in parts]

@@ -112,6 +112,8 @@ class TrainConfig(Config):
     """Part of the picture embeddings left out, independently of captions; for a prior, of the noisy ones it sees."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Part of the samples whose network is shown its own first estimate, if it has self_conditioning."""
+    transcription_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the transcriptions left out, drawn apart from the captions'; only for a model that reads them."""
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on whole pictures."""
     augment: AugmentConfig | None = None
@@ -174,7 +176,7 @@ class TrainConfig(Config):
     grid_num_steps: int = Field(default=25, ge=1)
     """Sampling steps of a grid."""
     grid_guidance: float = Field(default=3.0, ge=0)
-    """Caption guidance of a grid."""
+    """Caption and transcription guidance of a grid."""
     log_every_steps: int = Field(default=50, ge=1)
     """Steps between lines of metrics."""
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)

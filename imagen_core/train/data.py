@@ -20,6 +20,7 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
 from imagen_core.train.randomness import CUT, draw_uniform
+from imagen_core.train.writing import check_transcriptions, reads_transcriptions
 
 _AHEAD = 3  # batches read while a step runs
 
@@ -85,6 +86,7 @@ def open_store(config: TrainConfig) -> Store:
     _check_encoder("text", config.text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
+    check_transcriptions(store, config)
     if len(store) <= config.num_validation_samples:
         raise TrainError(
             f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
@@ -157,6 +159,7 @@ def loader_arguments(config: TrainConfig) -> dict[str, Any]:
         "text_embed": config.text_embed,
         "image_embed": config.image_embed,
         "max_tokens": config.max_tokens,
+        "transcriptions": reads_transcriptions(config),
     }
 
 

@@ -19,13 +19,15 @@ from imagen_core.train.distributed import World
 from imagen_core.train.example import make_example, whole_conditions
 from imagen_core.train.precision import autocast_dtype
 from imagen_core.train.randomness import mix
+from imagen_core.train.writing import with_transcriptions
 
 
 @torch.no_grad()
 def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
     count = config.num_validation_samples
-    fixed = config.model_copy(update={"caption_dropout": 0.0, "image_embed_dropout": 0.0, "seed": mix(config.seed, 4)})
+    nothing = dict.fromkeys(("caption_dropout", "transcription_dropout", "image_embed_dropout"), 0.0)
+    fixed = config.model_copy(update={**nothing, "seed": mix(config.seed, 4)})
     loader = store.loader(
         batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
         **loader_arguments(config),
@@ -48,6 +50,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
             size,
             -(-size // world.size),
             state,
+            raw.get("transcriptions"),
         )
         example = make_example(batch, fixed, denoiser, world.device, step=0)
         losses = loss(example)
@@ -76,15 +79,18 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     conditioning = whole_conditions(raw, world.device, dtype)
+    undropped = config.model_copy(update={"transcription_dropout": 0.0})
+    conditioning = with_transcriptions(conditioning, raw.get("transcriptions"), range(count), undropped, world.device)
     if settings.low_res_px is not None:
         low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
+    guidance = Guidance(text=config.grid_guidance, transcription=config.grid_guidance)
     half = autocast_dtype(config.precision)
     with torch.autocast(world.device.type, half, enabled=half is not None):
         result = sample(
             DpmSolverPP2M(),
-            guided(denoiser, conditioning, Guidance(text=config.grid_guidance), Threshold()),
+            guided(denoiser, conditioning, guidance, Threshold()),
             Karras().sigmas(settings.diffusion.schedule, config.grid_num_steps),
             SeededNoise(range(count)),
             shape,

@@ -13,8 +13,10 @@ from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.train.augment import blur
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch
+from imagen_core.train.padding import few_lengths
 from imagen_core.train.randomness import BLUR, IMAGE_EMBED, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
 from imagen_core.train.times import TimeSampler
+from imagen_core.train.writing import with_transcriptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ def make_example(
     draws = draw(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
 
     conditioning = _conditions(batch, config, draws, device, dtype)
+    texts = batch.raw.get("transcriptions")
+    conditioning = with_transcriptions(conditioning, texts, batch.counters or range(1), config, device)
     if isinstance(settings, PriorConfig):
         assert conditioning.image_embed is not None
         x0 = settings.to_length(conditioning.image_embed)
@@ -133,9 +137,8 @@ def _with_low_res(
 
 
 def _few_lengths(text: Tensor, mask: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Padded to a multiple of a quarter of `max_tokens`: a network is compiled for four lengths only."""
-    quarter = -(-max_tokens // 4)
-    more = min(-(-text.shape[1] // quarter) * quarter, max_tokens) - text.shape[1]
+    """Padded so that a network is compiled for four lengths only."""
+    more = few_lengths(text.shape[1], max_tokens) - text.shape[1]
     return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
 
 

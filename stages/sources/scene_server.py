@@ -9,9 +9,10 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from threading import Lock, Thread, current_thread
-from typing import Any
+from typing import Any, Literal
 
 from stages.sources.scenes import Scene, Split, encode_image, scene
+from stages.sources.words import encode_word, word_scene
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,21 @@ class SceneServer:
     `dead_indices`, like every other path, give 404.
     """
 
-    def __init__(self, seed: int, num_samples: int, dead_indices: Collection[int] = (), split: Split = "train"):
+    def __init__(
+        self,
+        seed: int,
+        num_samples: int,
+        dead_indices: Collection[int] = (),
+        split: Split = "train",
+        kind: Literal["shapes", "words"] = "shapes",
+    ):
         if not 0 <= num_samples <= 10**9:
             raise ValueError(f"num_samples must be in 0..10**9 (got {num_samples})")
         self.seed = seed
         self.num_samples = num_samples
         self.dead_indices = frozenset(dead_indices)
         self.split: Split = split
+        self.kind = kind
         self._http: _HttpServer | None = None
         self._acceptor: Thread | None = None
 
@@ -51,7 +60,7 @@ class SceneServer:
         self._http = self._acceptor = None
 
     def scene(self, index: int) -> Scene:
-        """Give the scene behind `url(index)`, captions included."""
+        """Give the scene of shapes behind `url(index)`, captions included."""
         return scene(self.seed, index, self.split)
 
     @property
@@ -70,6 +79,8 @@ class SceneServer:
         """Draw the PNG file behind `url(index)`; None where the server answers 404."""
         if index >= self.num_samples or index in self.dead_indices:
             return None
+        if self.kind == "words":
+            return encode_word(word_scene(self.seed, index, self.split))
         return encode_image(self.scene(index))
 
 

@@ -19,6 +19,8 @@ class SyntheticConfig(Config):
     """Scenes of coloured shapes with captions that describe them."""
 
     kind: Literal["synthetic"] = "synthetic"
+    scene: Literal["shapes", "words"] = "shapes"
+    """`words`: one or two coloured letters, with captions that name the colours and transcriptions."""
     num_samples: int = Field(default=288, ge=1)
     """Scenes to draw, dead links included."""
     seed: int = Field(default=0, ge=0)
@@ -35,7 +37,7 @@ class SyntheticConfig(Config):
 
 
 class SyntheticSource(Source):
-    """A row is [key, url, captions, is_duplicate], as in a URL list; the URLs are only good for this source."""
+    """A row is one of a URL list, with the writing where there is any; the URLs are only good for this source."""
 
     def __init__(self, config: SyntheticConfig):
         self.config = config
@@ -48,11 +50,17 @@ class SyntheticSource(Source):
 
     def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         from stages.sources.scenes import scene
+        from stages.sources.words import word_scene
 
+        config = self.config
         for piece in pieces:
-            for index in range(self.config.num_samples):
-                captions = list(scene(self.config.seed, index, split=self.config.split).captions)
-                yield piece, [f"{index:09d}", f"synthetic://{self.config.seed}/{index:09d}.png", captions, False]
+            for index in range(config.num_samples):
+                named = [f"{index:09d}", f"synthetic://{config.seed}/{index:09d}.png"]
+                if config.scene == "words":
+                    drawn = word_scene(config.seed, index, config.split)
+                    yield piece, [*named, list(drawn.captions), {"transcription": drawn.word}, False]
+                else:
+                    yield piece, [*named, list(scene(config.seed, index, config.split).captions), False]
 
     def prepare(self) -> None:
         load_downloader()
@@ -75,12 +83,15 @@ class SyntheticSource(Source):
             num_samples=config.num_samples,
             dead_indices=dead_indices(config.num_samples, config.dead_links),
             split=config.split,
+            kind=config.scene,
         ) as server:
             address = {url: server.url(int(key)) for key, url, *_ in rows}
             fetch_rows(rows, wanted, scratch, config.download, emit, address=address, own=server.endpoint)
 
     def fingerprint(self) -> dict[str, object]:
-        return {"seed": self.config.seed, "split": self.config.split, "dead_links": self.config.dead_links}
+        config = self.config
+        scene = {} if config.scene == "shapes" else {"scene": config.scene}
+        return {"seed": config.seed, "split": config.split, "dead_links": config.dead_links, **scene}
 
 
 def _bypass_proxy(host: str) -> None:

@@ -16,8 +16,11 @@ DIM = 12
 ENCODER = {"name": "t5", "dim": DIM, "dtype": "float16", "fingerprint": {}}
 
 
-def stage(size_px: int, low_res_px: int | None = None, **sampling: object) -> CascadeStage:
+def stage(
+    size_px: int, low_res_px: int | None = None, *, writing: dict[str, object] | None = None, **sampling: object
+) -> CascadeStage:
     unet = {
+        "transcription": writing,
         "family": "efficient",
         "image_size_px": size_px,
         "embed_dim": 32,
@@ -185,3 +188,47 @@ def test_keep_must_answer_for_every_picture(cascade: Cascade) -> None:
     for answer in (torch.ones(1, dtype=torch.bool), torch.ones(2)):
         with pytest.raises(ValueError, match="one bool for each of 2 pictures"):
             draw(cascade, [0, 1], keep=lambda number, p, answer=answer: answer)
+
+
+WRITING: dict[str, object] = {
+    "dim": 8,
+    "depth": 1,
+    "head_dim": 4,
+    "max_characters": 4,
+    "resolutions": [4],
+    "gain": 1.0,
+}
+
+
+def test_transcriptions_reach_the_stages_that_read_them() -> None:
+    reading = Cascade([stage(8, writing=WRITING | {"max_characters": 5}), stage(16, 8)], ENCODER)
+    assert reading.max_characters == 5
+    told = draw(reading, [0, 1], transcriptions=["AB", ""])
+    other, none = draw(reading, [0, 1], transcriptions=["BA", ""]), draw(reading, [0, 1])
+    assert not torch.equal(told[8][0], other[8][0])
+    torch.testing.assert_close(told[16][1], other[16][1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(told[16][1], none[16][1], rtol=0, atol=1e-8)
+    both = [reading.stages[0], stage(16, 8, writing=WRITING | {"resolutions": [8]})]
+    assert Cascade(both, ENCODER).max_characters == 4
+
+
+def test_the_transcription_has_a_weight_of_its_own() -> None:
+    cascades = [
+        Cascade([stage(8, writing=WRITING, guidance={"text": 0.0, "transcription": weight})], ENCODER)
+        for weight in (0.0, 1.0, 4.0)
+    ]
+    ignored, plain, stressed = (draw(cascade, [0, 0], transcriptions=["AB", "CD"])[8] for cascade in cascades)
+    none = draw(cascades[1], [0, 0])[8]
+    torch.testing.assert_close(ignored, none, rtol=0, atol=1e-8)
+    assert not torch.allclose(plain, none)
+    assert not torch.allclose(plain, stressed)
+
+
+def test_wrong_transcriptions_are_named(cascade: Cascade) -> None:
+    reading = Cascade([stage(8, writing=WRITING)], ENCODER)
+    with pytest.raises(ValueError, match="transcriptions: no stage reads them"):
+        draw(cascade, [0], transcriptions=["A"])
+    with pytest.raises(ValueError, match="transcriptions: 1 for 2 pictures"):
+        draw(reading, [0, 1], transcriptions=["A"])
+    with pytest.raises(ValueError, match="transcription 'ABCDE': 5 bytes in UTF-8, but the model reads at most 4"):
+        draw(reading, [0], transcriptions=["ABCDE"])
