@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.sources.words import LETTERS, PLACES, dots, window
+from stages.sources.scenes import COLORS
+from stages.sources.words import LETTERS, PLACES, WordScene, dots, window
 
 CHANCE = 1 / (len(LETTERS) + 1)
 """What guessing would read right of a place: any letter, or none."""
@@ -31,3 +32,9 @@ def letters_right(picture: NDArray[np.uint8], word: str) -> list[bool]:
 
 def _read(ink: NDArray[np.float64]) -> str:
     return min(_TEMPLATES, key=lambda letter: float(((ink - _TEMPLATES[letter]) ** 2).sum()))
+
+
+def color_right(picture: NDArray[np.uint8], scene: WordScene) -> bool:
+    """Whether the dots that the word should cover have on average the colour of `scene`, of all COLORS the nearest."""
+    mean = picture[dots(scene.word)].mean(axis=0)
+    return min(COLORS, key=lambda name: float(np.linalg.norm(mean - COLORS[name]))) == scene.color

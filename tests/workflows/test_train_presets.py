@@ -43,7 +43,7 @@ def test_every_published_run_ships() -> None:
     paddle += ["sr1024-sharding128"]
     wanted = {f"nemo-{name}" for name in nemo} | {f"paddle-{name}" for name in paddle}
     wanted |= {f"minimagen-{name}" for name in ("base", "super", "base-test", "super-test")}
-    assert wanted | {"demo-base", "demo-sr"} == set(SHIPPED)
+    assert wanted | {"demo-base", "demo-sr", "demo-words"} == set(SHIPPED)
 
 
 def test_shipped_sampling_configurations_load() -> None:

@@ -1,13 +1,14 @@
 """Pictures with written words, and reading them back."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from stages.sources.scenes import VOCABULARY
-from stages.sources.word_score import letters_right, read_word
+from stages.sources.word_score import color_right, letters_right, read_word
 from stages.sources.words import (
     LETTERS,
     WordScene,
@@ -69,6 +70,8 @@ def test_the_file_brought_to_16_px_is_read_back() -> None:
         small = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
         assert read_word(small) == scene.word.ljust(2)
         assert letters_right(small, scene.word) == [True] * 2
+        assert color_right(small, scene)
+        assert not color_right(small, replace(scene, color="red" if scene.color != "red" else "blue"))
 
 
 def test_wrong_letters_and_empty_pictures_are_not_read_as_right() -> None:
