@@ -50,7 +50,6 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
             size,
             -(-size // world.size),
             state,
-            raw.get("transcriptions"),
         )
         example = make_example(batch, fixed, denoiser, world.device, step=0)
         losses = loss(example)
