@@ -11,7 +11,8 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.models.characters import character_ids
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.data import Batch, BatchStream, make_example, open_store
+from imagen_core.train.data import Batch, BatchStream, open_store
+from imagen_core.train.example import make_example
 from imagen_core.train.distributed import World
 from imagen_core.train.evaluation import draw_grid, validation_loss
 from imagen_core.train.trainer import TrainingLoss
