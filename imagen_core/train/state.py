@@ -64,7 +64,7 @@ class TrainState:
             for key, values in source.items():
                 average[key].copy_(local(like(values, parameters[key])).to(average[key].dtype))
         moments = read_tensors(path, saved, "optimizer")
-        for name, parameter in parameters.items():
+        for name, parameter in self._trained():
             kept = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
             self.optimizer.state[parameter] = {"step": kept.pop("step").to(parameter.device)}
             for moment, values in kept.items():  # in the parameter's memory order: the fused kernel does not look
@@ -78,9 +78,13 @@ class TrainState:
         self.step, self.samples = saved["step"], saved["samples"]
         self.averages.updates = saved["ema_updates"]
 
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters the optimizer has."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             known = self.optimizer.state[parameter]
             if not known:  # no step was taken yet: all gradients overflowed
                 zeros = torch.zeros_like(parameter)

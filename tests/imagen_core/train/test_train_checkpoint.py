@@ -209,3 +209,29 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
         write_checkpoint(tmp_path, 2, model, {})
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
     assert torch.equal(tensors(tmp_path / "step-00000001")["model/weight"], model["model"]["weight"])
+
+
+def test_a_checkpoint_has_no_moments_of_parameters_that_are_not_trained(store: Path, tmp_path: Path) -> None:
+    unet = {
+        "family": "hybrid",
+        "image_size_px": 16,
+        "dim": 8,
+        "dim_mults": [1],
+        "num_res_blocks": [1],
+        "attention_levels": [False],
+        "cross_attention_levels": [False],
+        "text_dim": None,
+        "unread_caption_parameters": True,
+    }
+    config = make_config(store, denoiser={"unet": unet, "size_px": 16}, text=None, num_steps=1)
+    train(config, tmp_path)
+    kept = tensors(newest(tmp_path))
+    names = {name.removeprefix("model/") for name in kept if name.startswith("model/")}
+    frozen = {name for name in names if ".unread." in name}
+    assert frozen
+    moments = {name.removeprefix("optimizer/exp_avg.") for name in kept if name.startswith("optimizer/exp_avg.")}
+    assert moments == names - frozen
+    train(config.model_copy(update={"num_steps": 2}), tmp_path)
+    again = tensors(newest(tmp_path))
+    assert all(again[f"model/{name}"].equal(kept[f"model/{name}"]) for name in frozen)
+    assert not again["model/net.conv_in.convs.0.weight"].equal(kept["model/net.conv_in.convs.0.weight"])
