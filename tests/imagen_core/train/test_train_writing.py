@@ -49,16 +49,15 @@ def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Pa
     settings = config(store, transcription_dropout=0)
     batch = first_batch(settings)
     written = {sample.key: sample.transcription or "" for sample in Store.open(store)}
-    assert batch.transcriptions == [written[key] for key in batch.keys]
-    assert batch.transcriptions is not None
+    assert batch.raw["transcriptions"] == [written[key] for key in batch.keys]
     conditioning = make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning
-    cut = ["wör" if t.startswith("wör") else t for t in batch.transcriptions]
+    cut = ["wör" if t.startswith("wör") else t for t in batch.raw["transcriptions"]]
     assert conditioning.characters is not None
     assert torch.equal(conditioning.characters, character_ids(cut, 4))
     assert conditioning.characters_keep is not None
     assert conditioning.characters_keep.all()
     part = batch.part(2, 5)
-    assert part.transcriptions == batch.transcriptions[2:5]
+    assert part.raw["transcriptions"] == batch.raw["transcriptions"][2:5]
     none = make_example(batch.part(0, 0), settings, Denoiser(settings.denoiser), CPU, 0).conditioning
     assert none.characters is not None
     assert none.characters.tolist() == [[0]]
@@ -67,14 +66,14 @@ def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Pa
 def test_transcriptions_are_left_out_apart_from_captions_by_named_numbers(store: Path) -> None:
     settings = config(store, transcription_dropout=0.5, caption_dropout=0.5)
     batch = replace(first_batch(settings), counters=range(400))
-    many = replace(
-        batch,
-        keys=batch.keys * 50,
-        images={size: pixels.repeat(50, 1, 1, 1) for size, pixels in batch.images.items()},
-        text=batch.text.repeat(50, 1, 1) if batch.text is not None else None,
-        text_mask=batch.text_mask.repeat(50, 1) if batch.text_mask is not None else None,
-        transcriptions=(batch.transcriptions or []) * 50,
-    )
+    raw = {
+        "keys": batch.keys * 50,
+        "images": {size: pixels.repeat(50, 1, 1, 1) for size, pixels in batch.images.items()},
+        "text": batch.raw["text"].repeat(50, 1, 1),
+        "text_mask": batch.raw["text_mask"].repeat(50, 1),
+        "transcriptions": batch.raw["transcriptions"] * 50,
+    }
+    many = replace(batch, raw=raw)
     denoiser = Denoiser(settings.denoiser)
     whole = make_example(many, settings, denoiser, CPU, 0).conditioning
     captions, characters = whole.text_keep, whole.characters_keep
@@ -125,7 +124,7 @@ def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Pat
 def test_a_model_without_them_reads_none(store: Path) -> None:
     settings = make_config(store)
     batch = first_batch(settings)
-    assert batch.transcriptions is None
+    assert "transcriptions" not in batch.raw
     assert make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning.characters is None
 
 
