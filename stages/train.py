@@ -21,6 +21,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.executors.base import EXECUTORS
 from pipeline.job import Job
+from stages.encoders.any import AnyEncoder
+from stages.train_encoder import online_encoder
 
 
 class WorkersConfig(Config):
@@ -38,9 +40,13 @@ class TrainingFailedError(PipelineError):
     """The training itself failed; the last checkpoint is good."""
 
 
-def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mapping[str, object]:
+def run_training(
+    config: TrainConfig, workers: WorkersConfig, job: Job, online: AnyEncoder | None = None
+) -> Mapping[str, object]:
     """Trains to the end, or until the job is told to stop; the facts of the run.
 
+    Args:
+        online: encodes captions in the training loop.
     Raises:
         ConfigError: the store, the model and the settings do not fit together.
         StaleOutputError: the folder holds a training of another model or on other embeddings.
@@ -55,9 +61,10 @@ def run_training(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
             if job.options.executor == "ray":
                 from stages.train_ray import train_on_ray
 
-                return train_on_ray(config, workers, job)
+                return train_on_ray(config, workers, job, online)
+            encoder = None if online is None else online_encoder(online)
             with job.working_folder() as folder:
-                facts = train(config, folder, on_progress=_shown(job), should_stop=job.should_stop)
+                facts = train(config, folder, _shown(job), job.should_stop, encoder)
             return {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), job.run.url)}
     except TrainingStopped:
         job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told

@@ -12,8 +12,8 @@ from pipeline.storage import open_storage
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
-def training_facts(config: TrainConfig) -> Mapping[str, object]:
-    """Parameters, memory of one process, and the data the run reads."""
+def training_facts(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
+    """Parameters, memory of one process, and the data the run reads; `online`: no embeddings of captions."""
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
     memory = estimate_memory(
@@ -28,7 +28,7 @@ def training_facts(config: TrainConfig) -> Mapping[str, object]:
     dim = denoiser.network.text_dim
     sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes]
-    needed += [f"text-{encoder}" for encoder in (config.text, config.text_embed) if encoder]
+    needed += [f"text-{encoder}" for encoder in (None if online else config.text, config.text_embed) if encoder]
     needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
     image_bytes = sum(3 * size * size for size in sizes)
     return {
@@ -47,15 +47,15 @@ def training_facts(config: TrainConfig) -> Mapping[str, object]:
         "store_groups_needed": needed,
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
-        "text_bytes_per_token_float16": None if dim is None else 2 * dim,
-        "store_now": _store_state(config),
+        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
+        "store_now": _store_state(config, online=online),
     }
 
 
-def _store_state(config: TrainConfig) -> str:
+def _store_state(config: TrainConfig, *, online: bool) -> str:
     """Whether the store is there and has what the run reads."""
     try:
-        samples = len(open_store(config)) - config.num_validation_samples
+        samples = len(open_store(config, online=online)) - config.num_validation_samples
     except (StoreError, TrainError) as error:
         if open_storage(config.store).size("manifest.json") is None:
             return "not there yet"

@@ -5,20 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from imagen_core.train import TrainConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
 from pipeline.mirror import working_folder
 from pipeline.storage import LocalStorage, open_storage
+from stages.encoders.any import AnyEncoder
 from stages.train import WorkersConfig
+from stages.train_encoder import online_encoder
 
 
 class RayTrainError(PipelineError):
     """A worker failed."""
 
 
-def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mapping[str, object]:
+def train_on_ray(
+    config: TrainConfig, workers: WorkersConfig, job: Job, online: AnyEncoder | None
+) -> Mapping[str, object]:
     """Runs `imagen_core.train.train` in processes that Ray Train starts and joins into one process group.
 
     The run folder must be on a file system that all workers see, or on an object store: then each worker has a local
@@ -39,7 +45,11 @@ def train_on_ray(config: TrainConfig, workers: WorkersConfig, job: Job) -> Mappi
         resources = {"CPU": workers.num_cpus} | ({"GPU": 1.0} if use_gpu else {})
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"config": config.model_dump(mode="json"), "out": job.run.url},
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "online_encoder": None if online is None else online.model_dump(mode="json"),
+                "out": job.run.url,
+            },
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(name="train", storage_path=str(scratch)),
         )
@@ -57,10 +67,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
     from imagen_core.train import train
 
-    config = TrainConfig.model_validate(settings["config"])
+    config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
+    encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
-        facts = train(config, folder)
+        facts = train(config, folder, online_encoder=encoder)
     facts = {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), settings["out"])}
     ray.train.report({key: value for key, value in facts.items() if value is not None})
 

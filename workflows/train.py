@@ -6,6 +6,7 @@ from imagen_core.train import TrainConfig
 from pipeline.config import Config
 from pipeline.job import Job, JobWorkflow
 from pipeline.runfolder import RunFolder
+from stages.encoders.any import AnyEncoder
 from stages.train import WorkersConfig, run_training
 from stages.train_facts import training_facts
 
@@ -15,6 +16,9 @@ class TrainWorkflowConfig(Config, TrainConfig):
 
     workers: WorkersConfig = WorkersConfig()
     """Processes of `--executor ray`."""
+    online_encoder: AnyEncoder | None = None
+    """Encode captions with it in the training loop, instead of reading `text` from the store: slower, and each epoch
+    anew; to compare with. Its name is that of `text`."""
 
     def training(self) -> TrainConfig:
         """The library's part."""
@@ -30,10 +34,10 @@ class Train(JobWorkflow):
     config: TrainWorkflowConfig
 
     def work(self, job: Job) -> Mapping[str, object]:
-        return run_training(self.config.training(), self.config.workers, job)
+        return run_training(self.config.training(), self.config.workers, job, self.config.online_encoder)
 
     def facts(self) -> Mapping[str, object]:
-        return training_facts(self.config.training())
+        return training_facts(self.config.training(), online=self.config.online_encoder is not None)
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("checkpoints", f"{run.url}/checkpoints"), ("metrics", f"{run.url}/metrics.jsonl")]

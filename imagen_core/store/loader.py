@@ -49,6 +49,7 @@ class Loader:
         text_mask: bool (B, L), true on real tokens; comes with text.
         text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if they were asked for.
         image_embed: (B, dim), embeddings of the pictures in the store's dtype; only if they were asked for.
+        captions: list[str], the caption taken of each sample; only if they were asked for.
         transcriptions: list[str], the text written in each picture, "" where there is none or it is not known;
             only if they were asked for.
     """
@@ -62,6 +63,7 @@ class Loader:
         text: str | None,
         text_embed: str | None,
         image_embed: str | None,
+        captions: bool,
         transcriptions: bool,
         max_tokens: int | None,
         seed: int,
@@ -99,7 +101,7 @@ class Loader:
         self._text_group = None if text is None else store.text_group(text)
         self._text_embed_group = None if text_embed is None else store.text_group(text_embed)
         self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
-        self._with_transcriptions = transcriptions
+        self._with_captions, self._with_transcriptions = captions, transcriptions
         self._max_tokens = max_tokens
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -198,7 +200,7 @@ class Loader:
 
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
         kept, indices, located = self._kept(epoch, positions)
-        keys, transcriptions = [""] * len(kept), [""] * len(kept)
+        keys, captions, transcriptions = ([""] * len(kept) for _ in range(3))
         shapes = {size: (len(kept), side, side, 3) for size, (_, side) in self._layout.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
@@ -212,6 +214,8 @@ class Loader:
         for shard, row, k in sorted((*place, k) for k, place in enumerate(located)):
             files = self._store.shard(shard)
             keys[k] = files.samples.key(row)
+            if self._with_captions:
+                captions[k] = files.samples.caption(row, hashes[k] % len(files.samples.caption_ids(row)))
             if self._with_transcriptions:
                 transcriptions[k] = files.samples.transcription(row) or ""
             cuts = self._framing.cut(self._layout, drawn[k], files.samples.picture(row)) if images else {}
@@ -239,6 +243,8 @@ class Loader:
             batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
         if self._embed_group is not None:
             batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
+        if self._with_captions:
+            batch["captions"] = captions
         if self._with_transcriptions:
             batch["transcriptions"] = transcriptions
         return batch

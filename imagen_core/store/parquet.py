@@ -144,6 +144,10 @@ class SamplesFile:
     def transcription(self, row: int) -> str | None:
         return self._transcriptions[row] if self._has_transcription[row] else None
 
+    def caption(self, row: int, number: int) -> str:
+        """One of a sample's captions, by its place."""
+        return self._captions[self._first_caption[row] + number]
+
     def caption_ids(self, row: int) -> list[int]:
         return self._ids[self._first_id[row] : self._first_id[row + 1]]
 

@@ -183,6 +183,7 @@ class Store(Sequence[Sample]):
         text: str | None = None,
         text_embed: str | None = None,
         image_embed: str | None = None,
+        captions: bool = False,
         transcriptions: bool = False,
         max_tokens: int | None = None,
         seed: int = 0,
@@ -203,6 +204,7 @@ class Store(Sequence[Sample]):
             text: encoder to load; None loads no embeddings of captions.
             text_embed: text encoder of one vector a caption to load, of the caption `text` is of; None loads none.
             image_embed: picture encoder to load; None loads no embeddings of pictures.
+            captions: load the caption that `text` is, or would be, of.
             transcriptions: load the text written in the pictures.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
             seed: decides the order and which of several captions is taken.
@@ -226,6 +228,7 @@ class Store(Sequence[Sample]):
             text=text,
             text_embed=text_embed,
             image_embed=image_embed,
+            captions=captions,
             transcriptions=transcriptions,
             max_tokens=max_tokens,
             seed=seed,

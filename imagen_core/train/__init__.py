@@ -9,6 +9,7 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
+from imagen_core.train.online import OnlineEncoder
 from imagen_core.train.trainer import Progress, train
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EmaConfig",
     "LoadedDenoiser",
     "NonFiniteLossError",
+    "OnlineEncoder",
     "OptimizerConfig",
     "ParameterGroup",
     "Progress",

@@ -62,9 +62,11 @@ class Batch:
         return replace(self, raw=raw, counters=self.counters[rows])
 
 
-def open_store(config: TrainConfig) -> Store:
+def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     """The store, with everything the configuration reads.
 
+    Args:
+        online: captions are encoded in the training loop, so `text` is not in the store.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
@@ -83,7 +85,8 @@ def open_store(config: TrainConfig) -> Store:
     else:
         image_dim, where = network.image_embed_dim, "denoiser.unet"
         embed_option = f"{where}.image_embed_dim"
-    _check_encoder("text", config.text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    text = None if online else config.text
+    _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
     check_transcriptions(store, config)
@@ -151,11 +154,12 @@ def random_views(config: TrainConfig) -> Framing:
     return views
 
 
-def loader_arguments(config: TrainConfig) -> dict[str, Any]:
-    """What a run reads of each sample, as arguments of `Store.loader`."""
+def loader_arguments(config: TrainConfig, *, online: bool) -> dict[str, Any]:
+    """What a run reads of each sample, as arguments of `Store.loader`; `online`: captions, not embeddings of them."""
     return {
         "images": needed_sizes(config) or None,
-        "text": config.text,
+        "text": None if online else config.text,
+        "captions": online,
         "text_embed": config.text_embed,
         "image_embed": config.image_embed,
         "max_tokens": config.max_tokens,
@@ -166,13 +170,21 @@ def loader_arguments(config: TrainConfig) -> dict[str, Any]:
 class BatchStream:
     """An endless stream of training batches; a thread reads the next ones while a step runs."""
 
-    def __init__(self, store: Store, config: TrainConfig, world: World, state: dict[str, Any] | None):
+    def __init__(
+        self,
+        store: Store,
+        config: TrainConfig,
+        world: World,
+        state: dict[str, Any] | None,
+        *,
+        online: bool = False,
+    ):
         self._world = world
         if config.batch_size % world.size:
             raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
         self._loader = copy.copy(store).loader(  # open files of its own, for a thread of its own
             batch_size=config.batch_size // world.size,
-            **loader_arguments(config),
+            **loader_arguments(config, online=online),
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,

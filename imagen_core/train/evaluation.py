@@ -17,20 +17,23 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
 from imagen_core.train.distributed import World
 from imagen_core.train.example import make_example, whole_conditions
+from imagen_core.train.online import Encode, with_text
 from imagen_core.train.precision import autocast_dtype
 from imagen_core.train.randomness import mix
 from imagen_core.train.writing import with_transcriptions
 
 
 @torch.no_grad()
-def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> float:
+def validation_loss(
+    loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
+) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
     count = config.num_validation_samples
     nothing = dict.fromkeys(("caption_dropout", "transcription_dropout", "image_embed_dropout"), 0.0)
     fixed = config.model_copy(update={**nothing, "seed": mix(config.seed, 4)})
     loader = store.loader(
         batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
-        **loader_arguments(config),
+        **loader_arguments(config, online=encode is not None),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
@@ -45,7 +48,7 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
         size = (state["position"] or count) - done
         first = done + world.rank * size // world.size
         batch = Batch(
-            raw,
+            with_text(raw, encode, config.denoiser.network.text_dim or 0, config.max_tokens),
             range(first, first + len(raw["keys"])),
             size,
             -(-size // world.size),
@@ -59,7 +62,9 @@ def validation_loss(loss: nn.Module, denoiser: Denoiser, store: Store, config: T
 
 
 @torch.no_grad()
-def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> np.ndarray:
+def draw_grid(
+    denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
+) -> np.ndarray:
     """Pictures drawn for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
     A super-resolution model enlarges the store's own low-resolution pictures.
@@ -69,12 +74,12 @@ def draw_grid(denoiser: Denoiser, store: Store, config: TrainConfig, world: Worl
     first = len(store) - config.num_validation_samples if config.num_validation_samples >= count else 0
     loader = store.loader(
         batch_size=count,
-        **loader_arguments(config),
+        **loader_arguments(config, online=encode is not None),
         shuffle=False,
         samples=range(first, first + count),
         crop=whole_pictures(config),
     )
-    raw = next(iter(loader))
+    raw = with_text(next(iter(loader)), encode, settings.unet.text_dim or 0, config.max_tokens)
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     conditioning = whole_conditions(raw, world.device, dtype)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingSto
 from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
 from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
+from imagen_core.train.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.precision import LossScale, autocast_dtype
@@ -74,6 +75,7 @@ def train(
     out: Path,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    online_encoder: OnlineEncoder | None = None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, going on from the newest checkpoint in `out/checkpoints`.
 
@@ -85,6 +87,8 @@ def train(
     Args:
         on_progress: called on the first process every `log_every_steps`.
         should_stop: asked at every step on every process; if one says yes, all save a checkpoint and stop.
+        online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, to
+            compare with.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint.
     Raises:
@@ -95,7 +99,9 @@ def train(
     """
     with joined_world() as world:
         # Model: the same random weights on every process.
-        store = open_store(config)
+        store = open_store(config, online=online_encoder is not None)
+        if online_encoder is not None:
+            _check_online(online_encoder, config)
         torch.manual_seed(mix(config.seed, 5))
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         denoiser = Denoiser(config.denoiser).to(world.device, dtype)
@@ -106,6 +112,7 @@ def train(
             torch._dynamo.config.recompile_limit = 32
             denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
+        encode = None if online_encoder is None else online_encoder.load()
 
         # What training changes, and where it was.
         found = _newest_checkpoint(out, world)
@@ -121,13 +128,13 @@ def train(
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
+        encoders = _encoders(store, config, online_encoder)
         if found is not None and saved is not None:
-            refuse_other(saved, found, denoiser=_json(config.denoiser), **_encoders(store, config))
+            refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
             state.load(found, saved)
 
-        run = _Run(
-            config, out, world, store, denoiser, loss, state, Loggers(config, out, state.step, writes=world.is_main)
-        )
+        loggers = Loggers(config, out, state.step, writes=world.is_main)
+        run = _Run(config, out, world, store, encoders, encode, denoiser, loss, state, loggers)
         try:
             return run.to_the_end(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
@@ -143,12 +150,15 @@ class _Run:
         out: Path,
         world: World,
         store: Store,
+        encoders: dict[str, Any],
+        encode: Encode | None,
         denoiser: Denoiser,
         loss: nn.Module,
         state: TrainState,
         loggers: Loggers,
     ):
         self.config, self.out, self.world, self.store = config, out, world, store
+        self.encoders, self.encode = encoders, encode
         self.denoiser, self.loss, self.state, self.loggers = denoiser, loss, state, loggers
         self.last: dict[str, Any] = {}
 
@@ -160,11 +170,13 @@ class _Run:
     ) -> dict[str, Any]:
         config, state = self.config, self.state
         meter = _Meter()
-        stream = BatchStream(self.store, config, self.world, loader_state)
+        stream = BatchStream(self.store, config, self.world, loader_state, online=self.encode is not None)
+        text_dim = config.denoiser.network.text_dim or 0
         checkpoint = None
         try:
             while state.step < config.num_steps:
                 batch = stream.next()
+                batch = replace(batch, raw=with_text(batch.raw, self.encode, text_dim, config.max_tokens))
                 stop = should_stop is not None and should_stop()
                 mean_loss, norm, stopping = self._step(batch, stop)
                 loader_state = batch.loader_state
@@ -279,7 +291,7 @@ class _Run:
             self.denoiser.train()
 
     def _validate(self) -> None:
-        arguments = (self.loss, self.denoiser, self.store, self.config, self.world)
+        arguments = (self.loss, self.denoiser, self.store, self.config, self.world, self.encode)
         with self._evaluating(averaged=False):
             plain = validation_loss(*arguments)
         with self._evaluating(averaged=True):
@@ -294,7 +306,7 @@ class _Run:
 
     def _draw_grid(self) -> None:
         with self._evaluating(averaged=True):
-            pixels = draw_grid(self.denoiser, self.store, self.config, self.world)
+            pixels = draw_grid(self.denoiser, self.store, self.config, self.world, self.encode)
         if self.world.is_main:
             (self.out / "grids").mkdir(exist_ok=True)
             write_png(self.out / "grids" / f"step-{self.state.step:08d}.png", pixels)
@@ -307,7 +319,7 @@ class _Run:
             {
                 "loader": loader_state,
                 "denoiser": _json(self.config.denoiser),
-                **_encoders(self.store, self.config),
+                **self.encoders,
                 "config": _json(self.config),
                 "torch": torch.__version__,
             },
@@ -389,7 +401,20 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
     return newest
 
 
-def _encoders(store: Store, config: TrainConfig) -> dict[str, Any]:
+def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
+    """Refuses an encoder whose captions the model does not read."""
+    if encoder.facts["name"] != config.text:
+        raise TrainError(
+            f"text is {config.text!r}, but the online encoder is named {encoder.facts['name']!r}; give both one name"
+        )
+    if encoder.facts["dim"] != config.denoiser.network.text_dim:
+        raise TrainError(
+            f"text_dim is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
+            f"{encoder.facts['dim']} wide; set text_dim={encoder.facts['dim']}"
+        )
+
+
+def _encoders(store: Store, config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
     """What made the embeddings the model is trained on: `encoder` of captions' tokens, `embed_encoders` of vectors."""
 
     def facts(group: EmbeddingGroup) -> dict[str, Any]:
@@ -401,7 +426,10 @@ def _encoders(store: Store, config: TrainConfig) -> dict[str, Any]:
         embeds["text_embed"] = facts(store.manifest.texts[config.text_embed])
     if config.image_embed is not None:
         embeds["image_embed"] = facts(store.manifest.image_embeds[config.image_embed])
-    tokens = None if config.text is None else facts(store.manifest.texts[config.text])
+    if online is not None:
+        tokens = dict(online.facts)
+    else:
+        tokens = None if config.text is None else facts(store.manifest.texts[config.text])
     return {"encoder": tokens, "embed_encoders": embeds}
 
 

@@ -38,7 +38,7 @@ def test_every_shipped_training_configuration_loads_and_builds(name: str) -> Non
 
 def test_every_published_run_ships() -> None:
     nemo = ["base64-500m", "base64-500m-edm", "base64-2b", "sr256-400m", "sr256-400m-edm", "sr256-450m-edm"]
-    nemo += ["sr256-600m", "sr256-600m-edm", "sr256-600m-edm-noise", "sr1024-600m"]
+    nemo += ["sr256-600m", "sr256-600m-edm", "sr256-600m-edm-noise", "sr1024-600m", "base64-500m-online-encoding"]
     paddle = ["397m-single", "397m-dp128", "2b-sharding8-dp32", "deberta-dp8", "sr256-single", "sr256-dp128"]
     paddle += ["sr1024-sharding128"]
     wanted = {f"nemo-{name}" for name in nemo} | {f"paddle-{name}" for name in paddle}

@@ -158,6 +158,18 @@ def test_the_caption_taken_does_not_depend_on_how_it_is_run(make: Make) -> None:
         assert value in options
 
 
+def test_captions_are_those_of_the_embeddings(make: Make) -> None:
+    made = make(num_captions=4, dtype="float32")
+    store = st.Store.open(made.path)
+    samples = {sample.key: sample for sample in store}
+    for batch in store.loader(5, text="t5", captions=True, seed=3):
+        for key, caption, text, mask in zip(
+            batch["keys"], batch["captions"], batch["text"], batch["text_mask"], strict=True
+        ):
+            number = samples[key].captions.index(caption)
+            assert torch.equal(text[mask], torch.from_numpy(samples[key].text["t5"][number]))
+
+
 def test_all_captions_are_taken_over_the_epochs(make: Make) -> None:
     made = make(num_captions=3)
     chosen = captions_chosen(st.Store.open(made.path), epochs=40, batch_size=12)

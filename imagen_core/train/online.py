@@ -1,0 +1,38 @@
+"""Captions encoded in the training loop, as other systems do it (NeMo Imagen's online encoding), to compare with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Encode = Callable[[Sequence[str]], Sequence[np.ndarray]]
+"""Captions -> float32 (num_tokens, dim) each, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineEncoder:
+    """An encoder that takes the place of a text group of the store.
+
+    Attributes:
+        facts: name, dim, dtype ("float32", as nothing is stored) and fingerprint, as of a text group.
+        load: loads the model on this process's device.
+    """
+
+    facts: Mapping[str, Any]
+    load: Callable[[], Encode]
+
+
+def with_text(raw: Mapping[str, Any], encode: Encode | None, dim: int, max_tokens: int) -> Mapping[str, Any]:
+    """A batch of the store's loader with the `text` and `text_mask` of its `captions`; as it is without `encode`."""
+    if encode is None:
+        return raw
+    captions: list[str] = raw["captions"]
+    embeddings = [embedding[:max_tokens] for embedding in (encode(captions) if captions else ())]
+    lengths = [len(embedding) for embedding in embeddings]
+    text = torch.zeros(len(captions), max(lengths, default=0), dim)
+    for row, embedding in zip(text, embeddings, strict=True):  # (l, dim)
+        row[: len(embedding)] = torch.from_numpy(embedding)
+    mask = torch.arange(text.shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    return {**raw, "text": text, "text_mask": mask}
