@@ -12,9 +12,9 @@ from imagen_core.models.characters import character_ids
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data import Batch, BatchStream, open_store
-from imagen_core.train.example import make_example
 from imagen_core.train.distributed import World
 from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.example import make_example
 from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store, tensors
@@ -90,7 +90,8 @@ def test_a_compiled_network_sees_few_lengths(store: Path) -> None:
     settings = config(store, compile=True)
     lengths = set()
     for length in range(5):
-        batch = replace(first_batch(settings), transcriptions=["x" * length] * 8)
+        batch = first_batch(settings)
+        batch = replace(batch, raw={**batch.raw, "transcriptions": ["x" * length] * 8})
         ids = make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning.characters
         assert ids is not None
         lengths.add(ids.shape[1])
