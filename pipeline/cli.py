@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -287,6 +287,20 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
     _stage_command("report", run_or_store, as_json)
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[Literal["minimagen"], typer.Argument(help="Whose training directory it is.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The training directory.")],
+    out: Annotated[str, typer.Option(help="New folder for a checkpoint of each stage, and sample.yaml.")],
+    encoder_model: Annotated[
+        str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make checkpoints of another system's trained model; `pipeline run sample` draws with them."""
+    _stage_command(f"import-{kind}", directory, as_json, out=out, encoder_model=encoder_model)
 
 
 @app.command()

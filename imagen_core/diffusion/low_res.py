@@ -62,17 +62,31 @@ class UniformNoise(Config):
 LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind")]
 
 
-Upsampling = Literal["bicubic", "bilinear", "nearest"]
+Upsampling = Literal["bicubic", "bilinear", "nearest", "cubic_reflect"]
+"""cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on a picture reflected at its edges, for whole factors
+(MinImagen); bicubic has a = -3/4 and repeats the edges."""
 
 
 def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Tensor:
     """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), clipped to [-1, 1]; antialiased if it shrinks."""
     if low_res.shape[-1] == low_res.shape[-2] == size_px:
         return low_res
+    if mode == "cubic_reflect":
+        return _cubic_reflect(low_res, size_px)
     if mode == "nearest":
         return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact")
     shrinks = low_res.shape[-1] > size_px
     return F.interpolate(low_res, size=(size_px, size_px), mode=mode, antialias=shrinks).clamp(-1, 1)
+
+
+def _cubic_reflect(low_res: Tensor, size_px: int) -> Tensor:
+    height, width = low_res.shape[-2:]
+    factor, margin = size_px // width, min(3, width - 1)
+    if size_px % width or height != width:
+        raise ValueError(f"low_res_upsampling=cubic_reflect: {size_px} is no multiple of {height} x {width} pixels")
+    padded = F.pad(low_res, (margin,) * 4, mode="reflect")
+    size, cut = factor * (width + 2 * margin), slice(factor * margin, factor * (margin + width))
+    return F.interpolate(padded, (size, size), mode="bicubic", antialias=True)[..., cut, cut].clamp(-1, 1)
 
 
 def add_low_res_noise(upsampled: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor) -> Tensor:

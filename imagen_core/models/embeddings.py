@@ -9,16 +9,17 @@ from torch import Tensor, nn
 class SinusoidalEmbedding(nn.Module):
     """Cosines and sines of geometrically spaced frequencies 1 ... 1/10000 (Vaswani et al. 2017, section 3.5)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, closed: bool = False):
+        """`closed`: the last frequency is 1/10000, not the one before it."""
         super().__init__()
         if dim % 2:
             raise ValueError(f"a sinusoidal embedding needs an even width (got {dim})")
-        self.out_dim = dim
+        self.out_dim, self.closed = dim, closed
 
     def forward(self, values: Tensor) -> Tensor:
         """float (b,) -> (b, dim) of the same dtype, float32 or better."""
         half = self.out_dim // 2
-        exponents = torch.arange(half, device=values.device, dtype=values.dtype) / half
+        exponents = torch.arange(half, device=values.device, dtype=values.dtype) / (half - self.closed)
         angles = values[:, None] * torch.exp(-math.log(10_000) * exponents)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

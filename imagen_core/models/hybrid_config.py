@@ -83,6 +83,8 @@ class HybridUNetConfig(UNetBaseConfig):
     """Attention by cosine similarity."""
     num_fourier_frequencies: int | None = Field(default=8, ge=1)
     """Learned time embedding; null: fixed sinusoids."""
+    sinusoids: Literal["open", "closed"] = "open"
+    """Whether the frequencies of fixed sinusoids, from 1, come short of 1/10000 or reach it (MinImagen)."""
     low_res_at_end: bool = True
     """Concatenate the low-resolution picture to the input of the last convolution too."""
     scale_skips: bool = True

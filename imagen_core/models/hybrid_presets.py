@@ -82,7 +82,7 @@ def _decoder(
 
 
 _LUCIDRAINS = {"norm": "rms", "qk_norm": True}
-_MINIMAGEN = {
+MINIMAGEN = {
     "perceiver": False,
     "attend_to_conditions": False,
     "middle_attention": False,
@@ -91,8 +91,10 @@ _MINIMAGEN = {
     "global_context": False,
     "final_global_context": False,
     "num_fourier_frequencies": None,
+    "sinusoids": "closed",
     "low_res_at_end": False,
 }
+"""What MinImagen's UNets have in common."""
 _PADDLE, _PYTORCH, _MINI, _DALLE2 = "PaddleFleetX Imagen", "imagen-pytorch", "MinImagen", "DALLE2-pytorch"
 _TINY = {
     "dim": 8,
@@ -123,18 +125,18 @@ HYBRID_PRESETS: dict[str, Preset] = {
     "imagen_pytorch_sr1024": Preset(
         _super_resolution(1024, 1024, attends=False, **_LUCIDRAINS), 721_277_330, f"{_PYTORCH} SRUnet1024"
     ),
-    "minimagen_base": Preset(_base(512, 512, 768, **_MINIMAGEN), 1_618_466_051, f"{_MINI} Base, 768-wide T5"),
+    "minimagen_base": Preset(_base(512, 512, 768, **MINIMAGEN), 1_618_466_051, f"{_MINI} Base, 768-wide T5"),
     "minimagen_super": Preset(
-        _super_resolution(256, 768, attends=True, **_MINIMAGEN, initial_res_block=False, cond_dim=128),
+        _super_resolution(256, 768, attends=True, **MINIMAGEN, initial_res_block=False, cond_dim=128),
         715_760_003,
         f"{_MINI} Super, 768-wide T5",
     ),
     "minimagen_base_test": Preset(
-        _base(8, 8, 768, **_MINIMAGEN, **_TINY, num_res_blocks=(1, 1)), 106_163, f"{_MINI} BaseTest"
+        _base(8, 8, 768, **MINIMAGEN, **_TINY, num_res_blocks=(1, 1)), 106_163, f"{_MINI} BaseTest"
     ),
     "minimagen_super_test": Preset(
         _super_resolution(
-            128, 768, attends=False, **_MINIMAGEN, **_TINY, num_res_blocks=(1, 2), initial_res_block=False
+            128, 768, attends=False, **MINIMAGEN, **_TINY, num_res_blocks=(1, 2), initial_res_block=False
         ),
         158_147,
         f"{_MINI} SuperTest",

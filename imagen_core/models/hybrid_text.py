@@ -25,9 +25,13 @@ _TOKENS_PER_LEVEL = 2
 class LevelTokens(nn.Module):
     """A noise level as a vector (b, time_dim) and as tokens (b, 2, context_dim)."""
 
-    def __init__(self, dim: int, time_dim: int, context_dim: int, num_frequencies: int | None):
+    def __init__(self, config: HybridUNetConfig):
         super().__init__()
-        embedding = SinusoidalEmbedding(dim) if num_frequencies is None else LearnedFourierEmbedding(num_frequencies)
+        time_dim, context_dim = config.time_dim, config.context_dim
+        if config.num_fourier_frequencies is None:
+            embedding = SinusoidalEmbedding(config.dim, closed=config.sinusoids == "closed")
+        else:
+            embedding = LearnedFourierEmbedding(config.num_fourier_frequencies)
         self.embedding = embedding
         self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
         self.to_vector = nn.Linear(time_dim, time_dim)
@@ -49,11 +53,10 @@ class HybridInputs(nn.Module):
     def __init__(self, config: HybridUNetConfig):
         super().__init__()
         time_dim, context_dim = config.time_dim, config.context_dim
-        frequencies = config.num_fourier_frequencies
-        self.level = LevelTokens(config.dim, time_dim, context_dim, frequencies)
+        self.level = LevelTokens(config)
         self.low_res_level = None
         if config.low_res_noise:
-            self.low_res_level = LevelTokens(config.dim, time_dim, context_dim, frequencies)
+            self.low_res_level = LevelTokens(config)
         self.image_embed = None
         if config.image_embed_dim is not None:
             self.image_embed = ImageEmbedConditioning(

@@ -124,3 +124,27 @@ def test_upsampling_is_bicubic_and_stays_in_range():
 def test_a_picture_of_the_right_size_is_left_alone():
     picture = torch.rand(1, 3, 8, 8)
     assert torch.equal(upsample(picture, 8), picture)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_cubic_reflect_is_keys_kernel_on_a_picture_reflected_at_its_edges(factor: int) -> None:
+    width = 6
+    picture = torch.rand(1, 1, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+
+    def kernel(x: float) -> float:
+        x = abs(x)
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+    matrix = torch.zeros(factor * width, width, dtype=torch.float64)
+    for row in range(factor * width):
+        centre = (row + 0.5) / factor - 0.5
+        for place in range(-3, width + 3):
+            inside = width - 1 - abs(width - 1 - abs(place))
+            matrix[row, inside] += kernel(centre - place)
+    expected = (matrix @ picture[0, 0] @ matrix.T).clamp(-1, 1)
+    torch.testing.assert_close(upsample(picture, factor * width, "cubic_reflect")[0, 0], expected)
+
+
+def test_cubic_reflect_takes_whole_factors_only() -> None:
+    with pytest.raises(ValueError, match="10 is no multiple of 4 x 4 pixels"):
+        upsample(torch.zeros(1, 3, 4, 4), 10, "cubic_reflect")
