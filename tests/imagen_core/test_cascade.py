@@ -232,3 +232,16 @@ def test_wrong_transcriptions_are_named(cascade: Cascade) -> None:
         draw(reading, [0, 1], transcriptions=["A"])
     with pytest.raises(ValueError, match="transcription 'ABCDE': 5 bytes in UTF-8, but the model reads at most 4"):
         draw(reading, [0], transcriptions=["ABCDE"])
+
+
+def test_a_stage_that_reads_picture_embeddings_reads_their_direction_and_refuses_to_do_without() -> None:
+    plain = stage(8)
+    unet = plain.config.unet.model_copy(update={"image_embed_dim": 6})
+    config = plain.config.model_copy(update={"unet": unet})
+    decoder = Cascade([CascadeStage(random_weights(Denoiser(config).double()).eval(), plain.sampling)], ENCODER)
+    embed = torch.randn(1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    picture = draw(decoder, [0], image_embed=embed)[8]
+    torch.testing.assert_close(draw(decoder, [0], image_embed=3 * embed)[8], picture)
+    assert not torch.allclose(draw(decoder, [0], image_embed=-embed)[8], picture)
+    with pytest.raises(ValueError, match=r"image_embed: the 8 px stage reads picture embeddings \(1, 6\) \(got None"):
+        draw(decoder, [0])

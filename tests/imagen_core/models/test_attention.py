@@ -127,6 +127,21 @@ def test_cosine_attention_does_not_see_the_length_of_queries_and_keys():
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "fused"])
+def test_linear_attention_is_softmax_over_features_times_softmax_over_the_real_keys(kind: str):
+    module, x = attention(kind, linear=True, bias=False), draw(1, 7, DIM)
+    context, mask = draw(1, 5, CONTEXT, seed=1), torch.arange(5)[None] < 3
+    keys = [] if module.to_kv is None else [module.to_kv(x[0])]
+    if module.context_to_kv is not None:
+        keys.append(module.context_to_kv(context[0, :3]))
+    k, v = torch.cat(keys).unflatten(-1, (2, HEADS, HEAD_DIM)).unbind(1)  # (m, heads, d)
+    q = module.to_q(x[0]).unflatten(-1, (HEADS, HEAD_DIM)).softmax(dim=-1) / HEAD_DIM**0.5
+    weights = torch.einsum("nhd,mhd->hnm", q, k.softmax(dim=0))
+    expected = module.to_out(torch.einsum("hnm,mhd->nhd", weights, v).flatten(1))
+    found = module(x, None if kind == "self" else context, None if kind == "self" else mask)
+    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "fused"])
 def test_attention_over_pixels_starts_as_the_identity(kind: str):
     module = PixelAttention(32, kind=kind, head_dim=16, context_dim=CONTEXT)  # type: ignore[arg-type]
     x, context = draw(2, 32, 4, 6).float(), draw(2, 5, CONTEXT).float()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.inputs import Context
-from imagen_core.models.resblock import RepeatConv, ResBlock, resample
+from imagen_core.models.resblock import RepeatConv, ResBlock, StandardizedConv2d, resample
 from tests.imagen_core.models.small import random_weights
 
 TIME = 16
@@ -111,3 +111,12 @@ def test_memory_layout_does_not_change_the_result():
     torch.testing.assert_close(b(strided, context()), b(x, context()))
     b = b.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert b(strided, context()).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_standardised_weights_have_mean_0_and_variance_1_for_each_output_channel():
+    conv = StandardizedConv2d(4, 3, 3, padding=1).double()
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = conv.weight.detach().flatten(1)
+    weight = (flat - flat.mean(dim=1, keepdim=True)) / (flat.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = F.conv2d(x, weight.view_as(conv.weight), conv.bias, padding=1)
+    torch.testing.assert_close(conv(x), expected)
