@@ -4,7 +4,6 @@ import ast
 import io
 import json
 import pickle
-import re
 import tarfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.named_tests import missing_tests, named_tests
 from tests.pictures import plain_png
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import call
@@ -158,19 +158,5 @@ def test_the_proof_is_touched_by_who_unpickles(tmp_path: Path) -> None:
 
 def test_every_test_named_in_the_security_table_exists() -> None:
     text = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
-    defined = {
-        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
-        for path in (REPOSITORY / "tests").rglob("test_*.py")
-    }
-    missing, rows = [], 0
-    for line in text.splitlines():
-        file = ""
-        for name, test in re.findall(r"`(\w+\.py)?(?:::(\w+))?`", line):
-            file = name or file
-            if file and test:
-                rows += 1
-                missing += [] if test in defined.get(file, ()) else [f"{file}::{test}"]
-            elif name and name.startswith("test_"):
-                missing += [] if name in defined else [name]
-    assert not missing
-    assert rows > 40
+    assert not missing_tests(text)
+    assert sum(bool(test) for _, test in named_tests(text)) > 40
