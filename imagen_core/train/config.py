@@ -19,8 +19,8 @@ class ParameterGroup(Config):
     """Parameters with settings of their own."""
 
     match: str = Field(min_length=1)
-    """Regular expression for the beginning of a parameter's name, e.g. `unet\\.text`; of several groups the first that
-    fits has the parameter."""
+    """Regular expression for the beginning of a parameter's name, e.g. `net\\.inputs\\.text`; of several groups the
+    first that fits has the parameter."""
     lr: float | None = Field(default=None, gt=0)
     """Learning rate after warm-up, which follows the schedule of the others; null: the optimizer's."""
     weight_decay: float | None = Field(default=None, ge=0)
