@@ -105,7 +105,9 @@ def draw_grid(
 
 
 @torch.no_grad()
-def similarities(denoiser: Denoiser, store: Store, config: TrainConfig, world: World) -> dict[str, float]:
+def similarities(
+    denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
+) -> dict[str, float]:
     """Mean cosines between embeddings that a prior draws for the validation samples and the true ones.
 
     Returns:
@@ -115,7 +117,7 @@ def similarities(denoiser: Denoiser, store: Store, config: TrainConfig, world: W
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     loader = store.loader(
         batch_size=config.micro_batch_size or config.batch_size,
-        **loader_arguments(config),
+        **loader_arguments(config, online=encode is not None),
         shuffle=False,
         samples=range(len(store) - count, len(store)),
     )
@@ -125,7 +127,8 @@ def similarities(denoiser: Denoiser, store: Store, config: TrainConfig, world: W
     half = autocast_dtype(config.precision)
     with torch.autocast(world.device.type, half, enabled=half is not None):
         for raw in loader:
-            conditioning = whole_conditions(raw, world.device, dtype)
+            read = with_text(raw, encode, config.denoiser.network.text_dim or 0, config.max_tokens)
+            conditioning = whole_conditions(read, world.device, dtype)
             assert conditioning.image_embed is not None
             assert conditioning.text_embed is not None
             images.append(conditioning.image_embed)

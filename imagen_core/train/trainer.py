@@ -300,7 +300,7 @@ class _Run:
         values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
-                values |= similarities(self.denoiser, self.store, self.config, self.world)
+                values |= similarities(*arguments[1:])
         self.last |= values
         self.loggers.scalars(self.state.step, values)
 
