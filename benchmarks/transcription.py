@@ -97,7 +97,7 @@ def main() -> None:
     report(
         "transcription",
         rows,
-        {f"{part}, with / without transcriptions": told[part] / max(without[part], 1e-9) for part in ("letters",)},
+        {"letters, with transcriptions / without, or guessed": told["letters"] / max(without["letters"], CHANCE)},
         arguments.out,
         packages=["imagen-precompute", "torch"],
         notes=[
