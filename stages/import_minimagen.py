@@ -5,9 +5,9 @@ DIR/state_dicts/unet_0_state_*.pth ...                          best weights; DI
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import yaml
@@ -157,7 +157,7 @@ def _tensors(weights: Path, config: Any) -> dict[str, Any]:
 
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ConfigError(f"{weights}: cannot be read as tensors ({first_line(error)})") from error
     try:
         return {f"net.{name}": values for name, values in unet_weights(state, config.unet).items()}
