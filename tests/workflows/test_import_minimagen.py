@@ -117,3 +117,16 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     result = imported(tmp_path, tmp_path / "run")
     assert result.code == 2
     assert "has no parameters/unet_0_params_*.json" in result.err
+
+
+def test_weights_that_are_a_pickle_with_code_are_refused_and_run_nothing(directory: Path, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"weight": Payload()}, directory / "state_dicts/unet_0_state_20260101_120000.pth")
+    result = imported(directory, tmp_path / "run")
+    assert result.code == 2
+    assert "unet_0_state_20260101_120000.pth: cannot be read as tensors" in result.err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "run").exists()
