@@ -68,6 +68,17 @@ def working_seconds(run: Path) -> float:
     return total
 
 
+def option(name: str, value: int | None) -> list[str]:
+    """A setting of a command, if a value is given."""
+    return [] if value is None else [f"{name}={value}"]
+
+
+def last_metrics(run: Path) -> dict[str, Any]:
+    """The last line of a training's metrics that has a loss."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line][-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for store, checkpoints and pictures")
@@ -81,12 +92,9 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
 
-    def more(name: str, value: int | None) -> list[str]:
-        return [] if value is None else [f"{name}={value}"]
-
     seconds: dict[str, float] = {}
-    samples = more("source.num_samples", arguments.samples)
-    steps = {"base": more("num_steps", arguments.base_steps), "sr": more("num_steps", arguments.sr_steps)}
+    samples = option("source.num_samples", arguments.samples)
+    steps = {"base": option("num_steps", arguments.base_steps), "sr": option("num_steps", arguments.sr_steps)}
     store = f"store={work}/store"
     seconds["precompute"] = pipeline(
         "run", "precompute", "-c", "demo", "--executor", "local", "--out", str(work), "--quiet", *samples
@@ -122,8 +130,7 @@ def main() -> None:
         if size == 64 and arguments.grid is not None:
             write_png(arguments.grid, tile(pictures[:48], columns=12))
     for name in steps:
-        lines = (work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = [line for line in map(json.loads, lines) if "loss" in line][-1]
+        last = last_metrics(work / name)
         rows.append(
             {
                 "training": name,

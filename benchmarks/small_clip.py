@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stages.encoders.tiny import write_tiny_model
+from benchmarks.word_tokenizer import write_word_tokenizer
 from stages.sources.scenes import render, scene
 
 PICTURE_PX = 32
@@ -23,7 +23,7 @@ def train_small_clip(folder: Path, *, num_scenes: int = 4000, num_steps: int = 6
     from transformers import CLIPModel
 
     torch.manual_seed(0)
-    tokenizer = _tokenizer(folder)
+    tokenizer = write_word_tokenizer(folder, template="<unk> $A </s>")
     model = CLIPModel(_config(len(tokenizer)))
     scenes = [scene(_SEED, index, "train") for index in range(num_scenes)]
     captions = [s.captions[0] for s in scenes]
@@ -59,18 +59,3 @@ def _config(vocabulary: int):
     text = {**shape, "vocab_size": vocabulary, "max_position_embeddings": 32, "eos_token_id": 1, "bos_token_id": 2}
     vision = {**shape, "image_size": PICTURE_PX, "patch_size": 8}
     return CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=DIM)
-
-
-def _tokenizer(folder: Path):
-    """The tiny T5's words, each a token, with an end token."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
-    write_tiny_model(folder)
-    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    (folder / "model.safetensors").unlink()
-    special = [(token, core.token_to_id(token)) for token in ("</s>", "<unk>")]
-    core.post_processor = processors.TemplateProcessing(single="<unk> $A </s>", special_tokens=special)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer

@@ -9,14 +9,13 @@ templates at each place (stages/sources/word_score.py).
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cascade import pipeline, working_seconds
+from benchmarks.cascade import last_metrics, option, pipeline, working_seconds
 from benchmarks.common import report
 from imagen_core.pictures import read_picture, tile, write_png
 from stages.sources.word_score import CHANCE, color_right, letters_right
@@ -66,10 +65,7 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
 
-    def more(name: str, value: int | None) -> list[str]:
-        return [] if value is None else [f"{name}={value}"]
-
-    samples, steps = more("source.num_samples", arguments.samples), more("num_steps", arguments.steps)
+    samples, steps = option("source.num_samples", arguments.samples), option("num_steps", arguments.steps)
     pipeline("run", "precompute", "-c", "demo-words", "--executor", "local", "--out", str(work), "--quiet", *samples)
     scenes = [word_scene(HELD_OUT_SEED, index, "held_out") for index in range(arguments.words)]
     rows: list[dict[str, Any]] = []
@@ -78,8 +74,7 @@ def main() -> None:
         pipeline(
             "run", "train", "-c", "demo-words", "--out", str(work / name), f"store={work}/store", *changes, *steps
         )
-        lines = (work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = [line for line in map(json.loads, lines) if "loss" in line][-1]
+        last = last_metrics(work / name)
         training = {
             "steps": last["step"],
             "loss": last["loss"],

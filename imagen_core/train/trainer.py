@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingSto
 from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
 from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
+from imagen_core.train.meter import Meter
 from imagen_core.train.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
@@ -169,7 +169,7 @@ class _Run:
         should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
         config, state = self.config, self.state
-        meter = _Meter()
+        meter = Meter()
         stream = BatchStream(self.store, config, self.world, loader_state, online=self.encode is not None)
         text_dim = config.denoiser.network.text_dim or 0
         checkpoint = None
@@ -185,7 +185,7 @@ class _Run:
 
                 if step % config.log_every_steps == 0 or last:
                     self._log(meter, stream.waited_s, on_progress)
-                    meter = _Meter(stream.waited_s)
+                    meter = Meter(stream.waited_s)
                 with meter.paused():
                     if step % config.checkpoint_every_steps == 0 or last or stopping:
                         checkpoint = self._save(loader_state)  # before what takes long: a kill may follow a stop
@@ -258,7 +258,7 @@ class _Run:
             state.averages.update(counts=counts)
         return mean_loss, norm, stopping > 0
 
-    def _log(self, meter: "_Meter", waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
+    def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
         values = meter.values(waited_s)
         first = self.state.optimizer.param_groups[0]
         lr = first["lr"] / first["lr_scale"]
@@ -351,38 +351,6 @@ class _Run:
             "loader_wait": last.get("loader_wait"),
             "peak_memory_bytes": _peak_memory(self.world),
             "checkpoint": str(checkpoint or checkpoints(self.out / "checkpoints")[-1]),
-        }
-
-
-class _Meter:
-    """Means since the last line of metrics."""
-
-    def __init__(self, waited_s: float = 0.0):
-        self.started, self.waited_s = time.perf_counter(), waited_s
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.images = 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time within this block does not count."""
-        begin = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - begin
-
-    def add(self, loss: float, norm: float, images: int) -> None:
-        self.losses.append(loss)
-        self.norms += [norm] if math.isfinite(norm) else []  # that of a step that was left out says nothing
-        self.images += images
-
-    def values(self, waited_s: float) -> dict[str, float]:
-        seconds, steps = time.perf_counter() - self.started, len(self.losses)
-        return {
-            "loss": math.fsum(self.losses) / steps,
-            "grad_norm": math.fsum(self.norms) / max(1, len(self.norms)),
-            "images_per_s": self.images / seconds,
-            "step_s": seconds / steps,
-            "loader_wait": (waited_s - self.waited_s) / seconds,
         }
 
 

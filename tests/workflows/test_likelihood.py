@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.workflows import trained
 from tests.workflows.commands import call, precompute
 from tests.workflows.trained import COMMON, UNET
 
@@ -15,16 +16,7 @@ BASE = {
     **COMMON,
     "num_steps": 3,
 }
-SUPER = {
-    "denoiser": {
-        "size_px": 32,
-        "low_res_px": 16,
-        "low_res_noise": {"kind": "lognormal"},
-        "unet": UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True},
-    },
-    **COMMON,
-    "num_steps": 1,
-}
+SUPER = trained.SUPER | {"crop_px": None, "num_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +26,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert precompute(folder / "run", "source.num_samples=12", "images.sizes_px=[16,32]").code == 0
     for name, config in (("base", BASE), ("sr", SUPER)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"store": str(folder / "run/store"), **config}))
-        trained = call("run", "train", "-c", str(folder / f"{name}.yaml"), "--out", str(folder / name), "--quiet")
-        assert trained.code == 0, trained.err
+        result = trained.train(folder, name, folder / name)
+        assert result.code == 0, result.err
     return folder
 
 

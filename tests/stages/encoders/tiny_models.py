@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,7 +18,6 @@ from transformers import (
     LlamaModel,
     MT5Config,
     MT5EncoderModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -28,6 +26,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from benchmarks.word_tokenizer import write_word_tokenizer
 from stages.encoders.tiny import write_tiny_model
 
 T5_SHAPE = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu"}
@@ -100,13 +99,7 @@ def llama(folder: Path) -> None:
 
 def tokenizer(folder: Path, pad: str = "<pad>", template: str = "$A </s>") -> int:
     """The tiny T5's vocabulary with other tokens around a caption; returns its size."""
-    write_tiny_model(folder)
-    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    (folder / "model.safetensors").unlink()
-    special = [(token, core.token_to_id(token)) for token in ("</s>", "<unk>")]
-    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)  # pyright: ignore[reportAttributeAccessIssue]
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token="</s>").save_pretrained(folder)
-    return core.get_vocab_size()
+    return len(write_word_tokenizer(folder, pad, template))
 
 
 def write(make: Callable[[Path], None], folder: Path) -> Path:

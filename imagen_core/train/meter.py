@@ -1,0 +1,38 @@
+"""Means of what training steps report."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Meter:
+    """Means since the last line of metrics."""
+
+    def __init__(self, waited_s: float = 0.0):
+        self.started, self.waited_s = time.perf_counter(), waited_s
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.images = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within this block does not count."""
+        begin = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begin
+
+    def add(self, loss: float, norm: float, images: int) -> None:
+        self.losses.append(loss)
+        self.norms += [norm] if math.isfinite(norm) else []  # that of a step that was left out says nothing
+        self.images += images
+
+    def values(self, waited_s: float) -> dict[str, float]:
+        seconds, steps = time.perf_counter() - self.started, len(self.losses)
+        return {
+            "loss": math.fsum(self.losses) / steps,
+            "grad_norm": math.fsum(self.norms) / max(1, len(self.norms)),
+            "images_per_s": self.images / seconds,
+            "step_s": seconds / steps,
+            "loader_wait": (waited_s - self.waited_s) / seconds,
+        }
