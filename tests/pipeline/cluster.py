@@ -74,7 +74,8 @@ class RayNodes:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        while "Ray runtime started" not in log.read_text():
+        last = "Ray runtime started" if self.address else "view the dashboard at"
+        while last not in log.read_text():
             assert self.nodes[name].poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)

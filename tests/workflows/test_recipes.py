@@ -30,11 +30,11 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of 7 scenes, and a picture to enlarge."""
+    """A folder with a store of pictures of words, their captions and transcriptions, and a picture to enlarge."""
     folder = tmp_path_factory.mktemp("recipes")
     encoders = [{"name": name, "kind": "t5", "model": "tiny-random-t5"} for name in ("t5", "deberta")]
     settings = {
-        "source": {"kind": "synthetic", "num_samples": 8},
+        "source": {"kind": "synthetic", "num_samples": 8, "scene": "words"},
         "images": {"sizes_px": [4, 8, 16, 32]},
         "encoders": encoders,
     }
