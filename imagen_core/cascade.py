@@ -76,6 +76,11 @@ class CascadeStage:
         return None if settings is None else settings.max_characters
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes whose labels it reads; None if it reads none."""
+        return self.config.unet.num_classes
+
+    @property
     def is_super_resolution(self) -> bool:
         return self.config.low_res_px is not None
 
@@ -114,6 +119,11 @@ class Cascade:
         """Most bytes of a transcription that every stage that reads them can read; None if no stage does."""
         return min((stage.max_characters for stage in self.stages if stage.max_characters is not None), default=None)
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that every stage that reads labels knows; None if no stage does."""
+        return min((stage.num_classes for stage in self.stages if stage.num_classes is not None), default=None)
+
     @torch.no_grad()
     def sample(
         self,
@@ -122,6 +132,7 @@ class Cascade:
         *,
         image_embed: Tensor | None = None,
         transcriptions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
         low_res: Tensor | None = None,
         start_stage: int = 0,
         stop_stage: int | None = None,
@@ -141,6 +152,7 @@ class Cascade:
             image_embed: (b, dim), embeddings of the pictures to draw, for stages that read them: drawn by a prior, or
                 of pictures one has. Only their direction counts.
             transcriptions: the text to be written in each picture; None, or an empty one: none.
+            labels: the class of each picture, from 0; -1: unknown. None: all unknown.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the picture
                 of the stage before it: super-resolution of a picture you have.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
@@ -172,6 +184,7 @@ class Cascade:
             text=embeddings,
             text_mask=mask,
             characters=self._characters(transcriptions, len(seeds)),
+            labels=self._labels(labels, len(seeds)),
             image_embed=directions,
         ).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
@@ -217,6 +230,19 @@ class Cascade:
             raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} pictures; give one a picture")
         return character_ids(transcriptions, self.max_characters)
 
+    def _labels(self, labels: Sequence[int] | None, batch: int) -> Tensor | None:
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels: no stage reads them; leave them out")
+            return None
+        if labels is None:
+            labels = [-1] * batch
+        if len(labels) != batch:
+            raise ValueError(f"labels: {len(labels)} for {batch} pictures; give one a picture")
+        if wrong := [label for label in labels if not -1 <= label < self.num_classes]:
+            raise ValueError(f"labels: {wrong[0]} is none of 0 to {self.num_classes - 1}, nor -1 for an unknown class")
+        return torch.tensor(list(labels), dtype=torch.long)
+
 
 def _draw(
     stage: CascadeStage,
@@ -239,6 +265,8 @@ def _draw(
         conditioning = replace(conditioning, image_embed=None)
     if stage.max_characters is None:
         conditioning = replace(conditioning, characters=None)
+    if stage.num_classes is None:
+        conditioning = replace(conditioning, labels=None)
     if conditioning.text is not None and conditioning.text_mask is not None:
         tokens = slice(stage.max_tokens)
         conditioning = replace(

@@ -30,6 +30,8 @@ class Caption:
     """Which of the sample's captions it is."""
     transcription: str | None = None
     """The text to be written in the picture; None: not known."""
+    label: int | None = None
+    """The picture's class, from 0; None: not known."""
 
 
 class _CaptionSet(Config):
@@ -72,7 +74,8 @@ class StoreCaptions(_CaptionSet):
                 samples = self.store.shard(shard).samples
                 key, texts, *_ = samples.fields(row)
                 number = chance % len(texts)
-                found[index] = Caption(texts[number], key, index, number, samples.transcription(row))
+                written, label = samples.transcription(row), samples.label(row)
+                found[index] = Caption(texts[number], key, index, number, written, label)
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
         return [found[index] for index in chosen]

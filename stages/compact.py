@@ -215,7 +215,14 @@ def _copy_originals(old: OriginalsReader, path: Path, erased: Collection[int]) -
             data = old.data(entry) if entry.size else None
             new.write(
                 Original(
-                    entry.row, entry.key, entry.url, entry.captions, data, entry.reason, entry.detail, entry.written
+                    entry.row,
+                    entry.key,
+                    entry.url,
+                    entry.captions,
+                    data,
+                    entry.reason,
+                    entry.detail,
+                    entry.annotations,
                 )
             )
 

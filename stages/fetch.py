@@ -6,10 +6,10 @@ from dataclasses import replace
 from imagen_core.store import REMOVED, RETRIED, Blocklist, StoreFolder, load_removals
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from stages.annotations import check_annotations
 from stages.captions import is_valid_text
 from stages.originals import OriginalsWriter
 from stages.sources.base import Original, Source
-from stages.writing import check_written
 
 ORIGINALS = "originals"
 SAMPLES = "samples"
@@ -47,7 +47,7 @@ class FetchStage(Stage):
                     if original.row in task.retried_rows:
                         original = replace(original, data=None, reason=RETRIED, detail="in a later round")
                     if blocklist.blocks(original.key, original.url, original.data):
-                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="", written={})
+                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="", annotations={})
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None
@@ -72,10 +72,10 @@ def _storable(original: Original) -> Original:
         original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
     if original.url is not None and not is_valid_text(original.url):
         original = replace(original, url=original.url.encode("utf-8", "backslashreplace").decode())
-    written, reason, detail = check_written(original.written)
+    annotations, reason, detail = check_annotations(original.annotations)
     if original.reason is None and reason is not None:
-        return replace(original, data=None, reason=reason, detail=detail, written=written)
-    return replace(original, written=written)
+        return replace(original, data=None, reason=reason, detail=detail, annotations=annotations)
+    return replace(original, annotations=annotations)
 
 
 def _wanted_keys(task: Task) -> frozenset[str] | None:

@@ -121,6 +121,8 @@ def _measure_batch(
         images=sizes,
         text=None if loaded.encoder is None else loaded.encoder["name"],
         image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
+        transcriptions=settings.unet.transcription is not None,
+        labels=settings.unet.num_classes is not None,
         max_tokens=loaded.max_tokens,
         shuffle=False,
         samples=samples,
@@ -136,7 +138,7 @@ def _measure_batch(
     def noise(step: int) -> Tensor:
         return SeededNoise(seeds, stream=step).draw(x0.shape[1:], device, dtype)
 
-    conditioning = whole_conditions(raw, device, dtype)
+    conditioning = whole_conditions(raw, settings.unet, device, dtype)
     if settings.low_res_px is not None:
         conditioning = loaded.denoiser.with_sampling_low_res(conditioning, pictures[settings.low_res_px], noise(-1))
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext():

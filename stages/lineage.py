@@ -19,7 +19,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.runfolder import QUARANTINE, RunFolder
 from stages.verify import CommandResult
 
-_WRITING = ("transcription", "safebox")
+_ANNOTATIONS = ("transcription", "safebox", "label")
 _FINGERPRINT = ("model", "revision", "weights_sha256", "max_tokens")
 
 
@@ -65,7 +65,7 @@ def _stored(store: Store, removals: list[Removal], name: str, value: str) -> Ite
                 "height": sample.height,
                 "input_row": sample.input_row,
                 "retry_of": _retry_of(store, position, sample.input_row),
-                **{name: value for name in _WRITING if (value := getattr(sample, name)) is not None},
+                **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
                 "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
                 "groups": _groups(store, position, row, sample.caption_ids),
                 **_removal_of(removals, shard, row),
@@ -159,7 +159,7 @@ def _lines(entry: dict[str, Any]) -> list[str]:
             f"  tried      before in shard {entry['retry_of']['shard']:05d}, input row "
             f"{entry['retry_of']['input_row']}"
         )
-    lines += [f"  {name:<10} {entry[name]!r}" for name in _WRITING if name in entry]
+    lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
     lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
     for name, facts in entry["groups"].items():
         rows = ", ".join(map(str, facts["rows"]))

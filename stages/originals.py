@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from stages.annotations import Annotations
 from stages.sources.base import Original
-from stages.writing import Written
 
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
@@ -44,7 +44,7 @@ class OriginalsWriter:
             "captions": list(original.captions),
             "reason": original.reason,
             "detail": original.detail,
-            **original.written,
+            **original.annotations,
         }
         sample: dict[str, object] = {
             "__key__": f"{original.row:08d}",
@@ -79,7 +79,7 @@ class StoredOriginal:
     detail: str
     offset: int = 0
     size: int = 0
-    written: Written = field(default_factory=dict)
+    annotations: Annotations = field(default_factory=dict)
 
 
 class OriginalsReader:
@@ -129,7 +129,7 @@ def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
             None if reason is None else str(reason),
             str(values["detail"]),
             *spans.get(row, (0, 0)),
-            written={
+            annotations={
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()
                 if name not in _ALWAYS

@@ -152,7 +152,7 @@ class ResizeStage(Stage):
                     width=made.width,
                     height=made.height,
                     input_row=entry.row,
-                    **entry.written,
+                    **entry.annotations,
                 )
                 for group, picture in made.pictures.items():
                     writers.append(group, picture, sample)

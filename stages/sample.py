@@ -112,6 +112,7 @@ def prepare(config: SampleConfig) -> Drawing:
             "stages out of `stages`, or use init_image"
         )
     _check_transcriptions(config, pictures, cascade)
+    _check_labels(config, pictures, cascade)
     device = choose_device(config.device)
     prior = load_prior(config, loaded.checkpoints, device)
     if prior is not None:
@@ -164,6 +165,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
             transcriptions=None
             if drawing.cascade.max_characters is None
             else [picture.transcription for picture in batch],
+            labels=None if drawing.cascade.num_classes is None else [picture.label for picture in batch],
             low_res=_read_sources(config.low_res, batch, drawing.cascade.stages[0].config.low_res_px),
             init_image=_read_sources(config.init_image, batch, sizes[0]),
             strength=config.strength,
@@ -193,7 +195,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
 
 _CHANGES_NOTHING = {
     *("batch_size", "device", "encoder_model", "part", "save_all_sizes", "save_text"),
-    *("captions", "transcriptions"),  # the texts themselves are recorded
+    *("captions", "transcriptions", "labels"),  # the texts and numbers themselves are recorded
 }
 
 
@@ -206,6 +208,7 @@ def _check_folder(root: Path, url: str, drawing: Drawing, *, restart: bool, alon
         "pictures": [
             {"file": p.name, "prompt": p.prompt, "seed": p.seed, "key": p.caption.key}
             | ({} if drawing.cascade.max_characters is None else {"transcription": p.transcription})
+            | ({} if drawing.cascade.num_classes is None else {"label": p.label})
             for p in drawing.pictures
         ],
     }
@@ -239,6 +242,22 @@ def _check_transcriptions(config: SampleConfig, pictures: Sequence[Picture], cas
         character_ids(texts, cascade.max_characters)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_labels(config: SampleConfig, pictures: Sequence[Picture], cascade: Cascade) -> None:
+    """Raises ConfigError if some are no classes, or were asked for and no stage reads them."""
+    if cascade.num_classes is None:
+        if config.labels:
+            raise ConfigError(
+                f"labels: no stage reads them (got {config.labels[0]}); leave them out, or give the checkpoint of a "
+                "model with denoiser.unet.num_classes"
+            )
+        return
+    wrong = [picture.label for picture in pictures if not -1 <= picture.label < cascade.num_classes]
+    if wrong:
+        raise ConfigError(
+            f"labels: {wrong[0]} is no class; the stages know 0 to {cascade.num_classes - 1}, and -1 for unknown ones"
+        )
 
 
 def _by_file(record: Mapping[str, Any]) -> dict[str, object]:

@@ -62,11 +62,14 @@ class SampleConfig(Config):
     """What to draw."""
     transcriptions: tuple[str, ...] = ()
     """The text to be written in each picture, one a prompt, for a cascade that reads them; default: none."""
+    labels: tuple[int, ...] = ()
+    """The class of each picture from 0, -1 for an unknown one, one a prompt, for a cascade that reads labels; default:
+    unknown."""
     prompts_file: str | None = None
     """Text file with one prompt a line, instead of `prompts`; after a tab, the transcription."""
     captions: AnyCaptions | None = None
-    """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions come
-    with them."""
+    """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions and
+    labels come with them."""
     part: PartConfig | None = None
     """Draw only this share of the pictures; names and seeds are those of the whole, so that shares add up to it. null:
     share RANK of WORLD_SIZE where the environment has them (torchrun), else all."""
@@ -108,7 +111,9 @@ class SampleConfig(Config):
             raise ValueError("give one of prompts, prompts_file and captions")
         if self.transcriptions and (self.prompts_file or self.captions):
             raise ValueError("transcriptions go with prompts; in a prompts_file they follow a tab")
-        for name in ("low_res", "init_image", "transcriptions"):
+        if self.labels and self.captions:
+            raise ValueError("labels go with prompts; those of a store come with its captions")
+        for name in ("low_res", "init_image", "transcriptions", "labels"):
             given = getattr(self, name)
             if given and self.prompts and len(given) != len(self.prompts):
                 raise ValueError(f"{name} has {len(given)} entries for {len(self.prompts)} prompts; give one each")

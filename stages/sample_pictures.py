@@ -28,6 +28,11 @@ class Picture:
         return self.caption.transcription or ""
 
     @property
+    def label(self) -> int:
+        """-1 where it is not known."""
+        return -1 if self.caption.label is None else self.caption.label
+
+    @property
     def name(self) -> str:
         return f"{self.index:05d}.png"
 
@@ -58,7 +63,7 @@ def _captions(config: SampleConfig) -> list[Caption]:
         captions = config.captions.captions()
     else:
         captions = _prompts(config)
-    given = {name: getattr(config, name) for name in ("low_res", "init_image", "transcriptions")}
+    given = {name: getattr(config, name) for name in ("low_res", "init_image", "transcriptions", "labels")}
     if not captions:
         pictures = max(len(each) for each in given.values()) or int(config.inpaint_image is not None)
         if not pictures:
@@ -70,6 +75,8 @@ def _captions(config: SampleConfig) -> list[Caption]:
     if config.transcriptions:
         texts = zip(captions, config.transcriptions, strict=True)
         captions = [replace(caption, transcription=text) for caption, text in texts]
+    if config.labels:
+        captions = [replace(caption, label=n) for caption, n in zip(captions, config.labels, strict=True)]
     return captions
 
 

@@ -82,6 +82,10 @@ class Conditioning:
         """Whether there is anything to take away."""
         return any(getattr(self, name) is not None for name in _TENSORS[condition])
 
+    def keeping(self, condition: Condition, keep: Tensor) -> "Conditioning":
+        """The same with one condition taken away in the rows where `keep`, bool (b,), is false; not for low_res."""
+        return replace(self, **{_KEEP[condition]: keep})
+
     def without(self, condition: Condition) -> "Conditioning":
         """The same with one condition taken away in all rows; a low-resolution picture becomes grey."""
         if not self.has(condition):
@@ -89,7 +93,7 @@ class Conditioning:
         if condition == "low_res":
             assert self.low_res is not None
             return replace(self, low_res=torch.zeros_like(self.low_res))
-        return replace(self, **{_KEEP[condition]: torch.zeros_like(self._all_kept())})
+        return self.keeping(condition, torch.zeros_like(self._all_kept()))
 
     def unconditional(self) -> "Conditioning":
         """The same without captions, for classifier-free guidance (Ho and Salimans 2022)."""

@@ -43,6 +43,7 @@ class SampleRow:
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
     `transcription` is the text written in the picture, "" where there is none; None: not known.
     `safebox` is the rectangle around it that crops never cut: left, top, right, bottom in pixels of the original.
+    `label` is the picture's class, from 0; None: not known.
     """
 
     key: str
@@ -55,6 +56,7 @@ class SampleRow:
     input_row: int
     transcription: str | None = None
     safebox: tuple[int, int, int, int] | None = None
+    label: int | None = None
 
 
 def image_group(size_px: int) -> str:

@@ -52,6 +52,7 @@ class Loader:
         captions: list[str], the caption taken of each sample; only if they were asked for.
         transcriptions: list[str], the text written in each picture, "" where there is none or it is not known;
             only if they were asked for.
+        labels: int64 (B,), the class of each picture from 0, -1 where it is not known; only if they were asked for.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Loader:
         image_embed: str | None,
         captions: bool,
         transcriptions: bool,
+        labels: bool,
         max_tokens: int | None,
         seed: int,
         rank: int,
@@ -101,7 +103,7 @@ class Loader:
         self._text_group = None if text is None else store.text_group(text)
         self._text_embed_group = None if text_embed is None else store.text_group(text_embed)
         self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
-        self._with_captions, self._with_transcriptions = captions, transcriptions
+        self._with_captions, self._with_transcriptions, self._with_labels = captions, transcriptions, labels
         self._max_tokens = max_tokens
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -201,6 +203,7 @@ class Loader:
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
         kept, indices, located = self._kept(epoch, positions)
         keys, captions, transcriptions = ([""] * len(kept) for _ in range(3))
+        labels = self._empty((len(kept),), np.dtype(np.int64))
         shapes = {size: (len(kept), side, side, 3) for size, (_, side) in self._layout.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
@@ -218,6 +221,9 @@ class Loader:
                 captions[k] = files.samples.caption(row, hashes[k] % len(files.samples.caption_ids(row)))
             if self._with_transcriptions:
                 transcriptions[k] = files.samples.transcription(row) or ""
+            if self._with_labels:
+                label = files.samples.label(row)
+                labels[k] = -1 if label is None else label
             cuts = self._framing.cut(self._layout, drawn[k], files.samples.picture(row)) if images else {}
             for size, cut in cuts.items():
                 stored, side = self._layout[size]
@@ -247,6 +253,8 @@ class Loader:
             batch["captions"] = captions
         if self._with_transcriptions:
             batch["transcriptions"] = transcriptions
+        if self._with_labels:
+            batch["labels"] = labels
         return batch
 
     def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ _SAMPLES_SCHEMA = pa.schema(
 _OPTIONAL_COLUMNS = (  # in a file in which a row has a value
     pa.field("transcription", pa.string()),
     pa.field("safebox", pa.list_(_required("element", pa.int32()))),
+    pa.field("label", pa.int32()),
 )
 _DIGEST = _required("digest", pa.uint64())
 
@@ -131,8 +132,8 @@ class SamplesFile:
             self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
             boxes = columns["safebox"].to_pylist()
             self._safeboxes = [None if box is None else tuple(box) for box in boxes]
-            numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row"))
-            self._widths, self._heights, self._input_rows = numbers
+            numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row", "label"))
+            self._widths, self._heights, self._input_rows, self._labels = numbers
 
     def key(self, row: int) -> str:
         return self._keys[row]
@@ -143,6 +144,9 @@ class SamplesFile:
 
     def transcription(self, row: int) -> str | None:
         return self._transcriptions[row] if self._has_transcription[row] else None
+
+    def label(self, row: int) -> int | None:
+        return self._labels[row]
 
     def caption(self, row: int, number: int) -> str:
         """One of a sample's captions, by its place."""
@@ -173,6 +177,7 @@ class SamplesFile:
             self._input_rows[row],
             self.transcription(row),
             self._safeboxes[row],
+            self._labels[row],
         )
 
     def row(self, row: int) -> SampleRow:

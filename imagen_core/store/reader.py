@@ -45,6 +45,7 @@ class Sample:
         sha256: hex digest of the original image file.
         transcription: the text written in the picture, "" where there is none; None: not known.
         safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: not known.
+        label: the picture's class, from 0; None: not known.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Sample:
     image_embeds: dict[str, np.ndarray]
     transcription: str | None = None
     safebox: tuple[int, int, int, int] | None = None
+    label: int | None = None
 
 
 class Store(Sequence[Sample]):
@@ -152,14 +154,14 @@ class Store(Sequence[Sample]):
 
     def _read(self, shard: int, row: int) -> Sample:
         files = self.shard(shard)
-        key, captions, caption_ids, url, sha256, width, height, _, *writing = files.samples.fields(row)
+        key, captions, caption_ids, url, sha256, width, height, _, *annotations = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
         text = {
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
             for encoder, dtype in self._dtypes.items()
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *writing)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
@@ -185,6 +187,7 @@ class Store(Sequence[Sample]):
         image_embed: str | None = None,
         captions: bool = False,
         transcriptions: bool = False,
+        labels: bool = False,
         max_tokens: int | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -206,6 +209,7 @@ class Store(Sequence[Sample]):
             image_embed: picture encoder to load; None loads no embeddings of pictures.
             captions: load the caption that `text` is, or would be, of.
             transcriptions: load the text written in the pictures.
+            labels: load the pictures' classes.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
             seed: decides the order and which of several captions is taken.
             shuffle: off, samples come in the store's order in every epoch.
@@ -230,6 +234,7 @@ class Store(Sequence[Sample]):
             image_embed=image_embed,
             captions=captions,
             transcriptions=transcriptions,
+            labels=labels,
             max_tokens=max_tokens,
             seed=seed,
             rank=rank,

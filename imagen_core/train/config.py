@@ -9,6 +9,7 @@ from imagen_core.config import Config
 from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.models.transcription import TranscriptionConfig
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import AugmentConfig, BlurConfig
 
@@ -114,6 +115,11 @@ class TrainConfig(Config):
     """Part of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     transcription_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Part of the transcriptions left out, drawn apart from the captions'; only for a model that reads them."""
+    label_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the class labels left out, drawn apart from the others; only for a model with num_classes."""
+    all_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the pictures whose captions, transcriptions, labels and embeddings are left out together, beside what is
+    left out of each apart."""
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on whole pictures."""
     augment: AugmentConfig | None = None
@@ -176,7 +182,7 @@ class TrainConfig(Config):
     grid_num_steps: int = Field(default=25, ge=1)
     """Sampling steps of a grid."""
     grid_guidance: float = Field(default=3.0, ge=0)
-    """Caption and transcription guidance of a grid."""
+    """Guidance by caption, transcription and label of a grid."""
     log_every_steps: int = Field(default=50, ge=1)
     """Steps between lines of metrics."""
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
@@ -227,8 +233,9 @@ class TrainConfig(Config):
         for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
             if getattr(self, field) is not None:
                 raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")
-        if self.horizontal_flip:
-            raise ValueError("horizontal_flip is for pictures; a prior draws embeddings: leave it off")
+        for field in ("horizontal_flip", "all_dropout"):
+            if getattr(self, field):
+                raise ValueError(f"{field} is for pictures; a prior draws embeddings: leave it off")
 
     def _check_pictures(self, denoiser: DenoiserConfig) -> None:
         """Refuses sizes and cuts that do not fit."""
@@ -254,6 +261,16 @@ class TrainConfig(Config):
             )
         if self.low_res_blur is not None and denoiser.low_res_px is None:
             raise ValueError("low_res_blur is for super-resolution; a base model has no low-resolution picture")
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes whose labels the model reads; None: it reads none."""
+        return None if isinstance(self.denoiser, PriorConfig) else self.denoiser.unet.num_classes
+
+    @property
+    def transcription(self) -> TranscriptionConfig | None:
+        """How the model reads the text to be written in a picture; None: it does not."""
+        return None if isinstance(self.denoiser, PriorConfig) else self.denoiser.unet.transcription
 
     @property
     def side_px(self) -> int:

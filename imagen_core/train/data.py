@@ -20,9 +20,9 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
 from imagen_core.train.randomness import CUT, draw_uniform
-from imagen_core.train.writing import check_transcriptions, reads_transcriptions
 
 _AHEAD = 3  # batches read while a step runs
+_SHARDS_TO_ASK = 16  # for annotations
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,10 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
-    check_transcriptions(store, config)
+    if config.transcription is not None:
+        _check_annotation("transcription", store, config, "denoiser.unet.transcription")
+    if config.num_classes is not None:
+        _check_annotation("label", store, config, "denoiser.unet.num_classes")
     if len(store) <= config.num_validation_samples:
         raise TrainError(
             f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
@@ -111,6 +114,17 @@ def _check_encoder(
             f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
             f"{option.rpartition('.')[2]}={groups[encoder].dim}"
         )
+
+
+def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
+    """Refuses a store without what the model reads because of `option`, by its first shards."""
+    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+        if any(value is not None for value in store.shard(shard).samples.column(field)):
+            return
+    raise TrainError(
+        f"{option}: the store {config.store} has no {field}s; name their column with `pipeline run precompute` and "
+        f"source.{field}_column, or set {option}=null"
+    )
 
 
 def needed_sizes(config: TrainConfig) -> list[int]:
@@ -163,7 +177,8 @@ def loader_arguments(config: TrainConfig, *, online: bool) -> dict[str, Any]:
         "text_embed": config.text_embed,
         "image_embed": config.image_embed,
         "max_tokens": config.max_tokens,
-        "transcriptions": reads_transcriptions(config),
+        "transcriptions": config.transcription is not None,
+        "labels": config.num_classes is not None,
     }
 
 

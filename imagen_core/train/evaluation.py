@@ -16,11 +16,11 @@ from imagen_core.store import Store
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
 from imagen_core.train.distributed import World
+from imagen_core.train.dropout import NO_DROPOUT
 from imagen_core.train.example import make_example, whole_conditions
 from imagen_core.train.online import Encode, with_text
 from imagen_core.train.precision import autocast_dtype
 from imagen_core.train.randomness import mix
-from imagen_core.train.writing import with_transcriptions
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def validation_loss(
 ) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
     count = config.num_validation_samples
-    nothing = dict.fromkeys(("caption_dropout", "transcription_dropout", "image_embed_dropout"), 0.0)
-    fixed = config.model_copy(update={**nothing, "seed": mix(config.seed, 4)})
+    fixed = config.model_copy(update={**NO_DROPOUT, "seed": mix(config.seed, 4)})
     loader = store.loader(
         batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
         **loader_arguments(config, online=encode is not None),
@@ -82,14 +81,12 @@ def draw_grid(
     raw = with_text(next(iter(loader)), encode, settings.unet.text_dim or 0, config.max_tokens)
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    conditioning = whole_conditions(raw, world.device, dtype)
-    undropped = config.model_copy(update={"transcription_dropout": 0.0})
-    conditioning = with_transcriptions(conditioning, raw.get("transcriptions"), range(count), undropped, world.device)
+    conditioning = whole_conditions(raw, settings.unet, world.device, dtype)
     if settings.low_res_px is not None:
         low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    guidance = Guidance(text=config.grid_guidance, transcription=config.grid_guidance)
+    guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))
     half = autocast_dtype(config.precision)
     with torch.autocast(world.device.type, half, enabled=half is not None):
         result = sample(
@@ -128,7 +125,7 @@ def similarities(
     with torch.autocast(world.device.type, half, enabled=half is not None):
         for raw in loader:
             read = with_text(raw, encode, config.denoiser.network.text_dim or 0, config.max_tokens)
-            conditioning = whole_conditions(read, world.device, dtype)
+            conditioning = whole_conditions(read, config.denoiser.network, world.device, dtype)
             assert conditioning.image_embed is not None
             assert conditioning.text_embed is not None
             images.append(conditioning.image_embed)

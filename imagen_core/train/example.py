@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig, PriorConfig
+from imagen_core.models import UNetConfig
+from imagen_core.models.characters import character_ids
 from imagen_core.models.conditioning import Conditioning, unit_variance
+from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.train.augment import blur
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch
+from imagen_core.train.dropout import drop_conditions
+from imagen_core.train.errors import TrainError
 from imagen_core.train.padding import few_lengths
-from imagen_core.train.randomness import BLUR, IMAGE_EMBED, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
+from imagen_core.train.randomness import BLUR, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
 from imagen_core.train.times import TimeSampler
-from imagen_core.train.writing import with_transcriptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,7 @@ def make_example(
     low_res = pictures is not None and pictures.low_res_px is not None
     draws = draw(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
 
-    conditioning = _conditions(batch, config, draws, device, dtype)
-    texts = batch.raw.get("transcriptions")
-    conditioning = with_transcriptions(conditioning, texts, batch.counters or range(1), config, device)
+    conditioning = _conditions(batch, config, device, dtype)
     if isinstance(settings, PriorConfig):
         assert conditioning.image_embed is not None
         x0 = settings.to_length(conditioning.image_embed)
@@ -81,8 +83,20 @@ def make_example(
     return Example(x0, sigma, weight.to(device, dtype), draws.noise.to(dtype), conditioning, shown)
 
 
-def whole_conditions(raw: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Conditioning:
-    """Captions and embeddings of what the store's loader gives, nothing dropped."""
+def whole_conditions(
+    raw: Mapping[str, Any], network: UNetConfig | PriorNetworkConfig, device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """What the network reads of a batch of the store's loader beside the pictures, nothing dropped.
+
+    Raises:
+        TrainError: a label that is no class of the network.
+    """
+    characters = None
+    if not isinstance(network, PriorNetworkConfig):
+        _check_labels(raw, network.num_classes)
+        if network.transcription is not None:
+            texts = raw["transcriptions"] or [""]
+            characters = character_ids(texts, network.transcription.max_characters, cut=True).to(device)
 
     def moved(name: str) -> Tensor | None:
         return _one_row(raw[name]).to(device, non_blocking=True) if name in raw else None
@@ -93,25 +107,27 @@ def whole_conditions(raw: Mapping[str, Any], device: torch.device, dtype: torch.
         text_mask=moved("text_mask"),
         text_embed=None if text_embed is None else unit_variance(text_embed.to(dtype)),
         image_embed=None if image_embed is None else unit_variance(image_embed.to(dtype)),
+        labels=moved("labels"),
+        characters=characters,
     )
 
 
-def _conditions(
-    batch: Batch, config: TrainConfig, draws: Draws, device: torch.device, dtype: torch.dtype
-) -> Conditioning:
-    """Captions and picture embeddings, some of them to be dropped."""
-    conditioning = whole_conditions(batch.raw, device, dtype)
-    if config.compile and conditioning.text is not None and conditioning.text_mask is not None:
-        text, mask = _few_lengths(conditioning.text, conditioning.text_mask, config.max_tokens)
-        conditioning = replace(conditioning, text=text, text_mask=mask)
-    if conditioning.has("text"):
-        keep = draws.uniform[:, 0] >= config.caption_dropout
-        conditioning = replace(conditioning, text_keep=keep.to(device))
-    if conditioning.has("image_embed"):
-        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=IMAGE_EMBED, count=1)
-        keep = uniform[:, 0] >= config.image_embed_dropout
-        conditioning = replace(conditioning, image_embed_keep=keep.to(device))
-    return conditioning
+def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
+    if num_classes is None or not (raw["labels"] >= num_classes).any():
+        return
+    row = int(raw["labels"].argmax())
+    raise TrainError(
+        f"denoiser.unet.num_classes is {num_classes}, but sample {raw['keys'][row]!r} has the label "
+        f"{int(raw['labels'][row])}; labels count from 0: set num_classes to the highest + 1"
+    )
+
+
+def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
+    """What the model is told of each picture, some of it to be dropped."""
+    conditioning = whole_conditions(batch.raw, config.denoiser.network, device, dtype)
+    if config.compile:
+        conditioning = _few_lengths(conditioning, config)
+    return drop_conditions(conditioning, batch.counters or range(1), config, device)
 
 
 def _with_low_res(
@@ -136,10 +152,16 @@ def _with_low_res(
     return denoiser.with_low_res(conditioning, low_res, sigma.to(noise.device), noise.to(dtype))
 
 
-def _few_lengths(text: Tensor, mask: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Padded so that a network is compiled for four lengths only."""
-    more = few_lengths(text.shape[1], max_tokens) - text.shape[1]
-    return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
+def _few_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditioning:
+    """Captions and transcriptions padded so that a network is compiled for four lengths of each only."""
+    text, mask, characters = conditioning.text, conditioning.text_mask, conditioning.characters
+    if text is not None and mask is not None:
+        more = few_lengths(text.shape[1], config.max_tokens) - text.shape[1]
+        conditioning = replace(conditioning, text=F.pad(text, (0, 0, 0, more)), text_mask=F.pad(mask, (0, more)))
+    if characters is not None and config.transcription is not None:
+        more = few_lengths(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
+        conditioning = replace(conditioning, characters=F.pad(characters, (0, more)))
+    return conditioning
 
 
 def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 _MASK = (1 << 64) - 1
 
-CUT, BLUR, IMAGE_EMBED, SELF_CONDITIONING, TRANSCRIPTION = 10, 11, 12, 14, 13  # streams beside those of `Draws`
+CUT, BLUR, IMAGE_EMBED, TRANSCRIPTION, SELF_CONDITIONING, LABEL, ALL = range(10, 17)  # streams beside those of `Draws`
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.writing import Written
+from stages.annotations import Annotations
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Original:
     reason: str | None = None
     """Enumerated reason of a drop, such as `http_404`."""
     detail: str = ""
-    written: Written = field(default_factory=dict)
+    annotations: Annotations = field(default_factory=dict)
     """The writing in the picture, as far as the source tells."""
 
 

@@ -9,20 +9,20 @@ from typing import Literal, cast
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.tables import columns, count_rows, estimate_rows, read_pieces
 from stages.sources.tree import Content, Tree
 from stages.sources.urls import captions_of
-from stages.writing import WRITING_COLUMNS, WritingConfig, Written
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
-_FolderRow = tuple[str, list[str], int, bool] | tuple[str, list[str], int, Written, bool]
+_FolderRow = tuple[str, list[str], int, bool] | tuple[str, list[str], int, Annotations, bool]
 
 
-class FolderConfig(WritingConfig):
+class FolderConfig(AnnotationsConfig):
     """A folder of pictures."""
 
     kind: Literal["folder"] = "folder"
@@ -67,13 +67,13 @@ class FolderSource(Source):
         where = f"{self.tree.url}/{self.table}" if self.table else self.tree.url
         if self.table is not None:
             present = columns(where)
-            for name in ("file_column", "caption_column", *WRITING_COLUMNS):
+            for name in ("file_column", "caption_column", *ANNOTATION_COLUMNS):
                 column = getattr(self.config, name)
                 if present and column is not None and column not in present:
                     raise ConfigError(f"source.{name}: {where} has no column {column!r}; it has: {', '.join(present)}")
             pieces: Iterable[object] = read_pieces(self.tree.url, self.pieces(), [])
         else:
-            for field, column in self.config.writing_columns.items():
+            for field, column in self.config.annotation_columns.items():
                 raise ConfigError(
                     f"source.{field}_column: {column!r} is a column of a captions table, and {where} has none; "
                     f"add one ({', '.join(_TABLES)})"
@@ -99,7 +99,7 @@ class FolderSource(Source):
     def _table_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
         with self.tree.sizes() as size_of:
-            wanted = [config.file_column, config.caption_column, *config.writing_columns.values()]
+            wanted = [config.file_column, config.caption_column, *config.annotation_columns.values()]
             for piece, record in read_pieces(self.tree.url, pieces, wanted):
                 name = str(record.get(config.file_column) or "")
                 sizes = (size_of(place) for place in _places(name))
@@ -119,13 +119,13 @@ class FolderSource(Source):
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         rows = [
-            (row, name, captions, written[0] if written else {}, is_duplicate)
-            for row, (name, captions, _, *written, is_duplicate) in enumerate(cast(Sequence[_FolderRow], shard.rows))
+            (row, name, captions, found[0] if found else {}, is_duplicate)
+            for row, (name, captions, _, *found, is_duplicate) in enumerate(cast(Sequence[_FolderRow], shard.rows))
             if wanted is None or name in wanted
         ]
         contents = self.tree.read([] if is_duplicate else _places(name) for _, name, *_, is_duplicate in rows)
-        for (row, name, captions, written, is_duplicate), content in zip(rows, contents, strict=True):
-            emit(replace(self._original(row, name, captions, is_duplicate, content), written=written))
+        for (row, name, captions, annotations, is_duplicate), content in zip(rows, contents, strict=True):
+            emit(replace(self._original(row, name, captions, is_duplicate, content), annotations=annotations))
 
     def _original(
         self, row: int, name: str, raw_captions: list[str], is_duplicate: bool, content: Content
@@ -146,7 +146,7 @@ class FolderSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each picture"
-        return {"captions": suffix, **self.config.writing_columns}
+        return {"captions": suffix, **self.config.annotation_settings}
 
 
 def _places(name: str) -> tuple[str, ...]:

@@ -6,16 +6,16 @@ from typing import Any, Literal, cast
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
+from stages.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
 from stages.sources.download import load_downloader
 from stages.sources.download_config import DownloadConfig
 from stages.sources.parquet import image_bytes
 from stages.sources.urls import UrlRow, captions_of, fetch_rows
-from stages.writing import WRITING_COLUMNS, WritingConfig
 
 
-class HuggingfaceConfig(WritingConfig):
+class HuggingfaceConfig(AnnotationsConfig):
     """A dataset of the Hugging Face hub, or one saved with `save_to_disk`."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -70,7 +70,7 @@ class HuggingfaceSource(Source):
     def check(self) -> None:
         dataset = self._load()
         picture = "url_column" if self.config.url_column else "image_column"
-        for name in (picture, "caption_column", *WRITING_COLUMNS):
+        for name in (picture, "caption_column", *ANNOTATION_COLUMNS):
             column = getattr(self.config, name)
             if column is not None and column not in dataset.column_names:
                 raise ConfigError(
@@ -118,7 +118,7 @@ class HuggingfaceSource(Source):
 
     def _url_rows(self, dataset: Any, shard: Shard) -> list[UrlRow]:
         url_column, caption_column = str(self.config.url_column), self.config.caption_column
-        dataset = dataset.select_columns([url_column, caption_column, *self.config.writing_columns.values()])
+        dataset = dataset.select_columns([url_column, caption_column, *self.config.annotation_columns.values()])
         rows = ((key, dataset[row]) for key, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
         made = [
             (key, str(r[url_column] or ""), captions_of(r, caption_column), *self.config.row_end(r), False)
@@ -134,8 +134,8 @@ class HuggingfaceSource(Source):
             data = Path(cell["path"]).read_bytes()
         if reason is None and data is None:
             reason = "no_image"
-        written = self.config.written(record)
-        return Original(position, key, None, captions, None if reason else data, reason, written=written)
+        annotations = self.config.annotations(record)
+        return Original(position, key, None, captions, None if reason else data, reason, annotations=annotations)
 
     def fingerprint(self) -> dict[str, object]:
         return {
@@ -144,5 +144,5 @@ class HuggingfaceSource(Source):
             "image_column": self.config.image_column,
             "caption_column": self.config.caption_column,
             **({"url_column": self.config.url_column} if self.config.url_column else {}),
-            **self.config.writing_columns,
+            **self.config.annotation_settings,
         }

@@ -11,16 +11,16 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.captions import clean_captions
 from stages.sources.arrays import ArrayFolder, FolderArrayConfig, no_array
 from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
 from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records
 from stages.sources.urls import captions_of
-from stages.writing import WRITING_COLUMNS, WritingConfig
 
 
-class ParquetConfig(WritingConfig):
+class ParquetConfig(AnnotationsConfig):
     """Parquet files with image bytes."""
 
     kind: Literal["parquet"] = "parquet"
@@ -63,7 +63,7 @@ class ParquetSource(Source):
     def check(self) -> None:
         files = self._files()
         present = columns(files[0])
-        for name in ("image_column", "caption_column", "url_column", "key_column", *WRITING_COLUMNS):
+        for name in ("image_column", "caption_column", "url_column", "key_column", *ANNOTATION_COLUMNS):
             column = getattr(self.config, name)
             if column is not None and column not in present:
                 raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
@@ -127,7 +127,7 @@ class ParquetSource(Source):
 
         config = self.config
         names = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
-        names += config.writing_columns.values()
+        names += config.annotation_columns.values()
         wanted = [row for _, _, row in places]
         with fsspec.open(path, "rb") as file:
             table = pq.ParquetFile(cast(Any, file))
@@ -149,15 +149,15 @@ class ParquetSource(Source):
         data = image_bytes(record[config.image_column]) if config.image_column else None
         if reason is None and data is None and config.image_column:
             reason = "no_image"
-        written = config.written(record)
-        return Original(position, key, url, captions, None if reason else data, reason, written=written)
+        annotations = config.annotations(record)
+        return Original(position, key, url, captions, None if reason else data, reason, annotations=annotations)
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
         return {
             "image_column": config.image_column,
             "caption_column": config.caption_column,
-            **config.writing_columns,
+            **config.annotation_settings,
         }
 
     def describe_array(self, name: str) -> dict[str, object]:

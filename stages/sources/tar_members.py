@@ -12,7 +12,7 @@ from stages.sources.folder import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
 
-CONTENT = ("image", "txt", "json")
+CONTENT = ("image", "txt", "json", "cls")
 PICKLES = ("pickle", "pkl")
 _ARRAYS = ("npy", *PICKLES)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.annotations import AnnotationsConfig
 from stages.captions import clean_captions
 from stages.sources.arrays import ArrayFolder, no_array
 from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
@@ -18,10 +19,9 @@ from stages.sources.files import base_folder, find_files, named_pieces, path_of
 from stages.sources.tar_arrays import ArrayConfig, read_member, row_of_key
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 from stages.sources.urls import captions_of
-from stages.writing import WritingConfig
 
 
-class WebdatasetConfig(WritingConfig):
+class WebdatasetConfig(AnnotationsConfig):
     """webdataset tars, as img2dataset and others write them. Columns are keys of KEY.json."""
 
     kind: Literal["webdataset"] = "webdataset"
@@ -115,7 +115,7 @@ class WebdatasetSource(Source):
         content = {kind: read_span(file, span) for kind, span in wanted.items()}
         if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
             return Original(row, key, None, (), None, "truncated", "the tar ends inside this sample")
-        metadata = _json_object(content.get("json"))
+        metadata = {"cls": content.get("cls", b"").decode("ascii", "replace"), **_json_object(content.get("json"))}
         text = content.get("txt")
         if text is not None:
             raw_captions = [text.decode("utf-8-sig", "surrogateescape")]
@@ -126,10 +126,10 @@ class WebdatasetSource(Source):
         captions, reason = clean_captions(raw_captions, allow_empty=False)
         if reason is not None:
             return Original(row, key, url, captions, None, reason)
-        return Original(row, key, url, captions, content["image"], written=self.config.written(metadata))
+        return Original(row, key, url, captions, content["image"], annotations=self.config.annotations(metadata))
 
     def fingerprint(self) -> dict[str, object]:
-        return {"caption_column": self.config.caption_column, **self.config.writing_columns}
+        return {"caption_column": self.config.caption_column, **self.config.annotation_settings}
 
     def describe_array(self, name: str) -> dict[str, object]:
         array = self.config.arrays.get(name)

@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.captions import clean_captions
 from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.download import download, load_downloader
@@ -23,14 +24,13 @@ from stages.sources.tables import (
     table_format,
 )
 from stages.sources.visit import Endpoint
-from stages.writing import WRITING_COLUMNS, WritingConfig, Written
 
-UrlRow = tuple[str, str, list[str] | None, bool] | tuple[str, str, list[str] | None, Written, bool]
+UrlRow = tuple[str, str, list[str] | None, bool] | tuple[str, str, list[str] | None, Annotations, bool]
 """key, url, captions (null where the list has none at all: then the caption is empty), the writing in the picture if
 it is asked for, is_duplicate."""
 
 
-class UrlsConfig(WritingConfig):
+class UrlsConfig(AnnotationsConfig):
     """A list of picture URLs with captions."""
 
     kind: Literal["urls"] = "urls"
@@ -58,7 +58,7 @@ class UrlsSource(Source):
 
     def check(self) -> None:
         files = expand(self.path, "source.path", FORMATS)
-        for name in ("url_column", "caption_column", "key_column", *WRITING_COLUMNS):
+        for name in ("url_column", "caption_column", "key_column", *ANNOTATION_COLUMNS):
             column = getattr(self.config, name)
             if column is None or table_format(files[0]) == "txt":
                 continue
@@ -89,7 +89,7 @@ class UrlsSource(Source):
     def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
-        wanted += config.writing_columns.values()
+        wanted += config.annotation_columns.values()
         for number, (piece, record) in enumerate(read_pieces(base_folder(self.path), pieces, wanted)):
             key = record.get(config.key_column) if config.key_column else None
             uncaptioned = config.caption_column is None or table_format(piece.path) == "txt"
@@ -118,7 +118,7 @@ class UrlsSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        return {"url_column": config.url_column, "caption_column": config.caption_column, **config.writing_columns}
+        return {"url_column": config.url_column, "caption_column": config.caption_column, **config.annotation_settings}
 
 
 def captions_of(record: Record, column: str | None) -> list[str]:
@@ -151,7 +151,7 @@ def fetch_rows(
     """
     urls: dict[int, str] = {}
     originals: dict[int, Original] = {}
-    for row, (key, url, raw_captions, *written, is_duplicate) in enumerate(rows):
+    for row, (key, url, raw_captions, *annotations, is_duplicate) in enumerate(rows):
         if wanted is not None and key not in wanted:
             continue
         captions, reason = clean_captions(raw_captions or (), allow_empty=raw_captions is None)
@@ -160,7 +160,7 @@ def fetch_rows(
         if reason is not None:
             emit(Original(row, key, url, captions, None, reason))
             continue
-        originals[row] = Original(row, key, url, captions, written=written[0] if written else {})
+        originals[row] = Original(row, key, url, captions, annotations=annotations[0] if annotations else {})
         urls[row] = address[url] if address is not None else url
 
     def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
