@@ -102,6 +102,12 @@ class Cascade:
         sizes = [stage.size_px for stage in stages]
         if not sizes or sorted(set(sizes)) != sizes:
             raise ValueError(f"stages: sizes must rise from stage to stage (got {sizes} pixels)")
+        for stage in stages:
+            if stage.sampling.low_res_sigma is not None and stage.config.low_res_noise is None:
+                raise ValueError(
+                    f"stages: low_res_sigma is {stage.sampling.low_res_sigma}, but the {stage.size_px} px stage was "
+                    "not trained with noise on low-resolution pictures; leave it out"
+                )
         self.stages = list(stages)
         self.encoder = encoder
 

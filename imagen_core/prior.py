@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
@@ -33,11 +33,17 @@ class PriorSamplingConfig(Config):
     guidance: float = 1.0
     """Weight of the caption; 1 is no guidance."""
     threshold: Threshold = Threshold(kind="none")
-    """length brings each estimate to the embeddings' length; the kinds for pictures are none of a prior's."""
+    """none, or length, which brings each estimate to the embeddings' length."""
     num_candidates: int = Field(default=2, ge=1)
     """Embeddings drawn for a caption, of which the one most like the caption's is kept."""
     start_at_length: bool = False
     """The first noise is brought to the length it has in the mean."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PriorSamplingConfig":
+        if self.threshold.kind not in ("none", "length"):
+            raise ValueError(f"threshold.kind: {self.threshold.kind} is for pictures; a prior takes none or length")
+        return self
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class EvaluateConfig(Config):
     draw: SampleConfig | None = None
     """Pictures to draw and judge: the keys of `pipeline run sample`. null: judge `generated`."""
     guidance: tuple[float, ...] = ()
-    """Weights of the caption to compare, each drawn into a folder of its own; empty: as `draw.stages` say."""
+    """Weights of the caption, and of picture embeddings, to compare, each drawn into a folder of its own; empty: as
+    `draw.stages` say."""
     guidance_of: Literal["all", "first"] = "all"
     """The stages that `guidance` is for: all, or only the first, as in the figures of Imagen."""
     size_px: int | None = Field(default=None, ge=1)
@@ -69,4 +70,9 @@ class EvaluateConfig(Config):
             )
         if self.clip is not None and self.clip.output != "projected":
             raise ValueError(f"clip.output: the CLIP score needs projected (got {self.clip.output})")
+        if self.clip is not None and isinstance(self.generated, FeatureFiles):
+            raise ValueError(
+                "clip: generated is a file of features, so there are no pictures to look at; give "
+                "generated.clip_images and generated.clip_texts, and clip=null"
+            )
         return self

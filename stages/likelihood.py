@@ -17,7 +17,9 @@ from imagen_core.diffusion.schedules import Discrete
 from imagen_core.diffusion.steps import AnyGrid, Uniform
 from imagen_core.samplers import SeededNoise
 from imagen_core.store import Store, StoreError
+from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train import LoadedDenoiser, TrainError
+from imagen_core.train.encoders import encoder_facts
 from imagen_core.train.example import whole_conditions
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
@@ -138,7 +140,10 @@ def _measure_batch(
     def noise(step: int) -> Tensor:
         return SeededNoise(seeds, stream=step).draw(x0.shape[1:], device, dtype)
 
-    conditioning = whole_conditions(raw, settings.unet, device, dtype)
+    try:
+        conditioning = whole_conditions(raw, settings.unet, device, dtype)
+    except TrainError as error:
+        raise ConfigError(f"store {config.store}: {error}") from error
     if settings.low_res_px is not None:
         conditioning = loaded.denoiser.with_sampling_low_res(conditioning, pictures[settings.low_res_px], noise(-1))
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
@@ -198,17 +203,8 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     for size in (settings.size_px, settings.low_res_px):
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
-    if loaded.encoder is not None:
-        name = loaded.encoder["name"]
-        if name not in store.encoders:
-            raise ConfigError(f"store {config.store}: has no encoder {name!r} (encoders: {store.encoders})")
-        group = store.manifest.texts[name]
-        mine = {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": dict(group.fingerprint)}
-        changes = differences(loaded.encoder, mine)
-        if changes:
-            raise ConfigError(
-                f"store {config.store}: its captions are by another encoder than the model's: {'; '.join(changes)}"
-            )
+    _check_encoder(config, "captions", loaded.encoder, store.manifest.texts)
+    _check_encoder(config, "pictures", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
     if config.first_picture + config.num_pictures > len(store):
         raise ConfigError(
             f"num_pictures: {config.first_picture} + {config.num_pictures} is more than the {len(store)} samples of "
@@ -225,6 +221,22 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return loaded, store, sigmas
+
+
+def _check_encoder(
+    config: LikelihoodConfig, what: str, trained_on: Mapping[str, Any] | None, groups: Mapping[str, EmbeddingGroup]
+) -> None:
+    """Refuses a store without the embeddings the model reads, or with those of another encoder."""
+    if trained_on is None:
+        return
+    name = trained_on["name"]
+    if name not in groups:
+        raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
+    changes = differences(dict(trained_on), encoder_facts(groups[name]))
+    if changes:
+        raise ConfigError(
+            f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"
+        )
 
 
 def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, job: Job, root: Path) -> None:

@@ -18,6 +18,6 @@ def sampling_facts(config: SampleConfig) -> Mapping[str, object]:
         "pictures_of_this_process": len(pictures[index::count]),
         "sizes_px": cascade.sizes_px,
         "parameters": sum(p.numel() for stage in cascade.stages for p in stage.denoiser.parameters()),
-        "network_calls": sum(stage.sampling.num_steps for stage in cascade.stages),
+        "sampling_steps": sum(stage.sampling.num_steps for stage in cascade.stages),
         "checkpoint_steps": [checkpoint.step for checkpoint in loaded.checkpoints],
     }

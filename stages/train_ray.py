@@ -72,8 +72,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
         facts = train(config, folder, online_encoder=encoder)
-    facts = {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), settings["out"])}
-    ray.train.report({key: value for key, value in facts.items() if value is not None})
+    facts = {key: value for key, value in facts.items() if value is not None}
+    if "checkpoint" in facts:
+        facts["checkpoint"] = facts["checkpoint"].replace(str(folder), settings["out"])
+    ray.train.report(facts)
 
 
 def _cause(error: BaseException) -> str:

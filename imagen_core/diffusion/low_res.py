@@ -74,7 +74,7 @@ def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Ten
     if mode == "cubic_reflect":
         return _cubic_reflect(low_res, size_px)
     if mode == "nearest":
-        return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact")
+        return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact").clamp(-1, 1)
     shrinks = low_res.shape[-1] > size_px
     return F.interpolate(low_res, size=(size_px, size_px), mode=mode, antialias=shrinks).clamp(-1, 1)
 

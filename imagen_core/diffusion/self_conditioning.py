@@ -20,4 +20,5 @@ def with_own_estimate(
     """Adds the estimate that the denoiser makes without one, in the rows where bool (b,) `rows` is true."""
     x = x0 + column(sigma.to(x0.dtype), x0) * noise
     estimate = denoiser(x, sigma, conditioning)
+    torch.clear_autocast_cache()  # torch before 2.10 would take weights without gradients from it
     return replace(conditioning, estimate=torch.where(column(rows, x0), estimate, 0))

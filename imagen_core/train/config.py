@@ -230,6 +230,9 @@ class TrainConfig(Config):
         """Refuses what is for pictures."""
         if self.num_validation_samples == 1:
             raise ValueError("num_validation_samples: a prior's similarities need 2 samples or more, or 0 (got 1)")
+        schedule, steps = self.denoiser.diffusion.schedule, max(self.similarity_num_steps, default=0)
+        if self.num_validation_samples and isinstance(schedule, Discrete) and steps > schedule.num_steps:
+            raise ValueError(f"similarity_num_steps: {steps} of a schedule of {schedule.num_steps} steps; take fewer")
         for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
             if getattr(self, field) is not None:
                 raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")
@@ -240,6 +243,11 @@ class TrainConfig(Config):
     def _check_pictures(self, denoiser: DenoiserConfig) -> None:
         """Refuses sizes and cuts that do not fit."""
         unet = denoiser.unet
+        if unet.condition_channels:
+            raise ValueError(
+                f"denoiser.unet.condition_channels is {unet.condition_channels}, but no store holds pictures to look "
+                "at; set 0, or write the training loop of such a model in Python"
+            )
         if self.crop_px is not None:
             low = denoiser.low_res_px
             if low is None:

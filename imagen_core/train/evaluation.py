@@ -29,7 +29,7 @@ def validation_loss(
 ) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
     count = config.num_validation_samples
-    fixed = config.model_copy(update={**NO_DROPOUT, "seed": mix(config.seed, 4)})
+    fixed = _of_validation(config)
     loader = store.loader(
         batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
         **loader_arguments(config, online=encode is not None),
@@ -58,6 +58,16 @@ def validation_loss(
         total += losses[: len(batch.keys)].sum().double()
         done += size
     return float(world.sum(total)) / count
+
+
+def _of_validation(config: TrainConfig) -> TrainConfig:
+    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution picture."""
+    changes: dict[str, object] = {**NO_DROPOUT, "low_res_blur": None, "seed": mix(config.seed, 4)}
+    settings = config.denoiser
+    if isinstance(settings, DenoiserConfig) and settings.low_res_noise is not None:
+        noise = settings.low_res_noise.model_copy(update={"per": "sample"})
+        changes["denoiser"] = settings.model_copy(update={"low_res_noise": noise})
+    return config.model_copy(update=changes)
 
 
 @torch.no_grad()

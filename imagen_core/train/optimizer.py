@@ -12,7 +12,7 @@ from imagen_core.train.errors import TrainError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; one-dimensional ones (biases, norms) are not decayed.
+    """AdamW over all parameters; biases and the gains of norms are not decayed.
 
     A group's `lr_scale` is its learning rate as a multiple of the configuration's.
 
@@ -31,17 +31,24 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             )
         left = {name: p for name, p in left.items() if name not in taken}
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-        groups += _split(list(taken.values()), decay, (config.lr if group.lr is None else group.lr) / config.lr)
-    groups = _split(list(left.values()), config.weight_decay, 1.0) + groups
+        groups += _split(taken, decay, (config.lr if group.lr is None else group.lr) / config.lr)
+    groups = _split(left, config.weight_decay, 1.0) + groups
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _split(parameters: list[nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
+def _split(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
+    decayed = [p for name, p in parameters.items() if _is_decayed(name, p)]
+    others = [p for name, p in parameters.items() if not _is_decayed(name, p)]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": others, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Two norms of attention have their gains in one tensor."""
+    return parameter.ndim > 1 and not name.endswith("qk_gains")
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

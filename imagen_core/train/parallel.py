@@ -4,11 +4,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from imagen_core.models.block import Block
+from imagen_core.models.embeddings import LearnedFourierEmbedding
+from imagen_core.models.positions import Rotary
+from imagen_core.models.transformer import TransformerLayer
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import World
 from imagen_core.train.errors import TrainError
@@ -23,7 +26,7 @@ def is_sharded(config: TrainConfig, world: World) -> bool:
 
 
 def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """Readies the loss for the run's processes: as it is for one, DDP, or FSDP2 with one unit a block.
+    """Readies the loss for the run's processes: as it is for one, DDP, or FSDP2.
 
     Raises:
         TrainError: shard_group_size does not divide the processes.
@@ -41,25 +44,30 @@ def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module
         mesh = init_device_mesh(kind, (world.size,))
     else:
         mesh = init_device_mesh(kind, (world.size // group, group), mesh_dim_names=("copies", "shards"))
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
-    half = autocast_dtype(config.precision)
+    shard(loss.get_submodule(_NET), mesh, autocast_dtype(config.precision))
+    return loss
+
+
+def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
+    """FSDP2 with one unit a block or layer; weights are gathered in `half`, if it is given."""
+    exact = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
     if half is not None:
         policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    unet = loss.get_submodule(_NET)
-    for module in unet.modules():
-        if isinstance(module, Block):
+    for module in reversed(list(net.modules())):  # inner ones first
+        if isinstance(module, LearnedFourierEmbedding | Rotary):  # frequencies must not be rounded
+            fully_shard(module, mesh=mesh, mp_policy=exact)
+        elif isinstance(module, Block | TransformerLayer):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     # Also what is outside of blocks goes back to its shards after each forward pass, so that code between the steps
     # (averages, checkpoints) always finds shards.
-    fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return loss
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def syncing(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged in the backward pass of the last micro-batch only."""
     if isinstance(loss, DistributedDataParallel):
         return nullcontext() if last else loss.no_sync()
-    unet = loss.get_submodule(_NET)
-    if isinstance(unet, FSDPModule):
-        unet.set_requires_gradient_sync(last)
+    net = loss.get_submodule(_NET)
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(last)
     return nullcontext()

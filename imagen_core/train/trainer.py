@@ -17,12 +17,12 @@ from imagen_core.diffusion import Denoiser, PriorConfig, diffusion_loss
 from imagen_core.diffusion.self_conditioning import with_own_estimate
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
-from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old, remove_unfinished
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, BatchStream, open_store
 from imagen_core.train.distributed import World, joined_world, local, whole
 from imagen_core.train.ema import WeightAverages
+from imagen_core.train.encoders import encoders_of
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
 from imagen_core.train.example import Example, make_example
@@ -90,7 +90,8 @@ def train(
         online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, to
             compare with.
     Returns:
-        steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint.
+        steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
+        process that has no file of it).
     Raises:
         TrainError: settings, store or checkpoint do not fit; see its children.
         NonFiniteLossError: the batch's keys are in `out/nan/`.
@@ -128,7 +129,7 @@ def train(
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
-        encoders = _encoders(store, config, online_encoder)
+        encoders = encoders_of(store, config, online_encoder)
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
             state.load(found, saved)
@@ -342,6 +343,8 @@ class _Run:
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         last = self.last or last_values(self.out / "metrics.jsonl")  # nothing was left to do
+        if checkpoint is None:  # saved before, or by the main process, whose folder need not be this one
+            checkpoint = next(reversed(checkpoints(self.out / "checkpoints")), None)
         return {
             "steps": self.state.step,
             "samples": self.state.samples,
@@ -350,7 +353,7 @@ class _Run:
             "images_per_s": last.get("images_per_s"),
             "loader_wait": last.get("loader_wait"),
             "peak_memory_bytes": _peak_memory(self.world),
-            "checkpoint": str(checkpoint or checkpoints(self.out / "checkpoints")[-1]),
+            "checkpoint": None if checkpoint is None else str(checkpoint),
         }
 
 
@@ -380,25 +383,6 @@ def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
             f"text_dim is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
             f"{encoder.facts['dim']} wide; set text_dim={encoder.facts['dim']}"
         )
-
-
-def _encoders(store: Store, config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
-    """What made the embeddings the model is trained on: `encoder` of captions' tokens, `embed_encoders` of vectors."""
-
-    def facts(group: EmbeddingGroup) -> dict[str, Any]:
-        fingerprint = dict(group.fingerprint)
-        return {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": fingerprint}
-
-    embeds = {}
-    if config.text_embed is not None:
-        embeds["text_embed"] = facts(store.manifest.texts[config.text_embed])
-    if config.image_embed is not None:
-        embeds["image_embed"] = facts(store.manifest.image_embeds[config.image_embed])
-    if online is not None:
-        tokens = dict(online.facts)
-    else:
-        tokens = None if config.text is None else facts(store.manifest.texts[config.text])
-    return {"encoder": tokens, "embed_encoders": embeds}
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -57,21 +57,24 @@ class FeatureCache:
 def gather(
     name: str, pictures: Pictures, model: FeatureModel | None, clip: ClipFeatures | None, cache: FeatureCache
 ) -> FeatureSet:
-    """Features by `model`, and both halves of the CLIP score by `clip` where there are captions.
+    """Features by `model`, and both halves of the CLIP score by `clip`.
 
     Raises:
         MachineError: a model cannot be found or read.
-        ConfigError: a picture cannot be read.
+        ConfigError: a picture cannot be read, or there are no captions for `clip`.
     """
 
     def look(model: FeatureModel) -> Extracted:
         return cache.get(name, pictures.identity, model, lambda: model.extract(pictures.read()))
 
     looked = Extracted({}) if model is None else look(model)
-    captions = None if clip is None else pictures.captions()
-    if clip is None or captions is None:
-        images, texts = None, Extracted({})
-    else:
+    images, texts = None, Extracted({})
+    if clip is not None:
+        captions = pictures.captions()
+        if captions is None:
+            raise ConfigError(
+                f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
+            )
         images = look(clip).arrays["features"]
         texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
     return FeatureSet(

@@ -245,3 +245,11 @@ def test_a_stage_that_reads_picture_embeddings_reads_their_direction_and_refuses
     assert not torch.allclose(draw(decoder, [0], image_embed=-embed)[8], picture)
     with pytest.raises(ValueError, match=r"image_embed: the 8 px stage reads picture embeddings \(1, 6\) \(got None"):
         draw(decoder, [0])
+
+
+def test_a_noise_level_for_a_stage_trained_without_is_refused() -> None:
+    quiet = stage(16, 8, low_res_sigma=0.1)
+    settings = quiet.config.model_copy(update={"low_res_noise": None})
+    quiet.denoiser.config = settings
+    with pytest.raises(ValueError, match=r"low_res_sigma is 0.1, but the 16 px stage was not trained with noise"):
+        Cascade([stage(8), quiet], ENCODER)

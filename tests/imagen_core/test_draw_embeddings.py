@@ -65,3 +65,8 @@ def test_similarities_are_mean_cosines_to_pictures_captions_and_the_caption_befo
     assert (found.baseline, found.above_baseline) == pytest.approx((1 / 3, 0))
     with pytest.raises(ValueError, match="needs two pairs or more"):
         prior_similarities(drawn[:1], image[:1], text[:1])
+
+
+def test_thresholds_for_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"threshold.kind: static is for pictures; a prior takes none or length"):
+        PriorSamplingConfig.model_validate({"threshold": {"kind": "static"}})

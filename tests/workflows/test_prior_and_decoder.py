@@ -144,3 +144,22 @@ def test_a_prior_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
     assert train(work, "prior", half).code == 0
     ends = [load_checkpoint(folder, weights="model") for folder in (work / "prior", half)]
     assert ends[0].sha256 == ends[1].sha256
+
+
+def test_the_likelihood_of_a_decoder_is_measured_with_its_own_picture_encoder_only(work: Path, tmp_path: Path) -> None:
+    def likelihood(store: Path, out: str):
+        settings = [f"checkpoint={work}/decoder", f"store={store}", "num_pictures=2", "num_steps=2"]
+        return call("run", "likelihood", "--out", str(tmp_path / out), "--quiet", *settings)
+
+    assert likelihood(work / "run/store", "own").code == 0
+    few = ("source.num_samples=4", "images.sizes_px=[16,32]", "encoders=[]")
+    clip = tiny_models.write(tiny_models.clip, tmp_path / "another-clip")
+    encoders = json.dumps([{"name": "clip", "model": str(clip), "from_px": 32, "num_gpus": 0}])
+    assert precompute(tmp_path / "run", *few, f"image_encoders={encoders}").code == 0
+    result = likelihood(tmp_path / "run/store", "other")
+    assert result.code == 2
+    assert "its pictures are encoded by another encoder than the model's: fingerprint.model" in result.err
+    assert precompute(tmp_path / "plain", *few).code == 0
+    result = likelihood(tmp_path / "plain/store", "plain")
+    assert result.code == 2
+    assert "has no encoder of pictures 'clip' (encoders: [])" in result.err

@@ -121,6 +121,11 @@ def test_upsampling_is_bicubic_and_stays_in_range():
     assert float(upsample(checkers, 32).abs().max()) <= 1
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest", "cubic_reflect"])
+def test_every_way_to_upsample_stays_in_range(mode):
+    assert upsample(torch.full((1, 3, 4, 4), 1.3), 8, mode).max() == 1
+
+
 def test_a_picture_of_the_right_size_is_left_alone():
     picture = torch.rand(1, 3, 8, 8)
     assert torch.equal(upsample(picture, 8), picture)

@@ -284,6 +284,10 @@ def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
         ({"ema": {"rates": [0.9, 0.9]}}, "rates: each once"),
         ({"shard_group_size": 2}, "shard_group_size is for parallel=fsdp2"),
         ({"batch_sise": 4}, "batch_sise"),
+        (
+            {"denoiser": BASE | {"unet": BASE_UNET | {"condition_channels": 3}}},
+            "condition_channels is 3, but no store holds pictures to look at",
+        ),
     ],
 )
 def test_settings_that_contradict_are_refused(store: Path, changes: dict[str, Any], message: str) -> None:

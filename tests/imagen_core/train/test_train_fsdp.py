@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from imagen_core.models.embeddings import LearnedFourierEmbedding
+from imagen_core.models.positions import Rotary
+from imagen_core.models.transformer import TransformerLayer
 from imagen_core.train import load_checkpoint, train
+from imagen_core.train.parallel import shard
 from tests.imagen_core.train.processes import keys_in_order, newest, train_split
 from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
 
@@ -95,3 +102,34 @@ def test_each_sample_is_seen_once_an_epoch_over_two_one_and_two_processes(two: P
 def test_bfloat16_keeps_float32_weights(two: Path) -> None:
     assert {values.dtype for values in tensors(newest(two / "bfloat16")).values()} == {torch.float32}
     assert all(0 < line["loss"] < 10 for line in metrics(two / "bfloat16"))
+
+
+class Frequencies(nn.Module):
+    """Both modules whose parameters are frequencies, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fourier, self.rotary = LearnedFourierEmbedding(8), Rotary(8)
+        self.layer = TransformerLayer(16, num_heads=2, head_dim=8, ff_mult=2)
+
+    def forward(self, levels: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.fourier(levels), self.rotary(x), self.layer(x.bfloat16())
+
+
+def test_frequencies_are_not_rounded_where_weights_are_gathered_in_bfloat16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, levels, x = Frequencies(), torch.linspace(-800, 800, 5), torch.randn(1, 300, 16)
+    fourier, turned = net.fourier(levels), net.rotary(x)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        shard(net, init_device_mesh("cpu", (1,)), torch.bfloat16)
+        found = net(levels, x)
+        sum(part.float().square().mean() for part in found).backward()
+        assert torch.equal(found[0], fourier)
+        assert torch.equal(found[1], turned)
+        assert found[2].dtype == torch.bfloat16, "the layer's weights were gathered in it"
+        gradient = net.fourier.weight.grad
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+    finally:
+        dist.destroy_process_group()

@@ -12,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from imagen_core.diffusion import diffusion_loss
+from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.train import NonFiniteLossError, Progress, TrainError, load_checkpoint, train, trainer
 from imagen_core.train.data import BatchStream, open_store
 from imagen_core.train.distributed import World
+from imagen_core.train.evaluation import validation_loss
 from imagen_core.train.example import Example, make_example
+from imagen_core.train.trainer import TrainingLoss
+from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, make_config, metrics, tensors
 
 EFFICIENT = SUPER | {
@@ -196,6 +199,18 @@ def test_validation_is_the_same_whenever_it_is_done(store: Path, tmp_path: Path)
     assert lines[0]["validation_loss_without_ema"] == pytest.approx(lines[0]["validation_loss"], rel=1e-12)
     other = frozen.model_copy(update={"batch_size": 5, "micro_batch_size": 2})
     assert train(other, tmp_path / "b")["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
+
+
+def test_validation_has_a_level_for_each_low_resolution_picture_and_blurs_none(store: Path) -> None:
+    values = []
+    for per, blur in (("sample", None), ("batch", None), ("sample", {"probability": 1.0, "sigma": 2.0})):
+        denoiser_config = SUPER | {"low_res_noise": {"kind": "lognormal", "per": per}}
+        config = make_config(store, denoiser=denoiser_config, low_res_blur=blur, num_validation_samples=10)
+        torch.manual_seed(0)
+        denoiser = random_weights(Denoiser(config.denoiser).double()).eval()
+        loss = TrainingLoss(denoiser, config, "cpu")
+        values.append(validation_loss(loss, denoiser, open_store(config), config, World(0, 1, torch.device("cpu"))))
+    assert values[0] == values[1] == values[2]
 
 
 def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> None:

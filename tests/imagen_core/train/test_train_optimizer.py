@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from imagen_core.models.attention import Attention
 from imagen_core.train import OptimizerConfig, TrainError
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 
@@ -51,6 +52,15 @@ def test_biases_and_norms_are_not_decayed() -> None:
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
     assert names == {"0.weight", "3.weight"}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_gains_of_queries_and_keys_are_those_of_norms() -> None:
+    attention = Attention(16, kind="self", num_heads=2, head_dim=8, qk_norm=True)
+    optimizer = make_optimizer(attention, OptimizerConfig(weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert attention.qk_gains is not None
+    assert id(attention.qk_gains) not in decayed
+    assert id(attention.to_q.weight) in decayed
 
 
 def grouped(*groups: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:
