@@ -18,7 +18,7 @@ test: $(VENV)/.dev  ## set up, then pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes: kills, real images, thousands of shards
-	$(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist load
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist load
 
 check: $(VENV)/.dev  ## style, types, and who may import whom
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -65,10 +67,17 @@ def run_training(
             encoder = None if online is None else online_encoder(online)
             with job.working_folder() as folder:
                 facts = train(config, folder, _shown(job), job.should_stop, encoder)
-            return {**facts, "checkpoint": str(facts["checkpoint"]).replace(str(folder), job.run.url)}
+            return at_url(facts, folder, job.run.url)
     except TrainingStopped:
         job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told
         return {}
+
+
+def at_url(facts: Mapping[str, Any], folder: Path, url: str) -> dict[str, Any]:
+    """What a training in `folder` says, with paths as they are below the run's URL, and without what is not known."""
+    known = {name: value for name, value in facts.items() if value is not None}
+    paths = {name: str(known[name]).replace(str(folder), url) for name in known if name.endswith("checkpoint")}
+    return {**known, **paths}
 
 
 def _shown(job: Job) -> Callable[[Progress], None]:

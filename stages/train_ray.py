@@ -14,7 +14,7 @@ from pipeline.job import Job
 from pipeline.mirror import working_folder
 from pipeline.storage import LocalStorage, open_storage
 from stages.encoders.any import AnyEncoder
-from stages.train import WorkersConfig
+from stages.train import WorkersConfig, at_url
 from stages.train_encoder import online_encoder
 
 
@@ -72,10 +72,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
         facts = train(config, folder, online_encoder=encoder)
-    facts = {key: value for key, value in facts.items() if value is not None}
-    if "checkpoint" in facts:
-        facts["checkpoint"] = facts["checkpoint"].replace(str(folder), settings["out"])
-    ray.train.report(facts)
+    ray.train.report(at_url(facts, folder, settings["out"]))
 
 
 def _cause(error: BaseException) -> str:

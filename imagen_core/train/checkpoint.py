@@ -27,6 +27,7 @@ from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
+_VALIDATION = "validation.json"
 _STATE = "state.json"
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
@@ -86,12 +87,39 @@ def write_checkpoint(
     return final
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Leaves the newest `keep` checkpoints, and nothing half-written."""
-    for path in checkpoints(folder)[:-keep]:
-        (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks whole
-        shutil.rmtree(path)
+def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
+    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written."""
+    found = checkpoints(folder)
+    stay = {*found[-keep:], *best_checkpoints(folder)[:keep_best]}
+    for path in found:
+        if path not in stay:
+            (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks whole
+            shutil.rmtree(path)
     remove_unfinished(folder)
+
+
+def record_validation(folder: Path, step: int, loss: float) -> None:
+    """Remembers the validation loss of a step's checkpoint, if there is one."""
+    path = folder / f"step-{step:08d}"
+    if not (path / _STATE).exists():
+        return
+    losses = _validation_losses(folder)
+    known = {p.name: losses[p.name] for p in checkpoints(folder) if p.name in losses}
+    temporary = folder / f".tmp-{_VALIDATION}"
+    temporary.write_text(json.dumps({**known, path.name: loss}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / _VALIDATION)
+
+
+def best_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints whose validation loss is known, the least first; of equal ones the later."""
+    losses = _validation_losses(folder)
+    known = [path for path in reversed(checkpoints(folder)) if path.name in losses]
+    return sorted(known, key=lambda path: losses[path.name])
+
+
+def _validation_losses(folder: Path) -> dict[str, float]:
+    path = folder / _VALIDATION
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -146,6 +146,9 @@ class TrainConfig(Config):
     precision: Precision = "float32"
     """bfloat16 and float16 compute in it (autocast) and keep float32 weights. float16, for GPUs without bfloat16,
     scales the loss; it is slow on CPUs."""
+    tf32: bool = True
+    """float32 products on GPUs may round their inputs to TensorFloat-32, which is several times as fast; false: never.
+    What is left in float32 under bfloat16 or float16 is rounded so too."""
     times: Literal["uniform", "early_only", "loss_second_moment"] = "uniform"
     """Noise levels of training: uniform in the schedule's time; only the early times, which have the least noise; or
     steps of a discrete schedule by the second moment of their last losses, each loss weighted so that the mean stays
@@ -168,6 +171,8 @@ class TrainConfig(Config):
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = Field(default=5, ge=1)
     """Newest checkpoints to keep."""
+    keep_best_checkpoints: int = Field(default=0, ge=0)
+    """Checkpoints of the least validation loss to keep beside them."""
     num_validation_samples: int = Field(default=0, ge=0)
     """The last samples of the store, kept out of training."""
     validate_every_steps: int = Field(default=1000, ge=1)
@@ -199,6 +204,14 @@ class TrainConfig(Config):
         schedule = self.denoiser.diffusion.schedule
         if self.times == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"times=loss_second_moment needs a discrete schedule (got {schedule.kind})")
+        if self.keep_best_checkpoints and not (
+            self.num_validation_samples and self.checkpoint_every_steps % self.validate_every_steps == 0
+        ):
+            raise ValueError(
+                f"keep_best_checkpoints is {self.keep_best_checkpoints}: set num_validation_samples, and "
+                f"checkpoint_every_steps ({self.checkpoint_every_steps}) to a multiple of validate_every_steps "
+                f"({self.validate_every_steps}), so that each checkpoint has a validation loss"
+            )
         if self.shard_group_size is not None and self.parallel != "fsdp2":
             raise ValueError("shard_group_size is for parallel=fsdp2")
         if isinstance(self.denoiser, PriorConfig):

@@ -1,5 +1,7 @@
 """Training in half precision: what the network computes in, and what keeps float16's gradients in its range."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,20 @@ _LARGEST = 2.0**24
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
     """The type of autocast; None for full precision."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
+@contextmanager
+def matmul_precision(*, tf32: bool) -> Iterator[None]:
+    """Within this block float32 matrix products and convolutions may round their inputs to TensorFloat-32 (10 bits of
+    mantissa), or not; settings of the whole process, put back at the end."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @dataclass(slots=True)

@@ -17,7 +17,15 @@ from imagen_core.diffusion import Denoiser, PriorConfig, diffusion_loss
 from imagen_core.diffusion.self_conditioning import with_own_estimate
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
-from imagen_core.train.checkpoint import checkpoints, read_state, refuse_other, remove_old, remove_unfinished
+from imagen_core.train.checkpoint import (
+    best_checkpoints,
+    checkpoints,
+    read_state,
+    record_validation,
+    refuse_other,
+    remove_old,
+    remove_unfinished,
+)
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, BatchStream, open_store
 from imagen_core.train.distributed import World, joined_world, local, whole
@@ -31,7 +39,7 @@ from imagen_core.train.meter import Meter
 from imagen_core.train.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
-from imagen_core.train.precision import LossScale, autocast_dtype
+from imagen_core.train.precision import LossScale, autocast_dtype, matmul_precision
 from imagen_core.train.randomness import mix
 from imagen_core.train.start import start_from
 from imagen_core.train.state import TrainState
@@ -91,14 +99,14 @@ def train(
             compare with.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
-        process that has no file of it).
+        process that has no file of it), best_checkpoint (of the least validation loss; None without validation).
     Raises:
         TrainError: settings, store or checkpoint do not fit; see its children.
         NonFiniteLossError: the batch's keys are in `out/nan/`.
         TrainingStopped: should_stop said yes; a checkpoint was saved.
         StoreError: the store cannot be read.
     """
-    with joined_world() as world:
+    with matmul_precision(tf32=config.tf32), joined_world() as world:
         # Model: the same random weights on every process.
         store = open_store(config, online=online_encoder is not None)
         if online_encoder is not None:
@@ -297,6 +305,8 @@ class _Run:
             plain = validation_loss(*arguments)
         with self._evaluating(averaged=True):
             averaged = validation_loss(*arguments)
+        if self.world.is_main:
+            record_validation(self.out / "checkpoints", self.state.step, averaged)
         self.last["validation_loss"] = averaged
         values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
         if isinstance(self.config.denoiser, PriorConfig):
@@ -327,7 +337,7 @@ class _Run:
             writes=self.world.is_main,
         )
         if self.world.is_main:
-            remove_old(folder, self.config.keep_checkpoints)
+            remove_old(folder, self.config.keep_checkpoints, self.config.keep_best_checkpoints)
         self.world.wait()
         return path
 
@@ -354,6 +364,7 @@ class _Run:
             "loader_wait": last.get("loader_wait"),
             "peak_memory_bytes": _peak_memory(self.world),
             "checkpoint": None if checkpoint is None else str(checkpoint),
+            "best_checkpoint": next(map(str, best_checkpoints(self.out / "checkpoints")), None),
         }
 
 

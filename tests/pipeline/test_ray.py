@@ -193,6 +193,7 @@ def test_a_shard_that_brings_down_worker_after_worker_is_set_aside(tmp_path: Pat
         run_losing(tmp_path, kind, times)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_local_ray_listens_on_the_loopback_interface_only() -> None:
     import ray

@@ -44,6 +44,7 @@ def imported(directory: Path, out: Path) -> Result:
     return call("import", "minimagen", str(directory), "--out", str(out), "--encoder-model", "tiny-random-t5")
 
 
+@pytest.mark.slow
 def test_a_training_directory_becomes_checkpoints_that_draw(directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = imported(directory, out)

@@ -59,6 +59,7 @@ def test_the_summary_has_bits_and_errors_by_step(work: Path, tmp_path: Path) -> 
     assert found["x0_mse"][0] < found["x0_mse"][-1]
 
 
+@pytest.mark.slow
 def test_a_pictures_bits_do_not_depend_on_batch_or_place(work: Path, tmp_path: Path) -> None:
     exact = "precision=float64"
     facts(measure(work, tmp_path / "a", exact))
@@ -72,6 +73,7 @@ def test_a_pictures_bits_do_not_depend_on_batch_or_place(work: Path, tmp_path: P
     assert by_key(tmp_path / "c") != a
 
 
+@pytest.mark.slow
 def test_batches_that_are_there_are_not_measured_again(work: Path, tmp_path: Path) -> None:
     first = facts(measure(work, tmp_path, "batch_size=2"))
     batches = sorted((tmp_path / "batches").glob("*.json"))

@@ -113,6 +113,7 @@ def test_the_same_command_again_finds_all_finished_and_changes_nothing(
     assert s3.keys("run/store/") == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_cut_on_s3_is_made_anew(data: Data, s3: ObjectStore, local_store: dict[str, bytes]) -> None:
     url = f"{s3.url}/mended"
     run(url, data.url)
@@ -124,6 +125,7 @@ def test_what_is_missing_or_cut_on_s3_is_made_anew(data: Data, s3: ObjectStore, 
     assert s3.keys("mended/store/") == local_store
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_refused_on_s3_and_rebuilt_with_restart(data: Data, s3: ObjectStore) -> None:
     url = f"{s3.url}/changed"
     run(url, data.url)

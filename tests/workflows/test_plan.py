@@ -38,7 +38,7 @@ def machine(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("store", ["parquet", "hdf5"])
+@pytest.mark.parametrize("store", ["parquet", pytest.param("hdf5", marks=pytest.mark.slow)])
 def test_bytes_are_predicted_within_two_percent(tmp_path: Path, store: str) -> None:
     config = [*SMALL, f"store.format={store}"]
     out = tmp_path / "run"
@@ -90,6 +90,7 @@ def test_a_probe_for_a_profile_runs_no_model(machine: str) -> None:
     assert planned["estimate"]["kept"] == pytest.approx(119 / 120, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_report_compares_a_run_with_its_saved_plan(tmp_path: Path) -> None:
     out = tmp_path / "run"
     plan("--out", str(out), "--probe", "--save", "--executor", "inline", *SMALL)

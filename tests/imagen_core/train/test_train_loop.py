@@ -78,6 +78,7 @@ def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[f"model/{name}"], values, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_learns_a_few_pictures(store: Path, tmp_path: Path) -> None:
     config = make_config(
         store,

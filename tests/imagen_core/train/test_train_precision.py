@@ -80,3 +80,17 @@ def test_what_no_scale_can_help_is_an_error(store: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(trainer.TrainingLoss, "forward", lambda self, example: original(self, example) * torch.nan)
     with pytest.raises(NonFiniteLossError):
         train(make_config(store, batch_size=2, num_steps=1, precision="float16"), tmp_path)
+
+
+def test_tf32_is_for_the_training_only(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def asked() -> bool:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return False
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for tf32 in (True, False):
+        train(make_config(store, num_steps=1, tf32=tf32), tmp_path / str(tf32), should_stop=asked)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert seen == [("high", True), ("highest", False)]

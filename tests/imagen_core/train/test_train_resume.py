@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from imagen_core.train import TrainingStopped, train
+from imagen_core.train import TrainingStopped, train, trainer
 from imagen_core.train.checkpoint import checkpoints
 from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
 
@@ -82,6 +82,28 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_
     config = make_config(store, num_steps=7, checkpoint_every_steps=2, keep_checkpoints=2)
     train(config, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_the_checkpoints_of_least_validation_loss_are_kept_beside_the_newest(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 5.0, 1.0, 1.0, 4.0, 4.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0])  # without and with averages
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
+    settings = {"keep_checkpoints": 1, "keep_best_checkpoints": 2, "num_validation_samples": 4}
+    every = {"validate_every_steps": 1, "checkpoint_every_steps": 1}
+    train(make_config(store, num_steps=3, **settings, **every), tmp_path)
+    summary = train(make_config(store, num_steps=6, **settings, **every), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+        f"step-0000000{step}" for step in (2, 4, 6)
+    ]
+    assert summary["best_checkpoint"] == str(tmp_path / "checkpoints/step-00000002")
+    assert summary["checkpoint"] == str(tmp_path / "checkpoints/step-00000006")
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_validation_samples": 4, "validate_every_steps": 3}])
+def test_the_best_can_only_be_kept_where_each_is_validated(store: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"keep_best_checkpoints is 1: set num_validation_samples"):
+        make_config(store, keep_best_checkpoints=1, **{"checkpoint_every_steps": 4, **changes})
 
 
 def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_an_example_has_the_level_of_its_time_and_its_weight(store: Path) -> Non
     assert torch.equal(plain.weight, torch.ones_like(plain.weight))
 
 
+@pytest.mark.slow
 def test_losses_are_part_of_a_checkpoint_and_resume_is_exact(store: Path, tmp_path: Path) -> None:
     """Two steps have their ten losses after three batches of eight, so from then on weights matter."""
     changes = {"denoiser": TINY, "times": "loss_second_moment", "micro_batch_size": 3}

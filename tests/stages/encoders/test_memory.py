@@ -107,6 +107,7 @@ def test_other_errors_of_a_model_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(OSError("can't allocate memory"))
 
 
+@pytest.mark.slow
 def test_a_run_short_of_memory_ends_well_and_counts_the_halvings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
