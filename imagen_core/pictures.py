@@ -17,7 +17,12 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 def from_pixels(pixels: np.ndarray | Tensor) -> Tensor:
     """uint8 (b, h, w, 3) -> float32 (b, 3, h, w) in [-1, 1]."""
-    return torch.as_tensor(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return in_range(torch.as_tensor(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2))
+
+
+def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 of any shape -> the same in [-1, 1]."""
+    return pixels.to(dtype).div(127.5).sub(1)
 
 
 def read_picture(path: str | Path, size_px: int | None = None) -> np.ndarray:

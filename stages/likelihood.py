@@ -15,6 +15,7 @@ from torch import Tensor
 from imagen_core.diffusion import bits_per_dimension
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.diffusion.steps import AnyGrid, Uniform
+from imagen_core.pictures import in_range
 from imagen_core.samplers import SeededNoise
 from imagen_core.store import Store, StoreError
 from imagen_core.store.records import EmbeddingGroup
@@ -133,7 +134,7 @@ def _measure_batch(
     keys: list[str] = raw["keys"]
     if not keys:  # all removed from the store
         return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _BY_STEP}}
-    pictures = {size: raw["images"][size].to(device, dtype).div(127.5).sub(1) for size in sizes}
+    pictures = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
     x0 = pictures[settings.size_px]
     seeds = [_seed(config.seed, key) for key in keys]
 

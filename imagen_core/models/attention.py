@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imagen_core.models.gated import Gated
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 AttentionKind = Literal["self", "cross", "fused"]
 
@@ -183,18 +185,18 @@ class PixelAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): half of a linear layer gates the other half through GELU; with a residual."""
+    """Norm, linear, GEGLU, linear, with a residual, on pixels."""
 
     def __init__(self, dim: int, multiplier: int = 4, num_groups: int = 32):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, dim)
         self.expand = nn.Linear(dim, 2 * multiplier * dim)
+        self.gated = Gated("geglu")
         self.contract = nn.Linear(multiplier * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        value, gate = self.expand(to_tokens(self.norm(x))).chunk(2, dim=-1)
-        return x + to_picture(self.contract(value * F.gelu(gate)), x)
+        return x + to_picture(self.contract(self.gated(self.expand(to_tokens(self.norm(x))))), x)
 
 
 class StackedAttention(nn.Module):

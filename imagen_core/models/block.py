@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from imagen_core.models.attention import PixelAttention, StackedAttention
+from imagen_core.models.attention import ModuleT, PixelAttention, StackedAttention
 from imagen_core.models.base import AttentionType, AttentionUNetConfig
 from imagen_core.models.inputs import Context
 from imagen_core.models.resblock import ResBlock
@@ -40,10 +40,10 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
 
-    @staticmethod
-    def of(levels: nn.ModuleList) -> list["Level"]:
-        """The levels of a list, with their type."""
-        return [level for level in levels if isinstance(level, Level)]
+
+def typed(modules: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
+    """The modules of a list that are of a kind, which type checkers then know."""
+    return [module for module in modules if isinstance(module, kind)]
 
 
 def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, num_heads: int | None) -> None:

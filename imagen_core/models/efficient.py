@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imagen_core.models.base import AttentionUNetConfig
-from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention
+from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention, typed
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_pictures, run_block
 from imagen_core.models.resblock import ResBlock
@@ -96,13 +96,13 @@ class EfficientUNet(nn.Module):
         context = self.inputs(c_noise, conditioning)
         h = self.conv_in(join_pictures(x, conditioning, self.config))
         skips: list[Tensor] = []
-        for level in Level.of(self.down):
+        for level in typed(self.down, Level):
             if level.resample is not None:
                 h = run_block(level.resample, h, context, recompute=recompute)
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
             skips.append(h)
-        for depth, level in enumerate(Level.of(self.up)):
+        for depth, level in enumerate(typed(self.up, Level)):
             h = h + skips.pop() if depth else skips.pop()
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)

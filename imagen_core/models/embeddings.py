@@ -17,8 +17,8 @@ class SinusoidalEmbedding(nn.Module):
         self.out_dim, self.closed = dim, closed
 
     def forward(self, values: Tensor) -> Tensor:
-        """float (b,) -> (b, dim) of the same dtype, float32 or better."""
-        half = self.out_dim // 2
+        """float (b,) -> (b, dim), float32 or better."""
+        values, half = _exact(values), self.out_dim // 2
         exponents = torch.arange(half, device=values.device, dtype=values.dtype) / (half - self.closed)
         angles = values[:, None] * torch.exp(-math.log(10_000) * exponents)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -33,16 +33,30 @@ class LearnedFourierEmbedding(nn.Module):
         self.out_dim = 2 * num_frequencies + 1
 
     def forward(self, values: Tensor) -> Tensor:
-        """float (b,) -> (b, out_dim) of the same dtype, float32 or better."""
+        """float (b,) -> (b, out_dim), float32 or better."""
+        values = _exact(values)
         angles = values[:, None] * self.weight.to(values.dtype) * (2 * math.pi)
         return torch.cat([values[:, None], angles.sin(), angles.cos()], dim=-1)
+
+
+def level_embedding(
+    width: int, num_frequencies: int | None, *, closed: bool = False
+) -> SinusoidalEmbedding | LearnedFourierEmbedding:
+    """Sinusoids of this width, or learned frequencies where their number is given."""
+    if num_frequencies is None:
+        return SinusoidalEmbedding(width, closed=closed)
+    return LearnedFourierEmbedding(num_frequencies)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Whatever the model's precision: bfloat16 cannot tell step 999 from step 1000."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class NoiseEmbedding(nn.Module):
     """Noise level -> time vector, through two linear layers.
 
-    The noise level may be a step index, ln(sigma)/4 or a log-SNR. Its embedding is computed in float32 or better,
-    whatever the model's precision: bfloat16 cannot tell step 999 from step 1000.
+    The noise level may be a step index, ln(sigma)/4 or a log-SNR.
     """
 
     def __init__(self, embedding: SinusoidalEmbedding | LearnedFourierEmbedding, time_dim: int):
@@ -53,6 +67,5 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """float (b,) -> (b, time_dim)."""
-        values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
-        embedded = self.embedding(values).to(self.hidden.weight.dtype)
+        embedded = self.embedding(c_noise).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(embedded)))

@@ -7,7 +7,7 @@ is a level. Between levels pixels are shuffled into channels and back. Condition
 import torch
 from torch import Tensor, nn
 
-from imagen_core.models.block import Block
+from imagen_core.models.block import Block, typed
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.hybrid_blocks import (
     CrossEmbed,
@@ -80,7 +80,7 @@ class HybridUNet(nn.Module):
         if self.first is not None:
             h = self._run(self.first, h, context)
         skips: list[Tensor] = []
-        for level in HybridLevel.of(self.down):
+        for level in typed(self.down, HybridLevel):
             h = h if level.before is None else level.before(h)
             h = self._run(level.first, h, context)
             for block in level.blocks:
@@ -93,7 +93,7 @@ class HybridUNet(nn.Module):
             h = self._run(block, h, middle_context)
         up: list[Tensor] = []
         scale = 0.5**0.5 if self.config.scale_skips else 1.0
-        for level in HybridLevel.of(self.up):
+        for level in typed(self.up, HybridLevel):
             for block in (level.first, *level.blocks):
                 h = self._run(block, torch.cat([h, scale * skips.pop()], dim=1), context)
             h = h if level.transformer is None else self._run(level.transformer, h, context)

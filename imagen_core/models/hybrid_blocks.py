@@ -27,11 +27,6 @@ class HybridLevel(nn.Module):
         self.before, self.first, self.blocks = before, first, nn.ModuleList(blocks)
         self.transformer, self.after = transformer, after
 
-    @staticmethod
-    def of(levels: nn.ModuleList) -> list["HybridLevel"]:
-        """The levels of a list, with their type."""
-        return [level for level in levels if isinstance(level, HybridLevel)]
-
 
 class CrossEmbed(nn.Module):
     """Convolutions of several kernel sizes side by side; half of the channels are of the first, and so on."""

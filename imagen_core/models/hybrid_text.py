@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from imagen_core.models.attention import Attention
 from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding
+from imagen_core.models.embeddings import level_embedding
 from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.inputs import Context, low_res_noise
-from imagen_core.models.text import checked_text
+from imagen_core.models.text import learned_beyond
 from imagen_core.models.transformer import feed_forward
 
 _TOKENS_PER_LEVEL = 2
@@ -28,19 +28,15 @@ class LevelTokens(nn.Module):
     def __init__(self, config: HybridUNetConfig):
         super().__init__()
         time_dim, context_dim = config.time_dim, config.context_dim
-        if config.num_fourier_frequencies is None:
-            embedding = SinusoidalEmbedding(config.dim, closed=config.sinusoids == "closed")
-        else:
-            embedding = LearnedFourierEmbedding(config.num_fourier_frequencies)
+        embedding = level_embedding(config.dim, config.num_fourier_frequencies, closed=config.sinusoids == "closed")
         self.embedding = embedding
         self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
         self.to_vector = nn.Linear(time_dim, time_dim)
         self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
 
     def forward(self, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(b,) -> the vector and the tokens. The embedding is float32 or better, whatever the model's precision."""
-        values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
-        hidden = self.hidden(self.embedding(values).to(self.to_vector.weight.dtype))
+        """(b,) -> the vector and the tokens."""
+        hidden = self.hidden(self.embedding(c_noise).to(self.to_vector.weight.dtype))
         return self.to_vector(hidden), self.to_tokens(hidden).unflatten(-1, (_TOKENS_PER_LEVEL, -1))
 
 
@@ -117,7 +113,7 @@ class CaptionTokens(EmptyCaption):
     def __init__(self, config: HybridUNetConfig, text_dim: int):
         super().__init__(config)
         context_dim, time_dim = config.context_dim, config.time_dim
-        self.text_dim, self.max_tokens = text_dim, config.max_text_tokens
+        self.text_dim = text_dim
         self.to_context = nn.Linear(text_dim, context_dim)
         self.to_vector = None
         if config.caption_vector:
@@ -130,16 +126,7 @@ class CaptionTokens(EmptyCaption):
         Raises:
             ValueError: no text, text of another width, or longer than max_text_tokens.
         """
-        text, mask, keep = checked_text(conditioning, self.text_dim)
-        if text.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"conditioning.text: {text.shape[1]} tokens, this model reads at most {self.max_tokens}; "
-                "lower max_tokens"
-            )
-        missing = self.max_tokens - text.shape[1]
-        real = F.pad(mask & keep[:, None], (0, missing))[..., None]
-        tokens = F.pad(self.to_context(text.to(self.to_context.weight.dtype)), (0, 0, 0, missing))
-        tokens = torch.where(real, tokens, self.null_tokens.to(tokens.dtype))
+        tokens, keep = learned_beyond(conditioning, self.text_dim, self.to_context, self.null_tokens)
         if self.resampler is not None:
             tokens = self.resampler(tokens)
         if self.to_vector is None or self.null_vector is None:

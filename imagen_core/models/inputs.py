@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imagen_core.models.base import AttentionUNetConfig, UNetBaseConfig
 from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.embeddings import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
+from imagen_core.models.embeddings import NoiseEmbedding, level_embedding
 from imagen_core.models.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.text import TextConditioning
 from imagen_core.models.transcription import TranscriptionEncoder
@@ -41,12 +41,9 @@ class Inputs(nn.Module):
         """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
         super().__init__()
         time_dim = config.time_dim
-        frequencies = config.learned_fourier_frequencies
 
         def time_mlp() -> NoiseEmbedding:
-            embedding = (
-                SinusoidalEmbedding(config.embed_dim) if frequencies is None else LearnedFourierEmbedding(frequencies)
-            )
+            embedding = level_embedding(config.embed_dim, config.learned_fourier_frequencies)
             return NoiseEmbedding(embedding, time_dim)
 
         self.time = time_mlp()

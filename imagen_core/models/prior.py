@@ -7,7 +7,6 @@ level, the noisy picture embedding, and a query whose output is the prediction.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from imagen_core.config import Config
 from imagen_core.models.conditioning import Conditioning, kept
 from imagen_core.models.embeddings import SinusoidalEmbedding
 from imagen_core.models.positions import RelativePositionBias, Rotary
-from imagen_core.models.text import checked_text
+from imagen_core.models.text import learned_beyond
 from imagen_core.models.transformer import TransformerLayer
 
 _COSINE_SCALE = 16.0
@@ -125,7 +124,8 @@ class PriorNetwork(nn.Module):
         """
         parts = [self._text_embed(conditioning), self._time(x, c_noise)]
         if self.null_text_tokens is not None and self.config.text_dim is not None:
-            parts.insert(0, self._text_tokens(conditioning, self.config.text_dim, self.null_text_tokens.to(x.dtype)))
+            project = nn.Identity() if self.to_text_tokens is None else self.to_text_tokens
+            parts.insert(0, learned_beyond(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
         seen = kept(conditioning.image_embed_keep, x)
         image = self.to_image(x).unflatten(-1, (-1, self.config.dim))
         parts.append(torch.where(seen[:, None, None], image, self.null_image.to(x.dtype)))
@@ -138,19 +138,6 @@ class PriorNetwork(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, bias=bias, rotary=self.rotary)
         return self.project(self.norm_out(tokens[:, -1]))
-
-    def _text_tokens(self, conditioning: Conditioning, text_dim: int, null: Tensor) -> Tensor:
-        """(b, max_text_tokens, dim): the caption's tokens, then learned ones; all learned if it is not kept."""
-        text, mask, keep = checked_text(conditioning, text_dim)
-        missing = len(null) - text.shape[1]
-        if missing < 0:
-            raise ValueError(
-                f"conditioning.text: {text.shape[1]} tokens, this model reads at most {len(null)}; lower max_tokens"
-            )
-        text = text.to(null.dtype)
-        text = text if self.to_text_tokens is None else self.to_text_tokens(text)
-        real = F.pad(mask & keep[:, None], (0, missing))[..., None]
-        return torch.where(real, F.pad(text, (0, 0, 0, missing)), null)
 
     def _text_embed(self, conditioning: Conditioning) -> Tensor:
         """(b, num_text_embed_tokens, dim)."""
@@ -171,8 +158,7 @@ class PriorNetwork(nn.Module):
             embedded = self.steps(c_noise.round().long().clamp(0, last))
         else:
             assert self.sinusoids is not None
-            values = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
-            embedded = self.to_time(self.sinusoids(values).to(x.dtype))
+            embedded = self.to_time(self.sinusoids(c_noise).to(x.dtype))
         return embedded.to(x.dtype).unflatten(-1, (-1, self.config.dim))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.attention import zero_
 from imagen_core.models.base import AttentionUNetConfig
-from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention
+from imagen_core.models.block import Block, Level, check_widths, make_attention, make_transcription_attention, typed
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.inputs import Inputs, check_sides, join_pictures, run_block
 from imagen_core.models.resblock import RepeatConv, Resample, ResBlock
@@ -113,7 +113,7 @@ class RegularUNet(nn.Module):
         context = self.inputs(c_noise, conditioning)
         h = self.conv_in(join_pictures(x, conditioning, self.config))
         skips = [h]
-        for level in Level.of(self.down):
+        for level in typed(self.down, Level):
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
                 skips.append(h)
@@ -122,7 +122,7 @@ class RegularUNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = run_block(block, h, context, recompute=recompute)
-        for level in Level.of(self.up):
+        for level in typed(self.up, Level):
             for block in level.blocks:
                 h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
             if level.resample is not None:

@@ -108,3 +108,28 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     return text, mask, kept(conditioning.text_keep, text)
+
+
+def learned_beyond(
+    conditioning: Conditioning, text_dim: int, project: nn.Module, null: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A caption as a fixed number of tokens: its own, projected, then learned ones; all learned if it is not kept.
+
+    So the result does not depend on the lengths of the other captions of a batch.
+
+    Args:
+        null: (max_tokens, dim), the learned tokens.
+    Returns:
+        (b, max_tokens, dim), and which rows are kept, bool (b,).
+    Raises:
+        ValueError: no text, text of another width, or more than max_tokens tokens.
+    """
+    text, mask, keep = checked_text(conditioning, text_dim)
+    missing = len(null) - text.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"conditioning.text: {text.shape[1]} tokens, this model reads at most {len(null)}; lower max_tokens"
+        )
+    tokens = project(text.to(null.dtype))
+    real = F.pad(mask & keep[:, None], (0, missing))[..., None]
+    return torch.where(real, F.pad(tokens, (0, 0, 0, missing)), null.to(tokens.dtype)), keep

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.attention import Attention
+from imagen_core.models.gated import Gated
 from imagen_core.models.positions import Rotary
 
 Activation = Literal["gelu", "geglu", "swiglu"]
@@ -76,19 +76,6 @@ class TransformerLayer(nn.Module):
         attended = self.attention(self.norm(tokens), context, mask, bias=bias, rotary=rotary)
         tokens = tokens + self.norm_out(attended)
         return tokens if self.feed_forward is None else tokens + self.feed_forward(tokens)
-
-
-class Gated(nn.Module):
-    """The first half of the features, times an activation of the other half (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, activation: Literal["geglu", "swiglu"]):
-        super().__init__()
-        self.gelu = activation == "geglu"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., 2 d) -> (..., d)."""
-        value, gate = x.chunk(2, dim=-1)
-        return value * (F.gelu(gate) if self.gelu else F.silu(gate))
 
 
 def feed_forward(

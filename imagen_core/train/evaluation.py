@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
-from imagen_core.pictures import tile, to_pixels
+from imagen_core.pictures import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
@@ -93,7 +93,7 @@ def draw_grid(
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     conditioning = whole_conditions(raw, settings.unet, world.device, dtype)
     if settings.low_res_px is not None:
-        low_res = raw["images"][settings.low_res_px].to(world.device, dtype).div(127.5).sub(1)
+        low_res = in_range(raw["images"][settings.low_res_px].to(world.device), dtype)
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
     guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))

@@ -13,6 +13,7 @@ from imagen_core.models import UNetConfig
 from imagen_core.models.characters import character_ids
 from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.pictures import in_range
 from imagen_core.train.augment import blur
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch
@@ -166,7 +167,7 @@ def _few_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditionin
 
 def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """uint8 (b, c, h, w) -> [-1, 1]."""
-    return _one_row(pixels).to(device, non_blocking=True).to(dtype).div(127.5).sub(1)
+    return in_range(_one_row(pixels).to(device, non_blocking=True), dtype)
 
 
 def _one_row(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.models.block import Level
+from imagen_core.models.block import Level, typed
 from imagen_core.models.count import build_on_meta
 from imagen_core.models.efficient import EfficientUNet
 from imagen_core.models.presets import PRESETS
@@ -47,7 +47,7 @@ def widths(unet: EfficientUNet, levels: nn.ModuleList) -> list[list[tuple[int, i
     """Input and output channels of each ResBlock, a list a level."""
     return [
         [(b.layer.conv1.in_channels, b.layer.conv1.out_channels) for b in blocks_of(level)]
-        for level in Level.of(levels)
+        for level in typed(levels, Level)
     ]
 
 
@@ -78,11 +78,11 @@ def test_resolution_changes_before_the_blocks_going_down_and_after_them_going_up
 
 def test_attention_follows_the_last_block_of_a_level():
     unet = efficient(num_res_blocks=(2, 3)).build()
-    assert [[b.attention is not None for b in blocks_of(level)] for level in Level.of(unet.down)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.down, Level)] == [
         [False, False],
         [False, False, True],
     ]
-    assert [[b.attention is not None for b in blocks_of(level)] for level in Level.of(unet.up)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.up, Level)] == [
         [False, False, True],
         [False, False],
     ]
@@ -91,7 +91,7 @@ def test_attention_follows_the_last_block_of_a_level():
 def test_skips_are_added_not_joined():
     config = efficient(up_narrow="last")
     unet = config.build()
-    assert blocks_of(Level.of(unet.up)[1])[0].layer.conv1.in_channels == 32
+    assert blocks_of(typed(unet.up, Level)[1])[0].layer.conv1.in_channels == 32
 
 
 @pytest.mark.parametrize("scaled", [True, False])
