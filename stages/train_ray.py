@@ -58,11 +58,11 @@ def train_on_ray(
         raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error
     finally:
         ray.shutdown()
-    return dict(result.metrics or {})
+    return dict(result.return_value or {})  # of the first worker
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
-    """What each worker runs; the process group is up."""
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; the process group is up. Returns what `train` does."""
     import ray.train
 
     from imagen_core.train import train
@@ -72,7 +72,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
         facts = train(config, folder, online_encoder=encoder)
-    ray.train.report(at_url(facts, folder, settings["out"]))
+    return at_url(facts, folder, settings["out"])
 
 
 def _cause(error: BaseException) -> str:

@@ -264,9 +264,28 @@ def test_ray_train_gives_the_same_model(work: Path, tmp_path: Path) -> None:
     arguments = ["run", "train", "-c", str(work / "base.yaml"), *exact, str(tmp_path / "ray")]
     result = call_process(*arguments, "--executor", "ray", "workers.num_workers=2", cwd=REPOSITORY, timeout_s=280)
     assert result.code == 0, result.err
+    facts = [json.loads((tmp_path / name / "summary.json").read_text())["facts"] for name in ("ray", "alone")]
+    assert facts[0]["steps"] == facts[1]["steps"] == 6
+    assert facts[0]["loss"] == pytest.approx(facts[1]["loss"])
     ray, alone = weights(tmp_path / "ray"), weights(tmp_path / "alone")
     for name, values in alone.items():
         np.testing.assert_allclose(ray[name], values, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_train_ends_well_on_an_object_store(work: Path) -> None:
+    """Only the first worker has the files of a checkpoint there."""
+    from pipeline.storage import open_storage
+    from tests.object_store import object_store
+
+    with object_store() as s3:
+        arguments = ["run", "train", "-c", str(work / "base.yaml"), "--quiet", "--out", f"{s3.url}/ray"]
+        result = call_process(*arguments, "--executor", "ray", "workers.num_workers=2", cwd=REPOSITORY, timeout_s=280)
+        assert result.code == 0, result.err
+        facts = open_storage(f"{s3.url}/ray").read_json("summary.json")["facts"]
+        assert facts.get("checkpoint") == f"{s3.url}/ray/checkpoints/step-00000006", facts
+        assert "step-00000006/model.safetensors" in s3.keys("ray/checkpoints/")
 
 
 def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Path, tmp_path: Path) -> None:
