@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from pipeline.errors import ConfigError
 from pipeline.job import Job
+from stages.caption_sets import StoreCaptions
 from stages.evaluate_config import EvaluateConfig
 from stages.evaluate_metrics import judge
 from stages.evaluate_report import write_report
 from stages.features.gather import FeatureCache, FeatureSet, gather, read_set
-from stages.features.pictures import AnyPictures, FeatureFiles, Pictures, pictures_of_files
+from stages.features.pictures import AnyPictures, FeatureFiles, Pictures, pictures_of_files, pictures_of_samples
 from stages.sample import Drawing, draw_into, prepare
 from stages.sample_config import SampleConfig
 from stages.sample_pictures import my_part
@@ -40,9 +42,11 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
         if missing or job.should_stop() or not _judges(config.draw):
             return facts
         sets = {name: _drawn_pictures(root / name, each, config) for name, each in drawings.items()}
+        originals = None if config.lpips is None else _originals(next(iter(drawings.values())), config)
     else:
         assert config.generated is not None
         sets = {"generated": config.generated}
+        originals = None if config.lpips is None else _opened("reference", config.reference)
     cache = FeatureCache(root / "features")
     reference = None if config.reference is None else _feature_set("reference", config.reference, config, cache)
     rows: list[Mapping[str, object]] = []
@@ -51,7 +55,7 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
         if job.should_stop():
             return facts
         job.lines.show(f"{name}: features")
-        features = _feature_set(name, pictures, config, cache)
+        features = _feature_set(name, pictures, config, cache, originals)
         weight = {"guidance": config.guidance[number]} if config.guidance else {}
         rows.append({"name": name, **weight, **judge(features, reference, config)})
     label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
@@ -81,18 +85,44 @@ def _drawn_pictures(root: Path, drawing: Drawing, config: EvaluateConfig) -> Pic
     return pictures_of_files(files, lambda: [picture.prompt for picture in drawing.pictures])
 
 
+def _originals(drawing: Drawing, config: EvaluateConfig) -> Pictures:
+    """The store's pictures that the captions are of, in the size that is judged."""
+    captions = drawing.config.captions
+    assert isinstance(captions, StoreCaptions)
+    samples = [picture.caption.sample for picture in drawing.pictures]
+    assert None not in samples
+    size = config.size_px or drawing.sizes_px[-1]
+    return pictures_of_samples(captions.store, captions.path, size, cast(list[int], samples), "draw.captions")
+
+
+def _opened(name: str, pictures: AnyPictures | Pictures | None) -> Pictures | None:
+    if pictures is None or isinstance(pictures, FeatureFiles):
+        return None
+    return pictures if isinstance(pictures, Pictures) else pictures.open(name)
+
+
 def _feature_set(
-    name: str, pictures: AnyPictures | Pictures, config: EvaluateConfig, cache: FeatureCache
+    name: str,
+    pictures: AnyPictures | Pictures,
+    config: EvaluateConfig,
+    cache: FeatureCache,
+    originals: Pictures | None = None,
 ) -> FeatureSet:
     if isinstance(pictures, FeatureFiles):
         return read_set(pictures, name)
-    opened = pictures if isinstance(pictures, Pictures) else pictures.open(name)
-    return gather(name, opened, config.features, None if name == "reference" else config.clip, cache)
+    opened = _opened(name, pictures)
+    assert opened is not None
+    if originals is not None and originals.count != opened.count:
+        raise ConfigError(
+            f"lpips: {opened.count} pictures in {name} and {originals.count} to compare them with; give as many"
+        )
+    clip = None if name == "reference" else config.clip
+    return gather(name, opened, config.features, clip, cache, lpips=config.lpips, originals=originals)
 
 
 def _fingerprints(config: EvaluateConfig) -> dict[str, object]:
     return {
         name: dict(model.fingerprint())
-        for name, model in (("features", config.features), ("clip", config.clip))
+        for name, model in (("features", config.features), ("clip", config.clip), ("lpips", config.lpips))
         if model is not None
     }

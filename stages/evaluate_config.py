@@ -5,8 +5,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
+from stages.caption_sets import StoreCaptions
 from stages.features.any import AnyFeatures
 from stages.features.clip import ClipFeatures
+from stages.features.lpips import LpipsDistance
 from stages.features.pictures import AnyPictures, FeatureFiles
 from stages.sample_config import SampleConfig
 
@@ -42,6 +44,9 @@ class EvaluateConfig(Config):
     """Model whose features the distances are of."""
     clip: ClipFeatures | None = None
     """Model of the CLIP score."""
+    lpips: LpipsDistance | None = None
+    """Distance of each picture to the one it should look like: of drawn ones to the store's picture the caption is of
+    (draw.captions.kind=store), of given ones to those of `reference`, in their order."""
     kernel: KernelConfig = KernelConfig()
     """The kernel distance."""
     num_neighbours: int = Field(default=0, ge=0)
@@ -63,16 +68,28 @@ class EvaluateConfig(Config):
             for name, pictures in (("generated", self.generated or self.draw), ("reference", self.reference))
             if pictures is not None and not isinstance(pictures, FeatureFiles)
         ]
-        if self.reference is not None and looked_at and self.features is None:
+        if self.reference is not None and looked_at and self.features is None and self.lpips is None:
             raise ValueError(
                 f"features: needed to look at the pictures of {looked_at[0]}; "
                 "give features={kind: clip, model: openai/clip-vit-large-patch14}, or a local folder"
             )
         if self.clip is not None and self.clip.output != "projected":
             raise ValueError(f"clip.output: the CLIP score needs projected (got {self.clip.output})")
+        if self.lpips is not None:
+            self._check_pairs()
         if self.clip is not None and isinstance(self.generated, FeatureFiles):
             raise ValueError(
                 "clip: generated is a file of features, so there are no pictures to look at; give "
                 "generated.clip_images and generated.clip_texts, and clip=null"
             )
         return self
+
+    def _check_pairs(self) -> None:
+        """Refuses pictures without others to compare them with."""
+        if self.draw is not None:
+            if not isinstance(self.draw.captions, StoreCaptions):
+                raise ValueError("lpips: drawn pictures are compared with a store's; give draw.captions.kind=store")
+        elif self.reference is None or isinstance(self.generated, FeatureFiles | None):
+            raise ValueError("lpips: needs pictures in generated and as many in reference, in the same order")
+        elif isinstance(self.reference, FeatureFiles):
+            raise ValueError("lpips: reference is a file of features; give pictures")

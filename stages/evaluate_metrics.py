@@ -26,8 +26,8 @@ def judge(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateC
         raise ConfigError(f"features: {error}") from error
     if not row:
         raise ConfigError(
-            "nothing to judge by: give reference and features (distances), clip and captions (CLIP score), or logits "
-            "(Inception score)"
+            "nothing to judge by: give reference and features (distances), clip and captions (CLIP score), lpips, or "
+            "logits (Inception score)"
         )
     return {**row, **generated.facts}
 
@@ -59,6 +59,9 @@ def _scores(generated: FeatureSet, config: EvaluateConfig) -> dict[str, object]:
     if generated.clip_images is not None and generated.clip_texts is not None:
         clip = clip_score(generated.clip_images, generated.clip_texts)
         row.update(pictures=len(generated.clip_images), clip_score=clip.mean, clip_score_error=clip.standard_error)
+    if generated.lpips is not None:
+        error = generated.lpips.std() / len(generated.lpips) ** 0.5
+        row.update(pictures=len(generated.lpips), lpips=float(generated.lpips.mean()), lpips_error=float(error))
     if generated.logits is not None:
         inception = inception_score(generated.logits, num_splits=config.num_splits)
         row.update(pictures=len(generated.logits), inception_score=inception.mean, inception_score_std=inception.std)

@@ -13,6 +13,7 @@ _COLUMNS = (
     ("recall", "recall", "{:.3f}", None),
     ("clip_score", "CLIP score", "{:.3f}", "clip_score_error"),
     ("inception_score", "IS", "{:.3f}", "inception_score_std"),
+    ("lpips", "LPIPS", "{:.4f}", "lpips_error"),
 )
 
 

@@ -162,13 +162,15 @@ class FidInception(nn.Module):
         features = x.mean(dim=(2, 3))
         return features, F.linear(features, self.fc.weight)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes weights by torchvision's names.
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> "FidInception":
+        """The network with these weights, by torchvision's names.
 
         Raises:
             ValueError: some are missing, unknown, or of another shape.
         """
-        own = self.state_dict()
+        network = cls()
+        own = network.state_dict()
         counters = {name for name in own if name.endswith("num_batches_tracked")}
         missing = sorted(own.keys() - counters - weights.keys())
         unknown = sorted(weights.keys() - own.keys())
@@ -176,4 +178,5 @@ class FidInception(nn.Module):
         for what, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes of", shapes)):
             if names:
                 raise ValueError(f"{what} {len(names)} weights of FID's Inception v3 ({', '.join(names[:3])} ...)")
-        self.load_state_dict(weights, strict=False)
+        network.load_state_dict(weights, strict=False)
+        return network

@@ -17,8 +17,8 @@ class Extracted:
     """Counts to be told with the result."""
 
 
-class FeatureModel(Protocol):
-    """The settings of a frozen model that looks at pictures."""
+class Named(Protocol):
+    """The settings of a frozen model."""
 
     @property
     def label(self) -> str:
@@ -32,6 +32,10 @@ class FeatureModel(Protocol):
             MachineError: the model cannot be found, or is of another kind.
         """
         ...
+
+
+class FeatureModel(Named, Protocol):
+    """The settings of one that looks at pictures."""
 
     def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
         """Loads the model and looks at uint8 RGB (h, w, 3) pictures, at the centre square of each.

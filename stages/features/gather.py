@@ -10,9 +10,10 @@ import numpy as np
 from imagen_core.evaluation import Moments
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
-from stages.features.base import Extracted, FeatureModel
+from stages.features.base import Extracted, FeatureModel, Named
 from stages.features.clip import ClipFeatures
 from stages.features.files import read_extracted, read_features, write_features
+from stages.features.lpips import LpipsDistance
 from stages.features.pictures import FeatureFiles, Pictures
 
 
@@ -26,6 +27,8 @@ class FeatureSet:
     logits: np.ndarray | None = None
     clip_images: np.ndarray | None = None
     clip_texts: np.ndarray | None = None
+    lpips: np.ndarray | None = None
+    """(n, 1), the distance of each picture to the one it should look like."""
     facts: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -41,7 +44,7 @@ class FeatureCache:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def get(self, name: str, identity: object, model: FeatureModel, extract: Callable[[], Extracted]) -> Extracted:
+    def get(self, name: str, identity: object, model: Named, extract: Callable[[], Extracted]) -> Extracted:
         """What `extract` gives, or gave before for the same identity and model."""
         stem = f"{name}-{digest(model.fingerprint())[:8]}"
         path = self._folder / f"{stem}-{digest(identity)[:16]}.safetensors"
@@ -55,9 +58,16 @@ class FeatureCache:
 
 
 def gather(
-    name: str, pictures: Pictures, model: FeatureModel | None, clip: ClipFeatures | None, cache: FeatureCache
+    name: str,
+    pictures: Pictures,
+    model: FeatureModel | None,
+    clip: ClipFeatures | None,
+    cache: FeatureCache,
+    *,
+    lpips: LpipsDistance | None = None,
+    originals: Pictures | None = None,
 ) -> FeatureSet:
-    """Features by `model`, and both halves of the CLIP score by `clip`.
+    """Features by `model`, both halves of the CLIP score by `clip`, and distances to `originals` by `lpips`.
 
     Raises:
         MachineError: a model cannot be found or read.
@@ -77,12 +87,18 @@ def gather(
             )
         images = look(clip).arrays["features"]
         texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
+    distances = None
+    if lpips is not None and originals is not None:
+        pair = [pictures.identity, originals.identity]
+        found = cache.get(name, pair, lpips, lambda: lpips.distances(pictures.read(), originals.read()))
+        distances = found.arrays["features"]
     return FeatureSet(
         None if model is None else model.label,
         looked.arrays.get("features"),
         looked.arrays.get("logits"),
         images,
         texts.arrays.get("features"),
+        distances,
         {**looked.facts, **texts.facts},
     )
 

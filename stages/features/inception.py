@@ -9,9 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, MachineError
-from pipeline.files import file_digest
 from stages.features.base import Extracted
+from stages.features.weights import load_weights, weights_digest
 from stages.images.resample import center_square
 
 
@@ -31,34 +30,18 @@ class InceptionFeatures(Config):
     @cached_property
     def sha256(self) -> str:
         """Of the weights."""
-        if Path(self.path).suffix != ".safetensors":
-            raise ConfigError(
-                f"features.path: {self.path}: give weights in .safetensors (docs/evaluation.md converts .pth); "
-                "TorchScript archives are not read, as loading one runs code from the file"
-            )
-        try:
-            return file_digest(Path(self.path))
-        except OSError as error:
-            raise MachineError(
-                f"features.path: {self.path} cannot be read ({error.strerror}); check the path"
-            ) from error
+        return weights_digest("features.path", self.path)
 
     def fingerprint(self) -> Mapping[str, object]:
         return {"kind": self.kind, "sha256": self.sha256}
 
     def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
         import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
         from imagen_core.evaluation.inception import FidInception
         from imagen_core.pictures import from_pixels
 
-        model = FidInception()
-        try:
-            model.load(load_file(self.path))
-        except (SafetensorError, ValueError) as error:
-            raise MachineError(f"features.path: {self.path}: {error}; give weights as pytorch-fid has them") from error
+        model = load_weights("features.path", self.path, FidInception.of)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).eval().requires_grad_(False)
         features: list[np.ndarray] = []

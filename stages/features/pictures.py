@@ -15,6 +15,7 @@ from imagen_core.store.reader import OpenShard
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files import file_digest
+from pipeline.fingerprint import digest
 from stages.caption_sets import selection
 from stages.inspect import open_store
 from stages.sources.folder import IMAGE_SUFFIXES
@@ -65,27 +66,34 @@ class StorePictures(Config):
 
     def open(self, field: str) -> Pictures:
         store = open_store(self.path)
-        size = self.size_px or max(store.image_sizes, default=0)
-        if size not in store.image_sizes:
-            raise ConfigError(f"{field}.size_px: {self.path} has no pictures of {size} px; it has {store.image_sizes}")
         chosen = range(len(store))
         if self.num_pictures is not None:
             what = f"{field}.num_pictures: {self.path}"
             chosen = sorted(selection(len(store), self.num_pictures, self.seed, what))
-        manifest = store.manifest
-        identity = {
-            "store": manifest.sha256,
-            "removals": manifest.num_removals,
-            "size_px": size,
-            "samples": len(chosen),
-            "seed": None if self.num_pictures is None else self.seed,
-        }
-        return Pictures(
-            identity,
-            len(chosen),
-            partial(_stored_pixels, store, chosen, size),
-            partial(_stored_captions, store, chosen),
-        )
+        size = self.size_px or max(store.image_sizes, default=0)
+        return pictures_of_samples(store, self.path, size, chosen, field)
+
+
+def pictures_of_samples(store: Store, path: str, size_px: int, samples: Sequence[int], field: str) -> Pictures:
+    """Pictures of these samples of a store, in this order; captions are the first of each.
+
+    Raises:
+        ConfigError: the store has none of the size.
+    """
+    if size_px not in store.image_sizes:
+        raise ConfigError(f"{field}.size_px: {path} has no pictures of {size_px} px; it has {store.image_sizes}")
+    identity = {
+        "store": store.manifest.sha256,
+        "removals": store.manifest.num_removals,
+        "size_px": size_px,
+        "samples": digest(list(samples)),
+    }
+    return Pictures(
+        identity,
+        len(samples),
+        partial(_stored_pixels, store, samples, size_px),
+        partial(_stored_captions, store, samples),
+    )
 
 
 class FeatureFiles(Config):

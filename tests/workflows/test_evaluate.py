@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
-from imagen_core.pictures import read_picture, write_png
+from imagen_core.evaluation.lpips import Lpips
+from imagen_core.pictures import from_pixels, read_picture, write_png
 from imagen_core.store import Store
 from pipeline.config import load_config
 from pipeline.presets import find_config
@@ -274,3 +278,55 @@ def test_the_shipped_protocol_is_nemos() -> None:
     assert config.draw.captions is not None
     assert config.draw.captions.num_captions == 30_000
     assert [stage.sampling.num_steps for stage in config.draw.stages] == [30, 20]
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the AlexNet kind."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("lpips") / "alex.safetensors"
+    save_torch({name: value.abs() for name, value in Lpips("alex").state_dict().items()}, path)
+    return path
+
+
+def test_lpips_is_the_mean_over_pairs_of_pictures_in_their_order(lpips: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        for number in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_png(tmp_path / name / f"{number}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
+    a, b = ({"kind": "folder", "path": str(tmp_path / name)} for name in ("a", "b"))
+    [row] = facts(evaluate(tmp_path / "out", generated=a, reference=b, lpips={"path": str(lpips), "batch_size": 2}))[
+        "rows"
+    ]
+    stacks = [from_pixels(np.stack([read_picture(p) for p in sorted((tmp_path / name).iterdir())])) for name in "ab"]
+    with torch.inference_mode():
+        distances = Lpips.of(load_torch(lpips))(*stacks)
+    assert row["lpips"] == pytest.approx(float(distances.mean()), rel=1e-4)
+    assert row["lpips"] > 0
+    assert row["pictures"] == 3
+    assert "| LPIPS |" in (tmp_path / "out/results.md").read_text()
+    (tmp_path / "b/2.png").unlink()
+    result = evaluate(tmp_path / "less", generated=a, reference=b, lpips={"path": str(lpips)})
+    assert result.code == 2
+    assert "lpips: 3 pictures in generated and 2 to compare them with" in result.err
+    result = evaluate(tmp_path / "none", generated=a, lpips={"path": str(lpips)})
+    assert "lpips: needs pictures in generated and as many in reference" in result.err
+
+
+def test_drawn_pictures_are_compared_with_those_their_captions_are_of(
+    cascade: Path, lpips: Path, tmp_path: Path
+) -> None:
+    draw = {
+        "stages": [{"checkpoint": str(cascade / name), "sampling": {"num_steps": 2}} for name in ("base", "sr")],
+        "captions": {"kind": "store", "path": str(cascade / "run"), "num_captions": 3, "seed": 5},
+        "device": "cpu",
+    }
+    [row] = facts(evaluate(tmp_path / "out", draw=draw, lpips={"path": str(lpips)}))["rows"]
+    store = Store.open(cascade / "run/store")
+    record = json.loads((tmp_path / "out/drawn/pictures.json").read_text())["pictures"]
+    originals = {sample.key: sample.images[32] for sample in store}
+    drawn = [read_picture(tmp_path / "out/drawn/images-32" / picture["file"]) for picture in record]
+    pair = [from_pixels(np.stack(side)) for side in (drawn, [originals[picture["key"]] for picture in record])]
+    with torch.inference_mode():
+        assert row["lpips"] == pytest.approx(float(Lpips.of(load_torch(lpips))(*pair).mean()), rel=1e-4)

@@ -72,7 +72,7 @@ def test_features_do_not_depend_on_the_batch_and_logits_have_no_bias(network: Fi
 
 def test_weights_that_do_not_fit_are_named(network: FidInception) -> None:
     weights = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
-    FidInception().load(weights)
+    FidInception.of(weights)
     for change, words in (
         ({"fc.bias": None}, r"lacks 1 weights .* \(fc.bias"),
         ({"AuxLogits.fc.bias": torch.zeros(1)}, r"has unknown 1 weights .* \(AuxLogits"),
@@ -80,4 +80,4 @@ def test_weights_that_do_not_fit_are_named(network: FidInception) -> None:
     ):
         changed = {name: value for name, value in {**weights, **change}.items() if value is not None}
         with pytest.raises(ValueError, match=words):
-            network.load(changed)
+            FidInception.of(changed)
