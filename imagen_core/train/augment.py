@@ -174,6 +174,13 @@ def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> 
     return low + int(uniform * (high - low + 1))
 
 
+def grey(pictures: Tensor, rows: Tensor | None = None) -> Tensor:
+    """RGB (b, 3, h, w) with their luma (ITU-R BT.601) in all channels; only where bool (b,) `rows` is true."""
+    luma = torch.einsum("bchw,c->bhw", pictures, pictures.new_tensor([0.299, 0.587, 0.114]))[:, None]
+    result = luma.expand_as(pictures)
+    return result if rows is None else torch.where(rows.to(pictures.device)[:, None, None, None], result, pictures)
+
+
 def blur(pictures: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
     """Blurs some of the pictures (b, c, h, w), whose edges go on outside; the others stay as they are.
 

@@ -126,6 +126,8 @@ class TrainConfig(Config):
     """Train on random cuts of a larger stored size; null: on whole pictures, or on crops of crop_px."""
     low_res_blur: BlurConfig | None = None
     """Blur some of the low-resolution pictures, in training only; null: none."""
+    low_res_grey: float = Field(default=0.0, ge=0, le=1)
+    """Part of the low-resolution pictures without colours; 1 makes a model that colours pictures."""
     horizontal_flip: float = Field(default=0.0, ge=0, le=1)
     """Part of the pictures to mirror; true is half. Pictures that are known to show writing are never mirrored.
     Wrong where captions tell left from right."""
@@ -249,7 +251,7 @@ class TrainConfig(Config):
         for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
             if getattr(self, field) is not None:
                 raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")
-        for field in ("horizontal_flip", "all_dropout"):
+        for field in ("horizontal_flip", "all_dropout", "low_res_grey"):
             if getattr(self, field):
                 raise ValueError(f"{field} is for pictures; a prior draws embeddings: leave it off")
 
@@ -280,8 +282,9 @@ class TrainConfig(Config):
                 f"augment.from_px {self.augment.from_px} is smaller than denoiser.size_px {denoiser.size_px}; name a "
                 "larger stored size"
             )
-        if self.low_res_blur is not None and denoiser.low_res_px is None:
-            raise ValueError("low_res_blur is for super-resolution; a base model has no low-resolution picture")
+        for field in ("low_res_blur", "low_res_grey"):
+            if getattr(self, field) and denoiser.low_res_px is None:
+                raise ValueError(f"{field} is for super-resolution; a base model has no low-resolution picture")
 
     @property
     def num_classes(self) -> int | None:

@@ -13,6 +13,7 @@ from imagen_core.pictures import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
+from imagen_core.train.augment import grey
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
 from imagen_core.train.distributed import World
@@ -61,8 +62,12 @@ def validation_loss(
 
 
 def _of_validation(config: TrainConfig) -> TrainConfig:
-    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution picture."""
+    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution picture.
+
+    Its colours are left out only if they always are.
+    """
     changes: dict[str, object] = {**NO_DROPOUT, "low_res_blur": None, "seed": mix(config.seed, 4)}
+    changes["low_res_grey"] = float(config.low_res_grey == 1)
     settings = config.denoiser
     if isinstance(settings, DenoiserConfig) and settings.low_res_noise is not None:
         noise = settings.low_res_noise.model_copy(update={"per": "sample"})
@@ -94,6 +99,7 @@ def draw_grid(
     conditioning = whole_conditions(raw, settings.unet, world.device, dtype)
     if settings.low_res_px is not None:
         low_res = in_range(raw["images"][settings.low_res_px].to(world.device), dtype)
+        low_res = grey(low_res) if config.low_res_grey == 1 else low_res
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
     guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))

@@ -14,13 +14,13 @@ from imagen_core.models.characters import character_ids
 from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.pictures import in_range
-from imagen_core.train.augment import blur
+from imagen_core.train.augment import blur, grey
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data import Batch
 from imagen_core.train.dropout import drop_conditions
 from imagen_core.train.errors import TrainError
 from imagen_core.train.padding import few_lengths
-from imagen_core.train.randomness import BLUR, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
+from imagen_core.train.randomness import BLUR, GREY, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
 from imagen_core.train.times import TimeSampler
 
 
@@ -134,7 +134,7 @@ def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: 
 def _with_low_res(
     batch: Batch, config: TrainConfig, denoiser: Denoiser, conditioning: Conditioning, draws: Draws, step: int
 ) -> Conditioning:
-    """Adds the low-resolution picture, blurred and noised as the configuration says."""
+    """Adds the low-resolution picture, blurred, without colours and noised as the configuration says."""
     settings, noise = config.denoiser, draws.low_res_noise
     assert isinstance(settings, DenoiserConfig)
     assert settings.low_res_px is not None
@@ -144,6 +144,9 @@ def _with_low_res(
     if config.low_res_blur is not None:
         uniform = draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2)
         low_res = blur(low_res, config.low_res_blur, uniform)
+    if config.low_res_grey:
+        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=GREY, count=1)
+        low_res = grey(low_res, uniform[:, 0] < config.low_res_grey)
     sigma = torch.zeros(len(low_res), dtype=torch.float64)
     if settings.low_res_noise is not None:
         level = draws.uniform[:, 1]

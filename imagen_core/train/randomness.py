@@ -14,7 +14,7 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 _MASK = (1 << 64) - 1
 
-CUT, BLUR, IMAGE_EMBED, TRANSCRIPTION, SELF_CONDITIONING, LABEL, ALL = range(10, 17)  # streams beside those of `Draws`
+CUT, BLUR, IMAGE_EMBED, TRANSCRIPTION, SELF_CONDITIONING, LABEL, ALL, GREY = range(10, 18)  # beside `Draws`
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,26 @@ def test_the_low_resolution_picture_alone_is_blurred_in_training_at_the_stated_r
     assert abs(blurred / 400 - 0.3) < 0.07
 
 
+def test_the_low_resolution_picture_alone_loses_its_colours_at_the_stated_rate(written_store: Path) -> None:
+    plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
+    config = plain.model_copy(update={"low_res_grey": 0.3})
+    greys = 0
+    for batch in read(plain, 10):
+        a, b = example(plain, batch), example(config, batch)
+        assert torch.equal(a.x0, b.x0)
+        assert a.conditioning.low_res is not None
+        assert b.conditioning.low_res is not None
+        for before, after in zip(a.conditioning.low_res, b.conditioning.low_res, strict=True):
+            if torch.equal(before, after):
+                continue
+            greys += 1
+            luma = 0.299 * before[0] + 0.587 * before[1] + 0.114 * before[2]
+            assert torch.equal(after[0], after[1])
+            assert torch.equal(after[0], after[2])
+            assert ((after[0] - luma).abs() < 1e-9).double().mean() > 0.95, "but where enlarging was clipped"
+    assert abs(greys / 400 - 0.3) < 0.07
+
+
 def test_true_mirrors_half_and_a_number_that_part() -> None:
     assert [make_config(Path("s"), horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)] == [
         0.5,
@@ -307,6 +327,7 @@ def test_true_mirrors_half_and_a_number_that_part() -> None:
         ({"denoiser": SUPER, "low_res_blur": {"kernel": 4}}, r"kernel: must be odd \(got 4\)"),
         ({"denoiser": SUPER, "low_res_blur": {"sigma": [0.6, 0.4]}}, r"sigma: must be above 0 and not fall"),
         ({"horizontal_flip": 1.5}, "horizontal_flip"),
+        ({"low_res_grey": 0.5}, "low_res_grey is for super-resolution"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
