@@ -13,6 +13,7 @@ from imagen_core.cascade import Cascade
 from imagen_core.models.characters import character_ids
 from imagen_core.pictures import from_pixels, read_picture, tile, to_pixels, write_png
 from imagen_core.samplers import Inpaint
+from imagen_core.train.precision import autocast_dtype
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import file_digest, read_json, write_json, write_text
 from pipeline.fingerprint import differences
@@ -25,8 +26,6 @@ from stages.sample_pictures import Picture, my_part, pictures_to_draw
 from stages.sample_prior import PriorDrawing, load_prior
 from stages.sample_text import Embeddings
 from stages.sample_times import StageTimes
-
-_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,7 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
             strength=config.strength,
             inpaint=inpaint,
             device=drawing.device,
-            autocast=_AUTOCAST[config.precision],
+            autocast=autocast_dtype(config.precision),
             on_step=on_step,
         )
         pixels = {size: to_pixels(result[size]) for size in drawing.sizes_px}

@@ -29,7 +29,8 @@ class SamplePriorConfig(Config):
     weights: str | None = None
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
     encoder_model: str | None = None
-    """Where its text encoder is (hub id or folder), if it is not found under the name it was trained with."""
+    """Where the text encoder is whose vectors it reads (hub id or folder), if it is not found under the name it was
+    trained with. If the tokens it reads are by another model, that is found as the stages' is."""
     sampling: PriorSamplingConfig = PriorSamplingConfig()
     """How it draws."""
 

@@ -11,6 +11,7 @@ from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning import Conditioning, unit_variance
 from imagen_core.prior import draw_embeddings
 from imagen_core.train import LoadedDenoiser, TrainError
+from imagen_core.train.precision import autocast_dtype
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
 from stages.checkpoints import load_checkpoint_from
@@ -33,11 +34,12 @@ class PriorDrawing:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):
             raise ConfigError("prior.checkpoint: its model draws pictures; give a training with denoiser.kind: prior")
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._precision = settings, device, config.precision
         use_gpu = device.type == "cuda"
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
         self._vectors = Embeddings(config, vector, model=settings.encoder_model, use_gpu=use_gpu)
-        self._tokens = Embeddings(config, tokens, model=settings.encoder_model, use_gpu=use_gpu)
+        model = settings.encoder_model if _same_model(tokens, vector) else config.encoder_model
+        self._tokens = Embeddings(config, tokens, model=model, use_gpu=use_gpu)
 
     @property
     def origin(self) -> dict[str, object]:
@@ -80,9 +82,15 @@ class PriorDrawing:
             text_embed=unit_variance(embeds[:, 0]),
         ).to(self._device)
         denoiser = self._loaded.denoiser.to(self._device)
-        drawn = draw_embeddings(denoiser, conditioning, [p.seed for p in pictures], self._settings.sampling)
+        half = autocast_dtype(self._precision)
+        with torch.autocast(self._device.type, half, enabled=half is not None):
+            drawn = draw_embeddings(denoiser, conditioning, [p.seed for p in pictures], self._settings.sampling)
         denoiser.to("cpu")  # the cascade needs the room
         return drawn.cpu()
+
+
+def _same_model(tokens: Mapping[str, Any] | None, vector: Mapping[str, Any]) -> bool:
+    return tokens is not None and tokens["fingerprint"].get("model") == vector["fingerprint"].get("model")
 
 
 def load_prior(config: SampleConfig, stages: Sequence[LoadedDenoiser], device: torch.device) -> PriorDrawing | None:

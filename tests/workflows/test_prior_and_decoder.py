@@ -1,14 +1,18 @@
 """The path of DALL-E 2 through the command line: CLIP's embeddings, a prior, a decoder, pictures from prompts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from imagen_core.train import load_checkpoint
+from stages import sample_prior
+from stages.sample_config import SampleConfig, SamplePriorConfig
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import call, precompute
 from tests.workflows.trained import COMMON, UNET, train
@@ -79,6 +83,23 @@ def test_a_prior_and_a_decoder_draw_pictures_from_prompts(work: Path, tmp_path: 
     assert np.array_equal(pixels(tmp_path / "one")[0], second), "a picture depends on its prompt and seed alone"
     record = json.loads((tmp_path / "two" / "pictures.json").read_text())
     assert [stage["step"] for stage in record["stages"]] == [4, 4]
+
+
+def test_the_prior_draws_in_the_precision_asked_for(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    draw = sample_prior.draw_embeddings
+
+    def seeing(*arguments, **options):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(sample_prior, "draw_embeddings", seeing)
+    for precision in ("float32", "bfloat16"):
+        result = sample(work, tmp_path / precision, "prompts=[a red circle]", f"precision={precision}")
+        assert result.code == 0, result.err
+    assert seen == [None, torch.bfloat16]
 
 
 def test_validation_of_a_prior_says_how_alike_its_embeddings_are(work: Path) -> None:
@@ -163,3 +184,18 @@ def test_the_likelihood_of_a_decoder_is_measured_with_its_own_picture_encoder_on
     result = likelihood(tmp_path / "plain/store", "plain")
     assert result.code == 2
     assert "has no encoder of pictures 'clip' (encoders: [])" in result.err
+
+
+def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vectors' at prior.encoder_model, its tokens' at encoder_model; one model for both at prior.encoder_model."""
+    loaded = load_checkpoint(work / "prior")
+    assert loaded.encoder is not None
+    other = {**loaded.encoder, "fingerprint": {**loaded.encoder["fingerprint"], "model": "t5"}}
+    found = []
+    for encoder in (loaded.encoder, other):
+        monkeypatch.setattr(sample_prior, "load_checkpoint_from", lambda *_, e=encoder: replace(loaded, encoder=e))
+        monkeypatch.setattr(sample_prior, "Embeddings", lambda *_, model, use_gpu: found.append(model))
+        prior = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
+        config = SampleConfig(stages=({"checkpoint": "s"},), prior=prior, encoder_model="T5")  # type: ignore[arg-type]
+        sample_prior.PriorDrawing(config, prior, torch.device("cpu"))
+    assert found == ["CLIP", "CLIP", "CLIP", "T5"]
