@@ -34,7 +34,7 @@ class PriorDrawing:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):
             raise ConfigError("prior.checkpoint: its model draws pictures; give a training with denoiser.kind: prior")
-        self._settings, self._device, self._precision = settings, device, config.precision
+        self._settings, self._device, self._config = settings, device, config
         use_gpu = device.type == "cuda"
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
         self._vectors = Embeddings(config, vector, model=settings.encoder_model, use_gpu=use_gpu)
@@ -82,7 +82,7 @@ class PriorDrawing:
             text_embed=unit_variance(embeds[:, 0]),
         ).to(self._device)
         denoiser = self._loaded.denoiser.to(self._device)
-        half = autocast_dtype(self._precision)
+        half = autocast_dtype(self._config.precision)
         with torch.autocast(self._device.type, half, enabled=half is not None):
             drawn = draw_embeddings(denoiser, conditioning, [p.seed for p in pictures], self._settings.sampling)
         denoiser.to("cpu")  # the cascade needs the room
