@@ -99,15 +99,15 @@ def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
 
 
 def record_validation(folder: Path, step: int, loss: float) -> None:
-    """Remembers the validation loss of a step's checkpoint, if there is one."""
+    """Remembers the validation loss of a step's checkpoint, if there is one, in a file beside the folder."""
     path = folder / f"step-{step:08d}"
     if not (path / _STATE).exists():
         return
     losses = _validation_losses(folder)
     known = {p.name: losses[p.name] for p in checkpoints(folder) if p.name in losses}
-    temporary = folder / f".tmp-{_VALIDATION}"
+    temporary = folder.parent / f".tmp-{_VALIDATION}"
     temporary.write_text(json.dumps({**known, path.name: loss}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / _VALIDATION)
+    os.replace(temporary, folder.parent / _VALIDATION)
 
 
 def best_checkpoints(folder: Path) -> list[Path]:
@@ -118,7 +118,7 @@ def best_checkpoints(folder: Path) -> list[Path]:
 
 
 def _validation_losses(folder: Path) -> dict[str, float]:
-    path = folder / _VALIDATION
+    path = folder.parent / _VALIDATION
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
