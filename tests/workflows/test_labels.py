@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from imagen_core.diffusion import Denoiser
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.data import Batch, BatchStream, open_store
+from imagen_core.train.data import open_store
 from imagen_core.train.distributed import World
 from imagen_core.train.evaluation import draw_grid, validation_loss
 from imagen_core.train.example import make_example
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
 from tests.imagen_core.models.small import random_weights
-from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store
+from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
 from tests.pictures import plain_png
 from tests.workflows.commands import call, drops
 from tests.workflows.conftest import precompute
@@ -43,14 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(store: Path, **changes: Any) -> TrainConfig:
     return make_config(store, denoiser=BASE | {"unet": BASE_UNET | {"num_classes": 3}}, **changes)
-
-
-def first_batch(config: TrainConfig) -> Batch:
-    stream = BatchStream(open_store(config), config, ALONE, None)
-    try:
-        return stream.next()
-    finally:
-        stream.close()
 
 
 def rows(path: Path, labels: list[Any]) -> list[str]:

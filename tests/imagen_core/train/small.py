@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from imagen_core import store as st
 from imagen_core.train import TrainConfig
+from imagen_core.train.data import Batch, BatchStream, open_store
+from imagen_core.train.distributed import World
 
 DIM = 8
 BASE_UNET = {
@@ -117,6 +120,15 @@ def make_config(store: Path, **changes: Any) -> TrainConfig:
         "log_every_steps": 1,
     }
     return TrainConfig.model_validate(settings | changes)
+
+
+def first_batch(config: TrainConfig) -> Batch:
+    """What a training of one process reads first."""
+    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    try:
+        return stream.next()
+    finally:
+        stream.close()
 
 
 def tensors(checkpoint: str | Path) -> dict[str, Tensor]:

@@ -11,13 +11,13 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.models.characters import character_ids
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.data import Batch, BatchStream, open_store
+from imagen_core.train.data import open_store
 from imagen_core.train.distributed import World
 from imagen_core.train.evaluation import draw_grid, validation_loss
 from imagen_core.train.example import make_example
 from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
-from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store, tensors
+from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store, tensors
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -35,14 +35,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(store: Path, **changes: Any) -> TrainConfig:
     return make_config(store, denoiser=BASE | {"unet": BASE_UNET | {"transcription": WRITING}}, **changes)
-
-
-def first_batch(config: TrainConfig) -> Batch:
-    stream = BatchStream(open_store(config), config, ALONE, None)
-    try:
-        return stream.next()
-    finally:
-        stream.close()
 
 
 def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Path) -> None:
