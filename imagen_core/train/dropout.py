@@ -29,10 +29,17 @@ def drop_conditions(
 
     What a sample keeps depends on the seed and its counter alone.
     """
-    together = draw_uniform(config.seed, counters, stream=ALL, count=1)[:, 0] >= config.all_dropout
+    keep_any = _kept(ALL, config.all_dropout, counters, config.seed)
     for condition in get_args(Condition):
         if condition in _RATES and conditioning.has(condition):
             setting, stream = _RATES[condition]
-            apart = draw_uniform(config.seed, counters, stream=stream, count=1)[:, 0] >= getattr(config, setting)
-            conditioning = conditioning.keeping(condition, (apart & together).to(device))
+            keep = _kept(stream, getattr(config, setting), counters, config.seed) & keep_any
+            conditioning = conditioning.keeping(condition, keep.to(device))
     return conditioning
+
+
+def _kept(stream: int, rate: float, counters: Sequence[int], seed: int) -> torch.Tensor:
+    """bool (b,); nothing is drawn where nothing is left out."""
+    if not rate:
+        return torch.ones(len(counters), dtype=torch.bool)
+    return draw_uniform(seed, counters, stream=stream, count=1)[:, 0] >= rate
