@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range", "learned_range_sigmoid"]
 
 
 def is_learned(variance: Variance) -> bool:
     """Whether the network's second half of channels says it."""
-    return variance in ("learned", "learned_range")
+    return variance.startswith("learned")
 
 
 def log_variance(
@@ -35,7 +35,8 @@ def log_variance(
         sigma, sigma_next: of one shape that broadcasts with `channels`; sigma_next may be 0.
         sigma_above: the level before sigma, which is above it; read only where sigma_next is 0.
         channels: (b, c, h, w), what the network says: for learned_range -1 is fixed_small, 1 is fixed_large and
-            between them the logarithm is linear (equation 15 of the paper); for learned the logarithm of DDPM's
+            between them the logarithm is linear (equation 15 of the paper); learned_range_sigmoid takes the sigmoid
+            for the share of fixed_large, so that it stays between the two; for learned the logarithm of DDPM's
             variance itself.
     """
     rescaled = torch.log1p(sigma_next**2)
@@ -51,5 +52,5 @@ def log_variance(
     if variance == "fixed_large":
         return torch.where(last, smallest, largest)
     assert channels is not None
-    share = (channels + 1) / 2
+    share = channels.sigmoid() if variance == "learned_range_sigmoid" else (channels + 1) / 2
     return share * largest.to(channels) + (1 - share) * smallest.to(channels)

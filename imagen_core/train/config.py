@@ -75,6 +75,9 @@ class EmaConfig(Config):
     """Decay of each average. All begin as the plain mean of the weights so far, until the decay is reached."""
     every_steps: int = Field(default=1, ge=1)
     """Steps between updates."""
+    on_cpu: bool = False
+    """Keep them in main memory: frees 4 bytes a parameter and average on the GPU, and each update copies the weights.
+    Set every_steps to 10 or so to make it cheap."""
 
     @model_validator(mode="after")
     def _check(self) -> "EmaConfig":
@@ -194,6 +197,9 @@ class TrainConfig(Config):
     """Steps between lines of metrics."""
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where metrics go."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch.profiler, such as [20, 24]; each process writes a Chrome trace to
+    OUT/profile. null: none. The recorded steps are slower."""
 
     @field_validator("horizontal_flip", mode="before")
     @classmethod
@@ -214,6 +220,8 @@ class TrainConfig(Config):
                 f"checkpoint_every_steps ({self.checkpoint_every_steps}) to a multiple of validate_every_steps "
                 f"({self.validate_every_steps}), so that each checkpoint has a validation loss"
             )
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps: first and last step, from 1 (got {list(self.profile_steps)})")
         if self.shard_group_size is not None and self.parallel != "fsdp2":
             raise ValueError("shard_group_size is for parallel=fsdp2")
         if isinstance(self.denoiser, PriorConfig):

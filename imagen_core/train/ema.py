@@ -22,12 +22,13 @@ def decay(rate: float, update: int) -> float:
 class WeightAverages:
     """One average of a model's parameters for each rate, in at least float32."""
 
-    def __init__(self, model: nn.Module, rates: tuple[float, ...]):
+    def __init__(self, model: nn.Module, rates: tuple[float, ...], device: torch.device | str | None = None):
+        """`device` is where the averages are kept; None: where the weights are."""
         self.updates = 0
         self._model = model
         self.averages: dict[float, dict[str, Tensor]] = {
             rate: {
-                name: local(p).detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                name: local(p).detach().to(device, torch.promote_types(p.dtype, torch.float32), copy=True)
                 for name, p in model.named_parameters()
             }
             for rate in rates
@@ -40,7 +41,7 @@ class WeightAverages:
         for rate, average in self.averages.items():
             values = list(average.values())
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                values, [w.to(v.dtype) for w, v in zip(weights, values, strict=True)], 1 - decay(rate, self.updates)
+                values, [w.to(v) for w, v in zip(weights, values, strict=True)], 1 - decay(rate, self.updates)
             )
         self.updates += counts
 

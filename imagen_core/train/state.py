@@ -102,7 +102,7 @@ class TrainState:
             parameter = parameters[name]
             laid_out[name] = (
                 DTensor.from_local(
-                    values,
+                    values.to(parameter.device),
                     parameter.device_mesh,
                     parameter.placements,
                     run_check=False,

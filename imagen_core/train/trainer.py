@@ -40,6 +40,7 @@ from imagen_core.train.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.precision import LossScale, autocast_dtype, matmul_precision
+from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.randomness import mix
 from imagen_core.train.start import start_from
 from imagen_core.train.state import TrainState
@@ -132,7 +133,7 @@ def train(
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
-            WeightAverages(denoiser, config.ema.rates),
+            WeightAverages(denoiser, config.ema.rates, "cpu" if config.ema.on_cpu else None),
             TimeSampler(config),
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
@@ -178,12 +179,13 @@ class _Run:
         should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
         config, state = self.config, self.state
-        meter = Meter()
+        meter, profiler = Meter(), StepProfiler(config.profile_steps, self.out, self.world.rank)
         stream = BatchStream(self.store, config, self.world, loader_state, online=self.encode is not None)
         text_dim = config.denoiser.network.text_dim or 0
         checkpoint = None
         try:
             while state.step < config.num_steps:
+                profiler.before(state.step + 1)
                 batch = stream.next()
                 batch = replace(batch, raw=with_text(batch.raw, self.encode, text_dim, config.max_tokens))
                 stop = should_stop is not None and should_stop()
@@ -191,6 +193,7 @@ class _Run:
                 loader_state = batch.loader_state
                 meter.add(mean_loss, norm, batch.global_size)
                 step, last = state.step, state.step == config.num_steps
+                profiler.after(step, last=last or stopping)
 
                 if step % config.log_every_steps == 0 or last:
                     self._log(meter, stream.waited_s, on_progress)

@@ -1,5 +1,7 @@
 """Fixed and learned variances, against the published formulas written down with DDPM's betas."""
 
+from typing import get_args
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,7 +9,7 @@ from pydantic import ValidationError
 from imagen_core.diffusion import Guidance, Threshold, guided
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.diffusion.steps import Uniform
-from imagen_core.diffusion.variance import log_variance
+from imagen_core.diffusion.variance import Variance, log_variance
 from imagen_core.models import Conditioning
 from imagen_core.samplers import Ancestral, SeededNoise, sample
 from tests.imagen_core.diffusion.small import small_denoiser, stub
@@ -37,11 +39,11 @@ def published(variance: str, channels: torch.Tensor) -> torch.Tensor:
         return torch.cat([tilde()[:1], BETA[1:]]).log()
     if variance == "learned":
         return channels
-    share = (channels + 1) / 2
+    share = channels.sigmoid() if variance == "learned_range_sigmoid" else (channels + 1) / 2
     return share * BETA.log() + (1 - share) * tilde().log()
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("variance", get_args(Variance))
 def test_variances_are_the_published_ones_times_the_square_of_the_coordinate(variance):
     channels = torch.linspace(-1.3, 1.4, 50, dtype=torch.float64)
     found = log_variance(variance, SIGMA, NEXT, ABOVE, channels)
@@ -62,7 +64,7 @@ def model(variance: str, says: float, **changes):
     return denoiser
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("variance", get_args(Variance))
 def test_an_ancestral_step_draws_with_the_models_variance(variance):
     step, says = 30, 0.3
     sigma, sigma_next = TABLE[step], TABLE[step - 1]

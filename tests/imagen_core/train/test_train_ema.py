@@ -76,6 +76,26 @@ def test_averages_are_at_least_float32(weights: torch.dtype, kept: torch.dtype) 
     assert float(average["weight"]) == 1
 
 
+def test_averages_are_kept_on_the_device_asked_for() -> None:
+    averages = WeightAverages(nn.Linear(1, 1), (0.9,), "meta")
+    averages.update()
+    assert {values.device.type for values in averages.averages[0.9].values()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_averages_in_main_memory_are_those_on_the_gpu() -> None:
+    model = nn.Linear(8, 8).cuda()
+    there, here = WeightAverages(model, (0.9,)), WeightAverages(model, (0.9,), "cpu")
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(1)
+        there.update()
+        here.update()
+    assert torch.equal(here.averages[0.9]["weight"], there.averages[0.9]["weight"].cpu())
+    with here.applied(0.9):
+        assert torch.equal(model.weight.cpu(), here.averages[0.9]["weight"])
+
+
 def test_the_model_has_the_average_within_the_block_only() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 1))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

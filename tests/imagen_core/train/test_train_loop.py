@@ -304,3 +304,13 @@ def test_a_compiled_network_trains_alike_and_saves_the_same_names(store: Path, t
     for key, values in plain.items():
         if key.startswith("model/"):
             torch.testing.assert_close(compiled[key], values, rtol=0, atol=2e-3)  # two steps of Adam, rate below 1e-3
+
+
+def test_a_trace_of_the_chosen_steps_is_written(store: Path, tmp_path: Path) -> None:
+    train(make_config(store, num_steps=4, profile_steps=(2, 3)), tmp_path)
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "steps-2-3-rank-0.json"
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2
+    with pytest.raises(ValueError, match=r"profile_steps: first and last step, from 1 \(got \[3, 2\]\)"):
+        make_config(store, profile_steps=(3, 2))
