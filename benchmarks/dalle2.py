@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="PNG of some pictures: DALL-E 2's path above, Imagen's below")
     parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
     parser.add_argument("--samples", type=int, default=8000, help="scenes to train on")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of decoder and Imagen base")
-    parser.add_argument("--prior-steps", type=int, default=1000, help="steps of the prior")
-    parser.add_argument("--clip-steps", type=int, default=1000, help="steps of the CLIP")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of decoder and Imagen base")
+    parser.add_argument("--prior-steps", type=int, default=1500, help="steps of the prior")
+    parser.add_argument("--clip-steps", type=int, default=2400, help="steps of the CLIP")
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)

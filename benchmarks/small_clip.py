@@ -15,7 +15,7 @@ DIM = 64
 _SEED = 11  # of the scenes it learns from; precompute draws others
 
 
-def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 1000, batch_size: int = 128) -> float:
+def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 2400, batch_size: int = 128) -> float:
     """Trains with CLIP's own loss (Radford et al. 2021, arXiv 2103.00020, figure 3) and saves as transformers does.
 
     Returns:
@@ -32,13 +32,14 @@ def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 1
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps, pct_start=0.1)
     generator, right = torch.Generator().manual_seed(0), []
-    groups = _alike(scenes)
+    # One batch of three is of any scenes, one of one colour and shape, one of one colour and place: else the colours
+    # alone would tell most captions of a batch apart, and the embeddings would leave out the rest.
+    kinds = ([torch.arange(num_scenes)], _alike(scenes, "color", "shape"), _alike(scenes, "color", "position"))
     for step in range(num_steps):
-        # Every other batch has one colour and shape: else these alone would tell most captions of a batch apart, and
-        # the embeddings would leave out the rest.
-        group = torch.arange(num_scenes) if step % 2 else groups[step // 2 % len(groups)]
+        kind = kinds[step % len(kinds)]
+        group = kind[step // len(kinds) % len(kind)]
         rows = group[torch.randperm(len(group), generator=generator)[:batch_size]]
         tokens = tokenizer([captions[row] for row in rows.tolist()], padding=True, return_tensors="pt")
         pixels = (pictures[rows].float() / 255 - mean) / std
@@ -49,19 +50,19 @@ def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 1
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 2:
+        if kind is kinds[0]:
             right.append(float((logits.argmax(dim=1) == own).float().mean()))
-        if step % 50 == 1:
+        if step % 60 == 0:
             print(f"CLIP step {step}: loss {loss.item():.3f}, own caption first {right[-1]:.1%}", flush=True)
     model.save_pretrained(folder)
     return float(np.mean(right[-20:]))
 
 
-def _alike(scenes: Sequence[Scene]) -> list[torch.Tensor]:
-    """Rows of the scenes whose first objects have one colour and shape."""
-    found: dict[tuple[str, str], list[int]] = {}
+def _alike(scenes: Sequence[Scene], *parts: str) -> list[torch.Tensor]:
+    """Rows of the scenes whose first objects are alike in these parts."""
+    found: dict[tuple[str, ...], list[int]] = {}
     for row, each in enumerate(scenes):
-        found.setdefault((each.objects[0].color, each.objects[0].shape), []).append(row)
+        found.setdefault(tuple(getattr(each.objects[0], part) for part in parts), []).append(row)
     return [torch.tensor(rows) for _, rows in sorted(found.items())]
 
 
