@@ -7,7 +7,7 @@ caption, each super-resolution stage also the picture of the stage before it, wi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold,
 from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
 from imagen_core.models.characters import character_ids
-from imagen_core.models.conditioning import Conditioning, unit_variance
+from imagen_core.models.conditioning import Condition, Conditioning, unit_variance
 from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
 
 OnStep = Callable[[int, int, int, Tensor], None]
@@ -81,6 +81,39 @@ class CascadeStage:
         return self.config.unet.num_classes
 
     @property
+    def conditions(self) -> frozenset[Condition]:
+        """What its network reads beside the noisy picture."""
+        unet = self.config.unet
+        found: dict[Condition, object] = {
+            "text": unet.text_dim,
+            "transcription": unet.transcription,
+            "labels": unet.num_classes,
+            "image_embed": unet.image_embed_dim,
+            "low_res": self.config.low_res_px,
+        }
+        return frozenset(condition for condition, value in found.items() if value is not None)
+
+    def check(self) -> None:
+        """Raises ValueError if a setting of how it draws does not fit its model, or would have no effect."""
+        settings, prefix = self.sampling, f"stages: the {self.size_px} px stage:"
+        if settings.low_res_sigma is not None and self.config.low_res_noise is None:
+            raise ValueError(
+                f"{prefix} low_res_sigma is {settings.low_res_sigma}, but it was not trained with noise on "
+                "low-resolution pictures; leave it out"
+            )
+        for condition in get_args(Condition):
+            weight = getattr(settings.guidance, condition)
+            if weight != 1 and condition not in self.conditions:
+                raise ValueError(
+                    f"{prefix} guidance.{condition} is {weight:g}, but the model was not trained with it; it reads "
+                    f"{', '.join(sorted(self.conditions)) or 'no condition'}: leave it out"
+                )
+        try:
+            settings.grid.sigmas(self.config.diffusion.schedule, settings.num_steps)
+        except ValueError as error:
+            raise ValueError(f"{prefix} {error}") from error
+
+    @property
     def is_super_resolution(self) -> bool:
         return self.config.low_res_px is not None
 
@@ -97,17 +130,13 @@ class Cascade:
         """`encoder` describes the text encoder all stages were trained on; None if none reads captions.
 
         Raises:
-            ValueError: no stages, or sizes that do not rise.
+            ValueError: no stages, sizes that do not rise, or settings that do not fit a stage.
         """
         sizes = [stage.size_px for stage in stages]
         if not sizes or sorted(set(sizes)) != sizes:
             raise ValueError(f"stages: sizes must rise from stage to stage (got {sizes} pixels)")
         for stage in stages:
-            if stage.sampling.low_res_sigma is not None and stage.config.low_res_noise is None:
-                raise ValueError(
-                    f"stages: low_res_sigma is {stage.sampling.low_res_sigma}, but the {stage.size_px} px stage was "
-                    "not trained with noise on low-resolution pictures; leave it out"
-                )
+            stage.check()
         self.stages = list(stages)
         self.encoder = encoder
 
@@ -265,14 +294,8 @@ def _draw(
     denoiser, settings = stage.denoiser, stage.sampling
     weight = next(denoiser.parameters())
     shape = stage.config.shape
-    if stage.config.unet.text_dim is None:
-        conditioning = replace(conditioning, text=None, text_mask=None)
-    if stage.image_embed_dim is None:
-        conditioning = replace(conditioning, image_embed=None)
-    if stage.max_characters is None:
-        conditioning = replace(conditioning, characters=None)
-    if stage.num_classes is None:
-        conditioning = replace(conditioning, labels=None)
+    for condition in set(get_args(Condition)) - stage.conditions:
+        conditioning = conditioning.free_of(condition)
     if conditioning.text is not None and conditioning.text_mask is not None:
         tokens = slice(stage.max_tokens)
         conditioning = replace(

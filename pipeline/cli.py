@@ -304,6 +304,19 @@ def import_(
 
 
 @app.command()
+def export(
+    training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
+    out: Annotated[str, typer.Option(help="New .safetensors file.")],
+    weights: Annotated[
+        str | None, typer.Option(help="`model`, or an average such as ema-0.9999; the slowest average if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model and its configuration as one file; `checkpoint` and `init_from` take it."""
+    _stage_command("export", training, as_json, out=out, weights=weights)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: packages, versions, disk, GPUs, Ray."""
     from pipeline.doctor import examine

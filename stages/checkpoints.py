@@ -1,16 +1,22 @@
-"""Loads trained stages from local folders and from object stores."""
+"""Loads trained stages from local folders and from object stores, and writes one as one file (`pipeline export`)."""
 
 import shutil
 from pathlib import Path
 
 from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
+from imagen_core.train.one_file import write_model
+from pipeline.errors import EXIT_OK, ConfigError
+from pipeline.show import human_bytes
 from pipeline.storage import LocalStorage, open_storage
+from stages.verify import CommandResult
 
 _STATE = "state.json"
+_ONE_FILE = ".safetensors"
 
 
 def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
-    """A trained stage from a checkpoint, or from a training's run folder (its newest checkpoint); a path or a URL.
+    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), or a file of `export_model`;
+    a path or a URL.
 
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
@@ -18,6 +24,8 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
     storage = open_storage(place)
     if isinstance(storage, LocalStorage):
         return load_checkpoint(Path(place.removeprefix("file://")), weights=weights)
+    if place.endswith(_ONE_FILE):
+        return _of_file(place, weights)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
     if folder is None:
@@ -32,6 +40,41 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
         return load_checkpoint(local, weights=weights)
     finally:
         shutil.rmtree(local)
+
+
+def _of_file(place: str, weights: str | None) -> LoadedDenoiser:
+    folder, name = place.rsplit("/", 1)
+    storage = open_storage(folder)
+    if storage.size(name) is None:
+        raise CheckpointError(f"{place}: there is no such file")
+    local = storage.copy(name)
+    try:
+        return load_checkpoint(local, weights=weights)
+    finally:
+        storage.release(local)
+
+
+def export_model(place: str, *, out: str, weights: str | None = None) -> CommandResult:
+    """Writes the weights of a training, or one of their averages, with the model's configuration as one file.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or `out` is no new .safetensors file.
+    """
+    target = Path(out)
+    if target.suffix != _ONE_FILE or target.exists():
+        wrong = "exists" if target.exists() else f"must end in {_ONE_FILE}"
+        raise ConfigError(f"--out {out}: {wrong}; give a new file")
+    try:
+        model = load_checkpoint_from(place, weights)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_model(target, model)
+    size = target.stat().st_size
+    facts = {"file": str(target), "bytes": size, "step": model.step, "weights": model.weights}
+    lines = [f"{model.weights} of step {model.step} -> {target} ({human_bytes(size)})"]
+    lines.append(f"draw: pipeline run sample 'stages=[{{checkpoint: {target}}}]' 'prompts=[...]'")
+    return facts, lines, EXIT_OK
 
 
 def _newest(names: list[str]) -> str | None:

@@ -56,27 +56,18 @@ class Drawing:
         return [p for p in self.pictures if not all(path.exists() for _, path in self.files(root, p))]
 
     def with_guidance(self, weight: float, stages: Literal["all", "first"]) -> "Drawing":
-        """The same with another weight of the caption, at all stages or at the first."""
-        changed = [
-            stage.sampling.model_copy(
-                update={"guidance": stage.sampling.guidance.model_copy(update={"text": weight, "image_embed": weight})}
-                if stages == "all" or number == 0
-                else {}
-            )
-            for number, stage in enumerate(self.config.stages)
-        ]
-        config = self.config.model_copy(
-            update={
-                "stages": tuple(
-                    stage.model_copy(update={"sampling": sampling})
-                    for stage, sampling in zip(self.config.stages, changed, strict=True)
-                )
-            }
-        )
-        drawing = [
-            replace(stage, sampling=sampling)
-            for stage, sampling in zip(self.cascade.stages, changed, strict=False)  # output_px leaves out the last
-        ]
+        """The same with another weight of the caption and of the picture embedding, at all stages that read them or at
+        the first.
+        """
+        drawing = list(self.cascade.stages)
+        for number, stage in enumerate(drawing if stages == "all" else drawing[:1]):
+            weights = dict.fromkeys(stage.conditions & {"text", "image_embed"}, weight)
+            guidance = stage.sampling.guidance.model_copy(update=weights)
+            drawing[number] = replace(stage, sampling=stage.sampling.model_copy(update={"guidance": guidance}))
+        configs = list(self.config.stages)
+        for number, stage in enumerate(drawing):  # output_px leaves out the last
+            configs[number] = configs[number].model_copy(update={"sampling": stage.sampling})
+        config = self.config.model_copy(update={"stages": tuple(configs)})
         return replace(self, config=config, cascade=Cascade(drawing, self.cascade.encoder))
 
 

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.executors.base import EXECUTORS
 from pipeline.job import Job
+from stages.checkpoints import load_checkpoint_from
 from stages.encoders.any import AnyEncoder
 from stages.train_encoder import online_encoder
 
@@ -66,7 +67,7 @@ def run_training(
                 return train_on_ray(config, workers, job, online)
             encoder = None if online is None else online_encoder(online)
             with job.working_folder() as folder:
-                facts = train(config, folder, _shown(job), job.should_stop, encoder)
+                facts = train(config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from)
             return at_url(facts, folder, job.run.url)
     except TrainingStopped:
         job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told

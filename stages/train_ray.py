@@ -13,6 +13,7 @@ from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
 from pipeline.mirror import working_folder
 from pipeline.storage import LocalStorage, open_storage
+from stages.checkpoints import load_checkpoint_from
 from stages.encoders.any import AnyEncoder
 from stages.train import WorkersConfig, at_url
 from stages.train_encoder import online_encoder
@@ -71,7 +72,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
-        facts = train(config, folder, online_encoder=encoder)
+        facts = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
     return at_url(facts, folder, settings["out"])
 
 

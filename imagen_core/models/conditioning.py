@@ -18,6 +18,7 @@ _TENSORS: dict[Condition, tuple[str, ...]] = {
     "image_embed": ("image_embed",),
     "low_res": ("low_res",),
 }
+_BESIDE: dict[Condition, tuple[str, ...]] = {"text": ("text_mask",), "low_res": ("low_res_noise",)}
 _KEEP = {
     "text": "text_keep",
     "transcription": "characters_keep",
@@ -94,6 +95,10 @@ class Conditioning:
             assert self.low_res is not None
             return replace(self, low_res=torch.zeros_like(self.low_res))
         return self.keeping(condition, torch.zeros_like(self._all_kept()))
+
+    def free_of(self, condition: Condition) -> "Conditioning":
+        """The same for a model that does not know the condition at all."""
+        return replace(self, **dict.fromkeys((*_TENSORS[condition], *_BESIDE.get(condition, ())), None))
 
     def unconditional(self) -> "Conditioning":
         """The same without captions, for classifier-free guidance (Ho and Salimans 2022)."""

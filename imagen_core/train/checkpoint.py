@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
+from imagen_core.train.one_file import read_model
 
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -183,11 +184,13 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     """A trained stage.
 
     Args:
-        path: a checkpoint, or a training's run folder (its newest checkpoint is taken).
+        path: a checkpoint, a training's run folder (its newest checkpoint is taken), or a file of `write_model`.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
     """
+    if path.is_file():
+        return _load_file(path, weights)
     if not (path / _STATE).exists():
         found = checkpoints(path / "checkpoints")
         if not found:
@@ -201,25 +204,31 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     chosen = weights or (averages[-1] if averages else "model")
     if chosen not in names:
         raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
+    denoiser = _built(path / _STATE, state["denoiser"], read_tensors(path, state, chosen))
+    sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
+    encoders = state["encoder"], state.get("embed_encoders", {})
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens)
+
+
+def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
+    facts, sha256 = read_model(path)
+    if weights not in (None, facts["weights"]):
+        raise CheckpointError(f"{path}: has no weights {weights!r}, but {facts['weights']!r} alone; leave weights out")
+    denoiser = _built(path, facts.pop("denoiser"), load_file(path))
+    return LoadedDenoiser(denoiser, **facts, sha256=sha256)
+
+
+def _built(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> Denoiser:
+    """A denoiser with these weights, for drawing; `path` is the file of its configuration."""
     try:
-        config = _DENOISER.validate_python(state["denoiser"])
+        settings = _DENOISER.validate_python(config)
     except ValidationError as error:
-        raise CheckpointError(f"{path / _STATE}: the model's configuration is not valid: {error}") from error
+        raise CheckpointError(f"{path}: the model's configuration is not valid: {error}") from error
     with torch.device("meta"):
-        denoiser = Denoiser(config)
-    tensors = read_tensors(path, state, chosen)
+        denoiser = Denoiser(settings)
     check_names(path, denoiser.state_dict(), tensors)
     denoiser.load_state_dict(tensors, assign=True)
-    entry = state["files"][f"{chosen}.safetensors"]
-    return LoadedDenoiser(
-        denoiser.eval().requires_grad_(False),
-        state["encoder"],
-        state.get("embed_encoders", {}),
-        state["step"],
-        chosen,
-        entry["sha256"],
-        state["config"]["max_tokens"],
-    )
+    return denoiser.eval().requires_grad_(False)
 
 
 def refuse_other(

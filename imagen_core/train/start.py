@@ -1,16 +1,18 @@
 """The weights a new training begins with, when they are those of another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.checkpoint import load_checkpoint
+from imagen_core.train.checkpoint import LoadedDenoiser
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import like, local
 from imagen_core.train.errors import TrainError
+
+LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
+"""(place of a checkpoint, which of its weights) -> the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ class Start:
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, config: TrainConfig) -> Start:
-    """Copies weights of equal name and shape from `init_from`; all processes must call it.
+def start_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
+    """Copies weights of equal name and shape from `init_from`, which `load` reads; all processes must call it.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -42,7 +44,7 @@ def start_from(model: nn.Module, config: TrainConfig) -> Start:
             none has.
     """
     assert config.init_from is not None
-    loaded = load_checkpoint(Path(config.init_from), config.init_weights)
+    loaded = load(config.init_from, config.init_weights)
     source = loaded.denoiser.state_dict()
     parameters = dict(model.named_parameters())
     fits = {name for name, p in parameters.items() if name in source and source[name].shape == p.shape}

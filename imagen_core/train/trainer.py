@@ -18,8 +18,10 @@ from imagen_core.diffusion.self_conditioning import with_own_estimate
 from imagen_core.pictures import write_png
 from imagen_core.store import Store
 from imagen_core.train.checkpoint import (
+    LoadedDenoiser,
     best_checkpoints,
     checkpoints,
+    load_checkpoint,
     read_state,
     record_validation,
     refuse_other,
@@ -42,7 +44,7 @@ from imagen_core.train.parallel import is_sharded, parallelize, syncing
 from imagen_core.train.precision import LossScale, autocast_dtype, matmul_precision
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.randomness import mix
-from imagen_core.train.start import start_from
+from imagen_core.train.start import LoadCheckpoint, start_from
 from imagen_core.train.state import TrainState
 from imagen_core.train.times import TimeSampler
 
@@ -79,12 +81,17 @@ class TrainingLoss(nn.Module):
             return diffusion_loss(self.denoiser, example.x0, example.sigma, example.noise, conditioning)
 
 
+def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
+    return load_checkpoint(Path(path), weights)
+
+
 def train(
     config: TrainConfig,
     out: Path,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     online_encoder: OnlineEncoder | None = None,
+    load: LoadCheckpoint = _load_local,
 ) -> dict[str, Any]:
     """Train to `num_steps`, going on from the newest checkpoint in `out/checkpoints`.
 
@@ -98,6 +105,7 @@ def train(
         should_stop: asked at every step on every process; if one says yes, all save a checkpoint and stop.
         online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, to
             compare with.
+        load: reads `init_from`; without it only local paths are known.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
         process that has no file of it), best_checkpoint (of the least validation loss; None without validation).
@@ -127,7 +135,7 @@ def train(
         # What training changes, and where it was.
         found = _newest_checkpoint(out, world)
         if found is None and config.init_from is not None:
-            start = start_from(denoiser, config)
+            start = start_from(denoiser, config, load)
             if world.is_main:
                 _write_json(out / "start.json", asdict(start))
         state = TrainState(

@@ -251,5 +251,14 @@ def test_a_noise_level_for_a_stage_trained_without_is_refused() -> None:
     quiet = stage(16, 8, low_res_sigma=0.1)
     settings = quiet.config.model_copy(update={"low_res_noise": None})
     quiet.denoiser.config = settings
-    with pytest.raises(ValueError, match=r"low_res_sigma is 0.1, but the 16 px stage was not trained with noise"):
+    with pytest.raises(ValueError, match=r"the 16 px stage: low_res_sigma is 0.1, but it was not trained with noise"):
         Cascade([stage(8), quiet], ENCODER)
+
+
+def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_drawn() -> None:
+    with pytest.raises(ValueError, match=r"the 8 px stage: guidance.image_embed is 3, .* it reads text: leave it out"):
+        Cascade([stage(8, guidance={"image_embed": 3})], ENCODER)
+    with pytest.raises(ValueError, match=r"the 16 px stage: guidance.labels is 0, .* it reads low_res, text"):
+        Cascade([stage(8), stage(16, 8, guidance={"labels": 0})], ENCODER)
+    with pytest.raises(ValueError, match=r"the 8 px stage: grid.kind=respaced needs a discrete schedule"):
+        Cascade([stage(8, grid={"kind": "respaced", "sections": "3"})], ENCODER)

@@ -331,3 +331,23 @@ def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Pat
         assert result.code == 0, result.err
         assert "images-16/00000.png" in s3.keys("sample/")
         assert "grid.png" in s3.keys("sample/")
+
+        one_file = tmp_path / "model.safetensors"
+        assert call("export", f"{s3.url}/train", "--out", str(one_file)).code == 0
+        data.write(one_file.name, one_file.read_bytes())
+        stages = f"stages=[{{checkpoint: {s3.url}/data/{one_file.name}, sampling: {{num_steps: 2}}}}]"
+        result = call(
+            *("run", "sample", "--out", str(tmp_path / "drawn"), "--quiet", "prompts=[a red circle]"),
+            *("device=cpu", stages),
+        )
+        assert result.code == 0, result.err
+        drawn = open_storage(f"{s3.url}/sample").read("images-16/00000.png")
+        assert (tmp_path / "drawn/images-16/00000.png").read_bytes() == drawn
+        for source in (f"{s3.url}/train", (work / "base").as_uri()):
+            out = tmp_path / source.partition(":")[0]
+            result = call(
+                *("run", "train", "-c", str(tmp_path / "base.yaml"), "--out", str(out), "--quiet", "num_steps=1"),
+                f"init_from={source}",
+            )
+            assert result.code == 0, result.err
+            assert json.loads((out / "start.json").read_text())["step"] == 6

@@ -1,0 +1,46 @@
+"""A trained model as one safetensors file that holds its configuration: to share, to draw with, to begin with."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+
+from imagen_core.train.errors import CheckpointError
+
+_FACTS = "imagen"  # the entry of the file's metadata
+_FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_tokens")
+
+
+def write_model(path: Path, model: Any) -> None:
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata all that drawing with it needs; atomic."""
+    facts = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
+    facts["denoiser"] = model.denoiser.config.model_dump(mode="json")
+    tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
+    temporary = path.with_name(f".tmp-{path.name}")
+    save_file(tensors, temporary, metadata={"format": "pt", _FACTS: json.dumps(facts)})
+    os.replace(temporary, path)
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], str]:
+    """What `write_model` wrote of the model beside its weights, and the SHA-256 of the file.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or one without a model's configuration.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        facts = json.loads(metadata[_FACTS]) if _FACTS in metadata else {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not safetensors ({error}); give a file of `pipeline export`") from error
+    if missing := [field for field in _FIELDS if field not in facts]:
+        raise CheckpointError(
+            f"{path}: its metadata lacks {', '.join(missing)}; give a file of `pipeline export`, or a run folder"
+        )
+    with path.open("rb") as file:
+        known = {field: facts[field] for field in _FIELDS}
+        return known, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,55 @@
+"""A trained model as one file: it draws and begins other trainings as its checkpoint does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imagen_core.train import CheckpointError, load_checkpoint, train
+from imagen_core.train.one_file import write_model
+from tests.imagen_core.train.small import make_config, tensors
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    train(make_config(store, num_steps=2), out)
+    return out
+
+
+def test_a_file_brings_weights_configuration_and_encoder(run: Path, tmp_path: Path) -> None:
+    for weights in ("model", "ema-0.5", None):
+        saved = load_checkpoint(run, weights)
+        write_model(tmp_path / "model.safetensors", saved)
+        loaded = load_checkpoint(tmp_path / "model.safetensors")
+        assert loaded.denoiser.config == saved.denoiser.config
+        for field in ("encoder", "embed_encoders", "step", "weights", "max_tokens"):
+            assert getattr(loaded, field) == getattr(saved, field)
+        expected = saved.denoiser.state_dict()
+        for name, values in loaded.denoiser.state_dict().items():
+            assert torch.equal(values, expected[name]), name
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+
+
+def test_a_training_begins_with_it(run: Path, store: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.safetensors", load_checkpoint(run))
+    begun = [
+        tensors(train(make_config(store, num_steps=1, init_from=str(source)), tmp_path / name)["checkpoint"])
+        for source, name in ((run, "a"), (tmp_path / "model.safetensors", "b"))
+    ]
+    assert begun[0].keys() == begun[1].keys()
+    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0])
+
+
+def test_other_files_are_refused(run: Path, tmp_path: Path) -> None:
+    plain, broken = tmp_path / "plain.safetensors", tmp_path / "broken.safetensors"
+    save_file({"a": torch.zeros(1)}, plain)
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match=r"plain.safetensors: its metadata lacks denoiser, .*pipeline export"):
+        load_checkpoint(plain)
+    with pytest.raises(CheckpointError, match=r"broken.safetensors: is not safetensors"):
+        load_checkpoint(broken)
+    write_model(plain, load_checkpoint(run, "model"))
+    with pytest.raises(CheckpointError, match=r"has no weights 'ema-0.9', but 'model' alone"):
+        load_checkpoint(plain, "ema-0.9")
