@@ -134,7 +134,11 @@ def _parse_value(override: str, text: str) -> object:
 
 def _explain(config_class: type[Config], error: ValidationError) -> str:
     lines = []
-    for item in cast(list[dict[str, Any]], error.errors()):
+    items = cast(list[dict[str, Any]], error.errors())
+    deeper = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+    for item in items:
+        if item["type"] == "too_short" and item["loc"] in deeper:
+            continue  # what a bad item leaves of its list
         parts, owner = _walk(config_class, item["loc"])
         path = ".".join(parts) or "config"
         value = item.get("input")
@@ -154,7 +158,8 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
             tag = item["ctx"]["discriminator"].strip("'")
             lines.append(f"{path}.{tag}: there is none of this name (got {kind!r}); {hint}")
         else:
-            message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+            message = item["msg"].removeprefix("Value error, ")
+            message = message.replace("a valid tuple", "a list").replace("Tuple", "List")
             shown = f" (got {value!r})" if len(repr(value)) <= 100 else ""
             lines.append(f"{path}: {message[:1].lower()}{message[1:]}{shown}")
     return "\n".join(lines)
@@ -177,6 +182,9 @@ def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str],
     for part in location:
         annotation = _unwrap(annotation)
         members = [_unwrap(member) for member in get_args(annotation)]
+        if _is_union(annotation) and len(members) == 2 and type(None) in members:
+            annotation = next(member for member in members if member is not type(None))
+            members = [_unwrap(member) for member in get_args(annotation)]
         if isinstance(part, str) and _is_union(annotation):
             tagged = [m for m in members if part in _tags(m)]
             if tagged:

@@ -1,6 +1,8 @@
 """Looks at a plan and at a run folder: `pipeline plan` and `pipeline status`."""
 
+import json
 import time
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.estimate import Basis, expected_bytes, predict
@@ -9,7 +11,7 @@ from pipeline.lock import is_running
 from pipeline.plan import Plan
 from pipeline.probe import probe
 from pipeline.retries import with_retries
-from pipeline.runfolder import ESTIMATE, PLAN, SUMMARY, RunFolder
+from pipeline.runfolder import ESTIMATE, METRICS, PLAN, SUMMARY, RunFolder
 from pipeline.runner import describe
 from pipeline.state import check_groups
 from pipeline.storage import LocalStorage
@@ -102,4 +104,17 @@ def run_status(place: str) -> dict[str, object]:
         "running": is_running(run.storage),
         "outcome": summary["outcome"] if summary else None,
         "groups": groups,
+        "metrics": _newest_metrics(run),
     }
+
+
+def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:
+    """The last of the lines in `metrics.jsonl`, which a training writes; a line that is being written is none yet."""
+    if run.storage.size(METRICS) is None:
+        return None
+    for line in reversed(run.storage.read(METRICS).splitlines()):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None

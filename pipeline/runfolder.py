@@ -15,6 +15,7 @@ from pipeline.storage import LocalStorage, Storage, open_storage
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
 ESTIMATE = "estimate.json"
 STORE = "store"
 QUARANTINE = "quarantine"

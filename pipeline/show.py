@@ -66,6 +66,9 @@ def show_facts(facts: Mapping[str, Any]) -> None:
     show_table(["what", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
 
 
+_MOST_SHOWN = 12
+
+
 def _human(name: str, value: object) -> str:
     if value is None:
         return "-"
@@ -75,7 +78,10 @@ def _human(name: str, value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_human(f'{name}.{key}', item)}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        shown = [_human(name, item) for item in value]
+        return ", ".join(shown if len(shown) <= _MOST_SHOWN else [*shown[:3], f"... ({len(shown)} in all)", shown[-1]])
+    return str(value)
 
 
 def show_preview(result: Mapping[str, Any]) -> None:
@@ -140,7 +146,10 @@ def show_status(result: Mapping[str, Any]) -> None:
         [name, group["shards"], group["rows"], ", ".join(f"{r} {c}" for r, c in group["drops"].items()) or "-"]
         for name, group in result["groups"].items()
     ]
-    show_table(["group", "shards", "rows", "drops"], rows)
+    if rows:
+        show_table(["group", "shards", "rows", "drops"], rows)
+    if result["metrics"] is not None:
+        show_facts(result["metrics"])
     state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"
     print(f"{result['workflow']}: {state}")
 

@@ -35,6 +35,9 @@ def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
 def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, object]:
     facts: dict[str, object] = {}
     if config.draw is not None:
+        _fingerprints(config)  # a model that cannot be had is found before anything is drawn
+        if config.clip is not None:
+            config.clip.check_captions()
         drawings = _drawings(config, config.draw)
         drawn = {name: draw_into(root / name, each, job, name) for name, each in drawings.items()}
         missing = sum(int(str(one["missing"])) for one in drawn.values())

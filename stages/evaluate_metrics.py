@@ -23,7 +23,7 @@ def judge(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateC
     try:
         row = {**_distances(generated, reference, config), **_scores(generated, config)}
     except ValueError as error:
-        raise ConfigError(f"features: {error}") from error
+        raise ConfigError(f"generated and reference: {error}") from error
     if not row:
         raise ConfigError(
             "nothing to judge by: give reference and features (distances), clip and captions (CLIP score), lpips, or "
@@ -43,9 +43,10 @@ def _distances(generated: FeatureSet, reference: FeatureSet | None, config: Eval
         "frechet_distance": frechet.distance,
         "frechet_mean_term": frechet.mean_term,
         "kernel_distance": kernel.mean,
-        "kernel_distance_std": kernel.std,
         "kernel_subset_size": kernel.subset_size,
     }
+    if kernel.std is not None:
+        row["kernel_distance_std"] = kernel.std
     if frechet.warning is not None:
         row["warning"] = frechet.warning
     if config.num_neighbours:

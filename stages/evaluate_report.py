@@ -59,7 +59,7 @@ def _cell(row: Mapping[str, Any], key: str, title: str, form: str, error: str | 
     del title
     if key not in row:
         return "-"
-    return form.format(row[key]) + ("" if error is None else " ± " + form.format(row[error]))
+    return form.format(row[key]) + ("" if error is None or error not in row else " ± " + form.format(row[error]))
 
 
 def _plot(path: Path, rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> None:

@@ -8,12 +8,12 @@ from pydantic import TypeAdapter
 
 from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
 from pipeline.errors import ConfigError
-from pipeline.executors.base import usable_cpus
 from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.any import AnyEncoder
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.given import KIND as GIVEN
+from stages.encoders.loading import threads_of_process
 
 _PROMPTS_AT_ONCE = 1024
 
@@ -71,7 +71,7 @@ def load_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool
             f"encoder {config.model}: differs from the one the embeddings were made with: {'; '.join(changes)}; "
             f"give the right model with {option}"
         )
-    return config.load(usable_cpus())
+    return config.load(threads_of_process())
 
 
 def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:

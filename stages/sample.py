@@ -27,6 +27,8 @@ from stages.sample_prior import PriorDrawing, load_prior
 from stages.sample_text import Embeddings
 from stages.sample_times import StageTimes
 
+_SWEPT = frozenset({"text", "labels", "image_embed"})
+
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -56,12 +58,18 @@ class Drawing:
         return [p for p in self.pictures if not all(path.exists() for _, path in self.files(root, p))]
 
     def with_guidance(self, weight: float, stages: Literal["all", "first"]) -> "Drawing":
-        """The same with another weight of the caption and of the picture embedding, at all stages that read them or at
+        """The same with another weight of captions, labels and picture embeddings, at all stages that read them or at
         the first.
+
+        Raises:
+            ConfigError: no stage reads any of them.
         """
         drawing = list(self.cascade.stages)
-        for number, stage in enumerate(drawing if stages == "all" else drawing[:1]):
-            weights = dict.fromkeys(stage.conditions & {"text", "image_embed"}, weight)
+        chosen = drawing if stages == "all" else drawing[:1]
+        if not any(stage.conditions & _SWEPT for stage in chosen):
+            raise ConfigError("guidance: no stage reads captions, labels or picture embeddings; leave it out")
+        for number, stage in enumerate(chosen):
+            weights: dict[str, float] = dict.fromkeys(_SWEPT & stage.conditions, weight)
             guidance = stage.sampling.guidance.model_copy(update=weights)
             drawing[number] = replace(stage, sampling=stage.sampling.model_copy(update={"guidance": guidance}))
         configs = list(self.config.stages)
@@ -140,18 +148,23 @@ def draw_into(root: Path, drawing: Drawing, job: Job, name: str = "") -> Mapping
 
     def on_step(stage: int, step: int, steps: int, _: torch.Tensor) -> None:
         if step == steps:
-            times.done(sizes[stage])
+            times.done(str(sizes[stage]))
         job.lines.show(f"{label}picture {done} of {len(todo)}, {sizes[stage]} px, step {step}/{steps}")
 
     for start in range(0, len(todo), config.batch_size):
         if job.should_stop():
             break
         batch = todo[start : start + config.batch_size]
+        embeddings = drawing.embeddings.of(batch)
         times.start(len(batch))
+        image_embed = None
+        if drawing.prior is not None:
+            image_embed = drawing.prior.of(batch)
+            times.done("prior")
         result = drawing.cascade.sample(
-            drawing.embeddings.of(batch),
+            embeddings,
             [picture.seed for picture in batch],
-            image_embed=None if drawing.prior is None else drawing.prior.of(batch),
+            image_embed=image_embed,
             transcriptions=None
             if drawing.cascade.max_characters is None
             else [picture.transcription for picture in batch],

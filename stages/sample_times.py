@@ -1,4 +1,4 @@
-"""Seconds that each stage of a cascade takes for a picture."""
+"""Seconds that a prior and each stage of a cascade take for a picture."""
 
 import time
 from collections import defaultdict
@@ -11,7 +11,7 @@ class StageTimes:
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        self._seconds: dict[int, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
         self._pictures = 0
         self._last = 0.0
 
@@ -20,15 +20,15 @@ class StageTimes:
         self._pictures += pictures
         self._last = self._now()
 
-    def done(self, size_px: int) -> None:
-        """The stage of this size has drawn the batch."""
+    def done(self, part: str) -> None:
+        """The prior, or the stage of so many pixels, has drawn the batch."""
         now = self._now()
-        self._seconds[size_px] += now - self._last
+        self._seconds[part] += now - self._last
         self._last = now
 
     def seconds_per_picture(self) -> dict[str, float]:
-        """By size in pixels, the move of the stage to the device included; empty if nothing was drawn."""
-        return {str(size): round(seconds / self._pictures, 4) for size, seconds in self._seconds.items()}
+        """Of the prior and by size in pixels, with the stage's move to the device; empty if nothing was drawn."""
+        return {part: round(seconds / self._pictures, 4) for part, seconds in self._seconds.items()}
 
     def _now(self) -> float:
         if self._on_gpu:

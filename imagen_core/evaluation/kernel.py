@@ -18,7 +18,8 @@ class KernelDistance:
     """Mean and standard deviation of the distance over subsets."""
 
     mean: float
-    std: float
+    std: float | None
+    """None where both sets have just so many rows as a subset: all subsets are the same."""
     num_subsets: int
     subset_size: int
     """Rows of each subset; fewer than asked for where a set has fewer."""
@@ -38,6 +39,8 @@ def kernel_distance(
     size = min(subset_size, len(a), len(b))
     if size < 2 or num_subsets < 1:
         raise ValueError(f"subset_size must be 2 or more, num_subsets 1 or more (got {subset_size}, {num_subsets})")
+    if size == len(a) == len(b):
+        return KernelDistance(squared_discrepancy(a, b), None, 1, size)
     random = np.random.default_rng(seed)
     values = [
         squared_discrepancy(

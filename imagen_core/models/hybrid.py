@@ -59,7 +59,8 @@ class HybridUNet(nn.Module):
         middle = widths[-1]
         self.middle = nn.ModuleList([Block(self._res(middle, middle, text=True), None)])
         if config.middle_attention:
-            self.middle.append(TransformerBlock(middle, config, attend_to_conditions=False))
+            feed_forward = config.middle_feed_forward
+            self.middle.append(TransformerBlock(middle, config, attend_to_conditions=False, feed_forward=feed_forward))
         self.middle.append(Block(self._res(middle, middle, text=True), None))
         self.combiner = FeatureCombiner(widths[:0:-1], config.dim) if config.combine_up_features else None
         joined = 1 + config.init_residual + (last + 1) * config.combine_up_features

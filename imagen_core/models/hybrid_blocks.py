@@ -84,7 +84,7 @@ class TextAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Layers of multi-query attention over pixels and condition tokens, then a feed-forward layer."""
+    """Layers of multi-query attention over pixels and condition tokens, then a feed-forward layer, if wanted."""
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class TransformerBlock(nn.Module):
         config: HybridUNetConfig,
         *,
         attend_to_conditions: bool,
+        feed_forward: bool = True,
         depth: int = 1,
         linear: bool = False,
     ):
@@ -102,7 +103,7 @@ class TransformerBlock(nn.Module):
                     width,
                     num_heads=config.num_heads,
                     head_dim=config.head_dim,
-                    ff_mult=config.ff_mult,
+                    ff_mult=config.ff_mult if feed_forward else 0,
                     context_dim=config.context_dim if attend_to_conditions else None,
                     qk_norm=config.qk_norm,
                     linear=linear,

@@ -58,6 +58,8 @@ class HybridUNetConfig(UNetBaseConfig):
     """Transformer blocks attend to the conditions beside the pixels."""
     middle_attention: bool = True
     """A transformer block, of pixels alone, between the two ResBlocks in the middle."""
+    middle_feed_forward: bool = True
+    """With a feed-forward layer, as the other blocks have; false: attention alone (MinImagen)."""
     memory_efficient: bool = False
     """Change resolution before the ResBlocks of a level, not after them."""
     initial_res_block: bool = False

@@ -14,6 +14,7 @@ _READ = {
     *("dim", "dim_mults", "channels", "channels_out", "cond_dim", "text_embed_dim", "num_resnet_blocks"),
     *("layer_attns", "layer_cross_attns", "attn_heads", "lowres_cond", "memory_efficient", "attend_at_middle"),
 }
+_LAST_IN_MIDDLE = "middle.last"  # its number depends on whether there is attention before it
 _PLACES = {  # of a level: modules by number, on the way down and up
     "downs": {0: "before", 1: "first.layer", 2: "blocks", 3: "transformer", 4: "after"},
     "ups": {0: "first.layer", 1: "blocks", 2: "transformer", 3: "after"},
@@ -31,7 +32,8 @@ _RULES = (  # names of MinImagen -> ours; each is applied once, in this order
     (r"^to_text_non_attn_cond\.", "inputs.text.to_vector."),
     (r"^init_conv\.", "conv_in."),
     (r"^mid_block1\.", "middle.0.layer."),
-    (r"^mid_block2\.", "middle.1.layer."),
+    (r"^mid_attn\.fn\.fn\.", "middle.1.layers.0."),
+    (r"^mid_block2\.", f"{_LAST_IN_MIDDLE}.layer."),
     (r"^final_res_block\.", "final.layer."),
     (r"^final_conv\.", "conv_out."),
     (r"(blocks\.\d+)\.", r"\1.layer."),
@@ -67,11 +69,6 @@ def unet_config(
     unknown = sorted(settings.keys() - _READ)
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: not a setting of MinImagen's Unet that is known here")
-    if settings.get("attend_at_middle"):
-        raise ValueError(
-            "attend_at_middle is true: attention without a feed-forward layer between the middle ResBlocks, which the "
-            "hybrid UNet does not have"
-        )
     dim_mults = tuple(settings.get("dim_mults", (1, 2, 4)))
 
     def levels(name: str, default: int | bool) -> tuple[Any, ...]:
@@ -93,6 +90,8 @@ def unet_config(
             "text_dim": text_dim,
             "num_heads": settings.get("attn_heads", 8),
             "cross_num_heads": 8,
+            "middle_attention": settings.get("attend_at_middle", False),
+            "middle_feed_forward": not settings.get("attend_at_middle", False),
             "memory_efficient": settings.get("memory_efficient", False),
             "low_res": low_res,
             "low_res_noise": low_res,
@@ -114,7 +113,7 @@ def unet_weights(state: Mapping[str, Tensor], config: HybridUNetConfig) -> dict[
             if values.any():
                 raise ValueError(f"{name} is not zero, but MinImagen never trains it")
             continue
-        mine = our_name(name)
+        mine = our_name(name).replace(_LAST_IN_MIDDLE, f"middle.{1 + config.middle_attention}")
         if mine.endswith("hidden.0.weight"):  # there sines come first, here cosines
             values = values.roll(values.shape[1] // 2, dims=1)
         shape = wanted.get(mine)

@@ -87,6 +87,7 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
         embed_option = f"{where}.image_embed_dim"
     text = None if online else config.text
     _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    _check_one_vector(store, config.text_embed)
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
     if config.transcription is not None:
@@ -114,6 +115,19 @@ def _check_encoder(
             f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
             f"{option.rpartition('.')[2]}={groups[encoder].dim}"
         )
+
+
+def _check_one_vector(store: Store, encoder: str | None) -> None:
+    """Refuses an encoder of tokens as `text_embed`, by the first shards."""
+    if encoder is None or encoder not in store.manifest.texts:
+        return  # refused by name
+    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+        most = max(store.shard(shard).text[encoder].num_tokens, default=1)
+        if most != 1:
+            raise TrainError(
+                f"text_embed: {encoder!r} has {most} vectors for a caption; name an encoder of one, such as "
+                f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
+            )
 
 
 def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:

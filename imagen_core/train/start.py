@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from imagen_core.train.checkpoint import LoadedDenoiser
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.distributed import like, local
-from imagen_core.train.errors import TrainError
+from imagen_core.train.errors import CheckpointError, TrainError
 
 LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
 """(place of a checkpoint, which of its weights) -> the model."""
@@ -44,7 +44,10 @@ def start_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> S
             none has.
     """
     assert config.init_from is not None
-    loaded = load(config.init_from, config.init_weights)
+    try:
+        loaded = load(config.init_from, config.init_weights)
+    except CheckpointError as error:
+        raise TrainError(f"init_from: {error}") from error
     source = loaded.denoiser.state_dict()
     parameters = dict(model.named_parameters())
     fits = {name for name, p in parameters.items() if name in source and source[name].shape == p.shape}

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import MachineError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.fingerprint import differences
 from stages.captions import NORMALISATION
@@ -230,12 +230,12 @@ class EncoderConfig(FrozenModelConfig):
         """Refuses captions longer than the model's table of positions.
 
         Raises:
-            MachineError: with both numbers.
+            ConfigError: with both numbers.
         """
         if positions is not None and self.max_tokens > positions:
-            raise MachineError(
-                f"encoders.{self.name}.max_tokens: {self.max_tokens}, but {self.model} takes at most {positions} "
-                f"tokens; give encoders: [{{name: {self.name}, max_tokens: {positions}, ...}}]"
+            raise ConfigError(
+                f"encoder {self.name}: max_tokens is {self.max_tokens}, but {self.model} takes at most {positions} "
+                f"tokens; set its max_tokens to {positions} or less"
             )
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError
+from pipeline.executors.base import usable_cpus
 from stages.encoders.base import FrozenModelConfig
 from stages.encoders.model_files import ModelFiles
 
@@ -24,6 +25,15 @@ def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, t
         torch.set_num_threads(num_threads)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.compute_dtype]
     return torch.device("cuda" if use_gpu else "cpu"), dtype
+
+
+def threads_of_process() -> int:
+    """Threads for a model that shares this process with others: torch's own number, which heeds OMP_NUM_THREADS, but
+    not more than the CPUs that may be used.
+    """
+    import torch
+
+    return min(torch.get_num_threads(), usable_cpus())
 
 
 def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -> Any:

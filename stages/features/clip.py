@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.executors.base import usable_cpus
 from stages.captions import clean_caption
 from stages.encoders.base import EncoderIdentity
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageModelConfig
+from stages.encoders.loading import threads_of_process
 from stages.features.base import Extracted
 from stages.images.resample import center_square
 
@@ -47,13 +47,23 @@ class ClipFeatures(Config):
     def fingerprint(self) -> Mapping[str, object]:
         return self.identity.fingerprint
 
+    def check_captions(self) -> None:
+        """Raises ConfigError if captions of max_tokens are longer than the model takes."""
+        self._captions().identify()
+
     def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
-        encoder = self._pictures().load(usable_cpus())
+        encoder = self._pictures().load(threads_of_process())
         rows = encoder.encode(center_square(pixels) for pixels in pictures).embeddings
         return Extracted({"features": np.concatenate(rows)})
 
     def extract_captions(self, captions: Sequence[str]) -> Extracted:
-        config = ClipTextConfig(
+        config = self._captions()
+        config.identify()
+        encoded = config.load(threads_of_process()).encode([clean_caption(caption) for caption in captions])
+        return Extracted({"features": np.concatenate(encoded.embeddings)}, {"captions_cut": encoded.num_truncated})
+
+    def _captions(self) -> ClipTextConfig:
+        return ClipTextConfig(
             name="clip",
             model=self.model,
             revision=self.revision,
@@ -61,9 +71,6 @@ class ClipFeatures(Config):
             compute_dtype=self.compute_dtype,
             max_tokens=self.max_tokens,
         )
-        config.identify()
-        encoded = config.load(usable_cpus()).encode([clean_caption(caption) for caption in captions])
-        return Extracted({"features": np.concatenate(encoded.embeddings)}, {"captions_cut": encoded.num_truncated})
 
     def _pictures(self) -> ClipImageModelConfig:
         return ClipImageModelConfig(

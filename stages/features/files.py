@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from imagen_core.evaluation.checks import check_rows
 from pipeline.errors import ConfigError
 from pipeline.files import commit_file, temporary_name
 from stages.features.base import Extracted
@@ -64,6 +65,10 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
         raise ConfigError(
             f"{field}: {path} holds {found.rows.dtype} {found.rows.shape}; give floats of shape (pictures, dim)"
         )
+    try:
+        check_rows(f"{field}: {path}", found.rows)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return found
 
 

@@ -43,10 +43,12 @@ class Example(Config):
     """A text, or null."""
     shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle()
     """One of two."""
-    items: tuple[Item, ...] = (Item(name="first"), Item(name="second"))
+    items: tuple[Item, ...] = Field(default=(Item(name="first"), Item(name="second")), min_length=1)
     """A list with a default."""
     inner: Inner = Inner()
     """A group."""
+    extra: Inner | None = None
+    """A group, or null."""
 
 
 def load(*overrides: str, yaml: Path | None = None) -> Example:
@@ -117,7 +119,7 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("items.2.size_px=1", "override 'items.2.size_px=1': items has items 0..1, got '2'"),
         ("items.0.name.x=1", "override 'items.0.name.x=1': items.0.name is a plain value, not a group"),
         ("cuont=1", "cuont: unknown key (got 1); did you mean 'count'?"),
-        ("zzz=1", "zzz: unknown key (got 1); known keys: count, inner, items, label, shape"),
+        ("zzz=1", "zzz: unknown key (got 1); known keys: count, extra, inner, items, label, shape"),
         ("inner.flga=true", "inner.flga: unknown key (got True); did you mean 'flag'?"),
         ("items.0.sizepx=1", "items.0.sizepx: unknown key (got 1); did you mean 'size_px'?"),
         ("shape.radius=1", "shape.radius: unknown key (got 1); did you mean 'radius_px'?"),
@@ -134,6 +136,8 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("inner.words=a", "inner.words: input should be a list (got 'a')"),
         ("items=3", "items: input should be a list (got 3)"),
         ("shape.side_px=a", "shape.side_px: unknown key (got 'a')"),
+        ("extra.flga=1", "extra.flga: unknown key (got 1); did you mean 'flag'?"),
+        ("extra.zzz=1", "extra.zzz: unknown key (got 1); known keys: flag, words"),
     ],
 )
 def test_a_wrong_override_says_path_value_and_remedy(override: str, says: str) -> None:
@@ -151,6 +155,14 @@ def test_each_problem_has_its_line() -> None:
         "items.1.size_px",
         "inner.flga",
     ]
+
+
+def test_an_empty_list_is_not_blamed_for_its_bad_item() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("items=[{name: a, size_px: 0}]")
+    assert str(caught.value) == "items.0.size_px: input should be greater than or equal to 1 (got 0)"
+    with pytest.raises(ConfigError, match=r"^items: list should have at least 1 item after validation, not 0"):
+        load("items=[]")
 
 
 def test_a_long_value_is_not_repeated() -> None:

@@ -100,8 +100,8 @@ def test_what_cannot_be_imported_exactly_is_refused(directory: Path, tmp_path: P
         assert words in result.err
         assert not (tmp_path / "refused").exists()
 
-    write(parameters, settings | {"attend_at_middle": True})
-    refused("attend_at_middle is true")
+    write(parameters, settings | {"depth": 2})
+    refused("depth: not a setting")
     write(parameters, settings | {"dim": 16})
     refused("does not fit the settings in parameters/: ")
     write(parameters, settings)

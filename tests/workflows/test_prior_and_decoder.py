@@ -140,11 +140,8 @@ def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, 
     ("name", "change", "message"),
     [
         ("prior", "text_embed=null", "text_embed is None: a prior reads it"),
-        (
-            "prior",
-            "text_embed=tokens",
-            "network.dim is 16, but the embeddings of 'tokens' in the store are 24",
-        ),
+        ("prior", "text_embed=tokens", "text_embed: 'tokens' has "),
+        ("prior", "text_embed=clip denoiser.network.dim=9", "network.dim is 9, but the embeddings of 'clip' in the"),
         ("prior", "image_embed=dino", "the store has no picture encoder 'dino' (picture encoders: ['clip'])"),
         ("prior", "grid_every_steps=2", "grid_every_steps is for pictures"),
         ("decoder", "image_embed=null", "image_embed is None: a prior and a decoder"),
@@ -154,7 +151,7 @@ def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, 
 def test_settings_that_do_not_fit_are_refused_by_name(
     work: Path, tmp_path: Path, name: str, change: str, message: str
 ) -> None:
-    result = train(work, name, tmp_path / "out", change)
+    result = train(work, name, tmp_path / "out", *change.split())
     assert result.code == 2
     assert message in result.err
 

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "SuperTest",
         {"text_embed_dim": 24, "lowres_cond": True, "layer_attns": (False, True), "layer_cross_attns": True},
     ),
+    "attention in the middle": ("BaseTest", {"text_embed_dim": 24, "attend_at_middle": True, "attn_heads": 2}),
 }
 
 
