@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig, pad_text
-from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance
+from imagen_core.diffusion import Denoiser, DenoiserConfig, DiffusionConfig
+from imagen_core.diffusion.schedules import Discrete
+from imagen_core.models.conditioning import Conditioning
 from imagen_core.samplers import Inpaint
 from tests.imagen_core.models.small import random_weights
 
@@ -127,8 +129,63 @@ def test_without_captions_guidance_has_no_effect() -> None:
     torch.testing.assert_close(plain, guided)
 
 
-def test_each_stage_has_its_own_settings() -> None:
-    assert stage(8, guidance={"text": 3.0, "low_res": 2.0}).sampling.guidance == Guidance(text=3.0, low_res=2.0)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"guidance": {"text": 4.0}},
+        {"guidance": {"text": 2.0, "low_res": 3.0}},
+        {"sampler": {"kind": "ddim"}},
+        {"grid": {"kind": "karras", "rho": 2}},
+        {"threshold": {"kind": "none"}},
+        {"num_steps": 2},
+        {"low_res_sigma": 0.4},
+    ],
+    ids=str,
+)
+def test_each_stage_has_its_own_settings(cascade: Cascade, setting: dict[str, object]) -> None:
+    base, enlarging = cascade.stages[:2]
+    settings = SamplingConfig.model_validate(enlarging.sampling.model_dump() | setting)
+    plain = draw(Cascade([base, enlarging], ENCODER), [0])
+    changed = draw(Cascade([base, replace(enlarging, sampling=settings)], ENCODER), [0])
+    torch.testing.assert_close(changed[8], plain[8], rtol=0, atol=0)
+    assert not torch.allclose(changed[16], plain[16], rtol=1e-3, atol=1e-3)
+
+
+def test_each_stage_visits_the_levels_of_its_own_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedules = [Discrete(num_steps=steps, beta=beta) for steps, beta in ((4, "cosine"), (3, "jsd"))]
+    stages = []
+    for one, schedule in zip((stage(8), stage(16, 8)), schedules, strict=True):
+        config = one.config.model_copy(update={"diffusion": DiffusionConfig(schedule=schedule, objective="v")})
+        sampling = {"sampler": {"kind": "ddim"}, "grid": {"kind": "uniform"}, "num_steps": schedule.num_steps}
+        stages.append(CascadeStage(Denoiser(config).double(), SamplingConfig.model_validate(sampling)))
+    seen: dict[int, list[float]] = {8: [], 16: []}
+    network = Denoiser.network
+
+    def note(self: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
+        seen[x.shape[-1]].append(float(sigma[0]))
+        return network(self, x, sigma, conditioning)
+
+    monkeypatch.setattr(Denoiser, "network", note)
+    draw(Cascade(stages, ENCODER), [0])
+    for levels, schedule in zip(seen.values(), schedules, strict=True):
+        assert levels == pytest.approx(schedule.sigmas().flip(0).tolist(), rel=1e-9)
+
+
+def test_one_stage_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu:0 stands for the device and cpu for main memory: one place under two names."""
+    two = Cascade([stage(8), stage(16, 8)], ENCODER)
+    number = {id(stage.denoiser): index for index, stage in enumerate(two.stages)}
+    events: list[tuple[object, ...]] = []
+    move = Denoiser.to
+
+    def note(self: Denoiser, device: torch.device | str, dtype: torch.dtype | None = None) -> Denoiser:
+        events.append((number[id(self)], str(device)))
+        return move(self, device=device, dtype=dtype)
+
+    monkeypatch.setattr(Denoiser, "to", note)
+    draw(two, [0], device="cpu:0", on_step=lambda index, done, total, x: events.append((index, f"step {done}")))
+    steps = [f"step {done}" for done in (1, 2, 3)]
+    assert events == [(index, event) for index in (0, 1) for event in ("cpu:0", *steps, "cpu")]
 
 
 def test_steps_are_reported() -> None:

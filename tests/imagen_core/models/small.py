@@ -1,5 +1,6 @@
 """Small UNets and inputs for the tests of this folder."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -64,6 +65,24 @@ def random_weights(module: ModuleT, seed: int = 0) -> ModuleT:
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
             parameter.copy_(values)
     return module
+
+
+def calls_of(blocks: Sequence[nn.Module], model: nn.Module, *arguments: Any) -> tuple[list[int], list[int]]:
+    """How often each block is called in the model's forward pass, and then in the backward pass."""
+    counts = [0] * len(blocks)
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            counts[index] += 1
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(count(index))
+    loss = model(*arguments).square().mean()
+    forward = list(counts)
+    loss.backward()
+    return forward, [total - before for total, before in zip(counts, forward, strict=True)]
 
 
 def inputs(

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
+from imagen_core.models.block import Block
 from imagen_core.models.conditioning import Conditioning
 from imagen_core.models.hybrid import HybridUNet
-from imagen_core.models.hybrid_blocks import GlobalContext
+from imagen_core.models.hybrid_blocks import CrossEmbed, GlobalContext, TransformerBlock
 from imagen_core.models.hybrid_config import HybridUNetConfig
-from tests.imagen_core.models.small import TEXT_DIM, captions, other_conditions, random_weights
+from imagen_core.models.resblock import ResBlock, StandardizedConv2d
+from tests.imagen_core.models.small import TEXT_DIM, calls_of, captions, other_conditions, random_weights
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paddle": {},
@@ -136,6 +139,93 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
         model(*inputs(model)).square().sum().backward()
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_every_block_is_computed_again_in_the_backward_pass_where_asked(recomputes: bool) -> None:
+    model = unet(initial_res_block=True, activation_checkpointing=recomputes)
+    blocks = [module for module in model.modules() if isinstance(module, Block | TransformerBlock)]
+    forward, backward = calls_of(blocks, model, *inputs(model))
+    assert forward == [1] * len(blocks)
+    assert backward == [int(recomputes)] * len(blocks)
+
+
+def test_depth_and_linear_attention_are_set_by_level() -> None:
+    model: Any = unet(
+        attention_levels=("linear", True), cross_attention_levels=(True, "linear"), transformer_depth=(1, 3)
+    )
+    levels = [*model.down, *model.up]
+    pixels = [[layer.attention.linear for layer in level.transformer.layers] for level in levels]
+    conditions = [level.first.layer.text_attention.attention.linear for level in levels]
+    assert pixels == [[True], [False] * 3, [False] * 3, [True]]
+    assert conditions == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("halve", "kernels_and_strides"),
+    [("pixel_unshuffle", [(1, 1)]), ("conv", [(4, 2)]), ("cross_embed", [(2, 2), (4, 2)])],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_levels_halve_by_the_convolutions_asked_for(
+    halve: str, kernels_and_strides: list[tuple[int, int]], before: bool
+) -> None:
+    model: Any = unet(halve=halve, memory_efficient=before)
+    first = model.down[0]
+    changed = (first.after, first.before)[before]
+    convs = [module for module in changed.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.kernel_size[0], conv.stride[0]) for conv in convs] == kernels_and_strides
+    assert any(isinstance(module, nn.PixelUnshuffle) for module in changed.modules()) == (halve == "pixel_unshuffle")
+
+
+def test_convolutions_of_several_kernels_stand_side_by_side() -> None:
+    embed = random_weights(CrossEmbed(3, 8, kernels=(2, 4), stride=2).double())
+    x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    two, four = embed.convs
+    result = embed(x)
+    assert result.shape == (1, 8, 3, 3)
+    windows = nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)  # (1, 3, 3, 3, 4, 4)
+    small = torch.einsum("bchwij,ocij->bohw", windows[..., 1:3, 1:3], two.weight) + two.bias[:, None, None]
+    large = torch.einsum("bchwij,ocij->bohw", windows, four.weight) + four.bias[:, None, None]
+    torch.testing.assert_close(result, torch.cat([small, large], dim=1))
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_every_resblock_has_standardised_kernels_where_asked(standardized: bool) -> None:
+    blocks = [m for m in unet(weight_standardization=standardized).modules() if isinstance(m, ResBlock)]
+    kinds = {type(conv) for block in blocks for conv in (block.conv1, block.conv2)}
+    assert kinds == {StandardizedConv2d if standardized else nn.Conv2d}
+
+
+def test_every_resblock_has_the_dropout_asked_for() -> None:
+    assert {m.dropout.p for m in unet(dropout=0.25).modules() if isinstance(m, ResBlock)} == {0.25}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_skips_are_scaled_where_asked(scaled: bool) -> None:
+    model: Any = unet(scale_skips=scaled)
+    made, joined = [], []
+    for block in model.down[0].blocks:
+        block.register_forward_hook(lambda _, __, result: made.append(result))
+    model.up[-1].blocks[-1].register_forward_pre_hook(lambda _, arguments: joined.append(arguments[0]))
+    model(*inputs(model))
+    torch.testing.assert_close(joined[0][:, -16:], made[0] * (0.5**0.5 if scaled else 1.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("combines", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_last_block_reads_the_first_convolution_and_every_level_where_asked(
+    combines: bool, residual: bool
+) -> None:
+    model: Any = unet(combine_up_features=combines, init_residual=residual)
+    made, joined = {}, []
+    model.conv_in.register_forward_hook(lambda _, __, result: made.update(first=result))
+    if combines:
+        model.combiner.register_forward_hook(lambda _, __, result: made.update(levels=torch.cat(result, dim=1)))
+    model.final.register_forward_pre_hook(lambda _, arguments: joined.append(arguments[0]))
+    model(*inputs(model))
+    wanted = [made[name] for name, there in (("levels", combines), ("first", residual)) if there]
+    assert joined[0].shape[1] == 16 * (1 + 2 * combines + residual)
+    torch.testing.assert_close(joined[0][:, 16:], torch.cat([joined[0][:, :0], *wanted], dim=1), rtol=0, atol=0)
 
 
 @torch.no_grad()

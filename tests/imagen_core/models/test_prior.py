@@ -91,6 +91,32 @@ def test_a_caption_or_embedding_that_is_not_kept_is_not_seen() -> None:
     assert not torch.allclose(first[0], second[0])
 
 
+def test_no_token_sees_a_later_one() -> None:
+    """The noisy embedding comes after 12 tokens of the caption, one of its embedding and one of the time."""
+    model = network()
+    x, c_noise, conditioning = inputs(model)
+    seen: list[Tensor] = []
+    model.layers[-1].register_forward_hook(lambda _, __, tokens: seen.append(tokens))
+    model(x, c_noise, conditioning)
+    model(x.flip(1), c_noise, conditioning)
+    assert seen[0].shape == (2, 12 + 1 + 1 + 1 + 1, 16)
+    changed = (seen[0] != seen[1]).any(dim=-1)
+    assert changed.tolist() == [[False] * 14 + [True] * 2] * 2
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_rotary_positions_alone_tell_the_order_of_tokens(rotary: bool) -> None:
+    """With one layer and without the bias of distances, the last token would see the others as a set."""
+    model = network(depth=1, rotary=rotary)
+    with torch.no_grad():
+        model.bias.embedding.weight.zero_()
+    x, c_noise, conditioning = inputs(model)
+    assert conditioning.text is not None
+    swapped = replace(conditioning, text=conditioning.text[:, [1, 0, *range(2, 6)]])
+    one, other = (model(x, c_noise, c) for c in (conditioning, swapped))
+    assert torch.allclose(one, other, rtol=1e-9, atol=1e-9) != rotary
+
+
 def test_causal_attention_with_bias_and_fixed_cosine_scale_is_the_sum_written_out() -> None:
     attention = random_weights(
         Attention(

@@ -8,7 +8,7 @@ from imagen_core.models.block import Block, Level, typed
 from imagen_core.models.count import build_on_meta
 from imagen_core.models.presets import PRESETS
 from imagen_core.models.regular import RegularUNet
-from imagen_core.models.resblock import ResBlock
+from imagen_core.models.resblock import RepeatConv, ResBlock
 from tests.imagen_core.models.small import NO_EFFECT, blocks_of, inputs, random_weights, regular
 
 # time, low-res time, pooling, tokens, pooled text to time, down with the first convolution, middle, up, end
@@ -99,6 +99,34 @@ def test_ways_to_change_resolution_all_train(options: dict[str, object]):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any() or name in NO_EFFECT, name
+
+
+@pytest.mark.parametrize(
+    ("options", "halves", "doubles"),
+    [
+        ({}, nn.Conv2d, nn.ConvTranspose2d),
+        ({"resample_with_conv": False}, nn.AvgPool2d, nn.ConvTranspose2d),
+        ({"upsample": "repeat_conv"}, nn.Conv2d, RepeatConv),
+        ({"resblock_updown": True}, ResBlock, ResBlock),
+    ],
+    ids=["convolutions", "average", "repeat", "resblocks"],
+)
+def test_resolution_is_changed_by_the_layers_asked_for(options: dict[str, object], halves: type, doubles: type):
+    unet = regular(**options).build()
+    assert type(typed(unet.down, Level)[0].resample.layer) is halves
+    assert type(typed(unet.up, Level)[0].resample.layer) is doubles
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_the_first_convolution_has_the_kernel_asked_for(kernel: int):
+    assert regular(init_kernel_size=kernel).build().conv_in.weight.shape == (32, 3, kernel, kernel)
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_every_resblock_scales_and_shifts_or_adds_as_asked(scale_shift: bool):
+    blocks = [m for m in regular(scale_shift=scale_shift).build().modules() if isinstance(m, ResBlock)]
+    assert {b.scale_shift for b in blocks} == {scale_shift}
+    assert {b.time.out_features / b.conv1.out_channels for b in blocks} == {1 + scale_shift}
 
 
 def test_low_resolution_changes_halve_and_double():

@@ -183,6 +183,7 @@ def test_places_of_other_sides_are_stretched():
 def test_the_encoder_knows_order_lines_and_the_noise_level(positions: str):
     config = TranscriptionConfig.model_validate(WRITING | {"positions": positions})
     encoder = random_weights(TranscriptionEncoder(config, 10).double())
+    assert [encoder.bias is not None, encoder.rotary is not None] == [positions == "relative", positions == "rotary"]
     time = torch.zeros(1, 10, dtype=torch.float64)
 
     def encode(text: str, level: float = 0.0) -> Tensor:

@@ -9,7 +9,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from imagen_core.models import UNetConfig
-from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, inputs, random_weights
+from imagen_core.models.attention import Attention
+from imagen_core.models.block import Block
+from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding
+from imagen_core.models.resblock import ResBlock
+from imagen_core.models.text import AttentionPooling, MeanPooling
+from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, calls_of, inputs, random_weights
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 OPTIONS: list[dict[str, Any]] = [
@@ -28,7 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def build(family: str, **changes: Any) -> tuple[Any, nn.Module]:
+def build(family: str, **changes: Any) -> tuple[Any, Any]:
     config = FAMILIES[family](**changes)
     return config, random_weights(config.build()).eval()
 
@@ -115,6 +120,56 @@ def test_recomputing_activations_does_not_change_gradients(family: str):
     arguments = inputs(config)
     for one, other in zip(gradients(unet, *arguments), gradients(recomputing, *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@FAMILY
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_every_block_is_computed_again_in_the_backward_pass_where_asked(family: str, recomputes: bool):
+    config, unet = build(family, activation_checkpointing=recomputes)
+    blocks = [module for module in unet.modules() if isinstance(module, Block)]
+    forward, backward = calls_of(blocks, unet, *inputs(config))
+    assert forward == [1] * len(blocks)
+    assert backward == [int(recomputes)] * len(blocks)
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [({"head_dim": 16}, {32: (2, 16), 64: (4, 16)}), ({"num_heads": 2}, {32: (2, 16), 64: (2, 32)})],
+    ids=str,
+)
+def test_heads_are_by_width_or_by_number(family: str, options: dict[str, Any], heads: dict[int, tuple[int, int]]):
+    _, unet = build(family, **options)
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    widths = [attention.to_q.in_features for attention in attentions]
+    assert set(widths) == ({32, 64} if family == "efficient" else {64})
+    assert [(a.num_heads, a.head_dim) for a in attentions] == [heads[width] for width in widths]
+
+
+@FAMILY
+def test_every_resblock_has_the_dropout_asked_for(family: str):
+    _, unet = build(family, dropout=0.25)
+    assert {module.dropout.p for module in unet.modules() if isinstance(module, ResBlock)} == {0.25}
+
+
+@FAMILY
+@pytest.mark.parametrize(("pooling", "kind"), [("attention", AttentionPooling), ("mean", MeanPooling)])
+@pytest.mark.parametrize("null_token", [False, True])
+def test_captions_are_read_as_asked(family: str, pooling: str, kind: type, null_token: bool):
+    _, unet = build(family, pooling=pooling, null_token=null_token)
+    text = unet.inputs.text
+    assert type(text.pool) is kind
+    assert (text.null_token is not None) == null_token
+
+
+@FAMILY
+@pytest.mark.parametrize("frequencies", [None, 16])
+def test_noise_levels_are_embedded_as_asked(family: str, frequencies: int | None):
+    options = {"low_res": True, "low_res_noise": True, "learned_fourier_frequencies": frequencies}
+    _, unet = build(family, **options)
+    for embedding in (unet.inputs.time.embedding, unet.inputs.low_res_time.embedding):
+        assert type(embedding) is (SinusoidalEmbedding if frequencies is None else LearnedFourierEmbedding)
+        assert embedding.out_dim == (32 if frequencies is None else 2 * 16 + 1)
 
 
 @FAMILY

@@ -122,6 +122,24 @@ def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[s
     assert (loaded.encoder is None) == (changes.get("text", "t5") is None)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_pictures_lie_in_memory_as_asked(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
+    seen: list[tuple[bool, ...]] = []
+    original = TrainingLoss.forward
+
+    def note(self: TrainingLoss, example: Example) -> torch.Tensor:
+        kernels = [p for p in self.denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        tensors = [*kernels, example.x0]
+        seen.append(tuple({t.is_contiguous(memory_format=torch.channels_last) for t in tensors}))
+        return original(self, example)
+
+    monkeypatch.setattr(TrainingLoss, "forward", note)
+    train(make_config(store, num_steps=1, channels_last=channels_last), tmp_path)
+    assert seen == [(channels_last,)]
+
+
 def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_path: Path) -> None:
     recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True, "dropout": 0.2}}
     keeping = BASE | {"unet": BASE_UNET | {"dropout": 0.2}}

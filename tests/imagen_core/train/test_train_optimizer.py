@@ -105,6 +105,11 @@ def test_what_is_no_regular_expression_is_refused() -> None:
         OptimizerConfig.model_validate({"groups": [{"match": "unet.("}]})
 
 
+def test_every_group_is_updated_by_the_fused_kernel() -> None:
+    _, optimizer = grouped({"match": "text", "lr": 0.02})
+    assert [group["fused"] for group in optimizer.param_groups] == [True] * 4
+
+
 def test_the_update_is_adamws() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, in float64."""
     model = nn.Linear(3, 2, dtype=torch.float64)
