@@ -39,9 +39,8 @@ def start_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> S
     """Copies weights of equal name and shape from `init_from`, which `load` reads; all processes must call it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        TrainError: with init_mismatch=error a tensor of the model or of the checkpoint has no counterpart; with skip
-            none has.
+        TrainError: there is no such checkpoint, or it is damaged; with init_mismatch=error a tensor of the model or
+            of the checkpoint has no counterpart; with skip none has.
     """
     assert config.init_from is not None
     try:

@@ -248,6 +248,22 @@ def test_what_cannot_be_judged_is_named(tmp_path: Path, config: dict, words: str
     assert "Traceback" not in result.err
 
 
+def test_what_is_wrong_with_the_judge_is_found_before_anything_is_drawn(
+    cascade: Path, clip: Path, tmp_path: Path
+) -> None:
+    result = evaluate(tmp_path / "out", "clip.max_tokens=900", **sweep(cascade, clip))
+    assert result.code == 2
+    assert "encoder clip: max_tokens is 900, but" in result.err
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_features_that_are_not_finite_are_named_by_key_and_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0.0], [np.nan]]))
+    result = evaluate(tmp_path / "out", generated={"kind": "features", "path": f"{tmp_path}/a.npy"})
+    assert result.code == 2
+    assert f"generated.path: {tmp_path}/a.npy: 1 rows are not finite, the first is row 1" in result.err
+
+
 def test_a_pickled_array_is_not_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     result = evaluate(tmp_path / "out", generated={"kind": "features", "path": f"{tmp_path}/a.npy"})

@@ -24,6 +24,8 @@ from imagen_core.train.evaluation import draw_grid, validation_loss
 from imagen_core.train.example import make_example
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
+from stages.sample import prepare
+from stages.sample_config import SampleConfig
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
 from tests.pictures import plain_png
@@ -158,6 +160,10 @@ def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
         result = call("run", "sample", "--out", str(out), "--quiet", "device=cpu", f"stages={stage}", *options)
         assert result.code == 0, result.err
         return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
+
+    config = SampleConfig.model_validate({"stages": [{"checkpoint": str(tmp_path / "model")}], "labels": [0]})
+    swept = prepare(config).with_guidance(3.0, "all").cascade.stages[0].sampling.guidance
+    assert (swept.labels, swept.text) == (3, 1)
 
     pictures = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
     assert not np.array_equal(pictures[0], pictures[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def test_training_leaves_checkpoints_metrics_and_a_summary(work: Path) -> None:
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert not any(path.suffix in (".pt", ".pth", ".pkl", ".ckpt") for path in out.rglob("*"))
     status = json.loads(call("status", str(out), "--json").out)
-    assert (status["workflow"], status["outcome"]) == ("train", "finished")
+    assert (status["workflow"], status["outcome"], status["metrics"]) == ("train", "finished", lines[-1])
+    assert re.search(r"^step +6 *$", call("status", str(out)).out, re.MULTILINE)
 
 
 def test_the_same_command_again_trains_no_step(work: Path) -> None:
