@@ -85,6 +85,10 @@ class AttentionUNetConfig(UNetBaseConfig):
     no_tokens, so that it does not depend on the caption's length either."""
     learned_fourier_frequencies: int | None = None
     """Learned time embedding with so many frequencies; null: fixed sinusoids."""
+    init_kernel_size: int = Field(default=3, ge=1)
+    """Side of the first convolution."""
+    scale_shift: bool = True
+    """The time vector scales and shifts the second norm of a ResBlock; false: it is added."""
 
     @property
     def time_dim(self) -> int:
@@ -110,6 +114,8 @@ class AttentionUNetConfig(UNetBaseConfig):
         """Raises ValueError if attention reads conditions that are not there, or if inputs do not fit together."""
         self.check_inputs()
         self.check_image_size(len(self.channel_mult), self.sides_divisor)
+        if self.init_kernel_size % 2 == 0:
+            raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
         resolutions = () if self.transcription is None else self.transcription.resolutions

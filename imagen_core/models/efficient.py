@@ -74,7 +74,8 @@ class EfficientUNet(nn.Module):
         last = len(widths) - 1
         attends = any(config.attention_levels) and config.attention_type != "self"
         self.inputs = Inputs(config, config.context_dim, attends=attends)
-        self.conv_in = nn.Conv2d(config.input_channels, widths[0], 3, padding=1)
+        kernel = config.init_kernel_size
+        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             entry, count = widths[max(level - 1, 0)], config.num_res_blocks[level]
@@ -120,6 +121,7 @@ class EfficientUNet(nn.Module):
                 before,
                 after,
                 config.time_dim,
+                scale_shift=config.scale_shift,
                 dropout=config.dropout,
                 always_project_skip=True,
                 skip_scale=math.sqrt(0.5) if config.scale_skips else 1.0,

@@ -98,28 +98,27 @@ PRESETS: dict[str, Preset] = {
     "2b_res_64_cond512": Preset(_base(512, 512), 2_059_415_044, f"{_NEMO} base64-2b as first released, cond_dim 512"),
     "2b_res_64_t5xxl": Preset(_base(512, 2048, 4096), 2_183_754_244, f"{_NEMO} base64-2b, {_T5}"),
     "400m_res_256": Preset(
-        _regular_sr(noise=True), 408_350_468, f"{_NEMO} sr256-400m-edm (published as 429M; see sr256_400m_eff)"
+        _regular_sr(noise=True), 408_350_468, f"{_NEMO} sr256-400m (published as 429M; see sr256_400m_eff)"
     ),
-    "400m_res_256_plain": Preset(_regular_sr(noise=False), 408_021_764, f"{_NEMO} sr256-400m, {_PLAIN}"),
-    "400m_res_256_t5xxl": Preset(
-        _regular_sr(noise=True, text_dim=4096), 411_505_412, f"{_NEMO} sr256-400m-edm, {_T5}"
-    ),
+    "400m_res_256_plain": Preset(_regular_sr(noise=False), 408_021_764, f"{_NEMO} sr256-400m-edm, {_PLAIN}"),
+    "400m_res_256_t5xxl": Preset(_regular_sr(noise=True, text_dim=4096), 411_505_412, f"{_NEMO} sr256-400m, {_T5}"),
     "450m_res_256": Preset(
         _regular_sr(noise=False, attention_type="stacked"), 568_675_844, f"{_NEMO} sr256-450m-edm, stacked attention"
     ),
-    "600m_res_256": Preset(
-        _efficient_sr(256, noise=True, attention_type="fused"), 646_023_428, f"{_NEMO} sr256-600m-edm-noise"
-    ),
+    "600m_res_256": Preset(_efficient_sr(256, noise=True, attention_type="fused"), 646_023_428, f"{_NEMO} sr256-600m"),
     "600m_res_256_plain": Preset(
         _efficient_sr(256, noise=False, attention_type="fused"), 645_694_724, f"{_NEMO} sr256-600m, {_PLAIN}"
     ),
     "600m_res_256_stacked": Preset(
-        _efficient_sr(256, noise=True, attention_type="stacked"), 700_610_308, f"{_NEMO} launcher's sr256-600m"
+        _efficient_sr(256, noise=True, attention_type="stacked"), 700_610_308, f"{_NEMO} sr256-600m-edm-noise"
+    ),
+    "600m_res_256_stacked_plain": Preset(
+        _efficient_sr(256, noise=False, attention_type="stacked"), 700_281_604, f"{_NEMO} sr256-600m-edm"
     ),
     "600m_res_256_t5xxl": Preset(
         _efficient_sr(256, noise=True, attention_type="fused", text_dim=4096),
         701_119_748,
-        f"{_NEMO} sr256-600m-edm-noise, {_T5}",
+        f"{_NEMO} sr256-600m, {_T5}",
     ),
     "600m_res_1024": Preset(
         _efficient_sr(1024, noise=True, attention_type="cross"),

@@ -30,10 +30,6 @@ class RegularUNetConfig(AttentionUNetConfig):
     """Sides in pixels at which each ResBlock is followed by attention."""
     cond_dim: int = Field(default=512, ge=1)
     """Width the text is projected to."""
-    init_kernel_size: int = 3
-    """Side of the first convolution."""
-    scale_shift: bool = True
-    """The time vector scales and shifts the second norm of a ResBlock; false: it is added."""
     resblock_updown: bool = False
     """Change resolution in ResBlocks."""
     resample_with_conv: bool = True

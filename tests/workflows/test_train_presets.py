@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from imagen_core.diffusion import DenoiserConfig
 from imagen_core.models.count import count_parameters
 from pipeline.config import load_config
 from pipeline.presets import find_config, list_presets
@@ -44,6 +45,30 @@ def test_every_published_run_ships() -> None:
     wanted = {f"nemo-{name}" for name in nemo} | {f"paddle-{name}" for name in paddle}
     wanted |= {f"minimagen-{name}" for name in ("base", "super", "base-test", "super-test")}
     assert wanted | {"demo-base", "demo-sr", "demo-words"} == set(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "objective", "noise"),
+    [
+        ("base64-500m", "500m_res_64", "edm", False),
+        ("base64-500m-edm", "500m_res_64", "edm", False),
+        ("base64-500m-online-encoding", "500m_res_64", "eps", False),
+        ("base64-2b", "2b_res_64", "edm", False),
+        ("sr256-400m", "400m_res_256", "edm", True),
+        ("sr256-400m-edm", "400m_res_256_plain", "edm", False),
+        ("sr256-450m-edm", "450m_res_256", "edm", False),
+        ("sr256-600m", "600m_res_256", "edm", True),
+        ("sr256-600m-edm", "600m_res_256_stacked_plain", "edm", False),
+        ("sr256-600m-edm-noise", "600m_res_256_stacked", "edm", True),
+        ("sr1024-600m", "600m_res_1024", "edm", True),
+    ],
+)
+def test_nemos_runs_have_the_settings_of_its_files(name: str, preset: str, objective: str, noise: bool) -> None:
+    denoiser = load_config(TrainWorkflowConfig, find_config("train", f"nemo-{name}")).denoiser
+    assert isinstance(denoiser, DenoiserConfig)
+    assert count_parameters(denoiser.unet) == TABLE[preset]
+    assert (denoiser.diffusion.objective, denoiser.low_res_noise is not None) == (objective, noise)
+    assert denoiser.unet.low_res_noise == noise
 
 
 def test_shipped_sampling_configurations_load() -> None:

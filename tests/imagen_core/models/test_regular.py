@@ -117,18 +117,6 @@ def test_resolution_is_changed_by_the_layers_asked_for(options: dict[str, object
     assert type(typed(unet.up, Level)[0].resample.layer) is doubles
 
 
-@pytest.mark.parametrize("kernel", [3, 7])
-def test_the_first_convolution_has_the_kernel_asked_for(kernel: int):
-    assert regular(init_kernel_size=kernel).build().conv_in.weight.shape == (32, 3, kernel, kernel)
-
-
-@pytest.mark.parametrize("scale_shift", [True, False])
-def test_every_resblock_scales_and_shifts_or_adds_as_asked(scale_shift: bool):
-    blocks = [m for m in regular(scale_shift=scale_shift).build().modules() if isinstance(m, ResBlock)]
-    assert {b.scale_shift for b in blocks} == {scale_shift}
-    assert {b.time.out_features / b.conv1.out_channels for b in blocks} == {1 + scale_shift}
-
-
 def test_low_resolution_changes_halve_and_double():
     config = regular()
     unet = config.build()

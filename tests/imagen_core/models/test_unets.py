@@ -14,7 +14,7 @@ from imagen_core.models.block import Block
 from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding
 from imagen_core.models.resblock import ResBlock
 from imagen_core.models.text import AttentionPooling, MeanPooling
-from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, calls_of, inputs, random_weights
+from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, calls_of, efficient, inputs, random_weights, regular
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 OPTIONS: list[dict[str, Any]] = [
@@ -257,3 +257,20 @@ def test_a_configuration_survives_json(family: str, options: dict[str, Any]):
 def test_wrong_configurations_are_refused_with_the_values(family: str, changes: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         FAMILIES[family](**changes)
+
+
+@pytest.mark.parametrize("family", [regular, efficient])
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_the_first_convolution_has_the_kernel_asked_for(family, kernel: int):
+    config = family(init_kernel_size=kernel)
+    assert config.build().conv_in.weight.shape == (32, config.input_channels, kernel, kernel)
+    with pytest.raises(ValidationError, match=r"init_kernel_size must be odd \(got 4\)"):
+        family(init_kernel_size=4)
+
+
+@pytest.mark.parametrize("family", [regular, efficient])
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_every_resblock_scales_and_shifts_or_adds_as_asked(family, scale_shift: bool):
+    blocks = [m for m in family(scale_shift=scale_shift).build().modules() if isinstance(m, ResBlock)]
+    assert {b.scale_shift for b in blocks} == {scale_shift}
+    assert {b.time.out_features / b.conv1.out_channels for b in blocks} == {1 + scale_shift}
