@@ -76,9 +76,12 @@ def _network(path: Path, config: Any) -> dict[str, Any]:
     """The tensors of the UNet by name."""
     from imagen_core.models.nemo import unet_weights
 
-    state = _member(path, _WEIGHTS, partial(load_tensors, name=str(path))) if path.suffix == ".nemo" else None
+    if path.suffix == ".nemo":
+        state = _member(path, _WEIGHTS, partial(load_tensors, name=str(path)))
+    else:
+        state = _checkpoint(path)["state_dict"]
     try:
-        return unet_weights(_checkpoint(path)["state_dict"] if state is None else state, config.unet)
+        return unet_weights(state, config.unet)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
 

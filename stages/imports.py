@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
+from zipfile import is_zipfile
 
 import yaml
 
@@ -65,13 +66,16 @@ def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
 def load_tensors(file: Path | BinaryIO, name: str) -> Any:
     """What `torch.save` wrote, if it is tensors and plain data only; nothing of the file runs.
 
+    Of a file on disk only the tensors that are used come into memory, not an optimizer's beside them.
+
     Raises:
         ConfigError: it is something else, or cannot be read.
     """
     import torch
 
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        mapped = isinstance(file, Path) and is_zipfile(file)  # torch maps no file of its older format
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
 
