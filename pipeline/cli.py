@@ -291,8 +291,11 @@ def report(
 
 @app.command("import")
 def import_(
-    kind: Annotated[Literal["minimagen"], typer.Argument(help="Whose training directory it is.")],
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="The training directory.")],
+    kind: Annotated[Literal["minimagen", "nemo"], typer.Argument(help="Whose model it is.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="MinImagen: the training directory. NeMo: a .nemo or .ckpt a stage."),
+    ],
     out: Annotated[str, typer.Option(help="New folder for a checkpoint of each stage, and sample.yaml.")],
     encoder_model: Annotated[
         str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
@@ -300,7 +303,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make checkpoints of another system's trained model; `pipeline run sample` draws with them."""
-    _stage_command(f"import-{kind}", directory, as_json, out=out, encoder_model=encoder_model)
+    _stage_command(f"import-{kind}", paths, as_json, out=out, encoder_model=encoder_model)
 
 
 @app.command()
@@ -434,7 +437,7 @@ def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
     raise typer.Exit(int(str(result["exit_code"])))
 
 
-def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
+def _stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points.
 
     It returns (JSON-able result, lines for people, exit code).

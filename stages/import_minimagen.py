@@ -5,17 +5,15 @@ DIR/state_dicts/unet_0_state_*.pth ...                          best weights; DI
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import EXIT_OK, ConfigError, first_line
-from pipeline.files import write_text
-from stages.encoders.t5 import T5EncoderConfig
+from pipeline.errors import ConfigError
+from stages.imports import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
 from stages.verify import CommandResult
 
 MODELS = {
@@ -29,38 +27,32 @@ _READ |= {"text_embed_dim", "dynamic_thresholding_percentile"}
 _NOT_READ = {"cond_drop_prob", "auto_normalize_img", "only_train_unet_number"}  # of training
 
 
-def import_minimagen(folder: str, *, out: str, encoder_model: str | None = None) -> CommandResult:
+def import_minimagen(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
     """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, MinImagen's way to draw.
 
     Args:
-        folder: the training directory.
+        paths: the training directory.
         encoder_model: where its text encoder is (hub id or folder), if not on the hub under its name.
     Raises:
         ConfigError: the directory is not complete, or has a setting without a counterpart here.
         MachineError: the text encoder cannot be found.
     """
-    root, target = Path(folder), Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty; give a new folder")
+    if len(paths) != 1:
+        raise ConfigError(f"give one training directory of MinImagen (got {len(paths)} paths)")
+    root, target = Path(paths[0]), new_folder(out)
     unets = [_settings(root, f"unet_{index}_") for index in range(_count(root))]
     imagen = _settings(root, "imagen_")
     unknown = sorted(imagen.keys() - _READ - _NOT_READ)
     if unknown:
         raise ConfigError(f"{root}/parameters: {', '.join(unknown)}: not a setting of MinImagen's Imagen known here")
-    encoder = _encoder(imagen, encoder_model)
+    encoder = t5_facts(_encoder_model(imagen, encoder_model), _MAX_TOKENS, imagen.get("text_embed_dim"))
     files = [_weights_file(root, index) for index in range(len(unets))]
-    configs = [_denoiser(index, settings, imagen, encoder["dim"]) for index, settings in enumerate(unets)]
-    for path, config in zip(files, configs, strict=True):  # before anything is written
-        _tensors(path, config)
-    stages, rows = [], []
-    for index, (weights, config) in enumerate(zip(files, configs, strict=True)):
-        path = _write(target / f"unet-{index}", weights, config, encoder)
-        stages.append({"checkpoint": str(target.absolute() / f"unet-{index}"), "sampling": _sampling(imagen)})
-        rows.append({"stage": index, "weights": str(weights), "checkpoint": str(path)})
-    write_text(target / "sample.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False))
-    lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
-    lines.append(f"draw: pipeline run sample -c {target}/sample.yaml --out pictures 'prompts=[...]'")
-    return {"stages": rows, "sample": str(target / "sample.yaml")}, lines, EXIT_OK
+    stages = []
+    for index, (file, settings) in enumerate(zip(files, unets, strict=True)):
+        config = _denoiser(index, settings, imagen, encoder["dim"])
+        network = partial(_network, file, config)
+        stages.append(ImportedStage(str(file), config, _sampling(imagen), _MAX_TOKENS, network))
+    return write_stages(target, stages, encoder)
 
 
 def _count(root: Path) -> int:
@@ -94,21 +86,14 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _encoder(imagen: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    """Name, dim, dtype and fingerprint, as of a store's text group."""
+def _encoder_model(imagen: Mapping[str, Any], model: str | None) -> str:
     name = imagen.get("text_encoder_name")
     if name not in MODELS and model is None:
         raise ConfigError(
             f"text_encoder_name: {name!r} is no encoder of MinImagen ({', '.join(MODELS)}); say which model it is "
             "with --encoder-model"
         )
-    config = T5EncoderConfig(
-        name="t5", model=model or MODELS[str(name)], max_tokens=_MAX_TOKENS, compute_dtype="float32"
-    )
-    identity = config.identify()
-    if imagen.get("text_embed_dim") not in (None, identity.dim):
-        raise ConfigError(f"text_embed_dim is {imagen['text_embed_dim']}, but {config.model} is {identity.dim} wide")
-    return {"name": "t5", "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+    return model or MODELS[str(name)]
 
 
 def _denoiser(index: int, settings: Mapping[str, Any], imagen: Mapping[str, Any], text_dim: int) -> Any:
@@ -149,26 +134,11 @@ def _sampling(imagen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(weights: Path, config: Any) -> dict[str, Any]:
-    """The tensors of a denoiser by name."""
-    import torch
-
+def _network(weights: Path, config: Any) -> dict[str, Any]:
+    """The tensors of the UNet by name."""
     from imagen_core.models.minimagen import unet_weights
 
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise ConfigError(f"{weights}: cannot be read as tensors ({first_line(error)})") from error
-    try:
-        return {f"net.{name}": values for name, values in unet_weights(state, config.unet).items()}
+        return unet_weights(load_tensors(weights, str(weights)), config.unet)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{weights}: does not fit the settings in parameters/: {error}") from error
-
-
-def _write(run: Path, weights: Path, config: Any, encoder: Mapping[str, Any]) -> Path:
-    """One checkpoint, in a folder like that of a training."""
-    from imagen_core.train.checkpoint import write_checkpoint
-
-    facts = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": _MAX_TOKENS}}
-    facts |= {"denoiser": config.model_dump(mode="json"), "encoder": dict(encoder), "imported_from": str(weights)}
-    return write_checkpoint(run / "checkpoints", 0, {"model": _tensors(weights, config)}, facts)

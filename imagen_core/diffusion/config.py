@@ -100,6 +100,8 @@ class DenoiserConfig(Config):
     """Noise-conditioning augmentation of the low-resolution picture."""
     low_res_upsampling: Upsampling = "bicubic"
     """How the low-resolution picture is brought to size_px, in training and sampling."""
+    low_res_noise_at: Literal["size_px", "low_res_px"] = "size_px"
+    """Size at which it gets its noise: when it is enlarged, or before, so that the noise is enlarged too (NeMo)."""
 
     @model_validator(mode="after")
     def _check(self) -> "DenoiserConfig":
@@ -114,6 +116,11 @@ class DenoiserConfig(Config):
             raise ValueError("low_res_noise: unet.low_res_noise reads a noise level; give {kind: lognormal}")
         if self.low_res_noise is not None and self.low_res_px is None:
             raise ValueError("low_res_noise needs low_res_px: a base model has no low-resolution picture")
+        if self.low_res_noise_at == "low_res_px" and self.low_res_upsampling != "bicubic_unclipped":
+            raise ValueError(
+                "low_res_noise_at=low_res_px needs low_res_upsampling=bicubic_unclipped, as the others clip what has "
+                f"noise on it (got {self.low_res_upsampling})"
+            )
         channels = self.unet.in_channels, self.unet.out_channels
         if is_learned(self.diffusion.variance) and channels[1] != 2 * channels[0]:
             raise ValueError(

@@ -59,16 +59,22 @@ class Denoiser(nn.Module):
         """Adds the low-resolution picture of a super-resolution stage.
 
         Args:
-            low_res: (b, c, h, w) in [-1, 1], of any size; upsampled to the size of `noise`.
+            low_res: (b, c, h, w) in [-1, 1], of any size; upsampled to the size of `noise`. With
+                low_res_noise_at=low_res_px it is no larger, and its noise is the first rows and columns of `noise`.
             sigma: (b,), noise level to put on it; 0 for none.
             noise: (b, c, H, W), standard normal, of the size of x.
         """
         assert isinstance(self.config, DenoiserConfig)
-        upsampled = upsample(low_res, noise.shape[-1], self.config.low_res_upsampling)
+        size_px, mode = noise.shape[-1], self.config.low_res_upsampling
         if self.config.low_res_noise is None:
-            return replace(conditioning, low_res=upsampled)
+            return replace(conditioning, low_res=upsample(low_res, size_px, mode))
         sigma = sigma.to(noise.dtype)
-        noised = add_low_res_noise(upsampled, sigma, noise, self.coefficients(sigma).input)
+        scale = self.coefficients(sigma).input
+        if self.config.low_res_noise_at == "low_res_px":
+            part = noise[..., : low_res.shape[-2], : low_res.shape[-1]]
+            noised = upsample(add_low_res_noise(low_res, sigma, part, scale), size_px, mode)
+        else:
+            noised = add_low_res_noise(upsample(low_res, size_px, mode), sigma, noise, scale)
         if not self.config.unet.low_res_noise:
             return replace(conditioning, low_res=noised)
         schedule = self.config.low_res_noise.schedule

@@ -62,21 +62,26 @@ class UniformNoise(Config):
 LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind")]
 
 
-Upsampling = Literal["bicubic", "bilinear", "nearest", "cubic_reflect"]
+Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cubic_reflect"]
 """cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on a picture reflected at its edges, for whole factors
-(MinImagen); bicubic has a = -3/4 and repeats the edges."""
+(MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
 
 
 def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Tensor:
-    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), clipped to [-1, 1]; antialiased if it shrinks."""
+    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), antialiased if it shrinks.
+
+    Clipped to [-1, 1], but for bicubic_unclipped.
+    """
     if low_res.shape[-1] == low_res.shape[-2] == size_px:
         return low_res
     if mode == "cubic_reflect":
         return _cubic_reflect(low_res, size_px)
     if mode == "nearest":
         return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact").clamp(-1, 1)
-    shrinks = low_res.shape[-1] > size_px
-    return F.interpolate(low_res, size=(size_px, size_px), mode=mode, antialias=shrinks).clamp(-1, 1)
+    size, shrinks = (size_px, size_px), low_res.shape[-1] > size_px
+    if mode == "bicubic_unclipped":
+        return F.interpolate(low_res, size=size, mode="bicubic", antialias=shrinks)
+    return F.interpolate(low_res, size=size, mode=mode, antialias=shrinks).clamp(-1, 1)
 
 
 def _cubic_reflect(low_res: Tensor, size_px: int) -> Tensor:

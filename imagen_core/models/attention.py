@@ -158,18 +158,37 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_
     return (q.softmax(dim=-1) * q.shape[-1] ** -0.5) @ values
 
 
+class TokenGroupNorm(nn.GroupNorm):
+    """Group norm of a context: groups of channels have one mean and variance over all tokens, padding too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, l, c) -> (b, l, c)."""
+        return super().forward(input.transpose(1, 2)).transpose(1, 2)
+
+
 class PixelAttention(nn.Module):
     """Attention over the pixels of a picture, normalised, zero at the start, with a residual."""
 
     def __init__(
-        self, dim: int, *, kind: AttentionKind, head_dim: int, context_dim: int | None = None, num_groups: int = 32
+        self,
+        dim: int,
+        *,
+        kind: AttentionKind,
+        head_dim: int,
+        context_dim: int | None = None,
+        num_groups: int = 32,
+        group_context: bool = False,
     ):
+        """`group_context`: a `TokenGroupNorm` of the context, else a norm of each token."""
         super().__init__()
         if dim % head_dim:
             raise ValueError(f"attention: {dim} channels are not a multiple of head_dim {head_dim}")
         self.norm = nn.GroupNorm(num_groups, dim)
         self.norm_keys = nn.GroupNorm(num_groups, dim) if kind == "fused" else None
-        self.norm_context = nn.LayerNorm(context_dim or 0) if kind != "self" else None
+        self.norm_context = None
+        if kind != "self":
+            width = context_dim or 0
+            self.norm_context = TokenGroupNorm(num_groups, width) if group_context else nn.LayerNorm(width)
         self.attention = Attention(
             dim, kind=kind, num_heads=dim // head_dim, head_dim=head_dim, context_dim=context_dim
         )
@@ -202,13 +221,20 @@ class FeedForward(nn.Module):
 class StackedAttention(nn.Module):
     """A transformer block between two projections: self attention, cross attention, feed-forward; with a residual."""
 
-    def __init__(self, dim: int, *, head_dim: int, context_dim: int, num_groups: int = 32):
+    def __init__(
+        self, dim: int, *, head_dim: int, context_dim: int, num_groups: int = 32, group_context: bool = False
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, dim)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.self_attention = PixelAttention(dim, kind="self", head_dim=head_dim, num_groups=num_groups)
         self.cross_attention = PixelAttention(
-            dim, kind="cross", head_dim=head_dim, context_dim=context_dim, num_groups=num_groups
+            dim,
+            kind="cross",
+            head_dim=head_dim,
+            context_dim=context_dim,
+            num_groups=num_groups,
+            group_context=group_context,
         )
         self.feed_forward = FeedForward(dim, num_groups=num_groups)
         self.proj_out = zero_(nn.Conv2d(dim, dim, 1))

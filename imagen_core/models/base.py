@@ -80,6 +80,10 @@ class AttentionUNetConfig(UNetBaseConfig):
     """How the caption becomes one vector, added to the time vector."""
     null_token: bool = False
     """One learned token beside every caption (NeMo: use_null_token)."""
+    padded_tokens: int | None = Field(default=None, ge=1)
+    """Captions are padded with zeros to so many tokens, which their pooling sees, and attention normalises groups of
+    channels over all of them; mean pooling is of the projected tokens (NeMo: token_length). null: padding is never
+    seen, and each token has its own norm."""
     dropped_caption: DroppedCaption = "zero_tokens"
     """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
     no_tokens, so that it does not depend on the caption's length either."""

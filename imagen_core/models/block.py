@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from imagen_core.models.attention import ModuleT, PixelAttention, StackedAttention
-from imagen_core.models.base import AttentionType, AttentionUNetConfig
+from imagen_core.models.base import AttentionUNetConfig
 from imagen_core.models.inputs import Context
 from imagen_core.models.resblock import ResBlock
 from imagen_core.models.transcription_attention import TranscriptionAttention
@@ -56,11 +56,13 @@ def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, 
             raise ValueError(f"{option} does not divide the {width} channels of a level with attention")
 
 
-def make_attention(kind: AttentionType, width: int, head_dim: int, cond_dim: int) -> nn.Module:
+def make_attention(config: AttentionUNetConfig, width: int, cond_dim: int) -> nn.Module:
     """Attention of `width` channels over pixels, or pixels and text tokens of width cond_dim."""
+    kind, head_dim, grouped = config.attention_type, config.head_width(width), config.padded_tokens is not None
     if kind == "stacked":
-        return StackedAttention(width, head_dim=head_dim, context_dim=cond_dim)
-    return PixelAttention(width, kind=kind, head_dim=head_dim, context_dim=None if kind == "self" else cond_dim)
+        return StackedAttention(width, head_dim=head_dim, context_dim=cond_dim, group_context=grouped)
+    context_dim = None if kind == "self" else cond_dim
+    return PixelAttention(width, kind=kind, head_dim=head_dim, context_dim=context_dim, group_context=grouped)
 
 
 def make_transcription_attention(

@@ -128,8 +128,7 @@ class EfficientUNet(nn.Module):
             )
             attention = None
             if last and config.attention_levels[level]:
-                head_dim = config.head_width(after)
-                attention = make_attention(config.attention_type, after, head_dim, config.context_dim)
+                attention = make_attention(config, after, config.context_dim)
             writing = make_transcription_attention(config, level, after, up=up) if last else None
             blocks.append(Block(layer, attention, writing))
         return blocks

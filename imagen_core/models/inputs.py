@@ -57,6 +57,7 @@ class Inputs(nn.Module):
                 pooling=config.pooling,
                 null_token=config.null_token,
                 dropped_caption=config.dropped_caption,
+                padded_tokens=config.padded_tokens,
                 attended=attends,
             )
         self.image_embed = None

@@ -1,12 +1,12 @@
 """MinImagen's UNets as Hybrid UNets: settings and weights (AssemblyAI's MinImagen 0.0.6, minimagen/Unet.py)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from imagen_core.models.foreign import fitted
 from imagen_core.models.hybrid_config import HybridUNetConfig
 from imagen_core.models.hybrid_presets import MINIMAGEN
 
@@ -105,26 +105,19 @@ def unet_weights(state: Mapping[str, Tensor], config: HybridUNetConfig) -> dict[
     Raises:
         ValueError: a tensor is missing, not known, or of another shape.
     """
-    with torch.device("meta"):
-        wanted = {name: parameter.shape for name, parameter in config.build().named_parameters()}
-    converted: dict[str, Tensor] = {}
+    return fitted(_named(state, last_in_middle=1 + config.middle_attention), config)
+
+
+def _named(state: Mapping[str, Tensor], *, last_in_middle: int) -> Iterator[tuple[str, str, Tensor]]:
     for name, values in state.items():
         if name.endswith(".beta"):  # buffers of norms without bias
             if values.any():
                 raise ValueError(f"{name} is not zero, but MinImagen never trains it")
             continue
-        mine = our_name(name).replace(_LAST_IN_MIDDLE, f"middle.{1 + config.middle_attention}")
+        mine = our_name(name).replace(_LAST_IN_MIDDLE, f"middle.{last_in_middle}")
         if mine.endswith("hidden.0.weight"):  # there sines come first, here cosines
             values = values.roll(values.shape[1] // 2, dims=1)
-        shape = wanted.get(mine)
-        if shape is None or [n for n in values.shape if n > 1] != [n for n in shape if n > 1]:
-            expected = "no such tensor" if shape is None else f"shape {tuple(shape)}"
-            raise ValueError(f"{name} has shape {tuple(values.shape)}, these settings make {expected}")
-        converted[mine] = values.reshape(shape).float()
-    missing = sorted(wanted.keys() - converted.keys())
-    if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, among them the one that is {missing[0]} here")
-    return converted
+        yield name, mine, values
 
 
 def our_name(name: str) -> str:

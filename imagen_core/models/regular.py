@@ -32,6 +32,8 @@ class RegularUNetConfig(AttentionUNetConfig):
     """Width the text is projected to."""
     resblock_updown: bool = False
     """Change resolution in ResBlocks."""
+    resblock_upsample: Literal["repeat", "conv_transpose"] = "repeat"
+    """How ResBlocks double: repeat pixels (ADM), or a transposed convolution for each branch (NeMo)."""
     resample_with_conv: bool = True
     """Halve with a strided convolution; false: average-pool. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
@@ -144,12 +146,12 @@ class RegularUNet(nn.Module):
         )
 
     def _attention(self, width: int) -> nn.Module:
-        config = self.config
-        return make_attention(config.attention_type, width, config.head_width(width), config.cond_dim)
+        return make_attention(self.config, width, self.config.cond_dim)
 
     def _resample(self, how: Resample, width: int) -> "Block":
         if self.config.resblock_updown:
-            return Block(self._res(width, width, how), None)
+            learned = how == "up" and self.config.resblock_upsample == "conv_transpose"
+            return Block(self._res(width, width, "up_learned" if learned else how), None)
         if how == "down":
             return Block(
                 nn.Conv2d(width, width, 3, stride=2, padding=1) if self.config.resample_with_conv else nn.AvgPool2d(2),

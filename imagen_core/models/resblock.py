@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from imagen_core.models.attention import zero_
 from imagen_core.models.inputs import Context
 
-Resample = Literal["none", "down", "up"]
+Resample = Literal["none", "down", "up", "up_learned"]
 
 
 class ResBlock(nn.Module):
@@ -43,7 +43,8 @@ class ResBlock(nn.Module):
             always_project_skip: a 1x1 convolution on the skip branch even where the widths agree.
             skip_scale: factor on the skip branch; 1/sqrt(2) in Efficient UNets.
             scale_shift: False: the time vector is only added (DDPM, Ho et al. 2020).
-            resample: average-pool or repeat both branches by 2 between the first norm and convolution.
+            resample: average-pool or repeat both branches by 2 between the first norm and convolution; up_learned: a
+                transposed convolution for each branch.
             zero_init: the last convolution starts at zero.
             conv_first: convolution, norm, SiLU, twice, the first norm scaled and shifted (DALLE2-pytorch); else norm,
                 SiLU, convolution, twice, the second norm scaled and shifted.
@@ -53,6 +54,10 @@ class ResBlock(nn.Module):
         """
         super().__init__()
         self.resample: Resample = resample
+        self.doubling = None
+        if resample == "up_learned":
+            layers = [nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1) for _ in range(2)]
+            self.doubling = nn.ModuleList(layers)
         self.skip_scale, self.scale_shift = skip_scale, scale_shift
         self.conv_first = conv_first
         conv = StandardizedConv2d if weight_standardization else nn.Conv2d
@@ -81,7 +86,9 @@ class ResBlock(nn.Module):
             h = F.silu(self.norm2(self.conv2(self.dropout(h))))
         else:
             h = F.silu(self.norm1(x))
-            if self.resample != "none":
+            if self.doubling is not None:
+                h, x = self.doubling[0](h), self.doubling[1](x)
+            elif self.resample != "none":
                 h, x = resample(h, self.resample), resample(x, self.resample)
             h = self.conv1(h)
             h = h if self.text_attention is None else self.text_attention(h, context)

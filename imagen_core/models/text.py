@@ -48,6 +48,7 @@ class TextConditioning(nn.Module):
         pooling: Pooling = "attention",
         null_token: bool = False,
         dropped_caption: DroppedCaption = "zero_tokens",
+        padded_tokens: int | None = None,
         attended: bool = True,
     ):
         """
@@ -55,14 +56,19 @@ class TextConditioning(nn.Module):
             dropped_caption: what a row that is not kept attends to: as many zero embeddings as its caption has
                 tokens (NeMo Imagen), or none, as if the caption were empty.
             null_token: adds one learned token to every context, never masked.
+            padded_tokens: captions get zeros up to so many tokens, masked in the context but not in the pooling; mean
+                pooling is of the context (NeMo Imagen).
             attended: False for a model without text attention: then there is no context.
         """
         super().__init__()
         self.text_dim = text_dim
-        self.dropped_caption = dropped_caption
+        self.dropped_caption, self.padded_tokens, self.attended = dropped_caption, padded_tokens, attended
         self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
-        self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
-        self.to_context = nn.Linear(text_dim, cond_dim) if attended else None
+        averages_context = padded_tokens is not None and pooling == "mean"
+        self.pooled = None
+        if not averages_context:
+            self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
+        self.to_context = nn.Linear(text_dim, cond_dim) if attended or averages_context else None
         self.to_time = nn.Sequential(
             nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
@@ -73,15 +79,33 @@ class TextConditioning(nn.Module):
         text, mask = kept_text(conditioning, self.text_dim)
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
-        text = text.to(next(self.pooled.parameters()).dtype)
-        vector = self.to_time(self.pooled(self.pool(text, mask)))
-        if self.to_context is None:
+        text, seen = text.to(next(self.to_time.parameters()).dtype), mask
+        if self.padded_tokens is not None:
+            text, mask = _padded(text, mask, self.padded_tokens)
+            seen = torch.ones_like(mask)
+        context = None if self.to_context is None else self.to_context(text)
+        if self.pooled is not None:
+            pooled = self.pooled(self.pool(text, seen))
+        else:
+            assert context is not None
+            pooled = self.pool(context, seen)
+        vector = self.to_time(pooled)
+        if context is None or not self.attended:
             return None, None, vector
-        context = self.to_context(text)
         if self.null_token is not None:
             null = self.null_token.to(context.dtype).expand(len(context), 1, -1)
             context, mask = torch.cat([null, context], dim=1), F.pad(mask, (1, 0), value=True)
         return context, mask, vector
+
+
+def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """(b, l, text_dim) and (b, l) with zeros up to `num_tokens`; ValueError if there are more."""
+    missing = num_tokens - text.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"conditioning.text: {text.shape[1]} tokens, this model reads at most {num_tokens}; lower max_tokens"
+        )
+    return F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
 
 
 def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:

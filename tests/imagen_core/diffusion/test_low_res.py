@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from imagen_core.diffusion import Denoiser, DenoiserConfig
 from imagen_core.diffusion.low_res import LogNormalNoise, UniformNoise, add_low_res_noise, upsample
 from imagen_core.diffusion.schedules import LogNormal, LogSnrLinear
 from imagen_core.models import Conditioning
@@ -124,6 +126,24 @@ def test_upsampling_is_bicubic_and_stays_in_range():
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest", "cubic_reflect"])
 def test_every_way_to_upsample_stays_in_range(mode):
     assert upsample(torch.full((1, 3, 4, 4), 1.3), 8, mode).max() == 1
+
+
+def test_unclipped_a_picture_may_overshoot():
+    checkers = (torch.arange(8) % 2 * 2.0 - 1).expand(1, 1, 8, 8)
+    assert float(upsample(checkers, 32, "bicubic_unclipped").abs().max()) > 1.1
+
+
+def test_noise_at_the_small_size_is_enlarged_with_the_picture():
+    config = small_super_denoiser().config.model_dump()
+    changes = {"low_res_noise_at": "low_res_px", "low_res_upsampling": "bicubic_unclipped"}
+    denoiser = Denoiser(DenoiserConfig.model_validate(config | changes))
+    small, noise, sigma = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
+    conditioning = denoiser.with_low_res(Conditioning(), small, sigma, noise)
+    scale = 1 / (sigma**2 + 0.25).sqrt()
+    noised = scale[:, None, None, None] * (small + sigma[:, None, None, None] * noise[..., :4, :4])
+    torch.testing.assert_close(conditioning.low_res, F.interpolate(noised, (8, 8), mode="bicubic"))
+    with pytest.raises(ValueError, match=r"needs low_res_upsampling=bicubic_unclipped.*\(got bicubic\)"):
+        DenoiserConfig.model_validate(config | {"low_res_noise_at": "low_res_px"})
 
 
 def test_a_picture_of_the_right_size_is_left_alone():

@@ -135,6 +135,27 @@ def test_no_mask_means_that_all_tokens_are_real():
         assert torch.equal(one, other)
 
 
+def test_with_padded_tokens_the_pooling_sees_zeros_up_to_so_many():
+    m, c = module(padded_tokens=9), conditioning((3, 5), 5)
+    assert c.text is not None
+    context, mask, vector = m(c)
+    assert context.shape == (2, 9, 8)
+    assert mask.sum(dim=1).tolist() == [3, 5]
+    scores = m.pool.score(c.text[0, :3])[:, 0].exp()
+    total = scores.sum() + 6 * m.pool.score.bias.exp()  # the score of a zero
+    pooled = (scores[:, None] * c.text[0, :3]).sum(0) / total
+    torch.testing.assert_close(vector[0], m.to_time(m.pooled(pooled)))
+    with pytest.raises(ValueError, match=r"10 tokens, this model reads at most 9; lower max_tokens"):
+        m(conditioning((3, 10), 10))
+
+
+def test_with_padded_tokens_a_mean_is_of_the_projected_tokens():
+    m, c = module(padded_tokens=9, pooling="mean"), conditioning()
+    context, _, vector = m(c)
+    assert m.pooled is None
+    torch.testing.assert_close(vector, m.to_time(context.mean(dim=1)))
+
+
 def test_missing_or_unfitting_text_is_refused():
     m = module()
     with pytest.raises(ValueError, match="this model reads captions"):
