@@ -47,8 +47,6 @@ _ONLY = {  # settings that have one value here, and why
     "init_conv_kernel_size": (3, "NeMo's last convolution would have that kernel too"),
 }
 _ONLY_EFFICIENT = {
-    "init_conv_kernel_size": (3, "the Efficient UNet's is 3"),
-    "scale_shift_norm": (True, "the Efficient UNet's ResBlocks always have it"),
     "stride": (2, "resolutions halve from level to level"),
 }
 _RULES = (  # names of NeMo -> ours; each is applied once, in this order
@@ -135,6 +133,7 @@ def unet_config(
         "num_heads": None if heads_by_width else unet["num_attn_heads"],
         "pooling": unet["feature_pooling_type"],
         "null_token": unet["use_null_token"],
+        "scale_shift": unet["scale_shift_norm"],
         "padded_tokens": token_length,
         "learned_fourier_frequencies": frequencies or None,
     }
@@ -144,6 +143,7 @@ def unet_config(
                 **common,
                 "num_res_blocks": unet["num_resblocks"],
                 "attention_levels": [bool(flag) for flag in unet["atnn_enabled_at"]],
+                "init_kernel_size": unet["init_conv_kernel_size"],
                 "scale_skips": unet["skip_connection_scaling"],
             }
         )
@@ -154,7 +154,6 @@ def unet_config(
             "attention_resolutions": _attending(unet),
             "cond_dim": unet["cond_dim"],
             "dropout": float(unet["dropout"]),
-            "scale_shift": unet["scale_shift_norm"],
             "resblock_updown": unet["resblock_updown"],
             "resblock_upsample": "conv_transpose",
             "resample_with_conv": unet["resample_with_conv"],

@@ -72,6 +72,7 @@ CASES = {
     "sr cross": efficient(DDPM, noise=False, attention_type="cross", feature_pooling_type="mean"),
     "sr stacked": efficient(EDM, noise=True, attention_type="stacked", per_head_channels=-1, num_attn_heads=4),
     "sr self": efficient(EDM, noise=False, attention_type="self", skip_connection_scaling=False),
+    "sr addition, larger first kernel": efficient(EDM, noise=False, scale_shift_norm=False, init_conv_kernel_size=7),
 }
 
 
