@@ -76,6 +76,9 @@ def _human(name: str, value: object) -> str:
         return human_bytes(value) if name.endswith("_bytes") else f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if any(isinstance(item, Mapping) for item in items):
+        return f"{len(items)} (--json shows them)"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_human(f'{name}.{key}', item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

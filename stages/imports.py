@@ -9,7 +9,7 @@ from zipfile import is_zipfile
 
 import yaml
 
-from pipeline.errors import EXIT_OK, ConfigError, first_line
+from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
 from pipeline.files import write_text
 from stages.encoders.t5 import T5EncoderConfig
 from stages.verify import CommandResult
@@ -57,7 +57,10 @@ def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
         MachineError: it cannot be found.
     """
     config = T5EncoderConfig(name="t5", model=model, max_tokens=max_tokens, compute_dtype="float32")
-    identity = config.identify()
+    try:
+        identity = config.identify()
+    except MachineError as error:
+        raise MachineError(f"{error}; or say with --encoder-model where it is") from error
     if dim not in (None, identity.dim):
         raise ConfigError(f"the network reads {dim}-wide embeddings, but {model} is {identity.dim} wide")
     return {"name": "t5", "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}

@@ -19,7 +19,12 @@ _PROMPTS_AT_ONCE = 1024
 
 
 def encode_prompts(
-    prompts: Sequence[str], trained_on: Mapping[str, Any], *, model: str | None = None, use_gpu: bool = True
+    prompts: Sequence[str],
+    trained_on: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    use_gpu: bool = True,
+    option: str = "encoder_model",
 ) -> list[np.ndarray]:
     """Loads the encoder of a checkpoint and encodes prompts with it.
 
@@ -27,6 +32,7 @@ def encode_prompts(
         prompts: texts of any length; cut at the encoder's max_tokens like captions.
         trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on.
         model: where the model is now (hub id or folder), if not where its name says.
+        option: the key of `model`, for messages.
     Returns:
         float (num_tokens, dim) arrays, rounded as the store rounds them.
     Raises:
@@ -36,7 +42,7 @@ def encode_prompts(
     bad = [prompt for prompt in prompts if not is_valid_text(prompt)]
     if bad:
         raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
-    encoder = load_encoder(trained_on, model, use_gpu=use_gpu, option="encoder_model=...")
+    encoder = load_encoder(trained_on, model, use_gpu=use_gpu, option=f"{option}=...")
     dtype = cast(StoreDtype, trained_on["dtype"])
     embeddings: list[np.ndarray] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):  # the encoder's float32 is larger than what is kept

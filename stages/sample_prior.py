@@ -37,9 +37,12 @@ class PriorDrawing:
         self._settings, self._device, self._config = settings, device, config
         use_gpu = device.type == "cuda"
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
-        self._vectors = Embeddings(config, vector, model=settings.encoder_model, use_gpu=use_gpu)
-        model = settings.encoder_model if _same_model(tokens, vector) else config.encoder_model
-        self._tokens = Embeddings(config, tokens, model=model, use_gpu=use_gpu)
+        own = "prior.encoder_model"
+        self._vectors = Embeddings(config, vector, model=settings.encoder_model, use_gpu=use_gpu, option=own)
+        model, option = settings.encoder_model, own
+        if not _same_model(tokens, vector):
+            model, option = config.encoder_model, "encoder_model"
+        self._tokens = Embeddings(config, tokens, model=model, use_gpu=use_gpu, option=option)
 
     @property
     def origin(self) -> dict[str, object]:

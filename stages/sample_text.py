@@ -17,10 +17,18 @@ from stages.sample_pictures import Picture
 class Embeddings:
     """Embeddings of prompts as the cascade was trained on; each prompt is encoded once."""
 
-    def __init__(self, config: SampleConfig, encoder: Mapping[str, Any] | None, *, model: str | None, use_gpu: bool):
+    def __init__(
+        self,
+        config: SampleConfig,
+        encoder: Mapping[str, Any] | None,
+        *,
+        model: str | None,
+        use_gpu: bool,
+        option: str = "encoder_model",
+    ):
         """`encoder` describes the one the model was trained on, None if it reads no captions; it is found at `model`,
-        if that is given."""
-        self._encoder, self._model, self._use_gpu = encoder, model, use_gpu
+        if that is given; `option` is its key, for messages."""
+        self._encoder, self._model, self._use_gpu, self._option = encoder, model, use_gpu, option
         self._stored = None if encoder is None else _stored_group(config, encoder)
         self._encoded: dict[str, np.ndarray] = {}
 
@@ -42,7 +50,9 @@ class Embeddings:
             return
         prompts = sorted({picture.prompt for picture in pictures} - self._encoded.keys())
         if prompts:
-            embeddings = encode_prompts(prompts, self._encoder, model=self._model, use_gpu=self._use_gpu)
+            embeddings = encode_prompts(
+                prompts, self._encoder, model=self._model, use_gpu=self._use_gpu, option=self._option
+            )
             self._encoded.update(zip(prompts, embeddings, strict=True))
 
     def of(self, pictures: Sequence[Picture]) -> list[np.ndarray] | None:

@@ -7,6 +7,7 @@ from imagen_core.memory import estimate_memory
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data import open_store, stored_sizes
+from imagen_core.train.optimizer import learning_rate
 from pipeline.storage import open_storage
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -42,6 +43,10 @@ def training_facts(config: TrainConfig, *, online: bool = False) -> Mapping[str,
         "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
         "steps": config.num_steps,
         "batch_size": config.batch_size,
+        "highest_learning_rate": max(
+            learning_rate(config.optimizer, step, config.num_steps)
+            for step in {0, min(config.optimizer.warmup_steps, config.num_steps - 1)}
+        ),
         "samples_seen": config.num_steps * config.batch_size,
         "store": config.store,
         "store_groups_needed": needed,

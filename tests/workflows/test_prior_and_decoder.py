@@ -192,8 +192,11 @@ def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeyp
     found = []
     for encoder in (loaded.encoder, other):
         monkeypatch.setattr(sample_prior, "load_checkpoint_from", lambda *_, e=encoder: replace(loaded, encoder=e))
-        monkeypatch.setattr(sample_prior, "Embeddings", lambda *_, model, use_gpu: found.append(model))
+        monkeypatch.setattr(
+            sample_prior, "Embeddings", lambda *_, **more: found.append((more["option"], more["model"]))
+        )
         prior = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
         config = SampleConfig(stages=({"checkpoint": "s"},), prior=prior, encoder_model="T5")  # type: ignore[arg-type]
         sample_prior.PriorDrawing(config, prior, torch.device("cpu"))
-    assert found == ["CLIP", "CLIP", "CLIP", "T5"]
+    own = ("prior.encoder_model", "CLIP")
+    assert found == [own, own, own, ("encoder_model", "T5")]
