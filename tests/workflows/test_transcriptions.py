@@ -120,12 +120,14 @@ def test_bad_words_are_named(work: Path, tmp_path: Path, override: str, words: s
 def test_a_model_that_reads_none_refuses_them_and_a_store_without_them_is_refused(work: Path, tmp_path: Path) -> None:
     changes = ["denoiser.unet.transcription=null", "denoiser.unet.num_classes=null"]
     assert train(work, "base", tmp_path / "base", *changes).code == 0
-    refused = sample(tmp_path, tmp_path / "s", "transcriptions=[AB]")
+    plain = "stages.0.sampling.guidance={}"
+    refused = sample(tmp_path, tmp_path / "s", plain, "transcriptions=[AB]")
     assert refused.code == 2
     assert "transcriptions: no stage reads them (got 'AB')" in refused.err
-    assert sample(tmp_path, tmp_path / "store", f"captions.path={work}/run", "captions.kind=store").code == 0
-    plain = ["source.num_samples=4", "source.dead_links=0", "images.sizes_px=[16]", "encoders=[]"]
-    assert precompute(tmp_path / "run", *plain).code == 0
+    assert sample(tmp_path, tmp_path / "store", plain, f"captions.path={work}/run", "captions.kind=store").code == 0
+    assert "guidance.transcription is 3, but the model was not trained with it" in sample(tmp_path, tmp_path / "s").err
+    unwritten = ["source.num_samples=4", "source.dead_links=0", "images.sizes_px=[16]", "encoders=[]"]
+    assert precompute(tmp_path / "run", *unwritten).code == 0
     result = train(work, "base", tmp_path / "b", f"store={tmp_path}/run/store")
     assert result.code != 0
     assert "has no transcriptions" in result.err
