@@ -125,7 +125,8 @@ def test_a_model_that_reads_none_refuses_them_and_a_store_without_them_is_refuse
     assert refused.code == 2
     assert "transcriptions: no stage reads them (got 'AB')" in refused.err
     assert sample(tmp_path, tmp_path / "store", plain, f"captions.path={work}/run", "captions.kind=store").code == 0
-    assert "guidance.transcription is 3, but the model was not trained with it" in sample(tmp_path, tmp_path / "s").err
+    weighed = sample(tmp_path, tmp_path / "w", "prompts=[a]")
+    assert "guidance.transcription is 3, but the model was not trained with it" in weighed.err
     unwritten = ["source.num_samples=4", "source.dead_links=0", "images.sizes_px=[16]", "encoders=[]"]
     assert precompute(tmp_path / "run", *unwritten).code == 0
     result = train(work, "base", tmp_path / "b", f"store={tmp_path}/run/store")
