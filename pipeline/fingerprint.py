@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 
 def canonical_json(value: object) -> str:
@@ -21,7 +22,9 @@ def text_digest(text: str) -> str:
 
 
 def differences(old: object, new: object, path: str = "") -> list[str]:
-    """One line for each leaf that differs: `path: old -> new`."""
+    """One line for each leaf that differs: `path: old -> new`; groups in lists of one length go by number."""
+    if _are_groups(old) and _are_groups(new) and len(old) == len(new):
+        old, new = ({str(number): group for number, group in enumerate(groups)} for groups in (old, new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for key in sorted({*old, *new}):
@@ -31,6 +34,10 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
     if canonical_json(old) == canonical_json(new):
         return []
     return [f"{path}: {_shown(old)} -> {_shown(new)}"]
+
+
+def _are_groups(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Mapping) for item in value)
 
 
 def _shown(value: object) -> str:

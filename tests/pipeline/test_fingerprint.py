@@ -57,6 +57,12 @@ def test_tuples_count_as_lists() -> None:
     assert differences({"a": (1, 2)}, {"a": [1, 2]}) == []
 
 
+def test_groups_in_lists_are_told_by_number() -> None:
+    old = {"stages": [{"a": 1, "b": {"c": 2}}, {"a": 3}]}
+    assert differences(old, {"stages": [{"a": 1, "b": {"c": 5}}, {"a": 3}]}) == ["stages.0.b.c: 2 -> 5"]
+    assert differences(old, {"stages": [{"a": 3}]}) == ['stages: [{"a":1,"b":{"c":2}},{"a":3}] -> [{"a":3}]']
+
+
 def test_each_leaf_that_differs_has_a_line() -> None:
     old = {"size": 64, "encoder": {"name": "t5", "tokens": 128, "hash": "abc"}, "gone": [1]}
     new = {"size": 256, "encoder": {"name": "t5", "tokens": 64, "hash": "abd"}, "new": None}
