@@ -6,7 +6,7 @@ from imagen_core.diffusion import DenoiserConfig
 from imagen_core.memory import estimate_memory
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data import open_store, stored_sizes
+from imagen_core.train.data import open_store, stored_sizes, training_samples
 from imagen_core.train.optimizer import learning_rate
 from pipeline.storage import open_storage
 
@@ -60,7 +60,7 @@ def training_facts(config: TrainConfig, *, online: bool = False) -> Mapping[str,
 def _store_state(config: TrainConfig, *, online: bool) -> str:
     """Whether the store is there and has what the run reads."""
     try:
-        samples = len(open_store(config, online=online)) - config.num_validation_samples
+        samples = len(training_samples(open_store(config, online=online), config))
     except (StoreError, TrainError) as error:
         if open_storage(config.store).size("manifest.json") is None:
             return "not there yet"

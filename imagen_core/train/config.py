@@ -180,6 +180,8 @@ class TrainConfig(Config):
     """Checkpoints of the least validation loss to keep beside them."""
     num_validation_samples: int = Field(default=0, ge=0)
     """The last samples of the store, kept out of training."""
+    samples: tuple[int, int] | None = None
+    """First sample of the store to train on, and the one after the last; null: all but the validation samples."""
     validate_every_steps: int = Field(default=1000, ge=1)
     """Steps between validation losses."""
     similarity_num_steps: tuple[int, ...] = (64,)

@@ -98,7 +98,17 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
         raise TrainError(
             f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
         )
+    chosen, end = training_samples(store, config), len(store) - config.num_validation_samples
+    if not (0 <= chosen.start < chosen.stop <= end):
+        raise TrainError(
+            f"samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for validation"
+        )
     return store
+
+
+def training_samples(store: Store, config: TrainConfig) -> range:
+    """Places in the store of the samples to train on."""
+    return range(*(config.samples or (0, len(store) - config.num_validation_samples)))
 
 
 def _check_encoder(
@@ -217,7 +227,7 @@ class BatchStream:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            samples=range(len(store) - config.num_validation_samples),
+            samples=training_samples(store, config),
             crop=random_views(config),
             shuffle_window_shards=config.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
@@ -228,7 +238,7 @@ class BatchStream:
             except ValueError as error:
                 raise TrainError(
                     f"the checkpoint's place in the data does not fit: {error}; store, seed and "
-                    "num_validation_samples must stay what they were, or begin in another --out"
+                    "samples must stay what they were, or begin in another --out"
                 ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._stopped = threading.Event()

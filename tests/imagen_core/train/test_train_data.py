@@ -53,6 +53,18 @@ def test_a_far_store_is_read_through_the_cache_a_few_shards_at_a_time(store: Pat
     assert [batch.keys for batch in resumed] == [batch.keys for batch in batches[6:]]
 
 
+def test_a_part_of_the_store_is_trained_on(store: Path) -> None:
+    everything = {key for batch in read(make_config(store), 5) for key in batch.keys}
+    parts = []
+    for part in ((0, 10), (10, 40)):
+        parts.append({key for batch in read(make_config(store, samples=part), 6) for key in batch.keys})
+    assert [len(part) for part in parts] == [10, 30]
+    assert parts[0] | parts[1] == everything
+    first = read(make_config(store, samples=(0, 10)), 1)[0]
+    with pytest.raises(TrainError, match=r"the checkpoint's place in the data does not fit: .*samples must stay"):
+        read(make_config(store, samples=(10, 40)), 1, state=first.loader_state)
+
+
 def test_validation_samples_are_never_in_a_batch(store: Path) -> None:
     config = make_config(store, num_validation_samples=10)
     keys = {key for batch in read(config, 12) for key in batch.keys}
@@ -260,6 +272,9 @@ def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> N
         ({"text": "clip"}, r"no encoder 'clip' \(encoders: \['t5'\]\)"),
         ({"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": 9}}}, "text_dim is 9, .* of 't5' .* 8 wide"),
         ({"num_validation_samples": 40}, "num_validation_samples is 40, but the store has 40 samples"),
+        ({"samples": (8, 41)}, r"samples: \[8, 41\] is no part of the 40 samples that are not for validation"),
+        ({"samples": (8, 38), "num_validation_samples": 4}, r"samples: \[8, 38\] is no part of the 36 samples"),
+        ({"samples": (5, 5)}, r"samples: \[5, 5\] is no part"),
     ],
 )
 def test_a_store_that_does_not_fit_is_refused(store: Path, changes: dict[str, Any], message: str) -> None:
