@@ -46,7 +46,7 @@ class TinyWorkflow(ShardedWorkflow):
         return workflow
 
     def plan(self, run: RunFolder) -> Plan:
-        return Plan((Tiny(),), lambda: shards(self.tasks), lambda run: {}, row_group="tiny")
+        return Plan((Tiny(),), lambda: shards(self.tasks), lambda *_: {}, row_group="tiny")
 
 
 def shards(number: int) -> Iterator[Shard]:
