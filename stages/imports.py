@@ -1,5 +1,6 @@
 """What the imports of other systems' models share: a checkpoint a stage, and files to draw and to train on with."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +87,14 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
 def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, where the
     tensors of a stage do not fit."""
-    for stage in stages:
-        stage.network()
     drawing, rows = [], []
     for index, stage in enumerate(stages):
         run = target / f"unet-{index}"
-        path = _write_checkpoint(run, stage, encoder)
+        try:
+            path = _write_checkpoint(run, stage, encoder)
+        except ConfigError:
+            shutil.rmtree(target, ignore_errors=True)  # it was a new folder
+            raise
         _write_yaml(
             run / "train.yaml",
             {
