@@ -1,16 +1,16 @@
 """The command line. Heavy modules are imported inside the commands, so that --help is quick."""
 
-import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli_stages import AsJson, print_json, stage_commands
 from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError
 from pipeline.signals import raise_when_preempted
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
 app.add_typer(config_app, name="config")
+app.add_typer(stage_commands)
 
 WorkflowArg = Annotated[str, typer.Argument(help="Name of the workflow, for example: precompute.")]
 Overrides = Annotated[
@@ -47,7 +48,6 @@ JobsAddress = Annotated[
 JobsAddressOrNone = Annotated[
     str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show a job of it.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -100,7 +100,7 @@ def run(
     except RunError as error:
         failure, summary = error, error.summary
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         from pipeline.show import show_summary
 
@@ -146,7 +146,7 @@ def plan(
 
     options = PlanOptions(probe, profile, rows, executor, save)
     result = _build(workflow, config, overrides).preview(out or f"runs/{workflow}", options)
-    _print_json(result) if as_json else show_preview(result)
+    print_json(result) if as_json else show_preview(result)
 
 
 @app.command()
@@ -180,7 +180,7 @@ def submit(
     if wait:
         _follow(jobs, job, as_json)
     elif as_json:
-        _print_json(jobs.status(job))
+        print_json(jobs.status(job))
 
 
 @app.command()
@@ -200,7 +200,7 @@ def status(
             _follow(jobs, run_folder, as_json)
             return
         job = jobs.status(run_folder)
-        _print_json(job) if as_json else show_job(job)
+        print_json(job) if as_json else show_job(job)
         return
     if follow:
         raise ConfigError("--follow: only a job can be followed; give its --address")
@@ -208,7 +208,7 @@ def status(
     from pipeline.show import show_status
 
     result = run_status(run_folder)
-    _print_json(result) if as_json else show_status(result)
+    print_json(result) if as_json else show_status(result)
 
 
 @app.command()
@@ -222,101 +222,7 @@ def stop(
     from pipeline.submit import RayJobs
 
     result = RayJobs(address).stop(job)
-    _print_json(result) if as_json else show_job(result)
-
-
-StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
-
-
-@app.command()
-def verify(
-    store: StoreArg,
-    reencode: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Also encode this fraction of the captions again, at least one; e.g. 0.001."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which captions --reencode takes.")] = 0,
-    encoder_model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=MODEL", help="Where an encoder's model is now, if not where its name says."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check every checksum, every row's place, the fate of every input row. Names each bad file; exit 1 if any."""
-    _stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
-
-
-@app.command()
-def inspect(
-    store: StoreArg,
-    key: Annotated[str | None, typer.Option(help="Show the sample with this key, and what was made of it.")] = None,
-    url: Annotated[str | None, typer.Option(help="Show the samples of this URL.")] = None,
-    sha256: Annotated[str | None, typer.Option(help="Show the samples made from the file with this sha256.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a store holds: samples, groups, bytes, encoder fingerprints; or all about one sample."""
-    _stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
-
-
-@app.command()
-def remove(
-    run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE", help="Run folder, store folder or URL.")],
-    key: Annotated[
-        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="Keys: a file, one a line; or a key.")
-    ] = None,
-    url: Annotated[list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="URLs, likewise.")] = None,
-    sha256: Annotated[
-        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="sha256 of original files, likewise.")
-    ] = None,
-    reason: Annotated[str, typer.Option(help="Goes into the log of removals.")] = "",
-    compact: Annotated[
-        bool, typer.Option("--compact", help="Also erase all removed samples from the files, not only from view.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove samples, for good: readers leave them out at once, and later runs do not store them again."""
-    values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
-    _stage_command("remove", run_or_store, as_json, **values, reason=reason, compact_files=compact, dry_run=dry_run)
-
-
-@app.command()
-def report(
-    run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE")],
-    as_json: AsJson = False,
-) -> None:
-    """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
-    _stage_command("report", run_or_store, as_json)
-
-
-@app.command("import")
-def import_(
-    kind: Annotated[Literal["minimagen", "nemo"], typer.Argument(help="Whose model it is.")],
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="MinImagen: the training directory. NeMo: a .nemo or .ckpt a stage."),
-    ],
-    out: Annotated[str, typer.Option(help="New folder for a checkpoint of each stage, and sample.yaml.")],
-    encoder_model: Annotated[
-        str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make checkpoints of another system's trained model; `pipeline run sample` draws with them."""
-    _stage_command(f"import-{kind}", paths, as_json, out=out, encoder_model=encoder_model)
-
-
-@app.command()
-def export(
-    training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
-    out: Annotated[str, typer.Option(help="New .safetensors file.")],
-    weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999; the slowest average if not given.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a trained model and its configuration as one file; `checkpoint` and `init_from` take it."""
-    _stage_command("export", training, as_json, out=out, weights=weights)
+    print_json(result) if as_json else show_job(result)
 
 
 @app.command()
@@ -326,7 +232,7 @@ def doctor(as_json: AsJson = False) -> None:
     from pipeline.show import show_checks
 
     checks = examine()
-    _print_json(checks) if as_json else show_checks(checks)
+    print_json(checks) if as_json else show_checks(checks)
     if any(check["status"] == "bad" for check in checks):
         raise typer.Exit(4)
 
@@ -375,7 +281,7 @@ def config_ls(as_json: AsJson = False) -> None:
 
     presets, models = list_presets(), list_models()
     if as_json:
-        _print_json([*presets, *models])
+        print_json([*presets, *models])
     else:
         show_table(["workflow", "name", "what"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
         show_table(
@@ -391,7 +297,7 @@ def config_show(
     from pipeline.config import dump_yaml
 
     resolved = _build(workflow, config, overrides).config
-    _print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
+    print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
 
 
 @config_app.command("schema")
@@ -399,7 +305,7 @@ def config_schema(workflow: WorkflowArg) -> None:
     """Print the JSON schema of a workflow's configuration, with a text for each field."""
     from pipeline.workflow import load_workflow
 
-    _print_json(load_workflow(workflow).config_class.model_json_schema())
+    print_json(load_workflow(workflow).config_class.model_json_schema())
 
 
 @config_app.command("validate")
@@ -408,7 +314,7 @@ def config_validate(
 ) -> None:
     """Check a configuration. Exit 2 with one line for each problem."""
     _build(workflow, config, overrides)
-    _print_json({"valid": True}) if as_json else typer.echo("valid")
+    print_json({"valid": True}) if as_json else typer.echo("valid")
 
 
 def _build(name: str, config: str | None, overrides: list[str] | None):
@@ -433,29 +339,8 @@ def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
             f"the job goes on; pipeline status {again} --follow shows it, pipeline stop {again} stops it", err=True
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _print_json(result) if as_json else show_job({**result, "last_line": ""})
+    print_json(result) if as_json else show_job({**result, "last_line": ""})
     raise typer.Exit(int(str(result["exit_code"])))
-
-
-def _stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
-    """Runs a command that a stage offers through the `pipeline.commands` entry points.
-
-    It returns (JSON-able result, lines for people, exit code).
-    """
-    from pipeline.workflow import load_command
-
-    result, lines, exit_code = load_command(name)(path, **options)
-    if as_json:
-        _print_json(result)
-    else:
-        for line in lines:
-            typer.echo(line)
-    if exit_code:
-        raise typer.Exit(exit_code)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _debugging() -> bool:
