@@ -34,8 +34,8 @@ def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
 
 def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, object]:
     facts: dict[str, object] = {}
+    fingerprints = _fingerprints(config)  # a model that cannot be had is found before anything is drawn
     if config.draw is not None:
-        _fingerprints(config)  # a model that cannot be had is found before anything is drawn
         if config.clip is not None:
             config.clip.check_captions()
         drawings = _drawings(config, config.draw)
@@ -63,7 +63,7 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
         rows.append({"name": name, **weight, **judge(features, reference, config)})
     label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
     clip = None if config.clip is None else config.clip.label
-    results = {"features_model": label, "clip_model": clip, "fingerprints": _fingerprints(config), "rows": rows}
+    results = {"features_model": label, "clip_model": clip, "fingerprints": fingerprints, "rows": rows}
     return {**facts, **results, "files": write_report(root, results)}
 
 
