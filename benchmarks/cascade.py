@@ -2,7 +2,7 @@
 
 Every step is a `pipeline` command, printed as it runs: precompute draws and downloads captioned scenes, train makes a
 16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The pictures
-are then read back: colour, shape and position of the object are measured in pixels (stages/sources/scene_score.py) and
+are then read back: colour, shape and position of the object are measured in pixels (benchmarks/scene_score.py) and
 compared with the caption; and, as a control, with the caption of another picture.
 
     python -m benchmarks.cascade --work /tmp/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import report
-from imagen_core.pictures import read_picture, tile, write_png
-from stages.sources.scene_score import Score, score_single
-from stages.sources.scenes import Scene, is_held_out, scene
+from benchmarks.scene_score import Score, score_single
+from imagen_core.images import read_picture, tile, write_png
+from stages.sources.synthetic.scenes import Scene, is_held_out, scene
 
 HELD_OUT_SEED = 7
 PARTS = ("color", "shape", "position")
@@ -55,7 +55,7 @@ def pipeline(*arguments: str) -> float:
     """Runs a command; the seconds it took."""
     print("$ pipeline " + " ".join(arguments), flush=True)
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "pipeline.cli.main", *arguments], check=True)
     return time.perf_counter() - began
 
 

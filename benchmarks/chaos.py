@@ -116,7 +116,17 @@ def survive(out: Path, executor: str, chance: random.Random, reference: dict[str
 
 
 def start(out: Path, executor: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "pipeline.cli", "run", "precompute", "--out", str(out), "--executor", executor]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli.main",
+        "run",
+        "precompute",
+        "--out",
+        str(out),
+        "--executor",
+        executor,
+    ]
     return subprocess.Popen(
         [*command, "--quiet", *CONFIG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

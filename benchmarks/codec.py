@@ -20,9 +20,9 @@ from PIL import Image
 from benchmarks.common import interleaved_rates, median_ratio, report
 from imagen_core import store as st
 from imagen_core.store.codec import Codec, encode
-from imagen_core.store.shard import ImageFile, open_images
+from imagen_core.store.files.shard import ImageFile, open_images
 from stages.images import center_square, decode_rgb, pyramid
-from stages.sources.scenes import render, scene
+from stages.sources.synthetic.scenes import render, scene
 
 EMOJI = Path(__file__).parents[1].parent / "shared/data/noto-emoji/images"
 SIZES_PX = {64: 64, 256: 32, 1024: 6}  # and how many pictures

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import interleaved_rates, median_ratio, report
-from stages.sources import download as ours
-from stages.sources.download_config import DownloadConfig
+from stages.sources.download import downloader as ours
+from stages.sources.download.config import DownloadConfig
 
 OURS, PLAIN = "ours", "img2dataset"
 

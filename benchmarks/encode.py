@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common import report
 from benchmarks.store_formats import prompts
-from stages.encoders.encoder import TextEncoder
+from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.t5 import T5EncoderConfig
 
 SHAPE: dict[str, Any] = {
@@ -151,7 +151,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
 
 def load(folder: str, dtype: str) -> TextEncoder:
     config = T5EncoderConfig.model_validate({"name": "t5", "model": folder, "compute_dtype": dtype, "num_gpus": 0})
-    return config.load(torch.get_num_threads())
+    return load_encoder(config, torch.get_num_threads())
 
 
 def fixed_batches(folder: str, dtype: str, pad_to: int | None) -> Encode:

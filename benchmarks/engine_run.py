@@ -12,14 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_text
+from pipeline.engine.ledger import Ledger
+from pipeline.executors.task import TaskRequest, run_task
+from pipeline.options import RunOptions, WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.runfolder import RunFolder
-from pipeline.runner import run_workflow
 from pipeline.stage import Group, GroupResult, Shard, Stage, Task
-from pipeline.state import Ledger
-from pipeline.task import TaskRequest, run_task
-from pipeline.workflow import RunOptions, ShardedWorkflow, WorkflowConfig
+from pipeline.storage.files import write_text
+from pipeline.storage.run_folder import RunFolder
+from pipeline.workflow import ShardedWorkflow
 
 # ---- a plan of tiny shards ----
 
@@ -56,7 +56,7 @@ def shards(number: int) -> Iterator[Shard]:
 def run_engine(executor: str, workers: int, tasks: int, folder: Path) -> dict[str, float]:
     workflow = TinyWorkflow.of(tasks, workers)
     started = time.time()
-    run_workflow(workflow, folder, RunOptions(executor, quiet=True))
+    workflow.run(folder, RunOptions(executor, quiet=True))
     peak = peak_mib()
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     done = [line for line in lines if line["event"] == "task"]
@@ -73,7 +73,7 @@ def resume(executor: str, workers: int, tasks: int, folder: Path) -> dict[str, f
     """The same command again when all is done."""
     workflow = TinyWorkflow.of(tasks, workers)
     started = time.perf_counter()
-    summary = run_workflow(workflow, folder, RunOptions(executor, quiet=True))
+    summary = workflow.run(folder, RunOptions(executor, quiet=True))
     seconds = time.perf_counter() - started
     assert summary["tally"]["shards_skipped"] == tasks  # type: ignore[index]
     return {"seconds": seconds, "ms_per_task": 1000 * seconds / tasks, "driver_peak_mib": peak_mib()}

@@ -19,8 +19,8 @@ from benchmarks.common import report
 from benchmarks.store_formats import Captions, write_store
 from imagen_core.models.count import count_parameters
 from imagen_core.train import TrainConfig, train
-from imagen_core.train.data import BatchStream, open_store
-from imagen_core.train.distributed import World
+from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.parallel.world import World
 
 DIM, MEAN_TOKENS, SAMPLES = 4096, 20, 1024
 TRAININGS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import yaml
 from benchmarks.cascade import pipeline
 from benchmarks.common import report
 from benchmarks.encode import write_model
-from stages.sources.scenes import scene
+from stages.sources.synthetic.scenes import scene
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def workflow_of(pictures: Path, workers: int) -> Any:
 
 
 def engine(executor: str, workers: int, pictures: Path, run: Path) -> float:
-    from pipeline.workflow import RunOptions
+    from pipeline.options import RunOptions
 
     workflow_of(pictures, workers).run(str(run), RunOptions(executor, quiet=True))
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -136,9 +136,9 @@ def plain(workers: int, pictures: Path, run: Path) -> float:
 
 
 def _do_part(part: int, parts: int, pictures: Path, place: Path, ready: Barrier) -> None:
-    from pipeline.runfolder import RunFolder
-    from pipeline.state import Ledger
-    from pipeline.task import TaskRequest, run_task
+    from pipeline.engine.ledger import Ledger
+    from pipeline.executors.task import TaskRequest, run_task
+    from pipeline.storage.run_folder import RunFolder
 
     run = RunFolder(place)
     plan = workflow_of(pictures, 1).plan(run)

@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.encode import shuffled_prompts, write_tokenizer
 from benchmarks.table import put_between, shown, table
+from pipeline.cli.presets import find_config
 from pipeline.config import load_config
-from pipeline.presets import find_config
-from pipeline.workflow import PlanOptions
+from pipeline.options import PlanOptions
 from workflows.precompute import Precompute, PrecomputeConfig
 
 ROWS = 100_000_000

@@ -27,9 +27,8 @@ from benchmarks.engine_run import peak_mib
 from benchmarks.plan_models import GATED, XXL, configured, write_shape
 from benchmarks.scale_requests import requests_a_shard
 from benchmarks.table import put_between, shown, table
-from pipeline.hardware import load_profile
-from pipeline.presets import profiles
-from pipeline.workflow import PlanOptions
+from pipeline.options import PlanOptions
+from pipeline.planning.hardware import load_profile, profiles
 from workflows.precompute import Precompute
 
 ROWS, SHARD = 400_000_000, 4000

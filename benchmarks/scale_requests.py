@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.options import RunOptions, WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.runfolder import RunFolder
-from pipeline.runner import run_workflow
 from pipeline.stage import Group, GroupResult, Shard, Stage, Task
 from pipeline.storage import ObjectStorage
-from pipeline.workflow import RunOptions, ShardedWorkflow, WorkflowConfig
+from pipeline.storage.run_folder import RunFolder
+from pipeline.workflow import ShardedWorkflow
 
 FEW, MANY = 10, 30
 KINDS = {"read": "GET", "written": "PUT", "deleted": "DELETE", "listed": "LIST"}
@@ -79,7 +79,7 @@ def counted(shards: int) -> tuple[Counter[str], Counter[str]]:
 
         ObjectStorage._call = call  # type: ignore[method-assign]
         try:
-            run_workflow(workflow, place, RunOptions("inline", quiet=True))
+            workflow.run(place, RunOptions("inline", quiet=True))
         finally:
             ObjectStorage._call = original  # type: ignore[method-assign]
         found.append(counts)

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engine_run import peak_mib
-from pipeline.events import EventLog
+from pipeline.engine.ledger import check_groups
+from pipeline.engine.progress import Progress
+from pipeline.engine.scheduler import Scheduler
 from pipeline.executors.base import ExecutionConfig
-from pipeline.executors.simulated import Change, Luck, Machine, SimulatedExecutor, Station
-from pipeline.hardware import load_profile
+from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.plan import Plan
-from pipeline.progress import Progress
-from pipeline.runfolder import RunFolder
-from pipeline.scheduler import Scheduler
+from pipeline.planning.hardware import load_profile
+from pipeline.planning.simulated_executor import Change, Luck, Machine, SimulatedExecutor, Station
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
-from pipeline.state import check_groups
-from pipeline.task import TaskOutcome, TaskRequest
+from pipeline.storage.events import EventLog
+from pipeline.storage.run_folder import RunFolder
 
 # ---- the cluster and its stages ----
 

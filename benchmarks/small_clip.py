@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.word_tokenizer import write_word_tokenizer
-from stages.sources.scenes import Scene, render, scene
+from stages.sources.synthetic.scenes import Scene, render, scene
 
 PICTURE_PX = 32
 DIM = 64

@@ -3,7 +3,7 @@
 Every step is a `pipeline` command, printed as it runs: precompute draws pictures of one or two letters, train makes
 two 16 px models that read the caption (which names the colours) and differ only in that one reads the transcription
 too, sample draws words that were kept out of training. The letters are then read in pixels, by the most similar of 26
-templates at each place (stages/sources/word_score.py).
+templates at each place (benchmarks/word_score.py).
 
     python -m benchmarks.transcription --work /tmp/words --out benchmarks/results/transcription.json
 """
@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.cascade import last_metrics, option, pipeline, working_seconds
 from benchmarks.common import report
-from imagen_core.pictures import read_picture, tile, write_png
-from stages.sources.word_score import CHANCE, color_right, letters_right
-from stages.sources.words import WordScene, word_scene
+from benchmarks.word_score import CHANCE, color_right, letters_right
+from imagen_core.images import read_picture, tile, write_png
+from stages.sources.synthetic.words import WordScene, word_scene
 
 HELD_OUT_SEED = 7
 SIZE_PX = 16

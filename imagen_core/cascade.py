@@ -19,9 +19,10 @@ from imagen_core.config import Config
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
-from imagen_core.models.characters import character_ids
-from imagen_core.models.conditioning import Condition, Conditioning, unit_variance
-from imagen_core.samplers import AnySampler, DpmSolverPP2M, Inpaint, SeededNoise, sample
+from imagen_core.models.conditioning.base import Condition, Conditioning, unit_variance
+from imagen_core.models.conditioning.characters import character_ids
+from imagen_core.samplers import DpmSolverPP2M, Inpaint, SeededNoise, sample
+from imagen_core.samplers.registry import AnySampler
 
 OnStep = Callable[[int, int, int, Tensor], None]
 """Called after each step as (stage, steps done, number of steps, picture (b, c, h, w) at its noise level)."""

@@ -16,7 +16,8 @@ from imagen_core.config import Config
 from imagen_core.diffusion import Denoiser, Guidance, PriorConfig, Threshold, guided
 from imagen_core.diffusion.steps import AnyGrid, Uniform
 from imagen_core.models import Conditioning
-from imagen_core.samplers import AnySampler, Ddim, SeededNoise, sample
+from imagen_core.samplers import Ddim, SeededNoise, sample
+from imagen_core.samplers.registry import AnySampler
 
 _STREAM = 1000  # of the noise; the stages of a cascade have streams from 0 on
 

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_jsonable_python
 
-from pipeline.credentials import check_no_credentials
 from pipeline.errors import ConfigError
+from pipeline.storage.credentials import check_no_credentials
 
 
 class Config(BaseModel):

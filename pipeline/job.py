@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import dump_yaml
-from pipeline.disk import disk_errors_explained
+from pipeline.engine.progress import Lines
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.events import EventLog
-from pipeline.mirror import working_folder
-from pipeline.progress import Lines
-from pipeline.runfolder import CONFIG, PLAN, SUMMARY, RunFolder
+from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.signals import StopSignals
 from pipeline.storage import LocalStorage
-from pipeline.workflow import PlanOptions, RunOptions, Summary, Workflow
+from pipeline.storage.disk import disk_errors_explained
+from pipeline.storage.events import EventLog
+from pipeline.storage.mirror import working_folder
+from pipeline.storage.run_folder import CONFIG, PLAN, SUMMARY, RunFolder
+from pipeline.workflow import Workflow
 
 
 @dataclass(slots=True)

@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Protocol
 
 from pipeline.fingerprint import digest
-from pipeline.runfolder import RunFolder
 from pipeline.stage import Group, Shard, Stage
+from pipeline.storage.run_folder import RunFolder
 
 
 class Input(Protocol):
@@ -116,3 +116,23 @@ class Plan:
                     "inputs": inputs,
                 }
         return result
+
+    def describe(self, workflow: str) -> dict[str, object]:
+        """The plan as JSON: stages, groups and what they depend on."""
+        return {
+            "workflow": workflow,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "inputs": list(stage.inputs),
+                    "groups": [group.name for group in stage.groups],
+                    "num_cpus": stage.resources.num_cpus,
+                    "num_gpus": stage.resources.num_gpus,
+                    "max_workers": stage.max_workers,
+                }
+                for stage in self.stages
+            ],
+            "transient_groups": sorted(self.transient_groups),
+            "fingerprints": self.fingerprints(),
+            "max_drop_fraction": self.max_drop_fraction,
+        }

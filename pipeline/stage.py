@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.fingerprint import canonical_json, text_digest
-from pipeline.runfolder import RunFolder
+from pipeline.storage.run_folder import RunFolder
 
 
 class Shard:

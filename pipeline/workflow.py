@@ -1,55 +1,16 @@
 """Workflows: named compositions of stages, found through the `pipeline.workflows` entry points."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
+from pipeline.engine.runner import run_workflow
 from pipeline.errors import ConfigError
-from pipeline.executors.base import ExecutionConfig
+from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.plan import Plan
-from pipeline.runfolder import RunFolder
-
-
-class WorkflowConfig(Config):
-    """What every workflow's configuration has."""
-
-    execution: ExecutionConfig = ExecutionConfig()
-    """How much runs at once."""
-
-
-Summary = dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The command line's part of a run; none of it changes the result."""
-
-    executor: str = "ray"
-    address: str | None = None
-    restart: bool = False
-    retry_dropped: tuple[str, ...] = ()
-    """Drop reasons to try again, or `all`."""
-    quiet: bool = False
-    take_over: bool = False
-    """Take the folder from a run that is dead, without waiting for its lease to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What `pipeline plan` is to find out beside what is known without running anything."""
-
-    probe: bool = False
-    """Run the stages on some of the input's rows, here, to learn what they cost."""
-    profile: str | None = None
-    """Plan for this hardware instead of this machine: a shipped name or a YAML file."""
-    rows: int | None = None
-    """Plan for so many rows like those of the input."""
-    executor: str | None = None
-    """What the run would use; for the probe."""
-    save: bool = False
-    """Write the plan into the run folder, for the report."""
+from pipeline.planning.preview import preview
+from pipeline.storage.run_folder import RunFolder
 
 
 class Workflow(ABC):
@@ -68,7 +29,7 @@ class Workflow(ABC):
         """Runs, or goes on with, the workflow in folder `out`; see `run_workflow` and `run_job`."""
 
     @abstractmethod
-    def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:
+    def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         """What a run would do, as JSON; writes nothing unless asked to `save`."""
 
     def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
@@ -90,14 +51,10 @@ class ShardedWorkflow(Workflow):
         """
 
     def run(self, out: str, options: RunOptions) -> Summary:
-        from pipeline.runner import run_workflow
+        return run_workflow(self.name, self.config, self.plan, out, options)
 
-        return run_workflow(self, out, options)
-
-    def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:
-        from pipeline.preview import preview
-
-        return preview(self, out, options)
+    def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
+        return preview(self.name, self.config, self.plan, out, options or PlanOptions())
 
 
 _WORKFLOWS = "pipeline.workflows"
@@ -116,11 +73,6 @@ def load_workflow(name: str) -> type[Workflow]:
 def load_command(name: str) -> Any:
     """Finds the function behind a reading command (verify, inspect, report)."""
     return _find(_COMMANDS, name, "command").load()
-
-
-def workflow_names() -> list[str]:
-    """Names of all installed workflows."""
-    return sorted(entry.name for entry in entry_points(group=_WORKFLOWS))
 
 
 def _find(group: str, name: str, kind: str) -> EntryPoint:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import typer
 
-from pipeline.cli import app
+from pipeline.cli.main import app
 from tests.named_tests import missing_tests, named_tests
 from tests.workflows.commands import call
 from tests.workflows.conftest import REPOSITORY

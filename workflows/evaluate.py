@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from pipeline.job import Job, JobWorkflow
-from pipeline.runfolder import RunFolder
-from stages.evaluate import evaluate
-from stages.evaluate_config import EvaluateConfig
-from stages.evaluate_report import TABLE
-from stages.sample_facts import sampling_facts
+from pipeline.storage.run_folder import RunFolder
+from stages.evaluation.config import EvaluateConfig
+from stages.evaluation.report import TABLE
+from stages.evaluation.run import evaluate
+from stages.sampling.dry_run import sampling_facts
 
 
 class Evaluate(JobWorkflow):

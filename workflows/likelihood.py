@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from pipeline.job import Job, JobWorkflow
-from pipeline.runfolder import RunFolder
-from stages.likelihood import LikelihoodConfig, likelihood_facts, measure
+from pipeline.storage.run_folder import RunFolder
+from stages.evaluation.likelihood import LikelihoodConfig, likelihood_facts, measure
 
 
 class Likelihood(JobWorkflow):

@@ -6,26 +6,27 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Config
+from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.runfolder import SUMMARY, RunFolder
 from pipeline.stage import Stage
-from pipeline.workflow import ShardedWorkflow, WorkflowConfig
-from stages.encode import EncodeStage
-from stages.encode_pictures import EncodePicturesStage
-from stages.encoders.any import AnyPicture, AnyText
+from pipeline.storage.run_folder import SUMMARY, RunFolder
+from pipeline.workflow import ShardedWorkflow
 from stages.encoders.given import GivenConfig
+from stages.encoders.registry import AnyPicture, AnyText
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
-from stages.fetch import ORIGINALS, SAMPLES, FetchStage
-from stages.manifest import build_manifest
-from stages.quantisation import quantisation_facts, quantisation_line
-from stages.resize import ImagesConfig, ResizeStage
-from stages.sources.any import AnySource
+from stages.precompute.encode_images import EncodePicturesStage
+from stages.precompute.encode_text import EncodeStage
+from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
+from stages.precompute.given_embeddings import TakeGivenStage
+from stages.precompute.manifest import build_manifest
+from stages.precompute.quantisation import quantisation_facts, quantisation_line
+from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
-from stages.sources.batches import Batches
+from stages.sources.incremental import Batches
 from stages.sources.parquet import ParquetConfig
-from stages.sources.synthetic import SyntheticConfig
-from stages.take_given import TakeGivenStage
+from stages.sources.registry import AnySource
+from stages.sources.synthetic.source import SyntheticConfig
 
 
 class StoreConfig(Config):

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from pipeline.job import Job, JobWorkflow
-from pipeline.runfolder import RunFolder
-from stages.sample import draw
-from stages.sample_config import SampleConfig
-from stages.sample_facts import sampling_facts
+from pipeline.storage.run_folder import RunFolder
+from stages.sampling.config import SampleConfig
+from stages.sampling.dry_run import sampling_facts
+from stages.sampling.run import draw
 
 
 class Sample(JobWorkflow):

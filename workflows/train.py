@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from imagen_core.train import TrainConfig
 from pipeline.config import Config
 from pipeline.job import Job, JobWorkflow
-from pipeline.runfolder import RunFolder
-from stages.encoders.any import AnyEncoder
-from stages.train import WorkersConfig, run_training
-from stages.train_facts import training_facts
+from pipeline.storage.run_folder import RunFolder
+from stages.encoders.registry import AnyEncoder
+from stages.training.config import WorkersConfig
+from stages.training.dry_run import training_facts
+from stages.training.run import run_training
 
 
 class TrainWorkflowConfig(Config, TrainConfig):

@@ -14,7 +14,7 @@ from imagen_core.config import Config
 from imagen_core.diffusion.config import DiffusionConfig, PriorConfig
 from imagen_core.diffusion.denoiser import Denoiser, column
 from imagen_core.diffusion.variance import is_learned
-from imagen_core.models.conditioning import Condition, Conditioning, cat
+from imagen_core.models.conditioning.base import Condition, Conditioning, cat
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), sigma scalar tensor) -> estimate of x0 (b, c, h, w); all a sampler needs to know."""

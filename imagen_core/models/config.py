@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from imagen_core.models.efficient import EfficientUNetConfig
-from imagen_core.models.hybrid_config import HybridUNetConfig
-from imagen_core.models.preset import Preset
-from imagen_core.models.presets import PRESETS
+from imagen_core.models.hybrid.unet import HybridUNetConfig
+from imagen_core.models.presets.base import Preset
+from imagen_core.models.presets.priors import PRIOR_PRESETS, PriorPreset
+from imagen_core.models.presets.unets import PRESETS
 from imagen_core.models.prior import PriorNetworkConfig
-from imagen_core.models.prior_presets import PRIOR_PRESETS, PriorPreset
-from imagen_core.models.regular import RegularUNetConfig
+from imagen_core.models.unet.efficient import EfficientUNetConfig
+from imagen_core.models.unet.regular import RegularUNetConfig
 
 
 def _expand(presets: Mapping[str, Preset | PriorPreset]) -> BeforeValidator:

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.conditioning import Conditioning, kept
-from imagen_core.models.embeddings import SinusoidalEmbedding
-from imagen_core.models.positions import RelativePositionBias, Rotary
-from imagen_core.models.text import learned_beyond
-from imagen_core.models.transformer import TransformerLayer
+from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
+from imagen_core.models.layers.positions import RelativePositionBias, Rotary
+from imagen_core.models.layers.transformer import TransformerLayer
 
 _COSINE_SCALE = 16.0
 _ROTARY_WIDTH = 32

@@ -2,16 +2,25 @@
 
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
-from imagen_core.store.crop import Crop, Cut, Framing, Layout, PictureFacts, Whole
-from imagen_core.store.erase import ErasedShard
 from imagen_core.store.errors import ManifestError, StoreError
-from imagen_core.store.files import StoreFolder
+from imagen_core.store.files.null import write_null
+from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
+from imagen_core.store.files.ragged import Stored, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.shard import (
+    ImageWriter,
+    open_image_writer,
+    open_images,
+    text_shard_bytes,
+    write_text_shard,
+)
+from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
     REMOVED,
     RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
+    PictureFacts,
     SampleRow,
     StoreDtype,
     StoreFormat,
@@ -23,10 +32,7 @@ from imagen_core.store.layout import (
     text_group,
 )
 from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
-from imagen_core.store.null import write_null
-from imagen_core.store.parquet import SamplesFile, read_samples, write_samples
-from imagen_core.store.ragged import Stored, cast_embedding, is_finite_as, restore
-from imagen_core.store.reader import Sample, Store
+from imagen_core.store.read.crop import Crop, Cut, Framing, Layout, Whole
 from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
@@ -38,7 +44,9 @@ from imagen_core.store.records import (
     TextGroup,
     parse_group,
 )
-from imagen_core.store.removal import (
+from imagen_core.store.removal.erase import ErasedShard
+from imagen_core.store.removal.remove import add_removal, find_rows, list_removals, matching_rows, removal_entries
+from imagen_core.store.removal_log import (
     IDENTIFIERS,
     Blocklist,
     Removal,
@@ -47,10 +55,9 @@ from imagen_core.store.removal import (
     removed_rows,
     value_digest,
 )
-from imagen_core.store.removing import add_removal, find_rows, list_removals, matching_rows, removal_entries
-from imagen_core.store.shard import ImageWriter, open_image_writer, open_images, text_shard_bytes, write_text_shard
 from imagen_core.store.similarity import TokenErrors, token_errors
-from imagen_core.store.verify import Problem, VerifyReport, verify_store
+from imagen_core.store.store import Sample, Store
+from imagen_core.store.verification.verify import Problem, VerifyReport, verify_store
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",

@@ -117,3 +117,18 @@ def check_dtype(dtype: str) -> StoreDtype:
     if dtype not in get_args(StoreDtype):
         raise ValueError(f"store dtype {dtype!r}: use one of {', '.join(get_args(StoreDtype))}")
     return dtype  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """What a cut must know of a picture; the fields of `SampleRow`."""
+
+    width: int
+    height: int
+    transcription: str | None = None
+    safebox: tuple[int, int, int, int] | None = None
+
+    @property
+    def has_writing(self) -> bool:
+        """Whether it is known to show text. Where there is no transcription, a safebox tells."""
+        return bool(self.transcription) or (self.transcription is None and self.safebox is not None)

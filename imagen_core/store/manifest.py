@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
-from imagen_core.store.files import StoreFolder, fsync_folder
+from imagen_core.store.folder import StoreFolder, fsync_folder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
     OLDEST_READABLE,
@@ -52,7 +52,7 @@ from imagen_core.store.records import (
     parse_group,
     parse_shard,
 )
-from imagen_core.store.removal import Removal, load_removals, removal_path
+from imagen_core.store.removal_log import Removal, load_removals, removal_path
 
 _SHARDS = b'\n"shards":[\n'
 _END_OF_SHARDS = b"\n],\n"

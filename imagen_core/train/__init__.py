@@ -1,7 +1,8 @@
 """Training of one stage from a store."""
 
-from imagen_core.train.checkpoint import LoadedDenoiser, load_checkpoint
+from imagen_core.train.checkpoints.checkpoint import LoadedDenoiser, load_checkpoint
 from imagen_core.train.config import EmaConfig, OptimizerConfig, ParameterGroup, TrainConfig
+from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -9,7 +10,6 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
-from imagen_core.train.online import OnlineEncoder
 from imagen_core.train.trainer import Progress, train
 
 __all__ = [

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from imagen_core.config import Config
 from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
+from imagen_core.models.conditioning.transcription import TranscriptionConfig
 from imagen_core.models.prior import PriorNetworkConfig
-from imagen_core.models.transcription import TranscriptionConfig
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import AugmentConfig, BlurConfig
 

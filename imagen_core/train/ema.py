@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.distributed import local
+from imagen_core.train.parallel.world import local
 
 
 def decay(rate: float, update: int) -> float:

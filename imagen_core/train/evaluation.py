@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
-from imagen_core.pictures import in_range, tile, to_pixels
+from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
 from imagen_core.train.augment import grey
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, loader_arguments, random_views, whole_pictures
-from imagen_core.train.distributed import World
-from imagen_core.train.dropout import NO_DROPOUT
-from imagen_core.train.example import make_example, whole_conditions
-from imagen_core.train.online import Encode, with_text
-from imagen_core.train.precision import autocast_dtype
-from imagen_core.train.randomness import mix
+from imagen_core.train.data.dropout import NO_DROPOUT
+from imagen_core.train.data.example import make_example, whole_conditions
+from imagen_core.train.data.online import Encode, with_text
+from imagen_core.train.data.randomness import mix
+from imagen_core.train.data.stream import Batch, loader_arguments, random_views, whole_pictures
+from imagen_core.train.parallel.precision import autocast_dtype
+from imagen_core.train.parallel.world import World
 
 
 @torch.no_grad()

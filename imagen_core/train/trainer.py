@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser, PriorConfig, diffusion_loss
 from imagen_core.diffusion.self_conditioning import with_own_estimate
-from imagen_core.pictures import write_png
+from imagen_core.images import write_png
 from imagen_core.store import Store
-from imagen_core.train.checkpoint import (
+from imagen_core.train.checkpoints.checkpoint import (
     LoadedDenoiser,
     best_checkpoints,
     checkpoints,
@@ -28,25 +28,25 @@ from imagen_core.train.checkpoint import (
     remove_old,
     remove_unfinished,
 )
+from imagen_core.train.checkpoints.init_from import LoadCheckpoint, start_from
+from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data import Batch, BatchStream, open_store
-from imagen_core.train.distributed import World, joined_world, local, whole
+from imagen_core.train.data.encoders import encoders_of
+from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.online import Encode, OnlineEncoder, with_text
+from imagen_core.train.data.randomness import mix
+from imagen_core.train.data.stream import Batch, BatchStream, open_store
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.encoders import encoders_of
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
-from imagen_core.train.example import Example, make_example
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.meter import Meter
-from imagen_core.train.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.optimizer import learning_rate, make_optimizer
-from imagen_core.train.parallel import is_sharded, parallelize, syncing
-from imagen_core.train.precision import LossScale, autocast_dtype, matmul_precision
+from imagen_core.train.parallel.precision import LossScale, autocast_dtype, matmul_precision
+from imagen_core.train.parallel.world import World, joined_world, local, whole
+from imagen_core.train.parallel.wrap import is_sharded, parallelize, syncing
 from imagen_core.train.profiling import StepProfiler
-from imagen_core.train.randomness import mix
-from imagen_core.train.start import LoadCheckpoint, start_from
-from imagen_core.train.state import TrainState
-from imagen_core.train.times import TimeSampler
 
 
 @dataclass(frozen=True, slots=True)

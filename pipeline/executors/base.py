@@ -2,18 +2,13 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.runfolder import RunFolder
+from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest
-
-EXECUTORS = ("ray", "local", "inline")
 
 
 class ExecutionConfig(Config):
@@ -70,28 +65,3 @@ class Executor(ABC):
 def usable_cpus() -> int:
     """CPUs this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def make_executor(
-    kind: str, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None
-) -> Executor:
-    """Builds the executor of this name.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if kind not in EXECUTORS:
-        raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {kind!r})")
-    if address is not None and kind != "ray":
-        raise ConfigError(f"--address: only the ray executor joins a cluster (got --executor {kind})")
-    if kind == "inline":
-        from pipeline.executors.inline import InlineExecutor
-
-        return InlineExecutor(run)
-    if kind == "ray":
-        from pipeline.executors.ray import RayExecutor
-
-        return RayExecutor(stages, run, config, address)
-    from pipeline.executors.local import LocalExecutor
-
-    return LocalExecutor(stages, run, config)

@@ -3,9 +3,9 @@
 from collections import deque
 
 from pipeline.executors.base import Executor
-from pipeline.runfolder import RunFolder
+from pipeline.executors.task import TaskOutcome, TaskRequest, release_stages, run_task
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest, release_stages, run_task
+from pipeline.storage.run_folder import RunFolder
 
 
 class InlineExecutor(Executor):

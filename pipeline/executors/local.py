@@ -13,10 +13,10 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
-from pipeline.runfolder import RunFolder
+from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
 from pipeline.signals import stop_signals_held
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest, run_task
+from pipeline.storage.run_folder import RunFolder
 
 
 class LocalExecutor(Executor):

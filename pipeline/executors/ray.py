@@ -12,9 +12,9 @@ from pipeline.errors import first_line
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.ray_cluster import Demand, Node, connect, describe, living_nodes, total
 from pipeline.executors.ray_pool import StageActor, Started, Worker, WorkerPool, run_here
-from pipeline.runfolder import RunFolder
+from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest
+from pipeline.storage.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

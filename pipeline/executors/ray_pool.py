@@ -8,9 +8,9 @@ from typing import Any
 
 from pipeline.errors import MachineError, first_line
 from pipeline.executors.ray_cluster import Demand, Node
-from pipeline.runfolder import RunFolder
+from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
 from pipeline.stage import Stage
-from pipeline.task import TaskOutcome, TaskRequest, run_task
+from pipeline.storage.run_folder import RunFolder
 
 _PREFETCH = 1  # tasks that wait in a worker, beside those it runs
 _MAX_FAILED_STARTS = 3

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.files import TEMPORARY_MARK, commit_file, remove_temporaries, temporary_name
 from pipeline.storage.base import Storage
+from pipeline.storage.files import TEMPORARY_MARK, commit_file, remove_temporaries, temporary_name
 
 _WRITTEN_BY_RUNS = ("store", "staging", "state", "quarantine", "input", "retries")
 

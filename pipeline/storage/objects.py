@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.credentials import without_secrets
 from pipeline.errors import ConfigError, MachineError, first_line
 from pipeline.storage.base import Storage
+from pipeline.storage.credentials import without_secrets
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,6 @@ from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.encoders.encoder import TextEncoder
-
 POOLED = ("pooled", "projected")
 """Outputs of one vector a caption."""
 
@@ -214,17 +212,6 @@ class EncoderConfig(FrozenModelConfig):
             "max_tokens": self.max_tokens,
             "text_normalisation": NORMALISATION,
         }
-
-    def load(self, num_threads: int) -> "TextEncoder":
-        """Loads tokenizer and weights.
-
-        Raises:
-            MachineError: the model cannot be found or read.
-        """
-        from stages.encoders.encoder import TextEncoder
-
-        with self.located() as files:
-            return TextEncoder(self, files, num_threads)
 
     def check_positions(self, positions: int | None) -> None:
         """Refuses captions longer than the model's table of positions.

@@ -92,3 +92,15 @@ class TextEncoder:
             import torch
 
             torch.cuda.synchronize()
+
+
+def load_encoder(config: EncoderConfig, num_threads: int) -> TextEncoder:
+    """Loads tokenizer and weights.
+
+    Args:
+        num_threads: CPU threads of the model where it runs on the CPU.
+    Raises:
+        MachineError: the model cannot be found or read.
+    """
+    with config.located() as files:
+        return TextEncoder(config, files, num_threads)

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from stages.sources.arrays.npy import parse
 from stages.sources.files import Damaged
-from stages.sources.npy import parse
 
 KIND = "given"
 

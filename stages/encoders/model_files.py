@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MachineError
-from pipeline.files import file_digest, write_json
 from pipeline.fingerprint import digest
+from pipeline.storage.files import file_digest, write_json
 
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*\.json|.*\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"

@@ -90,7 +90,7 @@ def _tokenizer_json() -> str:
     """A T5-like unigram tokenizer: the words of the synthetic captions whole, all else letters and bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    from stages.sources.scenes import VOCABULARY
+    from stages.sources.synthetic.scenes import VOCABULARY
 
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]

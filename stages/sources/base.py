@@ -13,7 +13,7 @@ import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.annotations import Annotations
+from stages.sources.annotations import Annotations
 
 
 @dataclass(frozen=True, slots=True)

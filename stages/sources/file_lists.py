@@ -7,8 +7,8 @@ from typing import Any, cast
 import fsspec
 
 from pipeline.errors import ConfigError
+from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.files import Damaged
-from stages.sources.plain_pickle import read_pickle
 from stages.sources.tree import Tree
 
 _FIELD = "source.file_list"

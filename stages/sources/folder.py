@@ -9,8 +9,8 @@ from typing import Literal, cast
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.captions import clean_captions
+from stages.sources.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.tables import columns, count_rows, estimate_rows, read_pieces
 from stages.sources.tree import Content, Tree

@@ -6,11 +6,11 @@ from typing import Any, Literal, cast
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
-from stages.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.captions import clean_captions
+from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
-from stages.sources.download import load_downloader
-from stages.sources.download_config import DownloadConfig
+from stages.sources.download.config import DownloadConfig
+from stages.sources.download.downloader import load_downloader
 from stages.sources.parquet import image_bytes
 from stages.sources.urls import UrlRow, captions_of, fetch_rows
 

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.captions import clean_captions
-from stages.sources.arrays import ArrayFolder, FolderArrayConfig, no_array
+from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
+from stages.sources.arrays.folders import ArrayFolder, FolderArrayConfig, no_array
 from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
 from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records

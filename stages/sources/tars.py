@@ -10,13 +10,13 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.annotations import AnnotationsConfig
 from stages.captions import clean_captions
-from stages.sources.arrays import ArrayFolder, no_array
+from stages.sources.annotations import AnnotationsConfig
+from stages.sources.arrays.folders import ArrayFolder, no_array
+from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
 from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_pieces, path_of
-from stages.sources.tar_arrays import ArrayConfig, read_member, row_of_key
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 from stages.sources.urls import captions_of
 

@@ -7,11 +7,12 @@ from typing import Literal, cast
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.captions import clean_captions
+from stages.sources.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
 from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
-from stages.sources.download import download, load_downloader
-from stages.sources.download_config import DownloadConfig
+from stages.sources.download.config import DownloadConfig
+from stages.sources.download.downloader import download, load_downloader
+from stages.sources.download.open_url import Endpoint
 from stages.sources.files import base_folder, expand, find_files
 from stages.sources.tables import (
     FORMATS,
@@ -23,7 +24,6 @@ from stages.sources.tables import (
     read_rows,
     table_format,
 )
-from stages.sources.visit import Endpoint
 
 UrlRow = tuple[str, str, list[str] | None, bool] | tuple[str, str, list[str] | None, Annotations, bool]
 """key, url, captions (null where the list has none at all: then the caption is empty), the writing in the picture if

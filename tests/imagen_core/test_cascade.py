@@ -10,7 +10,7 @@ from torch import Tensor
 from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig, pad_text
 from imagen_core.diffusion import Denoiser, DenoiserConfig, DiffusionConfig
 from imagen_core.diffusion.schedules import Discrete
-from imagen_core.models.conditioning import Conditioning
+from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.samplers import Inpaint
 from tests.imagen_core.models.small import random_weights
 

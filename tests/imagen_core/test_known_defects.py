@@ -17,10 +17,10 @@ from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold,
 from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras
 from imagen_core.models import Conditioning
-from imagen_core.models.attention import PixelAttention
+from imagen_core.models.layers.attention import PixelAttention
 from imagen_core.samplers import Ancestral, Heun, SeededNoise, sample
+from pipeline.cli.presets import find_config
 from pipeline.config import load_config
-from pipeline.presets import find_config
 from tests.imagen_core.models.small import TEXT_DIM, random_weights, regular
 from workflows.train import TrainWorkflowConfig
 

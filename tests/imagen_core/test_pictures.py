@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imagen_core.pictures import from_pixels, read_picture, tile, to_pixels, write_png
+from imagen_core.images import from_pixels, read_picture, tile, to_pixels, write_png
 
 
 def test_every_level_survives_the_round_trip() -> None:

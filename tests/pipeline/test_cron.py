@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cron import Cron, parse_cron
+from pipeline.deploy.cron import Cron, parse_cron
 from pipeline.errors import ConfigError
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import MachineError, PipelineError, ShardError, StaleOutputError
-from pipeline.runner import run_workflow
-from pipeline.workflow import RunOptions, Summary
+from pipeline.options import RunOptions, Summary
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
 EXECUTORS = ["inline", "local", pytest.param("ray", marks=pytest.mark.ray)]
@@ -17,7 +16,7 @@ RAY_IS_SLOW = ["inline", "local", pytest.param("ray", marks=[pytest.mark.ray, py
 
 def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Summary:
     config = ToyConfig.model_validate({"toy": toy, "execution": {"num_cpus": 2, "retry_delay_s": 0}})
-    return run_workflow(Toy(config), out, RunOptions(executor, restart=restart, quiet=True))
+    return Toy(config).run(out, RunOptions(executor, restart=restart, quiet=True))
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
     from pipeline.errors import LockedError
-    from pipeline.runfolder import RunFolder
+    from pipeline.storage.run_folder import RunFolder
 
     with RunFolder(tmp_path / "r").lock(), pytest.raises(LockedError, match=f"process {os.getpid()} of "):
         run(tmp_path / "r", "inline")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import scheduler
+from pipeline.engine import scheduler
 from pipeline.errors import PipelineError, PreemptedError, ShardError
-from pipeline.runner import run_workflow
+from pipeline.options import RunOptions, Summary
 from pipeline.signals import StopSignals
-from pipeline.workflow import RunOptions, Summary
 from tests.pipeline.test_executors import files
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
@@ -22,7 +21,7 @@ from tests.pipeline.toy import Toy, ToyConfig, marks
 def run(out: Path, executor: str, execution: dict[str, object] | None = None, **toy: object) -> Summary:
     execution = {"num_cpus": 2, "retry_delay_s": 0, **(execution or {})}
     config = ToyConfig.model_validate({"toy": toy, "execution": execution})
-    return run_workflow(Toy(config), out, RunOptions(executor, quiet=True))
+    return Toy(config).run(out, RunOptions(executor, quiet=True))
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files
-from pipeline.files import (
+from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.tally import Tally
+from pipeline.options import RunOptions
+from pipeline.storage import files
+from pipeline.storage.files import (
     TEMPORARY_MARK,
     commit_file,
     file_digest,
@@ -17,9 +20,6 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from pipeline.runner import run_workflow
-from pipeline.scheduler import Scheduler, Tally
-from pipeline.workflow import RunOptions
 from tests.pipeline.toy import Toy, ToyConfig
 
 
@@ -109,7 +109,7 @@ def test_a_run_ends_without_what_its_dead_workers_left(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Scheduler, "execute", with_a_death)
     workflow = Toy(ToyConfig.model_validate({"toy": {"num_shards": 2}}))
-    run_workflow(workflow, tmp_path / "run", RunOptions("inline", quiet=True))
+    workflow.run(tmp_path / "run", RunOptions("inline", quiet=True))
     assert sorted(p.name for p in (tmp_path / "run" / "store" / "squares").iterdir()) == ["00000.txt", "00001.txt"]
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lock
 from pipeline.errors import LockedError
-from pipeline.lock import LEASE, is_running
-from pipeline.runfolder import RunFolder
+from pipeline.storage import lock
+from pipeline.storage.lock import LEASE, is_running
+from pipeline.storage.run_folder import RunFolder
 from tests.object_store import ObjectStore, object_store
 
 
@@ -93,7 +93,7 @@ def test_a_living_run_renews_its_lease(run: RunFolder, monkeypatch: pytest.Monke
 
 def test_a_killed_run_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pipeline.runfolder import RunFolder\n"
+        "import sys, time\nfrom pipeline.storage.run_folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
     )
     run = RunFolder(tmp_path / "run")
@@ -111,7 +111,7 @@ def test_a_killed_run_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> N
 
 def test_the_driver_of_a_run_that_was_taken_over_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.executors.inline import InlineExecutor
-    from pipeline.workflow import RunOptions
+    from pipeline.options import RunOptions
     from tests.pipeline.toy import Toy, ToyConfig
 
     monkeypatch.setattr(lock, "RENEW_S", 0.01)

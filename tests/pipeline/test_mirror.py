@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mirror import Mirror, working_folder
-from pipeline.storage import LocalStorage, Storage, open_storage
+from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.mirror import Mirror, working_folder
+from pipeline.storage.open import open_storage
 from tests.object_store import ObjectStore, object_store
 
 

@@ -15,11 +15,10 @@ from pipeline.executors.inline import InlineExecutor
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_cluster import Node, connect
 from pipeline.executors.ray_pool import WorkerPool, node_id
-from pipeline.runfolder import RunFolder
-from pipeline.runner import run_workflow
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.options import RunOptions
 from pipeline.stage import Resources, Shard
-from pipeline.task import TaskOutcome, TaskRequest
-from pipeline.workflow import RunOptions
+from pipeline.storage.run_folder import RunFolder
 from tests.pipeline.cluster import open_ports
 from tests.pipeline.toy import Cube, Fetch, Toy, ToyConfig, ToyOptions
 
@@ -177,8 +176,8 @@ class Losing(InlineExecutor):
 def run_losing(tmp_path: Path, kind: str, times: int) -> None:
     made = Losing(RunFolder(tmp_path), kind, times)
     config = ToyConfig.model_validate({"toy": {"num_shards": 1}, "execution": {"max_attempts": 2, "retry_delay_s": 0}})
-    with mock.patch("pipeline.runner.make_executor", return_value=made):
-        run_workflow(Toy(config), tmp_path, RunOptions(quiet=True))
+    with mock.patch("pipeline.engine.runner.make_executor", return_value=made):
+        Toy(config).run(tmp_path, RunOptions(quiet=True))
 
 
 @pytest.mark.parametrize(("kind", "times"), [("node", 19), ("worker", 1)])

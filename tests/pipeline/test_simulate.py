@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.executors.simulated import Machine, Station
-from pipeline.simulate import Job, play
+from pipeline.planning.simulate import Job, play
+from pipeline.planning.simulated_executor import Machine, Station
 
 READ = Station("read", (), start_s=0.0, shard_s=0.0, row_s=1.0, uses={"cpus": 1.0})
 ENCODE = Station("encode", ("read",), start_s=0.0, shard_s=0.0, row_s=3.0, uses={}, workers=1)

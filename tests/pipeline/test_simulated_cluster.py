@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.events import EventLog
+from pipeline.engine.progress import Progress
+from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.tally import Tally
 from pipeline.executors.base import ExecutionConfig
-from pipeline.executors.simulated import Change, Luck, Machine, SimulatedExecutor, Station
+from pipeline.executors.task import TaskRequest
 from pipeline.plan import Plan
-from pipeline.progress import Progress
-from pipeline.runfolder import RunFolder
-from pipeline.scheduler import Scheduler, Tally
+from pipeline.planning.simulated_executor import Change, Luck, Machine, SimulatedExecutor, Station
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
-from pipeline.task import TaskRequest
+from pipeline.storage.events import EventLog
+from pipeline.storage.run_folder import RunFolder
 
 SHARDS, NODES = 2000, 2
 CONFIG = ExecutionConfig(retry_delay_s=0)  # pauses would be real ones

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, MachineError
-from pipeline.files import TEMPORARY_MARK
-from pipeline.storage import Chores, LocalStorage, ObjectStorage, Storage, open_storage
+from pipeline.storage import Chores, LocalStorage, ObjectStorage, Storage
+from pipeline.storage.files import TEMPORARY_MARK
+from pipeline.storage.open import open_storage
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 from tests.workflows.commands import call
 

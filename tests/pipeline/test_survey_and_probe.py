@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.estimate import Basis, expected_bytes, predict
 from pipeline.executors.base import ExecutionConfig
-from pipeline.hardware import Hardware
+from pipeline.options import RunOptions
 from pipeline.plan import Plan
-from pipeline.probe import Line, Measured, StageCost, probe
-from pipeline.runfolder import RunFolder
-from pipeline.runner import run_workflow
+from pipeline.planning.estimate import Basis, expected_bytes, predict
+from pipeline.planning.hardware import Hardware
+from pipeline.planning.probe import Line, Measured, StageCost, probe
+from pipeline.planning.survey import Batch, Survey, survey
 from pipeline.stage import Shard
-from pipeline.survey import Batch, Survey, survey
-from pipeline.workflow import RunOptions
+from pipeline.storage.run_folder import RunFolder
 from tests.pipeline.toy import Toy, ToyConfig, ToyOptions
 
 
@@ -38,7 +37,7 @@ def test_like_shards_are_one_batch(tmp_path: Path) -> None:
 
 
 def test_an_added_group_needs_only_its_stage(tmp_path: Path) -> None:
-    run_workflow(toy(), tmp_path, RunOptions("inline", quiet=True))
+    toy().run(tmp_path, RunOptions("inline", quiet=True))
     found = survey(*plan_of(toy(add_cubes=True), tmp_path))
     assert found.work == [Batch(("cube",), rows=4, count=5)]
     assert (found.groups["squares"].shards_done, found.groups["cubes"].rows_to_do) == (5, 20)
@@ -56,7 +55,7 @@ def test_the_sample_is_spread_evenly_and_bounded(tmp_path: Path) -> None:
 
 
 def test_another_number_of_rows_is_all_to_do(tmp_path: Path) -> None:
-    run_workflow(toy(), tmp_path, RunOptions("inline", quiet=True))
+    toy().run(tmp_path, RunOptions("inline", quiet=True))
     plan, run = plan_of(toy(), tmp_path)
     found = survey(plan, run).scaled(1001, plan)
     assert found.work == [Batch(("fetch", "square"), 4, 250), Batch(("fetch", "square"), 1, 1)]
@@ -130,7 +129,7 @@ def test_a_slow_network_is_the_bottleneck_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
-    run_workflow(toy(), tmp_path, RunOptions("inline", quiet=True))
+    toy().run(tmp_path, RunOptions("inline", quiet=True))
     plan, run = plan_of(toy(), tmp_path)
     given = basis(survey(plan, run))
     predicted = predict(plan, given, expected_bytes(plan, given))

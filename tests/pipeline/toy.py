@@ -8,10 +8,11 @@ from typing import cast
 
 from pipeline.config import Config
 from pipeline.errors import MachineError
+from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.runfolder import RunFolder
 from pipeline.stage import Drop, Group, GroupResult, Shard, Stage, Task
-from pipeline.workflow import ShardedWorkflow, WorkflowConfig
+from pipeline.storage.run_folder import RunFolder
+from pipeline.workflow import ShardedWorkflow
 
 
 class ToyOptions(Config):

@@ -10,7 +10,7 @@ from imagen_core.store import Store, verify_store
 from pipeline.errors import StaleOutputError
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
-from stages.report import report_command
+from stages.store_tools.report import report_command
 from tests.stages.test_resize import png
 from tests.workflows.conftest import precompute
 

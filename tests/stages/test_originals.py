@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from stages.originals import OriginalsReader, OriginalsWriter
+from stages.precompute.originals import OriginalsReader, OriginalsWriter
 from stages.sources.base import Original
 from tests.pictures import animation, noise_jpeg, plain_png
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from imagen_core.store import cast_embedding, restore, token_errors
-from pipeline.scheduler import GroupTally
-from stages.quantisation import int8_errors, quantisation_counters, quantisation_facts
+from pipeline.engine.tally import GroupTally
+from stages.precompute.quantisation import int8_errors, quantisation_counters, quantisation_facts
 
 DIM = 4096
 

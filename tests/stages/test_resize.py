@@ -10,9 +10,9 @@ from PIL import Image
 
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.workflow import Summary
-from stages.inspect import inspect_command
-from stages.report import report_command
+from pipeline.options import Summary
+from stages.store_tools.inspect import inspect_command
+from stages.store_tools.report import report_command
 from tests.workflows.conftest import precompute
 
 

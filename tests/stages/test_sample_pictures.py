@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from stages.sample_config import SampleConfig
-from stages.sample_pictures import pictures_to_draw
+from stages.sampling.config import SampleConfig
+from stages.sampling.requests import pictures_to_draw
 
 
 def drawn(**settings: Any) -> list[tuple[str, str, int]]:

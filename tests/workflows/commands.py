@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from pipeline import cli
+from pipeline.cli import main as cli
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def call(*arguments: str) -> Result:
 def call_process(*arguments: str, cwd: Path, timeout_s: float = 120, **environment: str) -> Result:
     """The console script in a process of its own; `environment` is put over this one's."""
     script = Path(sys.executable).with_name("pipeline")
-    command = [str(script)] if script.exists() else [sys.executable, "-m", "pipeline.cli"]
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "pipeline.cli.main"]
     done = subprocess.run(
         [*command, *arguments],
         cwd=cwd,

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.runner import run_workflow
-from pipeline.workflow import RunOptions
+from pipeline.options import RunOptions
 from workflows.precompute import Precompute, PrecomputeConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,7 +21,7 @@ SMALL = ["source.num_samples=20", "shard_size=8", "images.sizes_px=[16,48]"]
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *arguments]
+    return [sys.executable, "-m", "pipeline.cli.main", *arguments]
 
 
 def pipeline(*arguments: str, check: int | None = 0, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -38,7 +37,7 @@ def pipeline(*arguments: str, check: int | None = 0, timeout_s: float = 240) -> 
 def precompute(out: Path, *overrides: str, executor: str = "inline", restart: bool = False) -> dict[str, Any]:
     """Runs precompute in this process, which has the heavy modules loaded already; returns the summary."""
     workflow = Precompute(load_config(PrecomputeConfig, None, overrides))
-    return run_workflow(workflow, out, RunOptions(executor, restart=restart, quiet=True))
+    return workflow.run(out, RunOptions(executor, restart=restart, quiet=True))
 
 
 def store_bytes(out: Path) -> dict[str, bytes]:

@@ -100,7 +100,7 @@ def test_the_manifest_is_gone_while_the_files_it_lists_are_replaced(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.resize.ResizeStage.process", killed)
+        patch.setattr("stages.precompute.resize.ResizeStage.process", killed)
         with pytest.raises(KeyboardInterrupt):
             precompute(out, *arguments(pictures, "images.filter=box"), restart=True)
     assert not (out / "store" / "manifest.json").exists()
@@ -115,8 +115,8 @@ def test_a_model_exchanged_during_the_run_is_refused(
     model = tmp_path / "model"
     write_tiny_model(model)
     encoder = f"encoders=[{{name: t5, model: {model}}}]"
-    fetch = "stages.fetch.FetchStage.process"
-    from stages.fetch import FetchStage
+    fetch = "stages.precompute.fetch.FetchStage.process"
+    from stages.precompute.fetch import FetchStage
 
     honest = FetchStage.process
 
@@ -157,8 +157,7 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
 
 def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictures: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
-    from pipeline.runner import run_workflow
-    from pipeline.workflow import RunOptions
+    from pipeline.options import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
     (pictures / "3.png").write_bytes(png(10, 99))
@@ -167,7 +166,7 @@ def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictur
 
     def retry(reason: str) -> None:
         workflow = Precompute(load_config(PrecomputeConfig, None, arguments(pictures)))
-        run_workflow(workflow, out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
+        workflow.run(out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
 
     with pytest.raises(ConfigError, match="reasons there are: too_small"):
         retry("http_404")
@@ -179,8 +178,7 @@ def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictur
 
 def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(pictures: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
-    from pipeline.runner import run_workflow
-    from pipeline.workflow import RunOptions
+    from pipeline.options import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
     (tmp_path / "elsewhere").mkdir()
@@ -192,7 +190,7 @@ def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(pictures: Pa
     precompute(out, *options)
     (pictures / "3.png").write_bytes(png(40, 40)[: len(png(10, 99))].ljust(len(png(10, 99)), b"\0"))
     workflow = Precompute(load_config(PrecomputeConfig, None, options))
-    run_workflow(workflow, out, RunOptions("inline", retry_dropped=("all",), quiet=True))
+    workflow.run(out, RunOptions("inline", retry_dropped=("all",), quiet=True))
     first = precompute(out, *options)
     (out / "store" / "samples" / "00001.parquet").unlink()
     again = precompute(out, *options)

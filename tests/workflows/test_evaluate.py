@@ -13,11 +13,11 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from imagen_core.evaluation.lpips import Lpips
-from imagen_core.pictures import from_pixels, read_picture, write_png
+from imagen_core.images import from_pixels, read_picture, write_png
 from imagen_core.store import Store
+from pipeline.cli.presets import find_config
 from pipeline.config import load_config
-from pipeline.presets import find_config
-from stages.evaluate_config import EvaluateConfig
+from stages.evaluation.config import EvaluateConfig
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import Result, call, tree
 

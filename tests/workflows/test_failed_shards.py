@@ -7,8 +7,8 @@ import pytest
 
 from imagen_core.store import Store
 from pipeline.stage import Task
-from stages.encode import EncodeStage
-from stages.resize import ResizeStage
+from stages.precompute.encode_text import EncodeStage
+from stages.precompute.resize import ResizeStage
 from tests.workflows.commands import call, precompute
 from tests.workflows.conftest import SMALL, store_bytes
 

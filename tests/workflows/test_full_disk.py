@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imagen_core.store import hdf5, write_text_shard
-from pipeline.disk import disk_message, takes_no_data
-from pipeline.events import EventLog
+from imagen_core.store import write_text_shard
+from imagen_core.store.files import hdf5
 from pipeline.storage import LocalStorage
+from pipeline.storage.disk import disk_message, takes_no_data
+from pipeline.storage.events import EventLog
 from tests.workflows.commands import call, precompute
 from tests.workflows.conftest import SMALL, events, store_bytes
 

@@ -16,7 +16,7 @@ import torch
 from imagen_core.store import Store, StoreError, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
-from stages.take_given import TakeGivenStage
+from stages.precompute.given_embeddings import TakeGivenStage
 from tests.pictures import plain_png
 from tests.workflows.commands import call
 from tests.workflows.conftest import precompute, store_bytes
@@ -270,7 +270,7 @@ def test_the_encoding_of_the_empty_caption_can_be_given_too(laion: Path, tmp_pat
 
 
 def test_what_was_given_is_never_encoded_again(laion: Path, tmp_path: Path) -> None:
-    from stages.prompts import load_encoder
+    from stages.encoders.prompts import load_matching_encoder
 
     precompute(tmp_path / "run", *laion_source(laion))
     result = call("verify", str(tmp_path / "run"), "--reencode", "1")
@@ -279,7 +279,7 @@ def test_what_was_given_is_never_encoded_again(laion: Path, tmp_path: Path) -> N
     group = Store.open(tmp_path / "run" / "store").text_group("clip")
     made_by = {"name": "clip", "dim": DIM, "dtype": "float32", "fingerprint": group.fingerprint}
     with pytest.raises(ConfigError, match="its embeddings came with the data"):
-        load_encoder(made_by, None, use_gpu=False, option="x")
+        load_matching_encoder(made_by, None, use_gpu=False, option="x")
 
 
 # ---- tars ----

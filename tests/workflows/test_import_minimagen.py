@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from imagen_core.models.minimagen import our_name
+from imagen_core.conversion.minimagen import our_name
 from imagen_core.train import load_checkpoint
 from tests.imagen_core.models.minimagen.numbers import weights
 from tests.imagen_core.models.minimagen.test_minimagen import EXPECTED

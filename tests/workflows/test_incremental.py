@@ -13,7 +13,7 @@ import pytest
 
 from imagen_core.store import Store, verify_store
 from pipeline.errors import StaleOutputError
-from stages.resize import ResizeStage
+from stages.precompute.resize import ResizeStage
 from tests.picture_server import Server, body, first_then, serve, status
 from tests.pictures import plain_png
 from tests.workflows.commands import call, tree

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from imagen_core.diffusion import Denoiser
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.data import open_store
-from imagen_core.train.distributed import World
+from imagen_core.train.data.example import make_example
+from imagen_core.train.data.stream import open_store
 from imagen_core.train.evaluation import draw_grid, validation_loss
-from imagen_core.train.example import make_example
+from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
-from stages.sample import prepare
-from stages.sample_config import SampleConfig
+from stages.sampling.config import SampleConfig
+from stages.sampling.session import prepare
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
 from tests.pictures import plain_png

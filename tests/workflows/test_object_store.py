@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store
-from pipeline.storage import open_storage
+from pipeline.storage.open import open_storage
 from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, object_store
 from tests.workflows.commands import Result, call
 
@@ -157,7 +157,7 @@ def test_the_reading_commands_take_the_url(remote_run: str) -> None:
 
 
 def test_a_second_run_on_the_same_url_is_refused(remote_run: str, data: Data) -> None:
-    from pipeline.runfolder import RunFolder
+    from pipeline.storage.run_folder import RunFolder
 
     with RunFolder(remote_run).lock():
         command = (
@@ -176,8 +176,8 @@ def test_a_second_run_on_the_same_url_is_refused(remote_run: str, data: Data) ->
 
 
 def test_a_worker_of_a_run_that_lost_the_folder_commits_nothing(data: Data, s3: ObjectStore) -> None:
-    from pipeline.lock import LEASE
-    from stages.fetch import FetchStage
+    from pipeline.storage.lock import LEASE
+    from stages.precompute.fetch import FetchStage
 
     url = f"{s3.url}/lost"
     process: Any = FetchStage.process

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.hardware import load_profile
-from pipeline.presets import profiles
+from pipeline.planning.hardware import load_profile, profiles
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
-from stages.sources.scenes import scene
+from stages.sources.synthetic.scenes import scene
 from tests.workflows.commands import call, precompute
 
 SMALL = ["source.num_samples=120", "shard_size=40", "images.sizes_px=[16,48]"]

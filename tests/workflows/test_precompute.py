@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store
-from stages.sources.scenes import encode_image, scene
-from stages.sources.synthetic import dead_indices
+from stages.sources.synthetic.scenes import encode_image, scene
+from stages.sources.synthetic.source import dead_indices
 from tests.workflows.conftest import SMALL, events, pipeline, precompute, store_bytes
 
 
@@ -200,8 +200,8 @@ def test_the_model_library_does_not_load(package: str) -> None:
 
 
 def test_every_shipped_configuration_is_valid() -> None:
+    from pipeline.cli.presets import list_presets
     from pipeline.config import load_config
-    from pipeline.presets import list_presets
     from pipeline.workflow import load_workflow
 
     presets = list_presets()

@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from imagen_core.train import load_checkpoint
-from stages import sample_prior
-from stages.sample_config import SampleConfig, SamplePriorConfig
+from stages.sampling import prior as sample_prior
+from stages.sampling.config import SampleConfig, SamplePriorConfig
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import call, precompute
 from tests.workflows.trained import COMMON, UNET, train

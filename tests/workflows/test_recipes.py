@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from imagen_core.train import TrainConfig
+from pipeline.cli.presets import find_config, list_presets
 from pipeline.config import load_config
-from pipeline.presets import find_config, list_presets
 from tests.workflows.commands import call, precompute
 from workflows.train import TrainWorkflowConfig
 

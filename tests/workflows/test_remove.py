@@ -16,13 +16,12 @@ from PIL import Image
 
 from imagen_core import store as st
 from pipeline.config import load_config
-from pipeline.files import write_text
-from pipeline.retries import retried_rows
-from pipeline.runfolder import RunFolder
-from pipeline.runner import run_workflow
+from pipeline.engine.retries import retried_rows
+from pipeline.options import RunOptions
 from pipeline.storage import LocalStorage
-from pipeline.workflow import RunOptions
-from stages import compact as compaction
+from pipeline.storage.files import write_text
+from pipeline.storage.run_folder import RunFolder
+from stages.store_tools import compact as compaction
 from tests.workflows.commands import call, tree
 from tests.workflows.conftest import SMALL, precompute, store_bytes
 from workflows.precompute import Precompute, PrecomputeConfig
@@ -207,13 +206,13 @@ def test_what_was_removed_does_not_come_back_with_new_rows_or_a_restart(
     shutil.copy(folder / "5.png", folder / "12.png")
     (folder / "12.txt").write_text("the same picture again")
     workflow = Precompute(load_config(PrecomputeConfig, None, [*arguments(folder), "shard_size=5"]))
-    run_workflow(workflow, run, RunOptions("inline", restart=True, quiet=True))
+    workflow.run(run, RunOptions("inline", restart=True, quiet=True))
     keys = {sample.key for sample in st.Store.open(run / "store")}
     assert keys == {f"{i}.png" for i in (0, 1, 2, 4, 6, 7, 8, 11)}
     found = verified(run)
     assert (found["input_rows"], found["dropped"], found["excluded"]) == (12, {"removed": 4}, {})
     assert not places_with(run, SECRET.encode()), "a row that is dropped leaves nothing"
-    run_workflow(workflow, run, RunOptions("inline", retry_dropped=("all",), quiet=True))
+    workflow.run(run, RunOptions("inline", retry_dropped=("all",), quiet=True))
     assert not (run / "retries").exists(), "nobody tries them again"
 
 
@@ -237,7 +236,7 @@ def test_a_sample_that_a_retry_brought_goes_from_the_lists_of_retries_too(tmp_pa
     precompute(run, *config)
     (broken / "1.png").write_bytes(held)
     workflow = Precompute(load_config(PrecomputeConfig, None, config))
-    run_workflow(workflow, run, RunOptions("inline", retry_dropped=("all",), quiet=True))
+    workflow.run(run, RunOptions("inline", retry_dropped=("all",), quiet=True))
     shown = json.loads(call("inspect", str(run), "--key", "1.png", "--json").out)["found"]
     assert [(entry["fate"], entry["shard"]) for entry in shown] == [("stored", 10_000_000), ("dropped", 0)]
     assert shown[0]["retry_of"] == {"shard": 0, "input_row": 1}

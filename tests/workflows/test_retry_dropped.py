@@ -11,9 +11,8 @@ import pytest
 
 from imagen_core.store import Store
 from pipeline.config import load_config
-from pipeline.runner import run_workflow
-from pipeline.workflow import RunOptions
-from stages.sources.scenes import encode_image, scene
+from pipeline.options import RunOptions
+from stages.sources.synthetic.scenes import encode_image, scene
 from tests.workflows.conftest import pipeline, store_bytes
 from workflows.precompute import Precompute, PrecomputeConfig
 
@@ -71,7 +70,7 @@ def test_a_later_round_fetches_only_what_was_dropped(server: FlakyServer, tmp_pa
 
     def run(*reasons: str) -> dict[str, object]:
         workflow = Precompute(load_config(PrecomputeConfig, None, arguments))
-        summary = run_workflow(workflow, out, RunOptions("inline", retry_dropped=reasons, quiet=True))
+        summary = workflow.run(out, RunOptions("inline", retry_dropped=reasons, quiet=True))
         tally = summary["tally"]
         return {"samples": summary["num_samples"], "in": tally["input_rows"], **tally["groups"]["samples"]["drops"]}
 

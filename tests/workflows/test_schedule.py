@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.schedule import KINDS, Schedule, render
+from pipeline.deploy.schedule import KINDS, Schedule, render
 from tests.workflows.commands import Result, call
 from tests.workflows.kubernetes import ConfigMap, CronJob, RayJob, Role, read_manifests
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.schedule import Schedule, render
+from pipeline.deploy.schedule import Schedule, render
 
 STUBS = {
     "pipeline": """

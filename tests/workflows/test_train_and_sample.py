@@ -278,7 +278,7 @@ def test_ray_train_gives_the_same_model(work: Path, tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_ray_train_ends_well_on_an_object_store(work: Path) -> None:
     """Only the first worker has the files of a checkpoint there."""
-    from pipeline.storage import open_storage
+    from pipeline.storage.open import open_storage
     from tests.object_store import object_store
 
     with object_store() as s3:
@@ -291,7 +291,7 @@ def test_ray_train_ends_well_on_an_object_store(work: Path) -> None:
 
 
 def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Path, tmp_path: Path) -> None:
-    from pipeline.storage import open_storage
+    from pipeline.storage.open import open_storage
     from tests.object_store import object_store
 
     with object_store() as s3:

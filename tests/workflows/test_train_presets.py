@@ -7,8 +7,8 @@ import pytest
 
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.models.count import count_parameters
+from pipeline.cli.presets import find_config, list_presets
 from pipeline.config import load_config
-from pipeline.presets import find_config, list_presets
 from tests.imagen_core.models.published import TABLE
 from tests.workflows.commands import call
 from workflows.sample import Sample, SampleConfig

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from benchmarks.word_score import read_word
 from imagen_core.store import Store
-from stages.sources.word_score import read_word
-from stages.sources.words import is_held_out_word
+from stages.sources.synthetic.words import is_held_out_word
 from tests.workflows.commands import Result, call, precompute
 from tests.workflows.trained import train
 

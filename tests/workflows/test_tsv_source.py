@@ -10,7 +10,7 @@ import pytest
 
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, StaleOutputError
-from stages.resize import ResizeStage
+from stages.precompute.resize import ResizeStage
 from tests.pictures import BLUE, RED, noise_jpeg, plain_png
 from tests.workflows.commands import drops
 from tests.workflows.conftest import precompute, store_bytes

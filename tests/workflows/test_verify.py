@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from imagen_core import store as st
 from pipeline.errors import ShardError, StaleOutputError
 from pipeline.stage import Task
+from stages.encoders.encoder import load_encoder
 from stages.encoders.tiny import write_tiny_model
-from stages.resize import ResizeStage
+from stages.precompute.resize import ResizeStage
 from tests.workflows.commands import Result, call
 from tests.workflows.conftest import SMALL, precompute
 
@@ -56,7 +57,7 @@ def test_a_shard_that_failed_leaves_its_rows_unaccounted(tmp_path: Path, monkeyp
 def test_a_row_the_source_loses_on_the_way_is_an_error_and_not_a_sample_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.originals import OriginalsReader
+    from stages.precompute.originals import OriginalsReader
 
     honest = OriginalsReader.__init__
 
@@ -146,7 +147,7 @@ def test_embeddings_of_another_model_are_found_by_encoding_again(store: Path, mo
     from stages.encoders.t5 import T5EncoderConfig
 
     other = T5EncoderConfig(name="t5", model=str(model.parent / "other" / "model"), num_gpus=0)
-    captions = rewrite(store, lambda captions, _: other.load(1).encode(captions).embeddings)
+    captions = rewrite(store, lambda captions, _: load_encoder(other, 1).encode(captions).embeddings)
     result, found = verified(store, "--reencode", "1", "--encoder-model", f"t5={model}")
     assert result.code == 1
     assert {problem["file"] for problem in found["problems"]} == {TEXT}

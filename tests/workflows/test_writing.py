@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from imagen_core.store import Store, read_samples
-from imagen_core.train.data import random_views
+from imagen_core.train.data.stream import random_views
 from pipeline.errors import ConfigError, StaleOutputError
 from tests.imagen_core.train.small import make_config
 from tests.picture_server import body, serve

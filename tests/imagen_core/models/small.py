@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from imagen_core.models.base import UNetBaseConfig
-from imagen_core.models.block import Level
-from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.efficient import EfficientUNetConfig
-from imagen_core.models.regular import RegularUNetConfig
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.unet.base import UNetBaseConfig
+from imagen_core.models.unet.block import Level
+from imagen_core.models.unet.efficient import EfficientUNetConfig
+from imagen_core.models.unet.regular import RegularUNetConfig
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 TEXT_DIM = 12

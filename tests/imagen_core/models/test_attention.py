@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.models.attention import Attention, PixelAttention, StackedAttention, to_picture, to_tokens
+from imagen_core.models.layers.attention import Attention, PixelAttention, StackedAttention, to_picture, to_tokens
 from tests.imagen_core.models.small import random_weights
 
 DIM, CONTEXT, HEADS, HEAD_DIM = 12, 10, 3, 4

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from imagen_core.models.embeddings import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
+from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding, NoiseEmbedding, SinusoidalEmbedding
 
 
 def test_sinusoids_have_geometric_frequencies():

@@ -8,12 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.models.block import Block
-from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.hybrid import HybridUNet
-from imagen_core.models.hybrid_blocks import CrossEmbed, GlobalContext, TransformerBlock
-from imagen_core.models.hybrid_config import HybridUNetConfig
-from imagen_core.models.resblock import ResBlock, StandardizedConv2d
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.hybrid.blocks import CrossEmbed, GlobalContext, TransformerBlock
+from imagen_core.models.hybrid.unet import HybridUNet, HybridUNetConfig
+from imagen_core.models.layers.resblock import ResBlock, StandardizedConv2d
+from imagen_core.models.unet.block import Block
 from tests.imagen_core.models.small import TEXT_DIM, calls_of, captions, other_conditions, random_weights
 
 VARIANTS: dict[str, dict[str, Any]] = {

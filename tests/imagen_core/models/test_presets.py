@@ -8,8 +8,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from imagen_core.models import UNetConfig
 from imagen_core.models.count import build_on_meta
-from imagen_core.models.presets import PRESETS, list_presets
-from imagen_core.models.prior_presets import PRIOR_PRESETS
+from imagen_core.models.presets.priors import PRIOR_PRESETS
+from imagen_core.models.presets.unets import PRESETS, list_presets
 from tests.imagen_core.models.published import TABLE
 
 
@@ -43,7 +43,7 @@ def test_listing_builds_no_model():
         "import torch.nn as nn\n"
         "def refuse(self, *_, **__): raise AssertionError('a module was built')\n"
         "nn.Module.__init__ = refuse\n"
-        "from imagen_core.models.presets import list_presets\n"
+        "from imagen_core.models.presets.unets import list_presets\n"
         f"assert len(list_presets()) == {len(PRESETS) + len(PRIOR_PRESETS)}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

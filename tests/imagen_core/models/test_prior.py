@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.models.attention import Attention
-from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.positions import RelativePositionBias, Rotary
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.layers.attention import Attention
+from imagen_core.models.layers.positions import RelativePositionBias, Rotary
+from imagen_core.models.presets.priors import PRIOR_PRESETS
 from imagen_core.models.prior import PriorNetwork, PriorNetworkConfig
-from imagen_core.models.prior_presets import PRIOR_PRESETS
 from tests.imagen_core.models.small import captions, random_weights
 
 PUBLISHED = {"dalle2_prior": 101_756_560, "dalle2_prior_large": 249_416_720, "dalle2_prior_small": 24_918_544}

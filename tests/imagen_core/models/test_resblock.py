@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.inputs import Context
-from imagen_core.models.resblock import RepeatConv, ResBlock, StandardizedConv2d, resample
+from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.resblock import RepeatConv, ResBlock, StandardizedConv2d, resample
 from tests.imagen_core.models.small import random_weights
 
 TIME = 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.text import AttentionPooling, MeanPooling, TextConditioning
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.conditioning.text import AttentionPooling, MeanPooling, TextConditioning
 from tests.imagen_core.models.small import TEXT_DIM, captions, random_weights
 
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from imagen_core.models.attention import to_tokens
-from imagen_core.models.characters import character_ids
-from imagen_core.models.conditioning import Conditioning
-from imagen_core.models.hybrid_presets import HYBRID_PRESETS
-from imagen_core.models.inputs import Context
-from imagen_core.models.transcription import TranscriptionConfig, TranscriptionEncoder
-from imagen_core.models.transcription_attention import TranscriptionAttention
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.conditioning.characters import character_ids
+from imagen_core.models.conditioning.transcription import TranscriptionConfig, TranscriptionEncoder
+from imagen_core.models.conditioning.transcription_attention import TranscriptionAttention
+from imagen_core.models.layers.attention import to_tokens
+from imagen_core.models.layers.context import Context
+from imagen_core.models.presets.hybrid import HYBRID_PRESETS
 from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, inputs, random_weights
 
 WRITING = {"dim": 24, "depth": 2, "head_dim": 8, "max_characters": 12, "resolutions": (8,)}

@@ -9,11 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from imagen_core.models import UNetConfig
-from imagen_core.models.attention import Attention
-from imagen_core.models.block import Block
-from imagen_core.models.embeddings import LearnedFourierEmbedding, SinusoidalEmbedding
-from imagen_core.models.resblock import ResBlock
-from imagen_core.models.text import AttentionPooling, MeanPooling
+from imagen_core.models.conditioning.text import AttentionPooling, MeanPooling
+from imagen_core.models.layers.attention import Attention
+from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding, SinusoidalEmbedding
+from imagen_core.models.layers.resblock import ResBlock
+from imagen_core.models.unet.block import Block
 from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, calls_of, efficient, inputs, random_weights, regular
 
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))

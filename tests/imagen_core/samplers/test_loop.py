@@ -10,19 +10,8 @@ from imagen_core.diffusion import Guidance, Threshold, guided
 from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras, Uniform
 from imagen_core.models import Conditioning
-from imagen_core.samplers import (
-    Ancestral,
-    AnySampler,
-    Ddim,
-    DpmSolverPP2M,
-    Euler,
-    Heun,
-    History,
-    Plms,
-    Prk,
-    SeededNoise,
-    sample,
-)
+from imagen_core.samplers import Ancestral, Ddim, DpmSolverPP2M, Euler, Heun, History, Plms, Prk, SeededNoise, sample
+from imagen_core.samplers.registry import AnySampler
 from tests.imagen_core.diffusion.small import small_denoiser, with_random_weights
 from tests.imagen_core.samplers.gaussian import Gaussian
 

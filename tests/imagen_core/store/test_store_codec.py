@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagen_core import store as st
 from imagen_core.store.codec import decode, encode
-from imagen_core.store.shard import ImageFile, open_images
+from imagen_core.store.files.shard import ImageFile, open_images
 from tests.imagen_core.store.handmade_store import Made
 from tests.imagen_core.store.test_store_verify import rewrite_manifest
 
@@ -132,7 +132,7 @@ def test_a_picture_that_does_not_decode_is_named_by_verify_and_reader(
     wrong = {"cut": picture[: len(picture) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
     stored = iter([encode(good[0], codec), wrong, picture])
     with monkeypatch.context() as patch:
-        patch.setattr("imagen_core.store.shard.encode", lambda pixels, codec: next(stored))
+        patch.setattr("imagen_core.store.files.shard.encode", lambda pixels, codec: next(stored))
         write(path, good, store_format, codec)
     rewrite_manifest(made.path, lambda shards: None)
     (problem,) = st.verify_store(made.path).problems

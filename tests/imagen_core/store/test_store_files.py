@@ -11,8 +11,8 @@ from hypothesis import strategies as hs
 from hypothesis.extra import numpy as hnp
 
 from imagen_core import store as st
-from imagen_core.store.parquet import ParquetImages, ParquetText
-from imagen_core.store.shard import open_images, open_text
+from imagen_core.store.files.parquet import ParquetImages, ParquetText
+from imagen_core.store.files.shard import open_images, open_text
 from tests.imagen_core.store.handmade_store import write_text
 
 DTYPES: list[st.StoreDtype] = ["float16", "bfloat16", "float32", "int8"]

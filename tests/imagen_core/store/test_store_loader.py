@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imagen_core import store as st
-from imagen_core.store.order import WindowedOrder, choices, permute
+from imagen_core.store.read.order import WindowedOrder, choices, permute
 from tests.imagen_core.store.handmade_store import DIM, Made
 
 Make = Callable[..., Made]

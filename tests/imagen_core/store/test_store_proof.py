@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core import store as st
-from imagen_core.store.digest import caption_digest, fingerprint_digest
-from imagen_core.store.hdf5 import write_text_hdf5
-from imagen_core.store.parquet import SamplesFile, write_text_parquet
+from imagen_core.store.files.digest import caption_digest, fingerprint_digest
+from imagen_core.store.files.hdf5 import write_text_hdf5
+from imagen_core.store.files.parquet import SamplesFile, write_text_parquet
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest
 
 Make = Callable[..., Made]

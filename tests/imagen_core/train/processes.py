@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imagen_core.train.checkpoint import checkpoints
+from imagen_core.train.checkpoints.checkpoint import checkpoints
 from tests.imagen_core.train.small import make_config
 from tests.imagen_core.train.worker import run
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from imagen_core import store as st
 from imagen_core.train import TrainConfig
-from imagen_core.train.data import Batch, BatchStream, open_store
-from imagen_core.train.distributed import World
+from imagen_core.train.data.stream import Batch, BatchStream, open_store
+from imagen_core.train.parallel.world import World
 
 DIM = 8
 BASE_UNET = {

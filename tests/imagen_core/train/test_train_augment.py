@@ -14,9 +14,9 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.store import Cut, PictureFacts, Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.augment import AugmentConfig, BlurConfig, Mirrored, RandomCut, blur, stored_box
-from imagen_core.train.data import Batch, BatchStream, open_store, whole_pictures
-from imagen_core.train.distributed import World
-from imagen_core.train.example import Example, make_example
+from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.data.stream import Batch, BatchStream, open_store, whole_pictures
+from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, SUPER, make_config, make_store
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 
 from imagen_core.models import Conditioning
 from imagen_core.train import CheckpointError, CheckpointMismatchError, load_checkpoint, train
-from imagen_core.train.checkpoint import checkpoints, write_checkpoint
+from imagen_core.train.checkpoints.checkpoint import checkpoints, write_checkpoint
 from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store, tensors
 
 

@@ -10,10 +10,10 @@ import torch
 from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.store import Store, StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data import Batch, BatchStream, open_store
-from imagen_core.train.distributed import World
-from imagen_core.train.example import Example, make_example
-from imagen_core.train.randomness import draw
+from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.data.randomness import draw
+from imagen_core.train.data.stream import Batch, BatchStream, open_store
+from imagen_core.train.parallel.world import World
 from tests.imagen_core.store.handmade_store import remove
 from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store
 

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from imagen_core.models.embeddings import LearnedFourierEmbedding
-from imagen_core.models.positions import Rotary
-from imagen_core.models.transformer import TransformerLayer
+from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding
+from imagen_core.models.layers.positions import Rotary
+from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.train import load_checkpoint, train
-from imagen_core.train.parallel import shard
+from imagen_core.train.parallel.wrap import shard
 from tests.imagen_core.train.processes import keys_in_order, newest, train_split
 from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.train import NonFiniteLossError, Progress, TrainError, load_checkpoint, train, trainer
-from imagen_core.train.data import BatchStream, open_store
-from imagen_core.train.distributed import World
+from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.evaluation import validation_loss
-from imagen_core.train.example import Example, make_example
+from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, make_config, metrics, tensors

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from imagen_core.train import CheckpointError, load_checkpoint, train
-from imagen_core.train.one_file import write_model
+from imagen_core.train.checkpoints.single_file import write_model
 from tests.imagen_core.train.small import make_config, tensors
 
 

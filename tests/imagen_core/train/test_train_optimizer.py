@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.models.attention import Attention
+from imagen_core.models.layers.attention import Attention
 from imagen_core.train import OptimizerConfig, TrainError
 from imagen_core.train.optimizer import learning_rate, make_optimizer
 

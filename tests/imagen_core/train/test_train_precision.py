@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from imagen_core.train import NonFiniteLossError, train, trainer
-from imagen_core.train.checkpoint import checkpoints
-from imagen_core.train.precision import LossScale
+from imagen_core.train.checkpoints.checkpoint import checkpoints
+from imagen_core.train.parallel.precision import LossScale
 from tests.imagen_core.train.small import files, make_config, metrics, tensors
 
 

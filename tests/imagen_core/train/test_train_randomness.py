@@ -2,7 +2,7 @@
 
 import torch
 
-from imagen_core.train.randomness import draw, mix
+from imagen_core.train.data.randomness import draw, mix
 
 CPU = torch.device("cpu")
 

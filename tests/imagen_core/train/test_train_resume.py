@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from imagen_core.train import TrainingStopped, train, trainer
-from imagen_core.train.checkpoint import checkpoints
+from imagen_core.train.checkpoints.checkpoint import checkpoints
 from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
 
 ROOT = Path(__file__).parents[3]

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from imagen_core.diffusion import Denoiser
 from imagen_core.train import load_checkpoint, train
-from imagen_core.train.data import BatchStream, open_store
-from imagen_core.train.distributed import World
-from imagen_core.train.example import make_example
-from imagen_core.train.times import TimeSampler
+from imagen_core.train.data.example import make_example
+from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, files, make_config, tensors
 
 DISCRETE, TINY = (

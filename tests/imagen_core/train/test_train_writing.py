@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from imagen_core.diffusion import Denoiser
-from imagen_core.models.characters import character_ids
+from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.data import open_store
-from imagen_core.train.distributed import World
+from imagen_core.train.data.example import make_example
+from imagen_core.train.data.stream import open_store
 from imagen_core.train.evaluation import draw_grid, validation_loss
-from imagen_core.train.example import make_example
+from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store, tensors

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from imagen_core.train import TrainConfig, TrainError, train, trainer
-from imagen_core.train.data import Batch, BatchStream
+from imagen_core.train.data.stream import Batch, BatchStream
 
 
 def run(job: dict[str, Any], rank: int) -> None:

@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, CLI
 
 from imagen_core.store import Store
 from pipeline.errors import ConfigError, MachineError
-from stages.encoders.any import AnyEncoder
-from stages.encoders.encoder import TextEncoder
-from stages.prompts import encoder_of
+from stages.encoders.encoder import TextEncoder, load_encoder
+from stages.encoders.prompts import encoder_of
+from stages.encoders.registry import AnyEncoder
 from tests.stages.encoders import tiny_models
 from tests.workflows.conftest import precompute
 
@@ -58,7 +58,7 @@ class Case:
         return TypeAdapter(AnyEncoder).validate_python({**settings, **self.settings})
 
     def load(self, **changes: object) -> TextEncoder:
-        return self.config(**changes).load(1)
+        return load_encoder(self.config(**changes), 1)
 
     @torch.inference_mode()
     def reference(self, captions: list[str], max_tokens: int = 77) -> list[np.ndarray]:

@@ -10,9 +10,10 @@ import torch
 from pydantic import TypeAdapter
 
 from imagen_core.store import Store
-from stages.encoders.any import AnyEncoder
 from stages.encoders.clip_image import ClipImageConfig
+from stages.encoders.encoder import load_encoder
 from stages.encoders.memory import is_out_of_memory, run_batches
+from stages.encoders.registry import AnyEncoder
 from stages.encoders.t5_packed import PackedT5
 from tests.stages.encoders import tiny_models
 from tests.workflows.conftest import SMALL, precompute
@@ -41,7 +42,9 @@ def test_captions_that_do_not_fit_together_are_encoded_in_smaller_batches(
 ) -> None:
     kind = "t5" if make is tiny_models.t5 else "auto"
     settings = {"name": "text", "kind": kind, "model": str(tiny_models.write(make, tmp_path / "model"))}
-    encoder = TypeAdapter(AnyEncoder).validate_python({**settings, "compute_dtype": "float32", "num_gpus": 0}).load(1)
+    encoder = load_encoder(
+        TypeAdapter(AnyEncoder).validate_python({**settings, "compute_dtype": "float32", "num_gpus": 0}), 1
+    )
     expected = encoder.encode(CAPTIONS)
     assert expected.oom_halvings == 0
     assert expected.oom_counter() == {}

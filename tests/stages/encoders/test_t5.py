@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pipeline.errors import MachineError
-from stages.encoders.encoder import TextEncoder
+from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.encoders.tokens import tokenize
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
-    return config().load(1)
+    return load_encoder(config(), 1)
 
 
 def with_changes(encoder: TextEncoder, **changes: object) -> TextEncoder:
@@ -94,7 +94,7 @@ def test_the_result_is_what_transformers_gives_caption_by_caption(encoder: TextE
 
 def test_a_local_folder_gives_the_same_as_the_built_in_name(encoder: TextEncoder, folder: Path) -> None:
     local = config(str(folder))
-    found, expected = local.load(1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings
+    found, expected = load_encoder(local, 1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert local.identify() == config().identify()
 
@@ -113,7 +113,7 @@ def test_the_result_does_not_depend_on_the_batches(encoder: TextEncoder, tokens_
 
 def test_bfloat16_differs_by_its_rounding_only(encoder: TextEncoder) -> None:
     expected = encoder.encode(CAPTIONS).embeddings
-    found = config(compute_dtype="bfloat16").load(1).encode(CAPTIONS).embeddings
+    found = load_encoder(config(compute_dtype="bfloat16"), 1).encode(CAPTIONS).embeddings
     assert all(e.dtype == np.float32 for e in found)
     for a, b in zip(found, expected, strict=True):
         assert np.linalg.norm(a - b) / np.linalg.norm(b) < 0.03
@@ -292,7 +292,7 @@ def test_a_missing_weight_is_an_error_and_never_random_numbers(folder: Path, tmp
     del weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MachineError, match=r"lacks 1 weights of a T5EncoderModel \(encoder\.block\.1\."):
-        config(str(broken)).load(1)
+        load_encoder(config(str(broken)), 1)
 
 
 def test_weights_beside_those_of_the_encoder_are_ignored(encoder: TextEncoder, folder: Path, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_weights_beside_those_of_the_encoder_are_ignored(encoder: TextEncoder, f
         whole / "model.safetensors",
         metadata={"format": "pt"},
     )
-    assert_close(config(str(whole)).load(1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings)
+    assert_close(load_encoder(config(str(whole)), 1).encode(CAPTIONS).embeddings, encoder.encode(CAPTIONS).embeddings)
 
 
 def test_cut_weights_are_an_error_of_the_machine(folder: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_cut_weights_are_an_error_of_the_machine(folder: Path, tmp_path: Path) -
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(MachineError, match=r"encoders\.model: .* cannot be loaded"):
-        config(str(broken)).load(1)
+        load_encoder(config(str(broken)), 1)
 
 
 def test_the_workload_counts_the_tokens_and_products_of_the_model(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_workload_counts_the_tokens_and_products_of_the_model(tmp_path: Path
     write_tiny_model(tmp_path / "model")
     config = T5EncoderConfig(name="t5", model=str(tmp_path / "model"), max_tokens=12, compute_dtype="float32")
     work = config.workload(CAPTIONS)
-    assert work.tokens == [len(e) for e in config.load(1).encode(CAPTIONS).embeddings]
+    assert work.tokens == [len(e) for e in load_encoder(config, 1).encode(CAPTIONS).embeddings]
     model = T5EncoderModel.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         for length in work.tokens:

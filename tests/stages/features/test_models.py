@@ -11,8 +11,8 @@ from transformers import CLIPModel
 from imagen_core.evaluation.inception import FidInception
 from pipeline.errors import ConfigError, MachineError
 from stages.encoders.clip_image import Looks
-from stages.features.clip import ClipFeatures
-from stages.features.inception import InceptionFeatures
+from stages.evaluation.features.clip import ClipFeatures
+from stages.evaluation.features.inception import InceptionFeatures
 from tests.stages.encoders import tiny_models
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.sources.addresses import is_public
+from stages.sources.download.addresses import is_public
 
 
 @pytest.mark.parametrize(

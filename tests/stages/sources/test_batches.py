@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StaleOutputError
-from pipeline.runfolder import RunFolder
 from pipeline.stage import Shard
+from pipeline.storage.run_folder import RunFolder
 from stages.sources.base import Original, Source
-from stages.sources.batches import Batches
 from stages.sources.folder import FolderConfig
+from stages.sources.incremental import Batches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.tars import WebdatasetConfig
 from stages.sources.urls import UrlsConfig

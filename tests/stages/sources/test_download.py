@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.sources import download as module
-from stages.sources.download import classify, download
-from stages.sources.download_config import DownloadConfig
-from stages.sources.synthetic import SyntheticConfig
+from stages.sources.download import downloader as module
+from stages.sources.download.config import DownloadConfig
+from stages.sources.download.downloader import classify, download
+from stages.sources.synthetic.source import SyntheticConfig
 from tests.picture_server import (
     Server,
     body,

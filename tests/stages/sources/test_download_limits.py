@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from stages.sources import download as module
-from stages.sources import visit
-from stages.sources.download import classify, download
-from stages.sources.download_config import DownloadConfig
-from stages.sources.synthetic import SyntheticConfig
-from stages.sources.visit import Endpoint, retry_after_s
+from stages.sources.download import downloader as module
+from stages.sources.download import open_url as visit
+from stages.sources.download.config import DownloadConfig
+from stages.sources.download.downloader import classify, download
+from stages.sources.download.open_url import Endpoint, retry_after_s
+from stages.sources.synthetic.source import SyntheticConfig
 from tests.picture_server import (
     Answer,
     Handler,

@@ -8,11 +8,11 @@ import fsspec
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.runfolder import RunFolder
 from pipeline.stage import Shard
+from pipeline.storage.run_folder import RunFolder
 from stages.sources.base import Original
-from stages.sources.batches import Batches
 from stages.sources.folder import FolderConfig, FolderSource
+from stages.sources.incremental import Batches
 from stages.sources.tree import Tree
 
 LOOSE = {

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from stages.sources.download_config import DownloadConfig
-from stages.sources.host_queue import HostQueue, Turn, host_of
+from stages.sources.download.config import DownloadConfig
+from stages.sources.download.host_queue import HostQueue, Turn, host_of
 
 
 class Clock:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
+from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.files import Damaged
-from stages.sources.plain_pickle import read_pickle
 
 NUMBERS = np.arange(12, dtype=np.float16).reshape(3, 4)
 PLAIN: dict[str, Any] = {

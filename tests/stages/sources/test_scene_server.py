@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.sources.scene_server import SceneServer
-from stages.sources.scenes import encode_image, is_held_out, scene
+from stages.sources.synthetic.scenes import encode_image, is_held_out, scene
+from stages.sources.synthetic.server import SceneServer
 
 
 def connect(server: SceneServer) -> http.client.HTTPConnection:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from stages.sources.scene_draw import SHAPES, encode_png, shape_mask
-from stages.sources.scene_score import Score, read_single, score_single
-from stages.sources.scenes import (
+from benchmarks.scene_score import Score, read_single, score_single
+from stages.sources.synthetic.scenes import (
     BACKGROUNDS,
     COLORS,
     POSITIONS,
@@ -21,6 +20,7 @@ from stages.sources.scenes import (
     render,
     scene,
 )
+from stages.sources.synthetic.shapes import SHAPES, encode_png, shape_mask
 
 
 @cache

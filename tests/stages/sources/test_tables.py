@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from stages.sources.base import Original
-from stages.sources.download_config import DownloadConfig
+from stages.sources.download.config import DownloadConfig
 from stages.sources.files import expand
 from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource, captions_of

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.sources.scenes import VOCABULARY
-from stages.sources.word_score import color_right, letters_right, read_word
-from stages.sources.words import (
+from benchmarks.word_score import color_right, letters_right, read_word
+from stages.sources.synthetic.scenes import VOCABULARY
+from stages.sources.synthetic.words import (
     LETTERS,
     WordScene,
     dots,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from imagen_core.conversion.minimagen import unet_config, unet_weights
 from imagen_core.models import Conditioning
-from imagen_core.models.hybrid_config import HybridUNetConfig
-from imagen_core.models.minimagen import unet_config, unet_weights
-from imagen_core.models.presets import PRESETS
+from imagen_core.models.hybrid.unet import HybridUNetConfig
+from imagen_core.models.presets.unets import PRESETS
 from tests.imagen_core.models.minimagen.numbers import inputs, sampled, weights
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("expected.json").read_text())

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from imagen_core.conversion.nemo import denoiser_config
+from imagen_core.conversion.nemo_unet import unet_weights
 from imagen_core.diffusion import Denoiser
-from imagen_core.diffusion.nemo import denoiser_config
 from imagen_core.models import Conditioning
-from imagen_core.models.nemo import unet_weights
-from imagen_core.models.presets import PRESETS
+from imagen_core.models.presets.unets import PRESETS
 from tests.imagen_core.models.minimagen.numbers import sampled
 from tests.imagen_core.models.nemo.numbers import LENGTHS, LOW_RES_LEVEL, SIGMAS, TIMES, inputs, weights
 

@@ -1,0 +1,163 @@
+"""How captions reach the UNet: a context of tokens for attention, and one vector added to the time vector."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagen_core.models.conditioning.base import Conditioning, kept
+
+Pooling = Literal["attention", "mean"]
+DroppedCaption = Literal["zero_tokens", "no_tokens"]
+
+
+class AttentionPooling(nn.Module):
+    """Mean of the tokens weighted by a softmax over one learned score a token."""
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.score = nn.Linear(text_dim, 1)
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """(b, l, text_dim), bool (b, l) -> (b, text_dim); zero where no token is real."""
+        scores = self.score(text).squeeze(-1)
+        # The lowest finite score, not minus infinity: a row without tokens has finite gradients.
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(~mask, 0)
+        return torch.einsum("bl,blx->bx", weights.to(text.dtype), text)
+
+
+class MeanPooling(nn.Module):
+    """Plain mean of the real tokens."""
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """(b, l, text_dim), bool (b, l) -> (b, text_dim); zero where no token is real."""
+        counts = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        return (text * mask[..., None]).sum(dim=1) / counts
+
+
+class TextConditioning(nn.Module):
+    """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
+
+    A row that is not kept has its embeddings set to zero, so that nothing of its caption but its length is seen;
+    with `no_tokens` not even that.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        cond_dim: int,
+        time_dim: int,
+        *,
+        pooling: Pooling = "attention",
+        null_token: bool = False,
+        dropped_caption: DroppedCaption = "zero_tokens",
+        padded_tokens: int | None = None,
+        attended: bool = True,
+    ):
+        """
+        Args:
+            dropped_caption: what a row that is not kept attends to: as many zero embeddings as its caption has
+                tokens (NeMo Imagen), or none, as if the caption were empty.
+            null_token: adds one learned token to every context, never masked.
+            padded_tokens: captions get zeros up to so many tokens, masked in the context but not in the pooling; mean
+                pooling is of the context (NeMo Imagen).
+            attended: False for a model without text attention: then there is no context.
+        """
+        super().__init__()
+        self.text_dim = text_dim
+        self.dropped_caption, self.padded_tokens, self.attended = dropped_caption, padded_tokens, attended
+        self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
+        averages_context = padded_tokens is not None and pooling == "mean"
+        self.pooled = None
+        if not averages_context:
+            self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
+        self.to_context = nn.Linear(text_dim, cond_dim) if attended or averages_context else None
+        self.to_time = nn.Sequential(
+            nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token and attended else None
+
+    def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
+        text, mask = kept_text(conditioning, self.text_dim)
+        if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
+            mask = mask & conditioning.text_keep[:, None]
+        text, seen = text.to(next(self.to_time.parameters()).dtype), mask
+        if self.padded_tokens is not None:
+            text, mask = _padded(text, mask, self.padded_tokens)
+            seen = torch.ones_like(mask)
+        context = None if self.to_context is None else self.to_context(text)
+        if self.pooled is not None:
+            pooled = self.pooled(self.pool(text, seen))
+        else:
+            assert context is not None
+            pooled = self.pool(context, seen)
+        vector = self.to_time(pooled)
+        if context is None or not self.attended:
+            return None, None, vector
+        if self.null_token is not None:
+            null = self.null_token.to(context.dtype).expand(len(context), 1, -1)
+            context, mask = torch.cat([null, context], dim=1), F.pad(mask, (1, 0), value=True)
+        return context, mask, vector
+
+
+def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """(b, l, text_dim) and (b, l) with zeros up to `num_tokens`; ValueError if there are more."""
+    missing = num_tokens - text.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"conditioning.text: {text.shape[1]} tokens, this model reads at most {num_tokens}; lower max_tokens"
+        )
+    return F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
+
+
+def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
+    """The embeddings with zeros in padding and in the rows not kept, and the mask.
+
+    Raises:
+        ValueError: no text was given, or of another width.
+    """
+    text, mask, keep = checked_text(conditioning, text_dim)
+    return text.masked_fill(~(mask & keep[:, None])[..., None], 0), mask
+
+
+def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (b, l, text_dim), their bool mask (b, l), and which rows are kept, bool (b,).
+
+    Raises:
+        ValueError: no text was given, or of another width.
+    """
+    text, mask = conditioning.text, conditioning.text_mask
+    if text is None:
+        raise ValueError("conditioning.text: this model reads captions; give text (for none, text_keep=False)")
+    if text.shape[-1] != text_dim:
+        raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return text, mask, kept(conditioning.text_keep, text)
+
+
+def learned_beyond(
+    conditioning: Conditioning, text_dim: int, project: nn.Module, null: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A caption as a fixed number of tokens: its own, projected, then learned ones; all learned if it is not kept.
+
+    So the result does not depend on the lengths of the other captions of a batch.
+
+    Args:
+        null: (max_tokens, dim), the learned tokens.
+    Returns:
+        (b, max_tokens, dim), and which rows are kept, bool (b,).
+    Raises:
+        ValueError: no text, text of another width, or more than max_tokens tokens.
+    """
+    text, mask, keep = checked_text(conditioning, text_dim)
+    missing = len(null) - text.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"conditioning.text: {text.shape[1]} tokens, this model reads at most {len(null)}; lower max_tokens"
+        )
+    tokens = project(text.to(null.dtype))
+    real = F.pad(mask & keep[:, None], (0, missing))[..., None]
+    return torch.where(real, F.pad(tokens, (0, 0, 0, missing)), null.to(tokens.dtype)), keep

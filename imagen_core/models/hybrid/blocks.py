@@ -1,0 +1,156 @@
+"""The parts of a Hybrid UNet beside its ResBlocks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagen_core.models.hybrid.config import HybridUNetSettings
+from imagen_core.models.layers.attention import Attention, to_picture, to_tokens
+from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.transformer import TransformerLayer
+from imagen_core.models.unet.block import Block
+
+
+class HybridLevel(nn.Module):
+    """One resolution, on the way down or up."""
+
+    def __init__(
+        self,
+        *,
+        before: nn.Module | None,
+        first: nn.Module,
+        blocks: list[Block],
+        transformer: nn.Module | None,
+        after: nn.Module | None,
+    ):
+        super().__init__()
+        self.before, self.first, self.blocks = before, first, nn.ModuleList(blocks)
+        self.transformer, self.after = transformer, after
+
+
+class CrossEmbed(nn.Module):
+    """Convolutions of several kernel sizes side by side; half of the channels are of the first, and so on."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernels: tuple[int, ...] = (3, 7, 15), stride: int = 1):
+        super().__init__()
+        parts = [out_channels // 2**index for index in range(1, len(kernels))]
+        parts.append(out_channels - sum(parts))
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(in_channels, part, kernel, stride=stride, padding=(kernel - stride) // 2)
+                for part, kernel in zip(parts, kernels, strict=True)
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([conv(x) for conv in self.convs], dim=1)
+
+
+class TwoConvs(nn.Module):
+    """A 3x3 and a 1x1 convolution, summed: the deepest level widens without halving."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.wide = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.narrow = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) + self.narrow(x)
+
+
+class TextAttention(nn.Module):
+    """Pixels attend to the condition tokens; normed before and after, with a residual."""
+
+    def __init__(self, width: int, config: HybridUNetSettings, *, linear: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.attention = Attention(
+            width,
+            kind="cross",
+            linear=linear,
+            num_heads=config.cross_num_heads or config.num_heads,
+            head_dim=config.cross_head_dim or config.head_dim,
+            context_dim=config.context_dim,
+            bias=False,
+            null_kv=True,
+            qk_norm=config.qk_norm,
+        )
+        self.norm_out = nn.LayerNorm(width, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(b, c, h, w) -> the same."""
+        attended = self.attention(self.norm(to_tokens(x)), context.tokens, context.mask)
+        return x + to_picture(self.norm_out(attended), x)
+
+
+class TransformerBlock(nn.Module):
+    """Layers of multi-query attention over pixels and condition tokens, then a feed-forward layer, if wanted."""
+
+    def __init__(
+        self,
+        width: int,
+        config: HybridUNetSettings,
+        *,
+        attend_to_conditions: bool,
+        feed_forward: bool = True,
+        depth: int = 1,
+        linear: bool = False,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                TransformerLayer(
+                    width,
+                    num_heads=config.num_heads,
+                    head_dim=config.head_dim,
+                    ff_mult=config.ff_mult if feed_forward else 0,
+                    context_dim=config.context_dim if attend_to_conditions else None,
+                    qk_norm=config.qk_norm,
+                    linear=linear,
+                )
+                for _ in range(depth)
+            ]
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(b, c, h, w) -> the same."""
+        tokens = to_tokens(x)
+        for layer in self.layers:
+            tokens = layer(tokens, context.tokens, context.mask)
+        return to_picture(tokens, x)
+
+
+class FeatureCombiner(nn.Module):
+    """The outputs of all levels on the way up, each narrowed by a convolution and enlarged to the last one's size."""
+
+    def __init__(self, widths: list[int], out_width: int):
+        super().__init__()
+        self.narrow = nn.ModuleList(
+            [
+                nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1))
+                for width in widths
+            ]
+        )
+
+    def forward(self, features: list[Tensor], size: torch.Size) -> list[Tensor]:
+        """(b, c, h, w) each -> (b, out_width, *size) each."""
+        return [
+            F.interpolate(narrow(feature), size=size, mode="nearest")
+            for narrow, feature in zip(self.narrow, features, strict=True)
+        ]
+
+
+class GlobalContext(nn.Module):
+    """Scales channels by a gate made of an attention-pooled pixel (Cao et al. 2019, arXiv 1904.11492)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = max(3, width // 2)
+        self.score = nn.Conv2d(width, 1, 1)
+        self.gate = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, width, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> the same."""
+        weights = self.score(x).flatten(2).softmax(dim=-1)  # (b, 1, h * w)
+        pooled = torch.einsum("bcn,bn->bc", x.flatten(2), weights[:, 0])
+        return x * self.gate(pooled[:, :, None, None])

@@ -1,0 +1,176 @@
+"""How the Hybrid UNets read captions, noise levels and low-resolution noise levels.
+
+Everything that conditions becomes tokens that the blocks attend to: two tokens of the noise level, two more of the
+low-resolution picture's noise level, and the caption, either as it is or as 36 tokens of a perceiver resampler
+(Jaegle et al. 2021, arXiv 2103.03206; Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1). A caption left out is a
+learned embedding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
+from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.hybrid.config import HybridUNetSettings
+from imagen_core.models.layers.attention import Attention
+from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.noise_embedding import level_embedding
+from imagen_core.models.layers.transformer import feed_forward
+from imagen_core.models.unet.inputs import low_res_noise
+
+_TOKENS_PER_LEVEL = 2
+
+
+class LevelTokens(nn.Module):
+    """A noise level as a vector (b, time_dim) and as tokens (b, 2, context_dim)."""
+
+    def __init__(self, config: HybridUNetSettings):
+        super().__init__()
+        time_dim, context_dim = config.time_dim, config.context_dim
+        embedding = level_embedding(config.dim, config.num_fourier_frequencies, closed=config.sinusoids == "closed")
+        self.embedding = embedding
+        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
+        self.to_vector = nn.Linear(time_dim, time_dim)
+        self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
+
+    def forward(self, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(b,) -> the vector and the tokens."""
+        hidden = self.hidden(self.embedding(c_noise).to(self.to_vector.weight.dtype))
+        return self.to_vector(hidden), self.to_tokens(hidden).unflatten(-1, (_TOKENS_PER_LEVEL, -1))
+
+
+class HybridInputs(nn.Module):
+    """Noise level, caption, picture embedding, class and low-resolution noise level -> `Context`.
+
+    All tokens are real (no mask).
+    """
+
+    def __init__(self, config: HybridUNetSettings):
+        super().__init__()
+        time_dim, context_dim = config.time_dim, config.context_dim
+        self.level = LevelTokens(config)
+        self.low_res_level = None
+        if config.low_res_noise:
+            self.low_res_level = LevelTokens(config)
+        self.image_embed = None
+        if config.image_embed_dim is not None:
+            self.image_embed = ImageEmbedConditioning(
+                config.image_embed_dim, context_dim, time_dim, config.num_image_tokens
+            )
+        self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
+        self.text = None if config.text_dim is None else CaptionTokens(config, config.text_dim)
+        self.unread = None
+        if config.unread_caption_parameters:
+            self.unread = EmptyCaption(config).requires_grad_(False)
+        self.norm = nn.LayerNorm(context_dim)
+        self.norm_middle = nn.LayerNorm(context_dim) if config.text_in_middle_only else None
+
+    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> tuple[Context, Context]:
+        """c_noise (b,) -> what the levels are told, and what the middle is told.
+
+        Raises:
+            ValueError: a condition the model reads is missing.
+        """
+        vector, tokens = self.level(c_noise)
+        if self.low_res_level is not None:
+            more, level_tokens = self.low_res_level(low_res_noise(conditioning))
+            vector, tokens = vector + more, torch.cat([tokens, level_tokens], dim=1)
+        if self.labels is not None:
+            vector = vector + self.labels(conditioning)
+        if self.image_embed is not None:
+            image_tokens, more = self.image_embed(conditioning)
+            assert image_tokens is not None
+            vector, tokens = vector + more, torch.cat([tokens, image_tokens], dim=1)
+        all_tokens = tokens
+        if self.text is not None:
+            caption_tokens, more = self.text(conditioning)
+            vector, all_tokens = vector + more, torch.cat([tokens, caption_tokens], dim=1)
+        time = F.silu(vector)
+        if self.norm_middle is None:
+            context = Context(time, self.norm(all_tokens), None)
+            return context, context
+        return Context(time, self.norm(tokens), None), Context(time, self.norm_middle(all_tokens), None)
+
+
+class EmptyCaption(nn.Module):
+    """What stands for a caption left out and for padding, and the perceiver that would read it."""
+
+    def __init__(self, config: HybridUNetSettings):
+        super().__init__()
+        self.null_tokens = nn.Parameter(torch.randn(config.max_text_tokens, config.context_dim))
+        self.null_vector = nn.Parameter(torch.randn(config.time_dim)) if config.caption_vector else None
+        self.resampler = PerceiverResampler(config.context_dim, qk_norm=config.qk_norm) if config.perceiver else None
+
+
+class CaptionTokens(EmptyCaption):
+    """A caption as tokens (b, t, context_dim) and as a vector (b, time_dim), zero without `caption_vector`.
+
+    Captions are padded to max_text_tokens with a learned embedding, which also stands for a caption left out; so the
+    result does not depend on the lengths of the other captions of a batch.
+    """
+
+    def __init__(self, config: HybridUNetSettings, text_dim: int):
+        super().__init__(config)
+        context_dim, time_dim = config.context_dim, config.time_dim
+        self.text_dim = text_dim
+        self.to_context = nn.Linear(text_dim, context_dim)
+        self.to_vector = None
+        if config.caption_vector:
+            self.to_vector = nn.Sequential(
+                nn.LayerNorm(context_dim), nn.Linear(context_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
+
+    def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """
+        Raises:
+            ValueError: no text, text of another width, or longer than max_text_tokens.
+        """
+        tokens, keep = learned_beyond(conditioning, self.text_dim, self.to_context, self.null_tokens)
+        if self.resampler is not None:
+            tokens = self.resampler(tokens)
+        if self.to_vector is None or self.null_vector is None:
+            return tokens, tokens.new_zeros(())
+        vector = self.to_vector(tokens.mean(dim=1))
+        return tokens, torch.where(keep[:, None], vector, self.null_vector.to(vector.dtype))
+
+
+class PerceiverResampler(nn.Module):
+    """Any number of tokens -> 32 learned queries and 4 tokens made of their mean, after two attention layers."""
+
+    def __init__(self, dim: int, *, num_latents: int = 32, num_mean_latents: int = 4, depth: int = 2, qk_norm: bool):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(512, dim))
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.mean_norm = nn.LayerNorm(dim, bias=False)
+        self.to_mean_latents = nn.Linear(dim, num_mean_latents * dim)
+        self.layers = nn.ModuleList([ResamplerLayer(dim, qk_norm=qk_norm) for _ in range(depth)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim), l <= 512 -> (b, 36, dim)."""
+        placed = tokens + self.positions[: tokens.shape[1]].to(tokens.dtype)
+        mean = self.to_mean_latents(self.mean_norm(tokens.mean(dim=1))).unflatten(-1, (-1, tokens.shape[-1]))
+        latents = torch.cat([mean, self.latents.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+        for layer in self.layers:
+            latents = layer(placed, latents)
+        return latents
+
+
+class ResamplerLayer(nn.Module):
+    """Latents attend to the tokens and to themselves, then a feed-forward layer; both with residuals."""
+
+    def __init__(self, dim: int, *, qk_norm: bool):
+        super().__init__()
+        self.norm_tokens, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(
+            dim, kind="cross", num_heads=8, head_dim=64, context_dim=dim, bias=False, qk_norm=qk_norm
+        )
+        self.norm_out = nn.LayerNorm(dim)
+        self.feed_forward = feed_forward(dim, 4)
+
+    def forward(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        queries = self.norm_latents(latents)
+        context = torch.cat([self.norm_tokens(tokens), queries], dim=1)
+        latents = latents + self.norm_out(self.attention(queries, context))
+        return latents + self.feed_forward(latents)

@@ -1,0 +1,130 @@
+"""What the configurations of all UNet families share."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from imagen_core.config import Config
+from imagen_core.models.conditioning.text import DroppedCaption, Pooling
+from imagen_core.models.conditioning.transcription import TranscriptionConfig
+
+AttentionType = Literal["self", "cross", "fused", "stacked"]
+
+
+class UNetBaseConfig(Config):
+    """What a UNet reads and gives back."""
+
+    image_size_px: int = Field(ge=1)
+    """Side of the pictures the model is meant for; it runs on any side its levels divide."""
+    text_dim: int | None = Field(default=1024, ge=1)
+    """Width of the text embeddings; null: not conditioned on text."""
+    image_embed_dim: int | None = Field(default=None, ge=1)
+    """Width of a picture encoder's embeddings (DALL-E 2's decoder); null: not conditioned on them."""
+    num_image_tokens: int = Field(default=4, ge=1)
+    """Tokens that the picture embedding becomes, for attention; it is also added to the time vector."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Class labels, embedded and added to the time vector; a label of -1 is unknown and adds nothing."""
+    transcription: TranscriptionConfig | None = None
+    """How the text to be written in the picture is read (Regular and Efficient UNets); null: it is not."""
+    in_channels: int = Field(default=3, ge=1)
+    """Channels of the noisy picture (without the low-resolution one)."""
+    out_channels: int = Field(default=3, ge=1)
+    """Channels of the result; twice in_channels for models with learned variance."""
+    low_res: bool = False
+    """Super-resolution: the upsampled low-resolution picture is concatenated to the input."""
+    low_res_noise: bool = False
+    """The network is told the noise level put on the low-resolution picture."""
+    self_conditioning: bool = False
+    """An earlier estimate of the clean picture is concatenated to the input (Chen et al. 2022, arXiv 2208.04202)."""
+    condition_channels: int = Field(default=0, ge=0)
+    """Channels of other pictures to look at, concatenated to the input (imagen-pytorch: cond_images_channels)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in ResBlocks."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of everything that is concatenated for the first convolution."""
+        return self.in_channels * (1 + self.low_res + self.self_conditioning) + self.condition_channels
+
+    def check_inputs(self) -> None:
+        """Raises ValueError if options that need each other do not come together."""
+        if self.low_res_noise and not self.low_res:
+            raise ValueError("low_res_noise needs low_res")
+
+    def check_image_size(self, levels: int, divisor: int) -> None:
+        """Raises ValueError unless the levels divide image_size_px."""
+        if self.image_size_px % divisor:
+            raise ValueError(
+                f"image_size_px must be a multiple of {divisor} for {levels} levels (got {self.image_size_px})"
+            )
+
+
+class AttentionUNetConfig(UNetBaseConfig):
+    """What Regular and Efficient UNets share: attention by levels, and captions as tokens and as a pooled vector."""
+
+    embed_dim: int = Field(ge=32)
+    """Channels at multiplier 1, and width of the sinusoidal time embedding."""
+    channel_mult: tuple[int, ...] = Field(min_length=1)
+    """Channels of each level, in units of embed_dim."""
+    attention_type: AttentionType = "fused"
+    """fused: pixels attend to pixels and conditions at once; cross: to conditions only; stacked: a transformer block;
+    self: to pixels only. Conditions are captions and picture embeddings."""
+    head_dim: int = Field(default=64, ge=1)
+    """Channels of one attention head (NeMo: per_head_channels)."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
+    pooling: Pooling = "attention"
+    """How the caption becomes one vector, added to the time vector."""
+    null_token: bool = False
+    """One learned token beside every caption (NeMo: use_null_token)."""
+    padded_tokens: int | None = Field(default=None, ge=1)
+    """Captions are padded with zeros to so many tokens, which their pooling sees, and attention normalises groups of
+    channels over all of them; mean pooling is of the projected tokens (NeMo: token_length). null: padding is never
+    seen, and each token has its own norm."""
+    dropped_caption: DroppedCaption = "zero_tokens"
+    """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
+    no_tokens, so that it does not depend on the caption's length either."""
+    learned_fourier_frequencies: int | None = None
+    """Learned time embedding with so many frequencies; null: fixed sinusoids."""
+    init_kernel_size: int = Field(default=3, ge=1)
+    """Side of the first convolution."""
+    scale_shift: bool = True
+    """The time vector scales and shifts the second norm of a ResBlock; false: it is added."""
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time vector."""
+        return 4 * self.embed_dim
+
+    @property
+    def sides_divisor(self) -> int:
+        """What the sides of a picture must be a multiple of."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.embed_dim * mult for mult in self.channel_mult]
+
+    @property
+    def sides_px(self) -> list[int]:
+        """Side of each level's pictures."""
+        return [self.image_size_px // 2**level for level in range(len(self.channel_mult))]
+
+    def check_conditions(self, *, attends: bool = True) -> None:
+        """Raises ValueError if attention reads conditions that are not there, or if inputs do not fit together."""
+        self.check_inputs()
+        self.check_image_size(len(self.channel_mult), self.sides_divisor)
+        if self.init_kernel_size % 2 == 0:
+            raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
+        if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
+            raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        resolutions = () if self.transcription is None else self.transcription.resolutions
+        if not set(resolutions) <= set(self.sides_px):
+            raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")
+
+    def head_width(self, width: int) -> int:
+        """Channels of one head, where num_heads counts if given."""
+        return self.head_dim if self.num_heads is None else width // self.num_heads

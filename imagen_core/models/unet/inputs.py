@@ -1,0 +1,123 @@
+"""What all UNet families do with their inputs before the first block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
+from imagen_core.models.conditioning.text import TextConditioning
+from imagen_core.models.conditioning.transcription import TranscriptionEncoder
+from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.noise_embedding import NoiseEmbedding, level_embedding
+from imagen_core.models.unet.base import AttentionUNetConfig, UNetBaseConfig
+
+
+class Inputs(nn.Module):
+    """Noise level, caption, transcription, picture embedding, class and low-resolution noise level -> `Context`."""
+
+    def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
+        """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
+        super().__init__()
+        time_dim = config.time_dim
+
+        def time_mlp() -> NoiseEmbedding:
+            embedding = level_embedding(config.embed_dim, config.learned_fourier_frequencies)
+            return NoiseEmbedding(embedding, time_dim)
+
+        self.time = time_mlp()
+        self.low_res_time = time_mlp() if config.low_res_noise else None
+        self.text = None
+        if config.text_dim is not None:
+            self.text = TextConditioning(
+                config.text_dim,
+                cond_dim,
+                time_dim,
+                pooling=config.pooling,
+                null_token=config.null_token,
+                dropped_caption=config.dropped_caption,
+                padded_tokens=config.padded_tokens,
+                attended=attends,
+            )
+        self.image_embed = None
+        if config.image_embed_dim is not None:
+            num_tokens = config.num_image_tokens if attends else 0
+            self.image_embed = ImageEmbedConditioning(config.image_embed_dim, cond_dim, time_dim, num_tokens)
+        self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
+        self.transcription = None
+        if config.transcription is not None:
+            self.transcription = TranscriptionEncoder(config.transcription, time_dim)
+
+    def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
+        """c_noise float (b,), in float32 or better where it is a step index.
+
+        Raises:
+            ValueError: a condition the model reads is missing.
+        """
+        time = self.time(c_noise)
+        if self.low_res_time is not None:
+            time = time + self.low_res_time(low_res_noise(conditioning))
+        if self.labels is not None:
+            time = time + self.labels(conditioning)
+        tokens = mask = None
+        if self.text is not None:
+            tokens, mask, vector = self.text(conditioning)
+            time = time + vector
+        if self.image_embed is not None:
+            more, vector = self.image_embed(conditioning)
+            time = time + vector
+            if more is not None and tokens is not None and mask is not None:
+                tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
+            elif more is not None:
+                tokens = more
+        time = F.silu(time)
+        characters = (None, None) if self.transcription is None else self.transcription(conditioning, time)
+        return Context(time, tokens, mask, *characters)
+
+
+def low_res_noise(conditioning: Conditioning) -> Tensor:
+    """c_noise (b,) of the low-resolution picture; ValueError if it is missing."""
+    if conditioning.low_res_noise is None:
+        raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
+    return conditioning.low_res_noise
+
+
+def join_pictures(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
+    """Concatenates to the noisy picture what else the first convolution reads: (b, input_channels, h, w).
+
+    Raises:
+        ValueError: a picture is missing or of another size.
+    """
+    joined = [x]
+    if config.low_res:
+        joined.append(_picture("low_res", conditioning.low_res, x, config.in_channels))
+    if config.self_conditioning:
+        estimate = torch.zeros_like(x) if conditioning.estimate is None else conditioning.estimate
+        joined.append(_picture("estimate", estimate, x, config.in_channels))
+    if config.condition_channels:
+        joined.append(_picture("images", conditioning.images, x, config.condition_channels))
+    return torch.cat(joined, dim=1) if len(joined) > 1 else x
+
+
+def _picture(name: str, picture: Tensor | None, x: Tensor, channels: int) -> Tensor:
+    wanted = (len(x), channels, *x.shape[2:])
+    if picture is None or picture.shape != wanted:
+        found = None if picture is None else tuple(picture.shape)
+        raise ValueError(f"conditioning.{name}: this model reads a picture of {wanted} (got {found})")
+    return picture.to(x.dtype)
+
+
+def check_sides(x: Tensor, divisor: int) -> None:
+    """Raises ValueError unless both sides of (b, c, h, w) are multiples of `divisor`."""
+    if x.shape[-1] % divisor or x.shape[-2] % divisor:
+        raise ValueError(f"this model needs sides that are multiples of {divisor} px (got {tuple(x.shape[-2:])})")
+
+
+def run_block(block: nn.Module, x: Tensor, context: Context, *, recompute: bool) -> Tensor:
+    """Calls a block; `recompute` keeps only its input for the backward pass (activation checkpointing)."""
+    if recompute and torch.is_grad_enabled():
+        result = checkpoint(block, x, context, use_reentrant=False)
+        assert isinstance(result, Tensor)
+        return result
+    return block(x, context)

@@ -1,0 +1,169 @@
+"""The Regular UNet: ADM's U-shape with text attention, as Imagen's base models use it.
+
+Dhariwal and Nichol 2021 (arXiv 2105.05233) for the body; Saharia et al. 2022 (arXiv 2205.11487), section 2
+and appendix F, for the text. Every level has ResBlocks with attention at chosen resolutions; every output on
+the way down is concatenated to an input on the way up.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.layers.attention import zero_
+from imagen_core.models.layers.resblock import RepeatConv, Resample, ResBlock
+from imagen_core.models.unet.base import AttentionUNetConfig
+from imagen_core.models.unet.block import (
+    Block,
+    Level,
+    check_widths,
+    make_attention,
+    make_transcription_attention,
+    typed,
+)
+from imagen_core.models.unet.inputs import Inputs, check_sides, join_pictures, run_block
+
+
+class RegularUNetConfig(AttentionUNetConfig):
+    """A Regular UNet."""
+
+    family: Literal["regular"] = "regular"
+    num_res_blocks: int | tuple[int, ...] = 3
+    """ResBlocks of each level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (8, 16, 32)
+    """Sides in pixels at which each ResBlock is followed by attention."""
+    cond_dim: int = Field(default=512, ge=1)
+    """Width the text is projected to."""
+    resblock_updown: bool = False
+    """Change resolution in ResBlocks."""
+    resblock_upsample: Literal["repeat", "conv_transpose"] = "repeat"
+    """How ResBlocks double: repeat pixels (ADM), or a transposed convolution for each branch (NeMo)."""
+    resample_with_conv: bool = True
+    """Halve with a strided convolution; false: average-pool. Not used with resblock_updown."""
+    upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
+    """How to double, without resblock_updown."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RegularUNetConfig":
+        levels = len(self.channel_mult)
+        if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != levels:
+            raise ValueError(f"num_res_blocks has {len(self.num_res_blocks)} entries for {levels} levels")
+        if min(self.blocks_per_level) < 1:
+            raise ValueError(f"num_res_blocks: every level needs one or more (got {self.num_res_blocks})")
+        self.check_conditions()
+        attends = [side in self.attention_resolutions for side in self.sides_px[:-1]] + [True]  # the middle always
+        check_widths(self.widths, attends, self.head_dim, self.num_heads)
+        return self
+
+    @property
+    def blocks_per_level(self) -> tuple[int, ...]:
+        """num_res_blocks, one entry a level."""
+        if isinstance(self.num_res_blocks, tuple):
+            return self.num_res_blocks
+        return (self.num_res_blocks,) * len(self.channel_mult)
+
+    def build(self) -> "RegularUNet":
+        """A new model with random weights."""
+        return RegularUNet(self)
+
+
+class RegularUNet(nn.Module):
+    """Predicts from a noisy picture, its noise level and the conditioning; what, the objective decides."""
+
+    def __init__(self, config: RegularUNetConfig):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        last = len(widths) - 1
+        self.inputs = Inputs(config, config.cond_dim, attends=config.attention_type != "self")
+        kernel = config.init_kernel_size
+        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
+
+        skips, width = [widths[0]], widths[0]
+        self.down = nn.ModuleList()
+        for level, out in enumerate(widths):
+            blocks = []
+            for _ in range(config.blocks_per_level[level]):
+                blocks.append(self._block(level, width, out, up=False))
+                width = out
+                skips.append(width)
+            if level < last:
+                skips.append(width)
+            self.down.append(Level(blocks, self._resample("down", width) if level < last else None))
+
+        self.middle = nn.ModuleList([Block(self._res(width, width), self._attention(width))])
+        self.middle.append(Block(self._res(width, width), None))
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(config.blocks_per_level[level] + 1):
+                blocks.append(self._block(level, width + skips.pop(), widths[level], up=True))
+                width = widths[level]
+            self.up.append(Level(blocks, self._resample("up", width) if level else None))
+        self.norm_out = nn.GroupNorm(32, width)
+        self.conv_out = zero_(nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
+
+        Raises:
+            ValueError: sides that the levels do not divide, or a missing condition.
+        """
+        check_sides(x, self.config.sides_divisor)
+        recompute = self.config.activation_checkpointing
+        context = self.inputs(c_noise, conditioning)
+        h = self.conv_in(join_pictures(x, conditioning, self.config))
+        skips = [h]
+        for level in typed(self.down, Level):
+            for block in level.blocks:
+                h = run_block(block, h, context, recompute=recompute)
+                skips.append(h)
+            if level.resample is not None:
+                h = run_block(level.resample, h, context, recompute=recompute)
+                skips.append(h)
+        for block in self.middle:
+            h = run_block(block, h, context, recompute=recompute)
+        for level in typed(self.up, Level):
+            for block in level.blocks:
+                h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
+            if level.resample is not None:
+                h = run_block(level.resample, h, context, recompute=recompute)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> "Block":
+        attends = self.config.sides_px[level] in self.config.attention_resolutions
+        return Block(
+            self._res(in_channels, out_channels),
+            self._attention(out_channels) if attends else None,
+            make_transcription_attention(self.config, level, out_channels, up=up),
+        )
+
+    def _res(self, in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
+        return ResBlock(
+            in_channels,
+            out_channels,
+            self.config.time_dim,
+            dropout=self.config.dropout,
+            scale_shift=self.config.scale_shift,
+            resample=resample,
+        )
+
+    def _attention(self, width: int) -> nn.Module:
+        return make_attention(self.config, width, self.config.cond_dim)
+
+    def _resample(self, how: Resample, width: int) -> "Block":
+        if self.config.resblock_updown:
+            learned = how == "up" and self.config.resblock_upsample == "conv_transpose"
+            return Block(self._res(width, width, "up_learned" if learned else how), None)
+        if how == "down":
+            return Block(
+                nn.Conv2d(width, width, 3, stride=2, padding=1) if self.config.resample_with_conv else nn.AvgPool2d(2),
+                None,
+            )
+        if self.config.upsample == "conv_transpose":
+            return Block(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), None)
+        return Block(RepeatConv(width), None)

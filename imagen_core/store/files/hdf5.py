@@ -1,0 +1,308 @@
+"""HDF5 files of a store: contiguous datasets, byte-identical for the same rows.
+
+A contiguous dataset is one run of bytes in the file, so a local reader asks h5py only where it starts
+and maps it into memory.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+
+from imagen_core.store.codec import Codec
+from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.files.digest import DIGEST_DTYPE
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+from imagen_core.store.layout import StoreDtype
+
+_BLOCK_BYTES = 4 << 20
+_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
+
+
+@contextmanager
+def _new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """A new file to fill.
+
+    Raises:
+        OSError: the disk is full, among others.
+    """
+    with open(path, "w+b", buffering=0) as raw:
+        sink = _Sink(raw)
+        # A small metadata block: the default pads each file to 2 KiB.
+        with h5py.File(sink, "w", libver="latest", meta_block_size=512) as file:
+            yield file
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink:
+    """Lets HDF5 believe that each write succeeds, and keeps the first error: after a failed one HDF5 may crash."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.error: OSError | None = None
+        self._file = file
+        self.read, self.readinto, self.seek, self.tell = file.read, file.readinto, file.seek, file.tell
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data).cast("B")
+        self._attempt(lambda: self._write_all(left))
+        return len(left)
+
+    def _write_all(self, left: memoryview) -> None:
+        while left:
+            left = left[self._file.write(left) :]
+
+    def truncate(self, size: int) -> None:
+        self._attempt(lambda: self._file.truncate(size))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.error = error
+
+
+def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+    return file.create_dataset(name, shape=shape, dtype=dtype, track_times=False)
+
+
+def _ragged(
+    file: h5py.File, name: str, lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[h5py.Dataset, Callable[[], None]]:
+    """New datasets for rows of different lengths: `name` (total, *row_shape) and "offsets" int64 (n + 1,).
+
+    Returns the first, and what writes the offsets. All datasets before any data: then the metadata stays together.
+    """
+    offsets = np.zeros(len(lengths) + 1, dtype="<i8")
+    np.cumsum(lengths, out=offsets[1:])
+    values = _dataset(file, name, (int(offsets[-1]), *row_shape), dtype)
+    offsets_set = _dataset(file, "offsets", offsets.shape, offsets.dtype)
+    return values, lambda: offsets_set.write_direct(offsets)
+
+
+class Hdf5ImageWriter:
+    """Takes stored pictures, spools them beside the file, and writes them as one dataset at the end.
+
+    Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,);
+    beside them "digests" (n,).
+    """
+
+    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
+        self._path, self._size_px, self._codec = path, size_px, codec
+        self._lengths: list[int] = []
+        self._digests: list[int] = []
+        self._spool_path = path.with_name(f"{path.name}.spool")
+        self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
+
+    def append(self, stored: bytes, digest: int) -> None:
+        self._spool.write(stored)
+        self._lengths.append(len(stored))
+        self._digests.append(digest)
+
+    def finish(self) -> None:
+        with _new_hdf5(self._path) as file:
+            file.attrs["size_px"] = np.int32(self._size_px)
+            digests = _dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
+            if self._codec == "raw":
+                shape = (len(self._lengths), self._size_px, self._size_px, 3)
+                self._unspool(_dataset(file, "pixels", shape, np.dtype("u1")))
+            else:
+                pictures, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
+                self._unspool(pictures)
+                write_offsets()
+            digests[...] = np.array(self._digests, DIGEST_DTYPE)
+        self.abort()
+
+    def _unspool(self, dataset: h5py.Dataset) -> None:
+        item_shape = dataset.shape[1:]
+        item_bytes = math.prod(item_shape)
+        self._spool.seek(0)
+        start = 0
+        while block := self._spool.read(max(1, _BLOCK_BYTES // item_bytes) * item_bytes):
+            items = np.frombuffer(block, dtype=np.uint8).reshape(-1, *item_shape)
+            dataset[start : start + len(items)] = items
+            start += len(items)
+
+    def abort(self) -> None:
+        self._spool.close()
+        self._spool_path.unlink(missing_ok=True)
+
+
+def write_text_hdf5(
+    path: str | os.PathLike[str],
+    embeddings: Iterable[tuple[Stored, int]],
+    num_tokens: Sequence[int],
+    dim: int,
+    dtype: StoreDtype,
+    fingerprint: str,
+) -> None:
+    """Write a shard's embeddings with their digests.
+
+    Datasets: `tokens` (total, dim), `offsets` int64 (n + 1,), `digests` uint64 (n,) and, for int8, `scales`.
+    bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
+    """
+    with _new_hdf5(path) as file:
+        file.attrs["dtype"] = np.bytes_(dtype)
+        file.attrs["dim"] = np.int32(dim)
+        file.attrs["fingerprint"] = np.bytes_(fingerprint)
+        tokens, write_offsets = _ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
+        digests_set = _dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
+        scales = _dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
+        digests: list[int] = []
+        for start, block in _blocks(_noting(digests, embeddings)):
+            stop = start + len(block.values)
+            tokens[start:stop] = block.values
+            if scales is not None:
+                scales[start:stop] = block.scales
+        write_offsets()
+        digests_set[...] = np.array(digests, DIGEST_DTYPE)
+
+
+def _noting(digests: list[int], embeddings: Iterable[tuple[Stored, int]]) -> Iterator[Stored]:
+    for stored, digest in embeddings:
+        digests.append(digest)
+        yield stored
+
+
+def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
+    """Embeddings joined to blocks of about 4 MiB, each with its first token's number."""
+    start = num_bytes = 0
+    block: list[Stored] = []
+    for stored in embeddings:
+        block.append(stored)
+        num_bytes += stored.values.nbytes
+        if num_bytes >= _BLOCK_BYTES:
+            joined = _join(block)
+            yield start, joined
+            start += len(joined.values)
+            block, num_bytes = [], 0
+    if num_bytes:
+        yield start, _join(block)
+
+
+def _join(block: list[Stored]) -> Stored:
+    scales = [stored.scales for stored in block if stored.scales is not None]
+    values = np.concatenate([stored.values for stored in block])
+    return Stored(values, np.concatenate(scales) if scales else None)
+
+
+class _Ragged:
+    """Rows of different lengths in an open file: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    def __init__(self, file: Any, dataset: Any, source: str | BinaryIO, name: str) -> None:
+        offsets: np.ndarray = file["offsets"][()]
+        total = len(dataset)
+        self.lengths: np.ndarray = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != total or (self.lengths < 0).any():
+            raise StoreError(f"{name}: offsets do not rise from 0 to {total}; {ADVICE}")
+        self.offsets: list[int] = offsets.tolist()
+        self.values = _map(dataset, source)
+
+
+class Hdf5Images:
+    """Random access to a shard's stored pictures; `num_rows` of them."""
+
+    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
+        self._name = name
+        with _reading(name):
+            file = _open_hdf5(source)
+            what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
+            dataset, found_px = file[what], int(file.attrs["size_px"])
+            if dataset.shape[1:] != row_shape or dataset.dtype != np.uint8 or found_px != size_px:
+                raise StoreError(
+                    f"{name}: {what} are {dataset.dtype} {dataset.shape} of {found_px} px, not uint8 {row_shape} "
+                    f"each of {size_px} px; {ADVICE}"
+                )
+            if codec == "raw":
+                self._offsets = None
+                self.num_rows: int = dataset.shape[0]
+                self._values = _map(dataset, source)
+            else:
+                ragged = _Ragged(file, dataset, source, name)
+                self._offsets, self._values, self.num_rows = ragged.offsets, ragged.values, len(ragged.lengths)
+            self._file = file  # open as long as a dataset of it is read
+
+    def stored(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        try:
+            if self._offsets is None:
+                return self._values[row]
+            return self._values[self._offsets[row] : self._offsets[row + 1]]
+        except _ERRORS as error:
+            raise unreadable(self._name, "hdf5", error) from error
+
+
+class Hdf5Text:
+    """Random access to a shard's embeddings; see `TextFile`."""
+
+    def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
+        self._name = name
+        with _reading(name):
+            file = _open_hdf5(source)
+            found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
+            self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
+            tokens = file["tokens"]
+            if found != (dtype, dim) or tokens.dtype != DISK_DTYPES[dtype] or tokens.shape[1:] != (dim,):
+                raise StoreError(
+                    f"{name}: holds (dtype, dim) {found} as {tokens.dtype} {tokens.shape}, not "
+                    f"{(dtype, dim)}; {ADVICE}"
+                )
+            self._scales = file["scales"][()] if dtype == "int8" else None
+            ragged = _Ragged(file, tokens, source, name)
+            self.num_tokens: np.ndarray = ragged.lengths
+            self._offsets, self._tokens = ragged.offsets, ragged.values
+            self._file = file  # open as long as a dataset of it is read
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_tokens)
+
+    def stored(self, row: int) -> Stored:
+        """One caption's embedding; possibly a read-only view of the file."""
+        try:
+            tokens = slice(self._offsets[row], self._offsets[row + 1])
+            return Stored(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
+        except _ERRORS as error:
+            raise unreadable(self._name, "hdf5", error) from error
+
+
+def hdf5_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
+    """The digest of each row, uint64; None in a file of schema 1."""
+    with _reading(name), _open_hdf5(source) as file:
+        return file["digests"][()] if "digests" in file else None
+
+
+def _open_hdf5(source: str | BinaryIO) -> Any:
+    return h5py.File(source, "r", locking=False)  # read-only network mounts may lack locks
+
+
+def _map(dataset: Any, source: str | BinaryIO) -> Any:
+    """The dataset as a memory map where it can be one; h5py's file is closed then."""
+    offset = dataset.id.get_offset()  # None where it is chunked, or empty
+    if not isinstance(source, str) or (offset is None and dataset.size):
+        return dataset
+    shape, dtype = dataset.shape, dataset.dtype
+    dataset.file.close()
+    if offset is None:
+        return np.zeros(shape, dtype)
+    return np.memmap(source, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what h5py raises about a bad file into a StoreError that names it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except _ERRORS as error:
+        raise unreadable(name, "hdf5", error) from error

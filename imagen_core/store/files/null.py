@@ -1,0 +1,50 @@
+"""The null embedding (the encoding of "") of one encoder, as safetensors."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from imagen_core.store.errors import unreadable
+from imagen_core.store.files.ragged import DISK_DTYPES, Stored, cast_embedding, restore
+from imagen_core.store.layout import NULL_TENSOR, StoreDtype
+
+_DTYPES: dict[str, StoreDtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+def write_null(path: str | os.PathLike[str], embedding: np.ndarray, dtype: StoreDtype) -> None:
+    """Write a float (n_tokens, dim) embedding as tensor "embedding"; an int8 store keeps it as float16.
+
+    Raises:
+        ValueError: not two-dimensional, or not finite after the cast.
+    """
+    dtype = "float16" if dtype == "int8" else dtype
+    values = cast_embedding(embedding, dtype).values
+    if dtype == "bfloat16":
+        import torch
+        from safetensors.torch import save
+
+        tensor = torch.from_numpy(values.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+        data = save({NULL_TENSOR: tensor})
+    else:
+        data = safetensors.numpy.save({NULL_TENSOR: values})
+    Path(path).write_bytes(data)
+
+
+def parse_null(data: bytes, file: str) -> tuple[np.ndarray, StoreDtype]:
+    """The null embedding, float (n_tokens, dim), and the dtype it has on disk.
+
+    Raises:
+        StoreError: not safetensors, or without a two-dimensional float tensor "embedding".
+    """
+    try:
+        tensor = dict(safetensors.deserialize(data))[NULL_TENSOR]
+        dtype = _DTYPES[tensor["dtype"]]
+        values = np.frombuffer(tensor["data"], DISK_DTYPES[dtype]).reshape(tensor["shape"])
+        if values.ndim != 2:
+            raise ValueError(f"shape {values.shape}, not (n_tokens, dim)")
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise unreadable(file, "safetensors", error) from error
+    return restore(Stored(values), dtype), dtype

@@ -1,0 +1,376 @@
+"""Parquet files of a store: lean and byte-identical for the same rows.
+
+No dictionary, compression, statistics or Arrow schema: an embedding costs 16 bytes beside its payload,
+and the payload lies in the file as it is in memory, so a local reader maps it (see parquet_column.py).
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagen_core.store.codec import Codec
+from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.files.digest import DIGEST_DTYPE
+from imagen_core.store.files.parquet_column import BlobColumn
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+from imagen_core.store.layout import ROW_GROUP_BYTES, PictureFacts, SampleRow, StoreDtype
+
+_ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_SAMPLES_SCHEMA = pa.schema(
+    [
+        _required("key", pa.string()),
+        _required("captions", pa.list_(_required("element", pa.string()))),
+        _required("caption_ids", pa.list_(_required("element", pa.int32()))),
+        pa.field("url", pa.string()),
+        _required("sha256", pa.string()),
+        _required("width", pa.int32()),
+        _required("height", pa.int32()),
+        _required("input_row", pa.int32()),
+    ]
+)
+_OPTIONAL_COLUMNS = (  # in a file in which a row has a value
+    pa.field("transcription", pa.string()),
+    pa.field("safebox", pa.list_(_required("element", pa.int32()))),
+    pa.field("label", pa.int32()),
+)
+_DIGEST = _required("digest", pa.uint64())
+
+
+def write_samples(
+    path: str | os.PathLike[str],
+    rows: Sequence[SampleRow],
+    *,
+    num_input_rows: int | None = None,
+    dropped: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Write a shard's `samples` file, which accounts for every row of the shard's input.
+
+    Args:
+        num_input_rows: rows of the shard's input; None: the samples and the dropped rows.
+        dropped: input rows that are no samples, by reason.
+    Raises:
+        ValueError: a row without captions, or whose captions and caption_ids differ in number; an input row that
+            is neither a sample nor dropped, or is there twice.
+    """
+    dropped = dropped or {}
+    used = Counter(row.input_row for row in rows) + Counter(row for rows in dropped.values() for row in rows)
+    num_input_rows = used.total() if num_input_rows is None else num_input_rows
+    if wrong := [row for row in {*used, *range(num_input_rows)} if used[row] != 1 or not 0 <= row < num_input_rows]:
+        raise ValueError(
+            f"input rows {sorted(wrong)[:10]} of {num_input_rows}: each must be one sample, or dropped for one reason"
+        )
+    for row in rows:
+        if not row.captions or len(row.captions) != len(row.caption_ids):
+            raise ValueError(
+                f"sample {row.key!r}: {len(row.captions)} captions and {len(row.caption_ids)} caption_ids; "
+                "give one id a caption, and one caption or more"
+            )
+    used_columns = [c for c in _OPTIONAL_COLUMNS if any(getattr(row, c.name) is not None for row in rows)]
+    schema = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+    facts = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
+    with _new_parquet(path, schema, facts) as writer:
+        if rows:
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
+    """All rows of a local `samples` file.
+
+    Raises:
+        StoreError: missing, or not such a file.
+    """
+    samples = SamplesFile(os.fspath(path), os.fspath(path))
+    return [samples.row(row) for row in range(samples.num_rows)]
+
+
+class SamplesFile:
+    """A shard's `samples`, held by column; a row is read without pyarrow.
+
+    Attributes:
+        num_rows: number of rows, excluded ones included.
+        num_input_rows: rows of the shard's input; None in a store of schema 1.
+        dropped: input rows that are no samples, by reason.
+    """
+
+    def __init__(self, source: str | BinaryIO, name: str) -> None:
+        with _reading(name):
+            file = pq.ParquetFile(source)
+            facts = file.metadata.metadata or {}
+            self.num_input_rows = int(facts[b"input_rows"]) if b"input_rows" in facts else None
+            self.dropped: dict[str, list[int]] = json.loads(facts.get(b"dropped", b"{}"))
+            table = file.read(use_threads=False)
+            if self.num_input_rows is None:
+                table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
+            for column in _OPTIONAL_COLUMNS:
+                if column.name not in table.column_names:
+                    table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+            columns = {name: table[name].combine_chunks() for name in table.column_names}
+            self.num_rows: int = table.num_rows
+            self._ids: list[int] = columns["caption_ids"].flatten().to_pylist()
+            self._first_id = _offsets(columns["caption_ids"])
+            self._first_caption = _offsets(columns["captions"])
+            self._captions = _Strings(columns["captions"].flatten())
+            self._keys, self._urls, self._sha256s = (_Strings(columns[name]) for name in ("key", "url", "sha256"))
+            self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
+            self._transcriptions = _Strings(columns["transcription"])
+            self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
+            boxes = columns["safebox"].to_pylist()
+            self._safeboxes = [None if box is None else tuple(box) for box in boxes]
+            numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row", "label"))
+            self._widths, self._heights, self._input_rows, self._labels = numbers
+
+    def key(self, row: int) -> str:
+        return self._keys[row]
+
+    def texts(self, name: str) -> "_Strings":
+        """The key, url ("" where there is none) or sha256 of each row, decoded when asked for."""
+        return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
+
+    def transcription(self, row: int) -> str | None:
+        return self._transcriptions[row] if self._has_transcription[row] else None
+
+    def label(self, row: int) -> int | None:
+        return self._labels[row]
+
+    def caption(self, row: int, number: int) -> str:
+        """One of a sample's captions, by its place."""
+        return self._captions[self._first_caption[row] + number]
+
+    def caption_ids(self, row: int) -> list[int]:
+        return self._ids[self._first_id[row] : self._first_id[row + 1]]
+
+    def column(self, name: str) -> list[Any]:
+        """One field of `SampleRow`, of all rows."""
+        return [getattr(self.row(row), name) for row in range(self.num_rows)]
+
+    def picture(self, row: int) -> PictureFacts:
+        """What a crop must know of the original picture."""
+        return PictureFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
+
+    def fields(self, row: int) -> tuple[Any, ...]:
+        """The fields of `SampleRow` in its order."""
+        text, starts = self._captions, self._first_caption
+        return (
+            self._keys[row],
+            [text[i] for i in range(starts[row], starts[row + 1])],
+            self.caption_ids(row),
+            self._urls[row] if self._has_url[row] else None,
+            self._sha256s[row],
+            self._widths[row],
+            self._heights[row],
+            self._input_rows[row],
+            self.transcription(row),
+            self._safeboxes[row],
+            self._labels[row],
+        )
+
+    def row(self, row: int) -> SampleRow:
+        key, captions, caption_ids, *others = self.fields(row)
+        return SampleRow(key, tuple(captions), tuple(caption_ids), *others)
+
+
+def _offsets(lists: pa.ListArray) -> list[int]:
+    """Where each row's items begin in the flattened column, and where the last row's end."""
+    return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
+
+
+class _Strings:
+    """A column of strings as pyarrow has it: the bytes of all, and where each begins."""
+
+    def __init__(self, column: pa.StringArray) -> None:
+        column = column.cast(pa.string())
+        _, offsets, data = column.buffers()
+        self._data: bytes = data.to_pybytes() if data else b""
+        self._offsets = [0]
+        if len(column):
+            self._offsets = np.frombuffer(offsets, np.int32, len(column) + 1, column.offset * 4).tolist()
+
+    def __getitem__(self, row: int) -> str:
+        return self._data[self._offsets[row] : self._offsets[row + 1]].decode()
+
+
+class _RowGroups:
+    """Collects rows, and writes a row group whenever ROW_GROUP_BYTES are full."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._rows: list[tuple[Any, ...]] = []
+        self._num_bytes = 0
+
+    def append(self, row: tuple[Any, ...], num_bytes: int) -> None:
+        self._rows.append(row)
+        self._num_bytes += num_bytes
+        if self._num_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            values = zip(zip(*self._rows, strict=True), self._schema, strict=True)
+            columns = [pa.array(column, field.type) for column, field in values]
+            self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(self._rows))
+            self._rows, self._num_bytes = [], 0
+
+
+class ParquetImageWriter:
+    """Takes stored pictures: raw ones become column "pixels", encoded ones "num_bytes" and "picture"."""
+
+    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
+        self._is_raw = codec == "raw"
+        if self._is_raw:
+            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3)), _DIGEST])
+        else:
+            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary()), _DIGEST])
+        self._new = _new_parquet(path, schema, {"size_px": str(size_px)})
+        self._rows = _RowGroups(self._new.__enter__(), schema)
+
+    def append(self, stored: bytes, digest: int) -> None:
+        self._rows.append((stored, digest) if self._is_raw else (len(stored), stored, digest), len(stored))
+
+    def finish(self) -> None:
+        self._rows.flush()
+        self.abort()
+
+    def abort(self) -> None:
+        self._new.__exit__(None, None, None)
+
+
+def write_text_parquet(
+    path: str | os.PathLike[str],
+    embeddings: Iterable[tuple[Stored, int]],
+    dim: int,
+    dtype: StoreDtype,
+    fingerprint: str,
+) -> None:
+    """Write a shard's embeddings with their digests: columns num_tokens, embedding, digest and, for int8, scale."""
+    fields = [_required("num_tokens", pa.int32()), _required("embedding", pa.binary()), _DIGEST]
+    if dtype == "int8":
+        fields.append(_required("scale", pa.binary()))
+    schema = pa.schema(fields)
+    with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
+        rows = _RowGroups(writer, schema)
+        for stored, digest in embeddings:
+            row = (len(stored.values), stored.values.tobytes(), digest)
+            rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()), stored.values.nbytes)
+        rows.flush()
+
+
+def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
+    """A column of counts, int64."""
+    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
+
+
+class ParquetImages:
+    """Random access to a shard's stored pictures; `num_rows` of them."""
+
+    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
+        with _reading(name):
+            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            found_px = int((file.metadata.metadata or {})[b"size_px"])
+            if found_px != size_px:
+                raise StoreError(f"{name}: pixels are {found_px} px wide, not {size_px}; {ADVICE}")
+            self.num_rows: int = file.metadata.num_rows
+            if codec == "raw":
+                self._shape: tuple[int, ...] = (size_px, size_px, 3)
+                lengths = np.full(self.num_rows, size_px * size_px * 3, dtype=np.int64)
+                self._values = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
+            else:
+                self._shape = (-1,)
+                lengths = _counts(file, "num_bytes")
+                self._values = BlobColumn(file, source, "picture", lengths, prefix_bytes=4, mapped=mapped)
+        self._name = name
+
+    def stored(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        try:
+            return self._values[row].reshape(self._shape)
+        except _ERRORS as error:
+            raise unreadable(self._name, "parquet", error) from error
+
+
+class ParquetText:
+    """Random access to a shard's embeddings; see `TextFile`."""
+
+    def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
+        self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
+        with _reading(name):
+            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
+            meta = file.metadata.metadata or {}
+            found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
+            self.fingerprint: str = meta.get(b"fingerprint", b"").decode()
+            if found != (dtype, dim):
+                raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
+            self.num_tokens: np.ndarray = _counts(file, "num_tokens")
+            token_bytes = dim * self._dtype.itemsize
+            self._values = BlobColumn(
+                file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
+            )
+            self._scales = None
+            if dtype == "int8":
+                lengths = self.num_tokens * SCALE_DTYPE.itemsize
+                self._scales = BlobColumn(file, source, "scale", lengths, prefix_bytes=4, mapped=mapped)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_tokens)
+
+    def stored(self, row: int) -> Stored:
+        """One caption's embedding; possibly a read-only view of the file."""
+        try:
+            values = self._values[row].view(self._dtype).reshape(-1, self._dim)
+            return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+        except _ERRORS as error:
+            raise unreadable(self._name, "parquet", error) from error
+
+
+def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
+    """The digest of each row, uint64; None in a file of schema 1."""
+    with _reading(name):
+        file = pq.ParquetFile(source)
+        if "digest" not in file.schema_arrow.names:
+            return None
+        return file.read(columns=["digest"], use_threads=False).column(0).to_numpy().astype(DIGEST_DTYPE)
+
+
+@contextmanager
+def _new_parquet(
+    path: str | os.PathLike[str], schema: pa.Schema, metadata: dict[str, str]
+) -> Iterator[pq.ParquetWriter]:
+    with pq.ParquetWriter(
+        os.fspath(path),
+        schema,
+        version="2.6",
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+        data_page_size=1 << 30,  # one page a column chunk: its rows lie one after another
+    ) as writer:
+        if metadata:
+            writer.add_key_value_metadata(metadata)
+        yield writer
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what pyarrow raises about a bad file into a StoreError that names it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except _ERRORS as error:
+        raise unreadable(name, "parquet", error) from error

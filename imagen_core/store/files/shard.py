@@ -1,0 +1,234 @@
+"""Write and open one shard's files, in either format.
+
+Writers write to the exact path they are given: temporary names, fsync and renames are the caller's.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from imagen_core.store.codec import Codec, check_codec, decode, encode
+from imagen_core.store.errors import unreadable
+from imagen_core.store.files.digest import caption_digest, fingerprint_digest, picture_digest
+from imagen_core.store.files.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, hdf5_digests, write_text_hdf5
+from imagen_core.store.files.parquet import (
+    ParquetImages,
+    ParquetImageWriter,
+    ParquetText,
+    parquet_digests,
+    write_text_parquet,
+)
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
+from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, check_dtype, check_format
+from imagen_core.store.records import EmbeddingGroup, ImagesGroup
+
+
+class StoredPictures(Protocol):
+    """What both formats know of an image file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
+
+    num_rows: int
+
+    def stored(self, row: int) -> np.ndarray: ...
+
+
+class ImageFile:
+    """An open image file of a shard."""
+
+    def __init__(self, pictures: StoredPictures, name: str, group: ImagesGroup) -> None:
+        self._pictures, self._name = pictures, name
+        self._codec: Codec = group.codec
+        self._size_px = group.size_px
+        self.num_rows = pictures.num_rows
+
+    def stored(self, row: int) -> np.ndarray:
+        """As it is in the file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
+        return self._pictures.stored(row)
+
+    def pixels(self, row: int) -> np.ndarray:
+        """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
+
+        Raises:
+            StoreError: the file cannot be read, or the picture cannot be decoded.
+        """
+        stored = self.stored(row)
+        if self._codec == "raw":
+            return stored
+        try:
+            return decode(stored, self._codec, self._size_px)
+        except ValueError as error:
+            raise unreadable(f"{self._name}, row {row}", self._codec, error) from error
+
+
+class TextFile(Protocol):
+    """An open text file of a shard.
+
+    `num_tokens` has one entry a caption; `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
+    """
+
+    num_tokens: np.ndarray
+    fingerprint: str
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def stored(self, row: int) -> Stored: ...
+
+
+class ImageWriter:
+    """Appends pictures to one file; made by `open_image_writer`."""
+
+    def __init__(self, path: Path, size_px: int, store_format: StoreFormat, codec: Codec) -> None:
+        writer = ParquetImageWriter if store_format == "parquet" else Hdf5ImageWriter
+        self._shape = (size_px, size_px, 3)
+        self._codec: Codec = codec
+        self._writer = writer(path, size_px, codec)
+        self.num_rows = 0
+
+    def append(self, pixels: np.ndarray, key: str, sha256: str) -> None:
+        """Add uint8 RGB (size_px, size_px, 3) as the next row: the picture of the sample with this key and sha256.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if pixels.dtype != np.uint8 or pixels.shape != self._shape:
+            raise ValueError(f"row {self.num_rows}: {pixels.dtype} {pixels.shape}, not uint8 {self._shape}")
+        self.append_stored(np.frombuffer(encode(pixels, self._codec), np.uint8), key, sha256)
+
+    def append_stored(self, stored: np.ndarray, key: str, sha256: str) -> None:
+        """Add a picture as a file of the same size and codec has it."""
+        self._writer.append(stored.tobytes(), picture_digest(key, sha256, stored))
+        self.num_rows += 1
+
+
+@contextmanager
+def open_image_writer(
+    path: str | os.PathLike[str], size_px: int, store_format: StoreFormat, codec: Codec = "raw"
+) -> Iterator[ImageWriter]:
+    """Open a file for a shard's pictures; the number of rows need not be known.
+
+    Memory stays at one row group (512 KiB, or one picture). If the body raises, nothing is left behind.
+    """
+    check_format(store_format)
+    check_codec(codec)
+    if size_px < 1:
+        raise ValueError(f"size_px must be 1 or more (got {size_px})")
+    path = Path(path)
+    writer = ImageWriter(path, size_px, store_format, codec)
+    try:
+        yield writer
+        writer._writer.finish()
+    except BaseException:
+        try:
+            writer._writer.abort()
+        finally:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_text_shard(
+    path: str | os.PathLike[str],
+    embeddings: Sequence[np.ndarray],
+    dim: int,
+    dtype: StoreDtype,
+    store_format: StoreFormat,
+    *,
+    captions: Sequence[str],
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Write the embeddings of a shard's distinct captions, row j = caption id j.
+
+    Args:
+        embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
+        captions: what was encoded, one a row; for embeddings of pictures, the samples' keys.
+        fingerprint: of the encoder, as in the manifest.
+        dtype: what to cast to, see ragged.py.
+    Raises:
+        ValueError: a wrong shape, or an embedding that is not finite after the cast (its row is named).
+            Nothing is left behind.
+    """
+    check_dtype(dtype)
+    num_tokens = [len(embedding) for embedding in embeddings]
+    cast = _cast(embeddings, dim, dtype)
+    write_stored_text_shard(
+        path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=fingerprint
+    )
+
+
+def write_stored_text_shard(
+    path: str | os.PathLike[str],
+    embeddings: Iterable[Stored],
+    num_tokens: Sequence[int],
+    dim: int,
+    dtype: StoreDtype,
+    store_format: StoreFormat,
+    *,
+    captions: Sequence[str],
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """`write_text_shard` of embeddings as a file of the same dim and dtype has them."""
+    check_format(store_format)
+    encoder = fingerprint_digest(fingerprint)
+    rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
+    try:
+        if store_format == "parquet":
+            write_text_parquet(path, rows, dim, dtype, encoder)
+        else:
+            write_text_hdf5(path, rows, num_tokens, dim, dtype, encoder)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+
+
+def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
+    """Bytes of the file `write_text_shard` would write for captions of so many tokens; within 1 %, either format."""
+    scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
+    payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
+    row_groups = -(-payload // ROW_GROUP_BYTES)
+    return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
+
+
+def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
+    for row, embedding in enumerate(embeddings):
+        if embedding.ndim != 2 or embedding.shape[1] != dim:
+            raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
+        try:
+            yield cast_embedding(embedding, dtype)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+
+
+def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped: bool = True) -> ImageFile:
+    """Open an image file: a local path, or an open file of a remote store.
+
+    Raises:
+        StoreError: not such a file, or pictures of another size or codec.
+    """
+    if group.format == "parquet":
+        pictures: StoredPictures = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
+    else:
+        pictures = Hdf5Images(source, name, group.size_px, group.codec)
+    return ImageFile(pictures, name, group)
+
+
+def open_text(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> TextFile:
+    """Open a text file: a local path, or an open file of a remote store.
+
+    Raises:
+        StoreError: not such a file, or another dim or dtype.
+    """
+    if group.format == "parquet":
+        return ParquetText(source, name, group.dim, group.dtype, mapped=mapped)
+    return Hdf5Text(source, name, group.dim, group.dtype)
+
+
+def read_digests(source: str | BinaryIO, name: str, store_format: StoreFormat) -> np.ndarray | None:
+    """The digest of each row of an image or text file, uint64; None in a store of schema 1.
+
+    Raises:
+        StoreError: not such a file.
+    """
+    return (parquet_digests if store_format == "parquet" else hdf5_digests)(source, name)

@@ -1,0 +1,173 @@
+"""Reads the files of a store, shard by shard."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+from imagen_core.store.errors import ADVICE, StoreError
+from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.shard import ImageFile, TextFile, open_images, open_text
+from imagen_core.store.folder import StoreFolder
+from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
+from imagen_core.store.manifest import Manifest
+from imagen_core.store.read.places import Places
+from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
+from imagen_core.store.removal_log import load_removals
+
+_FileT = TypeVar("_FileT", SamplesFile, ImageFile, TextFile)
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class OpenShard:
+    """The files of one shard, each opened when it is first needed.
+
+    Attributes:
+        images: the image file by size in pixels.
+        text: the text file by encoder.
+        image_embeds: the file of picture embeddings by encoder.
+    """
+
+    def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
+        self._folder, self._manifest, self._position = folder, manifest, position
+        self.images: dict[int, ImageFile] = _Lazy(self._open_images)
+        self.text: dict[str, TextFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
+        self.image_embeds: dict[str, TextFile] = _Lazy(
+            lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
+        )
+
+    @cached_property
+    def samples(self) -> SamplesFile:
+        return self._file(SAMPLES_GROUP, SamplesFile)
+
+    def _open_images(self, size_px: int) -> ImageFile:
+        group = self._manifest.images[size_px]
+        return self._file(group.name, lambda source, name: open_images(source, name, group))
+
+    def _open_embeddings(self, group: EmbeddingGroup) -> TextFile:
+        return self._file(group.name, lambda source, name: open_text(source, name, group))
+
+    def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
+        entry = self._manifest.file(group, self._position)
+        assert entry is not None, "a shard with samples has all files"
+        path = self._folder.path(entry.path)
+        with self._folder.checked(entry) as source:
+            file = opener(source, path)
+        if file.num_rows != entry.rows:
+            raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
+        return file
+
+
+class _Lazy(dict[_Key, _Value]):
+    """A dict that makes a value when its key is first asked for."""
+
+    def __init__(self, make: Callable[[_Key], _Value]) -> None:
+        self._make = make
+
+    def __missing__(self, key: _Key) -> _Value:
+        value = self[key] = self._make(key)
+        return value
+
+
+class StoreReader:
+    """The files of a store by shard, a bounded number of them open, and where each sample is.
+
+    It can be pickled and used after a fork: files are opened in the process that reads them. Use one object
+    per thread.
+    """
+
+    def __init__(self, folder: StoreFolder, manifest: Manifest, max_open_shards: int = 64) -> None:
+        """Most callers want `Store.open`."""
+        self._folder = folder
+        self._manifest = manifest
+        self._max_open_shards = max_open_shards
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._pid = os.getpid()
+        self._sizes = list(manifest.images)
+        self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
+        self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
+        self._places = Places(manifest.rows, manifest.excluded)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def image_sizes(self) -> list[int]:
+        """Sizes of the pictures in pixels, rising."""
+        return list(self._sizes)
+
+    @property
+    def encoders(self) -> list[str]:
+        """Names of the text encoders, sorted."""
+        return list(self._dtypes)
+
+    @property
+    def image_encoders(self) -> list[str]:
+        """Names of the picture encoders, sorted."""
+        return list(self._embed_dtypes)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard position and row of a sample; index in [0, len(store))."""
+        return self._places.locate(index)
+
+    def places(self, num_removals: int | None = None) -> tuple[Places, set[tuple[int, int]]]:
+        """Where the samples are that the store had after its first removals; and which were removed since.
+
+        Args:
+            num_removals: None: all there are.
+        Returns:
+            The places; shard position and row of those that must not be read.
+        """
+        excluded = self._manifest.excluded
+        if num_removals is None or num_removals == self._manifest.num_removals:
+            return self._places, set()
+        later = load_removals(self._folder, after=num_removals)[: self._manifest.num_removals - num_removals]
+        named = {(index, row.row) for removal in later for index, rows in removal.rows.items() for row in rows}
+        removed = {
+            (shard, row)
+            for shard, rows in excluded.items()
+            for row, reason in rows.items()
+            if reason == REMOVED and (int(self._manifest.index[shard]), row) in named
+        }
+        former = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
+        return Places(self._manifest.rows, former), removed
+
+    def image_group(self, size_px: int) -> ImagesGroup:
+        """The group of one size; ValueError if there is none."""
+        if size_px not in self._manifest.images:
+            raise ValueError(f"images of {size_px} px are not in the store; it has {self.image_sizes}")
+        return self._manifest.images[size_px]
+
+    def text_group(self, encoder: str) -> TextGroup:
+        """The group of one encoder; ValueError if there is none."""
+        if encoder not in self._manifest.texts:
+            raise ValueError(f"encoder {encoder!r} is not in the store; it has {self.encoders}")
+        return self._manifest.texts[encoder]
+
+    def image_embed_group(self, encoder: str) -> ImageEmbedGroup:
+        """The group of one picture encoder; ValueError if there is none."""
+        if encoder not in self._manifest.image_embeds:
+            raise ValueError(f"image encoder {encoder!r} is not in the store; it has {self.image_encoders}")
+        return self._manifest.image_embeds[encoder]
+
+    def shard(self, position: int) -> OpenShard:
+        """The files of the shard at a position."""
+        if self._pid != os.getpid():  # forked: the parent's handles are not ours
+            self._open, self._pid = OrderedDict(), os.getpid()
+        files = self._open.get(position)
+        if files is not None:
+            self._open.move_to_end(position)
+            return files
+        files = self._open[position] = OpenShard(self._folder, self._manifest, position)
+        if len(self._open) > self._max_open_shards:
+            self._open.popitem(last=False)
+        return files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_pid": -1}

@@ -1,0 +1,102 @@
+"""Write one shard's files again without the content of removed samples.
+
+Rows stay where they are, so that row i is still the same sample in every group, caption ids stay as they are and every
+input row is still accounted for. An erased row has a blank key, no URL, a black picture and empty captions. A caption
+that a remaining sample of the shard has too stays, with its embedding; others become "" with no tokens.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from imagen_core.store.files.parquet import SamplesFile, write_samples
+from imagen_core.store.files.ragged import cast_embedding
+from imagen_core.store.files.shard import open_image_writer, open_images, open_text, write_stored_text_shard
+from imagen_core.store.layout import SampleRow
+from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
+from imagen_core.store.removal_log import blank_key
+
+_NO_SHA256 = "0" * 64
+
+
+@dataclass(frozen=True)
+class ErasedShard:
+    """The samples of a shard as they are once the removed ones are erased.
+
+    Attributes:
+        captions: the distinct captions by id; "" where only removed samples had it.
+        erased_ids: those ids.
+    """
+
+    samples: list[SampleRow]
+    captions: list[str]
+    erased_ids: frozenset[int]
+    removed: frozenset[int]
+    source: SamplesFile
+
+    @classmethod
+    def of(cls, index: int, source: SamplesFile, removed: Collection[int]) -> "ErasedShard":
+        """Of the shard's `samples`, erased before or not."""
+        rows = [source.row(row) for row in range(source.num_rows)]
+        pairs = [(i, c) for row in rows for i, c in zip(row.caption_ids, row.captions, strict=True)]
+        alive = {i for number, row in enumerate(rows) if number not in removed for i in row.caption_ids}
+        caption_of = {i: caption if i in alive else "" for i, caption in pairs}
+        samples = [
+            _blank(index, number, row, alive, caption_of) if number in removed else row
+            for number, row in enumerate(rows)
+        ]
+        captions = [caption_of[i] for i in range(len(caption_of))]
+        return cls(samples, captions, frozenset(caption_of.keys() - alive), frozenset(removed), source)
+
+    def write(self, group: Group, old: str, new: Path) -> int:
+        """Write the group's file `old` again as `new`; returns its rows. Nothing is left behind if that fails.
+
+        Raises:
+            StoreError: `old` cannot be read.
+        """
+        if isinstance(group, ImagesGroup):
+            self._write_images(group, old, new)
+        elif isinstance(group, EmbeddingGroup):
+            self._write_embeddings(group, old, new)
+            return len(self.captions) if isinstance(group, TextGroup) else len(self.samples)
+        else:
+            total, dropped = self.source.num_input_rows, self.source.dropped
+            write_samples(new, self.samples, num_input_rows=total, dropped=dropped)
+        return len(self.samples)
+
+    def _write_images(self, group: ImagesGroup, old: str, new: Path) -> None:
+        pictures = open_images(old, old, group)
+        black = np.zeros((group.size_px, group.size_px, 3), np.uint8)
+        with open_image_writer(new, group.size_px, group.format, group.codec) as writer:
+            for row, sample in enumerate(self.samples):
+                if row in self.removed:
+                    writer.append(black, sample.key, sample.sha256)
+                else:
+                    writer.append_stored(pictures.stored(row), sample.key, sample.sha256)
+
+    def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
+        file = open_text(old, old, group)
+        of_captions = isinstance(group, TextGroup)
+        names = self.captions if of_captions else [sample.key for sample in self.samples]
+        erased = self.erased_ids if of_captions else self.removed
+        blank = cast_embedding(np.zeros((0 if of_captions else 1, group.dim), np.float32), group.dtype)
+        num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
+        write_stored_text_shard(
+            new,
+            (blank if row in erased else file.stored(row) for row in range(file.num_rows)),
+            num_tokens,
+            group.dim,
+            group.dtype,
+            group.format,
+            captions=names,
+            fingerprint=group.fingerprint,
+        )
+
+
+def _blank(index: int, number: int, row: SampleRow, alive: Collection[int], caption_of: dict[int, str]) -> SampleRow:
+    """The row with ids that no other sample needs, so that all ids are still there; or with one that stays."""
+    ids = tuple(i for i in row.caption_ids if i not in alive) or row.caption_ids[:1]
+    captions = tuple(caption_of[i] for i in ids)
+    return SampleRow(blank_key(index, number), captions, ids, None, _NO_SHA256, 0, 0, row.input_row)

@@ -1,0 +1,122 @@
+"""Take samples out of a store: find them, log the removal, and write the manifest again."""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from imagen_core.store.errors import StoreError
+from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.folder import StoreFolder
+from imagen_core.store.layout import MANIFEST_NAME, REMOVED
+from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
+from imagen_core.store.records import FileEntry, ShardEntry
+from imagen_core.store.removal_log import (
+    IDENTIFIERS,
+    Blocklist,
+    Removal,
+    RemovedRow,
+    load_removals,
+    removal_path,
+    row_digests,
+    value_digest,
+)
+
+Values = Mapping[str, Collection[str]]
+"""Keys, URLs and sha256 asked for, by identifier."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What a store has of some values.
+
+    Attributes:
+        rows: rows that are not removed yet, by shard index.
+        matched: values that some row has, removed or not.
+    """
+
+    rows: dict[int, list[RemovedRow]] = field(default_factory=dict)
+    matched: dict[str, set[str]] = field(default_factory=lambda: {name: set() for name in IDENTIFIERS})
+
+
+def matching_rows(samples: SamplesFile, values: Values) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """Rows that have one of the values, and which they have."""
+    wanted = {name: set(values.get(name, ())) for name in IDENTIFIERS if values.get(name)}
+    columns = {name: samples.texts(name) for name in wanted}
+    for row in range(samples.num_rows):
+        hits = [(name, value) for name, column in columns.items() if (value := column[row]) in wanted[name]]
+        if hits:
+            yield row, hits
+
+
+def find_rows(
+    shards: Iterable[tuple[int, SamplesFile, Mapping[int, str]]], removals: Collection[Removal], values: Values
+) -> Found:
+    """Look for the values in all shards: their indices, samples, and excluded rows with the reason of each."""
+    found = Found()
+    removed = {(shard, row.row) for removal in removals for shard, rows in removal.rows.items() for row in rows}
+    for shard, samples, excluded in shards:
+        for row, hits in matching_rows(samples, values):
+            for name, value in hits:
+                found.matched[name].add(value)
+            if (shard, row) not in removed:
+                sample = samples.row(row)
+                digests: dict[str, Any] = row_digests(sample.key, sample.url, sample.sha256)
+                removed_row = RemovedRow(row, **digests, excluded=excluded.get(row, REMOVED))
+                found.rows.setdefault(shard, []).append(removed_row)
+    return found
+
+
+def add_removal(
+    folder: StoreFolder, removals: list[Removal], found: Found, values: Values, time: str, reason: str
+) -> Removal | None:
+    """Log a removal, from which moment on readers leave its rows out; None if the log says all of it already.
+
+    Raises:
+        StoreError: another removal was logged meanwhile.
+    """
+    known = Blocklist(removals)
+    if not found.rows and all(known.has(name, value) for name, listed in values.items() for value in listed):
+        return None
+    blocked = {name: tuple(sorted({value_digest(name, v) for v in values.get(name, ())})) for name in IDENTIFIERS}
+    removal = Removal(time, reason, blocked, {shard: tuple(rows) for shard, rows in found.rows.items()})
+    path = removal_path(len(removals) + 1)
+    if not folder.create(path, removal.dump()):
+        raise StoreError(f"{folder.path(path)}: was written meanwhile by another removal; run the command again")
+    return removal
+
+
+def removal_entries(removals: Iterable[Removal]) -> list[dict[str, Any]]:
+    """What the manifest's header has as "removals"."""
+    return [
+        {"path": removal_path(number), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for number, data in enumerate((removal.dump() for removal in removals), start=1)
+    ]
+
+
+def list_removals(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
+    """Write the manifest again, with all removals and with new files by shard index and group; returns it."""
+    manifest = load_manifest(folder)
+    removals = load_removals(folder)
+    header = {**manifest.header, **({"removals": removal_entries(removals)} if removals else {})}
+    with folder.replacing(MANIFEST_NAME) as path:
+        write_manifest(path, header, (_raw_shard(shard, new_files or {}) for shard in manifest.shards()))
+    return load_manifest(folder)
+
+
+def _raw_shard(shard: ShardEntry, new_files: Mapping[tuple[int, str], FileEntry]) -> dict[str, Any]:
+    """As `write_manifest` takes it."""
+    files = {name: new_files.get((shard.index, name), entry) for name, entry in shard.files.items()}
+    by_reason: dict[str, list[int]] = {}
+    for row, reason in shard.excluded.items():
+        by_reason.setdefault(reason, []).append(row)
+    raw: dict[str, Any] = {
+        "index": shard.index,
+        "rows": shard.rows,
+        "excluded": by_reason,
+        "files": {
+            name: {"path": file.path, "bytes": file.bytes, "sha256": file.sha256, "rows": file.rows}
+            for name, file in files.items()
+        },
+    }
+    return {**raw, **({"retry_of": [list(place) for place in shard.retry_of]} if shard.retry_of else {})}

@@ -1,0 +1,202 @@
+"""A store opened for reading: samples by index, and loaders."""
+
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from imagen_core.store.cache import DEFAULT_CACHE_BYTES, FileCache
+from imagen_core.store.errors import StoreError
+from imagen_core.store.files.null import parse_null
+from imagen_core.store.files.ragged import restore
+from imagen_core.store.folder import StoreFolder
+from imagen_core.store.manifest import load_manifest
+from imagen_core.store.read.crop import Framing
+from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.reader import StoreReader
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample, read whole.
+
+    Attributes:
+        images: uint8 RGB (S, S, 3) by size S in pixels.
+        text: by encoder, one (n_tokens, dim) array a caption; float16 for a float16 store, float32
+            for bfloat16, int8 and float32.
+        image_embeds: by picture encoder, (dim,) in the types of `text`.
+        width, height: pixels of the original picture after EXIF orientation.
+        sha256: hex digest of the original image file.
+        transcription: the text written in the picture, "" where there is none; None: not known.
+        safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: not known.
+        label: the picture's class, from 0; None: not known.
+    """
+
+    key: str
+    captions: list[str]
+    url: str | None
+    sha256: str
+    width: int
+    height: int
+    images: dict[int, np.ndarray]
+    text: dict[str, list[np.ndarray]]
+    image_embeds: dict[str, np.ndarray]
+    transcription: str | None = None
+    safebox: tuple[int, int, int, int] | None = None
+    label: int | None = None
+
+
+class Store(StoreReader, Sequence[Sample]):
+    """A finished store: a sequence of samples, without the excluded and the removed ones.
+
+    It can be pickled and used after a fork: files are opened in the process that reads them. Use one
+    object a thread.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        storage_options: dict[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        max_open_shards: int = 64,
+    ) -> "Store":
+        """Open a store by its folder or its fsspec URL; local files are mapped into memory.
+
+        Only the manifest is read. A data file is looked at when a sample of it is first needed.
+
+        Args:
+            storage_options: what fsspec needs for the URL, such as keys or an endpoint.
+            cache_dir: keep local copies of the files that are read here, checked by size and sha256; for
+                stores that are far away. Processes may share it. None reads where the files are.
+            cache_bytes: most bytes of cache_dir; least recently used files are removed.
+            max_open_shards: shards whose files are kept open.
+        Raises:
+            ManifestError: manifest.json was changed.
+            StoreError: not a store, an unfinished one, or one of a newer schema version.
+        """
+        cache = None if cache_dir is None else FileCache(cache_dir, cache_bytes)
+        folder = StoreFolder(path, storage_options, cache)
+        return cls(folder, load_manifest(folder), max_open_shards)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Read a sample, or a list of them for a slice; negative indices count from the end.
+
+        Raises:
+            IndexError: out of range.
+            StoreError: a file of the sample is missing, cut or unreadable.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number, count = operator.index(index), len(self)
+        if not -count <= number < count:
+            raise IndexError(f"sample {number} of a store of {count}")
+        return self._read(*self.locate(number % count))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def _read(self, shard: int, row: int) -> Sample:
+        files = self.shard(shard)
+        key, captions, caption_ids, url, sha256, width, height, _, *annotations = files.samples.fields(row)
+        images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
+        text = {
+            encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
+            for encoder, dtype in self._dtypes.items()
+        }
+        embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations)
+
+    def null(self, encoder: str) -> np.ndarray:
+        """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
+
+        Raises:
+            ValueError: the store has no such encoder.
+            StoreError: it has no null embedding, or the file is damaged.
+        """
+        group = self.text_group(encoder)
+        if group.null is None:
+            raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
+        self._folder.check_size(group.null)
+        data = self._folder.read_bytes(group.null.path)
+        embedding, _ = parse_null(data, self._folder.path(group.null.path))
+        return embedding if group.dtype == "float16" else embedding.astype(np.float32)
+
+    def loader(
+        self,
+        batch_size: int,
+        images: Sequence[int] | None = None,
+        text: str | None = None,
+        text_embed: str | None = None,
+        image_embed: str | None = None,
+        captions: bool = False,
+        transcriptions: bool = False,
+        labels: bool = False,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        samples: range | None = None,
+        crop: Framing | None = None,
+        shuffle_window_shards: int | None = None,
+        pin_memory: bool = False,
+    ) -> Loader:
+        """A resumable loader of torch batches; see `Loader`.
+
+        Args:
+            batch_size: samples a batch on this rank.
+            images: sizes to load, in pixels; None loads no pictures.
+            text: encoder to load; None loads no embeddings of captions.
+            text_embed: text encoder of one vector a caption to load, of the caption `text` is of; None loads none.
+            image_embed: picture encoder to load; None loads no embeddings of pictures.
+            captions: load the caption that `text` is, or would be, of.
+            transcriptions: load the text written in the pictures.
+            labels: load the pictures' classes.
+            max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
+            seed: decides the order and which of several captions is taken.
+            shuffle: off, samples come in the store's order in every epoch.
+            drop_last: leave out the last global batch if it is not full.
+            samples: indices to load, a range of step 1; None loads the whole store.
+            crop: a square of each picture instead of all of it, such as `Crop`; only that is read where pictures are
+                raw.
+            shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards;
+                for stores that are far away or larger than memory. None shuffles all samples with each other.
+            pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
+        Raises:
+            ValueError: a size or encoder the store lacks, or a number out of range.
+        """
+        return Loader(
+            self,
+            batch_size=batch_size,
+            images=images,
+            text=text,
+            text_embed=text_embed,
+            image_embed=image_embed,
+            captions=captions,
+            transcriptions=transcriptions,
+            labels=labels,
+            max_tokens=max_tokens,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            samples=range(len(self)) if samples is None else samples,
+            crop=crop,
+            shuffle_window_shards=shuffle_window_shards,
+            pin_memory=pin_memory,
+        )
+
+    def __repr__(self) -> str:
+        return f"Store({self._folder.url!r}, {len(self)} samples, images {self.image_sizes}, encoders {self.encoders})"

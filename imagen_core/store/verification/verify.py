@@ -1,0 +1,353 @@
+"""Check every byte of a store against its manifest, and every rule of the format."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from imagen_core.store.errors import StoreError
+from imagen_core.store.files.digest import caption_digest, fingerprint_digest, picture_digest
+from imagen_core.store.files.null import parse_null
+from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.ragged import all_finite
+from imagen_core.store.files.shard import open_images, open_text, read_digests
+from imagen_core.store.folder import StoreFolder
+from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
+from imagen_core.store.manifest import Manifest, load_manifest
+from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.removal_log import removal_path
+from imagen_core.store.verification.coverage import Coverage
+
+_BLOCK_BYTES = 1 << 20
+_MAX_NAMED_KEYS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one file; `file` is relative to the store."""
+
+    file: str
+    message: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify_store` found.
+
+    Attributes:
+        ok: no problems; warnings do not count.
+        files_checked, bytes_checked: files read to the end, and their bytes; the manifest included.
+        input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
+            None, with `unaccounted`, in a store of schema 1.
+        num_samples: samples a reader sees.
+        dropped: rows that did not become samples, by the reason of their last try.
+        excluded: samples that readers leave out, by reason.
+        unaccounted: input rows whose fate the store does not tell; 0 in a good one.
+        warnings: hidden and `.tmp` files that the manifest does not know: left by a killed run.
+    """
+
+    ok: bool = False
+    files_checked: int = 0
+    bytes_checked: int = 0
+    input_rows: int | None = None
+    num_samples: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
+    unaccounted: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def verify_store(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: dict[str, Any] | None = None,
+    on_file: Callable[[str, int], None] | None = None,
+) -> VerifyReport:
+    """Read the whole store, one file at a time, and list what is wrong with which file.
+
+    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
+    pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
+    removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
+    the pictures are those of the samples, and the embeddings those of the captions, by the encoder the manifest
+    names. What removed samples have is not compared, as readers never see it.
+    A damaged manifest is a problem of the report, as nothing else can be judged without it.
+    Memory: one file's rows, and 8 bytes a sample for the keys.
+
+    Args:
+        on_file: called with the name and size in bytes of each file after it was read.
+    Raises:
+        StoreError: the folder is not a store, or its run has not finished.
+    """
+    folder = StoreFolder(path, storage_options)
+    report = VerifyReport()
+    try:
+        manifest = load_manifest(folder)
+    except StoreError as error:
+        if not folder.exists(MANIFEST_NAME):
+            raise
+        report.problems.append(Problem(MANIFEST_NAME, str(error)))
+        return report
+    report.num_samples = manifest.num_samples
+    check = _Check(folder, manifest, report, on_file)
+    check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
+    for shard in manifest.shards():
+        check.shard(shard)
+    for group in manifest.texts.values():
+        check.null(group)
+    check.keys()
+    check.coverage()
+    check.removals()
+    check.strays()
+    report.ok = not report.problems
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the other files of a shard must agree with."""
+
+    keys: list[str]
+    sha256: list[str]
+    captions: list[str]
+    """Distinct ones, by caption id."""
+    removed: frozenset[int]
+    """Rows that are or will be erased, perhaps not in all files yet."""
+    removed_ids: frozenset[int]
+    """Caption ids that only those have."""
+
+
+class _Check:
+    def __init__(
+        self,
+        folder: StoreFolder,
+        manifest: Manifest,
+        report: VerifyReport,
+        on_file: Callable[[str, int], None] | None,
+    ) -> None:
+        self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
+        self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
+        self._coverage = Coverage(manifest)
+        self._fingerprints = {
+            name: fingerprint_digest(group.fingerprint)
+            for name, group in manifest.groups.items()
+            if isinstance(group, EmbeddingGroup)
+        }
+        self._has_digests = manifest.schema_version == SCHEMA_VERSION
+        self._saw_all_samples = True
+
+    def count(self, name: str, size_bytes: int) -> None:
+        self._report.files_checked += 1
+        self._report.bytes_checked += size_bytes
+        if self._on_file:
+            self._on_file(name, size_bytes)
+
+    def _bad(self, name: str, message: str) -> None:
+        self._report.problems.append(Problem(name, message))
+
+    def shard(self, shard: ShardEntry) -> None:
+        """Check a shard's files: bytes first, and contents only where the bytes are right."""
+        intact = {name: self._bytes(entry) for name, entry in shard.files.items()}
+        rows = self._samples(shard, shard.files[SAMPLES_GROUP]) if intact.get(SAMPLES_GROUP) else None
+        self._saw_all_samples &= rows is not None or SAMPLES_GROUP not in shard.files
+        for name, entry in shard.files.items():
+            if not intact[name]:
+                continue
+            group = self._manifest.groups[name]
+            try:
+                if isinstance(group, ImagesGroup):
+                    self._images(entry, group, rows)
+                elif isinstance(group, TextGroup):
+                    names, ignored = (rows.captions, rows.removed_ids) if rows else (None, ())
+                    self._embeddings(entry, group, names, "distinct captions", ignored)
+                elif isinstance(group, ImageEmbedGroup):
+                    names, ignored = (rows.keys, rows.removed) if rows else (None, ())
+                    self._embeddings(entry, group, names, "rows", ignored)
+            except StoreError as error:
+                self._bad(entry.path, str(error))
+
+    def _source(self, entry: FileEntry) -> Any:
+        return self._folder.source(entry.path)
+
+    def _bytes(self, entry: FileEntry) -> bool:
+        size = self._folder.size_bytes(entry.path)
+        if size is None:
+            self._bad(entry.path, "missing")
+            return False
+        digest = hashlib.sha256()
+        with self._folder.open(entry.path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        self.count(entry.path, size)
+        if size != entry.bytes:
+            self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
+        elif digest.hexdigest() != entry.sha256:
+            self._bad(entry.path, f"sha256 {digest.hexdigest()}, the manifest says {entry.sha256}")
+        else:
+            return True
+        return False
+
+    def _count_rows(self, entry: FileEntry, found: int) -> bool:
+        if found != entry.rows:
+            self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
+        return found == entry.rows
+
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _Rows | None:
+        """Check a samples file, note its keys and count its input rows; None if it cannot be read."""
+        try:
+            samples = SamplesFile(self._source(entry), entry.path)
+        except StoreError as error:
+            self._bad(entry.path, str(error))
+            return None
+        self._count_rows(entry, samples.num_rows)
+        if self._has_digests:
+            for message in self._coverage.add(shard, samples):
+                self._bad(entry.path, message)
+        caption_of: dict[int, str] = {}
+        for row in map(samples.row, range(samples.num_rows)):
+            if len(row.captions) != len(row.caption_ids) or not row.captions:
+                self._bad(entry.path, f"{row.key!r}: {len(row.captions)} captions, ids {row.caption_ids}")
+            for caption_id, caption in zip(row.caption_ids, row.captions, strict=False):
+                if caption_of.setdefault(caption_id, caption) != caption:
+                    self._bad(entry.path, f"{row.key!r}: caption id {caption_id} is of another caption too")
+        if set(caption_of) != set(range(len(caption_of))):
+            self._bad(entry.path, f"caption ids are not 0 to {len(caption_of) - 1}")
+        keys = samples.column("key")
+        self._key_hashes.append((shard, np.array([_hash(key) for key in keys], dtype=np.uint64)))
+        captions = [caption_of.get(i, "") for i in range(max(caption_of, default=-1) + 1)]
+        removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
+        ids = enumerate(samples.column("caption_ids"))
+        removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
+        return _Rows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _Rows | None) -> None:
+        images = open_images(self._source(entry), entry.path, group)
+        for row in range(images.num_rows if group.codec != "raw" else 0):
+            images.pixels(row)
+        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
+            found = (
+                picture_digest(key, sha256, images.stored(row))
+                for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
+            )
+            wrong = "pictures are not those of their samples"
+            self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
+
+    def _embeddings(
+        self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
+    ) -> None:
+        """Check the embeddings of captions or keys; None if the samples cannot be read."""
+        # Not mapped: the parquet decoder checks the places that the mapped reader computes.
+        text = open_text(self._source(entry), entry.path, group, mapped=False)
+        self._count_rows(entry, text.num_rows)
+        bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
+        if bad:
+            self._bad(entry.path, f"{len(bad)} embeddings are not finite, the first in row {bad[0]}")
+        if names is None:
+            return
+        encoder = self._fingerprints[group.name]
+        if text.num_rows != len(names):
+            self._bad(entry.path, f"{text.num_rows} rows, the samples have {len(names)} {of}")
+        elif self._has_digests and text.fingerprint != encoder:
+            self._bad(
+                entry.path,
+                f"encoded by another encoder: fingerprint {text.fingerprint[:16] or '(none)'}, "
+                f"the manifest's is {encoder[:16]}",
+            )
+        else:
+            found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
+            whose = "captions" if isinstance(group, TextGroup) else "samples"
+            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}", ignored)
+
+    def _compare_digests(
+        self,
+        entry: FileEntry,
+        group: ImagesGroup | EmbeddingGroup,
+        found: Iterator[int],
+        names: Sequence[str],
+        wrong: str,
+        ignored: Collection[int],
+    ) -> None:
+        if not self._has_digests:
+            return
+        stored = read_digests(self._source(entry), entry.path, group.format)
+        if stored is None or len(stored) != len(names):
+            self._bad(entry.path, f"{0 if stored is None else len(stored)} digests for {len(names)} rows")
+            return
+        pairs = enumerate(zip(found, stored.tolist(), strict=True))
+        rows = [row for row, (a, b) in pairs if a != b and row not in ignored]
+        if rows:
+            self._bad(entry.path, f"{len(rows)} {wrong}, the first in row {rows[0]} ({names[rows[0]]!r})")
+
+    def null(self, group: TextGroup) -> None:
+        if group.null is None or not self._bytes(group.null):
+            return
+        try:
+            data = self._folder.read_bytes(group.null.path)
+            embedding, dtype = parse_null(data, group.null.path)
+        except StoreError as error:
+            self._bad(group.null.path, str(error))
+            return
+        expected = "float16" if group.dtype == "int8" else group.dtype
+        if embedding.shape[1] != group.dim or dtype != expected:
+            found = f"{dtype} {embedding.shape}"
+            self._bad(group.null.path, f"holds {found}, the encoder {expected} (n_tokens, {group.dim})")
+        elif not np.isfinite(embedding).all():
+            self._bad(group.null.path, "not finite")
+
+    def keys(self) -> None:
+        """Report keys that occur twice: equal hashes first, then the keys themselves are compared."""
+        if not self._key_hashes:
+            return
+        hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        first_file: dict[str, str] = {}
+        for name, key in self._keys_with(repeated) if repeated.size else ():
+            if key in first_file:
+                also = "" if first_file[key] == name else f" and in {first_file[key]}"
+                self._bad(name, f"key {key!r} occurs twice{also or ' here'}")
+            first_file.setdefault(key, name)
+
+    def _keys_with(self, hashes: np.ndarray) -> Iterator[tuple[str, str]]:
+        wanted = hashes[:_MAX_NAMED_KEYS]
+        for shard, own in self._key_hashes:
+            rows = np.flatnonzero(np.isin(own, wanted))
+            if rows.size:
+                entry = shard.files[SAMPLES_GROUP]
+                samples = SamplesFile(self._source(entry), entry.path)
+                yield from ((entry.path, samples.key(int(row))) for row in rows)
+
+    def coverage(self) -> None:
+        """Sum up the fate of all input rows; what bad files hide is told of them, and not again of the manifest."""
+        excluded = Counter(reason for rows in self._manifest.excluded.values() for reason in rows.values())
+        self._report.excluded = dict(sorted(excluded.items()))
+        if not self._has_digests:
+            message = f"schema {self._manifest.schema_version} proves neither input rows nor the order of rows"
+            self._report.warnings.append(Problem(MANIFEST_NAME, f"{message}; --restart makes one that does"))
+            return
+        self._report.input_rows, self._report.unaccounted = self._coverage.input_rows, self._coverage.unaccounted
+        self._report.dropped = dict(sorted((+self._coverage.dropped).items()))
+        for message in self._coverage.finish() if self._saw_all_samples else ():
+            self._bad(MANIFEST_NAME, message)
+
+    def removals(self) -> None:
+        """Check the log of removals that the manifest was written with; rows of later ones are excluded already."""
+        for entry in self._manifest.listed_removals:
+            self._bytes(FileEntry(**entry, rows=0))
+
+    def strays(self) -> None:
+        """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""
+        known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
+        known.update(group.null.path for group in self._manifest.texts.values() if group.null)
+        known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
+        for name in self._folder.walk():
+            if name not in known:
+                message = "not in the manifest: a leftover, or of a group that is not finished for every shard"
+                self._report.warnings.append(Problem(name, message))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,300 @@
+"""Checkpoints: a folder of safetensors and one JSON, written whole or not at all; never pickled.
+
+    step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors  (times.safetensors)
+
+Tensors are whole and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
+other. state.json names each file's SHA-256.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
+from imagen_core.train.checkpoints.single_file import read_model
+from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
+
+_FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8,})")
+_VALIDATION = "validation.json"
+_STATE = "state.json"
+_DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
+_MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
+_FIELDS = ("step", "samples", "ema_updates", "files", "loader", "denoiser", "encoder", "config")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDenoiser:
+    """A trained stage, ready to sample.
+
+    Attributes:
+        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
+        embed_encoders: the same of `text_embed` and `image_embed`, of those it reads.
+        weights: which weights these are: model, or ema-RATE.
+        sha256: of their file.
+        max_tokens: captions were cut to it in training.
+    """
+
+    denoiser: Denoiser
+    encoder: dict[str, Any] | None
+    embed_encoders: dict[str, dict[str, Any]]
+    step: int
+    weights: str
+    sha256: str
+    max_tokens: int
+
+    @property
+    def stage(self) -> DenoiserConfig:
+        """The configuration of a model that draws pictures; CheckpointError for a prior."""
+        if not isinstance(self.denoiser.config, DenoiserConfig):
+            raise CheckpointError("it is a prior, which draws embeddings; give a model that draws pictures")
+        return self.denoiser.config
+
+
+def write_checkpoint(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Writes `folder/step-STEP` from CPU tensors by file and name; atomic and durable."""
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".tmp-step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    entries = {}
+    for name, tensors in files.items():
+        path = temporary / f"{name}.safetensors"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        _sync(path)
+    text = json.dumps({"format": _FORMAT, "step": step, "files": entries, **state}, indent=1, ensure_ascii=False)
+    (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
+    _sync(temporary / _STATE)
+    _sync(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync(folder)
+    return final
+
+
+def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
+    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written."""
+    found = checkpoints(folder)
+    stay = {*found[-keep:], *best_checkpoints(folder)[:keep_best]}
+    for path in found:
+        if path not in stay:
+            (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks whole
+            shutil.rmtree(path)
+    remove_unfinished(folder)
+
+
+def record_validation(folder: Path, step: int, loss: float) -> None:
+    """Remembers the validation loss of a step's checkpoint, if there is one, in a file beside the folder."""
+    path = folder / f"step-{step:08d}"
+    if not (path / _STATE).exists():
+        return
+    losses = _validation_losses(folder)
+    known = {p.name: losses[p.name] for p in checkpoints(folder) if p.name in losses}
+    temporary = folder.parent / f".tmp-{_VALIDATION}"
+    temporary.write_text(json.dumps({**known, path.name: loss}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder.parent / _VALIDATION)
+
+
+def best_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints whose validation loss is known, the least first; of equal ones the later."""
+    losses = _validation_losses(folder)
+    known = [path for path in reversed(checkpoints(folder)) if path.name in losses]
+    return sorted(known, key=lambda path: losses[path.name])
+
+
+def _validation_losses(folder: Path) -> dict[str, float]:
+    path = folder.parent / _VALIDATION
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a kill left of checkpoints that were being written or removed."""
+    for path in folder.glob(".tmp-step-*"):
+        shutil.rmtree(path)
+    for path in folder.glob("step-*"):
+        if _FOLDER.fullmatch(path.name) and not (path / _STATE).exists():
+            shutil.rmtree(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and (p / _STATE).exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        known = state["format"] == _FORMAT
+        missing = [field for field in _FIELDS if field not in state] if known else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / _STATE}: cannot be read ({error}); {_REMEDY}") from error
+    if missing:
+        raise CheckpointError(f"{path / _STATE}: lacks {', '.join(missing)}; {_REMEDY}")
+    if not known:
+        raise CheckpointError(
+            f"{path}: has format {state['format']}, this version reads {_FORMAT}; install a newer one"
+        )
+    return state
+
+
+_REMEDY = "remove this checkpoint folder to go on from the one before"
+
+
+def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors, after a look at its checksum.
+
+    Raises:
+        CheckpointError: the file is missing or was changed.
+    """
+    file = path / f"{name}.safetensors"
+    entry = state["files"].get(file.name)
+    if entry is None or not file.exists():
+        raise CheckpointError(f"{file}: is missing; {_REMEDY}")
+    if _digest(file) != entry["sha256"]:
+        raise CheckpointError(f"{file}: its checksum is not the one of {_STATE}; {_REMEDY}")
+    try:
+        return load_file(file)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file}: is not safetensors ({error}); {_REMEDY}") from error
+
+
+def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
+    """A trained stage.
+
+    Args:
+        path: a checkpoint, a training's run folder (its newest checkpoint is taken), or a file of `write_model`.
+        weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
+    Raises:
+        CheckpointError: there is none, it is damaged, or has no such weights.
+    """
+    if path.is_file():
+        return _load_file(path, weights)
+    if not (path / _STATE).exists():
+        found = checkpoints(path / "checkpoints")
+        if not found:
+            raise CheckpointError(
+                f"{path}: has no checkpoint; give the --out of a `pipeline run train`, or a step-... folder"
+            )
+        path = found[-1]
+    state = read_state(path)
+    names = [name.removesuffix(".safetensors") for name in state["files"] if name.startswith(("model", "ema-"))]
+    averages = sorted((n for n in names if n.startswith("ema-")), key=lambda n: float(n.removeprefix("ema-")))
+    chosen = weights or (averages[-1] if averages else "model")
+    if chosen not in names:
+        raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
+    denoiser = _built(path / _STATE, state["denoiser"], read_tensors(path, state, chosen))
+    sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
+    encoders = state["encoder"], state.get("embed_encoders", {})
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens)
+
+
+def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
+    facts, sha256 = read_model(path)
+    if weights not in (None, facts["weights"]):
+        raise CheckpointError(f"{path}: has no weights {weights!r}, but {facts['weights']!r} alone; leave weights out")
+    denoiser = _built(path, facts.pop("denoiser"), load_file(path))
+    return LoadedDenoiser(denoiser, **facts, sha256=sha256)
+
+
+def _built(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> Denoiser:
+    """A denoiser with these weights, for drawing; `path` is the file of its configuration."""
+    try:
+        settings = _DENOISER.validate_python(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: the model's configuration is not valid: {error}") from error
+    with torch.device("meta"):
+        denoiser = Denoiser(settings)
+    check_names(path, denoiser.state_dict(), tensors)
+    denoiser.load_state_dict(tensors, assign=True)
+    return denoiser.eval().requires_grad_(False)
+
+
+def refuse_other(
+    state: Mapping[str, Any],
+    path: Path,
+    *,
+    denoiser: dict[str, Any],
+    encoder: dict[str, Any] | None,
+    embed_encoders: dict[str, dict[str, Any]],
+) -> None:
+    """Refuses to go on from a checkpoint of another model or other embeddings.
+
+    Settings of the model that did not exist when the checkpoint was written count as their defaults.
+
+    Raises:
+        CheckpointMismatchError: names each field with both values.
+    """
+    try:
+        saved = _DENOISER.validate_python(state["denoiser"]).model_dump(mode="json")
+    except ValidationError:
+        saved = state["denoiser"]  # of another version: the fields that differ are named
+    same_store = "train on the store it began with, or start anew in another --out"
+    for what, theirs, mine, remedy in (
+        ("denoiser", saved, denoiser, "train it in another --out, or go back to the model's settings"),
+        ("encoder", state["encoder"], encoder, same_store),
+        ("encoder", state.get("embed_encoders", {}), embed_encoders, same_store),
+    ):
+        changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
+        if changes:
+            raise CheckpointMismatchError(
+                f"{path}: was trained with another {what}: {'; '.join(changes[:5])}; {remedy}"
+            )
+
+
+def changed_fields(old: Any, new: Any) -> list[str]:
+    """`field: old -> new` for each leaf in which two JSON values differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{name}.{key}" if name else str(key))]
+    return [(name or "value", json.dumps(value))]
+
+
+def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless both have the same names and shapes."""
+    for name in sorted({*wanted, *found}):
+        have = [tuple(side[name].shape) if name in side else None for side in (wanted, found)]
+        if have[0] != have[1]:
+            raise CheckpointError(f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {_REMEDY}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""The weights a new training begins with, when they are those of another."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.train.checkpoints.checkpoint import LoadedDenoiser
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.errors import CheckpointError, TrainError
+from imagen_core.train.parallel.world import like, local
+
+LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
+"""(place of a checkpoint, which of its weights) -> the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What was taken from a checkpoint.
+
+    Attributes:
+        step, weights: of the checkpoint: how far it was, and which of its weights were taken.
+        loaded: number of the model's tensors that were.
+        left_random: names of the model's tensors that the checkpoint does not have, or has in another shape.
+        not_used: names of the checkpoint's tensors that the model does not have.
+    """
+
+    source: str
+    step: int
+    weights: str
+    loaded: int
+    left_random: tuple[str, ...]
+    not_used: tuple[str, ...]
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
+    """Copies weights of equal name and shape from `init_from`, which `load` reads; all processes must call it.
+
+    Raises:
+        TrainError: there is no such checkpoint, or it is damaged; with init_mismatch=error a tensor of the model or
+            of the checkpoint has no counterpart; with skip none has.
+    """
+    assert config.init_from is not None
+    try:
+        loaded = load(config.init_from, config.init_weights)
+    except CheckpointError as error:
+        raise TrainError(f"init_from: {error}") from error
+    source = loaded.denoiser.state_dict()
+    parameters = dict(model.named_parameters())
+    fits = {name for name, p in parameters.items() if name in source and source[name].shape == p.shape}
+    left, unused = sorted(parameters.keys() - fits), sorted(source.keys() - parameters.keys())
+    if not fits or (config.init_mismatch == "error" and (left or unused)):
+        shapes = [f"{name}: {_shape(parameters, name)} here, {_shape(source, name)} there" for name in left + unused]
+        remedy = "check the path" if not fits else "use init_mismatch=skip to leave them random, or the same model"
+        raise TrainError(
+            f"init_from {config.init_from}: {len(shapes)} tensors do not fit ({'; '.join(shapes[:5])}); {remedy}"
+        )
+    for name in sorted(fits):
+        local(parameters[name]).copy_(local(like(source[name], parameters[name])))
+    return Start(config.init_from, loaded.step, loaded.weights, len(fits), tuple(left), tuple(unused))
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"

@@ -1,0 +1,124 @@
+"""What training changes: weights, their averages, the optimizer, and how far it is."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, write_checkpoint
+from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.ema import WeightAverages
+from imagen_core.train.parallel.precision import LossScale
+from imagen_core.train.parallel.world import like, local, whole
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class TrainState:
+    """Saved and restored exactly, whatever the number of processes was and is."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages, times: TimeSampler
+    ):
+        self.model, self.optimizer, self.averages, self.times = model, optimizer, averages, times
+        self.step = 0
+        self.samples = 0
+        self.loss_scale: LossScale | None = None
+        """Of float16."""
+
+    def save(self, folder: Path, facts: dict[str, Any], *, writes: bool) -> Path | None:
+        """Writes a checkpoint on the process that writes; all processes must call it (shards are gathered)."""
+        files: dict[str, dict[str, Tensor]] = {"model": self._gather(dict(self.model.named_parameters()), writes)}
+        for rate, average in self.averages.averages.items():
+            files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
+        files["optimizer"] = self._gather(self._moments(), writes)
+        if self.times.learns:
+            files["times"] = self.times.tensors()
+        if not writes:
+            return None
+        progress = {
+            "samples": self.samples,
+            "ema_updates": self.averages.updates,
+            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
+        }
+        return write_checkpoint(folder, self.step, files, {**progress, **facts})
+
+    @torch.no_grad()
+    def load(self, path: Path, saved: dict[str, Any]) -> None:
+        """Restores everything from a checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        parameters = dict(self.model.named_parameters())
+        weights = read_tensors(path, saved, "model")
+        check_names(path, parameters, weights)
+        for name, values in weights.items():
+            local(parameters[name]).copy_(local(like(values, parameters[name])))
+        for rate, average in self.averages.averages.items():
+            name = f"ema-{rate}"
+            known = f"{name}.safetensors" in saved["files"]
+            source = read_tensors(path, saved, name if known else "model")  # a new rate begins with the weights
+            for key, values in source.items():
+                average[key].copy_(local(like(values, parameters[key])).to(average[key].dtype))
+        moments = read_tensors(path, saved, "optimizer")
+        for name, parameter in self._trained():
+            kept = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": kept.pop("step").to(parameter.device)}
+            for moment, values in kept.items():  # in the parameter's memory order: the fused kernel does not look
+                restored = torch.empty_like(parameter)
+                local(restored).copy_(local(like(values, parameter)))
+                self.optimizer.state[parameter][moment] = restored
+        if self.times.learns and "times.safetensors" in saved["files"]:  # else it begins to learn them
+            self.times.load(read_tensors(path, saved, "times"))
+        if self.loss_scale is not None and saved.get("loss_scale") is not None:
+            self.loss_scale = LossScale(**saved["loss_scale"])
+        self.step, self.samples = saved["step"], saved["samples"]
+        self.averages.updates = saved["ema_updates"]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters the optimizer has."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _moments(self) -> dict[str, Tensor]:
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            known = self.optimizer.state[parameter]
+            if not known:  # no step was taken yet: all gradients overflowed
+                zeros = torch.zeros_like(parameter)
+                known = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros((), dtype=torch.float32)}
+            moments |= {f"{moment}.{name}": known[moment] for moment in _MOMENTS}
+        return moments
+
+    def _laid_out(self, average: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts of an average as sharded tensors, if the parameters are sharded."""
+        from torch.distributed.tensor import DTensor
+
+        parameters = dict(self.model.named_parameters())
+        laid_out: dict[str, Tensor] = {}
+        for name, values in average.items():
+            parameter = parameters[name]
+            laid_out[name] = (
+                DTensor.from_local(
+                    values.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+                if isinstance(parameter, DTensor)
+                else values
+            )
+        return laid_out
+
+    @staticmethod
+    def _gather(tensors: dict[str, Tensor], writes: bool) -> dict[str, Tensor]:
+        gathered: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            values = whole(tensor).detach()
+            if writes:
+                gathered[name] = values.to("cpu", copy=True)
+        return gathered

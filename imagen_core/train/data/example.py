@@ -1,0 +1,178 @@
+"""What a training step makes of a batch: clean and noisy pictures or embeddings, and the conditioning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imagen_core.diffusion import Denoiser, DenoiserConfig, PriorConfig
+from imagen_core.images import in_range
+from imagen_core.models import UNetConfig
+from imagen_core.models.conditioning.base import Conditioning, unit_variance
+from imagen_core.models.conditioning.characters import character_ids
+from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.train.augment import blur, grey
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.data.dropout import drop_conditions
+from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.padding import few_lengths
+from imagen_core.train.data.randomness import BLUR, GREY, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
+from imagen_core.train.data.stream import Batch
+from imagen_core.train.errors import TrainError
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the loss needs, on the device.
+
+    Attributes:
+        x0, noise: (b, c, h, w), or (b, dim) for a prior.
+        sigma: (b,).
+        weight: (b,), what each loss counts.
+        shown_estimate: bool (b,), rows whose network is shown its own estimate; None if it reads none.
+    """
+
+    x0: Tensor
+    sigma: Tensor
+    weight: Tensor
+    noise: Tensor
+    conditioning: Conditioning
+    shown_estimate: Tensor | None = None
+
+
+def make_example(
+    batch: Batch,
+    config: TrainConfig,
+    denoiser: Denoiser,
+    device: torch.device,
+    step: int,
+    times: TimeSampler | None = None,
+) -> Example:
+    """Pictures or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
+
+    Noise levels are uniform in the schedule's time without `times`.
+
+    An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
+    """
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    settings = config.denoiser
+    pictures = settings if isinstance(settings, DenoiserConfig) else None
+    side = (settings.shape[0], config.side_px, config.side_px) if pictures else settings.shape
+    low_res = pictures is not None and pictures.low_res_px is not None
+    draws = draw(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
+
+    conditioning = _conditions(batch, config, device, dtype)
+    if isinstance(settings, PriorConfig):
+        assert conditioning.image_embed is not None
+        x0 = settings.to_length(conditioning.image_embed)
+        conditioning = replace(conditioning, image_embed=None)
+    else:
+        x0 = _pixels(batch.images[settings.size_px], device, dtype)
+        memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        x0 = x0.contiguous(memory_format=memory)
+    if low_res:
+        conditioning = _with_low_res(batch, config, denoiser, conditioning, draws, step)
+    time, weight = (draws.time, torch.ones_like(draws.time)) if times is None else times.choose(draws.time)
+    sigma = settings.diffusion.schedule.sigma(time).to(device)
+    shown = None
+    if settings.network.self_conditioning:
+        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=SELF_CONDITIONING, count=1)
+        shown = (uniform[:, 0] < config.self_conditioning_fraction).to(device)
+    return Example(x0, sigma, weight.to(device, dtype), draws.noise.to(dtype), conditioning, shown)
+
+
+def whole_conditions(
+    raw: Mapping[str, Any], network: UNetConfig | PriorNetworkConfig, device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """What the network reads of a batch of the store's loader beside the pictures, nothing dropped.
+
+    Raises:
+        TrainError: a label that is no class of the network.
+    """
+    characters = None
+    if not isinstance(network, PriorNetworkConfig):
+        _check_labels(raw, network.num_classes)
+        if network.transcription is not None:
+            texts = raw["transcriptions"] or [""]
+            characters = character_ids(texts, network.transcription.max_characters, cut=True).to(device)
+
+    def moved(name: str) -> Tensor | None:
+        return _one_row(raw[name]).to(device, non_blocking=True) if name in raw else None
+
+    text, text_embed, image_embed = moved("text"), moved("text_embed"), moved("image_embed")
+    return Conditioning(
+        text=None if text is None else text.to(dtype),
+        text_mask=moved("text_mask"),
+        text_embed=None if text_embed is None else unit_variance(text_embed.to(dtype)),
+        image_embed=None if image_embed is None else unit_variance(image_embed.to(dtype)),
+        labels=moved("labels"),
+        characters=characters,
+    )
+
+
+def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
+    if num_classes is None or not (raw["labels"] >= num_classes).any():
+        return
+    row = int(raw["labels"].argmax())
+    raise TrainError(
+        f"denoiser.unet.num_classes is {num_classes}, but sample {raw['keys'][row]!r} has the label "
+        f"{int(raw['labels'][row])}; labels count from 0: set num_classes to the highest + 1"
+    )
+
+
+def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
+    """What the model is told of each picture, some of it to be dropped."""
+    conditioning = whole_conditions(batch.raw, config.denoiser.network, device, dtype)
+    if config.compile:
+        conditioning = _few_lengths(conditioning, config)
+    return drop_conditions(conditioning, batch.counters or range(1), config, device)
+
+
+def _with_low_res(
+    batch: Batch, config: TrainConfig, denoiser: Denoiser, conditioning: Conditioning, draws: Draws, step: int
+) -> Conditioning:
+    """Adds the low-resolution picture, blurred, without colours and noised as the configuration says."""
+    settings, noise = config.denoiser, draws.low_res_noise
+    assert isinstance(settings, DenoiserConfig)
+    assert settings.low_res_px is not None
+    assert noise is not None
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    low_res = _pixels(batch.images[settings.low_res_px], noise.device, dtype)
+    if config.low_res_blur is not None:
+        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2)
+        low_res = blur(low_res, config.low_res_blur, uniform)
+    if config.low_res_grey:
+        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=GREY, count=1)
+        low_res = grey(low_res, uniform[:, 0] < config.low_res_grey)
+    sigma = torch.zeros(len(low_res), dtype=torch.float64)
+    if settings.low_res_noise is not None:
+        level = draws.uniform[:, 1]
+        if settings.low_res_noise.per == "batch":
+            level = torch.full_like(level, mix(config.seed, step, 3) / 2**63)
+        sigma = settings.low_res_noise.sigma(level)
+    return denoiser.with_low_res(conditioning, low_res, sigma.to(noise.device), noise.to(dtype))
+
+
+def _few_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditioning:
+    """Captions and transcriptions padded so that a network is compiled for four lengths of each only."""
+    text, mask, characters = conditioning.text, conditioning.text_mask, conditioning.characters
+    if text is not None and mask is not None:
+        more = few_lengths(text.shape[1], config.max_tokens) - text.shape[1]
+        conditioning = replace(conditioning, text=F.pad(text, (0, 0, 0, more)), text_mask=F.pad(mask, (0, more)))
+    if characters is not None and config.transcription is not None:
+        more = few_lengths(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
+        conditioning = replace(conditioning, characters=F.pad(characters, (0, more)))
+    return conditioning
+
+
+def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """uint8 (b, c, h, w) -> [-1, 1]."""
+    return in_range(_one_row(pixels).to(device, non_blocking=True), dtype)
+
+
+def _one_row(tensor: Tensor) -> Tensor:
+    """One row of zeros instead of none."""
+    return tensor if len(tensor) else tensor.new_zeros(1, *(max(1, side) for side in tensor.shape[1:]))

@@ -1,0 +1,295 @@
+"""Batches of the store for this process, read ahead by a thread."""
+
+import copy
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from imagen_core.diffusion import PriorConfig
+from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.store import Crop, Framing, Store, Whole
+from imagen_core.store.records import EmbeddingGroup
+from imagen_core.train.augment import Mirrored, RandomCut
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.data.randomness import CUT, draw_uniform
+from imagen_core.train.errors import TrainError
+from imagen_core.train.parallel.world import World
+
+_AHEAD = 3  # batches read while a step runs
+_SHARDS_TO_ASK = 16  # for annotations
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This process's part of a global batch.
+
+    Attributes:
+        raw: what the store's loader gives.
+        counters: how many samples were consumed before each of these; names their random numbers.
+        global_size: samples of the batch over all processes.
+        largest_part: no process has more samples of it.
+        loader_state: where the loader is once this batch is consumed.
+    """
+
+    raw: Mapping[str, Any]
+    counters: range
+    global_size: int
+    largest_part: int
+    loader_state: dict[str, Any]
+
+    @property
+    def keys(self) -> list[str]:
+        return self.raw["keys"]
+
+    @property
+    def images(self) -> dict[int, Tensor]:
+        """uint8 (b, 3, s, s) by size; none where no pictures are read."""
+        return self.raw.get("images", {})
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Some rows of it."""
+        rows = slice(start, stop)
+        raw = {
+            name: {key: t[rows] for key, t in value.items()} if isinstance(value, dict) else value[rows]
+            for name, value in self.raw.items()
+        }
+        return replace(self, raw=raw, counters=self.counters[rows])
+
+
+def open_store(config: TrainConfig, *, online: bool = False) -> Store:
+    """The store, with everything the configuration reads.
+
+    Args:
+        online: captions are encoded in the training loop, so `text` is not in the store.
+    Raises:
+        TrainError: a size or an encoder is missing, or has another width.
+        StoreError: there is no readable store.
+    """
+    store = Store.open(config.store, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    for size in stored_sizes(config):
+        if size not in store.image_sizes:
+            raise TrainError(
+                f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
+                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
+                "augment.from_px"
+            )
+    network = config.denoiser.network
+    if isinstance(network, PriorNetworkConfig):
+        image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
+    else:
+        image_dim, where = network.image_embed_dim, "denoiser.unet"
+        embed_option = f"{where}.image_embed_dim"
+    text = None if online else config.text
+    _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    _check_one_vector(store, config.text_embed)
+    _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
+    _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
+    if config.transcription is not None:
+        _check_annotation("transcription", store, config, "denoiser.unet.transcription")
+    if config.num_classes is not None:
+        _check_annotation("label", store, config, "denoiser.unet.num_classes")
+    if len(store) <= config.num_validation_samples:
+        raise TrainError(
+            f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
+        )
+    chosen, end = training_samples(store, config), len(store) - config.num_validation_samples
+    if not (0 <= chosen.start < chosen.stop <= end):
+        raise TrainError(
+            f"samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for validation"
+        )
+    return store
+
+
+def training_samples(store: Store, config: TrainConfig) -> range:
+    """Places in the store of the samples to train on."""
+    return range(*(config.samples or (0, len(store) - config.num_validation_samples)))
+
+
+def _check_encoder(
+    field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
+) -> None:
+    """Refuses an encoder that the store lacks, or whose embeddings have another width than `option`."""
+    if encoder is None:
+        return
+    if encoder not in groups:
+        kind = "picture encoder" if field == "image_embed" else "encoder"
+        raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
+    if groups[encoder].dim != dim:
+        raise TrainError(
+            f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
+            f"{option.rpartition('.')[2]}={groups[encoder].dim}"
+        )
+
+
+def _check_one_vector(store: Store, encoder: str | None) -> None:
+    """Refuses an encoder of tokens as `text_embed`, by the first shards."""
+    if encoder is None or encoder not in store.manifest.texts:
+        return  # refused by name
+    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+        most = max(store.shard(shard).text[encoder].num_tokens, default=1)
+        if most != 1:
+            raise TrainError(
+                f"text_embed: {encoder!r} has {most} vectors for a caption; name an encoder of one, such as "
+                f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
+            )
+
+
+def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
+    """Refuses a store without what the model reads because of `option`, by its first shards."""
+    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+        if any(value is not None for value in store.shard(shard).samples.column(field)):
+            return
+    raise TrainError(
+        f"{option}: the store {config.store} has no {field}s; name their column with `pipeline run precompute` and "
+        f"source.{field}_column, or set {option}=null"
+    )
+
+
+def needed_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the pictures of a batch; none for a prior."""
+    if isinstance(config.denoiser, PriorConfig):
+        return []
+    sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
+    return [size for size in sizes if size is not None]
+
+
+def stored_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the pictures a run reads."""
+    return needed_sizes(config) if config.augment is None else [config.augment.from_px]
+
+
+def whole_pictures(config: TrainConfig) -> Framing:
+    """Pictures as they are, of the sizes of a batch."""
+    if config.augment is None:
+        return Whole()
+    settings = config.augment.model_copy(update={"probability": 0.0, "without_text": None})
+    return RandomCut(settings, lambda counters: np.zeros((len(counters), 4)))
+
+
+def random_views(config: TrainConfig) -> Framing:
+    """What training sees of a picture: a function of the sample's named random numbers."""
+
+    def uniform(counters: Sequence[int]) -> np.ndarray:
+        return draw_uniform(config.seed, counters).numpy()
+
+    def cut(counters: Sequence[int]) -> np.ndarray:
+        whether_and_area = draw_uniform(config.seed, counters, stream=CUT, count=2).numpy()
+        return np.concatenate([whether_and_area, uniform(counters)[:, 2:4]], axis=1)
+
+    views: Framing = Whole()
+    if config.augment is not None:
+        views = RandomCut(config.augment, cut)
+    elif config.crop_px is not None:
+        views = Crop(config.crop_px, lambda counters: uniform(counters)[:, 2:4])
+    if config.horizontal_flip:
+        views = Mirrored(views, config.horizontal_flip, lambda counters: uniform(counters)[:, 4:5])
+    return views
+
+
+def loader_arguments(config: TrainConfig, *, online: bool) -> dict[str, Any]:
+    """What a run reads of each sample, as arguments of `Store.loader`; `online`: captions, not embeddings of them."""
+    return {
+        "images": needed_sizes(config) or None,
+        "text": None if online else config.text,
+        "captions": online,
+        "text_embed": config.text_embed,
+        "image_embed": config.image_embed,
+        "max_tokens": config.max_tokens,
+        "transcriptions": config.transcription is not None,
+        "labels": config.num_classes is not None,
+    }
+
+
+class BatchStream:
+    """An endless stream of training batches; a thread reads the next ones while a step runs."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: TrainConfig,
+        world: World,
+        state: dict[str, Any] | None,
+        *,
+        online: bool = False,
+    ):
+        self._world = world
+        if config.batch_size % world.size:
+            raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
+        self._loader = copy.copy(store).loader(  # open files of its own, for a thread of its own
+            batch_size=config.batch_size // world.size,
+            **loader_arguments(config, online=online),
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            samples=training_samples(store, config),
+            crop=random_views(config),
+            shuffle_window_shards=config.shuffle_window_shards,
+            pin_memory=world.device.type == "cuda",
+        )
+        if state is not None:
+            try:
+                self._loader.load_state_dict(state)
+            except ValueError as error:
+                raise TrainError(
+                    f"the checkpoint's place in the data does not fit: {error}; store, seed and "
+                    "samples must stay what they were, or begin in another --out"
+                ) from error
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="batches", daemon=True)
+        self._thread.start()
+        self.waited_s = 0.0
+        """Time the training has spent waiting for batches."""
+
+    def next(self) -> Batch:
+        """The next batch; raises what reading it raised."""
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.waited_s += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _read_ahead(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                for batch in self._epoch():
+                    self._queue.put(batch)
+                    if self._stopped.is_set():
+                        return
+        except BaseException as error:  # noqa: BLE001 - handed to the training loop, which raises it
+            self._queue.put(error)
+
+    def _epoch(self) -> Iterator[Batch]:
+        before = self._loader.state_dict()
+        for raw in self._loader:
+            after = self._loader.state_dict()
+            samples = after["num_samples"]
+            begin = before["epoch"] * samples + before["position"]
+            size = after["epoch"] * samples + after["position"] - begin
+            first = self._world.rank * size // self._world.size
+            before = after
+            if not self._loader.global_size:  # all of it was removed from the store
+                continue
+            yield Batch(
+                raw,
+                range(begin + first, begin + first + len(raw["keys"])),
+                self._loader.global_size,
+                -(-size // self._world.size),
+                after,
+            )

@@ -1,0 +1,73 @@
+"""Several processes: copies of the model that average their gradients, or one model sharded over them."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding
+from imagen_core.models.layers.positions import Rotary
+from imagen_core.models.layers.transformer import TransformerLayer
+from imagen_core.models.unet.block import Block
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.errors import TrainError
+from imagen_core.train.parallel.precision import autocast_dtype
+from imagen_core.train.parallel.world import World
+
+_NET = "denoiser.net"  # in the loss; all parameters are below it
+
+
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """Whether each process holds a part of the model only."""
+    return world.size > 1 and config.parallel == "fsdp2"
+
+
+def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """Readies the loss for the run's processes: as it is for one, DDP, or FSDP2.
+
+    Raises:
+        TrainError: shard_group_size does not divide the processes.
+    """
+    if world.size == 1:
+        return loss
+    if config.parallel == "ddp":
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+    group = config.shard_group_size or world.size
+    if world.size % group:
+        raise TrainError(f"shard_group_size {group} must divide the {world.size} processes")
+    kind = world.device.type
+    if group == world.size:
+        mesh = init_device_mesh(kind, (world.size,))
+    else:
+        mesh = init_device_mesh(kind, (world.size // group, group), mesh_dim_names=("copies", "shards"))
+    shard(loss.get_submodule(_NET), mesh, autocast_dtype(config.precision))
+    return loss
+
+
+def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
+    """FSDP2 with one unit a block or layer; weights are gathered in `half`, if it is given."""
+    exact = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
+    if half is not None:
+        policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in reversed(list(net.modules())):  # inner ones first
+        if isinstance(module, LearnedFourierEmbedding | Rotary):  # frequencies must not be rounded
+            fully_shard(module, mesh=mesh, mp_policy=exact)
+        elif isinstance(module, Block | TransformerLayer):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # Also what is outside of blocks goes back to its shards after each forward pass, so that code between the steps
+    # (averages, checkpoints) always finds shards.
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def syncing(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients are exchanged in the backward pass of the last micro-batch only."""
+    if isinstance(loss, DistributedDataParallel):
+        return nullcontext() if last else loss.no_sync()
+    net = loss.get_submodule(_NET)
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(last)
+    return nullcontext()

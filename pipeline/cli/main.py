@@ -1,0 +1,362 @@
+"""The command line. Heavy modules are imported inside the commands, so that --help is quick."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
+from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError
+from pipeline.signals import raise_when_preempted
+
+if TYPE_CHECKING:
+    from pipeline.deploy.submit import RayJobs
+
+app = typer.Typer(
+    name="pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Precompute text embeddings and image pyramids for Imagen-style training, once, and go on after a kill.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
+app.add_typer(config_app, name="config")
+app.add_typer(stage_commands)
+
+WorkflowArg = Annotated[str, typer.Argument(help="Name of the workflow, for example: precompute.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides; values are YAML, e.g. shard_size=500."),
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
+]
+Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...); runs/WORKFLOW if not given.")]
+ExecutorName = Annotated[
+    str | None,
+    typer.Option(help="ray, local or inline (this process); default ray for precompute, local for the others."),
+]
+JobsAddress = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's head, like http://HEAD:8265."),
+]
+JobsAddressOrNone = Annotated[
+    str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show a job of it.")
+]
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    if debug:
+        os.environ["PIPELINE_DEBUG"] = "1"
+    logging.basicConfig(
+        level=logging.DEBUG if _debugging() else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command()
+def run(
+    workflow: WorkflowArg,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    executor: ExecutorName = None,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
+    retry_dropped: Annotated[
+        str | None,
+        typer.Option(metavar="REASONS", help="Try dropped samples again: reasons with commas between, or all."),
+    ] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the run folder from a run that is dead but seems alive.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a workflow. The same command again goes on where it stopped."""
+    if dry_run:
+        plan(workflow, overrides, config, out, executor, as_json=as_json)
+        return
+    from pipeline.options import RunOptions
+    from pipeline.storage.run_folder import RunFolder
+
+    chosen = _build(workflow, config, overrides)
+    folder = out or f"runs/{workflow}"
+    reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
+    raise_when_preempted()
+    failure: RunError | None = None
+    try:
+        summary: Mapping[str, object] = chosen.run(
+            folder, RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet, take_over)
+        )
+    except RunError as error:
+        failure, summary = error, error.summary
+    if as_json:
+        print_json(summary)
+    else:
+        from pipeline.cli.show import show_summary
+
+        show_summary(summary, chosen.closing_words(RunFolder(folder)))
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def plan(
+    workflow: WorkflowArg,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    executor: ExecutorName = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Predict the time: run the stages for some seconds on rows spread over the input, in a temporary "
+            "folder. Downloads those rows; loads the models.",
+        ),
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict time and cost on other hardware: h200x1, h200x8, a100x8, l4x1, cpu16, or your YAML file. "
+            "Needs no weights. With --probe, what runs no model is measured here."
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Plan for so many rows like those of the input.")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write RUN/estimate.json; `report` will compare the run with it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do: shards, stages, what is finished, bytes; with --probe or --profile time and cost.
+
+    Writes nothing but what --save says.
+    """
+    from pipeline.cli.show import show_preview
+    from pipeline.options import PlanOptions
+
+    options = PlanOptions(probe, profile, rows, executor, save)
+    result = _build(workflow, config, overrides).preview(out or f"runs/{workflow}", options)
+    print_json(result) if as_json else show_preview(result)
+
+
+@app.command()
+def submit(
+    workflow: WorkflowArg,
+    address: JobsAddress,
+    out: Annotated[str, typer.Option(help="Run folder: a URL, or an absolute path that all nodes share.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
+    retry_dropped: Annotated[
+        str | None, typer.Option(metavar="REASONS", help="Try dropped samples again, as in `run`.")
+    ] = None,
+    code: Annotated[
+        bool, typer.Option("--code/--no-code", help="Ship this installation's code, or use that of the nodes.")
+    ] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or only start it.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a workflow on a Ray cluster. Shows its progress and ends with its exit code."""
+    from pipeline.deploy.submit import RayJobs, check_shared
+
+    check_shared(out)
+    resolved = _build(workflow, config, overrides).config
+    options = ["--restart"] * restart + (["--retry-dropped", retry_dropped] if retry_dropped else [])
+    jobs = RayJobs(address)
+    job = jobs.submit(workflow, resolved, out, options, with_code=code)
+    typer.echo(f"submitted {job}", err=as_json or wait)
+    if wait:
+        _follow(jobs, job, as_json)
+    elif as_json:
+        print_json(jobs.status(job))
+
+
+@app.command()
+def status(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder; or, with --address, a job.")],
+    address: JobsAddressOrNone = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the job to its end, as `submit` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run or a submitted job is."""
+    if address is not None:
+        from pipeline.cli.show import show_job
+        from pipeline.deploy.submit import RayJobs
+
+        jobs = RayJobs(address)
+        if follow:
+            _follow(jobs, run_folder, as_json)
+            return
+        job = jobs.status(run_folder)
+        print_json(job) if as_json else show_job(job)
+        return
+    if follow:
+        raise ConfigError("--follow: only a job can be followed; give its --address")
+    from pipeline.cli.show import show_status
+    from pipeline.engine.status import run_status
+
+    result = run_status(run_folder)
+    print_json(result) if as_json else show_status(result)
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="What `submit` printed.")],
+    address: JobsAddress,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a submitted job. The same `submit` again goes on where it stopped."""
+    from pipeline.cli.show import show_job
+    from pipeline.deploy.submit import RayJobs
+
+    result = RayJobs(address).stop(job)
+    print_json(result) if as_json else show_job(result)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: packages, versions, disk, GPUs, Ray."""
+    from pipeline.cli.doctor import examine
+    from pipeline.cli.show import show_checks
+
+    checks = examine()
+    print_json(checks) if as_json else show_checks(checks)
+    if any(check["status"] == "bad" for check in checks):
+        raise typer.Exit(4)
+
+
+@app.command()
+def schedule(
+    workflow: WorkflowArg,
+    kind: Annotated[
+        str, typer.Option(help="cron, systemd, airflow, slurm, kuberay, kuberay-cron or docker.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    out: Annotated[str | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="CRON", help="When: minute hour day month weekday; default '0 3 * * *'.")
+    ] = None,
+    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Of --at; default UTC.")] = None,
+    image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    write_to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the files here, and say how to install them.")
+    ] = None,
+) -> None:
+    """Print the files that make a scheduler run a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    from pipeline.deploy.schedule import Schedule, install_command, render, write_files
+
+    _build(workflow, config, overrides)
+    wanted = Schedule(
+        kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, folder=Path.cwd()
+    )
+    files = render(wanted)
+    if write_to is not None:
+        paths = write_files(files, write_to)
+        typer.echo("\n".join([*paths, f"install: {install_command(wanted, paths)}"]))
+    elif len(files) == 1:
+        typer.echo(next(iter(files.values())), nl=False)
+    else:
+        typer.echo("\n".join(f"# {name}\n{text}" for name, text in files.items()), nl=False)
+
+
+@config_app.command("ls")
+def config_ls(as_json: AsJson = False) -> None:
+    """List the shipped configurations, and the model presets with their exact numbers of parameters."""
+    from pipeline.cli.presets import list_models, list_presets
+    from pipeline.cli.show import show_table
+
+    presets, models = list_presets(), list_models()
+    if as_json:
+        print_json([*presets, *models])
+    else:
+        show_table(["workflow", "name", "what"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
+        show_table(
+            ["model", "parameters", "what"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
+        )
+
+
+@config_app.command("show")
+def config_show(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved configuration: defaults, file and overrides together."""
+    from pipeline.config import dump_yaml
+
+    resolved = _build(workflow, config, overrides).config
+    print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
+
+
+@config_app.command("schema")
+def config_schema(workflow: WorkflowArg) -> None:
+    """Print the JSON schema of a workflow's configuration, with a text for each field."""
+    from pipeline.workflow import load_workflow
+
+    print_json(load_workflow(workflow).config_class.model_json_schema())
+
+
+@config_app.command("validate")
+def config_validate(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Check a configuration. Exit 2 with one line for each problem."""
+    _build(workflow, config, overrides)
+    print_json({"valid": True}) if as_json else typer.echo("valid")
+
+
+def _build(name: str, config: str | None, overrides: list[str] | None):
+    from pipeline.cli.presets import find_config
+    from pipeline.config import load_config
+    from pipeline.workflow import load_workflow
+
+    workflow_class = load_workflow(name)
+    path = find_config(name, config) if config else None
+    return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
+
+
+def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
+    """Shows the job's output until it ends; exits with its code. Ctrl-C leaves the job alone."""
+    from pipeline.cli.show import show_job
+
+    try:
+        result = jobs.follow(job, lambda text: typer.echo(text, nl=False, err=as_json))
+    except KeyboardInterrupt:
+        again = f"{job} --address {jobs.address}"
+        typer.echo(
+            f"the job goes on; pipeline status {again} --follow shows it, pipeline stop {again} stops it", err=True
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    print_json(result) if as_json else show_job({**result, "last_line": ""})
+    raise typer.Exit(int(str(result["exit_code"])))
+
+
+def _debugging() -> bool:
+    return os.environ.get("PIPELINE_DEBUG", "") not in ("", "0")
+
+
+def main() -> None:
+    """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
+    try:
+        app()
+    except PipelineError as error:
+        if _debugging():
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Configurations that ship with the workflows, found by name."""
+
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+_SUFFIX = ".yaml"
+_MODELS = "pipeline.models"
+
+
+def list_presets() -> list[dict[str, str]]:
+    """Every shipped YAML: its workflow, name, path, and the comment on its first line."""
+    root = Path(str(files("workflows"))) / "configs"
+    return [
+        {
+            "kind": "config",
+            "workflow": path.parent.name,
+            "name": path.stem,
+            "path": str(path),
+            "summary": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip(),
+        }
+        for path in sorted(root.glob(f"*/*{_SUFFIX}"))
+    ]
+
+
+def list_models() -> list[dict[str, object]]:
+    """The model presets of every installed library, found through the `pipeline.models` entry points.
+
+    Each has at least `kind`, `name`, `parameters` (exact, a plain integer) and `summary`.
+    """
+    return [row for entry in sorted(entry_points(group=_MODELS)) for row in entry.load()()]
+
+
+def find_config(workflow: str, name: str) -> Path:
+    """A file as given, or a shipped configuration of this name.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix:
+        return path
+    shipped = {preset["name"]: Path(preset["path"]) for preset in list_presets() if preset["workflow"] == workflow}
+    if name not in shipped:
+        choices = ", ".join(sorted(shipped)) or "(none)"
+        raise ConfigError(f"--config {name}: no such file or shipped configuration; shipped: {choices}")
+    return shipped[name]

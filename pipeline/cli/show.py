@@ -1,0 +1,148 @@
+"""Renders results for people, on standard output."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.units import human_bytes, human_seconds
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
+    """Prints a plain table."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(soft_wrap=False).print(table)
+
+
+def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, str]]) -> None:
+    """What a run made, what it dropped, and where to look."""
+    if "facts" in summary:
+        show_facts(summary["facts"])
+        print(f"{summary['outcome']}: {summary['seconds']:.1f} s")
+        _show_closing_words(closing_words)
+        return
+    tally = summary["tally"]
+    rows = []
+    for name, group in tally["groups"].items():
+        drops = ", ".join(f"{reason} {count}" for reason, count in group["drops"].items()) or "-"
+        rows.append([name, group["shards"], group["rows"], human_bytes(group["bytes"]), drops])
+    show_table(["group", "shards", "rows", "on disk", "drops"], rows)
+    skipped = f", {tally['shards_skipped']} already finished" if tally["shards_skipped"] else ""
+    kept = f"{summary['num_samples']} of " if "num_samples" in summary else ""
+    print(
+        f"{summary['outcome']}: {kept}{tally['input_rows']} samples in {tally['shards']} shards{skipped}, "
+        f"{summary['seconds']:.1f} s"
+    )
+    _show_closing_words(closing_words)
+
+
+def show_job(job: Mapping[str, Any]) -> None:
+    """State of a submitted job."""
+    print(f"{job['job']}: {job['workflow']} to {job['out']}: {job['status'].lower()}", end="")
+    print("" if job["exit_code"] is None else f", exit code {job['exit_code']}")
+    if job["last_line"]:
+        print(job["last_line"])
+
+
+def _show_closing_words(closing_words: Sequence[tuple[str, str]]) -> None:
+    for label, path in closing_words:
+        print(f"{label:<7} {path}")
+
+
+def show_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values; the name's ending tells the unit (`_bytes`)."""
+    show_table(["what", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
+
+
+_MOST_SHOWN = 12
+
+
+def _human(name: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return human_bytes(value) if name.endswith("_bytes") else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if any(isinstance(item, Mapping) for item in items):
+        return f"{len(items)} (--json shows them)"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_human(f'{name}.{key}', item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        shown = [_human(name, item) for item in value]
+        return ", ".join(shown if len(shown) <= _MOST_SHOWN else [*shown[:3], f"... ({len(shown)} in all)", shown[-1]])
+    return str(value)
+
+
+def show_preview(result: Mapping[str, Any]) -> None:
+    """Shards x stages, what would be skipped, bytes; for a job its sizes and needs."""
+    if "facts" in result:
+        show_facts(result["facts"])
+        return
+    makers = {group: stage for stage in result["stages"] for group in stage["groups"]}
+    rows = []
+    for name, group in result["groups"].items():
+        todo = "unknown" if group["bytes_to_do"] is None else human_bytes(group["bytes_to_do"])
+        stage = makers[name]["name"]
+        rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
+    show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
+    print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    if result["estimate"] is None:
+        print("time: --probe measures it here; --profile NAME computes it for other hardware")
+    else:
+        _show_estimate(result["estimate"])
+
+
+def _show_estimate(estimate: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            stage["stage"],
+            f"{stage['rows']:,}",
+            f"{stage['tokens']:,}" if "tokens" in stage else "-",
+            "unknown" if stage["bytes"] is None else human_bytes(stage["bytes"]),
+            human_seconds(stage["alone_s"]),
+            human_seconds(stage["busy_s"]),
+            f"{stage['gpu_hours']:,.3g}",
+            "unknown" if stage["usd_per_month"] is None else f"{stage['usd_per_month']:,.2f}",
+        ]
+        for stage in estimate["stages"]
+    ]
+    print()
+    show_table(["stage", "samples", "tokens", "bytes", "alone", "busy", "GPU-hours", "$/month stored"], rows)
+    bottleneck, store, compute = estimate["bottleneck"], estimate["object_store"], estimate["usd_compute"]
+    mostly = f", mostly with {bottleneck['mostly']}" if "mostly" in bottleneck else ""
+    print(
+        f"time        {human_seconds(estimate['seconds'])}, stages overlapping"
+        + ("" if compute is None else f"; ${compute:,.2f} for the machine")
+    )
+    print(f"bottleneck  {bottleneck['name']}: busy {bottleneck['busy']:.0%} of the time{mostly}")
+    print(
+        f"store       {human_bytes(store['bytes'])} in {store['files']:,} files: "
+        f"${store['usd_per_month']:,.2f} a month, ${store['usd_to_write']:,.2f} to write"
+    )
+    print(f"basis       {estimate['basis']}")
+
+
+def show_status(result: Mapping[str, Any]) -> None:
+    """How far a run is."""
+    rows = [
+        [name, group["shards"], group["rows"], ", ".join(f"{r} {c}" for r, c in group["drops"].items()) or "-"]
+        for name, group in result["groups"].items()
+    ]
+    if rows:
+        show_table(["group", "shards", "rows", "drops"], rows)
+    if result["metrics"] is not None:
+        show_facts(result["metrics"])
+    state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"
+    print(f"{result['workflow']}: {state}")
+
+
+def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
+    """Results of the doctor."""
+    show_table(["", "check", "found"], [[c["status"], c["name"], c["message"]] for c in checks])

@@ -1,0 +1,256 @@
+"""Files that make a scheduler run a workflow: crontab, systemd, KubeRay, Airflow, Slurm, Docker.
+
+The templates are in `workflows/deploy/`; each value of the user goes through a filter of `quoting.py`.
+"""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from pipeline.deploy.cron import parse_cron
+from pipeline.deploy.quoting import FILTERS
+from pipeline.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_FAILED,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    ConfigError,
+)
+
+FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
+"""Codes after which the same command at once would end the same way; after any other it goes on."""
+
+_CONFIG_FOLDER = "/etc/pipeline"
+_NAME_LENGTH = 40  # KubeRay allows 47
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is to be run, and when. `config` is the name of a shipped configuration or an existing file."""
+
+    kind: str
+    workflow: str
+    config: str | None = None
+    out: str | None = None
+    """Folder or URL; default runs/WORKFLOW."""
+    overrides: tuple[str, ...] = ()
+    at: str | None = None
+    """Cron expression; default daily at 3:00."""
+    timezone: str | None = None
+    """IANA name; default UTC."""
+    image: str | None = None
+    """Container image with this project."""
+    address: str | None = None
+    """Ray cluster to join."""
+    folder: Path = Path()
+    """The command runs here, so that relative paths keep their meaning."""
+
+    @property
+    def name(self) -> str:
+        """Of units, jobs and files: the workflow and the run folder, in lower case, digits and dashes."""
+        words = f"{self.workflow}-{self.out.rstrip('/').rpartition('/')[2]}" if self.out else self.workflow
+        return re.sub(r"[^a-z0-9]+", "-", words.lower())[:_NAME_LENGTH].strip("-")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    templates: Mapping[str, str]
+    """Template and the name of the file it makes."""
+    install: str
+    """What to do with the files."""
+    uses: frozenset[str] = frozenset()
+    """Those of `_OPTIONS` it can use."""
+    needs: frozenset[str] = frozenset()
+    """Options that must be given."""
+    on_this_machine: bool = True
+    """Runs with the paths and packages of this machine."""
+
+
+_OPTIONS = ("at", "timezone", "image", "address")
+_TIMED = frozenset({"at", "timezone"})
+KINDS: Mapping[str, _Kind] = {
+    "cron": _Kind({"crontab.j2": "{name}.crontab"}, "(crontab -l; cat {files}) | crontab -", _TIMED | {"address"}),
+    "systemd": _Kind(
+        {"service.j2": "{name}.service", "timer.j2": "{name}.timer"},
+        "sudo cp {files} /etc/systemd/system/ && sudo systemctl daemon-reload && "
+        "sudo systemctl enable --now {name}.timer",
+        _TIMED | {"address"},
+    ),
+    "airflow": _Kind({"airflow.py.j2": "{name}.py"}, "cp {files} $AIRFLOW_HOME/dags/", _TIMED | {"address"}),
+    "slurm": _Kind({"slurm.sh.j2": "{name}.sh"}, "sbatch {files}"),
+    "kuberay": _Kind(
+        {"rayjob.yaml.j2": "{name}.yaml"},
+        "kubectl apply -f {files}",
+        frozenset({"image"}),
+        frozenset({"image", "out"}),
+        on_this_machine=False,
+    ),
+    "kuberay-cron": _Kind(
+        {"cronjob.yaml.j2": "{name}-cron.yaml"},
+        "kubectl apply -f {files}",
+        _TIMED | {"image"},
+        frozenset({"image", "out"}),
+        on_this_machine=False,
+    ),
+    "docker": _Kind(
+        {"Dockerfile.j2": "Dockerfile", "dockerignore.j2": ".dockerignore"},
+        "cp {files} CHECKOUT/ && docker build --tag {image} CHECKOUT && {docker_run}",
+        frozenset({"image"}),
+        frozenset({"out"}),
+        on_this_machine=False,
+    ),
+}
+
+
+def render(schedule: Schedule) -> dict[str, str]:
+    """The files of a schedule: name and text.
+
+    Raises:
+        ConfigError: an unknown kind, an option it cannot use or lacks, or a value that cannot be put into its files.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    kind = _check(schedule)
+    environment = Environment(
+        loader=FileSystemLoader(Path(str(files("workflows"))) / "deploy"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(FILTERS)
+    values = _values(schedule, kind)
+    if schedule.kind == "kuberay-cron":
+        values["rayjob"] = environment.get_template("rayjob.yaml.j2").render(values, documents=False)
+    return {
+        name.format(name=schedule.name): environment.get_template(template).render(values)
+        for template, name in kind.templates.items()
+    }
+
+
+def install_command(schedule: Schedule, paths: Sequence[str]) -> str:
+    """The shell command that hands the files at `paths` to the scheduler."""
+    image = schedule.image or schedule.name
+    mounts = [path for path in (_local_file(schedule.config), _local_folder(schedule.out)) if path]
+    docker_run = ["docker", "run", "--rm", "--gpus", "all", *(f"--volume={path}:{path}" for path in mounts), image]
+    return KINDS[schedule.kind].install.format(
+        files=shlex.join(paths), name=schedule.name, image=shlex.quote(image), docker_run=shlex.join(docker_run)
+    )
+
+
+def write_files(texts: Mapping[str, str], folder: Path) -> list[str]:
+    """Writes each text under its name into `folder`; returns the paths.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    paths = [folder / name for name in texts]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in zip(paths, texts.values(), strict=True):
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--write-to {folder}: cannot be written ({error.strerror}); choose a folder that you can write to"
+        ) from error
+    return [str(path) for path in paths]
+
+
+def _check(schedule: Schedule) -> _Kind:
+    if schedule.kind not in KINDS:
+        raise ConfigError(f"--kind {schedule.kind}: there is none of this name; choose from {', '.join(KINDS)}")
+    kind = KINDS[schedule.kind]
+    options = {option: getattr(schedule, option) for option in (*_OPTIONS, "config", "out")}
+    for option in _OPTIONS:
+        if options[option] is not None and option not in kind.uses:
+            raise ConfigError(f"--{option} {options[option]}: --kind {schedule.kind} cannot use it; leave it out")
+    for option in sorted(kind.needs):
+        if options[option] is None:
+            raise ConfigError(f"--{option}: needed for --kind {schedule.kind}, but not given; give it")
+    if not kind.on_this_machine and _is_shallow(schedule.out):
+        raise ConfigError(
+            f"--out {schedule.out}: --kind {schedule.kind} runs elsewhere; give a URL, or the absolute path of a "
+            "folder in shared storage, such as /mnt/shared/run1"
+        )
+    named = [(f"--{option}", value) for option, value in options.items() if value is not None]
+    for what, value in [*named, *(("KEY=VALUE", v) for v in schedule.overrides), ("cwd", str(schedule.folder))]:
+        if not value.isprintable():
+            raise ConfigError(f"{what} {value!r}: has a line break or another control character; leave it out")
+    return kind
+
+
+def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
+    """What the templates may use."""
+    if schedule.timezone is not None:
+        _check_timezone(schedule.timezone)
+    timezone = schedule.timezone or "UTC"
+    at = " ".join((schedule.at or "0 3 * * *").split())
+    folder = schedule.folder.absolute()
+    local = _local_folder(schedule.out)
+    config = _local_file(schedule.config)
+    mounted = config if kind.on_this_machine or schedule.kind == "docker" else f"{_CONFIG_FOLDER}/config.yaml"
+    address = "auto" if schedule.kind.startswith("kuberay") else schedule.address
+    options = {
+        "--config": mounted if config else schedule.config,
+        "--out": str(folder / local) if local else schedule.out,
+        "--executor": "ray" if address else None,
+        "--address": address,
+    }
+    arguments = ["run", schedule.workflow]
+    arguments += [word for option, value in options.items() if value is not None for word in (option, value)]
+    arguments += schedule.overrides
+    bin_folder = Path(sys.executable).parent
+    script = bin_folder / "pipeline"
+    return {
+        "name": schedule.name,
+        "workflow": schedule.workflow,
+        "arguments": arguments,
+        "program": [str(script)] if script.exists() else [sys.executable, "-m", "pipeline.cli.main"],
+        "bin": str(bin_folder),
+        "folder": str(folder),
+        "user": str(os.getuid()),
+        "at": at,
+        "calendar": parse_cron(at).calendar(timezone),
+        "timezone": timezone,
+        "address": schedule.address,
+        "image": schedule.image,
+        "config_text": Path(config).read_text(encoding="utf-8") if config else None,
+        "config_folder": _CONFIG_FOLDER,
+        "mount": str(Path(local).parent) if local else None,
+        "ray_version": version("ray"),
+        "again": EXIT_PREEMPTED,
+        "final": FINAL_EXIT_CODES,
+        "install": install_command(schedule, [name.format(name=schedule.name) for name in kind.templates.values()]),
+        "documents": True,
+    }
+
+
+def _check_timezone(name: str) -> None:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ConfigError(f"--timezone {name}: no such time zone; for example UTC or Europe/Berlin") from error
+
+
+def _local_file(config: str | None) -> str | None:
+    """The configuration's absolute path, if it is a file and not the name of a shipped one."""
+    return str(Path(config).absolute()) if config and Path(config).is_file() else None
+
+
+def _local_folder(out: str | None) -> str | None:
+    return out if out and "://" not in out else None
+
+
+def _is_shallow(out: str | None) -> bool:
+    """A local path that is relative or has no folder to mount storage at."""
+    local = _local_folder(out)
+    return local is not None and (not Path(local).is_absolute() or len(Path(local).parts) < 3)

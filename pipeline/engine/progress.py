@@ -1,0 +1,153 @@
+"""Shows a run while it goes: rich bars on a terminal, one plain line every 10 s elsewhere."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.executors.task import TaskOutcome
+from pipeline.stage import Shard, Stage
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+@dataclass(slots=True)
+class _StageCount:
+    shards: int = 0
+    rows: int = 0
+    drops: int = 0
+    seconds: float = 0.0
+
+
+class Lines:
+    """Progress of a job: one line that is rewritten on a terminal, one plain line every 10 s elsewhere."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.started = time.perf_counter()
+        self._next_line = self.started + _PLAIN_INTERVAL_S
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Shows the state; `final` ends the line."""
+        now = time.perf_counter()
+        line = f"[{now - self.started:5.0f} s] {text}"
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
+        elif final or now >= self._next_line:
+            self._next_line = now + _PLAIN_INTERVAL_S
+            print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts finished tasks by stage. Holds a few numbers only, whatever the number of shards."""
+
+    def __init__(self, stages: Sequence[Stage], total_shards: int | None = None, *, quiet: bool = False):
+        self.counts = {stage.name: _StageCount() for stage in stages}
+        self.total_shards = total_shards
+        self.quiet = quiet
+        self.started = time.perf_counter()
+        self.skipped = 0
+        self._next_line = self.started + _PLAIN_INTERVAL_S
+        self._bars: RichProgress | None = None
+        self._bar_ids: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Progress":
+        if not self.quiet and sys.stderr.isatty():
+            self._open_bars()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _open_bars(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("shards  {task.fields[rate]:>10}  {task.fields[drops]} drops  ETA"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        for name in self.counts:
+            self._bar_ids[name] = self._bars.add_task(name, total=self.total_shards, rate="", drops=0)
+        self._bars.start()
+
+    def admit(self, shard: Shard, needed: Sequence[Stage]) -> None:
+        """A shard starts; stages it does not need count as finished."""
+        for name in self.counts.keys() - {stage.name for stage in needed}:
+            self._advance(name)
+
+    def skip(self, shard: Shard) -> None:
+        """A shard was complete already."""
+        self.skipped += 1
+        for name in self.counts:
+            self._advance(name)
+
+    def task_done(self, outcome: TaskOutcome) -> None:
+        """A stage finished a shard."""
+        count = self.counts[outcome.request.stage]
+        count.shards += 1
+        count.seconds += outcome.seconds
+        count.rows += max((int(str(r["rows"])) for r in outcome.records.values()), default=0)
+        drops = [r["drops"] for r in outcome.records.values()]
+        count.drops += max((sum(d.values()) for d in drops if isinstance(d, dict)), default=0)
+        self._advance(outcome.request.stage)
+        self._plain()
+
+    def task_failed(self, outcome: TaskOutcome) -> None:
+        """A shard failed for good."""
+        self.note(f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}")
+
+    def note(self, message: str) -> None:
+        """Says something that is not a number."""
+        if self._bars is not None:
+            self._bars.console.print(message, markup=False)
+        elif not self.quiet:
+            print(message, file=sys.stderr)
+
+    def finish(self, shard: Shard) -> None:
+        """A shard is complete."""
+        self._plain()
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        """For the summary: rows and busy seconds by stage (seconds add up over parallel workers)."""
+        return {
+            name: {"shards": count.shards, "rows": count.rows, "busy_s": round(count.seconds, 3)}
+            for name, count in self.counts.items()
+        }
+
+    def _advance(self, name: str) -> None:
+        if self._bars is None:
+            return
+        count = self.counts[name]
+        self._bars.update(self._bar_ids[name], advance=1, rate=self._rate(count), drops=count.drops)
+
+    def _rate(self, count: _StageCount) -> str:
+        elapsed = time.perf_counter() - self.started
+        return f"{count.rows / elapsed:,.0f} smp/s" if count.rows else ""
+
+    def _plain(self) -> None:
+        now = time.perf_counter()
+        if self.quiet or self._bars is not None or now < self._next_line:
+            return
+        self._next_line = now + _PLAIN_INTERVAL_S
+        total = f"/{self.total_shards}" if self.total_shards else ""
+        parts = [
+            f"{name} {count.shards + self.skipped}{total} shards {self._rate(count)}"
+            + (f" {count.drops} drops" if count.drops else "")
+            for name, count in self.counts.items()
+        ]
+        print(f"[{now - self.started:5.0f} s] " + "; ".join(parts), file=sys.stderr, flush=True)

@@ -1,0 +1,269 @@
+"""Drives a plan: admits shards into a bounded window and runs each shard's stages as their inputs appear.
+
+Different shards are in different stages at the same time, so shard 7 is encoded while shard 9 downloads.
+Memory in the driver is bounded by the window, not by the number of shards.
+"""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from pipeline.engine.ledger import Ledger
+from pipeline.engine.progress import Progress
+from pipeline.engine.retries import retried_rows
+from pipeline.engine.tally import Tally
+from pipeline.errors import PipelineError
+from pipeline.executors.base import ExecutionConfig, Executor
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.plan import Plan
+from pipeline.signals import StopSignals
+from pipeline.stage import Shard, Stage
+from pipeline.storage import Chores
+from pipeline.storage.events import EventLog
+from pipeline.storage.run_folder import RunFolder
+
+
+@dataclass(slots=True)
+class _Job:
+    """One admitted shard."""
+
+    shard: Shard
+    needed: list[Stage]
+    """Stages still to start."""
+    present: set[str]
+    """Groups committed so far."""
+    running: int = 0
+    """Tasks handed over, or waiting for their next try."""
+    failed: bool = False
+    losses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By stage and kind: how often the worker or the node was lost."""
+
+
+_MAX_LISTED_FAILURES = 20
+_POLL_S = 1.0
+_MAX_NODE_LOSSES = 20  # of one task; then it is the task that brings nodes down
+
+
+class Scheduler:
+    """Runs a plan to its end on an executor."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunFolder,
+        executor: Executor,
+        events: EventLog,
+        progress: Progress,
+        config: ExecutionConfig,
+        stop: StopSignals,
+        *,
+        restart: bool = False,
+    ):
+        self.plan = plan
+        self.run = run
+        self.executor = executor
+        self.events = events
+        self.progress = progress
+        self.config = config
+        self.stop = stop
+        self.chores = Chores(run.storage)
+        self.ledger = Ledger(plan, run, restart=restart)
+        self.retried_rows = retried_rows(run)
+        self.tally = Tally()
+        self.jobs: dict[int, _Job] = {}
+        self.later: list[tuple[float, Stage, _Job, int]] = []
+        """Further tries: when (monotonic clock), and which."""
+        self.failed_shards: list[int] = []
+        self.failures: Counter[str] = Counter()
+        """Stage -> shards it failed on."""
+        self.succeeded: set[str] = set()
+
+    def execute(self) -> Tally:
+        """Runs every shard that is not finished.
+
+        A failing shard is retried, then set aside with its traceback; the others go on. Once told to stop, it lets
+        running tasks finish and begins nothing more.
+
+        Raises:
+            PipelineError: no shard can succeed, the inputs changed, or another run has taken the folder over.
+            KeyboardInterrupt, PreemptedError: told to stop.
+        """
+        shards = self._unfinished()
+        exhausted = False
+        while self.jobs or not exhausted:
+            if self.stop.received:
+                self._finish_running(self.stop.received)
+            while not exhausted and not self.stop.received and len(self.jobs) < self.executor.window:
+                job = next(shards, None)
+                if job is None:
+                    exhausted = True
+                    break
+                self.jobs[job.shard.index] = job
+                self._submit_ready(job)
+            self._submit_due()
+            if self.jobs:
+                self._wait()
+        self.chores.finish()
+        self.ledger.check_leftovers()
+        order = list(self.plan.groups)
+        self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
+        return self.tally
+
+    def _finish_running(self, signal_number: int) -> NoReturn:
+        self.executor.withdraw()
+        self.progress.note(
+            f"{signal.Signals(signal_number).name}: finishing {self.executor.num_tasks} running tasks, "
+            f"for at most {self.config.grace_s:g} s; once more to stop at once"
+        )
+        while self.executor.num_tasks:
+            self._wait()
+        self.stop.raise_stop()
+
+    def _wait(self) -> None:
+        """Handles what has finished; returns soon, to look after signals and further tries."""
+        now = time.monotonic()
+        timeout_s = min([_POLL_S, *(max(0.0, due - now) for due, *_ in self.later)])
+        if not self.executor.num_tasks:
+            time.sleep(timeout_s)
+            return
+        for outcome in self.executor.wait(timeout_s):
+            self._handle(outcome)
+        if self.run.lease is not None and self.run.lease.lost:
+            self.run.lease.check()
+
+    def _unfinished(self) -> Iterator[_Job]:
+        """Streams the shards that still need work; counts those that do not."""
+        for shard, finished in self.ledger.finished(self.plan.shards()):
+            self.tally.shards += 1
+            self.tally.input_rows += shard.num_rows
+            needed = self.plan.needed(set(finished))
+            self.succeeded.update(s.name for s in self.plan.stages if s not in needed)
+            for name, record in finished.items():
+                if name not in self.plan.transient_groups:
+                    self.tally.add(record)
+            if needed:
+                self.progress.admit(shard, needed)
+                yield _Job(shard, needed, set(finished))
+            else:
+                self.tally.shards_skipped += 1
+                self._drop_transient(shard)
+                self.progress.skip(shard)
+
+    def _submit_ready(self, job: _Job) -> None:
+        if self.stop.received:
+            return
+        for stage in [s for s in job.needed if job.present.issuperset(s.inputs)]:
+            job.needed.remove(stage)
+            job.running += 1
+            self._submit(stage, job, attempt=1)
+
+    def _submit_due(self) -> None:
+        now = time.monotonic()
+        due = [entry for entry in self.later if entry[0] <= now]
+        self.later = [entry for entry in self.later if entry[0] > now]
+        for _, stage, job, attempt in due:
+            self._submit(stage, job, attempt)
+
+    def _submit(self, stage: Stage, job: _Job, attempt: int) -> None:
+        wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
+        fingerprints = {name: self.ledger.fingerprints[name] for name in wanted}
+        retried = frozenset(self.retried_rows.get(job.shard.index, ()))
+        alone = job.losses[stage.name, "worker"] > 0
+        request = TaskRequest(
+            stage.name, job.shard, wanted, fingerprints, frozenset(job.present), retried, attempt, alone
+        )
+        self.executor.submit(stage, request)
+
+    def _handle(self, outcome: TaskOutcome) -> None:
+        request = outcome.request
+        job = self.jobs[request.shard.index]
+        job.running -= 1
+        if outcome.error is None:
+            self._succeed(job, outcome)
+        else:
+            self._fail(job, outcome)
+        if not job.running and not self.stop.received:
+            self._drop_transient(job.shard)
+            del self.jobs[job.shard.index]
+            self.progress.finish(job.shard)
+
+    def _succeed(self, job: _Job, outcome: TaskOutcome) -> None:
+        request = outcome.request
+        self.succeeded.add(request.stage)
+        for name, record in outcome.records.items():
+            job.present.add(name)
+            if name not in self.plan.transient_groups:
+                self.tally.add(record)
+        self.events.write(
+            "task",
+            stage=request.stage,
+            shard=request.shard.index,
+            seconds=round(outcome.seconds, 4),
+            setup_s=round(outcome.setup_s, 4),
+            cpu_s=round(outcome.cpu_s, 4),
+            **({"node": outcome.node} if outcome.node else {}),
+            groups={n: {"rows": r["rows"], "drops": r["drops"]} for n, r in outcome.records.items()},
+        )
+        self.progress.task_done(outcome)
+        self._submit_ready(job)
+
+    def _fail(self, job: _Job, outcome: TaskOutcome) -> None:
+        request = outcome.request
+        self.events.write(
+            "task_failed",
+            stage=request.stage,
+            shard=request.shard.index,
+            attempt=request.attempt,
+            **({"lost": outcome.lost} if outcome.lost else {}),
+            error=outcome.error,
+        )
+        if outcome.fatal_exit_code is not None:
+            error = PipelineError(outcome.error)
+            error.exit_code = outcome.fatal_exit_code
+            raise error
+        if self._again(job, outcome):
+            stage = next(s for s in self.plan.stages if s.name == request.stage)
+            delay_s = 0.0 if outcome.lost == "node" else self.config.retry_delay_s * 2 ** (request.attempt - 1)
+            due = time.monotonic() + delay_s
+            job.running += 1
+            self.later.append((due, stage, job, request.attempt + (not outcome.lost)))
+            return
+        if not job.failed:
+            self.failed_shards.append(job.shard.index)
+            self.tally.shards_failed += 1
+        job.failed = True
+        job.needed.clear()
+        where = f"{self.run.failures}/{request.stage}-{job.shard.name}.txt"
+        self.run.storage.write_text(where, outcome.traceback or str(outcome.error))
+        if len(self.tally.failures) < _MAX_LISTED_FAILURES:
+            self.tally.failures.append(
+                {
+                    "stage": request.stage,
+                    "shard": job.shard.index,
+                    "error": outcome.error,
+                    "traceback": where,
+                }
+            )
+        self.progress.task_failed(outcome)
+        self.failures[request.stage] += 1
+        if request.stage not in self.succeeded and self.failures[request.stage] >= self.config.give_up_after_shards:
+            raise PipelineError(
+                f"{request.stage} failed on each of its first {self.failures[request.stage]} shards "
+                f"(execution.give_up_after_shards), so the others are not tried. Last: {outcome.error}\n"
+                f"Tracebacks: {self.run.url}/{self.run.failures}. Mend the cause and run the same command again."
+            )
+
+    def _again(self, job: _Job, outcome: TaskOutcome) -> bool:
+        """Whether to try once more. Errors and dead workers each have `max_attempts`."""
+        if not outcome.lost:
+            return outcome.request.attempt < self.config.max_attempts
+        loss = (outcome.request.stage, outcome.lost)
+        job.losses[loss] += 1
+        return job.losses[loss] < (self.config.max_attempts if outcome.lost == "worker" else _MAX_NODE_LOSSES)
+
+    def _drop_transient(self, shard: Shard) -> None:
+        for group in self.plan.transient_groups - self.plan.keep:
+            self.chores.do(self.run.forget, group, shard.name)

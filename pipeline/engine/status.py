@@ -1,0 +1,55 @@
+"""The state of a run folder: `pipeline status`."""
+
+import json
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.storage.lock import is_running
+from pipeline.storage.run_folder import METRICS, PLAN, SUMMARY, RunFolder
+
+
+def run_status(place: str) -> dict[str, object]:
+    """Reads the state of a run folder.
+
+    Raises:
+        ConfigError: the folder is not a run folder.
+    """
+    run = RunFolder(place)
+    plan = run.storage.read_json(PLAN)
+    if plan is None:
+        raise ConfigError(f"{place}: not a run folder (no plan.json); give the --out of a `pipeline run`")
+    groups = {}
+    for stage in plan["stages"]:
+        for name in stage["groups"]:
+            if name in plan["transient_groups"]:
+                continue
+            shards = rows = 0
+            drops: dict[str, int] = {}
+            for record in run.records(name):
+                shards, rows = shards + 1, rows + int(str(record["rows"]))
+                reasons = record["drops"]
+                assert isinstance(reasons, dict)
+                for reason, count in reasons.items():
+                    drops[reason] = drops.get(reason, 0) + count
+            groups[name] = {"shards": shards, "rows": rows, "drops": drops}
+    summary = run.storage.read_json(SUMMARY)
+    return {
+        "run": place,
+        "workflow": plan["workflow"],
+        "running": is_running(run.storage),
+        "outcome": summary["outcome"] if summary else None,
+        "groups": groups,
+        "metrics": _newest_metrics(run),
+    }
+
+
+def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:
+    """The last of the lines in `metrics.jsonl`, which a training writes; a line that is being written is none yet."""
+    if run.storage.size(METRICS) is None:
+        return None
+    for line in reversed(run.storage.read(METRICS).splitlines()):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None

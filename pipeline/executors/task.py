@@ -1,0 +1,151 @@
+"""Runs one task in a worker: the stage, then the commit protocol.
+
+Files are written under temporary names or on local scratch, made durable and published; then the quarantine list; last
+the completion record. A process killed at any point leaves either a whole (group, shard) or none.
+"""
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
+from pipeline.fingerprint import digest
+from pipeline.stage import GroupResult, Shard, Stage, Task
+from pipeline.storage import LocalStorage
+from pipeline.storage.disk import disk_message, takes_no_data
+from pipeline.storage.files import file_digest
+from pipeline.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """One stage on one shard. Small and picklable; the stage itself travels once to each worker."""
+
+    stage: str
+    shard: Shard
+    wanted: frozenset[str]
+    fingerprints: dict[str, str]
+    """Group -> digest of its fingerprint, for the record."""
+    present: frozenset[str] = frozenset()
+    """Groups committed for this shard when the request was made."""
+    retried_rows: frozenset[int] = frozenset()
+    """Rows that a retry round has taken over; the shard they came from leaves them out."""
+    attempt: int = 1
+    alone: bool = False
+    """A worker died of it, or beside it: nothing else may run in its worker."""
+
+
+@dataclass(slots=True)
+class TaskOutcome:
+    """What the driver learns of a finished task."""
+
+    request: TaskRequest
+    seconds: float = 0.0
+    setup_s: float = 0.0
+    """Of `seconds`, what a worker spends once: loading packages and models."""
+    cpu_s: float = 0.0
+    """Processor time of all threads of the worker, without `setup_s`."""
+    records: dict[str, dict[str, object]] = field(default_factory=dict)
+    error: str | None = None
+    """Message of the failure, or None."""
+    traceback: str = ""
+    lost: Literal["", "worker", "node"] = ""
+    """The task did not fail: the worker that ran it died, or its whole node."""
+    node: str = ""
+    """Ray's id of the node it ran on."""
+    fatal_exit_code: int | None = None
+    """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
+
+
+_prepared: dict[str, Stage] = {}
+_prepare_lock = threading.Lock()
+
+
+def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
+    """Runs the stage on the shard and commits what it wrote. Never raises for the stage's failures."""
+    started = time.perf_counter()
+    outcome = TaskOutcome(request)
+    task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
+    try:
+        prepared = _prepare(stage, run)
+        outcome.setup_s, cpu_started = time.perf_counter() - started, time.process_time()
+        prepared.process(task)
+        outcome.records = _commit(run, task, request)
+        outcome.cpu_s = time.process_time() - cpu_started
+    except PipelineError as error:
+        outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
+        outcome.traceback = traceback.format_exc()
+    except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
+        outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if takes_no_data(error):
+            outcome.error, outcome.fatal_exit_code = disk_message(error, run.storage.local), EXIT_ENVIRONMENT
+    finally:
+        task.release()
+    outcome.seconds = time.perf_counter() - started - task.waited_s
+    return outcome
+
+
+def _prepare(stage: Stage, run: RunFolder) -> Stage:
+    """The stage with its models loaded; once in a process."""
+    key = digest([run.url, stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
+    with _prepare_lock:
+        if key not in _prepared:
+            stage.setup(run)
+            _prepared[key] = stage
+        return _prepared[key]
+
+
+def release_stages() -> None:
+    """Lets go of the models this process has loaded."""
+    with _prepare_lock:
+        _prepared.clear()
+
+
+def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:
+    missing = request.wanted - task.results.keys()
+    assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
+    if run.lease is not None and not isinstance(run.storage, LocalStorage):
+        run.lease.check()  # on a local folder no worker outlives the driver's lock
+    return {group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)}
+
+
+def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> dict[str, object]:
+    result = task.results[group]
+    files = []
+    for name, local in task.outputs(group).items():
+        files.append({"path": name, "bytes": os.path.getsize(local), "sha256": file_digest(local)})
+        run.storage.publish(local, name)
+    _write_quarantine(run, task.shard, group, result)
+    record: dict[str, object] = {
+        "group": group,
+        "shard": task.shard.index,
+        "fingerprint": fingerprint,
+        "input": task.shard.digest,
+        "input_rows": task.shard.num_rows,
+        "rows": result.rows,
+        "drops": dict(sorted(Counter(drop.reason for drop in result.drops).items())),
+        "files": files,
+        "counters": dict(result.counters),
+        "info": dict(result.info),
+    }
+    run.storage.write_json(run.record_name(group, task.shard.name), record)
+    return record
+
+
+def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupResult) -> None:
+    name = run.drops_name(group, shard.name)
+    if not result.drops:
+        run.storage.delete(name)
+        return
+    lines = (
+        json.dumps(
+            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": drop.detail}, ensure_ascii=False
+        )
+        for drop in result.drops
+    )
+    run.storage.write_text(name, "\n".join(lines) + "\n")

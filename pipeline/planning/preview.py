@@ -1,0 +1,73 @@
+"""Looks at a plan and at a run folder: `pipeline plan` and `pipeline status`."""
+
+import time
+from collections.abc import Callable
+
+from pipeline.engine.ledger import check_groups
+from pipeline.engine.retries import with_retries
+from pipeline.errors import ConfigError
+from pipeline.executors.base import ExecutionConfig
+from pipeline.options import PlanOptions, WorkflowConfig
+from pipeline.plan import Plan
+from pipeline.planning.estimate import Basis, expected_bytes, predict
+from pipeline.planning.hardware import Hardware, load_profile, this_machine
+from pipeline.planning.probe import probe
+from pipeline.planning.survey import Survey, count_work, survey
+from pipeline.storage import LocalStorage
+from pipeline.storage.run_folder import ESTIMATE, RunFolder
+
+
+def preview(
+    workflow: str, config: WorkflowConfig, make_plan: Callable[[RunFolder], Plan], out: str, options: PlanOptions
+) -> dict[str, object]:
+    """Counts shards, rows and bytes of the plan, and what the run folder already has; predicts time if asked to.
+
+    Raises:
+        ConfigError: unusable configuration, input or profile.
+        PipelineError: the probe failed.
+    """
+    run = RunFolder(out)
+    if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():
+        raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
+    if options.save and options.rows is not None:
+        raise ConfigError(f"--save: a plan for --rows {options.rows} is none of the run in {out}; leave one out")
+    plan = with_retries(make_plan(run), run)
+    run.transient_groups = plan.transient_groups
+    hardware = load_profile(options.profile) if options.profile else this_machine(config.execution)
+    check_groups(plan, run, restart=False, write=False)
+    found = survey(plan, run)
+    if options.rows is not None:
+        found = found.scaled(options.rows, plan)
+    basis = _basis(config.execution, plan, found, hardware, options)
+    bytes_to_do = expected_bytes(plan, basis)
+    result = {
+        **plan.describe(workflow),
+        "shards": found.shards,
+        "input_rows": found.rows,
+        "groups": {
+            name: {
+                "shards_done": group.shards_done,
+                "shards_to_do": group.shards_to_do,
+                "bytes_done": group.bytes_done,
+                "bytes_to_do": bytes_to_do[name],
+            }
+            for name, group in found.groups.items()
+        },
+        "out": str(out),
+        "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
+    }
+    if options.save:
+        run.storage.write_json(ESTIMATE, {"time": round(time.time(), 3), **result})
+    return result
+
+
+def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:
+    """With a profile only stages that cannot be counted are probed: the others are computed, without their models."""
+    counted = count_work(plan, found.samples)
+    executor = options.executor or "ray"
+    measured = None
+    if options.probe and any(batch.needs for batch in found.work):
+        stages = [stage for stage in plan.stages if not options.profile or stage.name not in counted]
+        measured = probe(plan, stages, found.samples, executor, execution)
+    executor = "ray" if options.profile else executor
+    return Basis(found, counted, measured, hardware, executor, execution.max_in_flight_shards, options.profile)

@@ -1,0 +1,213 @@
+"""Measures what the stages cost on this machine: runs them on a few real input rows, in a temporary run folder."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.executors.base import ExecutionConfig, Executor
+from pipeline.executors.registry import make_executor
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.fingerprint import digest
+from pipeline.plan import Plan
+from pipeline.stage import Shard, Stage
+from pipeline.storage.run_folder import RunFolder
+
+_FIRST_ROWS = 16
+_BUDGET_S = 5.0
+_POLL_S = 10.0
+
+
+@dataclass(slots=True)
+class Line:
+    """y = fixed + slope x, neither below zero."""
+
+    fixed: float = 0.0
+    slope: float = 0.0
+
+    def at(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+
+@dataclass(slots=True)
+class StageCost:
+    """What a stage takes while it has the machine to itself."""
+
+    start_s: float
+    """Once in each worker: process start, packages, models."""
+    seconds: Line
+    """Of a shard, by its units."""
+    unit: str
+    """`rows`, or the counter of the stage's `Workload`."""
+    cores: float
+    """CPUs it keeps busy."""
+    bytes: dict[str, Line] = field(default_factory=dict)
+    """Of each group, by its rows."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the probe found."""
+
+    stages: dict[str, StageCost]
+    run_start_s: float
+    """From nothing to the first worker, and from the last task to the end: Ray's start and stop."""
+    kept: float
+    """Part of the input rows that become samples."""
+    rows: int
+    """Input rows it ran."""
+    seconds: float
+    """How long the probe took."""
+
+
+def probe(
+    plan: Plan, stages: Sequence[Stage], samples: Sequence[Shard], kind: str, config: ExecutionConfig
+) -> Measured:
+    """Runs `stages` on rows of `samples`, one task at a time, in shards that grow until some seconds are spent.
+
+    Fetches the rows from where they are (a URL list: downloads them). Nothing but a temporary folder is written.
+
+    Raises:
+        PipelineError: a stage fails, or no row becomes a sample.
+    """
+    began = time.perf_counter()
+    tasks: list[_Timed] = []
+    with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
+        run = RunFolder(Path(folder) / "run", plan.transient_groups)
+        executor = make_executor(kind, stages, run, config, None)
+        try:
+            spent = 0.0
+            for shard in _growing(samples):
+                done = _run_shard(plan, stages, run, executor, shard)
+                tasks += done
+                if shard.index:
+                    spent += sum(timed.outcome.seconds - timed.outcome.setup_s for timed in done)
+                if spent > _BUDGET_S:
+                    break
+        finally:
+            closing = time.perf_counter()
+            executor.close()
+            closing = time.perf_counter() - closing
+    kept, rows = _kept(plan, tasks)
+    return Measured(
+        stages={s.name: _cost(plan, s, [t for t in tasks if t.outcome.request.stage == s.name]) for s in stages},
+        run_start_s=tasks[0].latency + closing,
+        kept=kept,
+        rows=rows,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(slots=True)
+class _Timed:
+    outcome: TaskOutcome
+    latency: float
+    """Seconds between handing over and hearing of the end, without those of the task itself."""
+
+
+def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
+    """Shards of 16, 16, 32, 64 ... rows, taken from the samples in turn; none larger than a sample."""
+    size, used = _FIRST_ROWS, [0] * len(samples)
+    index = 0
+    while any(start < sample.num_rows for start, sample in zip(used, samples, strict=True)):
+        place = index % len(samples)
+        sample, start = samples[place], used[place]
+        rows = sample.rows[start : start + size]
+        used[place] += len(rows)
+        if rows:
+            yield Shard(index, rows, len(rows), sample.files)
+        index += 1
+        size = size if index < 2 else 2 * size
+
+
+def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Executor, shard: Shard) -> list[_Timed]:
+    digests = {name: digest(value) for name, value in plan.fingerprints().items()}
+    present: set[str] = set()
+    timed = []
+    for stage in stages:
+        wanted = frozenset(group.name for group in stage.groups)
+        handed = time.perf_counter()
+        executor.submit(
+            stage, TaskRequest(stage.name, shard, wanted, {n: digests[n] for n in wanted}, frozenset(present))
+        )
+        outcomes: list[TaskOutcome] = []
+        while not outcomes:
+            outcomes = executor.wait(_POLL_S)
+        outcome = outcomes[0]
+        if outcome.error is not None:
+            error = PipelineError(f"--probe: {stage.name} failed on sample rows of the input: {outcome.error}")
+            error.exit_code = outcome.fatal_exit_code or error.exit_code
+            raise error
+        timed.append(_Timed(outcome, max(0.0, time.perf_counter() - handed - outcome.seconds)))
+        present |= wanted
+    for group in plan.transient_groups:
+        run.forget(group, shard.name)
+    return timed
+
+
+def _kept(plan: Plan, tasks: Sequence[_Timed]) -> tuple[float, int]:
+    records = [t.outcome.records[plan.row_group] for t in tasks if plan.row_group in t.outcome.records]
+    rows, kept = (sum(int(str(record[key])) for record in records) for key in ("input_rows", "rows"))
+    if not kept:
+        reasons = sorted({reason for record in records for reason in _mapping(record["drops"])})
+        raise PipelineError(
+            f"--probe: all {rows} sample rows were dropped ({', '.join(reasons)}); "
+            "look at the source, or leave --probe out"
+        )
+    return kept / rows, rows
+
+
+def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
+    """The first task bears what happens once; it is left out of the rest where there are others."""
+    first = tasks[0]
+    others = [t.outcome for t in tasks[1:]] or [first.outcome]
+    unit = stage.workload([()])
+    name = "rows" if unit is None else unit.counter
+    seconds = [o.seconds - o.setup_s for o in others]
+    return StageCost(
+        start_s=first.outcome.setup_s + (first.latency if stage is not plan.stages[0] else 0.0),
+        seconds=_fit([_units(o, name) for o in others], seconds),
+        unit=name,
+        cores=sum(o.cpu_s for o in others) / max(sum(seconds), 1e-9),
+        bytes={
+            group: _fit(
+                [_number(o.records[group]["rows"]) for o in others], [_bytes(o.records[group]) for o in others]
+            )
+            for group in first.outcome.records
+        },
+    )
+
+
+def _units(outcome: TaskOutcome, name: str) -> float:
+    if name == "rows":
+        return float(outcome.request.shard.num_rows)
+    return sum(_number(_mapping(record["counters"]).get(name, 0)) for record in outcome.records.values())
+
+
+def _bytes(record: Mapping[str, object]) -> float:
+    files = record["files"]
+    assert isinstance(files, list)
+    return float(sum(file["bytes"] for file in files))
+
+
+def _fit(x: Sequence[float], y: Sequence[float]) -> Line:
+    """Least squares; a line through the origin where the best one would be below zero somewhere."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
+    fixed = mean_y - slope * mean_x
+    if slope <= 0 or fixed < 0:
+        return Line(0.0, mean_y / mean_x if mean_x else 0.0)
+    return Line(fixed, slope)
+
+
+def _number(value: object) -> float:
+    return float(str(value))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,325 @@
+"""Runs tasks on a clock that does not wait: the scheduler is real, the work is only counted.
+
+Stages have processes or workers of their own, and each loads first. Tasks that together ask for more of a resource
+(CPUs, GPUs, network) than there is slow each other down. Nodes may go and come, and tasks may fail.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.executors.base import Executor
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """A stage as the clock sees it."""
+
+    name: str
+    after: tuple[str, ...]
+    """Stages whose groups it reads."""
+    start_s: float
+    """What a worker needs before its first task: process start, packages, models."""
+    shard_s: float
+    """What a task takes at least, with the machine to itself."""
+    row_s: float
+    """What each row adds."""
+    uses: Mapping[str, float]
+    """How much of each resource a running task asks for, e.g. `cpus` 1.9."""
+    workers: int | None = None
+    """Workers of its own; None: it runs in the shared processes."""
+    slots: float = 1.0
+    """Shared processes that a task takes."""
+
+    def seconds(self, rows: float) -> float:
+        return self.shard_s + rows * self.row_s
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the stations share."""
+
+    capacity: Mapping[str, float]
+    """Of each resource."""
+    processes: float
+    """Shared processes."""
+    window: int
+    """Shards in flight."""
+    nodes: int = 1
+    """Equal parts that all this is spread over, and that can go and come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A node goes, with all it runs, or comes back."""
+
+    at_s: float
+    node: int
+    comes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Luck:
+    """How one task differs from the others of its stage."""
+
+    stretch: float = 1.0
+    """Its time, in times of what the station says."""
+    error: str | None = None
+    """It fails with this, at the end of that time."""
+
+
+@dataclass(slots=True)
+class Played:
+    """What came out."""
+
+    seconds: float = 0.0
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Worker seconds of each stage, start-up left out."""
+    lost_s: dict[str, float] = field(default_factory=dict)
+    """Of them, in tasks that failed or went with their node."""
+    offered_s: dict[str, float] = field(default_factory=dict)
+    """Worker seconds there were for each stage with workers of its own, and for the shared processes: ``""``."""
+    used: dict[str, float] = field(default_factory=dict)
+    """Resource -> amount x seconds."""
+
+
+class SimulatedExecutor(Executor):
+    """Finishes tasks in the order in which they would end. The same input gives the same result."""
+
+    def __init__(
+        self,
+        stations: Sequence[Station],
+        machine: Machine,
+        *,
+        luck: Callable[[TaskRequest], Luck] = lambda _: Luck(),
+        changes: Sequence[Change] = (),
+    ):
+        self.stations = {station.name: station for station in stations}
+        self.machine = machine
+        self.luck = luck
+        self.changes = deque(sorted(changes, key=lambda change: change.at_s))
+        self.window = machine.window
+        self._owners = {_owner(station): station.workers or machine.processes for station in stations}
+        self.played = Played(
+            busy_s=dict.fromkeys(self.stations, 0.0),
+            lost_s=dict.fromkeys(self.stations, 0.0),
+            offered_s=dict.fromkeys(self._owners, 0.0),
+            used=dict.fromkeys(machine.capacity, 0.0),
+        )
+        self._nodes = [_Node(number, machine.nodes, self._owners) for number in range(machine.nodes)]
+        self._starting = {name: _Lane(_CPU_START) for name in self.stations}
+        self._working = {name: _Lane(station.uses) for name, station in self.stations.items()}
+        self._waiting: dict[str, deque[tuple[int, TaskRequest]]] = {name: deque() for name in self.stations}
+        self._submitted = 0
+
+    def submit(self, stage: Stage, request: TaskRequest) -> None:
+        self._submitted += 1
+        self._waiting[stage.name].append((self._submitted, request))
+
+    @property
+    def num_tasks(self) -> int:
+        return sum(map(len, self._waiting.values())) + sum(len(lane.heap) for lane in self._lanes())
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
+        """Until the next task has finished on the simulated clock; the real one stands still."""
+        outcomes: list[TaskOutcome] = []
+        while not outcomes:
+            self._start_waiting()
+            outcomes = self._step()
+        return outcomes
+
+    def withdraw(self) -> None:
+        for queue in self._waiting.values():
+            queue.clear()
+
+    def close(self) -> None:
+        self.withdraw()
+
+    def records(self, request: TaskRequest) -> dict[str, dict[str, object]]:
+        """What a finished task has committed; nothing is written here."""
+        rows = request.shard.num_rows
+        return {
+            group: {"group": group, "rows": rows, "drops": {}, "files": [], "counters": {}} for group in request.wanted
+        }
+
+    def _start_waiting(self) -> None:
+        """Starts what waits, first come first served, as far as there are processes for it."""
+        full: set[str] = set()
+        while True:
+            heads = [(queue[0][0], name) for name, queue in self._waiting.items() if queue and name not in full]
+            if not heads:
+                return
+            name = min(heads)[1]
+            station = self.stations[name]
+            node = max(self._nodes, key=lambda n: n.room(station))
+            if node.room(station) < 0:
+                full.add(name)
+                continue
+            order, request = self._waiting[name].popleft()
+            luck = self.luck(request)
+            work_s = station.seconds(request.shard.num_rows) * luck.stretch
+            loaded = node.take(station)
+            task = _Task(order, request, node, loaded | {name}, luck.error, 0.0 if name in loaded else station.start_s)
+            task.work_s = work_s
+            self._put(self._starting if task.start_s else self._working, task, task.start_s or work_s)
+
+    def _put(self, lanes: Mapping[str, "_Lane"], task: "_Task", seconds: float) -> None:
+        lane = lanes[task.request.stage]
+        heapq.heappush(lane.heap, (lane.done + seconds, task.order, task))
+
+    def _lanes(self) -> Iterator["_Lane"]:
+        yield from self._starting.values()
+        yield from self._working.values()
+
+    def _step(self) -> list[TaskOutcome]:
+        """Goes on to the next moment at which something ends or changes; returns the tasks that ended."""
+        up = sum(node.up for node in self._nodes) / len(self._nodes)
+        busy = [lane for lane in self._lanes() if lane.heap]
+        self._share(busy, up)
+        step, first = min(((lane.left() / lane.rate, i) for i, lane in enumerate(busy)), default=(_NEVER, -1))
+        change_in = self.changes[0].at_s - self.played.seconds if self.changes else _NEVER
+        assert min(step, change_in) < _NEVER, "tasks wait, nothing runs, and no node comes"
+        if change_in < step:
+            self._pass(busy, max(0.0, change_in), up)
+            return self._change(self.changes.popleft())
+        self._pass(busy, step, up)
+        busy[first].done = busy[first].heap[0][0]  # not a rounding error before its end
+        for lane in self._starting.values():
+            for task in lane.ended():
+                self._put(self._working, task, task.work_s)
+        return [self._end(task) for lane in self._working.values() for task in lane.ended()]
+
+    def _share(self, busy: Sequence["_Lane"], up: float) -> None:
+        """Sets the speed of each lane: a resource asked for twice over makes the time spent on it twice as long."""
+        slow = {}
+        for name, capacity in self.machine.capacity.items():
+            asked = sum(len(lane.heap) * lane.uses.get(name, 0.0) for lane in busy)
+            slow[name] = max(1.0, asked / (capacity * up)) if capacity * up else 1.0
+        for lane in busy:
+            stretch = 1.0
+            for name, amount in lane.uses.items():
+                part = min(1.0, amount) if name == "cpus" else 1.0  # the rest of its time it waits for something else
+                stretch = max(stretch, 1 - part + part * slow.get(name, 1.0))
+            lane.rate = 1.0 / stretch
+
+    def _pass(self, busy: Sequence["_Lane"], step: float, up: float) -> None:
+        self.played.seconds += step
+        for lane in busy:
+            lane.done += step * lane.rate
+            for name, amount in lane.uses.items():
+                if name in self.played.used:
+                    self.played.used[name] += amount * step * lane.rate * len(lane.heap)
+        for name, lane in self._working.items():
+            self.played.busy_s[name] += step * len(lane.heap)
+        for owner, count in self._owners.items():
+            self.played.offered_s[owner] += step * count * up
+
+    def _end(self, task: "_Task") -> TaskOutcome:
+        name = task.request.stage
+        task.node.give_back(self.stations[name], task.loaded)
+        outcome = TaskOutcome(task.request, task.start_s + task.work_s, task.start_s, error=task.error)
+        if task.error is None:
+            outcome.records = self.records(task.request)
+        else:
+            self.played.lost_s[name] += task.work_s
+        return outcome
+
+    def _change(self, change: Change) -> list[TaskOutcome]:
+        assert self._nodes[change.node].up != change.comes, f"node {change.node} changes to what it is"
+        self._nodes[change.node] = node = _Node(change.node, len(self._nodes), self._owners, up=change.comes)
+        if change.comes:
+            return []
+        lost = [task for lane in self._starting.values() for _, task in lane.without(node.number)]
+        for name, lane in self._working.items():
+            for left_s, task in lane.without(node.number):
+                self.played.lost_s[name] += task.work_s - left_s
+                lost.append(task)
+        lost.sort(key=lambda task: task.order)
+        return [TaskOutcome(task.request, error=f"node {node.number} was lost", lost="node") for task in lost]
+
+
+_CPU_START = {"cpus": 1.0}  # importing and loading are one thread's work
+_NEVER = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    order: int
+    request: TaskRequest
+    node: "_Node"
+    loaded: frozenset[str]
+    """Stages that its process has loaded, its own included."""
+    error: str | None
+    start_s: float
+    work_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Running tasks that are alike, and therefore equally fast: of one stage, all starting or all working."""
+
+    uses: Mapping[str, float]
+    done: float = 0.0
+    """Work that a task would have done that runs since the beginning."""
+    rate: float = 1.0
+    heap: list[tuple[float, int, _Task]] = field(default_factory=list)
+    """Value of `done` at which each task ends."""
+
+    def left(self) -> float:
+        return max(0.0, self.heap[0][0] - self.done)
+
+    def ended(self) -> Iterator[_Task]:
+        while self.heap and self.left() <= 1e-9:
+            yield heapq.heappop(self.heap)[2]
+
+    def without(self, node: int) -> list[tuple[float, _Task]]:
+        """Takes out the tasks of a node; with what each had left."""
+        gone = [(end - self.done, task) for end, _, task in self.heap if task.node.number == node]
+        self.heap = [entry for entry in self.heap if entry[2].node.number != node]
+        heapq.heapify(self.heap)
+        return gone
+
+
+class _Node:
+    """Processes of one node, by owner: a stage with workers of its own, or ``""`` for the shared ones."""
+
+    def __init__(self, number: int, nodes: int, owners: Mapping[str, float], *, up: bool = True):
+        self.number = number
+        self.up = up
+        self.free = {
+            owner: 0.0 if not up else count / nodes if not owner else (count + nodes - 1 - number) // nodes
+            for owner, count in owners.items()
+        }
+        self.idle: dict[str, Counter[frozenset[str]]] = {owner: Counter() for owner in owners}
+        """Processes that wait: how many have loaded which stages."""
+
+    def room(self, station: Station) -> float:
+        """Processes left after one more task of the station; negative if it does not fit."""
+        return self.free[_owner(station)] - _slots(station) + 1e-9
+
+    def take(self, station: Station) -> frozenset[str]:
+        """Takes a process, one that has loaded the stage if there is one; what it has loaded."""
+        self.free[_owner(station)] -= _slots(station)
+        idle = self.idle[_owner(station)]
+        loaded = max(idle, key=lambda stages: (station.name in stages, len(stages), sorted(stages)), default=None)
+        if loaded is None:
+            return frozenset()
+        idle[loaded] -= 1
+        if not idle[loaded]:
+            del idle[loaded]
+        return loaded
+
+    def give_back(self, station: Station, loaded: frozenset[str]) -> None:
+        self.free[_owner(station)] += _slots(station)
+        self.idle[_owner(station)][loaded] += 1
+
+
+def _owner(station: Station) -> str:
+    return "" if station.workers is None else station.name
+
+
+def _slots(station: Station) -> float:
+    return station.slots if station.workers is None else 1.0

@@ -1,0 +1,122 @@
+"""Goes through a plan's shards once: what is done, what is left, and a few shards spread over the input."""
+
+from dataclasses import dataclass, field
+
+from pipeline.engine.ledger import Ledger
+from pipeline.plan import Plan
+from pipeline.stage import Shard, Workload
+from pipeline.storage.run_folder import RunFolder
+
+_SAMPLE_ROWS = 4096
+_LEAST_SAMPLES = 4
+
+
+@dataclass(slots=True)
+class GroupSurvey:
+    """One lasting group."""
+
+    shards_done: int = 0
+    bytes_done: int = 0
+    shards_to_do: int = 0
+    rows_to_do: int = 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """Shards that follow each other and are alike."""
+
+    needs: tuple[str, ...]
+    """Stages still to run; empty for finished shards."""
+    rows: int
+    """Of each shard."""
+    count: int = 0
+
+
+@dataclass(slots=True)
+class Survey:
+    """What there is to do. Its size does not grow with the number of shards, beside changes from one to the next."""
+
+    groups: dict[str, GroupSurvey]
+    work: list[Batch] = field(default_factory=list)
+    samples: list[Shard] = field(default_factory=list)
+    """Whole shards, evenly spread over the input: some thousand rows."""
+
+    @property
+    def shards(self) -> int:
+        return sum(batch.count for batch in self.work)
+
+    @property
+    def rows(self) -> int:
+        return sum(batch.rows * batch.count for batch in self.work)
+
+    def scaled(self, rows: int, plan: Plan) -> "Survey":
+        """The same input with another number of rows, nothing of it done."""
+        size = plan.shard_size or max(batch.rows for batch in self.work)
+        needs = tuple(stage.name for stage in plan.needed(frozenset()))
+        work = [Batch(needs, size, rows // size), Batch(needs, rows % size, 1)]
+        work = [batch for batch in work if batch.rows and batch.count]
+        shards = sum(batch.count for batch in work)
+        return Survey({name: GroupSurvey(0, 0, shards, rows) for name in self.groups}, work, self.samples)
+
+
+def survey(plan: Plan, run: RunFolder) -> Survey:
+    """Streams the shards; writes nothing."""
+    ledger = Ledger(plan, run, read_only=True)
+    result = Survey({name: GroupSurvey() for name in plan.groups if name not in plan.transient_groups})
+    stride = 1
+    for index, (shard, finished) in enumerate(ledger.finished(plan.shards())):
+        for name, group in result.groups.items():
+            record = finished.get(name)
+            if record is None:
+                group.shards_to_do += 1
+                group.rows_to_do += shard.num_rows
+                continue
+            files = record["files"]
+            assert isinstance(files, list)
+            group.shards_done += 1
+            group.bytes_done += sum(file["bytes"] for file in files)
+        needs = tuple(stage.name for stage in plan.needed(finished.keys()))
+        if not result.work or (result.work[-1].needs, result.work[-1].rows) != (needs, shard.num_rows):
+            result.work.append(Batch(needs, shard.num_rows))
+        result.work[-1].count += 1
+        if index % stride == 0:
+            result.samples.append(shard)
+        if len(result.samples) > max(_LEAST_SAMPLES, _SAMPLE_ROWS // result.samples[0].num_rows):
+            result.samples, stride = result.samples[::2], 2 * stride
+    return result
+
+
+@dataclass(slots=True)
+class Counted:
+    """The work of one stage on an average input row, and which unit it is counted in."""
+
+    counter: str
+    units: float
+    flops: float
+    dtype: str
+    bytes: dict[str, float]
+
+
+def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
+    """Work by stage, for those that can tell it from captions."""
+    if plan.captions is None or not samples:
+        return {}
+    rows = sum(shard.num_rows for shard in samples)
+    captions = [plan.captions(shard) for shard in samples]
+    result: dict[str, Counted] = {}
+    for stage in plan.stages:
+        work = [done for texts in captions if (done := stage.workload(texts)) is not None]
+        if work:
+            result[stage.name] = _average(work, rows)
+    return result
+
+
+def _average(work: list[Workload], rows: int) -> Counted:
+    first = work[0]
+    return Counted(
+        counter=first.counter,
+        units=sum(w.units for w in work) / rows,
+        flops=sum(w.flops for w in work) / rows,
+        dtype=first.dtype,
+        bytes={group: sum(w.bytes[group] for w in work) / rows for group in first.bytes},
+    )

@@ -1,0 +1,58 @@
+"""Recognises a file system that takes no more data, and says which one it is and what to do."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import MachineError, PipelineError
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def takes_no_data(error: BaseException) -> bool:
+    """Whether a disk is full, over its quota or read-only; some libraries say so in the text of an error alone."""
+    if getattr(error, "errno", None) in _NUMBERS:
+        return True
+    return any(os.strerror(number) in str(error) or f"errno = {number}," in str(error) for number in _NUMBERS)
+
+
+def disk_message(error: BaseException, folder: Path) -> str:
+    """Names the file system, the room on it, and the remedy.
+
+    Args:
+        folder: what was being written to, if the error does not say.
+    """
+    from pipeline.units import human_bytes
+
+    named = getattr(error, "filename", None)
+    path = Path(os.fsdecode(named)).absolute() if named else folder
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    usage, mount = shutil.disk_usage(path), path
+    while not mount.is_mount():
+        mount = mount.parent
+    return (
+        f"{path}: {type(error).__name__}: {error}\n"
+        f"{human_bytes(usage.free)} of {human_bytes(usage.total)} are free on the file system at {mount}. Make room "
+        "there, or make it writable, and run the same command again: it goes on from here."
+    )
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk raises within the block into an error that says so.
+
+    Raises:
+        MachineError: the disk takes no more data.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if takes_no_data(error):
+            raise MachineError(disk_message(error, folder)) from error
+        raise

@@ -1,0 +1,187 @@
+"""One run at a time in a run folder.
+
+The owner writes a lease, `.lease.json`, and renews it as long as it lives; a lease that was not renewed for a while is
+that of a dead run, and is taken over. On a local folder a file lock says so at once for processes of this machine; the
+lease is for other machines that share the folder. Clocks must agree within a minute.
+"""
+
+import getpass
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import ConfigError, LockedError, PipelineError
+from pipeline.storage import LocalStorage, Storage
+
+log = logging.getLogger(__name__)
+
+LEASE = ".lease.json"
+RENEW_S = 15.0
+EXPIRE_S = 120.0
+_LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
+
+
+class Lease:
+    """The right to write into a run folder. Picklable: workers check it before they commit to an object store."""
+
+    def __init__(self, storage: Storage, owner: str):
+        self.storage = storage
+        self.owner = owner
+        self.lost = False
+        """Set once the driver knows that another run has taken over."""
+
+    def check(self) -> None:
+        """Raises LockedError if another run has taken the folder over."""
+        found = self.storage.read_json(LEASE)
+        if found is None or found["owner"] != self.owner:
+            raise LockedError(
+                f"--out {self.storage.url}: this run lost its right to the folder to {describe(found)}; it stops, and "
+                "what it has finished stays"
+            )
+
+
+class RunLock:
+    """Context in which the run folder of a storage belongs to this process.
+
+    Attributes:
+        lease: the right to write; valid inside the context.
+
+    Raises, on entering:
+        LockedError: another run holds the folder; says which, and since when.
+        ConfigError: the folder cannot be made.
+    """
+
+    def __init__(self, storage: Storage, *, take_over: bool = False):
+        self.storage = storage
+        self.take_over = take_over
+        self.lease = Lease(storage, uuid.uuid4().hex)
+        self._since = time.time()
+        self._file_lock: FileLock | None = None
+        self._ended = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, daemon=True, name="lease")
+
+    def __enter__(self) -> Lease:
+        if isinstance(self.storage, LocalStorage):
+            self._lock_file(self.storage)
+        try:
+            self._acquire()
+        except BaseException:
+            self._unlock_file()
+            raise
+        self._renewal.start()
+        return self.lease
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._renewal.join()
+        try:
+            found = self.storage.read_json(LEASE)
+            if found is not None and found["owner"] == self.lease.owner:
+                self.storage.delete(LEASE)
+        finally:
+            self._unlock_file()
+
+    def _lock_file(self, storage: LocalStorage) -> None:
+        try:
+            storage.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {storage.url}: cannot be made ({error.strerror}); choose a folder that you can write to"
+            ) from error
+        lock = FileLock(storage.root / ".lock")
+        try:
+            lock.acquire(timeout=_LOCK_TIMEOUT_S)
+        except Timeout as error:
+            raise self._refusal(storage.read_json(LEASE)) from error
+        self._file_lock = lock
+
+    def _unlock_file(self) -> None:
+        if self._file_lock is not None:
+            self._file_lock.release()
+
+    def _acquire(self) -> None:
+        if self.storage.create(LEASE, self._content()):
+            return
+        found = self.storage.read_json(LEASE)
+        if found is not None and not (self.take_over or self._is_dead(found)):
+            raise self._refusal(found)
+        self.storage.delete(LEASE)
+        if not self.storage.create(LEASE, self._content()):
+            raise self._refusal(self.storage.read_json(LEASE))
+
+    def _is_dead(self, lease: dict[str, Any]) -> bool:
+        """Locally the file lock is ours: a lease of this machine is that of a process that is gone."""
+        if self._file_lock is not None and lease["host"] == socket.gethostname():
+            return True
+        return time.time() - lease["renewed"] > EXPIRE_S
+
+    def _content(self) -> bytes:
+        lease = {
+            "owner": self.lease.owner,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "user": _user(),
+            "since": round(self._since, 3),
+            "renewed": round(time.time(), 3),
+        }
+        return json.dumps(lease, indent=1).encode()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            try:
+                self.lease.check()
+                self.storage.write(LEASE, self._content())
+            except LockedError:
+                self.lease.lost = True
+                return
+            except (PipelineError, OSError, ValueError) as error:
+                log.warning("the lease could not be renewed, it is tried again: %s", error)
+
+    def _refusal(self, lease: dict[str, Any] | None) -> LockedError:
+        return LockedError(
+            f"--out {self.storage.url}: another run is working in this folder: {describe(lease)}. Wait for it, or "
+            f"choose another folder. If it is dead, its right ends {EXPIRE_S:.0f} s after its last sign of life; "
+            "--take-over does not wait for that"
+        )
+
+
+def is_running(storage: Storage) -> bool:
+    """True while some process holds the folder."""
+    lease = storage.read_json(LEASE)
+    if lease is None or not isinstance(storage, LocalStorage) or lease["host"] != socket.gethostname():
+        return lease is not None and time.time() - lease["renewed"] <= EXPIRE_S
+    lock = FileLock(storage.root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
+
+
+def describe(lease: dict[str, Any] | None) -> str:
+    """The owner of a lease, in words."""
+    if lease is None:
+        return "an unknown process"
+    now = time.time()
+    return (
+        f"process {lease['pid']} of {lease['user']} on {lease['host']}, begun {now - lease['since']:.0f} s ago, last "
+        f"sign of life {now - lease['renewed']:.0f} s ago"
+    )

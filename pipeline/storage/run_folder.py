@@ -1,0 +1,125 @@
+"""The run folder: where a run keeps its configuration, state, events and store.
+
+RUN/  config.yaml  plan.json  events.jsonl  summary.json  state/<group>/<shard>.json  quarantine/
+      store/  staging/  report/
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.lock import Lease, RunLock
+from pipeline.storage.open import open_storage
+
+CONFIG = "config.yaml"
+PLAN = "plan.json"
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+ESTIMATE = "estimate.json"
+STORE = "store"
+QUARANTINE = "quarantine"
+
+Record = dict[str, object]
+
+
+class RunFolder:
+    """Names and small files of one run, in a local folder or below a URL. Picklable: workers get a copy."""
+
+    def __init__(self, place: str | os.PathLike[str] | Storage, transient_groups: frozenset[str] = frozenset()):
+        self.storage = place if isinstance(place, Storage) else open_storage(place)
+        self.transient_groups = transient_groups
+        self.lease: Lease | None = None
+        """The right to write, once the run has it."""
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    @property
+    def store_url(self) -> str:
+        return f"{self.url}/{STORE}"
+
+    @property
+    def root(self) -> Path:
+        """The local folder.
+
+        Raises:
+            ConfigError: the run is on an object store.
+        """
+        if not isinstance(self.storage, LocalStorage):
+            raise ConfigError(f"--out {self.url}: this workflow needs a local folder; give one")
+        return self.storage.root
+
+    @property
+    def failures(self) -> str:
+        """Folder of the tracebacks of the shards that the last run set aside."""
+        return f"{QUARANTINE}/failed"
+
+    def group_folder(self, group: str) -> str:
+        """Where the group's files lie: in the store, or in staging for intermediate files."""
+        return f"staging/{group}" if group in self.transient_groups else f"{STORE}/{group}"
+
+    def record_name(self, group: str, shard: str) -> str:
+        return f"state/{group}/{shard}.json"
+
+    def drops_name(self, group: str, shard: str) -> str:
+        """The list of dropped samples."""
+        return f"{QUARANTINE}/{group}/{shard}.jsonl"
+
+    def read_record(self, group: str, shard: str) -> Record | None:
+        """The completion record, or None if this (group, shard) is not finished."""
+        return self.storage.read_json(self.record_name(group, shard))
+
+    def records(self, group: str) -> Iterator[Record]:
+        """All completion records of a group in shard order, a few at a time."""
+        names = (f"{index:05d}" for index in sorted(self.recorded_shards(group)))
+        for record in self.storage.map(lambda name: self.read_record(group, name), names):
+            if record is not None:
+                yield record
+
+    def recorded_shards(self, group: str) -> Iterator[int]:
+        """Indices of the shards with a completion record, in no order."""
+        names = self.storage.names(f"state/{group}")
+        yield from (int(name.removesuffix(".json")) for name in names if name[0].isdigit())
+
+    def begun_groups(self) -> list[str]:
+        """Groups that any run of the folder has begun, sorted."""
+        return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
+
+    def committed_file(self, group: str, shard: str) -> str:
+        """Name of the one file of a committed (group, shard)."""
+        record = self.read_record(group, shard)
+        if record is None:
+            raise FileNotFoundError(f"{group}/{shard} is not committed in {self.url}")
+        files = record["files"]
+        assert isinstance(files, list)
+        assert len(files) == 1
+        return files[0]["path"]
+
+    def forget(self, group: str, shard: str) -> None:
+        """Removes a (group, shard): the record first, so that a kill in between loses no truth."""
+        record = self.read_record(group, shard)
+        self.storage.delete(self.record_name(group, shard))
+        self.storage.delete(self.drops_name(group, shard))
+        files = record["files"] if record else []
+        assert isinstance(files, list)
+        for file in files:
+            self.storage.delete(file["path"])
+
+    def forget_group(self, group: str) -> None:
+        """Removes a whole group, records first."""
+        for folder in (f"state/{group}", f"{QUARANTINE}/{group}", self.group_folder(group)):
+            self.storage.delete_folder(folder)
+
+    @contextmanager
+    def lock(self, *, take_over: bool = False) -> Iterator[Lease]:
+        """Holds the folder for this process while the block runs; see `RunLock`."""
+        with RunLock(self.storage, take_over=take_over) as lease:
+            self.lease = lease
+            try:
+                yield lease
+            finally:
+                self.lease = None

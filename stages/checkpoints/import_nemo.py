@@ -1,0 +1,165 @@
+"""`pipeline import nemo`: checkpoints of NVIDIA NeMo's Imagen become checkpoints of ours.
+
+base.nemo    a tar with model_config.yaml and model_weights.ckpt
+base.ckpt    Lightning's, with state_dict; the settings in base.yaml beside it, else in its hyper_parameters
+"""
+
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.commands import CommandResult
+from pipeline.errors import ConfigError, first_line
+from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
+
+ENCODER = "google-t5/t5-11b"
+"""NeMo's text encoder."""
+_ENCODED_TOKENS = 512
+"""Tokens it encodes of a caption, before they are cut to token_length."""
+_EDM_STEPS = 50
+_SETTINGS, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+
+
+def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
+    """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, NeMo's way to draw.
+
+    Args:
+        paths: a .nemo or .ckpt of each stage, in any order.
+        encoder_model: where its text encoder is (hub id or folder), if it is not T5-11B from the hub.
+    Raises:
+        ConfigError: a file cannot be read, or has a setting without a counterpart here.
+        MachineError: the text encoder cannot be found.
+    """
+    target = new_folder(out)
+    stages = sorted((_stage(Path(path)) for path in paths), key=lambda stage: stage.config.size_px)
+    sizes = [stage.config.size_px for stage in stages]
+    if len(set(sizes)) != len(sizes):
+        raise ConfigError(f"the models draw {sizes} pixels; give one of each size")
+    widths = {stage.config.unet.text_dim for stage in stages}
+    if len(widths) != 1:
+        raise ConfigError(f"the models read embeddings of different widths ({widths}), so not of one text encoder")
+    encoder = t5_facts(encoder_model or ENCODER, _ENCODED_TOKENS, widths.pop())
+    return write_stages(target, stages, encoder)
+
+
+def _stage(path: Path) -> ImportedStage:
+    from imagen_core.conversion.nemo import denoiser_config, preconditioning
+
+    if path.suffix not in (".nemo", ".ckpt"):
+        raise ConfigError(f"{path}: give a .nemo or .ckpt of NeMo")
+    model = _settings_of_nemo(path) if path.suffix == ".nemo" else _settings_of_ckpt(path)
+    try:
+        config, sampling = denoiser_config(model), _sampling(preconditioning(model))
+    except (ValidationError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be built here: {error}") from error
+    max_tokens = model["conditioning"]["token_length"]
+    return ImportedStage(str(path), config, sampling, max_tokens, partial(_network, path, config))
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """NeMo's: Heun's method of EDM, or DDPM's ancestral steps down to the lowest level and one to 0."""
+    threshold = {"kind": "dynamic", "percentile": 0.995}
+    if settings["kind"] == "EDM":
+        drawing = {"sampler": {"kind": "heun"}, "grid": {"kind": "karras", "rho": 7.0}, "num_steps": _EDM_STEPS}
+    else:
+        steps = settings["timesteps"] + 1
+        drawing = {"sampler": {"kind": "ancestral"}, "grid": {"kind": "uniform"}, "num_steps": steps}
+    return {**drawing, "threshold": threshold}
+
+
+def _network(path: Path, config: Any) -> dict[str, Any]:
+    """The tensors of the UNet by name."""
+    from imagen_core.conversion.nemo_unet import unet_weights
+
+    if path.suffix == ".nemo":
+        state = _member(path, _WEIGHTS, partial(load_tensors, name=str(path)))
+    else:
+        state = _checkpoint(path)["state_dict"]
+    try:
+        return unet_weights(state, config.unet)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
+
+
+def _settings_of_nemo(path: Path) -> Mapping[str, Any]:
+    return _model(_member(path, _SETTINGS, yaml.safe_load), f"{path}: {_SETTINGS}")
+
+
+def _member(path: Path, name: str, read: Callable[[Any], Any]) -> Any:
+    """Reads one file of a .nemo in place: nothing is unpacked, and no name in it becomes a path."""
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isfile() and member.name.removeprefix("./") == name:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    return read(file)
+    except (OSError, EOFError, tarfile.TarError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a .nemo ({first_line(error)})") from error
+    raise ConfigError(f"{path}: has no {name} in it; a model split over several devices must be merged by NeMo first")
+
+
+def _settings_of_ckpt(path: Path) -> Mapping[str, Any]:
+    beside = path.with_suffix(".yaml")
+    if beside.exists():
+        try:
+            return _model(yaml.safe_load(beside.read_text(encoding="utf-8")), str(beside))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{beside}: cannot be read ({first_line(error)})") from error
+    settings = plain(_checkpoint(path).get("hyper_parameters"))
+    if settings is None:
+        raise ConfigError(f"{path}: has no hyper_parameters in it; put the YAML it was trained with at {beside}")
+    return _model(settings, f"{path}: hyper_parameters")
+
+
+def _model(settings: Any, where: str) -> Mapping[str, Any]:
+    """The model's part of a configuration."""
+    for name in ("cfg", "model"):
+        if isinstance(settings, dict) and name in settings:
+            settings = settings[name]
+    if not isinstance(settings, dict) or "unet" not in settings:
+        raise ConfigError(f"{where}: has no unet in it; give a model of NeMo Imagen")
+    return settings
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    import torch
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; a checkpoint saved as a folder is not read")
+    with torch.serialization.safe_globals([(Inert, name) for name in _INERT]):
+        checkpoint = load_tensors(path, str(path))
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ConfigError(f"{path}: has no state_dict in it; give a .ckpt of NeMo")
+    return checkpoint
+
+
+_INERT = (
+    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode"),
+    *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "typing.Any"),
+    *("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str", "builtins.bool"),
+    "collections.defaultdict",
+)
+"""What settings that omegaconf pickled name; none of it is imported."""
+
+
+class Inert:
+    """In the place of an object of omegaconf: what it was pickled with, as attributes."""
+
+    def __init__(self, *_: object):
+        pass
+
+
+def plain(settings: Any) -> Any:
+    """Dicts, lists and values of settings that omegaconf pickled."""
+    if isinstance(settings, Inert):
+        content = vars(settings)
+        settings = content.get("_content", content.get("_val"))
+    if isinstance(settings, Mapping):
+        return {name: plain(value) for name, value in settings.items()}
+    return [plain(value) for value in settings] if isinstance(settings, list | tuple) else settings

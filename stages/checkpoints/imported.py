@@ -1,0 +1,127 @@
+"""What the imports of other systems' models share: a checkpoint a stage, and files to draw and to train on with."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, BinaryIO
+from zipfile import is_zipfile
+
+import yaml
+
+from pipeline.commands import CommandResult
+from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
+from pipeline.storage.files import write_text
+from stages.encoders.t5 import T5EncoderConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from imagen_core.diffusion import DenoiserConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedStage:
+    """One stage of a cascade.
+
+    Attributes:
+        source: what it was read from.
+        config: the denoiser.
+        sampling: how it draws.
+        max_tokens: its captions are cut to.
+        network: reads the network's tensors by name; ConfigError where they do not fit.
+    """
+
+    source: str
+    config: "DenoiserConfig"
+    sampling: Mapping[str, Any]
+    max_tokens: int
+    network: "Callable[[], Mapping[str, Tensor]]"
+
+
+def new_folder(out: str) -> Path:
+    """The folder of --out; ConfigError if something is in it."""
+    target = Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"--out {out}: is not empty; give a new folder")
+    return target
+
+
+def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
+    """Name, dim, dtype and fingerprint of a text encoder, as of a store's text group.
+
+    Args:
+        dim: width of the embeddings the network reads, if it says so.
+    Raises:
+        ConfigError: the encoder has another width.
+        MachineError: it cannot be found.
+    """
+    config = T5EncoderConfig(name="t5", model=model, max_tokens=max_tokens, compute_dtype="float32")
+    try:
+        identity = config.identify()
+    except MachineError as error:
+        raise MachineError(f"{error}; or say with --encoder-model where it is") from error
+    if dim not in (None, identity.dim):
+        raise ConfigError(f"the network reads {dim}-wide embeddings, but {model} is {identity.dim} wide")
+    return {"name": "t5", "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+
+
+def load_tensors(file: Path | BinaryIO, name: str) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain data only; nothing of the file runs.
+
+    Of a file on disk only the tensors that are used come into memory, not an optimizer's beside them.
+
+    Raises:
+        ConfigError: it is something else, or cannot be read.
+    """
+    import torch
+
+    try:
+        mapped = isinstance(file, Path) and is_zipfile(file)  # torch maps no file of its older format
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
+
+
+def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
+    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, where the
+    tensors of a stage do not fit."""
+    drawing, rows = [], []
+    for index, stage in enumerate(stages):
+        run = target / f"unet-{index}"
+        try:
+            path = _write_checkpoint(run, stage, encoder)
+        except ConfigError:
+            shutil.rmtree(target, ignore_errors=True)  # it was a new folder
+            raise
+        _write_yaml(
+            run / "train.yaml",
+            {
+                "denoiser": stage.config.model_dump(mode="json"),
+                "init_from": str(run.absolute()),
+                "max_tokens": stage.max_tokens,
+            },
+        )
+        drawing.append({"checkpoint": str(run.absolute()), "sampling": dict(stage.sampling)})
+        rows.append({"stage": index, "weights": stage.source, "checkpoint": str(path)})
+    _write_yaml(target / "sample.yaml", {"stages": drawing})
+    lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
+    lines.append(f"draw: pipeline run sample -c {target}/sample.yaml --out pictures 'prompts=[...]'")
+    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
+    return {"stages": rows, "sample": str(target / "sample.yaml")}, lines, EXIT_OK
+
+
+def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any]) -> Path:
+    """In a folder like that of a training."""
+    from imagen_core.train.checkpoints.checkpoint import write_checkpoint
+
+    facts = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
+    facts |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": dict(encoder)}
+    facts |= {"imported_from": stage.source}
+    tensors = {f"net.{name}": values for name, values in stage.network().items()}
+    return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, facts)
+
+
+def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(content, sort_keys=False))

@@ -1,0 +1,56 @@
+"""Loads trained stages from local folders and from object stores, and writes one as one file (`pipeline export`)."""
+
+import shutil
+from pathlib import Path
+
+from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
+from pipeline.storage import LocalStorage
+from pipeline.storage.open import open_storage
+
+_STATE = "state.json"
+_ONE_FILE = ".safetensors"
+
+
+def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
+    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), or a file of `export_model`;
+    a path or a URL.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has no such weights.
+    """
+    storage = open_storage(place)
+    if isinstance(storage, LocalStorage):
+        return load_checkpoint(Path(place.removeprefix("file://")), weights=weights)
+    if place.endswith(_ONE_FILE):
+        return _of_file(place, weights)
+    names = list(storage.walk())
+    folder = "" if _STATE in names else _newest(names)
+    if folder is None:
+        raise CheckpointError(
+            f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"
+        )
+    local = storage.new_folder()
+    try:
+        for name in names:
+            if name.startswith(folder) and "optimizer" not in name:
+                storage.copy(name).replace(local / Path(name).name)
+        return load_checkpoint(local, weights=weights)
+    finally:
+        shutil.rmtree(local)
+
+
+def _of_file(place: str, weights: str | None) -> LoadedDenoiser:
+    folder, name = place.rsplit("/", 1)
+    storage = open_storage(folder)
+    if storage.size(name) is None:
+        raise CheckpointError(f"{place}: there is no such file")
+    local = storage.copy(name)
+    try:
+        return load_checkpoint(local, weights=weights)
+    finally:
+        storage.release(local)
+
+
+def _newest(names: list[str]) -> str | None:
+    folders = [name.removesuffix(_STATE) for name in names if name.startswith("checkpoints/step-") and _STATE in name]
+    return max(folders, key=lambda folder: (len(folder), folder), default=None)

@@ -1,0 +1,103 @@
+"""Encodes prompts exactly as the captions a checkpoint was trained on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import differences
+from stages.captions import clean_caption, is_valid_text
+from stages.encoders.encoder import TextEncoder, load_encoder
+from stages.encoders.given import KIND as GIVEN
+from stages.encoders.loading import threads_of_process
+from stages.encoders.registry import AnyEncoder
+
+_PROMPTS_AT_ONCE = 1024
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    trained_on: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    use_gpu: bool = True,
+    option: str = "encoder_model",
+) -> list[np.ndarray]:
+    """Loads the encoder of a checkpoint and encodes prompts with it.
+
+    Args:
+        prompts: texts of any length; cut at the encoder's max_tokens like captions.
+        trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on.
+        model: where the model is now (hub id or folder), if not where its name says.
+        option: the key of `model`, for messages.
+    Returns:
+        float (num_tokens, dim) arrays, rounded as the store rounds them.
+    Raises:
+        ConfigError: the encoder found differs from the one trained on; names each field.
+        MachineError: the model cannot be found.
+    """
+    bad = [prompt for prompt in prompts if not is_valid_text(prompt)]
+    if bad:
+        raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
+    encoder = load_matching_encoder(trained_on, model, use_gpu=use_gpu, option=f"{option}=...")
+    dtype = cast(StoreDtype, trained_on["dtype"])
+    embeddings: list[np.ndarray] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):  # the encoder's float32 is larger than what is kept
+        encoded = encoder.encode([clean_caption(prompt) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]])
+        embeddings += [_as_stored(embedding, dtype) for embedding in encoded.embeddings]
+    return embeddings
+
+
+def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool, option: str) -> TextEncoder:
+    """Loads the encoder that made a text group, once it is proved to be the one.
+
+    Args:
+        made_by: `name`, `dim`, `dtype` and `fingerprint` of the group.
+        model: where the model is now (hub id or folder), if not where its name says.
+        option: how the user names `model`, for the message.
+    Raises:
+        ConfigError: the encoder found is another one; names each field. Or nothing encoded them: they were given.
+        MachineError: the model cannot be found.
+    """
+    if made_by["fingerprint"]["kind"] == GIVEN:
+        raise ConfigError(
+            f"encoder {made_by['name']}: its embeddings came with the data (made by "
+            f"{made_by['fingerprint']['model']}, as their owner says), so nothing here encodes other texts alike; to "
+            "sample, have the captions encoded by `pipeline run precompute`, and train on those"
+        )
+    config = encoder_of(made_by, model, use_gpu=use_gpu)
+    changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
+    if model is not None:  # a folder may have another name than the one it was encoded from
+        changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
+    if changes:
+        raise ConfigError(
+            f"encoder {config.model}: differs from the one the embeddings were made with: {'; '.join(changes)}; "
+            f"give the right model with {option}"
+        )
+    return load_encoder(config, threads_of_process())
+
+
+def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:
+    """The configuration of the encoder that made a text group."""
+    fingerprint = trained_on["fingerprint"]
+    return TypeAdapter(AnyEncoder).validate_python(
+        {
+            "name": trained_on["name"],
+            "kind": fingerprint["kind"],
+            "model": model or fingerprint["model"],
+            "revision": None if model else fingerprint["revision"],
+            "max_tokens": fingerprint["max_tokens"],
+            "compute_dtype": fingerprint["compute_dtype"],
+            "output": fingerprint["output"],
+            "num_gpus": None if use_gpu else 0,
+        }
+    )
+
+
+def _as_stored(embedding: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+    if not is_finite_as(embedding, dtype):
+        raise ConfigError(f"prompts: an embedding is not finite as {dtype}; use another prompt")
+    return restore(cast_embedding(embedding, dtype), dtype)

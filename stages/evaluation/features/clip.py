@@ -1,0 +1,84 @@
+"""CLIP as a feature model: features for distances, and both halves of the CLIP score."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import PurePath
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import Config
+from stages.captions import clean_caption
+from stages.encoders.base import EncoderIdentity
+from stages.encoders.clip import ClipTextConfig
+from stages.encoders.clip_image import ClipImageModelConfig
+from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import threads_of_process
+from stages.evaluation.features.base import Extracted
+from stages.images.resample import center_square
+
+
+class ClipFeatures(Config):
+    """A CLIP in the format of transformers."""
+
+    kind: Literal["clip"] = "clip"
+    model: str
+    """Hub id (`openai/clip-vit-large-patch14`) or local folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    output: Literal["projected", "pooled"] = "projected"
+    """The embedding in the space shared with captions, which the CLIP score needs; or the state before it."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations."""
+    max_tokens: int = Field(default=77, ge=2)
+    """Longest caption in tokens; longer ones are cut and counted."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures in one batch of the model."""
+
+    @property
+    def label(self) -> str:
+        return f"CLIP {PurePath(self.model).name}"
+
+    @cached_property
+    def identity(self) -> EncoderIdentity:
+        """Of the picture half; the weights are hashed once."""
+        return self._pictures().identify()
+
+    def fingerprint(self) -> Mapping[str, object]:
+        return self.identity.fingerprint
+
+    def check_captions(self) -> None:
+        """Raises ConfigError if captions of max_tokens are longer than the model takes."""
+        self._captions().identify()
+
+    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
+        encoder = self._pictures().load(threads_of_process())
+        rows = encoder.encode(center_square(pixels) for pixels in pictures).embeddings
+        return Extracted({"features": np.concatenate(rows)})
+
+    def extract_captions(self, captions: Sequence[str]) -> Extracted:
+        config = self._captions()
+        config.identify()
+        encoded = load_encoder(config, threads_of_process()).encode([clean_caption(caption) for caption in captions])
+        return Extracted({"features": np.concatenate(encoded.embeddings)}, {"captions_cut": encoded.num_truncated})
+
+    def _captions(self) -> ClipTextConfig:
+        return ClipTextConfig(
+            name="clip",
+            model=self.model,
+            revision=self.revision,
+            output="projected",
+            compute_dtype=self.compute_dtype,
+            max_tokens=self.max_tokens,
+        )
+
+    def _pictures(self) -> ClipImageModelConfig:
+        return ClipImageModelConfig(
+            name="clip",
+            model=self.model,
+            revision=self.revision,
+            output=self.output,
+            compute_dtype=self.compute_dtype,
+            batch_size=self.batch_size,
+        )

@@ -1,0 +1,81 @@
+"""Files of features: one array (n, d), in .npy or .safetensors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from imagen_core.evaluation.checks import check_rows
+from pipeline.errors import ConfigError
+from pipeline.storage.files import commit_file, temporary_name
+from stages.evaluation.features.base import Extracted
+from stages.sources.arrays.npy import map_file
+from stages.sources.files import Damaged
+
+_TENSOR, _LABEL, _FACTS = "features", "label", "facts"
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureFile:
+    """One array with a row for each picture."""
+
+    rows: np.ndarray
+    label: str | None
+    """The model, if the file says it."""
+
+
+def write_features(path: Path, extracted: Extracted, label: str) -> None:
+    """Writes what a model gave as .safetensors; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
+    save_file(arrays, temporary, metadata={_LABEL: label, _FACTS: json.dumps(dict(extracted.facts))})
+    commit_file(temporary, path)
+
+
+def read_extracted(path: Path) -> Extracted:
+    """What `write_features` wrote."""
+    with safe_open(path, framework="np") as opened:
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+        return Extracted(arrays, json.loads(opened.metadata()[_FACTS]))
+
+
+def read_features(path: str | Path, field: str) -> FeatureFile:
+    """Reads a file of features; an .npy is mapped into memory.
+
+    Args:
+        field: how the user names the file, for messages.
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    file = Path(path)
+    try:
+        if file.suffix == ".npy":
+            found = FeatureFile(map_file(file), None)
+        elif file.suffix == ".safetensors":
+            found = _read_safetensors(file, field)
+        else:
+            raise ConfigError(f"{field}: {path}: suffix {file.suffix!r} is not supported; give .npy or .safetensors")
+    except (OSError, ValueError, Damaged, SafetensorError) as error:
+        raise ConfigError(f"{field}: {path} cannot be read ({error}); give an .npy or .safetensors file") from error
+    if found.rows.ndim != 2 or found.rows.dtype.kind != "f":
+        raise ConfigError(
+            f"{field}: {path} holds {found.rows.dtype} {found.rows.shape}; give floats of shape (pictures, dim)"
+        )
+    try:
+        check_rows(f"{field}: {path}", found.rows)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return found
+
+
+def _read_safetensors(file: Path, field: str) -> FeatureFile:
+    with safe_open(file, framework="np") as opened:
+        names = list(opened.keys())
+        name = _TENSOR if _TENSOR in names else names[0] if len(names) == 1 else None
+        if name is None:
+            raise ConfigError(f"{field}: {file} holds {', '.join(names)}; name the one to read {_TENSOR!r}")
+        return FeatureFile(opened.get_tensor(name), (opened.metadata() or {}).get(_LABEL))

@@ -1,0 +1,126 @@
+"""All that the metrics need to know of some pictures: computed once, and kept beside the run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from imagen_core.evaluation import Moments
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest
+from stages.evaluation.features.base import Extracted, FeatureModel, Named
+from stages.evaluation.features.clip import ClipFeatures
+from stages.evaluation.features.files import read_extracted, read_features, write_features
+from stages.evaluation.features.image_sets import FeatureFiles, Pictures
+from stages.evaluation.features.lpips import LpipsDistance
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Rows of features of the same pictures; None where they are not known."""
+
+    label: str | None
+    """The model that `features` are from."""
+    features: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    clip_images: np.ndarray | None = None
+    clip_texts: np.ndarray | None = None
+    lpips: np.ndarray | None = None
+    """(n, 1), the distance of each picture to the one it should look like."""
+    facts: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of `features`, which must be known."""
+        assert self.features is not None
+        return Moments.of(self.features)
+
+
+class FeatureCache:
+    """Features in a folder, in a file for each set of pictures and model; an earlier one of that name is replaced."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def get(self, name: str, identity: object, model: Named, extract: Callable[[], Extracted]) -> Extracted:
+        """What `extract` gives, or gave before for the same identity and model."""
+        stem = f"{name}-{digest(model.fingerprint())[:8]}"
+        path = self._folder / f"{stem}-{digest(identity)[:16]}.safetensors"
+        if path.exists():
+            return read_extracted(path)
+        extracted = extract()
+        for former in self._folder.glob(f"{stem}-*.safetensors"):
+            former.unlink()
+        write_features(path, extracted, model.label)
+        return extracted
+
+
+def gather(
+    name: str,
+    pictures: Pictures,
+    model: FeatureModel | None,
+    clip: ClipFeatures | None,
+    cache: FeatureCache,
+    *,
+    lpips: LpipsDistance | None = None,
+    originals: Pictures | None = None,
+) -> FeatureSet:
+    """Features by `model`, both halves of the CLIP score by `clip`, and distances to `originals` by `lpips`.
+
+    Raises:
+        MachineError: a model cannot be found or read.
+        ConfigError: a picture cannot be read, or there are no captions for `clip`.
+    """
+
+    def look(model: FeatureModel) -> Extracted:
+        return cache.get(name, pictures.identity, model, lambda: model.extract(pictures.read()))
+
+    looked = Extracted({}) if model is None else look(model)
+    images, texts = None, Extracted({})
+    if clip is not None:
+        captions = pictures.captions()
+        if captions is None:
+            raise ConfigError(
+                f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
+            )
+        images = look(clip).arrays["features"]
+        texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
+    distances = None
+    if lpips is not None and originals is not None:
+        pair = [pictures.identity, originals.identity]
+        found = cache.get(name, pair, lpips, lambda: lpips.distances(pictures.read(), originals.read()))
+        distances = found.arrays["features"]
+    return FeatureSet(
+        None if model is None else model.label,
+        looked.arrays.get("features"),
+        looked.arrays.get("logits"),
+        images,
+        texts.arrays.get("features"),
+        distances,
+        {**looked.facts, **texts.facts},
+    )
+
+
+def read_set(files: FeatureFiles, name: str) -> FeatureSet:
+    """Features from files.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    found = {
+        key: None if path is None else read_features(path, f"{name}.{key}")
+        for key, path in (
+            ("path", files.path),
+            ("logits", files.logits),
+            ("clip_images", files.clip_images),
+            ("clip_texts", files.clip_texts),
+        )
+    }
+    features, rows = found["path"], {key: None if file is None else file.rows for key, file in found.items()}
+    counts = {key: len(values) for key, values in rows.items() if values is not None}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(f"{name}: files of different pictures, with {counts} rows; give each the same rows")
+    label = files.model or (None if features is None else features.label)
+    return FeatureSet(label, rows["path"], rows["logits"], rows["clip_images"], rows["clip_texts"])

@@ -1,0 +1,159 @@
+"""Where the pictures to judge come from: a folder or a store; or only their features, from files."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from imagen_core.images import read_picture
+from imagen_core.store import Store, StoreError
+from imagen_core.store.read.reader import OpenShard
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest
+from pipeline.storage.files import file_digest
+from stages.sampling.caption_sets import selection
+from stages.sources.folder import IMAGE_SUFFIXES
+from stages.stores import open_store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Some pictures in an order."""
+
+    identity: Mapping[str, object]
+    """Changes when a picture or the order does."""
+    count: int
+    read: Callable[[], Iterator[np.ndarray]]
+    """uint8 RGB (h, w, 3) each."""
+    captions: Callable[[], Sequence[str] | None]
+    """One each; None if there are none."""
+
+
+class PictureFolder(Config):
+    """Pictures of a folder and the folders in it, by name."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    """The folder. Captions, for the CLIP score, are read from NAME.txt beside NAME.png."""
+
+    def open(self, field: str) -> Pictures:
+        folder = Path(self.path)
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ConfigError(f"{field}.path: {self.path} holds no pictures; give a folder with at least one")
+        return pictures_of_files(files, partial(_beside, files))
+
+
+class StorePictures(Config):
+    """Pictures of a store; captions are the first of each sample."""
+
+    kind: Literal["store"] = "store"
+    path: str
+    """Store, or the run folder around it."""
+    size_px: int | None = Field(default=None, ge=1)
+    """Which size; null: the largest."""
+    num_pictures: int | None = Field(default=None, ge=1)
+    """How many to take without replacement; null: all."""
+    seed: int = Field(default=0, ge=0)
+    """Decides which are taken."""
+
+    def open(self, field: str) -> Pictures:
+        store = open_store(self.path)
+        chosen = range(len(store))
+        if self.num_pictures is not None:
+            what = f"{field}.num_pictures: {self.path}"
+            chosen = sorted(selection(len(store), self.num_pictures, self.seed, what))
+        size = self.size_px or max(store.image_sizes, default=0)
+        return pictures_of_samples(store, self.path, size, chosen, field)
+
+
+def pictures_of_samples(store: Store, path: str, size_px: int, samples: Sequence[int], field: str) -> Pictures:
+    """Pictures of these samples of a store, in this order; captions are the first of each.
+
+    Raises:
+        ConfigError: the store has none of the size.
+    """
+    if size_px not in store.image_sizes:
+        raise ConfigError(f"{field}.size_px: {path} has no pictures of {size_px} px; it has {store.image_sizes}")
+    identity = {
+        "store": store.manifest.sha256,
+        "removals": store.manifest.num_removals,
+        "size_px": size_px,
+        "samples": digest(list(samples)),
+    }
+    return Pictures(
+        identity,
+        len(samples),
+        partial(_stored_pixels, store, samples, size_px),
+        partial(_stored_captions, store, samples),
+    )
+
+
+class FeatureFiles(Config):
+    """Features computed elsewhere, a row for each picture: .npy, or .safetensors with one tensor."""
+
+    kind: Literal["features"] = "features"
+    path: str | None = None
+    """For distances."""
+    model: str | None = None
+    """The model they are from, for tables; null: as the file says."""
+    logits: str | None = None
+    """Of a classifier, for the Inception score."""
+    clip_images: str | None = None
+    """CLIP's embeddings of the pictures, for the CLIP score."""
+    clip_texts: str | None = None
+    """CLIP's embeddings of their captions."""
+
+
+AnyPictures = Annotated[PictureFolder | StorePictures | FeatureFiles, Field(discriminator="kind")]
+
+
+def pictures_of_files(files: Sequence[Path], captions: Callable[[], Sequence[str] | None]) -> Pictures:
+    """Pictures of these files; known by their content."""
+    identity = {"files": [file_digest(path) for path in files]}
+    return Pictures(identity, len(files), partial(_file_pixels, files), captions)
+
+
+def _file_pixels(files: Sequence[Path]) -> Iterator[np.ndarray]:
+    for path in files:
+        try:
+            yield read_picture(path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _beside(files: Sequence[Path]) -> list[str] | None:
+    """The texts beside pictures; None if there is none."""
+    texts = [path.with_suffix(".txt") for path in files]
+    missing = [text for text in texts if not text.exists()]
+    if len(missing) == len(texts):
+        return None
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}: is not there, as {len(missing)} of {len(texts)}; give each picture a caption"
+        )
+    return [text.read_text("utf-8").strip() for text in texts]
+
+
+def _stored_pixels(store: Store, chosen: Sequence[int], size_px: int) -> Iterator[np.ndarray]:
+    return _of_samples(store, chosen, lambda files, row: files.images[size_px].pixels(row))
+
+
+def _stored_captions(store: Store, chosen: Sequence[int]) -> list[str]:
+    return list(_of_samples(store, chosen, lambda files, row: files.samples.fields(row)[1][0]))
+
+
+def _of_samples(store: Store, chosen: Sequence[int], read: Callable[[OpenShard, int], T]) -> Iterator[T]:
+    try:
+        for index in chosen:
+            shard, row = store.locate(index)
+            yield read(store.shard(shard), row)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,65 @@
+"""The network of FID and of the Inception score, from a file of weights."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import Config
+from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.weights import load_weights, weights_digest
+from stages.images.resample import center_square
+
+
+class InceptionFeatures(Config):
+    """Inception v3 as FID has it; with the weights of 2015 the distance is the published FID."""
+
+    kind: Literal["inception"] = "inception"
+    path: str
+    """Weights in .safetensors, by torchvision's names; docs/evaluation.md converts those of pytorch-fid."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures in one batch of the network; all are of one size."""
+
+    @property
+    def label(self) -> str:
+        return f"Inception v3, {Path(self.path).name}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return weights_digest("features.path", self.path)
+
+    def fingerprint(self) -> Mapping[str, object]:
+        return {"kind": self.kind, "sha256": self.sha256}
+
+    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
+        import torch
+
+        from imagen_core.evaluation.inception import FidInception
+        from imagen_core.images import from_pixels
+
+        model = load_weights("features.path", self.path, FidInception.of)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device).eval().requires_grad_(False)
+        features: list[np.ndarray] = []
+        logits: list[np.ndarray] = []
+        with torch.inference_mode():
+            for batch in self._batches(pictures):
+                for found, rows in zip(model(from_pixels(batch).to(device)), (features, logits), strict=True):
+                    rows.append(found.cpu().numpy())
+        return Extracted({"features": np.concatenate(features), "logits": np.concatenate(logits)})
+
+    def _batches(self, pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Centre squares of one size; pictures of another size begin a new batch."""
+        squares = map(center_square, pictures)
+        held: list[np.ndarray] = []
+        for square in squares:
+            if held and (len(held) == self.batch_size or square.shape != held[0].shape):
+                yield np.stack(held)
+                held = []
+            held.append(square)
+        if held:
+            yield np.stack(held)

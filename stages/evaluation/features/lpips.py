@@ -1,0 +1,79 @@
+"""LPIPS between pictures and those they should look like, from a file of weights."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.weights import load_weights, weights_digest
+from stages.images.resample import center_square
+
+
+class LpipsDistance(Config):
+    """The perceptual distance."""
+
+    path: str
+    """Weights in .safetensors: the features of torchvision's AlexNet or VGG-16 and LPIPS's own; docs/evaluation.md
+    converts them."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs in one batch of the network."""
+
+    @property
+    def label(self) -> str:
+        return f"LPIPS, {Path(self.path).name}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return weights_digest("lpips.path", self.path)
+
+    def fingerprint(self) -> Mapping[str, object]:
+        return {"kind": "lpips", "sha256": self.sha256}
+
+    def distances(self, pictures: Iterable[np.ndarray], originals: Iterable[np.ndarray]) -> Extracted:
+        """`features` float32 (n, 1): the distance of each pair of centre squares.
+
+        Raises:
+            MachineError: the weights cannot be read.
+            ConfigError: a pair of other sizes, or pictures that are too small.
+        """
+        import torch
+
+        from imagen_core.evaluation.lpips import Lpips
+        from imagen_core.images import from_pixels
+
+        model = load_weights("lpips.path", self.path, Lpips.of)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device).eval().requires_grad_(False)
+        found = []
+        with torch.inference_mode():
+            for batch in self._batches(pictures, originals):
+                a, b = (from_pixels(np.stack(side)).to(device) for side in zip(*batch, strict=True))
+                try:
+                    found.append(model(a, b).float().cpu().numpy()[:, None])
+                except ValueError as error:
+                    raise ConfigError(f"lpips: {error}") from error
+        return Extracted({"features": np.concatenate(found)})
+
+    def _batches(
+        self, pictures: Iterable[np.ndarray], originals: Iterable[np.ndarray]
+    ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+        held: list[tuple[np.ndarray, np.ndarray]] = []
+        for number, pair in enumerate(zip(pictures, originals, strict=True)):
+            a, b = map(center_square, pair)
+            if a.shape != b.shape:
+                raise ConfigError(
+                    f"lpips: picture {number} is {len(a)} px and the one it is compared with {len(b)} px; take "
+                    "equal sizes"
+                )
+            if held and (len(held) == self.batch_size or a.shape != held[0][0].shape):
+                yield held
+                held = []
+            held.append((a, b))
+        if held:
+            yield held

@@ -1,0 +1,46 @@
+"""Files of weights: .safetensors only, as others run code when they are loaded."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.errors import ConfigError, MachineError
+from pipeline.storage.files import file_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+def weights_digest(field: str, path: str) -> str:
+    """SHA-256 of the file that `field` of the configuration names.
+
+    Raises:
+        ConfigError: it is of another format.
+        MachineError: it cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ConfigError(
+            f"{field}: {path}: give weights in .safetensors (docs/evaluation.md converts .pth); TorchScript archives "
+            "are not read, as loading one runs code from the file"
+        )
+    try:
+        return file_digest(Path(path))
+    except OSError as error:
+        raise MachineError(f"{field}: {path} cannot be read ({error.strerror}); check the path") from error
+
+
+def load_weights(field: str, path: str, make: "Callable[[Mapping[str, Tensor]], T]") -> T:
+    """What `make` makes of the file's tensors; it raises ValueError if they do not fit.
+
+    Raises:
+        MachineError: the file cannot be read, or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return make(load_file(path))
+    except (SafetensorError, ValueError) as error:
+        raise MachineError(f"{field}: {path}: {error}; docs/evaluation.md says where the weights are from") from error

@@ -1,0 +1,267 @@
+"""Bits a dimension of stored pictures under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagen_core.diffusion import bits_per_dimension
+from imagen_core.diffusion.schedules import Discrete
+from imagen_core.diffusion.steps import AnyGrid, Uniform
+from imagen_core.images import in_range
+from imagen_core.samplers import SeededNoise
+from imagen_core.store import Store, StoreError
+from imagen_core.store.records import EmbeddingGroup
+from imagen_core.train import LoadedDenoiser, TrainError
+from imagen_core.train.data.encoders import encoder_facts
+from imagen_core.train.data.example import whole_conditions
+from pipeline.config import Config
+from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.fingerprint import differences
+from pipeline.job import Job
+from pipeline.storage.files import read_json, write_json
+from stages.checkpoints.load import load_checkpoint_from
+from stages.device import choose_device
+
+_CHANGES_NOTHING = {"device"}
+_BY_STEP = ("bound_bits", "x0_mse", "noise_mse")
+
+
+class LikelihoodConfig(Config):
+    """Which pictures, and under which model."""
+
+    checkpoint: str
+    """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
+    weights: str | None = None
+    """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
+    store: str
+    """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
+    first_picture: int = Field(default=0, ge=0)
+    """Where in the store's order to begin; a training keeps its last num_validation_samples out."""
+    num_pictures: int = Field(default=64, ge=1)
+    """How many pictures."""
+    grid: AnyGrid = Uniform()
+    """Steps of the bound."""
+    num_steps: int | None = Field(default=None, ge=2)
+    """How many; null: all steps of the model's discrete schedule."""
+    clip: bool = True
+    """Clip the estimated pictures to [-1, 1], as sampling does."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the noise; a picture's depends on its key too, and on nothing else."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pictures measured at once, and kept together when the run goes on."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type the network computes in."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+
+
+def likelihood_facts(config: LikelihoodConfig) -> Mapping[str, object]:
+    """What a run would do."""
+    loaded, store, sigmas = _open(config)
+    return {
+        "pictures": config.num_pictures,
+        "size_px": loaded.stage.size_px,
+        "steps": len(sigmas) - 1,
+        "network_calls": (len(sigmas) - 1) * -(-config.num_pictures // config.batch_size),
+        "checkpoint_step": loaded.step,
+        "samples_in_store": len(store),
+    }
+
+
+def measure(config: LikelihoodConfig, job: Job) -> Mapping[str, object]:
+    """Measures every batch that is not in the run folder yet; the means over all pictures.
+
+    `batches/START.json` has the bits of each picture, by key, and sums by step.
+
+    Raises:
+        ConfigError: checkpoint, store and settings do not fit together.
+        StaleOutputError: the folder holds measurements of other settings.
+    """
+    with job.working_folder() as root:
+        return _measure(config, job, root)
+
+
+def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, object]:
+    loaded, store, sigmas = _open(config)
+    device = choose_device(config.device)
+    _check_folder(config, loaded, store, job, root)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    loaded.denoiser.to(device, dtype)
+    end = config.first_picture + config.num_pictures
+    results: list[dict[str, Any]] = []
+    for start in range(config.first_picture, end, config.batch_size):
+        path = root / "batches" / f"{start:08d}.json"
+        result: dict[str, Any] | None = read_json(path)
+        if result is None:
+            if job.should_stop():
+                return {}
+            result = _measure_batch(
+                config, loaded, store, range(start, min(start + config.batch_size, end)), sigmas, job
+            )
+            write_json(path, result)
+        results.append(result)
+    return {"steps": len(sigmas) - 1, "device": str(device), **_means(results)}
+
+
+def _measure_batch(
+    config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, samples: range, sigmas: Tensor, job: Job
+) -> dict[str, Any]:
+    """Bits of each picture, and sums by step from the lowest noise up."""
+    settings = loaded.stage
+    weight = next(loaded.denoiser.parameters())
+    device, dtype = weight.device, weight.dtype
+    sizes = [size for size in (settings.size_px, settings.low_res_px) if size is not None]
+    loader = store.loader(
+        batch_size=len(samples),
+        images=sizes,
+        text=None if loaded.encoder is None else loaded.encoder["name"],
+        image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
+        transcriptions=settings.unet.transcription is not None,
+        labels=settings.unet.num_classes is not None,
+        max_tokens=loaded.max_tokens,
+        shuffle=False,
+        samples=samples,
+    )
+    raw = next(iter(loader))
+    keys: list[str] = raw["keys"]
+    if not keys:  # all removed from the store
+        return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _BY_STEP}}
+    pictures = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
+    x0 = pictures[settings.size_px]
+    seeds = [_seed(config.seed, key) for key in keys]
+
+    def noise(step: int) -> Tensor:
+        return SeededNoise(seeds, stream=step).draw(x0.shape[1:], device, dtype)
+
+    try:
+        conditioning = whole_conditions(raw, settings.unet, device, dtype)
+    except TrainError as error:
+        raise ConfigError(f"store {config.store}: {error}") from error
+    if settings.low_res_px is not None:
+        conditioning = loaded.denoiser.with_sampling_low_res(conditioning, pictures[settings.low_res_px], noise(-1))
+    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
+        found = bits_per_dimension(
+            loaded.denoiser,
+            x0,
+            conditioning,
+            sigmas,
+            noise,
+            clip=config.clip,
+            on_step=lambda done, steps: job.lines.show(
+                f"picture {samples.start - config.first_picture} of {config.num_pictures}, step {done}/{steps}"
+            ),
+        )
+    return {
+        "keys": keys,
+        "bits_per_dimension": found.total.tolist(),
+        "prior_bits": found.prior.tolist(),
+        "bound_bits": found.bound.sum(dim=0).tolist(),
+        "x0_mse": found.x0_mse.sum(dim=0).tolist(),
+        "noise_mse": found.noise_mse.sum(dim=0).tolist(),
+    }
+
+
+def _means(results: list[dict[str, Any]]) -> dict[str, object]:
+    results = [result for result in results if result["keys"]]
+    totals = [bits for result in results for bits in result["bits_per_dimension"]]
+    count = len(totals)
+    if not count:
+        raise ConfigError("first_picture, num_pictures: all these samples were removed from the store; choose others")
+    mean = math.fsum(totals) / count
+    spread = math.sqrt(math.fsum((bits - mean) ** 2 for bits in totals) / max(1, count - 1) / count)
+    by_step = {
+        name: [math.fsum(values) / count for values in zip(*(result[name] for result in results), strict=True)]
+        for name in _BY_STEP
+    }
+    return {
+        "pictures": count,
+        "bits_per_dimension": mean,
+        "standard_error": spread,
+        "prior_bits": math.fsum(bits for result in results for bits in result["prior_bits"]) / count,
+        **by_step,
+    }
+
+
+def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
+    """The model, the store with everything the model reads, and the noise levels."""
+    try:
+        loaded = load_checkpoint_from(config.checkpoint, config.weights)
+        settings = loaded.stage
+    except TrainError as error:
+        raise ConfigError(f"checkpoint: {error}") from error
+    try:
+        store = Store.open(config.store)
+    except StoreError as error:
+        raise ConfigError(f"store: {error}") from error
+    for size in (settings.size_px, settings.low_res_px):
+        if size is not None and size not in store.image_sizes:
+            raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
+    _check_encoder(config, "captions", loaded.encoder, store.manifest.texts)
+    _check_encoder(config, "pictures", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
+    if config.first_picture + config.num_pictures > len(store):
+        raise ConfigError(
+            f"num_pictures: {config.first_picture} + {config.num_pictures} is more than the {len(store)} samples of "
+            f"{config.store}"
+        )
+    schedule = settings.diffusion.schedule
+    steps = config.num_steps or (schedule.num_steps if isinstance(schedule, Discrete) else None)
+    if steps is None:
+        raise ConfigError(f"num_steps: give it; the model's schedule ({schedule.kind}) is continuous")
+    try:
+        sigmas = config.grid.sigmas(schedule, steps)
+        for sigma, sigma_next in pairwise(sigmas):
+            settings.diffusion.check_step(sigma, sigma_next)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return loaded, store, sigmas
+
+
+def _check_encoder(
+    config: LikelihoodConfig, what: str, trained_on: Mapping[str, Any] | None, groups: Mapping[str, EmbeddingGroup]
+) -> None:
+    """Refuses a store without the embeddings the model reads, or with those of another encoder."""
+    if trained_on is None:
+        return
+    name = trained_on["name"]
+    if name not in groups:
+        raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
+    changes = differences(dict(trained_on), encoder_facts(groups[name]))
+    if changes:
+        raise ConfigError(
+            f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"
+        )
+
+
+def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, job: Job, root: Path) -> None:
+    """Refuses a folder with measurements of other settings; with --restart removes them."""
+    record = {
+        "settings": config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
+        "checkpoint": {"step": loaded.step, "weights": loaded.weights, "sha256": loaded.sha256},
+        "store": {"sha256": store.manifest.sha256, "removals": store.manifest.num_removals},
+    }
+    path = root / "likelihood.json"
+    measured = sorted((root / "batches").glob("*.json"))
+    former = read_json(path) if measured else None
+    changes = [] if former is None else differences(former, record)
+    if changes and not job.options.restart:
+        raise StaleOutputError(
+            f"{job.run.url}: holds measurements of other settings: {'; '.join(changes[:5])}; "
+            "use another --out, or --restart to measure anew"
+        )
+    if changes:
+        for batch in measured:
+            batch.unlink()
+    write_json(path, record)
+
+
+def _seed(seed: int, key: str) -> int:
+    """Of a picture's noise."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -1,0 +1,69 @@
+"""All metrics that can be had from the features there are."""
+
+from collections.abc import Mapping
+
+from imagen_core.evaluation import clip_score, frechet_distance, inception_score, kernel_distance, precision_recall
+from pipeline.errors import ConfigError
+from stages.evaluation.config import EvaluateConfig
+from stages.evaluation.features.gather import FeatureSet
+
+
+def judge(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig) -> Mapping[str, object]:
+    """One row of the table; what cannot be had is not in it.
+
+    Raises:
+        ConfigError: features that do not fit together, or nothing to judge by.
+    """
+    labels = set() if reference is None else {generated.label, reference.label} - {None}
+    if len(labels) > 1:
+        raise ConfigError(
+            f"features of different models: {' and '.join(sorted(map(str, labels)))}; take generated and reference "
+            "from one"
+        )
+    try:
+        row = {**_distances(generated, reference, config), **_scores(generated, config)}
+    except ValueError as error:
+        raise ConfigError(f"generated and reference: {error}") from error
+    if not row:
+        raise ConfigError(
+            "nothing to judge by: give reference and features (distances), clip and captions (CLIP score), lpips, or "
+            "logits (Inception score)"
+        )
+    return {**row, **generated.facts}
+
+
+def _distances(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig) -> dict[str, object]:
+    if reference is None or reference.features is None or generated.features is None:
+        return {}
+    frechet = frechet_distance(generated.moments, reference.moments)
+    kernel = kernel_distance(generated.features, reference.features, **config.kernel.model_dump())
+    row: dict[str, object] = {
+        "pictures": generated.moments.count,
+        "reference_pictures": reference.moments.count,
+        "frechet_distance": frechet.distance,
+        "frechet_mean_term": frechet.mean_term,
+        "kernel_distance": kernel.mean,
+        "kernel_subset_size": kernel.subset_size,
+    }
+    if kernel.std is not None:
+        row["kernel_distance_std"] = kernel.std
+    if frechet.warning is not None:
+        row["warning"] = frechet.warning
+    if config.num_neighbours:
+        found = precision_recall(generated.features, reference.features, num_neighbours=config.num_neighbours)
+        row.update(precision=found.precision, recall=found.recall)
+    return row
+
+
+def _scores(generated: FeatureSet, config: EvaluateConfig) -> dict[str, object]:
+    row: dict[str, object] = {}
+    if generated.clip_images is not None and generated.clip_texts is not None:
+        clip = clip_score(generated.clip_images, generated.clip_texts)
+        row.update(pictures=len(generated.clip_images), clip_score=clip.mean, clip_score_error=clip.standard_error)
+    if generated.lpips is not None:
+        error = generated.lpips.std() / len(generated.lpips) ** 0.5
+        row.update(pictures=len(generated.lpips), lpips=float(generated.lpips.mean()), lpips_error=float(error))
+    if generated.logits is not None:
+        inception = inception_score(generated.logits, num_splits=config.num_splits)
+        row.update(pictures=len(generated.logits), inception_score=inception.mean, inception_score_std=inception.std)
+    return row

@@ -1,0 +1,82 @@
+"""The results of an evaluation as JSON, a table and a plot."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.files import temporary_name, write_json, write_text
+
+TABLE, RESULTS, PLOT = "results.md", "results.json", "distance-clip.svg"
+_COLUMNS = (
+    ("kernel_distance", "KD", "{:.5f}", "kernel_distance_std"),
+    ("precision", "precision", "{:.3f}", None),
+    ("recall", "recall", "{:.3f}", None),
+    ("clip_score", "CLIP score", "{:.3f}", "clip_score_error"),
+    ("inception_score", "IS", "{:.3f}", "inception_score_std"),
+    ("lpips", "LPIPS", "{:.4f}", "lpips_error"),
+)
+
+
+def write_report(root: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Writes the report; the names of its files.
+
+    Args:
+        facts: `features_model`, `clip_model` (labels) and `rows`, each with a `name` and metrics.
+    """
+    rows = facts["rows"]
+    write_json(root / RESULTS, facts)
+    write_text(root / TABLE, _table(rows, facts["features_model"], facts["clip_model"]))
+    points = [row for row in rows if "frechet_distance" in row and "clip_score" in row]
+    if len(points) < 2:
+        (root / PLOT).unlink(missing_ok=True)
+        return [RESULTS, TABLE]
+    _plot(root / PLOT, points, facts["features_model"], facts["clip_model"])
+    return [RESULTS, TABLE, PLOT]
+
+
+def distance_name(model: str | None) -> str:
+    """What the Frechet distance of a model's features is called: FID is that of the Inception network alone."""
+    return f"FD ({model or 'features of unknown origin'})"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> str:
+    columns = [("frechet_distance", distance_name(features_model), "{:.4f}", None), *_COLUMNS]
+    columns = [column for column in columns if any(column[0] in row for row in rows)]
+    lines = [
+        ["pictures of", "number", *(title for _, title, _, _ in columns)],
+        ["---"] * (len(columns) + 2),
+        *([row["name"], f"{row['pictures']:,}", *(_cell(row, *column) for column in columns)] for row in rows),
+    ]
+    notes = [f"- {row['name']}: {row['warning']}" for row in rows if "warning" in row]
+    cut = {row["captions_cut"] for row in rows if row.get("captions_cut")}
+    notes += [f"- {count:,} captions are longer than the CLIP model takes, and were cut" for count in cut]
+    notes += [f"- CLIP score: 100 cos, by {clip_model}"] if clip_model else []
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _cell(row: Mapping[str, Any], key: str, title: str, form: str, error: str | None) -> str:
+    del title
+    if key not in row:
+        return "-"
+    return form.format(row[key]) + ("" if error is None or error not in row else " ± " + form.format(row[error]))
+
+
+def _plot(path: Path, rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> None:
+    """The distance against the CLIP score, a labelled point a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    scores, distances = ([row[key] for row in rows] for key in ("clip_score", "frechet_distance"))
+    axes.plot(scores, distances, marker="o", color="#3b6ea5")
+    for row, score, distance in zip(rows, scores, distances, strict=True):
+        axes.annotate(f"{row['guidance']:g}", (score, distance), xytext=(5, 5), textcoords="offset points")
+    axes.set_xlabel("CLIP score" + (f" ({clip_model})" if clip_model else ""))
+    axes.set_ylabel(distance_name(features_model))
+    axes.set_title("guidance weights", fontsize=10)
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    temporary = temporary_name(path)
+    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    temporary.replace(path)

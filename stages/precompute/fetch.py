@@ -1,0 +1,87 @@
+"""Fetches the originals of a shard from any source into a staged tar."""
+
+import shutil
+from dataclasses import replace
+
+from imagen_core.store import REMOVED, RETRIED, Blocklist, StoreFolder, load_removals
+from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from pipeline.storage.run_folder import RunFolder
+from stages.captions import is_valid_text
+from stages.precompute.originals import OriginalsWriter
+from stages.sources.annotations import check_annotations
+from stages.sources.base import Original, Source
+
+ORIGINALS = "originals"
+SAMPLES = "samples"
+
+_FETCH_CPUS = 0.5  # mostly waits for the network or the disk
+
+
+class FetchStage(Stage):
+    """Source rows -> `originals` (intermediate): every row with its bytes, or with the reason of its drop.
+
+    What was removed from the store is not stored again: it is the drop `removed`.
+    """
+
+    name = "fetch"
+    resources = Resources(num_cpus=_FETCH_CPUS)
+
+    def __init__(self, source: Source, kind: str):
+        self.source = source
+        self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
+
+    def setup(self, run: RunFolder) -> None:
+        import webdataset  # noqa: F401 - here, so that no shard pays for it
+
+        self.source.prepare()
+
+    def process(self, task: Task) -> None:
+        wanted = _wanted_keys(task)
+        blocklist = Blocklist(load_removals(StoreFolder(task.run.store_url)))
+        counts = {"fetched": 0, "bytes": 0}
+        scratch = task.run.storage.new_folder()
+        try:
+            with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
+
+                def emit(original: Original) -> None:
+                    if original.row in task.retried_rows:
+                        original = replace(original, data=None, reason=RETRIED, detail="in a later round")
+                    if blocklist.blocks(original.key, original.url, original.data):
+                        original = replace(original, captions=(), data=None, reason=REMOVED, detail="", annotations={})
+                    original = _storable(original)
+                    writer.write(original)
+                    counts["fetched"] += original.data is not None
+                    counts["bytes"] += len(original.data or b"")
+
+                self.source.fetch(task.shard, wanted, scratch, emit)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        task.done(
+            ORIGINALS,
+            GroupResult(
+                rows=counts["fetched"],
+                counters={"bytes_fetched": counts["bytes"]},
+                info={"partial": wanted is not None},
+            ),
+        )
+
+
+def _storable(original: Original) -> Original:
+    """As it can be stored: text that was not UTF-8 is a drop, and only escaped as a URL."""
+    if original.reason is None and not is_valid_text(original.key):
+        original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
+    if original.url is not None and not is_valid_text(original.url):
+        original = replace(original, url=original.url.encode("utf-8", "backslashreplace").decode())
+    annotations, reason, detail = check_annotations(original.annotations)
+    if original.reason is None and reason is not None:
+        return replace(original, data=None, reason=reason, detail=detail, annotations=annotations)
+    return replace(original, annotations=annotations)
+
+
+def _wanted_keys(task: Task) -> frozenset[str] | None:
+    """All rows at first; if the shard's samples are fixed already, only those."""
+    if not task.has(SAMPLES):
+        return None
+    from imagen_core.store import read_samples
+
+    return frozenset(row.key for row in read_samples(task.input(SAMPLES)))

@@ -1,0 +1,144 @@
+"""The fetched originals of a shard: a webdataset tar with one sample a row, dropped rows included.
+
+Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and what is known of the writing in the picture) and, if
+it was fetched, `ROW.EXT` with the picture's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts
+them.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from stages.sources.annotations import Annotations
+from stages.sources.base import Original
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\x00", "tif"),
+    (b"MM\x00*", "tif"),
+)
+
+_ALWAYS = ("key", "url", "captions", "reason", "detail")
+
+
+class OriginalsWriter:
+    """Writes originals as they arrive; memory holds one at a time."""
+
+    def __init__(self, path: Path):
+        import webdataset as wds  # imports torch, so not at module level
+
+        self._file = path.open("wb")
+        self._tar = wds.TarWriter(self._file, mtime=0.0, encoder=False)
+
+    def write(self, original: Original) -> None:
+        metadata = {
+            "key": original.key,
+            "url": original.url,
+            "captions": list(original.captions),
+            "reason": original.reason,
+            "detail": original.detail,
+            **original.annotations,
+        }
+        sample: dict[str, object] = {
+            "__key__": f"{original.row:08d}",
+            "json": json.dumps(metadata).encode("ascii"),
+        }
+        if original.data is not None:
+            sample[_suffix(original.data)] = original.data
+        self._tar.write(sample)
+
+    def close(self) -> None:
+        self._tar.close()
+        self._file.close()
+
+    def __enter__(self) -> "OriginalsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOriginal:
+    """Where an original lies in the tar, and what is known of it."""
+
+    row: int
+    key: str
+    url: str | None
+    captions: tuple[str, ...]
+    reason: str | None
+    detail: str
+    offset: int = 0
+    size: int = 0
+    annotations: Annotations = field(default_factory=dict)
+
+
+class OriginalsReader:
+    """Originals in row order; pictures are read one at a time."""
+
+    def __init__(self, path: Path):
+        self._file: BinaryIO = path.open("rb")
+        self.entries: list[StoredOriginal] = sorted(_index(self._file), key=lambda entry: entry.row)
+
+    def data(self, entry: StoredOriginal) -> bytes:
+        """The picture's bytes as fetched."""
+        self._file.seek(entry.offset)
+        return self._file.read(entry.size)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "OriginalsReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
+    spans: dict[int, tuple[int, int]] = {}
+    metadata: dict[int, dict[str, object]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            name, _, suffix = member.name.partition(".")
+            if suffix == "json":
+                content = archive.extractfile(member)
+                assert content is not None
+                metadata[int(name)] = json.load(content)
+            else:
+                spans[int(name)] = (member.offset_data, member.size)
+    for row, values in metadata.items():
+        captions, url, reason = values["captions"], values["url"], values["reason"]
+        assert isinstance(captions, list)
+        yield StoredOriginal(
+            row,
+            str(values["key"]),
+            None if url is None else str(url),
+            tuple(captions),
+            None if reason is None else str(reason),
+            str(values["detail"]),
+            *spans.get(row, (0, 0)),
+            annotations={
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+                if name not in _ALWAYS
+            },
+        )
+
+
+def _suffix(data: bytes) -> str:
+    for magic, suffix in _MAGIC:
+        if data.startswith(magic):
+            return suffix
+    return "webp" if data[8:12] == b"WEBP" else "bin"

@@ -1,0 +1,249 @@
+"""Turns originals into samples and their pictures at every size, each straight from the original."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator
+
+from imagen_core.store import (
+    Codec,
+    SampleRow,
+    StoreFormat,
+    check_codec,
+    codec_settings,
+    image_group,
+    open_image_writer,
+    read_samples,
+    write_samples,
+)
+from pipeline.config import Config
+from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
+from pipeline.storage.run_folder import RunFolder
+from stages.images import ImageRejected, center_square, decode_rgb, pyramid
+from stages.precompute.fetch import ORIGINALS, SAMPLES
+from stages.precompute.originals import OriginalsReader, StoredOriginal
+
+
+class ImagesConfig(Config):
+    """The pictures to store."""
+
+    sizes_px: tuple[int, ...] = (64, 256)
+    """Side lengths; each is made from the decoded original, antialiased, never from another size. []: no pictures are
+    stored, and none is decoded."""
+    filter: Literal["bicubic", "lanczos", "box", "bilinear"] = "bicubic"
+    """Resampling filter, stretched when shrinking so that it does not alias."""
+    codec: Codec | dict[int, Codec] = "raw"
+    """How pictures are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
+    {1024: webp}, where sizes that are not named are raw."""
+    too_small: Literal["drop", "upscale"] = "drop"
+    """What to do with pictures whose short side is less than the largest size."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Pictures of more pixels are dropped unread (`too_many_pixels`): a guard against decompression bombs."""
+
+    @field_validator("sizes_px")
+    @classmethod
+    def _check_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+            raise ValueError("give each size once, in pixels")
+        return tuple(sorted(sizes))
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _check_codec(cls, codec: object, info: ValidationInfo) -> object:
+        for name in codec.values() if isinstance(codec, dict) else [codec]:
+            check_codec(name)
+        sizes = info.data.get("sizes_px", ())
+        if isinstance(codec, dict) and (unknown := {str(size) for size in codec} - {str(size) for size in sizes}):
+            raise ValueError(f"names the sizes {', '.join(sorted(unknown))}, but sizes_px is {list(sizes)}")
+        return codec
+
+    def codec_of(self, size_px: int) -> Codec:
+        """How pictures of one size are stored."""
+        return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec
+
+
+class _Unusable(Exception):
+    """A row that cannot become a sample, beside pictures that cannot be decoded."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What becomes of an original; without a picture the sha256 is "" and the size 0 x 0."""
+
+    sha256: str
+    width: int
+    height: int
+    pictures: Mapping[str, np.ndarray]
+    """By group."""
+
+
+class ResizeStage(Stage):
+    """`originals` -> `samples` and one `images-SIZE` group a size.
+
+    The first time a shard is seen, this stage decides which rows are samples. A size added later follows
+    the rows as they are: a row that can no longer be made is excluded, and the others keep their places.
+    """
+
+    name = "resize"
+    version = 2
+    inputs = (ORIGINALS,)
+
+    def __init__(self, images: ImagesConfig, store_format: StoreFormat):
+        self.images = images
+        self.store_format: StoreFormat = store_format
+        rules = {"max_pixels": images.max_pixels, "too_small": images.too_small}
+        self.groups = (
+            Group(SAMPLES, {"kind": "samples", **rules}),
+            *(
+                Group(
+                    image_group(size),
+                    {
+                        "kind": "images",
+                        "size_px": size,
+                        "codec": images.codec_of(size),
+                        "format": store_format,
+                        "config": {"filter": images.filter, **codec_settings(images.codec_of(size))},
+                    },
+                    aligned_with=(SAMPLES,),
+                )
+                for size in images.sizes_px
+            ),
+        )
+
+    def setup(self, run: RunFolder) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # shards are what runs in parallel
+
+    def process(self, task: Task) -> None:
+        with OriginalsReader(task.input(ORIGINALS)) as originals:
+            if SAMPLES in task.wanted:
+                self._begin_shard(task, originals)
+            else:
+                self._follow_samples(task, originals)
+
+    def _begin_shard(self, task: Task, originals: OriginalsReader) -> None:
+        """Decides the rows, and writes samples and pictures together."""
+        samples: list[SampleRow] = []
+        drops: list[Drop] = []
+        caption_ids: dict[str, int] = {}
+        with _ImageWriters(self, task) as writers:
+            for entry in originals.entries:
+                try:
+                    made = self._make(entry, originals, writers.sizes)
+                except (ImageRejected, _Unusable) as rejected:
+                    drops.append(Drop(entry.row, entry.key, str(rejected.reason), rejected.detail))
+                    continue
+                sample = SampleRow(
+                    key=entry.key,
+                    captions=entry.captions,
+                    caption_ids=tuple(caption_ids.setdefault(c, len(caption_ids)) for c in entry.captions),
+                    url=entry.url,
+                    sha256=made.sha256,
+                    width=made.width,
+                    height=made.height,
+                    input_row=entry.row,
+                    **entry.annotations,
+                )
+                for group, picture in made.pictures.items():
+                    writers.append(group, picture, sample)
+                samples.append(sample)
+        path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
+        write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
+        counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
+        task.done(SAMPLES, GroupResult(len(samples), drops, counters))
+        for group in writers.groups:
+            task.done(group, GroupResult(len(samples)))
+
+    def _follow_samples(self, task: Task, originals: OriginalsReader) -> None:
+        """Writes pictures for rows that are fixed already."""
+        by_key = {entry.key: entry for entry in originals.entries if entry.reason != "duplicate_key"}
+        samples = read_samples(task.input(SAMPLES))
+        with _ImageWriters(self, task) as writers:
+            drops: dict[str, list[Drop]] = {group: [] for group in writers.groups}
+            for row, sample in enumerate(samples):
+                pictures: Mapping[str, np.ndarray] = {}
+                try:
+                    entry = by_key.get(sample.key)
+                    if entry is None:
+                        raise _Unusable("source_changed", "the row is no longer in the source")
+                    made = self._make(entry, originals, writers.sizes)
+                    if made.sha256 != sample.sha256:
+                        raise _Unusable("source_changed", "other bytes than when the samples were made")
+                    pictures = made.pictures
+                except (ImageRejected, _Unusable) as rejected:
+                    for group in writers.groups:
+                        drops[group].append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
+                for group, size in zip(writers.groups, writers.sizes, strict=True):
+                    writers.append(group, pictures.get(group, np.zeros((size, size, 3), np.uint8)), sample)
+        for group in writers.groups:
+            info = {"excluded_rows": rows_by_reason(drops[group])}
+            task.done(group, GroupResult(len(samples), drops[group], info=info))
+
+    def _make(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
+        """Hashes and decodes an original, and makes its pictures.
+
+        Raises:
+            _Unusable: the row was not fetched, or the picture is too small.
+            ImageRejected: the picture cannot be decoded.
+        """
+        if entry.reason is not None:
+            raise _Unusable(entry.reason, entry.detail)
+        data = originals.data(entry)
+        if not sizes:
+            return _Made(hashlib.sha256(data).hexdigest() if data else "", 0, 0, {})
+        decoded = decode_rgb(data, max_pixels=self.images.max_pixels)
+        short = min(decoded.width, decoded.height)
+        if short < max(sizes) and self.images.too_small == "drop":
+            raise _Unusable("too_small", f"{decoded.width} x {decoded.height} px, {max(sizes)} needed")
+        square = center_square(decoded.pixels)
+        pictures = {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
+        return _Made(hashlib.sha256(data).hexdigest(), decoded.width, decoded.height, pictures)
+
+    def estimate_bytes(self, group: str, num_rows: int) -> int | None:
+        sizes = {image_group(size): size for size in self.images.sizes_px}
+        if group not in sizes:
+            return num_rows * 200
+        return num_rows * sizes[group] ** 2 * 3 if self.images.codec_of(sizes[group]) == "raw" else None
+
+
+class _ImageWriters:
+    """The open writers of the wanted image groups."""
+
+    def __init__(self, stage: ResizeStage, task: Task):
+        self.sizes = tuple(s for s in stage.images.sizes_px if image_group(s) in task.wanted)
+        self.groups = tuple(image_group(s) for s in self.sizes)
+        self.suffix = ".h5" if stage.store_format == "hdf5" else ".parquet"
+        self.stage = stage
+        self.task = task
+
+    def __enter__(self) -> "_ImageWriters":
+        with ExitStack() as stack:
+            self._writers = {
+                group: stack.enter_context(
+                    open_image_writer(
+                        self.task.output(group, self.suffix),
+                        size,
+                        self.stage.store_format,
+                        self.stage.images.codec_of(size),
+                    )
+                )
+                for group, size in zip(self.groups, self.sizes, strict=True)
+            }
+            self._stack = stack.pop_all()
+        return self
+
+    def append(self, group: str, pixels: np.ndarray, sample: SampleRow) -> None:
+        self._writers[group].append(pixels, sample.key, sample.sha256)
+
+    def __exit__(self, *details: object) -> bool | None:
+        return self._stack.__exit__(*details)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,140 @@
+"""Captions to draw pictures of: those of a store's samples or of a file, all or a seeded selection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from imagen_core.store import Store, StoreError
+from imagen_core.store.read.order import CAPTION, ORDER, choices, derive_key, permute
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from stages.captions import clean_caption, is_valid_text
+from stages.sources.tables import FORMATS, columns, read_rows, table_format
+from stages.stores import open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One caption of a set."""
+
+    text: str
+    key: str | None = None
+    """Key of the sample it is of, in a store."""
+    sample: int | None = None
+    """Index of that sample."""
+    number: int = 0
+    """Which of the sample's captions it is."""
+    transcription: str | None = None
+    """The text to be written in the picture; None: not known."""
+    label: int | None = None
+    """The picture's class, from 0; None: not known."""
+
+
+class _CaptionSet(Config):
+    path: str
+    num_captions: int | None = Field(default=None, ge=1)
+    """How many to take without replacement; null: all, in their order. Fewer are the first ones of more."""
+    seed: int = Field(default=0, ge=0)
+    """Decides which captions are taken, and in which order."""
+
+    def _chosen(self, count: int) -> Sequence[int]:
+        if self.num_captions is None:
+            return range(count)
+        return selection(count, self.num_captions, self.seed, f"captions.num_captions: {self.path}")
+
+
+class StoreCaptions(_CaptionSet):
+    """Captions of a store's samples: one of each sample. The store's embeddings are used if its encoder is the
+    cascade's."""
+
+    kind: Literal["store"] = "store"
+    path: str
+    """Store, or the run folder around it."""
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.path)
+
+    def captions(self) -> list[Caption]:
+        """Where a sample has several captions, a hash of the seed and its index chooses one.
+
+        Raises:
+            ConfigError: the store cannot be read, or has fewer samples than captions are wanted.
+        """
+        chosen = self._chosen(len(self.store))
+        hashes = choices(np.asarray(chosen, np.int64), derive_key(self.seed, CAPTION))
+        found: dict[int, Caption] = {}
+        try:
+            for index, chance in sorted(zip(chosen, hashes, strict=True)):  # shard by shard
+                shard, row = self.store.locate(index)
+                samples = self.store.shard(shard).samples
+                key, texts, *_ = samples.fields(row)
+                number = chance % len(texts)
+                written, label = samples.transcription(row), samples.label(row)
+                found[index] = Caption(texts[number], key, index, number, written, label)
+        except StoreError as error:
+            raise ConfigError(f"captions.path: {error}") from error
+        return [found[index] for index in chosen]
+
+
+class FileCaptions(_CaptionSet):
+    """Captions of a file: txt with one a line, or a column of csv, tsv, jsonl or parquet."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    """The file; a path or a URL."""
+    caption_column: str = "caption"
+    """Column of a table."""
+
+    def captions(self) -> list[Caption]:
+        """Empty lines are left out.
+
+        Raises:
+            ConfigError: the file cannot be read, has no such column, or has fewer captions than wanted.
+        """
+        texts = [clean_caption(text) for text in self._read()]
+        texts = [text for text in texts if text]
+        bad = next((text for text in texts if not is_valid_text(text)), None)
+        if bad is not None:
+            raise ConfigError(f"captions.path: {self.path}: {bad!r} is not valid text; write it in UTF-8")
+        if not texts:
+            raise ConfigError(f"captions.path: {self.path} has no captions; give a file with at least one")
+        return [Caption(texts[index]) for index in self._chosen(len(texts))]
+
+    def _read(self) -> list[str]:
+        kind = table_format(self.path)
+        if kind not in FORMATS:
+            raise ConfigError(
+                f"captions.path: {self.path}: format {kind!r} is not supported; use {', '.join(FORMATS)}"
+            )
+        try:
+            if kind == "txt":
+                return [row["url"] for row in read_rows(self.path, None)]
+            present = columns(self.path)
+            if self.caption_column not in present:
+                raise ConfigError(
+                    f"captions.caption_column: {self.path} has no column {self.caption_column!r}; "
+                    f"it has: {', '.join(present)}"
+                )
+            rows = read_rows(self.path, [self.caption_column])
+            return [str(row.get(self.caption_column) or "") for row in rows]
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("source.path", "captions.path")) from error
+
+
+AnyCaptions = Annotated[StoreCaptions | FileCaptions, Field(discriminator="kind")]
+
+
+def selection(count: int, wanted: int, seed: int, what: str) -> list[int]:
+    """`wanted` of range(count) without replacement; fewer are the first ones of more, whatever the numpy version.
+
+    Raises:
+        ConfigError: there are fewer; begins with `what`.
+    """
+    if wanted > count:
+        raise ConfigError(f"{what}: {wanted} wanted, but there are {count}; ask for at most {count}")
+    return permute(np.arange(wanted), count, derive_key(seed, ORDER)).tolist()

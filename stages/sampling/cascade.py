@@ -1,0 +1,60 @@
+"""Loads the trained stages of a cascade, and says where it runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from imagen_core.cascade import Cascade, CascadeStage
+from imagen_core.train import LoadedDenoiser, TrainError
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import differences
+from stages.checkpoints.load import load_checkpoint_from
+from stages.sampling.config import SampleConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCascade:
+    """A cascade and the checkpoints of its stages."""
+
+    cascade: Cascade
+    checkpoints: Sequence[LoadedDenoiser]
+
+    @property
+    def origins(self) -> list[dict[str, object]]:
+        """Which checkpoint each stage is from."""
+        return [{"step": c.step, "weights": c.weights, "sha256": c.sha256} for c in self.checkpoints]
+
+
+def load_cascade(config: SampleConfig) -> LoadedCascade:
+    """The cascade a configuration names.
+
+    Raises:
+        ConfigError: a checkpoint is missing, damaged, or was trained with another encoder than the others.
+    """
+    stages: list[CascadeStage] = []
+    checkpoints: list[LoadedDenoiser] = []
+    encoder: Mapping[str, object] | None = None
+    for number, stage in enumerate(config.stages):
+        if config.output_px is not None and stages and stages[-1].size_px == config.output_px:
+            break
+        try:
+            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
+            loaded.stage  # noqa: B018 - refuses a prior
+        except TrainError as error:
+            raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
+        if loaded.encoder is not None and encoder is not None:
+            changes = differences(dict(encoder), dict(loaded.encoder))
+            if changes:
+                raise ConfigError(
+                    f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
+                    f"{'; '.join(changes)}; take stages trained on one encoder"
+                )
+        encoder = encoder or loaded.encoder
+        stages.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
+        checkpoints.append(loaded)
+    if config.output_px not in (None, stages[-1].size_px):
+        sizes = [stage.size_px for stage in stages]
+        raise ConfigError(f"output_px: no stage draws {config.output_px} px; the stages draw {sizes}")
+    try:
+        return LoadedCascade(Cascade(stages, None if encoder is None else dict(encoder)), checkpoints)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,252 @@
+"""Opens a URL as urllib does, within limits of time, bytes, redirects and addresses.
+
+Every connection is made in `Visit.connect`, and every byte received comes through `_Wire`, also those of redirects
+and proxies. So it does not matter what a server claims or leaves out.
+"""
+
+import http.client
+import io
+import re
+import socket
+import ssl
+import sys
+import time
+import urllib.request
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from functools import cache, partial
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+
+from stages.sources.download.addresses import is_public
+from stages.sources.download.config import DownloadConfig
+
+Endpoint = tuple[str, int]
+"""IP address, port."""
+
+
+class Refused(Exception):
+    """A limit was reached. The message starts with the reason of the drop and a colon."""
+
+
+def make_opener() -> urllib.request.OpenerDirector:
+    """Opens http and https for visits, with the proxies that the environment names now."""
+    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(proxies),
+        _HttpHandler(),
+        _Redirects(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+class Visit:
+    """One download; the clock starts when it is made.
+
+    Args:
+        opener: from `make_opener`; visits may share it, also at the same time.
+        own: an address of this program itself, allowed though it be private.
+    """
+
+    def __init__(self, config: DownloadConfig, opener: urllib.request.OpenerDirector, own: Endpoint | None = None):
+        self.config = config
+        self.opener = opener
+        self.own = own
+        self.redirects = 0
+        self.opened = False
+        """Whether `open` was called."""
+        self.retry_after_s = 0.0
+        """What a 429 or 503 asked to wait."""
+        self._ends = time.monotonic() + config.deadline_s
+        self._bytes_left = config.max_bytes
+
+    def open(self, request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+        """In the place of `urllib.request.urlopen`."""
+        self.opened = True
+        vars(request)["visit"] = self  # redirects take it along
+        try:
+            return self.opener.open(request, timeout=timeout)
+        except HTTPError as error:
+            if error.code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+                self.retry_after_s = retry_after_s(error.headers, time.time())
+            error.close()
+            raise
+
+    def connect(self, host: str, port: int, *, proxy: bool) -> socket.socket:
+        """Connects to the first allowed address of a host that answers; each is checked after the one lookup.
+
+        Raises:
+            Refused: no address is allowed.
+            OSError: none answered.
+        """
+        failure: Exception | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            if not (proxy or self._is_allowed(str(address[0]), int(address[1]))):
+                failure = failure or Refused(f"forbidden_address: {host} is at {address[0]}")
+                continue
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(self.wait_s())
+                sock.connect(address)
+                sock.settimeout(self.wait_s())  # for the TLS handshake
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure or OSError(f"No address for {host}")
+
+    def check_written(self, url: str) -> None:
+        """Checks the address written into a URL that a proxy will fetch; a name is looked up by the proxy."""
+        host = urlsplit(url).hostname or ""
+        try:
+            address = str(ip_address(host))
+        except ValueError:
+            return
+        if not (self.config.allow_private_addresses or is_public(address)):
+            raise Refused(f"forbidden_address: {host}")
+
+    def _is_allowed(self, address: str, port: int) -> bool:
+        return self.config.allow_private_addresses or (address, port) == self.own or is_public(address)
+
+    def wait_s(self) -> float:
+        """How long to wait for the next bytes.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        left_s = self._ends - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"timed out after {self.config.deadline_s:g} s in all")
+        return min(self.config.timeout_s, left_s)
+
+    def count_bytes(self, received: int) -> None:
+        self._bytes_left -= received
+        if self._bytes_left < 0:
+            raise self.too_large()
+
+    def count_redirect(self) -> None:
+        self.redirects += 1
+        if self.redirects > self.config.max_redirects:
+            raise Refused(f"too_many_redirects: more than {self.config.max_redirects}")
+
+    def too_large(self) -> Refused:
+        return Refused(f"too_large: more than {self.config.max_bytes} bytes")
+
+
+def retry_after_s(headers: Message, now: float) -> float:
+    """Seconds that Retry-After asks for (RFC 9110, 10.2.3: seconds or a date); 0 where it says nothing one can read.
+
+    Args:
+        now: seconds since 1970.
+    """
+    text = (headers["Retry-After"] or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Wire(io.RawIOBase):
+    """The bytes of a socket, in time and counted."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, visit: Visit):
+        self._socket = sock
+        self._raw = raw
+        self._visit = visit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._socket.settimeout(self._visit.wait_s())
+        received = self._raw.readinto(buffer)
+        self._visit.count_bytes(received or 0)
+        return received
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Reader(io.BufferedReader):
+    """Refuses a claimed size before it is allocated."""
+
+    def __init__(self, wire: _Wire, visit: Visit):
+        super().__init__(wire)
+        self._visit = visit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if (size or 0) > self._visit.config.max_bytes:
+            raise self._visit.too_large()
+        return super().read(size)
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, visit: Visit, **options: Any):
+        super().__init__(sock, *arguments, **options)
+        self.fp: Any = _Reader(_Wire(sock, self.fp.detach(), visit), visit)
+
+
+class _Http(http.client.HTTPConnection):
+    visit: Visit
+    to_proxy: bool
+
+    def connect(self) -> None:
+        self.sock = self.visit.connect(self.host, self.port, proxy=self.to_proxy)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tunnel_host:  # type: ignore[attr-defined]
+            self._tunnel()  # type: ignore[attr-defined]
+
+
+class _Https(http.client.HTTPSConnection, _Http):
+    """Its connect is that of HTTPSConnection, which wraps what `_Http` connects."""
+
+
+class _HttpHandler(urllib.request.AbstractHTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._connection, _Http, request), request)  # type: ignore[arg-type]
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._connection, _Https, request), request, context=_tls())  # type: ignore[arg-type]
+
+    def _connection(self, kind: type[_Http], request: urllib.request.Request, host: str, **options: Any) -> _Http:
+        visit: Visit = vars(request)["visit"]
+        connection = kind(host, **options)
+        connection.visit = visit
+        connection.to_proxy = request.has_proxy() or bool(request._tunnel_host)  # type: ignore[attr-defined]
+        connection.response_class = partial(_Response, visit=visit)  # type: ignore[assignment]
+        if connection.to_proxy:
+            visit.check_written(request.full_url)
+        return connection
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_
+    https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = sys.maxsize  # `Visit` counts them
+
+    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
+        visit: Visit = vars(req)["visit"]
+        visit.count_redirect()
+        further = super().redirect_request(req, *arguments)
+        if further is not None:
+            vars(further)["visit"] = visit
+        return further

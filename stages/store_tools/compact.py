@@ -1,0 +1,233 @@
+"""`pipeline remove --compact`: erases removed samples from every file of a store and of the run around it.
+
+New files are written beside the old ones, under names with a revision; the manifest then goes over to all of them at
+once, and last the old ones are deleted. Killed at any moment, the store is the old one or the new one, and the same
+command again does the rest.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from imagen_core.store import (
+    MANIFEST_NAME,
+    REMOVED,
+    SAMPLES_GROUP,
+    SCHEMA_VERSION,
+    Blocklist,
+    ErasedShard,
+    FileEntry,
+    Group,
+    Removal,
+    SamplesFile,
+    StoreFolder,
+    list_removals,
+    load_manifest,
+    load_removals,
+    parse_group,
+    removed_rows,
+    revision_of,
+    shard_path,
+)
+from pipeline.engine.retries import redact_retries
+from pipeline.errors import ConfigError
+from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
+from pipeline.storage.run_folder import STORE, Record, RunFolder
+from stages.precompute.fetch import ORIGINALS
+from stages.precompute.manifest import run_group
+from stages.precompute.originals import OriginalsReader, OriginalsWriter
+from stages.sources.base import Original
+
+
+@dataclass(slots=True)
+class Compacted:
+    """What was done: files written again, and bytes that the store takes less."""
+
+    files: int = 0
+    bytes_freed: int = 0
+    removed_inputs: dict[int, set[int]] = field(default_factory=dict)
+    """Input rows of the removed samples, by shard index."""
+
+
+def compact(store: Path, run: RunFolder | None) -> Compacted:
+    """Erases all removed samples; the caller holds the run's lock.
+
+    Raises:
+        ConfigError: a store of schema 1.
+        StoreError: a file cannot be read.
+    """
+    remove_temporaries(store)  # of a compaction that was killed
+    folder = StoreFolder(store)
+    removals = load_removals(folder)
+    blocklist = Blocklist(removals)
+    files: _StoreFiles = _StoreFiles(folder) if run is None else _RunFiles(run)
+    result, new_files = Compacted(), {}
+    for shard, revision in sorted(_last_removals(removals).items()):
+        for name, entry in _erase_shard(store, files, shard, revision, removals, result).items():
+            new_files[shard, name] = entry
+    if run is not None:
+        _compact_originals(run, blocklist, len(removals), result)
+        redact_retries(run, result.removed_inputs, lambda row: _is_blocked(blocklist, row))
+        run.storage.delete_folder("report")  # shows pictures and captions
+    if (store / MANIFEST_NAME).exists():
+        list_removals(folder, new_files)
+    for (shard, _), entry in new_files.items():
+        _delete_others(store / entry.path, shard)
+    return result
+
+
+def _last_removals(removals: Sequence[Removal]) -> dict[int, int]:
+    """Shard index -> number of the last removal with rows of it."""
+    return {shard: number for number, removal in enumerate(removals, start=1) for shard in removal.rows}
+
+
+class _StoreFiles:
+    """The files of a store without its run; what is written again is told to the manifest alone."""
+
+    def __init__(self, folder: StoreFolder):
+        manifest = load_manifest(folder)
+        if manifest.schema_version < SCHEMA_VERSION:
+            raise ConfigError(
+                f"{folder.url}: a store of schema {manifest.schema_version} cannot be compacted; its removed samples "
+                "are hidden from readers, or make it anew with `pipeline run precompute --restart`"
+            )
+        self.groups: dict[str, Group] = manifest.groups
+        self._manifest = manifest
+
+    def entries(self, shard: int) -> Mapping[str, FileEntry]:
+        """The shard's file in each group."""
+        (positions,) = np.nonzero(self._manifest.index == shard)
+        return self._manifest.shard(int(positions[0])).files if len(positions) else {}
+
+    def replace(self, shard: int, new: Mapping[str, FileEntry]) -> None:
+        """Notes the new files of a shard."""
+
+
+class _RunFiles(_StoreFiles):
+    """The files of a run, of unfinished groups too, as its records say."""
+
+    def __init__(self, run: RunFolder):
+        self._run = run
+        names = [name for name in run.begun_groups() if name != ORIGINALS]
+        self.groups = {name: parse_group(name, run_group(run, name)) for name in names}
+
+    def entries(self, shard: int) -> Mapping[str, FileEntry]:
+        records = {name: self._run.read_record(name, f"{shard:05d}") for name in self.groups}
+        return {name: self._entry(record) for name, record in records.items() if record is not None}
+
+    def _entry(self, record: Record) -> FileEntry:
+        (file,) = record["files"]  # type: ignore[misc]
+        path = file["path"].removeprefix(f"{STORE}/")
+        rows = record["info"].get("captions", record["rows"])  # type: ignore[attr-defined]
+        return FileEntry(path, file["bytes"], file["sha256"], rows)
+
+    def replace(self, shard: int, new: Mapping[str, FileEntry]) -> None:
+        for name, entry in new.items():
+            _replace_file(self._run, name, shard, f"{STORE}/{entry.path}", entry)
+
+
+def _erase_shard(
+    store: Path, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
+) -> dict[str, FileEntry]:
+    """Writes what is not erased yet; the shard's files as they are now, by group."""
+    entries = files.entries(shard)
+    if SAMPLES_GROUP not in entries:
+        return {}
+    path = str(store / entries[SAMPLES_GROUP].path)
+    samples = SamplesFile(path, path)
+    removed = removed_rows(removals, shard, samples)
+    if not removed:
+        return {}
+    result.removed_inputs[shard] = {samples.row(row).input_row for row in removed}
+    erased = ErasedShard.of(shard, samples, removed)
+    new: dict[str, FileEntry] = {}
+    for name, entry in entries.items():
+        if revision_of(entry.path) < revision:
+            group = files.groups[name]
+            relative = shard_path(name, shard, group.format, revision)
+            temporary = temporary_name(store / relative)
+            try:
+                rows = erased.write(group, str(store / entry.path), temporary)
+                new[name] = FileEntry(relative, temporary.stat().st_size, file_digest(temporary), rows)
+                commit_file(temporary, store / relative)
+            finally:
+                temporary.unlink(missing_ok=True)
+            result.files += 1
+            result.bytes_freed += entry.bytes - new[name].bytes
+    files.replace(shard, new)
+    return {**entries, **new}
+
+
+def _replace_file(run: RunFolder, group: str, shard: int, name: str, entry: FileEntry) -> None:
+    """Changes the record of a finished (group, shard) to another file."""
+    record = run.read_record(group, f"{shard:05d}")
+    assert record is not None
+    file = {"path": name, "bytes": entry.bytes, "sha256": entry.sha256}
+    run.storage.write_json(run.record_name(group, f"{shard:05d}"), {**record, "files": [file]})
+
+
+def _delete_others(path: Path, shard: int) -> None:
+    """Deletes the files of a shard that another one has taken the place of."""
+    for other in path.parent.glob(f"{shard:05d}.*"):
+        if other != path:
+            other.unlink()
+
+
+def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, result: Compacted) -> None:
+    """Erases pictures, captions and URLs from the fetched originals that the run keeps."""
+    for record in run.records(ORIGINALS):
+        shard = int(str(record["shard"]))
+        path = run.root / run.committed_file(ORIGINALS, f"{shard:05d}")
+        gone = result.removed_inputs.get(shard, set())
+        with OriginalsReader(path) as old:
+            rows = set(_blocked_originals(old, blocklist, gone))
+            if rows:
+                final = path.with_name(f"{shard:05d}.r{revision}{path.suffix}")
+                temporary = temporary_name(final)
+                try:
+                    _copy_originals(old, temporary, rows)
+                    entry = FileEntry(final.name, temporary.stat().st_size, file_digest(temporary), 0)
+                    commit_file(temporary, final)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                _replace_file(run, ORIGINALS, shard, final.relative_to(run.root).as_posix(), entry)
+                path = final
+                result.files += 1
+        _delete_others(path, shard)
+
+
+def _blocked_originals(originals: OriginalsReader, blocklist: Blocklist, gone: Collection[int]) -> Iterator[int]:
+    for entry in originals.entries:
+        if entry.reason != REMOVED:
+            data = originals.data(entry) if entry.size else None
+            if entry.row in gone or blocklist.blocks(entry.key, entry.url, data):
+                yield entry.row
+
+
+def _copy_originals(old: OriginalsReader, path: Path, erased: Collection[int]) -> None:
+    with OriginalsWriter(path) as new:
+        for entry in old.entries:
+            if entry.row in erased:
+                new.write(Original(entry.row, entry.key, None, (), None, REMOVED))
+                continue
+            data = old.data(entry) if entry.size else None
+            new.write(
+                Original(
+                    entry.row,
+                    entry.key,
+                    entry.url,
+                    entry.captions,
+                    data,
+                    entry.reason,
+                    entry.detail,
+                    entry.annotations,
+                )
+            )
+
+
+def _is_blocked(blocklist: Blocklist, row: object) -> bool:
+    """Whether a source row, as the source's shards have it, names a key or URL that was removed."""
+    texts = [value for value in row if isinstance(value, str)] if isinstance(row, list) else []
+    return any(blocklist.has("key", text) or blocklist.has("url", text) for text in texts)

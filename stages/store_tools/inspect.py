@@ -1,0 +1,54 @@
+"""`pipeline inspect`: what a store holds, or what became of one sample."""
+
+from collections import Counter
+
+from imagen_core.store import REMOVED, EmbeddingGroup, ImagesGroup
+from pipeline.commands import CommandResult
+from pipeline.units import human_bytes
+from stages.store_tools.lineage import lineage_command
+from stages.stores import group_bytes, open_place, open_store
+
+
+def inspect_command(
+    path: str, *, key: str | None = None, url: str | None = None, sha256: str | None = None
+) -> CommandResult:
+    """Counts, groups, bytes and encoder fingerprints; or all about the samples with a key, URL or sha256."""
+    store = open_store(path)
+    if (key, url, sha256) != (None, None, None):
+        folder, run = open_place(path)
+        return lineage_command(store, folder, run, key=key, url=url, sha256=sha256)
+    sizes = group_bytes(store)
+    groups: dict[str, object] = {}
+    lines = [f"{len(store)} samples in {store.manifest.num_shards} shards, {human_bytes(sum(sizes.values()))}"]
+    if store.manifest.failed_shards:
+        lines.append(f"  without {len(store.manifest.failed_shards)} shards that failed: run the same command again")
+    excluded = Counter(reason for rows in store.manifest.excluded.values() for reason in rows.values())
+    if removed := excluded[REMOVED]:
+        lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
+    for name, group in store.manifest.groups.items():
+        entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
+        text, facts = "", {}
+        if isinstance(group, ImagesGroup):
+            entry.update(size_px=group.size_px, codec=group.codec, **group.config)
+            text, facts = f"{group.size_px} px, {group.codec}, {group.format}", group.config
+        elif isinstance(group, EmbeddingGroup):
+            entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
+            text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
+            facts = group.fingerprint
+        groups[name] = entry
+        lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
+        lines += [f"      {key}: {value}" for key, value in sorted(facts.items())]
+    result: dict[str, object] = {
+        "input_rows": store.manifest.input_rows,
+        "num_samples": len(store),
+        "num_removed": removed,
+        "removals": store.manifest.listed_removals,
+        "num_shards": store.manifest.num_shards,
+        "failed_shards": list(store.manifest.failed_shards),
+        "image_sizes": store.image_sizes,
+        "encoders": store.encoders,
+        "image_encoders": store.image_encoders,
+        "schema_version": store.manifest.schema_version,
+        "groups": groups,
+    }
+    return result, lines, 0

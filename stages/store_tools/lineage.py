@@ -1,0 +1,172 @@
+"""`pipeline inspect STORE --key K`: what became of one sample, from its URL to each row made of it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from imagen_core.store import (
+    IDENTIFIERS,
+    EmbeddingGroup,
+    Removal,
+    Store,
+    StoreFolder,
+    TextGroup,
+    load_removals,
+    matching_rows,
+    value_digest,
+)
+from pipeline.commands import CommandResult
+from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from pipeline.storage.run_folder import QUARANTINE, RunFolder
+
+_ANNOTATIONS = ("transcription", "safebox", "label")
+_FINGERPRINT = ("model", "revision", "weights_sha256", "max_tokens")
+
+
+def lineage_command(store: Store, folder: StoreFolder, run: RunFolder | None, **asked: str | None) -> CommandResult:
+    """All samples with a key, URL or sha256: in the store, removed, or dropped (by key, in a run folder).
+
+    Raises:
+        ConfigError: more than one identifier is given.
+    """
+    given = [(name, value) for name, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join('--' + name for name in IDENTIFIERS)}")
+    ((name, value),) = given
+    removals = load_removals(folder)
+    found = list(_stored(store, removals, name, value)) or list(_removed(removals, name, value))
+    if run is not None and name == "key":
+        found += _dropped(run, value)
+    result: dict[str, object] = {name: value, "found": found}
+    if not found:
+        return result, [f"{name} {value}: unknown: no sample, removed or dropped row has it"], EXIT_FAILED
+    return result, [line for entry in found for line in _lines(entry)], EXIT_OK
+
+
+def _stored(store: Store, removals: list[Removal], name: str, value: str) -> Iterator[dict[str, Any]]:
+    manifest = store.manifest
+    for position in range(manifest.num_shards):
+        if not manifest.rows[position]:
+            continue
+        shard = int(manifest.index[position])
+        samples = store.shard(position).samples
+        for row, _ in matching_rows(samples, {name: (value,)}):
+            sample = samples.row(row)
+            reason = manifest.excluded.get(position, {}).get(row)
+            yield {
+                "fate": "stored" if reason is None else "excluded",
+                **({} if reason is None else {"reason": reason}),
+                "shard": shard,
+                "row": row,
+                "key": sample.key,
+                "url": sample.url,
+                "sha256": sample.sha256,
+                "width": sample.width,
+                "height": sample.height,
+                "input_row": sample.input_row,
+                "retry_of": _retry_of(store, position, sample.input_row),
+                **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
+                "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
+                "groups": _groups(store, position, row, sample.caption_ids),
+                **_removal_of(removals, shard, row),
+            }
+
+
+def _retry_of(store: Store, position: int, input_row: int) -> dict[str, int] | None:
+    """Where the row was tried before."""
+    retries = store.manifest.retries.get(position)
+    if retries is None:
+        return None
+    shard, row = retries[input_row].tolist()
+    return {"shard": shard, "input_row": row}
+
+
+def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...]) -> dict[str, object]:
+    """In each group: the file, the rows in it and, of embeddings, their shapes and who made them."""
+    result: dict[str, object] = {}
+    files = store.shard(position)
+    for name, group in store.manifest.groups.items():
+        entry = store.manifest.file(name, position)
+        assert entry is not None
+        rows = list(caption_ids) if isinstance(group, TextGroup) else [row]
+        facts: dict[str, object] = {"file": entry.path, "rows": rows}
+        if isinstance(group, EmbeddingGroup):
+            opened = (files.text if isinstance(group, TextGroup) else files.image_embeds)[group.encoder]
+            facts |= {
+                "shapes": [[int(opened.num_tokens[i]), group.dim] for i in rows],
+                "dtype": group.dtype,
+                "encoder": {key: group.fingerprint[key] for key in _FINGERPRINT if key in group.fingerprint},
+            }
+        result[name] = facts
+    return result
+
+
+def _removal_of(removals: list[Removal], shard: int, row: int) -> dict[str, object]:
+    for number, removal in enumerate(removals, start=1):
+        if any(removed.row == row for removed in removal.rows.get(shard, ())):
+            return {"fate": "removed", "removal": _facts(number, removal)}
+    return {}
+
+
+def _removed(removals: list[Removal], name: str, value: str) -> Iterator[dict[str, Any]]:
+    """Rows that are erased, and values that were asked for but never were in the store."""
+    digest = value_digest(name, value)
+    numbered = [(removal, _facts(number, removal)) for number, removal in enumerate(removals, start=1)]
+    erased = [
+        {"fate": "removed", "shard": shard, "row": row.row, "removal": facts}
+        for removal, facts in numbered
+        for shard, rows in removal.rows.items()
+        for row in rows
+        if getattr(row, name) == digest
+    ]
+    blocked = [{"fate": "blocked", "removal": facts} for removal, facts in numbered if digest in removal.blocked[name]]
+    yield from erased or blocked[:1]
+
+
+def _facts(number: int, removal: Removal) -> dict[str, object]:
+    return {"number": number, "time": removal.time, "reason": removal.reason}
+
+
+def _dropped(run: RunFolder, key: str) -> Iterator[dict[str, Any]]:
+    """Every list of drops that has the key."""
+    for group in run.begun_groups():
+        for shard in sorted(run.storage.names(f"{QUARANTINE}/{group}")):
+            for line in map(json.loads, run.storage.read_lines(f"{QUARANTINE}/{group}/{shard}")):
+                if line["key"] == key:
+                    place = {"shard": int(shard.removesuffix(".jsonl")), "group": group, "input_row": line["row"]}
+                    yield {"fate": "dropped", **place, "reason": line["reason"], "detail": line["detail"]}
+
+
+def _lines(entry: dict[str, Any]) -> list[str]:
+    where = f"shard {entry['shard']:05d}" if "shard" in entry else ""
+    if "removal" in entry:
+        removal = entry["removal"]
+        because = f": {removal['reason']}" if removal["reason"] else ""
+        what = "blocked" if entry["fate"] == "blocked" else f"removed from {where} row {entry['row']}"
+        lines = [f"{what} on {removal['time']} (removal {removal['number']}){because}"]
+        if "key" not in entry:
+            return lines
+    elif entry["fate"] == "dropped":
+        detail = f" ({entry['detail']})" if entry["detail"] else ""
+        return [f"dropped from {entry['group']} of {where}, row {entry['input_row']}: {entry['reason']}{detail}"]
+    else:
+        reason = f", excluded: {entry['reason']}" if "reason" in entry else ""
+        lines = [f"sample in {where} row {entry['row']}{reason}"]
+    lines += [f"  {name:<10} {entry[name]}" for name in IDENTIFIERS]
+    lines.append(f"  original   {entry['width']} x {entry['height']} px, input row {entry['input_row']}")
+    if entry["retry_of"]:
+        lines.append(
+            f"  tried      before in shard {entry['retry_of']['shard']:05d}, input row "
+            f"{entry['retry_of']['input_row']}"
+        )
+    lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
+    lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
+    for name, facts in entry["groups"].items():
+        rows = ", ".join(map(str, facts["rows"]))
+        text = f"  {name:<10} {facts['file']} row {rows}"
+        if "shapes" in facts:
+            shapes = ", ".join(" x ".join(map(str, shape)) for shape in facts["shapes"])
+            encoder = facts["encoder"]
+            text += f": {shapes} {facts['dtype']} by {encoder.get('model')}, revision {encoder.get('revision')}"
+        lines.append(text)
+    return lines

@@ -1,0 +1,142 @@
+"""`pipeline verify --reencode`: encodes some of the captions again, and compares with what the store has.
+
+It is the one check that asks the model itself: all others compare what was written with what was written.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from imagen_core.store import Problem, Store, TextGroup, restore, token_errors
+from pipeline.errors import ConfigError
+from stages.encoders.given import KIND as GIVEN
+from stages.encoders.prompts import load_matching_encoder
+
+_CAPTIONS_AT_ONCE = 128
+
+_COMPUTE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+"""Relative error of a token between machines, devices and batches: rounding of each layer adds up."""
+_STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3}
+"""Relative error of a token by rounding to the store's dtype; for int8 it follows from the group's min_cosine."""
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What one encoder gives now against what is stored; errors are over tokens, the encoding of "" included.
+
+    Attributes:
+        tolerance: allowed relative error of a token: length of the difference over the length of the new encoding.
+            It bounds the cosine too: at least sqrt(1 - tolerance^2).
+        max_absolute_error: of one element.
+    """
+
+    tolerance: float
+    captions: int = 0
+    tokens: int = 0
+    mean_cosine: float = 1.0
+    min_cosine: float = 1.0
+    max_absolute_error: float = 0.0
+    max_relative_error: float = 0.0
+    problems: list[Problem] = field(default_factory=list)
+
+    def facts(self) -> dict[str, float]:
+        """Everything but the problems."""
+        return {name: value for name, value in asdict(self).items() if name != "problems"}
+
+    def add(self, file: str, caption: str, stored: np.ndarray, encoded: np.ndarray) -> None:
+        """Compares the (n_tokens, dim) embeddings of one caption."""
+        self.captions += 1
+        if stored.shape != encoded.shape:
+            message = f"caption {caption!r}: {_tokens(stored)} stored, {_tokens(encoded)} when encoded again"
+            self.problems.append(Problem(file, message))
+            return
+        errors = token_errors(stored, encoded)
+        relative = float(errors.relative.max(initial=0.0))
+        least = float(errors.cosine.min(initial=1.0))
+        self.mean_cosine += (float(errors.cosine.sum()) - len(stored) * self.mean_cosine) / (self.tokens + len(stored))
+        self.tokens += len(stored)
+        self.min_cosine = min(self.min_cosine, least)
+        self.max_absolute_error = max(self.max_absolute_error, float(errors.absolute.max(initial=0.0)))
+        self.max_relative_error = max(self.max_relative_error, relative)
+        if not relative <= self.tolerance:
+            message = (
+                f"caption {caption!r}: encoded again, a token differs by {relative:.2%} (cosine {least:.4f}); "
+                f"{self.tolerance:.2%} are allowed"
+            )
+            self.problems.append(Problem(file, message))
+
+
+def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, str]) -> dict[str, Comparison]:
+    """Encodes a fraction of the distinct captions again, with each encoder of the store; what was given is left out.
+
+    A caption is chosen by a hash of its text and the seed: always the same ones, whatever the shards. One shard's
+    files and 128 captions are in memory at a time.
+
+    Args:
+        fraction: in (0, 1]; at least one caption is taken, and the encoding of "".
+        models: where the models are now (hub id or folder), by encoder name; others are where their names say.
+    Raises:
+        ConfigError: a name that is no encoder, or a model that differs from the one the store was made with.
+        MachineError: a model cannot be found.
+    """
+    if unknown := sorted(set(models) - set(store.encoders)):
+        raise ConfigError(f"--encoder-model {unknown[0]}=...: the store has no such encoder; it has {store.encoders}")
+    encoded = [name for name in store.encoders if store.text_group(name).fingerprint.get("kind") != GIVEN]
+    return {name: _compare(store, name, models.get(name), _chosen(store, fraction, seed)) for name in encoded}
+
+
+def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:
+    """(shard position, caption id, caption) of the captions to encode; those of excluded samples do not count."""
+    least: tuple[int, int, int, str] | None = None
+    found = False
+    for position in range(store.manifest.num_shards):
+        for caption_id, caption in _captions(store, position).items():
+            number = xxhash.xxh3_64_intdigest(caption.encode(), seed=seed)
+            if number < fraction * 2**64:
+                found = True
+                yield position, caption_id, caption
+            least = min(least or (number + 1, 0, 0, ""), (number, position, caption_id, caption))
+    if least is not None and not found:
+        yield least[1:]
+
+
+def _captions(store: Store, position: int) -> dict[int, str]:
+    if not store.manifest.rows[position]:
+        return {}
+    samples = store.shard(position).samples
+    excluded = store.manifest.excluded.get(position, {})
+    rows = enumerate(zip(samples.column("caption_ids"), samples.column("captions"), strict=True))
+    return {i: c for row, (ids, captions) in rows if row not in excluded for i, c in zip(ids, captions, strict=True)}
+
+
+def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[int, int, str]]) -> Comparison:
+    group = store.text_group(name)
+    described = {"name": name, "dim": group.dim, "dtype": group.dtype, "fingerprint": group.fingerprint}
+    encoder = load_matching_encoder(described, model, use_gpu=True, option=f"--encoder-model {name}=...")
+    result = Comparison(_tolerance(group, store.manifest.header["groups"][group.name]))
+    while batch := list(islice(chosen, _CAPTIONS_AT_ONCE)):
+        embeddings = encoder.encode([caption for _, _, caption in batch]).embeddings
+        for (position, caption_id, caption), encoded in zip(batch, embeddings, strict=True):
+            entry = store.manifest.file(group.name, position)
+            assert entry is not None
+            stored = restore(store.shard(position).text[name].stored(caption_id), group.dtype)
+            result.add(entry.path, caption, stored, encoded)
+    if group.null is not None:
+        result.add(group.null.path, "", store.null(name), encoder.encode([""]).embeddings[0])
+    return result
+
+
+def _tolerance(group: TextGroup, config: Mapping[str, Any]) -> float:
+    compute = _COMPUTE_TOLERANCE.get(str(group.fingerprint.get("compute_dtype")), max(_COMPUTE_TOLERANCE.values()))
+    if group.dtype == "int8":  # both sides have about the same length: |a - b|^2 = 2 |a| |b| (1 - cosine)
+        return compute + math.sqrt(2 * (1 - config.get("min_cosine", 0.99)))
+    return compute + _STORE_TOLERANCE[group.dtype]
+
+
+def _tokens(embedding: np.ndarray) -> str:
+    return f"{embedding.shape[0]} tokens of {embedding.shape[1]}"

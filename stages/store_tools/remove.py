@@ -1,0 +1,201 @@
+"""`pipeline remove`: takes samples out of a store, for good."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+from imagen_core.store import (
+    IDENTIFIERS,
+    MANIFEST_NAME,
+    SAMPLES_GROUP,
+    Blocklist,
+    Removal,
+    SamplesFile,
+    StoreError,
+    StoreFolder,
+    add_removal,
+    find_rows,
+    list_removals,
+    load_manifest,
+    load_removals,
+    value_digest,
+)
+from pipeline.commands import CommandResult
+from pipeline.errors import EXIT_OK, ConfigError
+from pipeline.storage.run_folder import RunFolder
+from pipeline.units import human_bytes
+from stages.store_tools.compact import compact
+from stages.stores import open_place
+
+_MAX_LISTED = 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Shards = Iterator[tuple[int, SamplesFile, Mapping[int, str]]]
+
+
+def remove_command(
+    place: str,
+    *,
+    key: Sequence[str] = (),
+    url: Sequence[str] = (),
+    sha256: Sequence[str] = (),
+    reason: str = "",
+    compact_files: bool = False,
+    dry_run: bool = False,
+) -> CommandResult:
+    """Hides the samples with these keys, URLs or sha256 from readers at once; they are never stored again.
+
+    Args:
+        place: a run folder, or a store: a folder or a fsspec URL.
+        key, url, sha256: files with one value a line, or values.
+        compact_files: also erase removed samples, of this call and of earlier ones, from all files.
+        dry_run: only say what would be removed.
+    Raises:
+        ConfigError: nothing was asked for, a value that cannot be one, or a store that cannot be changed.
+    """
+    given: dict[str, Sequence[str]] = dict(zip(IDENTIFIERS, (key, url, sha256), strict=True))
+    values = {name: _read_values(name, texts) for name, texts in given.items()}
+    if not any(values.values()) and not compact_files:
+        raise ConfigError("nothing to remove: give --key, --url or --sha256 with a file or a value, or --compact")
+    folder, run = open_place(place)
+    if compact_files and not folder.is_local:
+        raise ConfigError(f"--compact: {place} is not on this machine; removals work there, but compact a local copy")
+    try:
+        with run.lock() if run is not None and not dry_run else nullcontext():
+            result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run)
+            if compact_files and not dry_run:
+                done = compact(Path(folder.path("")), run)
+                result["compacted"] = {"files": done.files, "bytes_freed": done.bytes_freed}
+                lines.append(f"compacted: {done.files} files written again, {human_bytes(done.bytes_freed)} less")
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    return result, lines, EXIT_OK
+
+
+def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
+    """Index, samples and excluded rows of each shard; of a run that has not finished, what it has so far.
+
+    Raises:
+        StoreError: not a store.
+    """
+    if run is not None and not folder.exists(MANIFEST_NAME):
+        for record in run.records(SAMPLES_GROUP):
+            name = run.committed_file(SAMPLES_GROUP, f"{record['shard']:05d}")
+            copy = run.storage.copy(name)
+            try:
+                samples = SamplesFile(str(copy), name)
+            finally:
+                run.storage.release(copy)
+            yield int(str(record["shard"])), samples, {}
+        return
+    manifest = load_manifest(folder)
+    for position in range(manifest.num_shards):
+        entry = manifest.file(SAMPLES_GROUP, position)
+        if entry is not None:
+            with folder.checked(entry) as source:
+                samples = SamplesFile(source, folder.path(entry.path))
+            yield int(manifest.index[position]), samples, manifest.excluded.get(position, {})
+
+
+def _remove(
+    folder: StoreFolder,
+    run: RunFolder | None,
+    values: Mapping[str, set[str]],
+    given: Mapping[str, Sequence[str]],
+    reason: str,
+    *,
+    dry_run: bool,
+) -> tuple[dict[str, object], list[str]]:
+    removals = load_removals(folder)
+    files = {name: {text for text in texts if Path(text).is_file()} for name, texts in given.items()}
+    wanted = {name: values[name] | files[name] for name in IDENTIFIERS}
+    found = find_rows(samples_files(folder, run), removals, wanted)
+    for name, names in files.items():
+        if both := sorted(names & found.matched[name]):
+            raise ConfigError(
+                f"--{name} {both[0]}: is a file, and the {name} of a sample too; give ./{both[0]} for the file, or "
+                "put the value into a file"
+            )
+    former = _removed_before(removals)
+    unmatched = {
+        name: sorted(value for value in listed - found.matched[name] if value_digest(name, value) not in former)
+        for name, listed in values.items()
+    }
+    before = sum(value_digest(name, value) in former for name, listed in values.items() for value in listed)
+    _refuse_mistyped(given, files, unmatched, Blocklist(removals))
+    removed = sum(len(rows) for rows in found.rows.values())
+    if not dry_run and any(values.values()):
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        add_removal(folder, removals, found, values, time, reason)
+        if folder.exists(MANIFEST_NAME):
+            list_removals(folder)
+    result: dict[str, object] = {
+        "store": folder.path(""),
+        "dry_run": dry_run,
+        "removed": removed,
+        "shards": len(found.rows),
+        "removed_before": before,
+        "values": {name: len(listed) for name, listed in values.items() if listed},
+        "unmatched": {name: listed for name, listed in unmatched.items() if listed},
+    }
+    return result, _lines(result, unmatched, asked=any(values.values()))
+
+
+def _lines(result: Mapping[str, object], unmatched: Mapping[str, list[str]], *, asked: bool) -> list[str]:
+    if not asked:
+        return []
+    verb = "would be removed" if result["dry_run"] else "removed"
+    lines = [f"{result['removed']} samples {verb}, in {result['shards']} shards"]
+    if result["removed_before"]:
+        lines.append(f"{result['removed_before']} values are of samples that were removed before")
+    total = sum(len(listed) for listed in unmatched.values())
+    if total:
+        lines.append(f"{total} values match no sample; they are refused if they come later:")
+        named = [f"  {name} {value}" for name, listed in unmatched.items() for value in listed]
+        lines += named[:_MAX_LISTED]
+        if total > _MAX_LISTED:
+            lines.append(f"  ... and {total - _MAX_LISTED} more (--json lists all)")
+    return lines
+
+
+def _removed_before(removals: Sequence[Removal]) -> set[str | None]:
+    """Digests of all that the removed samples could be asked for by."""
+    rows = [row for removal in removals for rows in removal.rows.values() for row in rows]
+    return {getattr(row, name) for row in rows for name in IDENTIFIERS}
+
+
+def _refuse_mistyped(
+    given: Mapping[str, Sequence[str]],
+    files: Mapping[str, set[str]],
+    unmatched: Mapping[str, list[str]],
+    blocklist: Blocklist,
+) -> None:
+    """A key on the command line that no sample has is more likely the misspelt name of a file."""
+    for text in given["key"]:
+        if text not in files["key"] and text in unmatched["key"] and not blocklist.has("key", text):
+            raise ConfigError(
+                f"--key {text}: neither a file nor the key of a sample; keys that are not in the store yet are taken "
+                "from a file"
+            )
+
+
+def _read_values(name: str, texts: Sequence[str]) -> set[str]:
+    """The values in files of one value a line, and those given as they are."""
+    values: set[str] = set()
+    for text in texts:
+        path = Path(text)
+        try:
+            is_file = path.is_file()
+        except OSError:  # too long for a name
+            is_file = False
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines() if is_file else [text]
+        for line in filter(None, map(str.strip, lines)):
+            value = line.lower() if name == "sha256" else line
+            if (name == "sha256" and not _SHA256.fullmatch(value)) or (name == "url" and "://" not in value):
+                what = "64 hex digits" if name == "sha256" else "a URL"
+                where = f" in {text}" if is_file else ": no such file, and"
+                raise ConfigError(f"--{name}{where} {line!r} is not {what}")
+            values.add(value)
+    return values

@@ -1,0 +1,111 @@
+"""Collects the facts of a run and renders the page."""
+
+from collections import defaultdict
+from importlib.resources import files
+from typing import Any
+
+from imagen_core.store import Store, StoreError
+from pipeline.commands import CommandResult
+from pipeline.errors import ConfigError
+from pipeline.storage.events import read_events
+from pipeline.storage.run_folder import SUMMARY, RunFolder
+from pipeline.units import human_bytes, human_seconds
+from stages.precompute.quantisation import quantisation_facts
+from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
+from stages.store_tools.report.images import caption_histogram, caption_tokens, picture_grid
+from stages.stores import group_bytes, open_store, store_folder
+
+_PAGE = "report/index.html"
+_NUM_PICTURES = 24
+
+
+def report_command(path: str) -> CommandResult:
+    """Writes RUN/report/index.html (or `report/` beside a bare store) and says where it is."""
+    store = open_store(path)
+    run = RunFolder(store_folder(path).rpartition("/")[0])
+    try:
+        facts = _facts(store, run)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    page = f"{run.url}/{_PAGE}"
+    run.storage.write_text(_PAGE, _render(facts))
+    result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(facts)}
+    return result, [f"report  {page}", *comparison_lines(facts["planned"])], 0
+
+
+def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
+    sizes = group_bytes(store)
+    summary = run.storage.read_json(SUMMARY)
+    return {
+        "title": run.url.rpartition("/")[2],
+        "num_samples": len(store),
+        "num_shards": store.manifest.num_shards,
+        "input_rows": summary["tally"]["input_rows"] if summary else None,
+        "seconds": summary["seconds"] if summary else None,
+        "outcome": summary["outcome"] if summary else None,
+        "groups": [
+            {"name": name, "bytes": size, "per_sample": size / max(1, len(store))} for name, size in sizes.items()
+        ],
+        "total_bytes": sum(sizes.values()),
+        "drops": _drops(summary),
+        "int8": _int8(summary),
+        "throughput": _throughput(run),
+        "planned": compare_with_plan(run, sizes),
+        "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
+        "captions": {name: caption_tokens(store, name) for name in store.encoders},
+        "pictures": picture_grid(store, _NUM_PICTURES),
+    }
+
+
+def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
+    if summary is None:
+        return []
+    return [
+        {"group": name, "reason": reason, "count": count}
+        for name, group in summary["tally"]["groups"].items()
+        for reason, count in sorted(group["drops"].items(), key=lambda item: -item[1])
+    ]
+
+
+def _int8(summary: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """What int8 costs each encoder's embeddings."""
+    groups = summary["tally"]["groups"] if summary else {}
+    facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _throughput(run: RunFolder) -> list[dict[str, object]]:
+    """Rows and busy seconds of each stage over the whole life of the run folder, from its events."""
+    rows: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    shards: dict[str, int] = defaultdict(int)
+    for event in read_events(run.storage):
+        if event.get("event") == "task":
+            rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
+            seconds[event["stage"]] += event["seconds"]
+            shards[event["stage"]] += 1
+    return [
+        {
+            "stage": stage,
+            "shards": shards[stage],
+            "rows": rows[stage],
+            "busy_s": round(seconds[stage], 2),
+            "rows_per_busy_s": round(rows[stage] / seconds[stage], 1) if seconds[stage] else None,
+        }
+        for stage in rows
+    ]
+
+
+def _render(facts: dict[str, Any]) -> str:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(human_bytes=human_bytes, human_seconds=human_seconds)
+    template = environment.from_string((files("stages.store_tools.report") / "page.html").read_text("utf-8"))
+    charts = {name: caption_histogram(lengths) for name, lengths in facts["captions"].items()}
+    return template.render(**facts, charts=charts)
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without pictures, for --json."""
+    return {key: value for key, value in facts.items() if key not in ("pictures", "captions")}

@@ -1,0 +1,87 @@
+"""`pipeline verify`: checks a store file by file, row by row, and against its encoders."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from imagen_core.store import Store, StoreError, VerifyReport, verify_store
+from pipeline.commands import CommandResult
+from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from pipeline.units import human_bytes
+from stages.stores import store_folder
+
+if TYPE_CHECKING:
+    from stages.store_tools.reencode import Comparison
+
+
+_MAX_NOTES = 10
+
+
+def verify_command(
+    path: str, *, reencode: float | None = None, seed: int = 0, encoder_models: Sequence[str] = ()
+) -> CommandResult:
+    """Recomputes every checksum, checks the alignment of all groups row by row, and accounts for every input row.
+
+    Args:
+        reencode: fraction of the captions to encode again; None: none. Not done if the files are bad already.
+        encoder_models: `NAME=MODEL`, where an encoder's model is now.
+    """
+    store = store_folder(path)
+    models = dict(_name_and_model(text) for text in encoder_models)
+    try:
+        report = verify_store(store)
+    except StoreError as error:
+        return {"ok": False, "problems": [{"file": store, "message": str(error)}]}, [f"bad: {error}"], EXIT_FAILED
+    comparisons = {}
+    if reencode is not None and report.ok:
+        from stages.store_tools.reencode import reencode as encode_again
+
+        comparisons = encode_again(Store.open(store), reencode, seed=seed, models=models)
+        report.problems += [problem for comparison in comparisons.values() for problem in comparison.problems]
+        report.ok = not report.problems
+    result = asdict(report)
+    if reencode is not None:
+        result["reencoded"] = {name: comparison.facts() for name, comparison in comparisons.items()}
+    lines = [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
+    lines += [f"note: {warning.file}: {warning.message}" for warning in report.warnings[:_MAX_NOTES]]
+    if len(report.warnings) > _MAX_NOTES:
+        lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
+    if reencode is not None and not comparisons:
+        why = "files are bad" if not report.ok else "the store has no encoder that could do it"
+        lines.append(f"note: nothing was encoded again, as {why}")
+    lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
+    if report.input_rows is not None:
+        lines.append(_coverage_line(report))
+    if not report.ok:
+        lines.append("Move the bad files away and run the same pipeline command again: it makes only those anew.")
+    checked = f"{report.files_checked} files, {human_bytes(report.bytes_checked)}, {report.num_samples} samples"
+    lines.append(f"{'good' if report.ok else 'NOT good'}: {checked} checked in {store}")
+    return result, lines, EXIT_OK if report.ok else EXIT_FAILED
+
+
+def _name_and_model(text: str) -> tuple[str, str]:
+    name, separator, model = text.partition("=")
+    if not (name and separator and model):
+        raise ConfigError(f"--encoder-model {text}: give NAME=MODEL, for example t5=/models/t5-v1_1-xxl")
+    return name, model
+
+
+def _coverage_line(report: VerifyReport) -> str:
+    return (
+        f"{report.input_rows} input rows: {report.num_samples} samples, {_counts('dropped', report.dropped)}, "
+        f"{_counts('excluded', report.excluded)}, {report.unaccounted} unaccounted"
+    )
+
+
+def _counts(what: str, by_reason: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in by_reason.items())
+    return f"{sum(by_reason.values())} {what}" + (f" ({reasons})" if reasons else "")
+
+
+def _comparison_line(name: str, comparison: "Comparison") -> str:
+    return (
+        f"{name}: {comparison.captions} captions encoded again, {comparison.tokens} tokens; cosine "
+        f"{comparison.mean_cosine:.6f} mean, {comparison.min_cosine:.6f} least; error of a token at most "
+        f"{comparison.max_relative_error:.3%} ({comparison.tolerance:.3%} allowed), of an element "
+        f"{comparison.max_absolute_error:.3g}"
+    )

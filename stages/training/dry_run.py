@@ -1,0 +1,68 @@
+"""What a training run needs: shown by `--dry-run`, before anything is started."""
+
+from collections.abc import Mapping
+
+from imagen_core.diffusion import DenoiserConfig
+from imagen_core.store import StoreError
+from imagen_core.train import TrainConfig, TrainError
+from imagen_core.train.data.stream import open_store, stored_sizes, training_samples
+from imagen_core.train.memory import estimate_memory
+from imagen_core.train.optimizer import learning_rate
+from pipeline.storage.open import open_storage
+
+_ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+def training_facts(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
+    """Parameters, memory of one process, and the data the run reads; `online`: no embeddings of captions."""
+    denoiser = config.denoiser
+    micro_batch = config.micro_batch_size or config.batch_size
+    memory = estimate_memory(
+        denoiser,
+        micro_batch_size=micro_batch,
+        side_px=config.side_px if isinstance(denoiser, DenoiserConfig) else None,
+        num_tokens=config.max_tokens,
+        bytes_per_activation=_ACTIVATION_BYTES[config.precision],
+        num_averages=len(config.ema.rates),
+        num_shards=1,
+    )
+    dim = denoiser.network.text_dim
+    sizes = stored_sizes(config)
+    needed = [f"images-{size}" for size in sizes]
+    needed += [f"text-{encoder}" for encoder in (None if online else config.text, config.text_embed) if encoder]
+    needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
+    image_bytes = sum(3 * size * size for size in sizes)
+    return {
+        "parameters": memory.weights // 4,
+        "weights_bytes": memory.weights,
+        "gradients_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "averages_bytes": memory.averages,
+        "activations_bytes": memory.activations,
+        "memory_bytes": memory.total,
+        "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
+        "steps": config.num_steps,
+        "batch_size": config.batch_size,
+        "highest_learning_rate": max(
+            learning_rate(config.optimizer, step, config.num_steps)
+            for step in {0, min(config.optimizer.warmup_steps, config.num_steps - 1)}
+        ),
+        "samples_seen": config.num_steps * config.batch_size,
+        "store": config.store,
+        "store_groups_needed": needed,
+        "text_dim_needed": dim,
+        "image_bytes_per_sample": image_bytes,
+        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
+        "store_now": _store_state(config, online=online),
+    }
+
+
+def _store_state(config: TrainConfig, *, online: bool) -> str:
+    """Whether the store is there and has what the run reads."""
+    try:
+        samples = len(training_samples(open_store(config, online=online), config))
+    except (StoreError, TrainError) as error:
+        if open_storage(config.store).size("manifest.json") is None:
+            return "not there yet"
+        return f"cannot be used: {error}"
+    return f"{samples:,} samples: {config.num_steps * config.batch_size / samples:,.1f} epochs"

@@ -1,0 +1,31 @@
+"""A text encoder for training to call, where captions are not read encoded from the store."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from imagen_core.train import OnlineEncoder
+from stages.encoders.encoder import load_encoder
+from stages.encoders.registry import AnyEncoder
+
+
+def online_encoder(config: AnyEncoder) -> OnlineEncoder:
+    """Finds the model; it is loaded when training asks for it.
+
+    Raises:
+        MachineError: the model cannot be found, or is of another kind.
+    """
+    identity = config.identify()
+    facts = {"name": config.name, "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+
+    def load():
+        import torch
+
+        encoder = load_encoder(config.pinned(identity), config.cpu_threads or torch.get_num_threads())
+
+        def encode(captions: Sequence[str]) -> Sequence[np.ndarray]:
+            return encoder.encode(captions).embeddings
+
+        return encode
+
+    return OnlineEncoder(facts, load)

@@ -1,0 +1,83 @@
+"""Trains on Ray: one process a GPU, started and watched by Ray Train."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from imagen_core.train import TrainConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.executors.ray_cluster import connect, total
+from pipeline.job import Job
+from pipeline.storage import LocalStorage
+from pipeline.storage.mirror import working_folder
+from pipeline.storage.open import open_storage
+from stages.checkpoints.load import load_checkpoint_from
+from stages.encoders.registry import AnyEncoder
+from stages.training.config import WorkersConfig, at_url
+from stages.training.online_encoder import online_encoder
+
+
+class RayTrainError(PipelineError):
+    """A worker failed."""
+
+
+def train_on_ray(
+    config: TrainConfig, workers: WorkersConfig, job: Job, online: AnyEncoder | None
+) -> Mapping[str, object]:
+    """Runs `imagen_core.train.train` in processes that Ray Train starts and joins into one process group.
+
+    The run folder must be on a file system that all workers see, or on an object store: then each worker has a local
+    copy, and the first one sends the changes back. A worker that dies ends the run; the same command goes on from the
+    newest checkpoint.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    gpus = total(connect(None, job.options.address), "GPU")
+    scratch = Path(tempfile.mkdtemp()) if not isinstance(job.run.storage, LocalStorage) else job.run.root / "ray"
+    try:
+        use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
+        num_workers = workers.num_workers or max(1, int(gpus))
+        if config.batch_size % num_workers:
+            raise ConfigError(f"batch_size {config.batch_size} must be a multiple of the {num_workers} workers")
+        resources = {"CPU": workers.num_cpus} | ({"GPU": 1.0} if use_gpu else {})
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "online_encoder": None if online is None else online.model_dump(mode="json"),
+                "out": job.run.url,
+            },
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+            run_config=RunConfig(name="train", storage_path=str(scratch)),
+        )
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error
+    finally:
+        ray.shutdown()
+    return dict(result.return_value or {})  # of the first worker
+
+
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs; the process group is up. Returns what `train` does."""
+    import ray.train
+
+    from imagen_core.train import train
+
+    config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
+    encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
+    rank = ray.train.get_context().get_world_rank()
+    with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
+        facts = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
+    return at_url(facts, folder, settings["out"])
+
+
+def _cause(error: BaseException) -> str:
+    """The worker's own message, without Ray's frames around it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

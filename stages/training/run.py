@@ -1,0 +1,82 @@
+"""Trains one stage of a cascade: starts `imagen_core.train` here, under torchrun, or on Ray Train."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from imagen_core.store import StoreError
+from imagen_core.train import (
+    CheckpointError,
+    CheckpointMismatchError,
+    NonFiniteLossError,
+    Progress,
+    TrainConfig,
+    TrainError,
+    TrainingStopped,
+    train,
+)
+from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.executors.registry import EXECUTORS
+from pipeline.job import Job
+from stages.checkpoints.load import load_checkpoint_from
+from stages.encoders.registry import AnyEncoder
+from stages.training.config import TrainingFailedError, WorkersConfig, at_url
+from stages.training.online_encoder import online_encoder
+
+
+def run_training(
+    config: TrainConfig, workers: WorkersConfig, job: Job, online: AnyEncoder | None = None
+) -> Mapping[str, object]:
+    """Trains to the end, or until the job is told to stop; the facts of the run.
+
+    Args:
+        online: encodes captions in the training loop.
+    Raises:
+        ConfigError: the store, the model and the settings do not fit together.
+        StaleOutputError: the folder holds a training of another model or on other embeddings.
+        TrainingFailedError: a loss that is not finite, or a damaged checkpoint.
+    """
+    if job.options.executor not in EXECUTORS:
+        raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {job.options.executor!r})")
+    if job.options.restart:
+        raise ConfigError("--restart: a training is never thrown away; use another --out, or remove the folder")
+    try:
+        with _translated():
+            if job.options.executor == "ray":
+                from stages.training.ray import train_on_ray
+
+                return train_on_ray(config, workers, job, online)
+            encoder = None if online is None else online_encoder(online)
+            with job.working_folder() as folder:
+                facts = train(config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from)
+            return at_url(facts, folder, job.run.url)
+    except TrainingStopped:
+        job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told
+        return {}
+
+
+def _shown(job: Job) -> Callable[[Progress], None]:
+    return lambda progress: job.lines.show(describe(progress), final=progress.step == progress.num_steps)
+
+
+def describe(progress: Progress) -> str:
+    """One line for people."""
+    return (
+        f"step {progress.step:,}/{progress.num_steps:,}  loss {progress.loss:.4f}  "
+        f"{progress.images_per_s:,.1f} img/s  waiting for data {progress.loader_wait:.1%}"
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turns the library's errors into the command line's."""
+    try:
+        yield
+    except CheckpointMismatchError as error:
+        raise StaleOutputError(str(error)) from error
+    except (CheckpointError, NonFiniteLossError) as error:
+        raise TrainingFailedError(str(error)) from error
+    except TrainingStopped:
+        raise
+    except (TrainError, StoreError) as error:
+        raise ConfigError(str(error)) from error
