@@ -12,7 +12,7 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	@echo "A short training: it gets colours and places right, shapes only partly. make evidence trains to the end."
 	$(BIN)/pipeline run train -c demo-base --out $(DEMO)/base num_steps=1200
 	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=400
-	$(BIN)/pipeline run sample -c demo --out $(DEMO)/pictures
+	$(BIN)/pipeline run sample -c demo --out $(DEMO)/images
 
 test: $(VENV)/.dev  ## set up, then pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -41,7 +41,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.simulate --out benchmarks/results/simulate.json
 	$(BIN)/python -m benchmarks.table
 
-evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 pictures
+evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 images
 	$(BIN)/python -m benchmarks.cascade --work evidence-run/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
 	$(BIN)/python -m benchmarks.transcription --work evidence-run/words --out benchmarks/results/transcription.json --grid docs/words.png
 	$(BIN)/python -m benchmarks.overfit --work evidence-run/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg

@@ -1,9 +1,9 @@
 """Does a trained cascade draw what captions say? Trains the demo's two stages and scores held-out captions.
 
 Every step is a `pipeline` command, printed as it runs: precompute draws and downloads captioned scenes, train makes a
-16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The pictures
+16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The images
 are then read back: colour, shape and position of the object are measured in pixels (benchmarks/scene_score.py) and
-compared with the caption; and, as a control, with the caption of another picture.
+compared with the caption; and, as a control, with the caption of another image.
 
     python -m benchmarks.cascade --work /tmp/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.common import report
 from benchmarks.scene_score import Score, score_single
-from imagen_core.images import read_picture, tile, write_png
+from imagen_core.images import read_image, tile, write_png
 from stages.sources.synthetic.scenes import Scene, is_held_out, scene
 
 HELD_OUT_SEED = 7
@@ -41,9 +41,9 @@ def held_out_scenes(count: int) -> list[Scene]:
     return found
 
 
-def score(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
-    """Part of the pictures that show what their caption says, in [0, 1]."""
-    scores: list[Score] = [score_single(p, s) for p, s in zip(pictures, scenes, strict=True)]
+def score(images: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
+    """Part of the images that show what their caption says, in [0, 1]."""
+    scores: list[Score] = [score_single(p, s) for p, s in zip(images, scenes, strict=True)]
     return {
         "color": float(np.mean([s.color_ok for s in scores])),
         "shape": float(np.mean([s.shape_ok for s in scores])),
@@ -81,9 +81,9 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for store, checkpoints and pictures")
+    parser.add_argument("--work", type=Path, required=True, help="folder for store, checkpoints and images")
     parser.add_argument("--out", type=Path, help="JSON report")
-    parser.add_argument("--grid", type=Path, help="PNG of some pictures")
+    parser.add_argument("--grid", type=Path, help="PNG of some images")
     parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
     parser.add_argument("--samples", type=int, help="scenes to train on, instead of the demo's")
     parser.add_argument("--base-steps", type=int, help="steps of the base, instead of the demo's")
@@ -107,14 +107,14 @@ def main() -> None:
     scenes = held_out_scenes(arguments.captions)
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(s.captions[0] for s in scenes) + "\n", encoding="utf-8")
-    shutil.rmtree(work / "pictures", ignore_errors=True)
+    shutil.rmtree(work / "images", ignore_errors=True)
     seconds["sample"] = pipeline(
         "run",
         "sample",
         "-c",
         "demo",
         "--out",
-        str(work / "pictures"),
+        str(work / "images"),
         "prompts=[]",
         f"prompts_file={prompts}",
         f"stages.0.checkpoint={work}/base",
@@ -123,12 +123,12 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for size in (16, 64):
-        folder = work / "pictures" / f"images-{size}"
-        pictures = [read_picture(folder / f"{index:05d}.png") for index in range(len(scenes))]
-        for against, told in (("its own", scenes), ("of another picture", scenes[1:] + scenes[:1])):
-            rows.append({"size_px": size, "caption": against, "captions": len(scenes), **score(pictures, told)})
+        folder = work / "images" / f"images-{size}"
+        images = [read_image(folder / f"{index:05d}.png") for index in range(len(scenes))]
+        for against, told in (("its own", scenes), ("of another image", scenes[1:] + scenes[:1])):
+            rows.append({"size_px": size, "caption": against, "captions": len(scenes), **score(images, told)})
         if size == 64 and arguments.grid is not None:
-            write_png(arguments.grid, tile(pictures[:48], columns=12))
+            write_png(arguments.grid, tile(images[:48], columns=12))
     for name in steps:
         last = last_metrics(work / name)
         rows.append(
@@ -149,7 +149,7 @@ def main() -> None:
         arguments.out,
         packages=["imagen-precompute", "torch"],
         notes=[
-            "color, shape, position: part of the pictures whose object has the one the caption names",
+            "color, shape, position: part of the images whose object has the one the caption names",
             f"training both stages took {(seconds['base'] + seconds['sr']) / 60:.1f} minutes; precompute "
             f"{seconds['precompute']:.0f} s, drawing {seconds['sample']:.0f} s",
         ],

@@ -175,7 +175,7 @@ def write(stories: list[Story], reference_s: dict[str, float], out: Path | None)
         packages=["imagen-precompute", "ray"],
         notes=[
             f"{len(stories)} runs, {len(kills)} kills by SIGKILL: {by_victim}",
-            f"20 shards of 12 pictures, downloaded over loopback; uninterrupted {reference_s['ray']:.0f} s on Ray, "
+            f"20 shards of 12 images, downloaded over loopback; uninterrupted {reference_s['ray']:.0f} s on Ray, "
             f"{reference_s['local']:.0f} s on plain processes",
         ],
     )

@@ -1,8 +1,8 @@
-"""What does a picture cost in each codec of the store: bytes, encoding, reading whole, reading a quarter-side crop?
+"""What does an image cost in each codec of the store: bytes, encoding, reading whole, reading a quarter-side crop?
 
     python -m benchmarks.codec --out benchmarks/results/codec.json
 
-Pictures are the emoji of the shared data on white, or drawn scenes where they are absent, and a "grainy" copy of each
+Images are the emoji of the shared data on white, or drawn scenes where they are absent, and a "grainy" copy of each
 with the noise of a camera, which is what photographs look like to a lossless codec. 1024 px are enlarged ones.
 """
 
@@ -25,7 +25,7 @@ from stages.images import center_square, decode_rgb, pyramid
 from stages.sources.synthetic.scenes import render, scene
 
 EMOJI = Path(__file__).parents[1].parent / "shared/data/noto-emoji/images"
-SIZES_PX = {64: 64, 256: 32, 1024: 6}  # and how many pictures
+SIZES_PX = {64: 64, 256: 32, 1024: 6}  # and how many images
 CODECS: list[Codec] = ["raw", "png", "webp", "jpeg"]
 GRAIN_LEVELS = 3.0
 
@@ -45,8 +45,8 @@ def main() -> None:
             flat = np.stack([resized(square, size_px) for square in originals[:count]])
             grain = np.random.default_rng(0).normal(0, GRAIN_LEVELS, flat.shape)
             grainy = (flat + grain).clip(0, 255).round().astype(np.uint8)
-            for kind, pictures in (("flat", flat), ("grainy", grainy)):
-                found, more = measure(Path(folder), kind, pictures, args.rounds, args.seconds)
+            for kind, images in (("flat", flat), ("grainy", grainy)):
+                found, more = measure(Path(folder), kind, images, args.rounds, args.seconds)
                 results += found
                 ratios |= more
     notes = [
@@ -54,7 +54,7 @@ def main() -> None:
         f"{GRAIN_LEVELS:g} levels",
         "one thread, warm page cache; read: out of a parquet file of the store into an array of its own; "
         "crop: a square of a quarter of the side",
-        f"pictures: {', '.join(f'{count} of {size} px' for size, count in SIZES_PX.items())}",
+        f"images: {', '.join(f'{count} of {size} px' for size, count in SIZES_PX.items())}",
     ]
     report("codec", results, ratios, args.out, ["imagen-precompute", "pillow", "numpy"], notes)
 
@@ -77,26 +77,26 @@ def resized(square: np.ndarray, size_px: int) -> np.ndarray:
 
 
 def measure(
-    folder: Path, kind: str, pictures: np.ndarray, rounds: int, seconds: float
+    folder: Path, kind: str, images: np.ndarray, rounds: int, seconds: float
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    size_px = pictures.shape[1]
+    size_px = images.shape[1]
     files: dict[str, ImageFile] = {}
     rows: list[dict[str, Any]] = []
     for codec in CODECS:
         began = time.process_time()
-        encoded = [encode(picture, codec) for picture in pictures]
-        encode_ms = (time.process_time() - began) / len(pictures) * 1000
+        encoded = [encode(image, codec) for image in images]
+        encode_ms = (time.process_time() - began) / len(images) * 1000
         path = folder / f"{kind}-{size_px}-{codec}"
         with st.open_image_writer(path, size_px, "parquet", codec) as writer:
-            for picture in pictures:
-                writer.append(picture, "key", "sha256")
+            for image in images:
+                writer.append(image, "key", "sha256")
         files[codec] = open_images(
             str(path), path.name, st.ImagesGroup(f"images-{size_px}", size_px, "parquet", codec)
         )
-        errors = [np.abs(files[codec].pixels(k).astype(int) - picture) for k, picture in enumerate(pictures)]
+        errors = [np.abs(files[codec].pixels(k).astype(int) - image) for k, image in enumerate(images)]
         rows.append(
             {
-                "pictures": kind,
+                "images": kind,
                 "px": size_px,
                 "codec": codec,
                 "bytes": round(statistics.mean(map(len, encoded))),
@@ -112,8 +112,8 @@ def measure(
     ratios: dict[str, float] = {}
     for row in rows:
         codec, name = row["codec"], f"{kind} {size_px} px: {row['codec']} / raw"
-        row["read_ms"] = 1000 / statistics.median(rates[codec]) / len(pictures)
-        row["crop_ms"] = 1000 / statistics.median(rates[f"{codec} crop"]) / len(pictures)
+        row["read_ms"] = 1000 / statistics.median(rates[codec]) / len(images)
+        row["crop_ms"] = 1000 / statistics.median(rates[f"{codec} crop"]) / len(images)
         row["read_mb_per_s"] = raw_bytes / row["read_ms"] / 1000
         if codec == "raw":
             ratios[f"{kind} {size_px} px: raw crop / raw whole, rate"] = median_ratio(rates, "raw crop", "raw")
@@ -124,7 +124,7 @@ def measure(
 
 
 def reader(file: ImageFile, part: slice) -> Callable[[], None]:
-    """Reads all pictures, or a square of each."""
+    """Reads all images, or a square of each."""
 
     def read() -> None:
         for row in range(file.num_rows):

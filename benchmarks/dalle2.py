@@ -1,8 +1,8 @@
 """Does DALL-E 2's path draw what captions say? A prior and a decoder beside a base of Imagen's kind.
 
-A small CLIP is trained on scenes; precompute caches its embeddings of captions and pictures beside a T5's; a prior, a
+A small CLIP is trained on scenes; precompute caches its embeddings of captions and images beside a T5's; a prior, a
 decoder and an Imagen base (16 px, the same UNet, as many steps) are trained from the cache alone. On held-out scenes:
-how alike the prior's embeddings are to the true pictures', against the captions' own; and what the pictures of both
+how alike the prior's embeddings are to the true images', against the captions' own; and what the images of both
 paths show, measured in pixels as in `benchmarks.cascade`.
 
     python -m benchmarks.dalle2 --work /tmp/dalle2 --out benchmarks/results/dalle2.json
@@ -19,7 +19,7 @@ import yaml
 from benchmarks.cascade import PARTS, held_out_scenes, pipeline, score, working_seconds
 from benchmarks.common import report
 from benchmarks.small_clip import DIM, train_small_clip
-from imagen_core.images import read_picture, tile, write_png
+from imagen_core.images import read_image, tile, write_png
 
 PRESET = Path(__file__).resolve().parents[1] / "workflows/configs/train/demo-base.yaml"
 
@@ -49,9 +49,9 @@ def configs(store: Path, clip: Path, steps: int, prior_steps: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for model, store, checkpoints and pictures")
+    parser.add_argument("--work", type=Path, required=True, help="folder for model, store, checkpoints and images")
     parser.add_argument("--out", type=Path, help="JSON report")
-    parser.add_argument("--grid", type=Path, help="PNG of some pictures: DALL-E 2's path above, Imagen's below")
+    parser.add_argument("--grid", type=Path, help="PNG of some images: DALL-E 2's path above, Imagen's below")
     parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
     parser.add_argument("--samples", type=int, default=8000, help="scenes to train on")
     parser.add_argument("--steps", type=int, default=3000, help="steps of decoder and Imagen base")
@@ -70,12 +70,12 @@ def main() -> None:
         {"name": "clip", "kind": "clip", "model": str(clip), "output": "projected", "max_tokens": 32},
         {"name": "clip-tokens", "kind": "clip", "model": str(clip), "max_tokens": 32},
     ]
-    pictures = [{"name": "clip", "model": str(clip), "from_px": 64}]
+    images = [{"name": "clip", "model": str(clip), "from_px": 64}]
     pipeline(
         *("run", "precompute", "-c", "demo", "--executor", "local", "--out", str(work), "--quiet"),
         f"source.num_samples={arguments.samples}",
         f"encoders={json.dumps(texts)}",
-        f"image_encoders={json.dumps(pictures)}",
+        f"image_encoders={json.dumps(images)}",
     )
     rows: list[dict[str, Any]] = []
     for name, config in configs(work / "store", clip, arguments.steps, arguments.prior_steps).items():
@@ -97,7 +97,7 @@ def main() -> None:
         ("dalle2", {"checkpoint": str(work / "decoder"), "sampling": {"guidance": {"image_embed": 2.0}}}, [prior]),
         ("imagen", {"checkpoint": str(work / "imagen"), "sampling": {"guidance": {"text": 3.0}}}, []),
     ):
-        out = work / f"pictures-{path}"
+        out = work / f"images-{path}"
         shutil.rmtree(out, ignore_errors=True)
         more = [f"prior={json.dumps(value)}" for value in extra]
         stages = json.dumps([stage])
@@ -105,8 +105,8 @@ def main() -> None:
             *("run", "sample", "--out", str(out), f"prompts_file={prompts}", f"stages={stages}", "batch_size=60"),
             *more,
         )
-        drawn[path] = [read_picture(out / "images-16" / f"{index:05d}.png") for index in range(len(scenes))]
-        for against, told in (("its own", scenes), ("of another picture", scenes[1:] + scenes[:1])):
+        drawn[path] = [read_image(out / "images-16" / f"{index:05d}.png") for index in range(len(scenes))]
+        for against, told in (("its own", scenes), ("of another image", scenes[1:] + scenes[:1])):
             rows.append({"path": path, "caption": against, "captions": len(scenes), **score(drawn[path], told)})
     if arguments.grid is not None:
         write_png(arguments.grid, tile([*drawn["dalle2"][:24], *drawn["imagen"][:24]], columns=12))
@@ -116,13 +116,13 @@ def main() -> None:
         "dalle2",
         rows,
         {
-            "distance to the true picture's embedding: prior's / caption's (1 - cosine)": gap,
+            "distance to the true image's embedding: prior's / caption's (1 - cosine)": gap,
             **{f"{part}: dalle2 / imagen": dalle2[part] / max(imagen[part], 1e-9) for part in PARTS},
         },
         arguments.out,
         packages=["imagen-precompute", "torch", "transformers"],
         notes=[
-            "color, shape, position: part of the 16 px pictures whose object has the one the caption names",
+            "color, shape, position: part of the 16 px images whose object has the one the caption names",
             f"CLIP: own caption first in {json.loads((work / 'clip.json').read_text())['own_caption_first']:.1%} of "
             "batches of 128",
         ],

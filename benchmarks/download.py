@@ -1,9 +1,9 @@
-"""How many pictures a second does one task download from this machine, beside img2dataset on its own, without limits?
+"""How many images a second does one task download from this machine, beside img2dataset on its own, without limits?
 
     python -m benchmarks.download --out benchmarks/results/download.json
 
 The server runs in a process of its own. Ours has the defaults, but for `max_per_host` = `threads` where there is one
-host; the other row has a host for every 10 pictures. Nothing here measures a network: it is the cost beside it.
+host; the other row has a host for every 10 images. Nothing here measures a network: it is the cost beside it.
 """
 
 import argparse
@@ -26,13 +26,13 @@ OURS, PLAIN = "ours", "img2dataset"
 
 
 class Handler(BaseHTTPRequestHandler):
-    picture = b""
+    image = b""
 
     def do_GET(self) -> None:
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.picture)))
+        self.send_header("Content-Length", str(len(self.image)))
         self.end_headers()
-        self.wfile.write(self.picture)
+        self.wfile.write(self.image)
 
     def log_message(self, format: str, *arguments: object) -> None: ...
 
@@ -42,8 +42,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
-def serve(picture: bytes, port: Connection) -> None:
-    Handler.picture = picture
+def serve(image: bytes, port: Connection) -> None:
+    Handler.image = image
     with Server(("0.0.0.0", 0), Handler) as server:
         port.send(server.server_port)
         server.serve_forever()
@@ -73,14 +73,14 @@ def run(fetcher: type[ours._Fetcher], urls: list[str], config: DownloadConfig, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/download.json")
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--picture-bytes", type=int, default=50_000)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--image-bytes", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ["no_proxy"] = "*"
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(os.urandom(args.picture_bytes), send), daemon=True
+        target=serve, args=(os.urandom(args.image_bytes), send), daemon=True
     )
     process.start()
     port = receive.recv()
@@ -88,8 +88,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for hosts in (1, args.pictures // 10):
-            urls = [f"http://127.0.{i % hosts // 250}.{i % hosts % 250 + 1}:{port}/{i}" for i in range(args.pictures)]
+        for hosts in (1, args.images // 10):
+            urls = [f"http://127.0.{i % hosts // 250}.{i % hosts % 250 + 1}:{port}/{i}" for i in range(args.images)]
             limits = config if hosts > 1 else config.model_copy(update={"max_per_host": config.threads})
             fns: dict[str, Callable[[], object]] = {
                 OURS: partial(run, ours._Fetcher, urls, limits, Path(folder) / "shard"),
@@ -98,11 +98,11 @@ def main() -> None:
             rates = interleaved_rates(fns, args.rounds, 0.0)
             for name in fns:
                 best = max(rates[name])
-                results.append({"hosts": hosts, "downloader": name, "img/s": best * args.pictures})
+                results.append({"hosts": hosts, "downloader": name, "img/s": best * args.images})
             ratios[f"ours / img2dataset, {hosts} host{'s' * (hosts > 1)}"] = median_ratio(rates, OURS, PLAIN)
     process.terminate()
     notes = [
-        f"{args.pictures} pictures of {args.picture_bytes / 1000:g} kB over loopback, {config.threads} threads; the "
+        f"{args.images} images of {args.image_bytes / 1000:g} kB over loopback, {config.threads} threads; the "
         "server is another process on the same cores"
     ]
     report("download", results, ratios, args.out, ["imagen-precompute", "img2dataset"], notes)

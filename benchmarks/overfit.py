@@ -1,4 +1,4 @@
-"""Does training learn at all? Eight pictures, learned by heart: the loss to expect at each step.
+"""Does training learn at all? Eight images, learned by heart: the loss to expect at each step.
 
 If your own first training shows only noise, run this: it takes three minutes on two CPU cores, and your loss should
 follow the curve in docs/overfit.svg.
@@ -49,24 +49,24 @@ def main() -> None:
     lines = (work / "base" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve = [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
     rows: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in curve]
-    errors = picture_errors(work)
+    errors = image_errors(work)
     report(
         "overfit",
         rows,
         {
             "loss at the end / at the start": curve[-1][1] / curve[0][1],
-            "drawn picture's mean error in grey levels": float(np.mean(errors)),
+            "drawn image's mean error in grey levels": float(np.mean(errors)),
         },
         arguments.out,
         packages=["imagen-precompute", "torch"],
-        notes=[f"8 pictures, the demo's base model, {STEPS} steps of 32, {seconds:.0f} s"],
+        notes=[f"8 images, the demo's base model, {STEPS} steps of 32, {seconds:.0f} s"],
     )
     if arguments.plot is not None:
         plot(curve, arguments.plot)
 
 
-def picture_errors(work: Path) -> list[float]:
-    """Mean absolute error, in levels of 255, of each picture drawn from its caption."""
+def image_errors(work: Path) -> list[float]:
+    """Mean absolute error, in levels of 255, of each image drawn from its caption."""
     store, loaded = Store.open(work / "store"), load_checkpoint(work / "base")
     sampling = SamplingConfig(num_steps=25, guidance=Guidance(text=1.0))
     cascade = Cascade([CascadeStage(loaded.denoiser, sampling)], loaded.encoder)
@@ -87,7 +87,7 @@ def plot(curve: list[tuple[int, float]], path: Path) -> None:
     axes.semilogy([step for step, _ in curve], [loss for _, loss in curve])
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.set_title("8 pictures learned by heart: the loss to expect", fontsize=10)
+    axes.set_title("8 images learned by heart: the loss to expect", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
 

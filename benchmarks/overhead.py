@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead --out benchmarks/results/overhead.json
 
-The shards are pictures of a folder, read, decoded and resized by the stages of `precompute`. The limit are two plain
+The shards are images of a folder, read, decoded and resized by the stages of `precompute`. The limit are two plain
 processes that each do half of the shards with the same stages and nothing beside them: no scheduler, no Ray. The start
 is left out: each run has 8 shards more, which come first. Kinds of runs take turns.
 """
@@ -33,21 +33,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=4, metavar=("KIND", "WORKERS", "PICTURES", "RUN"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("KIND", "WORKERS", "IMAGES", "RUN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        kind, workers, pictures, run = args.one
-        print(json.dumps(measure(kind, int(workers), Path(pictures), Path(run))))
+        kind, workers, images, run = args.one
+        print(json.dumps(measure(kind, int(workers), Path(images), Path(run))))
         return
     seconds: dict[tuple[str, int], list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        draw(pictures)
+        images = Path(folder) / "images"
+        draw(images)
         for _ in range(args.rounds):
             for kind, workers in KINDS:
                 run = Path(folder) / "run"
                 command = [sys.executable, "-m", "benchmarks.overhead", "--one", kind, str(workers)]
-                done = subprocess.run([*command, str(pictures), str(run)], check=True, stdout=subprocess.PIPE)
+                done = subprocess.run([*command, str(images), str(run)], check=True, stdout=subprocess.PIPE)
                 seconds[kind, workers].append(json.loads(done.stdout.splitlines()[-1]))
                 shutil.rmtree(run)
     rows = [
@@ -61,7 +61,7 @@ def main() -> None:
         "local, 2 workers / two plain processes": ratio(seconds["plain", 2], seconds["local", 2]),
     }
     notes = [
-        f"seconds of {SHARDS} shards of {ROWS} pictures of {SIDE_PX} px, without the start; medians of {args.rounds} "
+        f"seconds of {SHARDS} shards of {ROWS} images of {SIDE_PX} px, without the start; medians of {args.rounds} "
         "rounds; ratios of speeds, within a round",
         "what the engine had fetched ahead for these shards when they began is added to its time; what is left of its "
         "lead over plain processes is that it reads and writes some shards while it resizes others",
@@ -74,7 +74,7 @@ def ratio(slower: list[float], faster: list[float]) -> float:
 
 
 def draw(folder: Path) -> None:
-    """Smooth random pictures, as costly to decode as photographs."""
+    """Smooth random images, as costly to decode as photographs."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -84,21 +84,21 @@ def draw(folder: Path) -> None:
             path = folder / f"{shard:05d}" / f"{row:05d}.jpg"
             small = Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8))
             small.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(path, quality=92)
-            path.with_suffix(".txt").write_text(f"picture {row} of shard {shard}")
+            path.with_suffix(".txt").write_text(f"image {row} of shard {shard}")
 
 
-def measure(kind: str, workers: int, pictures: Path, run: Path) -> float:
+def measure(kind: str, workers: int, images: Path, run: Path) -> float:
     """Seconds for 20 shards by processes that are warm."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return plain(workers, pictures, run) if kind == "plain" else engine(kind, workers, pictures, run)
+    return plain(workers, images, run) if kind == "plain" else engine(kind, workers, images, run)
 
 
-def workflow_of(pictures: Path, workers: int) -> Any:
+def workflow_of(images: Path, workers: int) -> Any:
     from pipeline.config import load_config
     from workflows.precompute import Precompute, PrecomputeConfig
 
     settings = [
-        f"source={{kind: folder, path: {pictures}}}",
+        f"source={{kind: folder, path: {images}}}",
         f"shard_size={ROWS}",
         "images.sizes_px=[64,256]",
         "encoders=[]",
@@ -107,10 +107,10 @@ def workflow_of(pictures: Path, workers: int) -> Any:
     return Precompute(load_config(PrecomputeConfig, None, settings))
 
 
-def engine(executor: str, workers: int, pictures: Path, run: Path) -> float:
+def engine(executor: str, workers: int, images: Path, run: Path) -> float:
     from pipeline.options import RunOptions
 
-    workflow_of(pictures, workers).run(str(run), RunOptions(executor, quiet=True))
+    workflow_of(images, workers).run(str(run), RunOptions(executor, quiet=True))
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     done = [event for event in events if event["event"] == "task"]
     resized = [event for event in done if event["stage"] == "resize"]
@@ -121,10 +121,10 @@ def engine(executor: str, workers: int, pictures: Path, run: Path) -> float:
     return resized[-1]["time"] - began + ahead / workers
 
 
-def plain(workers: int, pictures: Path, run: Path) -> float:
+def plain(workers: int, images: Path, run: Path) -> float:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(workers + 1)
-    processes = [context.Process(target=_do_part, args=(i, workers, pictures, run, ready)) for i in range(workers)]
+    processes = [context.Process(target=_do_part, args=(i, workers, images, run, ready)) for i in range(workers)]
     for process in processes:
         process.start()
     ready.wait()
@@ -135,13 +135,13 @@ def plain(workers: int, pictures: Path, run: Path) -> float:
     return time.perf_counter() - began
 
 
-def _do_part(part: int, parts: int, pictures: Path, place: Path, ready: Barrier) -> None:
+def _do_part(part: int, parts: int, images: Path, place: Path, ready: Barrier) -> None:
     from pipeline.engine.ledger import Ledger
     from pipeline.executors.task import TaskRequest, run_task
     from pipeline.storage.run_folder import RunFolder
 
     run = RunFolder(place)
-    plan = workflow_of(pictures, 1).plan(run)
+    plan = workflow_of(images, 1).plan(run)
     run.transient_groups = plan.transient_groups
     fingerprints = Ledger(plan, run).fingerprints
     shards = list(plan.shards())[part::parts]

@@ -23,7 +23,7 @@ from benchmarks.common import report
 from benchmarks.encode import shuffled_prompts, write_model
 
 EMOJI = Path(__file__).resolve().parents[2] / "shared/data/noto-emoji"
-SOURCE_PX = 64  # the pictures that only carry captions
+SOURCE_PX = 64  # the images that only carry captions
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def caption_heavy(folder: Path) -> list[str]:
-    """PartiPrompts beside pictures of one colour, and an encoder of t5-v1_1-small's shape."""
+    """PartiPrompts beside images of one colour, and an encoder of t5-v1_1-small's shape."""
     from PIL import Image
 
     captions = shuffled_prompts()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.resize --out benchmarks/results/resize.json
 
-Every method makes the 64 and the 256 pixel picture of a centre crop on one thread, timed in CPU seconds.
+Every method makes the 64 and the 256 pixel image of a centre crop on one thread, timed in CPU seconds.
 img2dataset makes one size per run and always encodes its output, so it runs twice, and a row that also
 encodes stands beside it.
 """
@@ -110,7 +110,7 @@ COMPARISONS = [
 
 
 def methods(files: list[bytes]) -> dict[str, Callable[[], object]]:
-    """Each function handles the next picture of the workload."""
+    """Each function handles the next image of the workload."""
     squares = [np.ascontiguousarray(center_square(decode_rgb(data, max_pixels=10**8).pixels)) for data in files]
     img2dataset_jpg = [img2dataset_resizer(size, "jpg", 95) for size in SIZES_PX]
     img2dataset_png = [img2dataset_resizer(size, "png", 6) for size in SIZES_PX]

@@ -1,8 +1,8 @@
-"""Reads color, shape and place of the object in a picture, to judge pictures made from a caption.
+"""Reads color, shape and place of the object in an image, to judge images made from a caption.
 
 Every pixel is taken as a mix of the background and one color. That gives a soft mask, which is compared
 with each shape drawn at the same area and centroid. Antialiasing, blur and moderate noise do not matter
-much, and the picture may be as small as 16 x 16.
+much, and the image may be as small as 16 x 16.
 """
 
 import math
@@ -16,17 +16,17 @@ from PIL import Image, ImageFilter
 from stages.sources.synthetic.scenes import COLORS, POSITIONS, SIZES, Scene
 from stages.sources.synthetic.shapes import SHAPES, shape_mask
 
-_MIN_AREA = 0.01  # of the picture; the smallest object covers about 0.03
+_MIN_AREA = 0.01  # of the image; the smallest object covers about 0.03
 _MIN_OVERLAP = 0.4  # least soft IoU of a mask that counts as a shape at all
 _MIN_CONTRAST = 50  # least RGB distance from the background of a color that can be told from it
-_BLURS_PX = (0.0, 0.6, 1.2)  # the picture is compared with shapes this blurred
+_BLURS_PX = (0.0, 0.6, 1.2)  # the image is compared with shapes this blurred
 _SMALL_BELOW = (SIZES["small"][1] + SIZES["large"][0]) / 2
 _NEAR_CENTRE = (POSITIONS["right"][0] - 0.5) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows, in caption words."""
+    """What an image shows, in caption words."""
 
     color: str
     shape: str
@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Which parts of a single-object caption a picture shows."""
+    """Which parts of a single-object caption an image shows."""
 
     color_ok: bool
     shape_ok: bool
@@ -46,9 +46,9 @@ class Score:
 
 
 def score_single(pixels: NDArray[np.uint8], scene: Scene) -> Score:
-    """Judge a picture, uint8 (S, S, 3) RGB 0..255, against a scene with a single object.
+    """Judge an image, uint8 (S, S, 3) RGB 0..255, against a scene with a single object.
 
-    A picture without an object has nothing right. Chance is 1/8 for color, 1/6 for shape and 1/5 for
+    An image without an object has nothing right. Chance is 1/8 for color, 1/6 for shape and 1/5 for
     position.
     """
     if len(scene.objects) != 1:
@@ -65,7 +65,7 @@ def score_single(pixels: NDArray[np.uint8], scene: Scene) -> Score:
 
 
 def read_single(pixels: NDArray[np.uint8]) -> Reading | None:
-    """Describe the one object of a picture, uint8 (S, S, 3) RGB 0..255; None if it shows no object."""
+    """Describe the one object of an image, uint8 (S, S, 3) RGB 0..255; None if it shows no object."""
     if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.shape[2] != 3:
         raise ValueError(f"pixels must have shape (S, S, 3) (got {pixels.shape})")
     color, mask = _separate(pixels.astype(np.float64))
@@ -153,7 +153,7 @@ def _shares(coverage: Image.Image) -> NDArray[np.float64]:
 
 
 def _position(x: float, y: float) -> str:
-    """Name the place of a centre given as fractions of the picture."""
+    """Name the place of a centre given as fractions of the image."""
     dx, dy = x - 0.5, y - 0.5
     if max(abs(dx), abs(dy)) < _NEAR_CENTRE:
         return "centre"

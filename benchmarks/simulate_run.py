@@ -21,7 +21,13 @@ from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.plan import Plan
 from pipeline.planning.hardware import load_profile
-from pipeline.planning.simulated_executor import Change, Luck, Machine, SimulatedExecutor, Station
+from pipeline.planning.simulated_executor import (
+    NodeEvent,
+    SimulatedCluster,
+    SimulatedExecutor,
+    SimulatedStage,
+    TaskOutcomeModel,
+)
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
@@ -41,10 +47,12 @@ LEAVE_EVERY_S, AWAY_S = 1800.0, 1200.0  # a node goes, its successor comes
 SEED = 0
 CONFIG = ExecutionConfig(retry_delay_s=0)  # pauses would be real ones
 
-STATIONS = (
-    Station("fetch", (), 5.0, 0.0, PROFILE.cpu_s_per_row["fetch"] / FETCH_SLOTS, {"cpus": FETCH_SLOTS}, None, 0.5),
-    Station("resize", ("fetch",), 5.0, 0.0, PROFILE.cpu_s_per_row["resize"], {"cpus": 1.0}),
-    Station(
+SIMULATED_STAGES = (
+    SimulatedStage(
+        "fetch", (), 5.0, 0.0, PROFILE.cpu_s_per_row["fetch"] / FETCH_SLOTS, {"cpus": FETCH_SLOTS}, None, 0.5
+    ),
+    SimulatedStage("resize", ("fetch",), 5.0, 0.0, PROFILE.cpu_s_per_row["resize"], {"cpus": 1.0}),
+    SimulatedStage(
         "encode",
         ("resize",),
         PROFILE.model_start_s,
@@ -80,27 +88,29 @@ class Drawn:
     def __init__(self, *, failing: bool):
         self.failing = failing
 
-    def __call__(self, request: TaskRequest) -> Luck:
+    def __call__(self, request: TaskRequest) -> TaskOutcomeModel:
         draw = random.Random(f"{SEED} {request.shard.index} {request.stage} {request.attempt}")
         sigma = SIGMA[request.stage]
         stretch = math.exp(draw.gauss(-(sigma**2) / 2, sigma))
         hopeless = request.stage == "resize" and request.shard.index % HOPELESS == HOPELESS - 1
         if self.failing and (hopeless or draw.random() < FAILING):
-            return Luck(stretch * draw.random(), "failed")
-        return Luck(stretch)
+            return TaskOutcomeModel(stretch * draw.random(), "failed")
+        return TaskOutcomeModel(stretch)
 
 
-def comings_and_goings(seconds: float) -> list[Change]:
+def comings_and_goings(seconds: float) -> list[NodeEvent]:
     leaving = [(k * LEAVE_EVERY_S, k % NODES) for k in range(1, int(seconds / LEAVE_EVERY_S) + 1)]
-    return [change for at, node in leaving for change in (Change(at, node, False), Change(at + AWAY_S, node, True))]
+    return [
+        change for at, node in leaving for change in (NodeEvent(at, node, False), NodeEvent(at + AWAY_S, node, True))
+    ]
 
 
 class Cluster(SimulatedExecutor):
     """Takes the time of the simulation itself; writes, if given a folder, what real workers write there."""
 
-    def __init__(self, *, failing: bool = False, changes: Sequence[Change] = (), writes: Path | None = None):
-        machine = Machine({"cpus": CPUS, "gpus": GPUS}, CPUS, 2 * (CPUS + GPUS), NODES)
-        super().__init__(STATIONS, machine, luck=Drawn(failing=failing), changes=changes)
+    def __init__(self, *, failing: bool = False, changes: Sequence[NodeEvent] = (), writes: Path | None = None):
+        machine = SimulatedCluster({"cpus": CPUS, "gpus": GPUS}, CPUS, 2 * (CPUS + GPUS), NODES)
+        super().__init__(SIMULATED_STAGES, machine, outcome_model=Drawn(failing=failing), changes=changes)
         self.writes = writes
         self.own_s = 0.0
         self.tasks = 0
@@ -163,7 +173,7 @@ class Finished(Progress):
 
 
 def scenario(name: str, shards: int, folder: Path) -> dict[str, float]:
-    calm_s = shards * STATIONS[-1].seconds(ROWS) / GPUS
+    calm_s = shards * SIMULATED_STAGES[-1].seconds(ROWS) / GPUS
     cluster = {
         "calm": lambda: Cluster(),
         "1% failing": lambda: Cluster(failing=True),
@@ -199,7 +209,7 @@ def simulated(cluster: Cluster, finished: Sequence[float]) -> dict[str, float]:
     """What the simulated clock says; the bottleneck is the encoders."""
     played = cluster.played
     busy, lost, offered = (found["encode"] for found in (played.busy_s, played.lost_s, played.offered_s))
-    cpus = sum(played.busy_s[s.name] * s.slots for s in STATIONS if s.workers is None)
+    cpus = sum(played.busy_s[s.name] * s.slots for s in SIMULATED_STAGES if s.workers is None)
     nearly = finished[math.ceil(0.99 * len(finished)) - 1]
     return {
         "hours": played.seconds / 3600,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from benchmarks.word_tokenizer import write_word_tokenizer
 from stages.sources.synthetic.scenes import Scene, render, scene
 
-PICTURE_PX = 32
+IMAGE_PX = 32
 DIM = 64
 _SEED = 11  # of the scenes it learns from; precompute draws others
 
@@ -19,7 +19,7 @@ def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 2
     """Trains with CLIP's own loss (Radford et al. 2021, arXiv 2103.00020, figure 3) and saves as transformers does.
 
     Returns:
-        Part of the pictures of the last mixed batches whose own caption is the likeliest of the batch, in [0, 1].
+        Part of the images of the last mixed batches whose own caption is the likeliest of the batch, in [0, 1].
     """
     from transformers import CLIPModel
 
@@ -28,7 +28,7 @@ def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 2
     model = CLIPModel(_config(len(tokenizer)))
     scenes = [scene(_SEED, index, "train") for index in range(num_scenes)]
     captions = [s.captions[0] for s in scenes]
-    pictures = torch.from_numpy(np.stack([render(s, PICTURE_PX) for s in scenes])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([render(s, IMAGE_PX) for s in scenes])).permute(0, 3, 1, 2)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -42,7 +42,7 @@ def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 2
         group = kind[step // len(kinds) % len(kind)]
         rows = group[torch.randperm(len(group), generator=generator)[:batch_size]]
         tokens = tokenizer([captions[row] for row in rows.tolist()], padding=True, return_tensors="pt")
-        pixels = (pictures[rows].float() / 255 - mean) / std
+        pixels = (images[rows].float() / 255 - mean) / std
         logits = model(pixel_values=pixels, **tokens).logits_per_image
         own = torch.arange(len(rows))
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -72,5 +72,5 @@ def _config(vocabulary: int):
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
     shape["projection_dim"] = DIM
     text = {**shape, "vocab_size": vocabulary, "max_position_embeddings": 32, "eos_token_id": 1, "bos_token_id": 2}
-    vision = {**shape, "image_size": PICTURE_PX, "patch_size": 8}
+    vision = {**shape, "image_size": IMAGE_PX, "patch_size": 8}
     return CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=DIM)

@@ -1,6 +1,6 @@
 """How fast does the trainer train NeMo's 500M base and 600M super-resolution model on one GPU, in bfloat16?
 
-The trainer itself runs, on a store of random pictures and captions, with torch.compile off and on. Samples a second
+The trainer itself runs, on a store of random images and captions, with torch.compile off and on. Samples a second
 are compared with what NVIDIA publishes for NeMo a GPU (4 nodes, global batch x batches/s / 32 GPUs), and the model's
 FLOPs a second with the card's bfloat16 matmul rate, measured in the same run.
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="folder for temporary files (a checkpoint of 10 GB)")
     parser.add_argument("--tiny", action="store_true", help="small models and 4 steps, to try the script anywhere")
     parser.add_argument("--steps", type=int, default=40, help="steps of each run; the second half is measured")
-    parser.add_argument("--micro-batch", type=int, default=64, help="pictures at once; NeMo's figures are with 64")
+    parser.add_argument("--micro-batch", type=int, default=64, help="images at once; NeMo's figures are with 64")
     parser.add_argument("--models", nargs="+", choices=list(NEMO), default=list(NEMO))
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         root = Path(folder) / "store"
-        write_store(root, Captions.make(SAMPLES, 1024, MEAN_TOKENS), random_pictures(tiny=arguments.tiny), "parquet")
+        write_store(root, Captions.make(SAMPLES, 1024, MEAN_TOKENS), random_images(tiny=arguments.tiny), "parquet")
         matmul = matmul_flops()
         for name in arguments.models:
             for compiled in (False, True):
@@ -111,7 +111,7 @@ def ratios(rows: list[dict[str, Any]], *, tiny: bool) -> dict[str, float]:
 
 
 def training_config(name: str, root: Path, arguments: argparse.Namespace, *, compiled: bool) -> TrainConfig:
-    """A shipped configuration, one micro-batch a step; or a small model instead, on pictures a quarter as wide."""
+    """A shipped configuration, one micro-batch a step; or a small model instead, on images a quarter as wide."""
     overrides = [
         f"store={root}",
         f"compile={str(compiled).lower()}",
@@ -136,14 +136,14 @@ def training_config(name: str, root: Path, arguments: argparse.Namespace, *, com
     )
 
 
-def random_pictures(*, tiny: bool) -> dict[int, np.ndarray]:
+def random_images(*, tiny: bool) -> dict[int, np.ndarray]:
     rng = np.random.default_rng(1)
     sides = (16, 64) if tiny else (64, 256)
     return {side: rng.integers(0, 256, (SAMPLES, side, side, 3), np.uint8) for side in sides}
 
 
 def training_flops(config: TrainConfig) -> float:
-    """FLOPs of one picture, forward and backward, counted on the meta device."""
+    """FLOPs of one image, forward and backward, counted on the meta device."""
     unet_config, side = config.denoiser.unet, config.side_px
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         unet = unet_config.build()

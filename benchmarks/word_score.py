@@ -1,4 +1,4 @@
-"""Reads the word in a picture back, letter by letter, to compare it with what was to be written."""
+"""Reads the word in an image back, letter by letter, to compare it with what was to be written."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,28 +13,28 @@ _LEAST_INK = 30.0
 """Distance from the background, in levels, of what counts as ink at all."""
 
 
-def read_word(picture: NDArray[np.uint8]) -> str:
-    """The characters at the places of a picture (GRID, GRID, 3), uint8 0..255: letters, or " " where there is none.
+def read_word(image: NDArray[np.uint8]) -> str:
+    """The characters at the places of an image (GRID, GRID, 3), uint8 0..255: letters, or " " where there is none.
 
     Ink is the distance of a dot's colour from the background, the median, as a part of the mean of the largest eight;
     a place is read as the letter whose 7 x 5 dots differ least from its ink in the sum of squares, or as none.
     """
-    pixels = picture.astype(np.float64)
+    pixels = image.astype(np.float64)
     distance = np.linalg.norm(pixels - np.median(pixels.reshape(-1, 3), axis=0), axis=-1)
     ink = distance / max(float(np.sort(distance, axis=None)[-8:].mean()), _LEAST_INK)
     return "".join(_read(window(ink, place)) for place in range(PLACES))
 
 
-def letters_right(picture: NDArray[np.uint8], word: str) -> list[bool]:
+def letters_right(image: NDArray[np.uint8], word: str) -> list[bool]:
     """Of each place, whether it shows what it should; those after the word should be empty."""
-    return [found == wanted for found, wanted in zip(read_word(picture), word.ljust(PLACES), strict=True)]
+    return [found == wanted for found, wanted in zip(read_word(image), word.ljust(PLACES), strict=True)]
 
 
 def _read(ink: NDArray[np.float64]) -> str:
     return min(_TEMPLATES, key=lambda letter: float(((ink - _TEMPLATES[letter]) ** 2).sum()))
 
 
-def color_right(picture: NDArray[np.uint8], scene: WordScene) -> bool:
+def color_right(image: NDArray[np.uint8], scene: WordScene) -> bool:
     """Whether the dots that the word should cover have on average the colour of `scene`, of all COLORS the nearest."""
-    mean = picture[dots(scene.word)].mean(axis=0)
+    mean = image[dots(scene.word)].mean(axis=0)
     return min(COLORS, key=lambda name: float(np.linalg.norm(mean - COLORS[name]))) == scene.color

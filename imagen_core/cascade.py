@@ -1,7 +1,7 @@
-"""A cascade of diffusion models: a base that draws small pictures, and super-resolution stages.
+"""A cascade of diffusion models: a base that draws small images, and super-resolution stages.
 
 Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 pixels, each stage told the
-caption, each super-resolution stage also the picture of the stage before it, with a little noise on it.
+caption, each super-resolution stage also the image of the stage before it, with a little noise on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ from imagen_core.samplers import DpmSolverPP2M, Inpaint, SeededNoise, sample
 from imagen_core.samplers.registry import AnySampler
 
 OnStep = Callable[[int, int, int, Tensor], None]
-"""Called after each step as (stage, steps done, number of steps, picture (b, c, h, w) at its noise level)."""
+"""Called after each step as (stage, steps done, number of steps, image (b, c, h, w) at its noise level)."""
 
 
 Keep = Callable[[int, Tensor], Tensor]
-"""Called after each stage but the last as (stage, its pictures (b, c, h, w) in [-1, 1]) -> bool (b,): those that go on
+"""Called after each stage but the last as (stage, its images (b, c, h, w) in [-1, 1]) -> bool (b,): those that go on
 to the next stage."""
 
 
@@ -45,9 +45,9 @@ class SamplingConfig(Config):
     guidance: Guidance = Guidance()
     """Classifier-free guidance weights; 1 is none."""
     threshold: Threshold = Threshold()
-    """Clipping of the estimated picture at each step."""
+    """Clipping of the estimated image at each step."""
     low_res_sigma: float | None = Field(default=None, ge=0)
-    """Noise put on the low-resolution picture; null: the level the stage's config names."""
+    """Noise put on the low-resolution image; null: the level the stage's config names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class CascadeStage:
     def config(self) -> DenoiserConfig:
         """The denoiser's configuration; ValueError if it is a prior's."""
         if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise ValueError("a stage of a cascade draws pictures; this checkpoint is a prior: give it as `prior`")
+            raise ValueError("a stage of a cascade draws images; this checkpoint is a prior: give it as `prior`")
         return self.denoiser.config
 
     @property
@@ -83,7 +83,7 @@ class CascadeStage:
 
     @property
     def conditions(self) -> frozenset[Condition]:
-        """What its network reads beside the noisy picture."""
+        """What its network reads beside the noisy image."""
         unet = self.config.unet
         found: dict[Condition, object] = {
             "text": unet.text_dim,
@@ -100,7 +100,7 @@ class CascadeStage:
         if settings.low_res_sigma is not None and self.config.low_res_noise is None:
             raise ValueError(
                 f"{prefix} low_res_sigma is {settings.low_res_sigma}, but it was not trained with noise on "
-                "low-resolution pictures; leave it out"
+                "low-resolution images; leave it out"
             )
         for condition in get_args(Condition):
             weight = getattr(settings.guidance, condition)
@@ -120,7 +120,7 @@ class CascadeStage:
 
     @property
     def image_embed_dim(self) -> int | None:
-        """Width of the picture embeddings it reads; None if it reads none."""
+        """Width of the image embeddings it reads; None if it reads none."""
         return self.config.unet.image_embed_dim
 
 
@@ -181,26 +181,26 @@ class Cascade:
         on_step: OnStep | None = None,
         keep: Keep | None = None,
     ) -> dict[int, Tensor]:
-        """Draw one picture a seed. A picture depends on its own seed and caption alone, not on its batch.
+        """Draw one image a seed. An image depends on its own seed and caption alone, not on its batch.
 
         Args:
-            text: one (num_tokens, text_dim) array a picture; None draws without captions.
-            image_embed: (b, dim), embeddings of the pictures to draw, for stages that read them: drawn by a prior, or
-                of pictures one has. Only their direction counts.
-            transcriptions: the text to be written in each picture; None, or an empty one: none.
-            labels: the class of each picture, from 0; -1: unknown. None: all unknown.
-            low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the picture
-                of the stage before it: super-resolution of a picture you have.
+            text: one (num_tokens, text_dim) array an image; None draws without captions.
+            image_embed: (b, dim), embeddings of the images to draw, for stages that read them: drawn by a prior, or
+                of images one has. Only their direction counts.
+            transcriptions: the text to be written in each image; None, or an empty one: none.
+            labels: the class of each image, from 0; -1: unknown. None: all unknown.
+            low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
+                of the stage before it: super-resolution of an image you have.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
             init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it and not from pure
                 noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
             strength: in [0, 1], how much of the way init_image is sent back into noise.
-            inpaint: picture and mask of the part to keep, in any size; each stage keeps it.
+            inpaint: image and mask of the part to keep, in any size; each stage keeps it.
             autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
-            keep: chooses after each stage which pictures the next one enlarges; when none is left, the rest of the
+            keep: chooses after each stage which images the next one enlarges; when none is left, the rest of the
                 stages does not run.
         Returns:
-            Pictures of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1]; with `keep` fewer
+            Images of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1]; with `keep` fewer
             from stage to stage, in the same order.
         Raises:
             ValueError: inputs that do not fit the stages.
@@ -210,7 +210,7 @@ class Cascade:
             raise ValueError(f"no stage to run: start {start_stage}, stop {stop_stage} of {len(self.stages)}")
         if stages[0].is_super_resolution and low_res is None:
             raise ValueError(
-                f"stage {start_stage} ({stages[0].size_px} px) needs a low-resolution picture: give low_res, "
+                f"stage {start_stage} ({stages[0].size_px} px) needs a low-resolution image: give low_res, "
                 "or start at a base stage"
             )
         _check_image_embed(stages, image_embed, len(seeds))
@@ -225,7 +225,7 @@ class Cascade:
         ).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
-        pictures: dict[int, Tensor] = {}
+        images: dict[int, Tensor] = {}
         kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
             stage.denoiser.to(device=device, dtype=dtype).eval()
@@ -241,19 +241,19 @@ class Cascade:
                     on_step=None if on_step is None else partial(on_step, number),
                 )
             stage.denoiser.to("cpu")  # the next stage needs the room
-            pictures[stage.size_px] = current.clamp(-1, 1)
+            images[stage.size_px] = current.clamp(-1, 1)
             if keep is not None and number < last:
-                rows = keep(number, pictures[stage.size_px]).to(current.device)
+                rows = keep(number, images[stage.size_px]).to(current.device)
                 if rows.shape != (len(kept),) or rows.dtype != torch.bool:
                     raise ValueError(
-                        f"keep: give one bool for each of {len(kept)} pictures (got {rows.dtype} {tuple(rows.shape)})"
+                        f"keep: give one bool for each of {len(kept)} images (got {rows.dtype} {tuple(rows.shape)})"
                     )
                 kept = [seed for seed, goes_on in zip(kept, rows.tolist(), strict=True) if goes_on]
                 if not kept:
                     break
                 current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
                 inpaint = None if inpaint is None else inpaint.rows(rows)
-        return pictures
+        return images
 
     def _characters(self, transcriptions: Sequence[str] | None, batch: int) -> Tensor | None:
         if self.max_characters is None:
@@ -263,7 +263,7 @@ class Cascade:
         if transcriptions is None:
             transcriptions = [""] * batch
         if len(transcriptions) != batch:
-            raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} pictures; give one a picture")
+            raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} images; give one an image")
         return character_ids(transcriptions, self.max_characters)
 
     def _labels(self, labels: Sequence[int] | None, batch: int) -> Tensor | None:
@@ -274,7 +274,7 @@ class Cascade:
         if labels is None:
             labels = [-1] * batch
         if len(labels) != batch:
-            raise ValueError(f"labels: {len(labels)} for {batch} pictures; give one a picture")
+            raise ValueError(f"labels: {len(labels)} for {batch} images; give one an image")
         if wrong := [label for label in labels if not -1 <= label < self.num_classes]:
             raise ValueError(f"labels: {wrong[0]} is none of 0 to {self.num_classes - 1}, nor -1 for an unknown class")
         return torch.tensor(list(labels), dtype=torch.long)
@@ -329,13 +329,13 @@ def _check_image_embed(stages: Sequence[CascadeStage], image_embed: Tensor | Non
         if dim is not None and (image_embed is None or tuple(image_embed.shape) != (count, dim)):
             found = None if image_embed is None else tuple(image_embed.shape)
             raise ValueError(
-                f"image_embed: the {stage.size_px} px stage reads picture embeddings ({count}, {dim}) (got {found}); "
+                f"image_embed: the {stage.size_px} px stage reads image embeddings ({count}, {dim}) (got {found}); "
                 "draw them with a prior"
             )
 
 
 def _resized(inpaint: Inpaint, size_px: int) -> Inpaint:
-    """The same for pictures of another size; a pixel is kept where most of it was."""
+    """The same for images of another size; a pixel is kept where most of it was."""
     keep = F.interpolate(inpaint.keep.float(), size=(size_px, size_px), mode="area") > 0.5
     return Inpaint(upsample(inpaint.image, size_px), keep, inpaint.resample_times)
 
@@ -346,14 +346,14 @@ def pad_text(
     """Ragged (num_tokens, dim) arrays as one zero-padded (b, l, dim) float32 tensor and its bool (b, l) mask.
 
     Raises:
-        ValueError: another number of texts than pictures, or another dim than the stages read.
+        ValueError: another number of texts than images, or another dim than the stages read.
     """
     if text_dim is None:
         return None, None
     if text is None:
         text = [np.zeros((0, text_dim), np.float32)] * batch
     if len(text) != batch:
-        raise ValueError(f"text: {len(text)} captions for {batch} pictures; give one a picture")
+        raise ValueError(f"text: {len(text)} captions for {batch} images; give one an image")
     rows = [torch.as_tensor(np.asarray(t, dtype=np.float32)) for t in text]
     wrong = [tuple(row.shape) for row in rows if row.ndim != 2 or row.shape[1] != text_dim]
     if wrong:

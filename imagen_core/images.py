@@ -1,4 +1,4 @@
-"""Pictures between disk, uint8 pixels and the [-1, 1] range of the models."""
+"""Images between disk, uint8 pixels and the [-1, 1] range of the models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,32 +25,32 @@ def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return pixels.to(dtype).div(127.5).sub(1)
 
 
-def read_picture(path: str | Path, size_px: int | None = None) -> np.ndarray:
-    """An RGB picture, turned by its EXIF orientation: uint8 (h, w, 3).
+def read_image(path: str | Path, size_px: int | None = None) -> np.ndarray:
+    """An RGB image, turned by its EXIF orientation: uint8 (h, w, 3).
 
     Args:
-        size_px: cut the centre square and resize it (bicubic, antialiased) to this size; None keeps the picture.
+        size_px: cut the centre square and resize it (bicubic, antialiased) to this size; None keeps the image.
     Raises:
-        ValueError: the file is no picture that can be read.
+        ValueError: the file is no image that can be read.
     """
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+        raise ValueError(f"{path}: cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
     if size_px is not None:
         image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
 def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndarray:
-    """Pictures of one size, uint8 (h, w, 3) each, side by side on white: uint8 (H, W, 3)."""
+    """Images of one size, uint8 (h, w, 3) each, side by side on white: uint8 (H, W, 3)."""
     height, width = pixels[0].shape[:2]
     rows = -(-len(pixels) // columns)
     canvas = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8)
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         top, left = (index // columns) * (height + gap_px), (index % columns) * (width + gap_px)
-        canvas[top : top + height, left : left + width] = picture
+        canvas[top : top + height, left : left + width] = image
     return canvas
 
 

@@ -1,4 +1,4 @@
-"""Drawing picture embeddings with a prior, and judging them.
+"""Drawing image embeddings with a prior, and judging them.
 
 Ramesh et al. 2022 (arXiv 2204.06125), section 2.2: several embeddings are drawn for a caption, and the one that is
 most like the caption's own embedding is kept.
@@ -43,12 +43,12 @@ class PriorSamplingConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "PriorSamplingConfig":
         if self.threshold.kind not in ("none", "length"):
-            raise ValueError(f"threshold.kind: {self.threshold.kind} is for pictures; a prior takes none or length")
+            raise ValueError(f"threshold.kind: {self.threshold.kind} is for images; a prior takes none or length")
         return self
 
 
 @torch.no_grad()
-def draw_embeddings(
+def generate_embeddings(
     denoiser: Denoiser,
     conditioning: Conditioning,
     seeds: Sequence[int],
@@ -56,7 +56,7 @@ def draw_embeddings(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draws one picture embedding a caption; row i depends on its caption and seeds[i] alone.
+    """RandomNumbers one image embedding a caption; row i depends on its caption and seeds[i] alone.
 
     Args:
         conditioning: text_embed (b, dim) and, if the prior reads it, text with its mask; on the denoiser's device.
@@ -67,7 +67,9 @@ def draw_embeddings(
     """
     settings = denoiser.config
     if not isinstance(settings, PriorConfig):
-        raise ValueError("draw_embeddings: the denoiser draws pictures; give one whose configuration has kind: prior")
+        raise ValueError(
+            "generate_embeddings: the denoiser draws images; give one whose configuration has kind: prior"
+        )
     if conditioning.text_embed is None:
         raise ValueError("conditioning.text_embed: a prior reads the captions' embeddings; give text_embed")
     device = conditioning.text_embed.device
@@ -116,10 +118,10 @@ class PriorSimilarities:
     """Mean cosines of drawn embeddings (DALLE2-pytorch's prior.md names the five).
 
     Attributes:
-        with_image: to the true picture's embedding; the aim.
+        with_image: to the true image's embedding; the aim.
         with_text: to the caption's embedding.
         with_unrelated_text: to another caption's embedding; high: the prior ignores the caption.
-        baseline: of captions' embeddings to their true pictures'; a prior helps where with_image is above it.
+        baseline: of captions' embeddings to their true images'; a prior helps where with_image is above it.
         above_baseline: with_text minus baseline; far above 0: captions are copied.
     """
 

@@ -21,11 +21,11 @@ class Input(Protocol):
         """
         ...
 
-    def has_news(self) -> bool:
+    def has_new_input(self) -> bool:
         """True if there is something that no run has noted yet."""
         ...
 
-    def note(self, *, restart: bool) -> None:
+    def record(self, *, restart: bool) -> None:
         """Notes what is new, so that every later run makes the same shards of it.
 
         Args:

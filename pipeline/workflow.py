@@ -32,7 +32,7 @@ class Workflow(ABC):
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         """What a run would do, as JSON; writes nothing unless asked to `save`."""
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         """Label and path of what the user should look at after a run."""
         return []
 

@@ -42,4 +42,4 @@ def open_place(place: str) -> tuple[StoreFolder, RunFolder | None]:
     store = store_folder(place)
     outer, _, name = store.rpartition("/")
     run = RunFolder(outer) if outer and name == STORE else None
-    return StoreFolder(store), run if run is not None and run.begun_groups() else None
+    return StoreFolder(store), run if run is not None and run.started_groups() else None

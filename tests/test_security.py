@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.images import plain_png
 from tests.named_tests import missing_tests, named_tests
-from tests.pictures import plain_png
 from tests.stages.encoders import tiny_models
 from tests.workflows.commands import call
 from tests.workflows.conftest import REPOSITORY
@@ -123,11 +123,11 @@ def test_a_store_with_a_pickled_type_in_it_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_caption_is_text_in_the_report(tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "a.png").write_bytes(plain_png())
-    (pictures / "a.txt").write_text("<script>alert(1)</script>")
-    source = f"source={{kind: folder, path: {pictures}}}"
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(plain_png())
+    (images / "a.txt").write_text("<script>alert(1)</script>")
+    source = f"source={{kind: folder, path: {images}}}"
     small = ("--executor", "inline", "--quiet", source, "images.sizes_px=[16]", "encoders=[]")
     assert call("run", "precompute", "--out", str(tmp_path / "run"), *small).code == 0
     assert call("report", str(tmp_path / "run")).code == 0

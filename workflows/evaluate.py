@@ -1,4 +1,4 @@
-"""evaluate: captions -> cascade -> pictures -> features -> metrics."""
+"""evaluate: captions -> cascade -> images -> features -> metrics."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from stages.sampling.dry_run import sampling_facts
 
 
 class Evaluate(JobWorkflow):
-    """Judges pictures, and draws them first if asked."""
+    """Judges images, and draws them first if asked."""
 
     name = "evaluate"
-    summary = "draw pictures of a caption set, and judge them: Frechet and kernel distance, CLIP score"
+    summary = "draw images of a caption set, and judge them: Frechet and kernel distance, CLIP score"
     config_class = EvaluateConfig
     config: EvaluateConfig
 
@@ -25,5 +25,5 @@ class Evaluate(JobWorkflow):
         drawing = {} if self.config.draw is None else sampling_facts(self.config.draw)
         return {**drawing, "guidance": list(self.config.guidance), "times_drawn": max(1, len(self.config.guidance))}
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("table", f"{run.url}/{TABLE}")] if run.storage.size(TABLE) is not None else []

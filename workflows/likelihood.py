@@ -1,4 +1,4 @@
-"""likelihood: store and a trained stage -> bits a dimension of the store's pictures."""
+"""likelihood: store and a trained stage -> bits a dimension of the store's images."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from stages.evaluation.likelihood import LikelihoodConfig, likelihood_facts, mea
 
 
 class Likelihood(JobWorkflow):
-    """Measures how likely a trained stage finds stored pictures."""
+    """Measures how likely a trained stage finds stored images."""
 
     name = "likelihood"
-    summary = "bits a dimension of a store's pictures under a trained stage"
+    summary = "bits a dimension of a store's images under a trained stage"
     config_class = LikelihoodConfig
     config: LikelihoodConfig
 
@@ -21,5 +21,5 @@ class Likelihood(JobWorkflow):
     def facts(self) -> Mapping[str, object]:
         return likelihood_facts(self.config)
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
-        return [("by picture", f"{run.url}/batches")]
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
+        return [("by image", f"{run.url}/batches")]

@@ -11,19 +11,19 @@ from pipeline.plan import Plan
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
-from stages.encoders.given import GivenConfig
-from stages.encoders.registry import AnyPicture, AnyText
+from stages.encoders.given import PrecomputedEmbeddingsConfig
+from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
-from stages.precompute.encode_images import EncodePicturesStage
+from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
-from stages.precompute.given_embeddings import TakeGivenStage
+from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from stages.precompute.manifest import build_manifest
 from stages.precompute.quantisation import quantisation_facts, quantisation_line
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
-from stages.sources.incremental import Batches
+from stages.sources.incremental import InputBatches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
@@ -49,11 +49,11 @@ class PrecomputeConfig(WorkflowConfig):
     shard_size: int = Field(default=1000, ge=1)
     """Input rows a shard: the unit of work, retry and resume."""
     images: ImagesConfig = ImagesConfig()
-    """The pictures to store."""
-    encoders: tuple[AnyText, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
+    """The images to store."""
+    encoders: tuple[AnyTextEmbedding, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
-    image_encoders: tuple[AnyPicture, ...] = ()
-    """Picture encoders; each looks at a stored size, and makes its own group."""
+    image_encoders: tuple[AnyImageEmbedding, ...] = ()
+    """Image encoders; each looks at a stored size, and makes its own group."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -64,7 +64,9 @@ class PrecomputeConfig(WorkflowConfig):
 
     @field_validator("encoders", "image_encoders")
     @classmethod
-    def _check_names(cls, encoders: tuple[AnyText | AnyPicture, ...]) -> tuple[AnyText | AnyPicture, ...]:
+    def _check_names(
+        cls, encoders: tuple[AnyTextEmbedding | AnyImageEmbedding, ...]
+    ) -> tuple[AnyTextEmbedding | AnyImageEmbedding, ...]:
         names = [encoder.name for encoder in encoders]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -75,11 +77,11 @@ class PrecomputeConfig(WorkflowConfig):
     def _check_sizes(self) -> Self:
         if self.images.sizes_px and isinstance(self.source, ParquetConfig) and self.source.image_column is None:
             raise ValueError(
-                f"source.image_column is null, so there are no pictures, but images.sizes_px is "
+                f"source.image_column is null, so there are no images, but images.sizes_px is "
                 f"{list(self.images.sizes_px)}; set images.sizes_px=[]"
             )
         for encoder in self.image_encoders:
-            if isinstance(encoder, GivenConfig):
+            if isinstance(encoder, PrecomputedEmbeddingsConfig):
                 if encoder.null is not None:
                     raise ValueError(
                         f"image_encoders.{encoder.name}.null: only captions have an empty one; leave it out"
@@ -96,7 +98,7 @@ class Precompute(ShardedWorkflow):
     """Caches image pyramids and text embeddings of an image-text dataset."""
 
     name = "precompute"
-    summary = "download and resize pictures, encode captions, into a store of cached tensors"
+    summary = "download and resize images, encode captions, into a store of cached tensors"
     config_class = PrecomputeConfig
     config: PrecomputeConfig
 
@@ -105,13 +107,13 @@ class Precompute(ShardedWorkflow):
         source = config.source.build()
         source.check()
         rows = source.estimate_rows()
-        batches = Batches(source, run, config.shard_size, SAMPLES)
+        batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
             stages=(
                 FetchStage(source, config.source.kind),
                 ResizeStage(config.images, config.store.format),
                 *(self._text_stage(encoder, source) for encoder in config.encoders),
-                *(self._picture_stage(encoder, source) for encoder in config.image_encoders),
+                *(self._image_stage(encoder, source) for encoder in config.image_encoders),
             ),
             shards=batches.shards,
             input=batches,
@@ -125,19 +127,19 @@ class Precompute(ShardedWorkflow):
             captions=source.captions,
         )
 
-    def _text_stage(self, encoder: AnyText, source: Source) -> Stage:
+    def _text_stage(self, encoder: AnyTextEmbedding, source: Source) -> Stage:
         store = self.config.store
-        if isinstance(encoder, GivenConfig):
-            return TakeGivenStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
+        if isinstance(encoder, PrecomputedEmbeddingsConfig):
+            return PrecomputedEmbeddingsStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
         return EncodeStage(encoder, store.format, store.dtype, store.min_cosine)
 
-    def _picture_stage(self, encoder: AnyPicture, source: Source) -> Stage:
+    def _image_stage(self, encoder: AnyImageEmbedding, source: Source) -> Stage:
         store = self.config.store
-        if isinstance(encoder, GivenConfig):
-            return TakeGivenStage(encoder, source, "pictures", store.format, store.dtype)
-        return EncodePicturesStage(encoder, self.config.images, store.format, store.dtype)
+        if isinstance(encoder, PrecomputedEmbeddingsConfig):
+            return PrecomputedEmbeddingsStage(encoder, source, "images", store.format, store.dtype)
+        return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype)
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
         facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
         return [

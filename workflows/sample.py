@@ -1,4 +1,4 @@
-"""sample: prompts -> text encoder -> cascade -> pictures."""
+"""sample: prompts -> text encoder -> cascade -> images."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ from stages.sampling.run import draw
 
 
 class Sample(JobWorkflow):
-    """Draws pictures from prompts with trained stages."""
+    """Draws images from prompts with trained stages."""
 
     name = "sample"
-    summary = "draw pictures from prompts with a trained cascade, or enlarge pictures"
+    summary = "draw images from prompts with a trained cascade, or enlarge images"
     config_class = SampleConfig
     config: SampleConfig
 
@@ -23,5 +23,5 @@ class Sample(JobWorkflow):
     def facts(self) -> Mapping[str, object]:
         return sampling_facts(self.config)
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("grid", f"{run.url}/grid.png")]

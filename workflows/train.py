@@ -40,5 +40,5 @@ class Train(JobWorkflow):
     def facts(self) -> Mapping[str, object]:
         return training_facts(self.config.training(), online=self.config.online_encoder is not None)
 
-    def closing_words(self, run: RunFolder) -> list[tuple[str, str]]:
+    def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("checkpoints", f"{run.url}/checkpoints"), ("metrics", f"{run.url}/metrics.jsonl")]

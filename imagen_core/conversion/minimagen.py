@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imagen_core.conversion.weights import fitted
+from imagen_core.conversion.weights import match_parameters
 from imagen_core.models.hybrid.unet import HybridUNetConfig
 from imagen_core.models.presets.hybrid import MINIMAGEN
 
@@ -105,7 +105,7 @@ def unet_weights(state: Mapping[str, Tensor], config: HybridUNetConfig) -> dict[
     Raises:
         ValueError: a tensor is missing, not known, or of another shape.
     """
-    return fitted(_named(state, last_in_middle=1 + config.middle_attention), config)
+    return match_parameters(_named(state, last_in_middle=1 + config.middle_attention), config)
 
 
 def _named(state: Mapping[str, Tensor], *, last_in_middle: int) -> Iterator[tuple[str, str, Tensor]]:
@@ -114,13 +114,13 @@ def _named(state: Mapping[str, Tensor], *, last_in_middle: int) -> Iterator[tupl
             if values.any():
                 raise ValueError(f"{name} is not zero, but MinImagen never trains it")
             continue
-        mine = our_name(name).replace(_LAST_IN_MIDDLE, f"middle.{last_in_middle}")
+        mine = convert_name(name).replace(_LAST_IN_MIDDLE, f"middle.{last_in_middle}")
         if mine.endswith("hidden.0.weight"):  # there sines come first, here cosines
             values = values.roll(values.shape[1] // 2, dims=1)
         yield name, mine, values
 
 
-def our_name(name: str) -> str:
+def convert_name(name: str) -> str:
     """The name of one of MinImagen's tensors here."""
     trail = re.match(r"(downs|ups)\.(\d+)\.(\d+)\.", name)
     if trail:

@@ -11,7 +11,7 @@ _DDPM = {"loss_type": "l2", "pred_objective": "noise", "noise_schedule": "cosine
 _SCHEDULES = {"cosine": "log_snr_cosine", "linear": "log_snr_linear"}
 _OBJECTIVES = {"noise": "eps", "x_start": "x0"}
 _FACTOR = 4
-"""What super-resolution enlarges by: NeMo trains all of it on pictures of 256 px and 64 px, also on crops."""
+"""What super-resolution enlarges by: NeMo trains all of it on images of 256 px and 64 px, also on crops."""
 
 
 def preconditioning(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imagen_core.conversion.weights import fitted
+from imagen_core.conversion.weights import match_parameters
 from imagen_core.models.unet.efficient import EfficientUNetConfig
 from imagen_core.models.unet.regular import RegularUNetConfig
 
@@ -162,7 +162,7 @@ def unet_config(
 
 
 def _attending(unet: Mapping[str, Any]) -> list[int]:
-    """Sides of the levels with attention: NeMo asks by how much the picture's side is divided, rounded down."""
+    """Sides of the levels with attention: NeMo asks by how much the image's side is divided, rounded down."""
     size, levels = unet["image_size"], {2**level for level in range(len(unet["channel_mult"]))}
     divisors = [size // int(side) for side in unet["attention_resolutions"]]
     return [size // divisor for divisor in divisors if divisor in levels]
@@ -176,7 +176,7 @@ def unet_weights(state: Mapping[str, Tensor], config: RegularUNetConfig | Effici
     Raises:
         ValueError: a tensor is missing, not known, or of another shape.
     """
-    return fitted(_named(state, config), config)
+    return match_parameters(_named(state, config), config)
 
 
 def _named(
@@ -190,7 +190,7 @@ def _named(
         name = full.replace("_orig_mod.", "").rpartition("unet.")[2]
         if name.startswith("text_to_cond.") and not reads_tokens:  # NeMo makes it, and never uses it
             continue
-        mine = our_name(name, config)
+        mine = convert_name(name, config)
         if ".to_qkv." in mine:
             q, kv = values.tensor_split([len(values) // 3])
             yield full, mine.replace("to_qkv", "to_q"), q
@@ -199,7 +199,7 @@ def _named(
             yield full, mine, values
 
 
-def our_name(name: str, config: RegularUNetConfig | EfficientUNetConfig) -> str:
+def convert_name(name: str, config: RegularUNetConfig | EfficientUNetConfig) -> str:
     """The name here of a tensor of NeMo's UNet; one that is not known keeps its name."""
     name = _efficient_place(name, config) if isinstance(config, EfficientUNetConfig) else _regular_place(name, config)
     for pattern, replacement in _RULES:

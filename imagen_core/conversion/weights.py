@@ -11,7 +11,7 @@ class _Config(Protocol):
     def build(self) -> nn.Module: ...
 
 
-def fitted(tensors: Iterable[tuple[str, str, Tensor]], config: _Config) -> dict[str, Tensor]:
+def match_parameters(tensors: Iterable[tuple[str, str, Tensor]], config: _Config) -> dict[str, Tensor]:
     """The parameters of `config.build()`, by name, in float32.
 
     Args:

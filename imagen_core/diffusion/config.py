@@ -26,7 +26,7 @@ class DiffusionConfig(Config):
     objective: Objective = "edm"
     """What the network predicts."""
     sigma_data: float = Field(default=0.5, gt=0)
-    """Standard deviation of the pictures, for the edm objective."""
+    """Standard deviation of the images, for the edm objective."""
     variance: Variance = "fixed_small"
     """Variance of ancestral sampling's steps. The learned ones need a discrete schedule and a network with twice as
     many out_channels as in_channels."""
@@ -87,19 +87,19 @@ class DiffusionConfig(Config):
 class DenoiserConfig(Config):
     """One stage of a cascade: a UNet and the diffusion it is trained with."""
 
-    kind: Literal["pictures"] = "pictures"
+    kind: Literal["images"] = "images"
     unet: UNetConfig
     """The network; `{preset: NAME}` takes a published one."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
     size_px: int = Field(ge=1)
-    """Side of the pictures it makes."""
+    """Side of the images it makes."""
     low_res_px: int | None = Field(default=None, ge=1)
-    """Side of the pictures it enlarges; null for a base model."""
+    """Side of the images it enlarges; null for a base model."""
     low_res_noise: LowResNoise | None = None
-    """Noise-conditioning augmentation of the low-resolution picture."""
+    """Noise-conditioning augmentation of the low-resolution image."""
     low_res_upsampling: Upsampling = "bicubic"
-    """How the low-resolution picture is brought to size_px, in training and sampling."""
+    """How the low-resolution image is brought to size_px, in training and sampling."""
     low_res_noise_at: Literal["size_px", "low_res_px"] = "size_px"
     """Size at which it gets its noise: when it is enlarged, or before, so that the noise is enlarged too (NeMo)."""
 
@@ -115,7 +115,7 @@ class DenoiserConfig(Config):
         if self.unet.low_res_noise and self.low_res_noise is None:
             raise ValueError("low_res_noise: unet.low_res_noise reads a noise level; give {kind: lognormal}")
         if self.low_res_noise is not None and self.low_res_px is None:
-            raise ValueError("low_res_noise needs low_res_px: a base model has no low-resolution picture")
+            raise ValueError("low_res_noise needs low_res_px: a base model has no low-resolution image")
         if self.low_res_noise_at == "low_res_px" and self.low_res_upsampling != "bicubic_unclipped":
             raise ValueError(
                 "low_res_noise_at=low_res_px needs low_res_upsampling=bicubic_unclipped, as the others clip what has "
@@ -143,7 +143,7 @@ class DenoiserConfig(Config):
 
 
 class PriorConfig(Config):
-    """A prior: it draws picture embeddings from captions (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
+    """A prior: it draws image embeddings from captions (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
 
     The embeddings are brought to one length, so that they lie on a sphere, as those of CLIP do when it compares them.
     """
@@ -163,7 +163,7 @@ class PriorConfig(Config):
     def _check(self) -> "PriorConfig":
         diffusion = self.diffusion
         if is_learned(diffusion.variance) or diffusion.loss in ("kl", "rescaled_kl"):
-            raise ValueError("diffusion: learned variances and the variational bound are for pictures")
+            raise ValueError("diffusion: learned variances and the variational bound are for images")
         if self.clamp_prediction and diffusion.objective != "x0":
             raise ValueError(f"clamp_prediction is for objective x0 (got {diffusion.objective})")
         steps = self.network.num_timesteps
@@ -191,10 +191,10 @@ class PriorConfig(Config):
 
 
 def _kind(value: Any) -> str:
-    return value.get("kind", "pictures") if isinstance(value, dict) else getattr(value, "kind", "pictures")
+    return value.get("kind", "images") if isinstance(value, dict) else getattr(value, "kind", "images")
 
 
 AnyDenoiserConfig = Annotated[
-    Annotated[DenoiserConfig, Tag("pictures")] | Annotated[PriorConfig, Tag("prior")], Discriminator(_kind)
+    Annotated[DenoiserConfig, Tag("images")] | Annotated[PriorConfig, Tag("prior")], Discriminator(_kind)
 ]
 """What is trained: a stage of a cascade, or with `kind: prior` a prior."""

@@ -14,9 +14,9 @@ from imagen_core.models import Conditioning
 
 
 class Denoiser(nn.Module):
-    """Estimates the clean picture from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
+    """Estimates the clean image from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
-    With a `PriorConfig` what is noisy and clean is a picture's embedding: (b, dim) wherever (b, c, h, w) is said.
+    With a `PriorConfig` what is noisy and clean is an image's embedding: (b, dim) wherever (b, c, h, w) is said.
     """
 
     def __init__(self, config: DenoiserConfig | PriorConfig):
@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
         return self.config.diffusion.coefficients(sigma)
 
     def with_low_res(self, conditioning: Conditioning, low_res: Tensor, sigma: Tensor, noise: Tensor) -> Conditioning:
-        """Adds the low-resolution picture of a super-resolution stage.
+        """Adds the low-resolution image of a super-resolution stage.
 
         Args:
             low_res: (b, c, h, w) in [-1, 1], of any size; upsampled to the size of `noise`. With

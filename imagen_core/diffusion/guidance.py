@@ -29,13 +29,13 @@ class Guidance(Config):
     text: float = 1.0
     """Weight of the caption."""
     transcription: float = 1.0
-    """Weight of the text to be written in the picture."""
+    """Weight of the text to be written in the image."""
     labels: float = 1.0
     """Weight of the class label."""
     image_embed: float = 1.0
-    """Weight of the picture embedding."""
+    """Weight of the image embedding."""
     low_res: float = 1.0
-    """Weight of the low-resolution picture, against a grey one."""
+    """Weight of the low-resolution image, against a grey one."""
     two_passes: bool = False
     """Run the conditional and the unconditional batch one after the other: slower, half the memory."""
     after_sigma: float | None = Field(default=None, gt=0)
@@ -48,7 +48,7 @@ class Guidance(Config):
         if self.after_sigma is not None and self.until_sigma is not None and self.after_sigma < self.until_sigma:
             raise ValueError(
                 f"after_sigma must not be below until_sigma (got {self.after_sigma} and {self.until_sigma}): noise "
-                "falls as a picture is drawn"
+                "falls as an image is drawn"
             )
         return self
 
@@ -60,10 +60,10 @@ class Guidance(Config):
 
 
 class Threshold(Config):
-    """Clipping of the estimated picture at each step (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
+    """Clipping of the estimated image at each step (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
 
     kind: Literal["none", "static", "dynamic", "length"] = "dynamic"
-    """static clips to [-1, 1]; dynamic clips to a percentile of each picture and rescales; length, for a prior, brings
+    """static clips to [-1, 1]; dynamic clips to a percentile of each image and rescales; length, for a prior, brings
     each embedding to the length all have."""
     percentile: float = Field(default=0.995, gt=0, le=1)
     """Part of the absolute values that dynamic thresholding keeps."""
@@ -74,7 +74,7 @@ class Threshold(Config):
         """(b, c, h, w) -> the same, clipped; (b, dim) for kind=length.
 
         Raises:
-            ValueError: kind=length for pictures.
+            ValueError: kind=length for images.
         """
         if self.kind == "none":
             return x0

@@ -1,6 +1,6 @@
-"""The variational bound on the likelihood of pictures, in bits a dimension.
+"""The variational bound on the likelihood of images, in bits a dimension.
 
-Ho et al. 2020 (arXiv 2006.11239), equation 5 and section 3.3; Nichol and Dhariwal 2021 (arXiv 2102.09672). A picture
+Ho et al. 2020 (arXiv 2006.11239), equation 5 and section 3.3; Nichol and Dhariwal 2021 (arXiv 2102.09672). An image
 costs the KL divergence of its last noise level from the prior, of each step's q(x_next | x, x0) from p(x_next | x),
 and at the step without noise the negative log-likelihood of its 8-bit values. KL divergences do not depend on the
 coordinate; here it is x = x0 + sigma n.
@@ -22,13 +22,13 @@ _HALF_BIN = 1 / 255  # of 8-bit values as numbers in [-1, 1]
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Row i belongs to picture i; steps go from the lowest noise level up. All float64 on the CPU.
+    """Row i belongs to image i; steps go from the lowest noise level up. All float64 on the CPU.
 
     Attributes:
         prior: (b,) bits a dimension: KL(q(x_T | x0) || N(0, 1)) in DDPM's coordinate.
-        bound: (b, steps) bits a dimension: KL(q(x_next | x, x0) || p(x_next | x)); first, of the step to the picture
+        bound: (b, steps) bits a dimension: KL(q(x_next | x, x0) || p(x_next | x)); first, of the step to the image
             itself, -log2 p(x0 | x).
-        x0_mse: (b, steps), mean square error of the estimated picture.
+        x0_mse: (b, steps), mean square error of the estimated image.
         noise_mse: (b, steps), that of the estimated noise (x - D) / sigma.
     """
 
@@ -54,13 +54,13 @@ def bits_per_dimension(
     clip: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """What the bound gives for pictures, with one draw of noise at each step. One network call a step.
+    """What the bound gives for images, with one draw of noise at each step. One network call a step.
 
     Args:
         x0: (b, c, h, w) in [-1, 1], 8-bit values / 127.5 - 1.
         sigmas: float64 (steps + 1,), falling to 0: a sampling grid, e.g. all steps of the model's schedule.
         noise: step 0, 1, ... from the lowest noise up -> (b, c, h, w), standard normal.
-        clip: the estimated picture to [-1, 1], as sampling would.
+        clip: the estimated image to [-1, 1], as sampling would.
         on_step: called after each step as (steps done, number of steps).
     Raises:
         ValueError: fewer than two levels; or a variance that is learned for whole steps on other steps than those.
@@ -89,7 +89,7 @@ def bits_per_dimension(
 
 
 def prior_term(x0: Tensor, sigma: Tensor) -> Tensor:
-    """KL of the pictures at the highest level from N(0, 1 + sigma^2), in DDPM's coordinate N(0, 1); (b,) bits a
+    """KL of the images at the highest level from N(0, 1 + sigma^2), in DDPM's coordinate N(0, 1); (b,) bits a
     dimension."""
     ratio = float(sigma) ** 2 / (1 + float(sigma) ** 2)
     kl = (ratio - 1 - math.log(ratio) + x0.double() ** 2 * (1 - ratio)) / 2

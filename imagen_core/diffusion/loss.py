@@ -12,7 +12,7 @@ from imagen_core.models import Conditioning
 
 
 def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
-    """Loss of each picture: the distance between the network's output and its target, times the weight.
+    """Loss of each image: the distance between the network's output and its target, times the weight.
 
     The target is what makes D(x, sigma) = x0: (x0 - c_skip x) / c_out. In this space EDM's weight lambda(sigma)
     is 1 (Karras et al. 2022, arXiv 2206.00364, equation 8). A learned variance adds vb_weight times the variational
@@ -67,13 +67,13 @@ def loss_weight(config: DiffusionConfig, sigma: Tensor) -> Tensor:
     """Weight (b,) of the network's output at noise levels (b,), with SNR = 1 / sigma^2.
 
     p2: (k + SNR)^-gamma (Choi et al. 2022, arXiv 2204.00227, equation 8).
-    min_snr: min(SNR, gamma) on the picture's error (Hang et al. 2023, arXiv 2303.09556, equation 8).
-    snr_plus_one: SNR + 1 on the picture's error (Salimans and Ho 2022, arXiv 2202.00512, section 4).
-    edm: (sigma^2 + sd^2)/(sigma sd)^2 on the picture's error (Karras et al. 2022, table 1).
+    min_snr: min(SNR, gamma) on the image's error (Hang et al. 2023, arXiv 2303.09556, equation 8).
+    snr_plus_one: SNR + 1 on the image's error (Salimans and Ho 2022, arXiv 2202.00512, section 4).
+    edm: (sigma^2 + sd^2)/(sigma sd)^2 on the image's error (Karras et al. 2022, table 1).
 
     snr_plus_one is also the squared error of v, and twice the mean of those of eps and x0.
 
-    A weight on the picture's error is one on the network's output times c_out^2.
+    A weight on the image's error is one on the network's output times c_out^2.
     """
     snr = sigma**-2
     if config.weight == "none":

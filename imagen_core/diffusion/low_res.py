@@ -1,4 +1,4 @@
-"""Noise-conditioning augmentation: super-resolution learns from low-resolution pictures with noise on them, and is
+"""Noise-conditioning augmentation: super-resolution learns from low-resolution images with noise on them, and is
 told how much, so that it forgives the faults of the stage before it.
 
 Ho et al. 2022 (arXiv 2106.15282), section 4.2; Saharia et al. 2022 (arXiv 2205.11487), section 2.3.
@@ -22,7 +22,7 @@ class LogNormalNoise(Config):
     schedule: LogNormal = LogNormal()
     """Levels in training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each picture, or one for the whole batch."""
+    """One level for each image, or one for the whole batch."""
     sample_sigma: float = Field(default=0.002, gt=0)
     """Level in sampling."""
 
@@ -45,7 +45,7 @@ class UniformNoise(Config):
     max_time: float = Field(default=1.0, gt=0, le=1)
     """Highest time in training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each picture, or one for the whole batch."""
+    """One level for each image, or one for the whole batch."""
     sample_time: float = Field(default=0.2, ge=0, le=1)
     """Time of the level in sampling."""
 
@@ -63,7 +63,7 @@ LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind
 
 
 Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cubic_reflect"]
-"""cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on a picture reflected at its edges, for whole factors
+"""cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on an image reflected at its edges, for whole factors
 (MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
 
 

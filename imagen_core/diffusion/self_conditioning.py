@@ -1,4 +1,4 @@
-"""Self-conditioning: a network is shown an earlier estimate of the clean picture (Chen et al. 2022, arXiv 2208.04202).
+"""Self-conditioning: a network is shown an earlier estimate of the clean image (Chen et al. 2022, arXiv 2208.04202).
 
 In training that is its own first estimate for some rows and zero for the others (section 3.2); in sampling the one of
 the step before.

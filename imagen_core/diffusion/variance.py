@@ -29,7 +29,7 @@ def log_variance(
     """Natural logarithm of the variance of p(x_next | x), in the coordinate x0 + sigma n.
 
     Where sigma_next is 0 the variance of q(x_next | x, x0) is 0 too; in its place comes that of the step before, as
-    published: it is what the discretised likelihood of the pictures needs.
+    published: it is what the discretised likelihood of the images needs.
 
     Args:
         sigma, sigma_next: of one shape that broadcasts with `channels`; sigma_next may be 0.

@@ -1,4 +1,4 @@
-"""CLIP score: how well a picture fits its caption (Hessel et al. 2021, arXiv 2104.08718)."""
+"""CLIP score: how well an image fits its caption (Hessel et al. 2021, arXiv 2104.08718)."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from imagen_core.evaluation.checks import check_pair, check_rows
 
 @dataclass(frozen=True, slots=True)
 class ClipScore:
-    """Mean over the pictures, of 100."""
+    """Mean over the images, of 100."""
 
     mean: float
     standard_error: float
-    """Of the mean: the deviation over pictures by the root of their number."""
+    """Of the mean: the deviation over images by the root of their number."""
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
@@ -26,7 +26,7 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
     check_rows("text embeddings", texts)
     check_pair(images, texts)
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} image and {len(texts)} text embeddings; give one text a picture")
+        raise ValueError(f"{len(images)} image and {len(texts)} text embeddings; give one text an image")
     cosines = (_normalised("image", images) * _normalised("text", texts)).sum(axis=1)
     scores = (100 * cosines).clip(min=0)
     return ClipScore(float(scores.mean()), float(scores.std() / np.sqrt(len(scores))))

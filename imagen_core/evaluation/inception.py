@@ -131,7 +131,7 @@ def _e(in_channels: int, pool: str) -> _Mixed:
 
 
 class FidInception(nn.Module):
-    """Features and logits of pictures."""
+    """Features and logits of images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,13 +147,13 @@ class FidInception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = _e(1280, "mean"), _e(2048, "max")
         self.fc = nn.Linear(FEATURE_DIM, NUM_CLASSES)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (b, 2048) and logits (b, 1008) of pictures (b, 3, h, w) in [-1, 1], of any size.
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 2048) and logits (b, 1008) of images (b, 3, h, w) in [-1, 1], of any size.
 
-        Pictures are resized bilinearly without antialiasing, and logits have no bias: so the published scores are
+        Images are resized bilinearly without antialiasing, and logits have no bias: so the published scores are
         computed.
         """
-        x = F.interpolate(pictures, size=(INPUT_PX, INPUT_PX), mode="bilinear", align_corners=False)
+        x = F.interpolate(images, size=(INPUT_PX, INPUT_PX), mode="bilinear", align_corners=False)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)

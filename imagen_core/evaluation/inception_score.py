@@ -31,7 +31,7 @@ def inception_score(logits: np.ndarray, *, num_splits: int = 10) -> InceptionSco
 
 
 def _mutual_information(logits: np.ndarray) -> float:
-    """Of picture and class, in nats."""
+    """Of image and class, in nats."""
     shifted = np.asarray(logits, np.float64) - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # (n, classes)
     marginal = np.exp(log_p).mean(axis=0)

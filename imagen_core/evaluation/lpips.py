@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look (Zhang et al. 2018, arXiv 1801.03924), version 0.1 of its weights.
+"""LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924), version 0.1 of its weights.
 
 Weights are named as they are published: `features.*` of torchvision's AlexNet or VGG-16, `lin*` of the distance.
 """
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 _ALEX = ((64, 11, 4, 2), "pool", (192, 5, 1, 2), "pool", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class Lpips(nn.Module):
-    """The distance of pairs of pictures; 0 for equal ones."""
+    """The distance of pairs of images; 0 for equal ones."""
 
     def __init__(self, network: str):
         """`network`: alex or vgg."""
@@ -51,11 +51,11 @@ class Lpips(nn.Module):
         """(b, 3, h, w) in [-1, 1] twice -> (b,).
 
         Raises:
-            ValueError: pictures smaller than the network's layers.
+            ValueError: images smaller than the network's layers.
         """
         least = 31 if isinstance(self.features[2], nn.MaxPool2d) else 16
         if min(a.shape[-2:]) < least:
-            raise ValueError(f"pictures of {a.shape[-1]} x {a.shape[-2]} px; this network needs {least}")
+            raise ValueError(f"images of {a.shape[-1]} x {a.shape[-2]} px; this network needs {least}")
         distance = a.new_zeros(len(a))
         for number, (left, right) in enumerate(zip(self._maps(a), self._maps(b), strict=True)):
             distance = distance + self.get_submodule(f"lin{number}")((left - right) ** 2).mean(dim=(1, 2, 3))

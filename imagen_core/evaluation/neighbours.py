@@ -14,9 +14,9 @@ class PrecisionRecall:
     """Parts in [0, 1]."""
 
     precision: float
-    """Of the drawn pictures, those that lie among real ones."""
+    """Of the drawn images, those that lie among real ones."""
     recall: float
-    """Of the real pictures, those that lie among drawn ones."""
+    """Of the real images, those that lie among drawn ones."""
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, *, num_neighbours: int = 3) -> PrecisionRecall:

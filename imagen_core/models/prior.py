@@ -1,7 +1,7 @@
-"""DALL-E 2's prior: a causal transformer that draws a picture's embedding from its caption.
+"""DALL-E 2's prior: a causal transformer that draws an image's embedding from its caption.
 
 Ramesh et al. 2022 (arXiv 2204.06125), section 2.2: the sequence is the caption's tokens, its embedding, the noise
-level, the noisy picture embedding, and a query whose output is the prediction.
+level, the noisy image embedding, and a query whose output is the prediction.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ class PriorNetworkConfig(Config):
 
     family: Literal["prior"] = "prior"
     dim: int = Field(ge=2)
-    """Width of the picture embeddings, of the captions' embeddings, and of the transformer."""
+    """Width of the image embeddings, of the captions' embeddings, and of the transformer."""
     depth: int = Field(ge=1)
     """Layers."""
     num_heads: int = Field(default=8, ge=1)
@@ -66,7 +66,7 @@ class PriorNetworkConfig(Config):
 
 
 class PriorNetwork(nn.Module):
-    """Predicts from a noisy picture embedding, its noise level and the caption; what, the objective decides."""
+    """Predicts from a noisy image embedding, its noise level and the caption; what, the objective decides."""
 
     def __init__(self, config: PriorNetworkConfig):
         super().__init__()

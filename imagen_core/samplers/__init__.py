@@ -1,4 +1,4 @@
-"""Samplers: from pure noise to a picture, by calling a denoiser at falling noise levels."""
+"""Samplers: from pure noise to an image, by calling a denoiser at falling noise levels."""
 
 from imagen_core.samplers.base import History, Sampler
 from imagen_core.samplers.ddim import Ancestral, Ddim

@@ -1,4 +1,4 @@
-"""What a sampler is: a rule that takes a picture from one noise level to the next lower one."""
+"""What a sampler is: a rule that takes an image from one noise level to the next lower one."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from torch import Tensor
 from imagen_core.config import Config
 from imagen_core.diffusion.guidance import Denoise
 
-DrawNoise = Callable[[], Tensor]
-"""Fresh standard normal numbers of the picture's shape."""
+SampleNoise = Callable[[], Tensor]
+"""Fresh standard normal numbers of the image's shape."""
 
 
 def mean_level(sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def mean_level(sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class History:
-    """What multistep samplers remember between steps; new for every picture.
+    """What multistep samplers remember between steps; new for every image.
 
     Attributes:
         num_steps: steps taken so far (counted by those who need it).
@@ -43,7 +43,7 @@ class Sampler(Config):
 
     @abstractmethod
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         """Moves x (b, c, h, w) from noise level sigma > 0 to sigma_next < sigma (0 at the end); both scalars."""
 

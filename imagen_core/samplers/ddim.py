@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise, Guided
 from imagen_core.diffusion.variance import log_variance
-from imagen_core.samplers.base import DrawNoise, History, Sampler
+from imagen_core.samplers.base import History, SampleNoise, Sampler
 
 
 class Ddim(Sampler):
@@ -23,7 +23,7 @@ class Ddim(Sampler):
     """Share of fresh noise."""
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         return posterior_step(x, denoise(x, sigma), sigma, sigma_next, self.eta, noise)
 
@@ -37,7 +37,7 @@ class Ancestral(Sampler):
     otherwise)."""
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         if isinstance(denoise, Guided):
             estimate, channels = denoise.with_variance(x, sigma)
@@ -55,7 +55,7 @@ class Ancestral(Sampler):
 
 
 def posterior_step(
-    x: Tensor, estimate: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: DrawNoise
+    x: Tensor, estimate: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: SampleNoise
 ) -> Tensor:
     """From sigma to sigma_next, given the estimate D of x0."""
     ratio = sigma_next / sigma

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.samplers.base import DrawNoise, History, Sampler
+from imagen_core.samplers.base import History, SampleNoise, Sampler
 
 
 class DpmSolverPP2M(Sampler):
@@ -19,7 +19,7 @@ class DpmSolverPP2M(Sampler):
     kind: Literal["dpmpp_2m"] = "dpmpp_2m"
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         estimate = denoise(x, sigma)
         blended = estimate

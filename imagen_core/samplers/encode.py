@@ -1,4 +1,4 @@
-"""From a picture to the noise it is drawn from: the probability flow followed upwards.
+"""From an image to the noise it is drawn from: the probability flow followed upwards.
 
 Song et al. 2021 (arXiv 2010.02502), section 4.3: DDIM without fresh noise is a step of an ordinary differential
 equation, which can be taken in both directions.
@@ -23,9 +23,9 @@ def encode(
     schedule: NoiseSchedule | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """The `latent` from which `sample`, with the same denoiser and grid, draws this picture again.
+    """The `latent` from which `sample`, with the same denoiser and grid, draws this image again.
 
-    The picture is taken to be at the lowest noise level; then the sampler goes up the grid. It comes back up to the
+    The image is taken to be at the lowest noise level; then the sampler goes up the grid. It comes back up to the
     sampler's error, which falls with the number of steps. Guidance makes that error large, and a threshold that clips
     cannot be undone: encode with `Guidance()` and `Threshold(kind="none")`.
 

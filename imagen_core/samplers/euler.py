@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.samplers.base import DrawNoise, History, Sampler, derivative
+from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
 
 
 class Euler(Sampler):
@@ -28,12 +28,12 @@ class Euler(Sampler):
     """Standard deviation of the noise added (S_noise)."""
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         x, sigma = self._churned(x, sigma, noise)
         return x + (sigma_next - sigma) * derivative(x, denoise(x, sigma), sigma)
 
-    def _churned(self, x: Tensor, sigma: Tensor, noise: DrawNoise) -> tuple[Tensor, Tensor]:
+    def _churned(self, x: Tensor, sigma: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         if self.churn == 0 or not self.churn_sigma_min <= float(sigma) <= (self.churn_sigma_max or math.inf):
             return x, sigma
         raised = sigma * (1 + self.churn)
@@ -46,7 +46,7 @@ class Heun(Euler):
     kind: Literal["heun"] = "heun"  # type: ignore[assignment]
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         x, sigma = self._churned(x, sigma, noise)
         slope = derivative(x, denoise(x, sigma), sigma)

@@ -12,17 +12,17 @@ from imagen_core.samplers.base import History, Sampler
 from imagen_core.samplers.noise import Noise
 
 OnStep = Callable[[int, int, Tensor], None]
-"""Called after each step as (steps done, number of steps, picture (b, c, h, w) at its noise level)."""
+"""Called after each step as (steps done, number of steps, image (b, c, h, w) at its noise level)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inpaint:
-    """A picture of which a part is kept (RePaint: Lugmayr et al. 2022, arXiv 2201.09865).
+    """An image of which a part is kept (RePaint: Lugmayr et al. 2022, arXiv 2201.09865).
 
     Attributes:
         image: (b or 1, c, h, w) in [-1, 1].
         keep: bool (b or 1, 1, h, w), true where the image is kept.
-        resample_times: how often each step is taken: after it the picture is put back to the noise before and
+        resample_times: how often each step is taken: after it the image is put back to the noise before and
             the step repeated, so that the drawn part comes to fit the kept one.
     """
 
@@ -35,7 +35,7 @@ class Inpaint:
             raise ValueError(f"resample_times must be at least 1 (got {self.resample_times})")
 
     def rows(self, rows: Tensor) -> "Inpaint":
-        """The same for the pictures of a batch chosen by bool (b,)."""
+        """The same for the images of a batch chosen by bool (b,)."""
         image, keep = (t[rows.to(t.device)] if len(t) > 1 else t for t in (self.image, self.keep))
         return replace(self, image=image, keep=keep)
 
@@ -57,11 +57,11 @@ def sample(
     schedule: NoiseSchedule | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw one picture for each seed of `noise`.
+    """Draw one image for each seed of `noise`.
 
     Args:
         sigmas: float64 (steps + 1,), falling, the last one 0.
-        shape: (c, h, w) of a picture, or (dim,) of an embedding.
+        shape: (c, h, w) of an image, or (dim,) of an embedding.
         init_image: (b, c, h, w) in [-1, 1] to start from (SDEdit, Meng et al. 2022, arXiv 2108.01073).
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
         latent: (b, c, h, w), standard normal, what to begin with instead of a draw: of `encode`.
@@ -124,7 +124,7 @@ def _inpaint_step(
 
 
 def new_history(schedule: NoiseSchedule | None, total: int) -> History:
-    """The history of a picture not yet begun, for `total` steps."""
+    """The history of an image not yet begun, for `total` steps."""
     if schedule is None:
         return History(total=total)
 

@@ -1,4 +1,4 @@
-"""Random numbers of sampling: one generator a picture, so that a picture does not depend on its batch."""
+"""Random numbers of sampling: one generator an image, so that an image does not depend on its batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Draws standard normal numbers; picture i's depend on seeds[i], the stream and the draws before, only.
+    """RandomNumbers standard normal numbers; image i's depend on seeds[i], the stream and the draws before, only.
 
-    Numbers are made on the CPU, so a seed means the same picture on every device.
+    Numbers are made on the CPU, so a seed means the same image on every device.
     """
 
     def __init__(self, seeds: Sequence[int], stream: int = 0):

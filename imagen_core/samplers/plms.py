@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.samplers.base import DrawNoise, History, Sampler, derivative
+from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
 
 _ADAMS_BASHFORTH = {
     2: (-1 / 2, 3 / 2),
@@ -48,7 +48,7 @@ class Plms(_Multistep):
     kind: Literal["plms"] = "plms"
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         slope = derivative(x, denoise(x, sigma), sigma)
         ddim = self._counted(history, slope)
@@ -69,7 +69,7 @@ class Prk(_Multistep):
     """Runge-Kutta steps at the start before PLMS goes on (3 in the paper); null: all."""
 
     def step(
-        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: DrawNoise, history: History
+        self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         first = derivative(x, denoise(x, sigma), sigma)
         ddim = self._counted(history, first)

@@ -1,4 +1,4 @@
-"""How one picture is stored: its pixels as they are, or as the bytes of a PNG, WebP or JPEG file."""
+"""How one image is stored: its pixels as they are, or as the bytes of a PNG, WebP or JPEG file."""
 
 import io
 from typing import Any, Literal, get_args
@@ -39,10 +39,10 @@ def encode(pixels: np.ndarray, codec: Codec) -> bytes:
 
 
 def decode(data: np.ndarray, codec: Codec, size_px: int) -> np.ndarray:
-    """uint8 RGB (size_px, size_px, 3) from the bytes of an encoded picture, uint8 (n,).
+    """uint8 RGB (size_px, size_px, 3) from the bytes of an encoded image, uint8 (n,).
 
     Raises:
-        ValueError: not a whole picture of this codec and size.
+        ValueError: not a whole image of this codec and size.
     """
     from PIL import Image
 

@@ -5,10 +5,10 @@
       images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row, raw or encoded
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
-      image-embed-clip/00000.(...)     one embedding a picture, (1, dim) a row
+      image-embed-clip/00000.(...)     one embedding an image, (1, dim) a row
       removed/00001.json               samples taken out of the store (removal.py)
 
-Row i of shard s is the same sample in `samples` and in every group of pictures or of their embeddings. Row j of a text
+Row i of shard s is the same sample in `samples` and in every group of images or of their embeddings. Row j of a text
 group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
 a digest that binds it to its sample or caption (digest.py); `samples` accounts for every input row.
 """
@@ -41,9 +41,9 @@ class SampleRow:
     `captions[k]` is row `caption_ids[k]` of the shard's text groups. `sha256` is the hex digest of
     the original image file; `width` and `height` are pixels of the original after EXIF orientation.
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
-    `transcription` is the text written in the picture, "" where there is none; None: not known.
+    `transcription` is the text written in the image, "" where there is none; None: not known.
     `safebox` is the rectangle around it that crops never cut: left, top, right, bottom in pixels of the original.
-    `label` is the picture's class, from 0; None: not known.
+    `label` is the image's class, from 0; None: not known.
     """
 
     key: str
@@ -60,7 +60,7 @@ class SampleRow:
 
 
 def image_group(size_px: int) -> str:
-    """Name of the group that holds size_px x size_px pictures."""
+    """Name of the group that holds size_px x size_px images."""
     return f"images-{size_px}"
 
 
@@ -74,7 +74,7 @@ def text_group(encoder: str) -> str:
 
 
 def image_embed_group(encoder: str) -> str:
-    """Name of the group that holds one picture encoder's embeddings; raises like `text_group`."""
+    """Name of the group that holds one image encoder's embeddings; raises like `text_group`."""
     return f"image-embed-{_encoder_name(encoder)}"
 
 
@@ -120,8 +120,8 @@ def check_dtype(dtype: str) -> StoreDtype:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFacts:
-    """What a cut must know of a picture; the fields of `SampleRow`."""
+class ImageFacts:
+    """What a cut must know of an image; the fields of `SampleRow`."""
 
     width: int
     height: int

@@ -147,7 +147,7 @@ class Manifest:
 
     @cached_property
     def image_embeds(self) -> dict[str, ImageEmbedGroup]:
-        """Groups of picture embeddings by encoder name, sorted."""
+        """Groups of image embeddings by encoder name, sorted."""
         found = (group for group in self.groups.values() if isinstance(group, ImageEmbedGroup))
         return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
 

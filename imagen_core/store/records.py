@@ -32,7 +32,7 @@ class SamplesGroup:
 
 @dataclass(frozen=True, slots=True)
 class ImagesGroup:
-    """Pictures of one size; `config` says how they were made."""
+    """Images of one size; `config` says how they were made."""
 
     name: str
     size_px: int
@@ -75,7 +75,7 @@ class TextGroup(EmbeddingGroup):
 
 @dataclass(frozen=True, slots=True)
 class ImageEmbedGroup(EmbeddingGroup):
-    """Embeddings of the pictures, one (1, dim) row a sample."""
+    """Embeddings of the images, one (1, dim) row a sample."""
 
 
 Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup

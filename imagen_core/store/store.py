@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.manifest import load_manifest
-from imagen_core.store.read.crop import Framing
-from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.crop import View
 from imagen_core.store.read.reader import StoreReader
+
+if TYPE_CHECKING:
+    from imagen_core.store.read.loader import Loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,12 @@ class Sample:
         images: uint8 RGB (S, S, 3) by size S in pixels.
         text: by encoder, one (n_tokens, dim) array a caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
-        image_embeds: by picture encoder, (dim,) in the types of `text`.
-        width, height: pixels of the original picture after EXIF orientation.
+        image_embeds: by image encoder, (dim,) in the types of `text`.
+        width, height: pixels of the original image after EXIF orientation.
         sha256: hex digest of the original image file.
-        transcription: the text written in the picture, "" where there is none; None: not known.
+        transcription: the text written in the image, "" where there is none; None: not known.
         safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: not known.
-        label: the picture's class, from 0; None: not known.
+        label: the image's class, from 0; None: not known.
     """
 
     key: str
@@ -148,27 +150,27 @@ class Store(StoreReader, Sequence[Sample]):
         shuffle: bool = True,
         drop_last: bool = False,
         samples: range | None = None,
-        crop: Framing | None = None,
+        crop: View | None = None,
         shuffle_window_shards: int | None = None,
         pin_memory: bool = False,
-    ) -> Loader:
+    ) -> "Loader":
         """A resumable loader of torch batches; see `Loader`.
 
         Args:
             batch_size: samples a batch on this rank.
-            images: sizes to load, in pixels; None loads no pictures.
+            images: sizes to load, in pixels; None loads no images.
             text: encoder to load; None loads no embeddings of captions.
             text_embed: text encoder of one vector a caption to load, of the caption `text` is of; None loads none.
-            image_embed: picture encoder to load; None loads no embeddings of pictures.
+            image_embed: image encoder to load; None loads no embeddings of images.
             captions: load the caption that `text` is, or would be, of.
-            transcriptions: load the text written in the pictures.
-            labels: load the pictures' classes.
+            transcriptions: load the text written in the images.
+            labels: load the images' classes.
             max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
             seed: decides the order and which of several captions is taken.
             shuffle: off, samples come in the store's order in every epoch.
             drop_last: leave out the last global batch if it is not full.
             samples: indices to load, a range of step 1; None loads the whole store.
-            crop: a square of each picture instead of all of it, such as `Crop`; only that is read where pictures are
+            crop: a square of each image instead of all of it, such as `Crop`; only that is read where images are
                 raw.
             shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards;
                 for stores that are far away or larger than memory. None shuffles all samples with each other.
@@ -176,6 +178,8 @@ class Store(StoreReader, Sequence[Sample]):
         Raises:
             ValueError: a size or encoder the store lacks, or a number out of range.
         """
+        from imagen_core.store.read.loader import Loader  # torch: reading samples needs none
+
         return Loader(
             self,
             batch_size=batch_size,

@@ -10,7 +10,7 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
-from imagen_core.train.trainer import Progress, train
+from imagen_core.train.trainer import TrainingProgress, train
 
 __all__ = [
     "CheckpointError",
@@ -21,9 +21,9 @@ __all__ = [
     "OnlineEncoder",
     "OptimizerConfig",
     "ParameterGroup",
-    "Progress",
     "TrainConfig",
     "TrainError",
+    "TrainingProgress",
     "TrainingStopped",
     "load_checkpoint",
     "train",

@@ -1,7 +1,7 @@
-"""Random views of the stored pictures, made where they are read: cuts that spare writing, mirroring, blur.
+"""Random views of the stored images, made where they are read: cuts that spare writing, mirroring, blur.
 
 After nostalgebraist/improved-diffusion (crop.py, image_datasets.py): a cut never divides the rectangle around the
-writing in a picture, never asks for more detail than the original has, and pictures without writing may have settings
+writing in an image, never asks for more detail than the original has, and images without writing may have settings
 of their own. Nothing of it is in the store, which holds a size larger than the one trained on.
 """
 
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.store import Cut, Framing, Layout, PictureFacts
+from imagen_core.store import CropBox, ImageFacts, Layout, View
 
 _ROUNDING = 1e-9
 
@@ -28,9 +28,9 @@ class CutConfig(Config):
     """Square cuts, of uniform area and place among those that are allowed."""
 
     probability: float = Field(default=1.0, ge=0, le=1)
-    """Part of the pictures that are cut; the others are shown whole."""
+    """Part of the images that are cut; the others are shown whole."""
     min_scale: float = Field(default=0.75, gt=0, le=1)
-    """Least area of a cut, as a part of the picture's."""
+    """Least area of a cut, as a part of the image's."""
     max_scale: float = Field(default=1.0, gt=0, le=1)
     """Largest area of a cut; larger only where the writing or `min_px` needs it."""
 
@@ -44,27 +44,27 @@ class CutConfig(Config):
 class AugmentConfig(CutConfig):
     """Training on cuts of a larger stored size, resized (bicubic, antialiased) to what the model sees.
 
-    The low-resolution picture of a super-resolution stage is made of the same cut. A cut holds the safebox of its
-    picture; a picture whose writing has no known place is shown whole.
+    The low-resolution image of a super-resolution stage is made of the same cut. A cut holds the safebox of its
+    image; an image whose writing has no known place is shown whole.
     """
 
     from_px: int = Field(ge=1)
     """Stored size that is cut."""
     min_px: float = Field(default=1.0, ge=0)
-    """Least side of a cut, as a multiple of the side trained on, in pixels of the stored picture and of the original
-    alike: at 1 nothing is enlarged (where that needs more than the whole picture, it is shown whole)."""
+    """Least side of a cut, as a multiple of the side trained on, in pixels of the stored image and of the original
+    alike: at 1 nothing is enlarged (where that needs more than the whole image, it is shown whole)."""
     without_text: CutConfig | None = None
-    """Settings of pictures without writing (an empty or no transcription, and no safebox); null: the same."""
+    """Settings of images without writing (an empty or no transcription, and no safebox); null: the same."""
 
 
 class BlurConfig(Config):
-    """Gaussian blur of the low-resolution picture in training, before it is upsampled.
+    """Gaussian blur of the low-resolution image in training, before it is upsampled.
 
     Ho et al. 2022 (arXiv 2106.15282); the defaults are those of DALLE2-pytorch.
     """
 
     probability: float = Field(default=0.5, ge=0, le=1)
-    """Part of the pictures that are blurred."""
+    """Part of the images that are blurred."""
     sigma: float | tuple[float, float] = 0.6
     """Standard deviation in pixels, or the lowest and the highest of a uniform range."""
     kernel: int = Field(default=3, ge=1)
@@ -102,67 +102,67 @@ class RandomCut:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return self.numbers(numbers)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
-        return dict.fromkeys(layout, self.square(max(layout), drawn, picture))
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+        return dict.fromkeys(layout, self.square(max(layout), drawn, image))
 
-    def square(self, size_px: int, drawn: Sequence[float], picture: PictureFacts) -> Cut:
-        """The cut for a model of `size_px`, in pixels of the stored picture."""
-        whole = Cut(0, 0, self.config.from_px)
+    def square(self, size_px: int, drawn: Sequence[float], image: ImageFacts) -> CropBox:
+        """The cut for a model of `size_px`, in pixels of the stored image."""
+        whole = CropBox(0, 0, self.config.from_px)
         settings: CutConfig = self.config
-        if self.config.without_text is not None and not picture.has_writing:
+        if self.config.without_text is not None and not image.has_writing:
             settings = self.config.without_text
         cut, area, down, right = drawn
-        if cut >= settings.probability or (picture.has_writing and picture.safebox is None):
+        if cut >= settings.probability or (image.has_writing and image.safebox is None):
             return whole
-        low, high = self.sides(settings, size_px, picture)
+        low, high = self.sides(settings, size_px, image)
         # Uniform in area: of the sides in [low, high], s has the probability of areas in [s^2, (s + 1)^2).
         side = min(math.isqrt(int(low**2 + area * ((high + 1) ** 2 - low**2))), high)
-        left, top, end, bottom = stored_box(picture, whole.side)
-        return Cut(_place(whole.side, side, top, bottom, down), _place(whole.side, side, left, end, right), side)
+        left, top, end, bottom = stored_box(image, whole.side)
+        return CropBox(_place(whole.side, side, top, bottom, down), _place(whole.side, side, left, end, right), side)
 
-    def sides(self, settings: CutConfig, size_px: int, picture: PictureFacts) -> tuple[int, int]:
-        """The smallest and the largest side of a cut of this picture."""
+    def sides(self, settings: CutConfig, size_px: int, image: ImageFacts) -> tuple[int, int]:
+        """The smallest and the largest side of a cut of this image."""
         stored = self.config.from_px
-        left, top, right, bottom = stored_box(picture, stored)
-        enlarged = max(1.0, stored / min(picture.width, picture.height))  # by precompute, where it was too small
-        detail = min(stored, math.ceil(self.config.min_px * size_px * enlarged - _ROUNDING))
+        left, top, right, bottom = stored_box(image, stored)
+        upsampled = max(1.0, stored / min(image.width, image.height))  # by precompute, where it was too small
+        detail = min(stored, math.ceil(self.config.min_px * size_px * upsampled - _ROUNDING))
         wanted = math.ceil(stored * math.sqrt(settings.min_scale) - _ROUNDING)
         low = max(1, wanted, detail, right - left, bottom - top)
         return low, max(low, math.floor(stored * math.sqrt(settings.max_scale) + _ROUNDING))
 
 
 @dataclass(frozen=True, slots=True)
-class Mirrored:
-    """Another framing, with a part of the pictures mirrored: never one that shows writing.
+class Flipped:
+    """Another framing, with a part of the images mirrored: never one that shows writing.
 
     Attributes:
         numbers: (n, 1) random numbers.
     """
 
-    framing: Framing
+    view: View
     probability: float
     numbers: Draw
 
     def layout(self, sizes: Sequence[int]) -> Layout:
-        return self.framing.layout(sizes)
+        return self.view.layout(sizes)
 
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self.numbers(numbers), self.framing.draw(numbers)], axis=1)
+        return np.concatenate([self.numbers(numbers), self.view.draw(numbers)], axis=1)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
-        cuts = self.framing.cut(layout, drawn[1:], picture)
-        if drawn[0] >= self.probability or picture.has_writing:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+        cuts = self.view.cut(layout, drawn[1:], image)
+        if drawn[0] >= self.probability or image.has_writing:
             return cuts
-        return {size: replace(cut, mirrored=True) for size, cut in cuts.items()}
+        return {size: replace(cut, flipped=True) for size, cut in cuts.items()}
 
 
-def stored_box(picture: PictureFacts, stored_px: int) -> tuple[int, int, int, int]:
+def stored_box(image: ImageFacts, stored_px: int) -> tuple[int, int, int, int]:
     """The safebox in pixels of the stored centre square, grown to whole ones; of no size where it has none of it."""
-    short = min(picture.width, picture.height)
-    if picture.safebox is None or not short:
+    short = min(image.width, image.height)
+    if image.safebox is None or not short:
         return 0, 0, 0, 0
-    margins = 2 * ((picture.width - short) // 2, (picture.height - short) // 2)
-    places = [(at - margin) * stored_px / short for at, margin in zip(picture.safebox, margins, strict=True)]
+    margins = 2 * ((image.width - short) // 2, (image.height - short) // 2)
+    places = [(at - margin) * stored_px / short for at, margin in zip(image.safebox, margins, strict=True)]
     whole = [*(math.floor(at + _ROUNDING) for at in places[:2]), *(math.ceil(at - _ROUNDING) for at in places[2:])]
     left, top, right, bottom = (min(max(at, 0), stored_px) for at in whole)
     return (left, top, right, bottom) if left < right and top < bottom else (0, 0, 0, 0)
@@ -174,29 +174,29 @@ def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> 
     return low + int(uniform * (high - low + 1))
 
 
-def grey(pictures: Tensor, rows: Tensor | None = None) -> Tensor:
+def grayscale(images: Tensor, rows: Tensor | None = None) -> Tensor:
     """RGB (b, 3, h, w) with their luma (ITU-R BT.601) in all channels; only where bool (b,) `rows` is true."""
-    luma = torch.einsum("bchw,c->bhw", pictures, pictures.new_tensor([0.299, 0.587, 0.114]))[:, None]
-    result = luma.expand_as(pictures)
-    return result if rows is None else torch.where(rows.to(pictures.device)[:, None, None, None], result, pictures)
+    luma = torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))[:, None]
+    result = luma.expand_as(images)
+    return result if rows is None else torch.where(rows.to(images.device)[:, None, None, None], result, images)
 
 
-def blur(pictures: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
-    """Blurs some of the pictures (b, c, h, w), whose edges go on outside; the others stay as they are.
+def blur(images: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
+    """Blurs some of the images (b, c, h, w), whose edges go on outside; the others stay as they are.
 
     Args:
-        uniform: (b, 2) in [0, 1): whether a picture is blurred, and its sigma in the range.
+        uniform: (b, 2) in [0, 1): whether an image is blurred, and its sigma in the range.
     """
     low, high = config.range
     sigma = low + uniform[:, 1:] * (high - low)  # (b, 1)
     reach = config.kernel // 2
     steps = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    weights = torch.softmax(-(steps**2) / (2 * sigma**2), dim=1).to(pictures)  # (b, k)
-    result = pictures
+    weights = torch.softmax(-(steps**2) / (2 * sigma**2), dim=1).to(images)  # (b, k)
+    result = images
     for axis in (2, 3):
         sides = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-        padded, length = F.pad(result, sides, mode="replicate"), pictures.shape[axis]
+        padded, length = F.pad(result, sides, mode="replicate"), images.shape[axis]
         parts = (w[:, None, None, None] * padded.narrow(axis, k, length) for k, w in enumerate(weights.unbind(1)))
-        result = sum(parts, start=torch.zeros_like(pictures))
-    chosen = (uniform[:, 0] < config.probability).to(pictures.device)
-    return torch.where(chosen[:, None, None, None], result, pictures)
+        result = sum(parts, start=torch.zeros_like(images))
+    chosen = (uniform[:, 0] < config.probability).to(images.device)
+    return torch.where(chosen[:, None, None, None], result, images)

@@ -105,15 +105,15 @@ class TrainConfig(Config):
     text: str | None = None
     """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
     text_embed: str | None = None
-    """Text encoder in the store with one vector a caption, in a space shared with pictures; a prior reads it."""
+    """Text encoder in the store with one vector a caption, in a space shared with images; a prior reads it."""
     image_embed: str | None = None
-    """Picture encoder in the store: a prior learns to draw its embeddings, a decoder reads them."""
+    """Image encoder in the store: a prior learns to draw its embeddings, a decoder reads them."""
     max_tokens: int = Field(default=128, ge=1)
     """Longer captions are cut."""
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Part of the captions left out, so that guidance has an unconditional model."""
     image_embed_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Part of the picture embeddings left out, independently of captions; for a prior, of the noisy ones it sees."""
+    """Part of the image embeddings left out, independently of captions; for a prior, of the noisy ones it sees."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Part of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     transcription_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -121,25 +121,25 @@ class TrainConfig(Config):
     label_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Part of the class labels left out, drawn apart from the others; only for a model with num_classes."""
     all_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the pictures whose captions, transcriptions, labels and embeddings are left out together, beside what is
+    """Part of the images whose captions, transcriptions, labels and embeddings are left out together, beside what is
     left out of each apart."""
     crop_px: int | None = Field(default=None, ge=1)
-    """Train super-resolution on random crops of this side; null: on whole pictures."""
+    """Train super-resolution on random crops of this side; null: on whole images."""
     augment: AugmentConfig | None = None
-    """Train on random cuts of a larger stored size; null: on whole pictures, or on crops of crop_px."""
+    """Train on random cuts of a larger stored size; null: on whole images, or on crops of crop_px."""
     low_res_blur: BlurConfig | None = None
-    """Blur some of the low-resolution pictures, in training only; null: none."""
-    low_res_grey: float = Field(default=0.0, ge=0, le=1)
-    """Part of the low-resolution pictures without colours; 1 makes a model that colours pictures."""
+    """Blur some of the low-resolution images, in training only; null: none."""
+    low_res_grayscale: float = Field(default=0.0, ge=0, le=1)
+    """Part of the low-resolution images without colours; 1 makes a model that colours images."""
     horizontal_flip: float = Field(default=0.0, ge=0, le=1)
-    """Part of the pictures to mirror; true is half. Pictures that are known to show writing are never mirrored.
+    """Part of the images to mirror; true is half. Images that are known to show writing are never mirrored.
     Wrong where captions tell left from right."""
     num_steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(ge=1)
-    """Pictures of one step, over all processes."""
+    """Images of one step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Most pictures of a process at once; gradients are accumulated over the rest. null: all at once."""
+    """Most images of a process at once; gradients are accumulated over the rest. null: all at once."""
     init_from: str | None = None
     """Begin with the weights of another training: its run folder, or a checkpoint folder. null: random weights."""
     init_weights: str | None = None
@@ -171,7 +171,7 @@ class TrainConfig(Config):
     compile: bool = False
     """torch.compile the network: slow to start, faster steps."""
     channels_last: bool = True
-    """Memory order of pictures and kernels; the faster one nearly everywhere."""
+    """Memory order of images and kernels; the faster one nearly everywhere."""
     checkpoint_every_steps: int = Field(default=1000, ge=1)
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = Field(default=5, ge=1)
@@ -188,9 +188,9 @@ class TrainConfig(Config):
     """Sampling steps with which a prior draws the embeddings of the validation samples, whose similarities to the true
     ones are logged; one series of figures for each number."""
     grid_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between grids of drawn pictures; null: none."""
+    """Steps between grids of drawn images; null: none."""
     num_grid_images: int = Field(default=16, ge=1)
-    """Pictures of a grid."""
+    """Images of a grid."""
     grid_num_steps: int = Field(default=25, ge=1)
     """Sampling steps of a grid."""
     grid_guidance: float = Field(default=3.0, ge=0)
@@ -229,7 +229,7 @@ class TrainConfig(Config):
         if isinstance(self.denoiser, PriorConfig):
             self._check_prior()
         else:
-            self._check_pictures(self.denoiser)
+            self._check_images(self.denoiser)
         return self
 
     def _check_encoders(self) -> None:
@@ -252,7 +252,7 @@ class TrainConfig(Config):
             )
 
     def _check_prior(self) -> None:
-        """Refuses what is for pictures."""
+        """Refuses what is for images."""
         if self.num_validation_samples == 1:
             raise ValueError("num_validation_samples: a prior's similarities need 2 samples or more, or 0 (got 1)")
         schedule, steps = self.denoiser.diffusion.schedule, max(self.similarity_num_steps, default=0)
@@ -260,23 +260,23 @@ class TrainConfig(Config):
             raise ValueError(f"similarity_num_steps: {steps} of a schedule of {schedule.num_steps} steps; take fewer")
         for field in ("crop_px", "augment", "low_res_blur", "grid_every_steps"):
             if getattr(self, field) is not None:
-                raise ValueError(f"{field} is for pictures; a prior draws embeddings: null it")
-        for field in ("horizontal_flip", "all_dropout", "low_res_grey"):
+                raise ValueError(f"{field} is for images; a prior draws embeddings: null it")
+        for field in ("horizontal_flip", "all_dropout", "low_res_grayscale"):
             if getattr(self, field):
-                raise ValueError(f"{field} is for pictures; a prior draws embeddings: leave it off")
+                raise ValueError(f"{field} is for images; a prior draws embeddings: leave it off")
 
-    def _check_pictures(self, denoiser: DenoiserConfig) -> None:
+    def _check_images(self, denoiser: DenoiserConfig) -> None:
         """Refuses sizes and cuts that do not fit."""
         unet = denoiser.unet
         if unet.condition_channels:
             raise ValueError(
-                f"denoiser.unet.condition_channels is {unet.condition_channels}, but no store holds pictures to look "
+                f"denoiser.unet.condition_channels is {unet.condition_channels}, but no store holds images to look "
                 "at; set 0, or write the training loop of such a model in Python"
             )
         if self.crop_px is not None:
             low = denoiser.low_res_px
             if low is None:
-                raise ValueError("crop_px is for super-resolution; a base model must see whole pictures")
+                raise ValueError("crop_px is for super-resolution; a base model must see whole images")
             ratio = denoiser.size_px // low
             if denoiser.size_px % low or self.crop_px % ratio or self.crop_px % unet.sides_divisor:
                 raise ValueError(
@@ -286,15 +286,15 @@ class TrainConfig(Config):
             if self.crop_px > denoiser.size_px:
                 raise ValueError(f"crop_px {self.crop_px} is larger than size_px {denoiser.size_px}")
             if self.augment is not None:
-                raise ValueError("crop_px and augment are two ways to cut a picture; null one of them")
+                raise ValueError("crop_px and augment are two ways to cut an image; null one of them")
         if self.augment is not None and self.augment.from_px < denoiser.size_px:
             raise ValueError(
                 f"augment.from_px {self.augment.from_px} is smaller than denoiser.size_px {denoiser.size_px}; name a "
                 "larger stored size"
             )
-        for field in ("low_res_blur", "low_res_grey"):
+        for field in ("low_res_blur", "low_res_grayscale"):
             if getattr(self, field) and denoiser.low_res_px is None:
-                raise ValueError(f"{field} is for super-resolution; a base model has no low-resolution picture")
+                raise ValueError(f"{field} is for super-resolution; a base model has no low-resolution image")
 
     @property
     def num_classes(self) -> int | None:
@@ -303,11 +303,11 @@ class TrainConfig(Config):
 
     @property
     def transcription(self) -> TranscriptionConfig | None:
-        """How the model reads the text to be written in a picture; None: it does not."""
+        """How the model reads the text to be written in an image; None: it does not."""
         return None if isinstance(self.denoiser, PriorConfig) else self.denoiser.unet.transcription
 
     @property
     def side_px(self) -> int:
-        """Side of the pictures the network sees in training."""
+        """Side of the images the network sees in training."""
         assert isinstance(self.denoiser, DenoiserConfig)
         return self.crop_px or self.denoiser.size_px

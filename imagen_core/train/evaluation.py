@@ -1,4 +1,4 @@
-"""Validation loss, and grids of drawn pictures."""
+"""Validation loss, and grids of drawn images."""
 
 import math
 from dataclasses import asdict, replace
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
 from imagen_core.images import in_range, tile, to_pixels
-from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
+from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
 from imagen_core.store import Store
-from imagen_core.train.augment import grey
+from imagen_core.train.augment import grayscale
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.dropout import NO_DROPOUT
 from imagen_core.train.data.example import make_example, whole_conditions
 from imagen_core.train.data.online import Encode, with_text
 from imagen_core.train.data.randomness import mix
-from imagen_core.train.data.stream import Batch, loader_arguments, random_views, whole_pictures
+from imagen_core.train.data.stream import Batch, full_images, loader_arguments, random_views
 from imagen_core.train.parallel.precision import autocast_dtype
 from imagen_core.train.parallel.world import World
 
@@ -62,12 +62,12 @@ def validation_loss(
 
 
 def _of_validation(config: TrainConfig) -> TrainConfig:
-    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution picture.
+    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution image.
 
     Its colours are left out only if they always are.
     """
     changes: dict[str, object] = {**NO_DROPOUT, "low_res_blur": None, "seed": mix(config.seed, 4)}
-    changes["low_res_grey"] = float(config.low_res_grey == 1)
+    changes["low_res_grayscale"] = float(config.low_res_grayscale == 1)
     settings = config.denoiser
     if isinstance(settings, DenoiserConfig) and settings.low_res_noise is not None:
         noise = settings.low_res_noise.model_copy(update={"per": "sample"})
@@ -76,12 +76,12 @@ def _of_validation(config: TrainConfig) -> TrainConfig:
 
 
 @torch.no_grad()
-def draw_grid(
+def sample_grid(
     denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
 ) -> np.ndarray:
-    """Pictures drawn for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
+    """Images drawn for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
-    A super-resolution model enlarges the store's own low-resolution pictures.
+    A super-resolution model enlarges the store's own low-resolution images.
     """
     settings, count = config.denoiser, min(config.num_grid_images, len(store))
     assert isinstance(settings, DenoiserConfig)
@@ -91,7 +91,7 @@ def draw_grid(
         **loader_arguments(config, online=encode is not None),
         shuffle=False,
         samples=range(first, first + count),
-        crop=whole_pictures(config),
+        crop=full_images(config),
     )
     raw = with_text(next(iter(loader)), encode, settings.unet.text_dim or 0, config.max_tokens)
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
@@ -99,7 +99,7 @@ def draw_grid(
     conditioning = whole_conditions(raw, settings.unet, world.device, dtype)
     if settings.low_res_px is not None:
         low_res = in_range(raw["images"][settings.low_res_px].to(world.device), dtype)
-        low_res = grey(low_res) if config.low_res_grey == 1 else low_res
+        low_res = grayscale(low_res) if config.low_res_grayscale == 1 else low_res
         noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
     guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))
@@ -150,7 +150,7 @@ def similarities(
             for steps, rows in drawn.items():
                 seeds = [sum(map(len, rows)) + row for row in range(len(raw["keys"]))]
                 settings = PriorSamplingConfig(num_steps=steps)
-                rows.append(draw_embeddings(denoiser, captions, seeds, settings, dtype=dtype))
+                rows.append(generate_embeddings(denoiser, captions, seeds, settings, dtype=dtype))
     for steps, rows in drawn.items():
         for name, value in asdict(prior_similarities(torch.cat(rows), torch.cat(images), torch.cat(texts))).items():
             found[name if name == "baseline" else f"{name}_{steps}"] = value

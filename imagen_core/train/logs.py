@@ -19,7 +19,7 @@ class Logger(Protocol):
         """Numbers of a step."""
         ...
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """uint8 (h, w, 3)."""
         ...
 
@@ -44,7 +44,7 @@ class JsonLines:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         return
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Wandb:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
@@ -132,9 +132,9 @@ class Loggers:
         for logger in self._loggers:
             logger.scalars(step, values)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         for logger in self._loggers:
-            logger.picture(step, name, pixels)
+            logger.image(step, name, pixels)
 
     def close(self) -> None:
         for logger in self._loggers:

@@ -45,7 +45,7 @@ def estimate_memory(
     """Estimate the memory of a training step in float32 weights.
 
     Args:
-        side_px: side of the pictures or crops trained on; None for a prior.
+        side_px: side of the images or crops trained on; None for a prior.
         num_tokens: length of the captions in a batch.
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
@@ -62,7 +62,7 @@ def estimate_memory(
 
 
 def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens: int) -> tuple[int, int]:
-    """Parameters, and values kept for the backward pass of one picture: from a run on tensors without data."""
+    """Parameters, and values kept for the backward pass of one image: from a run on tensors without data."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -28,18 +28,18 @@ from imagen_core.train.checkpoints.checkpoint import (
     remove_old,
     remove_unfinished,
 )
-from imagen_core.train.checkpoints.init_from import LoadCheckpoint, start_from
+from imagen_core.train.checkpoints.init_from import LoadCheckpoint, initialize_from
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.encoders import encoders_of
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import Encode, OnlineEncoder, with_text
 from imagen_core.train.data.randomness import mix
 from imagen_core.train.data.stream import Batch, BatchStream, open_store
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
-from imagen_core.train.evaluation import draw_grid, similarities, validation_loss
+from imagen_core.train.evaluation import sample_grid, similarities, validation_loss
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.meter import Meter
 from imagen_core.train.optimizer import learning_rate, make_optimizer
@@ -50,7 +50,7 @@ from imagen_core.train.profiling import StepProfiler
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """Where a training is. Rates are over the steps since the last report."""
 
     step: int
@@ -62,7 +62,7 @@ class Progress:
 
 
 class TrainingLoss(nn.Module):
-    """The loss of each picture of an example, under the run's precision; what DDP and FSDP wrap."""
+    """The loss of each image of an example, under the run's precision; what DDP and FSDP wrap."""
 
     def __init__(self, denoiser: Denoiser, config: TrainConfig, device_type: str):
         super().__init__()
@@ -88,7 +88,7 @@ def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
 def train(
     config: TrainConfig,
     out: Path,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     online_encoder: OnlineEncoder | None = None,
     load: LoadCheckpoint = _load_local,
@@ -135,14 +135,14 @@ def train(
         # What training changes, and where it was.
         found = _newest_checkpoint(out, world)
         if found is None and config.init_from is not None:
-            start = start_from(denoiser, config, load)
+            start = initialize_from(denoiser, config, load)
             if world.is_main:
                 _write_json(out / "start.json", asdict(start))
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
             WeightAverages(denoiser, config.ema.rates, "cpu" if config.ema.on_cpu else None),
-            TimeSampler(config),
+            NoiseLevelSampler(config),
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
@@ -154,7 +154,7 @@ def train(
         loggers = Loggers(config, out, state.step, writes=world.is_main)
         run = _Run(config, out, world, store, encoders, encode, denoiser, loss, state, loggers)
         try:
-            return run.to_the_end(saved["loader"] if saved else None, on_progress, should_stop)
+            return run.train(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
             run.loggers.close()
 
@@ -180,10 +180,10 @@ class _Run:
         self.denoiser, self.loss, self.state, self.loggers = denoiser, loss, state, loggers
         self.last: dict[str, Any] = {}
 
-    def to_the_end(
+    def train(
         self,
         loader_state: dict[str, Any] | None,
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[TrainingProgress], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
         config, state = self.config, self.state
@@ -214,7 +214,7 @@ class _Run:
                     if config.num_validation_samples and (step % config.validate_every_steps == 0 or last):
                         self._validate()
                     if config.grid_every_steps and (step % config.grid_every_steps == 0 or last):
-                        self._draw_grid()
+                        self._write_grid()
         finally:
             stream.close()
         return self._summary(checkpoint)
@@ -278,7 +278,7 @@ class _Run:
             state.averages.update(counts=counts)
         return mean_loss, norm, stopping > 0
 
-    def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[Progress], None] | None) -> None:
+    def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[TrainingProgress], None] | None) -> None:
         values = meter.values(waited_s)
         first = self.state.optimizer.param_groups[0]
         lr = first["lr"] / first["lr_scale"]
@@ -294,7 +294,7 @@ class _Run:
         )
         self.last |= values
         if on_progress is not None and self.world.is_main:
-            progress = Progress(
+            progress = TrainingProgress(
                 self.state.step, self.config.num_steps, values["loss"], values["images_per_s"], values["loader_wait"]
             )
             on_progress(progress)
@@ -326,13 +326,13 @@ class _Run:
         self.last |= values
         self.loggers.scalars(self.state.step, values)
 
-    def _draw_grid(self) -> None:
+    def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
-            pixels = draw_grid(self.denoiser, self.store, self.config, self.world, self.encode)
+            pixels = sample_grid(self.denoiser, self.store, self.config, self.world, self.encode)
         if self.world.is_main:
             (self.out / "grids").mkdir(exist_ok=True)
             write_png(self.out / "grids" / f"step-{self.state.step:08d}.png", pixels)
-            self.loggers.picture(self.state.step, "grid", pixels)
+            self.loggers.image(self.state.step, "grid", pixels)
 
     def _save(self, loader_state: dict[str, Any] | None) -> Path | None:
         folder = self.out / "checkpoints"

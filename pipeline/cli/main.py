@@ -104,7 +104,7 @@ def run(
     else:
         from pipeline.cli.show import show_summary
 
-        show_summary(summary, chosen.closing_words(RunFolder(folder)))
+        show_summary(summary, chosen.next_steps(RunFolder(folder)))
     if failure is not None:
         raise failure
 

@@ -19,12 +19,12 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
     Console(soft_wrap=False).print(table)
 
 
-def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, str]]) -> None:
+def show_summary(summary: Mapping[str, Any], next_steps: Sequence[tuple[str, str]]) -> None:
     """What a run made, what it dropped, and where to look."""
     if "facts" in summary:
         show_facts(summary["facts"])
         print(f"{summary['outcome']}: {summary['seconds']:.1f} s")
-        _show_closing_words(closing_words)
+        _show_next_steps(next_steps)
         return
     tally = summary["tally"]
     rows = []
@@ -38,7 +38,7 @@ def show_summary(summary: Mapping[str, Any], closing_words: Sequence[tuple[str, 
         f"{summary['outcome']}: {kept}{tally['input_rows']} samples in {tally['shards']} shards{skipped}, "
         f"{summary['seconds']:.1f} s"
     )
-    _show_closing_words(closing_words)
+    _show_next_steps(next_steps)
 
 
 def show_job(job: Mapping[str, Any]) -> None:
@@ -49,8 +49,8 @@ def show_job(job: Mapping[str, Any]) -> None:
         print(job["last_line"])
 
 
-def _show_closing_words(closing_words: Sequence[tuple[str, str]]) -> None:
-    for label, path in closing_words:
+def _show_next_steps(next_steps: Sequence[tuple[str, str]]) -> None:
+    for label, path in next_steps:
         print(f"{label:<7} {path}")
 
 

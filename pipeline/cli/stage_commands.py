@@ -67,7 +67,7 @@ def report(
     run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE")],
     as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: pictures, captions, drops, sizes, throughput."""
+    """Write one self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
     _stage_command("report", run_or_store, as_json)
 
 

@@ -14,9 +14,9 @@ def fix_input(plan: Plan, run: RunFolder, *, restart: bool) -> None:
     """
     if plan.input is None:
         return
-    if not restart and plan.input.has_news():
+    if not restart and plan.input.has_new_input():
         _refuse_unfit(plan, run)
-    plan.input.note(restart=restart)
+    plan.input.record(restart=restart)
 
 
 def _refuse_unfit(plan: Plan, run: RunFolder) -> None:

@@ -48,11 +48,11 @@ def check_groups(plan: Plan, run: RunFolder, *, restart: bool, write: bool = Tru
         remove_final_file(plan, run)
         for name, inputs in unplanned_groups(plan, run).items():
             if downstream.intersection(inputs):
-                run.forget_group(name)
+                run.delete_group(name)
                 run.storage.delete(_group_name(name))
     for name, fingerprint in fingerprints.items():
         if name in downstream:
-            run.forget_group(name)
+            run.delete_group(name)
         if write and read_group_fingerprint(run, name) != fingerprint:
             run.storage.write_json(_group_name(name), fingerprint)
     return downstream
@@ -82,7 +82,7 @@ def remove_final_file(plan: Plan, run: RunFolder) -> None:
 def unplanned_groups(plan: Plan, run: RunFolder) -> dict[str, tuple[str, ...]]:
     """Groups of earlier configurations that the plan does not make, and the lasting groups each was made from."""
     result: dict[str, tuple[str, ...]] = {}
-    for group in run.begun_groups():
+    for group in run.started_groups():
         fingerprint = read_group_fingerprint(run, group)
         if group not in plan.groups and fingerprint is not None:
             inputs = fingerprint["inputs"]
@@ -142,11 +142,11 @@ class Ledger:
             StaleOutputError: a shard was committed from other input rows, and `restart` is off.
         """
         for found in self.run.storage.map(self._look, shards):
-            self._note(found.shard.index)
+            self._record(found.shard.index)
             if found.refused is not None:
                 raise StaleOutputError(found.refused)
             for group in found.stale:
-                self._forget(group, found.shard.name)
+                self._delete_shard(group, found.shard.name)
             yield found.shard, found.whole
 
     def _look(self, shard: Shard) -> _Found:
@@ -192,16 +192,16 @@ class Ledger:
                         "it: rows were taken away, or shard_size changed.\n"
                         "Restore the source, choose another --out, or remove such shards with --restart."
                     )
-                self._forget(group, f"{index:05d}")
+                self._delete_shard(group, f"{index:05d}")
 
-    def _forget(self, group: str, shard: str) -> None:
+    def _delete_shard(self, group: str, shard: str) -> None:
         if self.read_only:
             return
         if group not in self.transient:
             remove_final_file(self.plan, self.run)
-        self.run.forget(group, shard)
+        self.run.delete_shard(group, shard)
 
-    def _note(self, index: int) -> None:
+    def _record(self, index: int) -> None:
         if self._seen and self._seen[-1][1] == index - 1:
             self._seen[-1][1] = index
         else:

@@ -74,7 +74,7 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
     return chosen
 
 
-def superseded(plan: Plan, run: RunFolder) -> Counter[str]:
+def retried_drops(plan: Plan, run: RunFolder) -> Counter[str]:
     """Recorded drops that a later round has tried again, by reason; they no longer count where they happened."""
     return Counter(
         drop["reason"]
@@ -93,11 +93,11 @@ def rounds_fit(plan: Plan, run: RunFolder) -> bool:
     return all(_record_fits(run, plan.row_group, shard) for shard in shards)
 
 
-def forget_retries(plan: Plan, run: RunFolder) -> None:
+def delete_retries(plan: Plan, run: RunFolder) -> None:
     """Removes all rounds and what was made of them."""
     for shard in _retry_shards(run):
         for group in plan.groups:
-            run.forget(group, shard.name)
+            run.delete_shard(group, shard.name)
     run.storage.delete_folder(_FOLDER)
 
 
@@ -171,7 +171,7 @@ def redact_retries(
         if redacted:
             run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
         for shard in (shard for shard in _retry_shards(run) if shard.index in redacted):
-            for group in run.begun_groups():
+            for group in run.started_groups():
                 record = run.read_record(group, shard.name)
                 if record is not None:
                     run.storage.write_json(run.record_name(group, shard.name), {**record, "input": shard.digest})

@@ -8,7 +8,7 @@ from pipeline.config import dump_yaml
 from pipeline.engine.input import fix_input
 from pipeline.engine.ledger import check_groups, refuse_changed_input
 from pipeline.engine.progress import Progress
-from pipeline.engine.retries import begin_round, forget_retries, rounds_fit, superseded, with_retries
+from pipeline.engine.retries import begin_round, delete_retries, retried_drops, rounds_fit, with_retries
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.tally import Tally
 from pipeline.errors import EXIT_FAILED, DropLimitError, ShardError
@@ -45,7 +45,7 @@ def run_workflow(
         removed = check_groups(plan, run, restart=options.restart)
         fix_input(plan, run, restart=options.restart)
         if options.restart and (plan.row_group in removed or not rounds_fit(plan, run)):
-            forget_retries(plan, run)
+            delete_retries(plan, run)
         if options.retry_dropped:
             begin_round(plan, run, options.retry_dropped)
         run.storage.clean()
@@ -79,7 +79,7 @@ def _execute(
         try:
             with progress:
                 tally = scheduler.execute()
-            tally.leave_out(plan.row_group, superseded(plan, run))
+            tally.leave_out(plan.row_group, retried_drops(plan, run))
             facts = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
             outcome = "failed" if tally.shards_failed else "finished"
         except BaseException as error:

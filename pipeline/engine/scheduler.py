@@ -21,13 +21,13 @@ from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.plan import Plan
 from pipeline.signals import StopSignals
 from pipeline.stage import Shard, Stage
-from pipeline.storage import Chores
+from pipeline.storage import BackgroundTasks
 from pipeline.storage.events import EventLog
 from pipeline.storage.run_folder import RunFolder
 
 
 @dataclass(slots=True)
-class _Job:
+class _AdmittedShard:
     """One admitted shard."""
 
     shard: Shard
@@ -69,12 +69,12 @@ class Scheduler:
         self.progress = progress
         self.config = config
         self.stop = stop
-        self.chores = Chores(run.storage)
+        self.background = BackgroundTasks(run.storage)
         self.ledger = Ledger(plan, run, restart=restart)
         self.retried_rows = retried_rows(run)
         self.tally = Tally()
-        self.jobs: dict[int, _Job] = {}
-        self.later: list[tuple[float, Stage, _Job, int]] = []
+        self.jobs: dict[int, _AdmittedShard] = {}
+        self.later: list[tuple[float, Stage, _AdmittedShard, int]] = []
         """Further tries: when (monotonic clock), and which."""
         self.failed_shards: list[int] = []
         self.failures: Counter[str] = Counter()
@@ -106,7 +106,7 @@ class Scheduler:
             self._submit_due()
             if self.jobs:
                 self._wait()
-        self.chores.finish()
+        self.background.finish()
         self.ledger.check_leftovers()
         order = list(self.plan.groups)
         self.tally.groups = dict(sorted(self.tally.groups.items(), key=lambda item: order.index(item[0])))
@@ -134,7 +134,7 @@ class Scheduler:
         if self.run.lease is not None and self.run.lease.lost:
             self.run.lease.check()
 
-    def _unfinished(self) -> Iterator[_Job]:
+    def _unfinished(self) -> Iterator[_AdmittedShard]:
         """Streams the shards that still need work; counts those that do not."""
         for shard, finished in self.ledger.finished(self.plan.shards()):
             self.tally.shards += 1
@@ -146,13 +146,13 @@ class Scheduler:
                     self.tally.add(record)
             if needed:
                 self.progress.admit(shard, needed)
-                yield _Job(shard, needed, set(finished))
+                yield _AdmittedShard(shard, needed, set(finished))
             else:
                 self.tally.shards_skipped += 1
                 self._drop_transient(shard)
                 self.progress.skip(shard)
 
-    def _submit_ready(self, job: _Job) -> None:
+    def _submit_ready(self, job: _AdmittedShard) -> None:
         if self.stop.received:
             return
         for stage in [s for s in job.needed if job.present.issuperset(s.inputs)]:
@@ -167,7 +167,7 @@ class Scheduler:
         for _, stage, job, attempt in due:
             self._submit(stage, job, attempt)
 
-    def _submit(self, stage: Stage, job: _Job, attempt: int) -> None:
+    def _submit(self, stage: Stage, job: _AdmittedShard, attempt: int) -> None:
         wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
         fingerprints = {name: self.ledger.fingerprints[name] for name in wanted}
         retried = frozenset(self.retried_rows.get(job.shard.index, ()))
@@ -190,7 +190,7 @@ class Scheduler:
             del self.jobs[job.shard.index]
             self.progress.finish(job.shard)
 
-    def _succeed(self, job: _Job, outcome: TaskOutcome) -> None:
+    def _succeed(self, job: _AdmittedShard, outcome: TaskOutcome) -> None:
         request = outcome.request
         self.succeeded.add(request.stage)
         for name, record in outcome.records.items():
@@ -210,7 +210,7 @@ class Scheduler:
         self.progress.task_done(outcome)
         self._submit_ready(job)
 
-    def _fail(self, job: _Job, outcome: TaskOutcome) -> None:
+    def _fail(self, job: _AdmittedShard, outcome: TaskOutcome) -> None:
         request = outcome.request
         self.events.write(
             "task_failed",
@@ -256,7 +256,7 @@ class Scheduler:
                 f"Tracebacks: {self.run.url}/{self.run.failures}. Mend the cause and run the same command again."
             )
 
-    def _again(self, job: _Job, outcome: TaskOutcome) -> bool:
+    def _again(self, job: _AdmittedShard, outcome: TaskOutcome) -> bool:
         """Whether to try once more. Errors and dead workers each have `max_attempts`."""
         if not outcome.lost:
             return outcome.request.attempt < self.config.max_attempts
@@ -266,4 +266,4 @@ class Scheduler:
 
     def _drop_transient(self, shard: Shard) -> None:
         for group in self.plan.transient_groups - self.plan.keep:
-            self.chores.do(self.run.forget, group, shard.name)
+            self.background.do(self.run.delete_shard, group, shard.name)

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from pipeline.errors import first_line
 from pipeline.executors.base import ExecutionConfig, Executor
-from pipeline.executors.ray_cluster import Demand, Node, connect, describe, living_nodes, total
-from pipeline.executors.ray_pool import StageActor, Started, Worker, WorkerPool, run_here
+from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
+from pipeline.executors.ray_pool import RayWorker, StageActor, Started, WorkerPool, run_here
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
@@ -32,10 +32,10 @@ class RayExecutor(Executor):
         self.config = config
         self.address = address
         self.started = False
-        self.nodes: list[Node] = []
+        self.nodes: list[ClusterNode] = []
         self.looked = 0.0
         self.told: dict[str, float] = {}
-        self.running: dict[Any, tuple[WorkerPool | None, Worker | None, TaskRequest | None]] = {}
+        self.running: dict[Any, tuple[WorkerPool | None, RayWorker | None, TaskRequest | None]] = {}
         self.pools: dict[str, WorkerPool] = {}
         self.demands: dict[str, Demand] = {}
         # Before Ray is up only this machine is known; `_look` sets the cluster's window.
@@ -118,7 +118,7 @@ class RayExecutor(Executor):
             self._note(pool, pool.feed())
         return outcome
 
-    def _lost(self, request: TaskRequest, error: Exception, worker: Worker | None) -> TaskOutcome:
+    def _lost(self, request: TaskRequest, error: Exception, worker: RayWorker | None) -> TaskOutcome:
         """The outcome of a task that Ray could not bring to its end: was it the node, or the worker alone?"""
         from ray.exceptions import (
             ActorUnavailableError,
@@ -161,7 +161,7 @@ class RayExecutor(Executor):
                 self.pools[name] = WorkerPool(stage, self.run, demand, actor, self.stage_refs[name])
         self._look(nodes)
 
-    def _demand(self, stage: Stage, nodes: list[Node]) -> Demand:
+    def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
         """What a task or worker of the stage asks of a node. Off the cluster it never exceeds this machine."""
         wanted, joined = stage.resources, self.address is not None
         gpus = wanted.num_gpus
@@ -174,7 +174,7 @@ class RayExecutor(Executor):
         demand = {"CPU": min(cpus, largest or cpus), "GPU": gpus, **(own if joined else {})}
         return {name: amount for name, amount in demand.items() if amount}
 
-    def _look(self, nodes: list[Node]) -> None:
+    def _look(self, nodes: list[ClusterNode]) -> None:
         """Follows the cluster: window and number of workers, workers to end, tasks that no node can take."""
         self.nodes, self.looked = nodes, time.monotonic()
         for pool in self.pools.values():

@@ -22,7 +22,7 @@ _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object stor
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ClusterNode:
     """A living node of the cluster."""
 
     id: str
@@ -39,14 +39,14 @@ def _times(name: str, available: float, amount: float) -> int:
     return int(available / amount + 1e-9)
 
 
-def living_nodes() -> list[Node]:
+def living_nodes() -> list[ClusterNode]:
     """The nodes of the cluster that are alive now."""
     import ray
 
-    return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [ClusterNode(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def total(nodes: Iterable[Node], name: str) -> float:
+def total(nodes: Iterable[ClusterNode], name: str) -> float:
     """How much of a resource the nodes have together."""
     return sum(node.resources.get(name, 0.0) for node in nodes)
 
@@ -56,7 +56,7 @@ def describe(demand: Demand) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in sorted(demand.items()))
 
 
-def connect(num_cpus: int | None, address: str | None) -> list[Node]:
+def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     """Joins or starts Ray; returns its nodes.
 
     A Ray started here listens on the loopback interface only, has no dashboard, and keeps Ray's default: token

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import MachineError, first_line
-from pipeline.executors.ray_cluster import Demand, Node
+from pipeline.executors.ray_cluster import ClusterNode, Demand
 from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
@@ -17,7 +17,7 @@ _MAX_FAILED_STARTS = 3
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class RayWorker:
     """An actor; it gets tasks once it has told its node."""
 
     actor: Any
@@ -29,7 +29,7 @@ class Worker:
     """Start of what it does now: waiting for a node, or for a task."""
 
 
-Started = tuple[Any, Worker, TaskRequest | None]
+Started = tuple[Any, RayWorker, TaskRequest | None]
 """An object reference to wait for, its worker, and the task; no task: the start of the worker itself."""
 
 
@@ -45,10 +45,10 @@ class WorkerPool:
         self.stage_ref = stage_ref
         self.limit = 1
         self.failed_starts = 0
-        self.workers: list[Worker] = []
+        self.workers: list[RayWorker] = []
         self.waiting: deque[TaskRequest] = deque()
 
-    def resize(self, nodes: list[Node]) -> None:
+    def resize(self, nodes: list[ClusterNode]) -> None:
         """Sets how many workers there may be: as the stage says, else what the nodes' GPUs hold."""
         room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
         self.limit = self.stage.max_workers or max(1, room)
@@ -58,7 +58,7 @@ class WorkerPool:
         started: list[Started] = []
         free = sum(not worker.num_running for worker in self.workers)  # idle, or waiting for a node
         for _ in range(min(self.limit - len(self.workers), len(self.waiting) - free)):
-            worker = Worker(self.actor_class.remote(self.stage_ref, self.run))
+            worker = RayWorker(self.actor_class.remote(self.stage_ref, self.run))
             self.workers.append(worker)
             started.append((worker.actor.node.remote(), worker, None))
         while self.waiting:
@@ -73,13 +73,13 @@ class WorkerPool:
             started.append((worker.actor.process.remote(request), worker, request))
         return started
 
-    def finish(self, worker: Worker) -> None:
+    def finish(self, worker: RayWorker) -> None:
         """A task of the worker has ended."""
         worker.num_running -= 1
         worker.alone = False
         worker.since = time.monotonic()
 
-    def placed(self, worker: Worker, node: str) -> None:
+    def placed(self, worker: RayWorker, node: str) -> None:
         """The worker has started on this node."""
         worker.node, worker.since = node, time.monotonic()
         self.failed_starts = 0
@@ -94,7 +94,7 @@ class WorkerPool:
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise MachineError(f"{self.stage.name}: its workers cannot be started on Ray: {first_line(error)}")
 
-    def drop(self, worker: Worker) -> None:
+    def drop(self, worker: RayWorker) -> None:
         """Ends a worker; `feed` makes another one if there is need."""
         import ray
         from ray.exceptions import RayError

@@ -7,9 +7,9 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan
 from pipeline.planning.hardware import Hardware
-from pipeline.planning.probe import Line, Measured
-from pipeline.planning.simulate import Job, play
-from pipeline.planning.simulated_executor import Machine, Played, Station
+from pipeline.planning.probe import LinearCost, Measured
+from pipeline.planning.simulate import SimulatedShard, simulate
+from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedStage, SimulationResult
 from pipeline.planning.survey import Counted, Survey
 from pipeline.stage import Stage
 
@@ -48,14 +48,14 @@ def expected_bytes(plan: Plan, basis: Basis) -> dict[str, int | None]:
     return {n: 0 if not basis.survey.groups[n].shards_to_do else b for n, b in result.items()}
 
 
-def _bytes_line(stage: Stage, group: str, basis: Basis) -> Line | None:
+def _bytes_line(stage: Stage, group: str, basis: Basis) -> LinearCost | None:
     """By rows that are kept: counted, else measured, else what the stage knows by itself."""
     if stage.name in basis.counted:
-        return Line(0.0, basis.counted[stage.name].bytes[group])
+        return LinearCost(0.0, basis.counted[stage.name].bytes[group])
     if basis.measured and stage.name in basis.measured.stages:
         return basis.measured.stages[stage.name].bytes[group]
     known = stage.estimate_bytes(group, 1_000_000)
-    return None if known is None else Line(0.0, known / 1_000_000)
+    return None if known is None else LinearCost(0.0, known / 1_000_000)
 
 
 def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> dict[str, Any]:
@@ -67,19 +67,21 @@ def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> 
     hardware = basis.hardware
     assert hardware is not None
     needed = {name for batch in basis.survey.work for name in batch.needs}
-    stations = [_station(plan, stage, basis, hardware) for stage in plan.stages if stage.name in needed]
-    machine = _machine(stations, basis, hardware)
-    batches = [(Job(b.needs, b.rows), b.count) for b in basis.survey.work if b.needs]
-    played = _play(stations, batches, machine)
+    simulated_stages = [
+        _simulated_stage(plan, stage, basis, hardware) for stage in plan.stages if stage.name in needed
+    ]
+    machine = _machine(simulated_stages, basis, hardware)
+    batches = [(SimulatedShard(b.needs, b.rows), b.count) for b in basis.survey.work if b.needs]
+    simulation = _simulate(simulated_stages, batches, machine)
     start_s = basis.measured.run_start_s if basis.measured and basis.profile is None else 0.0
-    seconds = played.seconds + start_s if batches else 0.0
-    stages = [_stage(plan, s, basis, hardware, played, batches, bytes_to_do) for s in stations]
+    seconds = simulation.seconds + start_s if batches else 0.0
+    stages = [_stage(plan, s, basis, hardware, simulation, batches, bytes_to_do) for s in simulated_stages]
     return {
         "basis": _describe(basis),
         "seconds": round(seconds, 1),
         "run_start_s": round(start_s, 1),
         "kept": round(basis.kept, 4),
-        "bottleneck": _bottleneck(stations, machine, played, seconds),
+        "bottleneck": _bottleneck(simulated_stages, machine, simulation, seconds),
         "stages": stages,
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "usd_compute": None if hardware.usd_per_hour is None else hardware.usd_per_hour * seconds / 3600,
@@ -88,25 +90,25 @@ def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> 
     }
 
 
-def _station(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware) -> Station:
+def _simulated_stage(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware) -> SimulatedStage:
     makers = {group.name: s.name for s in plan.stages for group in s.groups}
     counted = basis.counted.get(stage.name)
     cost = basis.measured.stages.get(stage.name) if basis.measured else None
     workers, gpus = _workers(stage, hardware)
-    start_s, seconds, uses = 0.0, Line(), {"cpus": 1.0}
+    start_s, seconds, uses = 0.0, LinearCost(), {"cpus": 1.0}
     if cost is not None:
         units = counted.units * basis.kept if counted else 1.0
         start_s = cost.start_s
-        seconds = Line(cost.seconds.fixed, cost.seconds.slope * units)
+        seconds = LinearCost(cost.seconds.fixed, cost.seconds.slope * units)
         uses = {"cpus": cost.cores, "gpus": gpus}
     elif counted is not None:
         start_s = hardware.model_start_s
-        seconds = Line(
+        seconds = LinearCost(
             0.0, counted.flops * basis.kept / (_tflops(hardware, counted.dtype) * hardware.utilisation * 1e12)
         )
         uses = {"gpus": gpus} if gpus else {"cpus": float(hardware.num_cpus)}
     elif stage.name in hardware.cpu_s_per_row:
-        seconds = Line(0.0, hardware.cpu_s_per_row[stage.name])
+        seconds = LinearCost(0.0, hardware.cpu_s_per_row[stage.name])
     else:
         raise ConfigError(
             f"--profile {basis.profile}: cpu_s_per_row has no {stage.name}; add it, or measure it with --probe"
@@ -116,7 +118,7 @@ def _station(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware) -> Stat
         uses["network"] = fetched * 8e-9 / seconds.slope
     if basis.executor == "inline":
         workers = None
-    return Station(
+    return SimulatedStage(
         name=stage.name,
         after=tuple(dict.fromkeys(makers[name] for name in stage.inputs)),
         start_s=start_s,
@@ -143,37 +145,41 @@ def _tflops(hardware: Hardware, dtype: str) -> float:
     return hardware.tflops[dtype]
 
 
-def _machine(stations: Sequence[Station], basis: Basis, hardware: Hardware) -> Machine:
+def _machine(simulated_stages: Sequence[SimulatedStage], basis: Basis, hardware: Hardware) -> SimulatedCluster:
     capacity = {"cpus": float(hardware.num_cpus)}
     if hardware.num_gpus:
         capacity["gpus"] = float(hardware.num_gpus)
     if hardware.network_gbit_per_s is not None:
         capacity["network"] = hardware.network_gbit_per_s
     if basis.executor == "inline":
-        return Machine(capacity, 1, 1)
-    workers = hardware.num_cpus + sum(s.workers or 0 for s in stations)
-    return Machine(capacity, hardware.num_cpus, basis.window or max(4, 2 * workers))
+        return SimulatedCluster(capacity, 1, 1)
+    workers = hardware.num_cpus + sum(s.workers or 0 for s in simulated_stages)
+    return SimulatedCluster(capacity, hardware.num_cpus, basis.window or max(4, 2 * workers))
 
 
-def _play(stations: Sequence[Station], batches: Sequence[tuple[Job, int]], machine: Machine) -> Played:
+def _simulate(
+    simulated_stages: Sequence[SimulatedStage],
+    batches: Sequence[tuple[SimulatedShard, int]],
+    machine: SimulatedCluster,
+) -> SimulationResult:
     """Plays all shards, or so many of a large run that its pace is known."""
     total = sum(count for _, count in batches)
     most = max(_PLAYED_SHARDS, 8 * machine.window)
     if total <= most:
-        return play(stations, _spread(batches, total), machine)
-    short, long = (play(stations, _spread(batches, n), machine) for n in (most // 2, most))
+        return simulate(simulated_stages, _spread(batches, total), machine)
+    short, long = (simulate(simulated_stages, _spread(batches, n), machine) for n in (most // 2, most))
     further = (total - most) / (most - most // 2)  # times what the second half of those played has added
-    return Played(
+    return SimulationResult(
         seconds=long.seconds + further * (long.seconds - short.seconds),
         busy_s={name: value + further * (value - short.busy_s[name]) for name, value in long.busy_s.items()},
         used={name: value + further * (value - short.used[name]) for name, value in long.used.items()},
     )
 
 
-def _spread(batches: Sequence[tuple[Job, int]], count: int) -> list[Job]:
+def _spread(batches: Sequence[tuple[SimulatedShard, int]], count: int) -> list[SimulatedShard]:
     """So many of the jobs, evenly spread, in order."""
     total = sum(n for _, n in batches)
-    jobs: list[Job] = []
+    jobs: list[SimulatedShard] = []
     seen = 0
     for job, n in batches:
         seen += n
@@ -183,51 +189,53 @@ def _spread(batches: Sequence[tuple[Job, int]], count: int) -> list[Job]:
 
 def _stage(
     plan: Plan,
-    station: Station,
+    simulated: SimulatedStage,
     basis: Basis,
     hardware: Hardware,
-    played: Played,
-    batches: Sequence[tuple[Job, int]],
+    simulation: SimulationResult,
+    batches: Sequence[tuple[SimulatedShard, int]],
     bytes_to_do: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    stage = next(s for s in plan.stages if s.name == station.name)
-    shards = sum(count for job, count in batches if station.name in job.needs)
-    rows = sum(job.rows * count for job, count in batches if station.name in job.needs)
-    work_s = shards * station.shard_s + rows * station.row_s
+    stage = next(s for s in plan.stages if s.name == simulated.name)
+    shards = sum(count for job, count in batches if simulated.name in job.needs)
+    rows = sum(job.rows * count for job, count in batches if simulated.name in job.needs)
+    work_s = shards * simulated.shard_s + rows * simulated.row_s
     sizes = [bytes_to_do[group.name] for group in stage.groups if group.name in bytes_to_do]
     size = None if None in sizes else sum(s for s in sizes if s is not None)
-    counted = basis.counted.get(station.name)
+    counted = basis.counted.get(simulated.name)
     return {
-        "stage": station.name,
+        "stage": simulated.name,
         "rows": int(rows),
         "bytes": size,
-        "busy_s": round(played.busy_s[station.name], 2),
-        "alone_s": round(work_s / _parallel(station, hardware), 2),
-        "gpu_hours": work_s * station.uses.get("gpus", 0.0) / 3600,
+        "busy_s": round(simulation.busy_s[simulated.name], 2),
+        "alone_s": round(work_s / _parallel(simulated, hardware), 2),
+        "gpu_hours": work_s * simulated.uses.get("gpus", 0.0) / 3600,
         "usd_per_month": None if size is None else size / _TB * hardware.usd_per_tb_month,
         **({} if counted is None else {counted.counter: round(counted.units * rows * basis.kept)}),
         **({} if counted is None else {"flops": counted.flops * rows * basis.kept}),
     }
 
 
-def _parallel(station: Station, hardware: Hardware) -> float:
+def _parallel(simulated: SimulatedStage, hardware: Hardware) -> float:
     """Tasks that run at once at full speed where no other stage is at work."""
-    limits = [station.workers or hardware.num_cpus / station.slots]
+    limits = [simulated.workers or hardware.num_cpus / simulated.slots]
     capacity = {"cpus": hardware.num_cpus, "gpus": hardware.num_gpus, "network": hardware.network_gbit_per_s}
-    limits += [have / station.uses[name] for name, have in capacity.items() if have and station.uses.get(name)]
+    limits += [have / simulated.uses[name] for name, have in capacity.items() if have and simulated.uses.get(name)]
     return max(1.0, min(limits))
 
 
-def _bottleneck(stations: Sequence[Station], machine: Machine, played: Played, seconds: float) -> dict[str, object]:
+def _bottleneck(
+    simulated_stages: Sequence[SimulatedStage], machine: SimulatedCluster, simulation: SimulationResult, seconds: float
+) -> dict[str, object]:
     """What is busy for the largest part of the time: a resource of the machine, or the workers of a stage."""
     if not seconds:
         return {"name": "nothing to do", "busy": 0.0}
-    busy = {name: used / machine.capacity[name] / seconds for name, used in played.used.items()}
-    for station in stations:
-        if station.workers is not None:
-            busy[f"workers of {station.name}"] = played.busy_s[station.name] / station.workers / seconds
+    busy = {name: used / machine.capacity[name] / seconds for name, used in simulation.used.items()}
+    for simulated in simulated_stages:
+        if simulated.workers is not None:
+            busy[f"workers of {simulated.name}"] = simulation.busy_s[simulated.name] / simulated.workers / seconds
     name = max(busy, key=lambda key: busy[key])
-    heaviest = max(stations, key=lambda s: played.busy_s[s.name] * s.uses.get(name, 0.0))
+    heaviest = max(simulated_stages, key=lambda s: simulation.busy_s[s.name] * s.uses.get(name, 0.0))
     result: dict[str, object] = {"name": name, "busy": round(busy[name], 3)}
     if heaviest.uses.get(name):
         result["mostly"] = heaviest.name

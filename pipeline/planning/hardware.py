@@ -26,7 +26,7 @@ class Hardware(Config):
     cpu_s_per_row: dict[str, float] = Field(default_factory=dict)
     """CPU seconds a row of each stage that runs no model; `--probe` measures them instead."""
     original_bytes: int = Field(default=0, ge=0)
-    """Size of a picture as fetched; `--probe` measures it instead."""
+    """Size of an image as fetched; `--probe` measures it instead."""
     network_gbit_per_s: float | None = Field(default=None, gt=0)
     """What all fetching together can reach; null: never the limit."""
     model_start_s: float = Field(default=0.0, ge=0)

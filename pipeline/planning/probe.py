@@ -22,7 +22,7 @@ _POLL_S = 10.0
 
 
 @dataclass(slots=True)
-class Line:
+class LinearCost:
     """y = fixed + slope x, neither below zero."""
 
     fixed: float = 0.0
@@ -38,13 +38,13 @@ class StageCost:
 
     start_s: float
     """Once in each worker: process start, packages, models."""
-    seconds: Line
+    seconds: LinearCost
     """Of a shard, by its units."""
     unit: str
     """`rows`, or the counter of the stage's `Workload`."""
     cores: float
     """CPUs it keeps busy."""
-    bytes: dict[str, Line] = field(default_factory=dict)
+    bytes: dict[str, LinearCost] = field(default_factory=dict)
     """Of each group, by its rows."""
 
 
@@ -144,7 +144,7 @@ def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Ex
         timed.append(_Timed(outcome, max(0.0, time.perf_counter() - handed - outcome.seconds)))
         present |= wanted
     for group in plan.transient_groups:
-        run.forget(group, shard.name)
+        run.delete_shard(group, shard.name)
     return timed
 
 
@@ -193,15 +193,15 @@ def _bytes(record: Mapping[str, object]) -> float:
     return float(sum(file["bytes"] for file in files))
 
 
-def _fit(x: Sequence[float], y: Sequence[float]) -> Line:
+def _fit(x: Sequence[float], y: Sequence[float]) -> LinearCost:
     """Least squares; a line through the origin where the best one would be below zero somewhere."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
     fixed = mean_y - slope * mean_x
     if slope <= 0 or fixed < 0:
-        return Line(0.0, mean_y / mean_x if mean_x else 0.0)
-    return Line(fixed, slope)
+        return LinearCost(0.0, mean_y / mean_x if mean_x else 0.0)
+    return LinearCost(fixed, slope)
 
 
 def _number(value: object) -> float:

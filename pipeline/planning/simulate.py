@@ -9,7 +9,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
 from pipeline.executors.base import ExecutionConfig
 from pipeline.plan import Plan
-from pipeline.planning.simulated_executor import Machine, Played, SimulatedExecutor, Station
+from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedExecutor, SimulatedStage, SimulationResult
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
@@ -17,51 +17,53 @@ from pipeline.storage.run_folder import Record, RunFolder
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SimulatedShard:
     """A shard: the stages it still needs, and its rows."""
 
     needs: tuple[str, ...]
     rows: int
 
 
-def play(stations: Sequence[Station], jobs: Sequence[Job], machine: Machine) -> Played:
+def simulate(
+    simulated_stages: Sequence[SimulatedStage], jobs: Sequence[SimulatedShard], machine: SimulatedCluster
+) -> SimulationResult:
     """Runs the jobs through the stations."""
-    executor = SimulatedExecutor(stations, machine)
-    names = {station.name for station in stations}
-    stages = tuple(_Counted(station, names) for station in stations)
+    executor = SimulatedExecutor(simulated_stages, machine)
+    names = {simulated.name for simulated in simulated_stages}
+    stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
     plan = Plan(stages, lambda: _shards(jobs), lambda *_: {})
     with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
-        run = _Played(folder, plan, jobs)
+        run = _Simulated(folder, plan, jobs)
         events = EventLog(run.storage)
         try:
             progress, config = Progress(plan.stages, quiet=True), ExecutionConfig()
             Scheduler(plan, run, executor, events, progress, config, StopSignals()).execute()
         finally:
             events.close()
-    return executor.played
+    return executor.simulation
 
 
 class _Counted(Stage):
     """A stage that is only counted; its one group has its name."""
 
-    def __init__(self, station: Station, names: Set[str]):
-        self.name = station.name
-        self.inputs = tuple(name for name in station.after if name in names)
-        self.groups = (Group(station.name, {}),)
-        self.max_workers = station.workers
+    def __init__(self, simulated: SimulatedStage, names: Set[str]):
+        self.name = simulated.name
+        self.inputs = tuple(name for name in simulated.after if name in names)
+        self.groups = (Group(simulated.name, {}),)
+        self.max_workers = simulated.workers
 
     def process(self, task: Task) -> None:
         raise AssertionError("played, not run")
 
 
-def _shards(jobs: Sequence[Job]) -> Iterator[Shard]:
+def _shards(jobs: Sequence[SimulatedShard]) -> Iterator[Shard]:
     return (Shard(index, None, job.rows) for index, job in enumerate(jobs))
 
 
-class _Played(RunFolder):
+class _Simulated(RunFolder):
     """A run folder in which each job has what it does not need."""
 
-    def __init__(self, folder: str, plan: Plan, jobs: Sequence[Job]):
+    def __init__(self, folder: str, plan: Plan, jobs: Sequence[SimulatedShard]):
         super().__init__(folder)
         self.jobs = jobs
         self.fingerprints = Ledger(plan, RunFolder(folder)).fingerprints

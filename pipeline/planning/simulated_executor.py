@@ -15,7 +15,7 @@ from pipeline.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
-class Station:
+class SimulatedStage:
     """A stage as the clock sees it."""
 
     name: str
@@ -39,7 +39,7 @@ class Station:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class SimulatedCluster:
     """What the stations share."""
 
     capacity: Mapping[str, float]
@@ -53,7 +53,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class NodeEvent:
     """A node goes, with all it runs, or comes back."""
 
     at_s: float
@@ -62,7 +62,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Luck:
+class TaskOutcomeModel:
     """How one task differs from the others of its stage."""
 
     stretch: float = 1.0
@@ -72,7 +72,7 @@ class Luck:
 
 
 @dataclass(slots=True)
-class Played:
+class SimulationResult:
     """What came out."""
 
     seconds: float = 0.0
@@ -91,28 +91,28 @@ class SimulatedExecutor(Executor):
 
     def __init__(
         self,
-        stations: Sequence[Station],
-        machine: Machine,
+        simulated_stages: Sequence[SimulatedStage],
+        machine: SimulatedCluster,
         *,
-        luck: Callable[[TaskRequest], Luck] = lambda _: Luck(),
-        changes: Sequence[Change] = (),
+        outcome_model: Callable[[TaskRequest], TaskOutcomeModel] = lambda _: TaskOutcomeModel(),
+        changes: Sequence[NodeEvent] = (),
     ):
-        self.stations = {station.name: station for station in stations}
+        self.simulated_stages = {simulated.name: simulated for simulated in simulated_stages}
         self.machine = machine
-        self.luck = luck
+        self.outcome_model = outcome_model
         self.changes = deque(sorted(changes, key=lambda change: change.at_s))
         self.window = machine.window
-        self._owners = {_owner(station): station.workers or machine.processes for station in stations}
-        self.played = Played(
-            busy_s=dict.fromkeys(self.stations, 0.0),
-            lost_s=dict.fromkeys(self.stations, 0.0),
+        self._owners = {_owner(simulated): simulated.workers or machine.processes for simulated in simulated_stages}
+        self.simulation = SimulationResult(
+            busy_s=dict.fromkeys(self.simulated_stages, 0.0),
+            lost_s=dict.fromkeys(self.simulated_stages, 0.0),
             offered_s=dict.fromkeys(self._owners, 0.0),
             used=dict.fromkeys(machine.capacity, 0.0),
         )
-        self._nodes = [_Node(number, machine.nodes, self._owners) for number in range(machine.nodes)]
-        self._starting = {name: _Lane(_CPU_START) for name in self.stations}
-        self._working = {name: _Lane(station.uses) for name, station in self.stations.items()}
-        self._waiting: dict[str, deque[tuple[int, TaskRequest]]] = {name: deque() for name in self.stations}
+        self._nodes = [_SimulatedNode(number, machine.nodes, self._owners) for number in range(machine.nodes)]
+        self._starting = {name: _Lane(_CPU_START) for name in self.simulated_stages}
+        self._working = {name: _Lane(simulated.uses) for name, simulated in self.simulated_stages.items()}
+        self._waiting: dict[str, deque[tuple[int, TaskRequest]]] = {name: deque() for name in self.simulated_stages}
         self._submitted = 0
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
@@ -153,20 +153,27 @@ class SimulatedExecutor(Executor):
             if not heads:
                 return
             name = min(heads)[1]
-            station = self.stations[name]
-            node = max(self._nodes, key=lambda n: n.room(station))
-            if node.room(station) < 0:
+            simulated = self.simulated_stages[name]
+            node = max(self._nodes, key=lambda n: n.room(simulated))
+            if node.room(simulated) < 0:
                 full.add(name)
                 continue
             order, request = self._waiting[name].popleft()
-            luck = self.luck(request)
-            work_s = station.seconds(request.shard.num_rows) * luck.stretch
-            loaded = node.take(station)
-            task = _Task(order, request, node, loaded | {name}, luck.error, 0.0 if name in loaded else station.start_s)
+            outcome_model = self.outcome_model(request)
+            work_s = simulated.seconds(request.shard.num_rows) * outcome_model.stretch
+            loaded = node.take(simulated)
+            task = _SimulatedTask(
+                order,
+                request,
+                node,
+                loaded | {name},
+                outcome_model.error,
+                0.0 if name in loaded else simulated.start_s,
+            )
             task.work_s = work_s
             self._put(self._starting if task.start_s else self._working, task, task.start_s or work_s)
 
-    def _put(self, lanes: Mapping[str, "_Lane"], task: "_Task", seconds: float) -> None:
+    def _put(self, lanes: Mapping[str, "_Lane"], task: "_SimulatedTask", seconds: float) -> None:
         lane = lanes[task.request.stage]
         heapq.heappush(lane.heap, (lane.done + seconds, task.order, task))
 
@@ -180,7 +187,7 @@ class SimulatedExecutor(Executor):
         busy = [lane for lane in self._lanes() if lane.heap]
         self._share(busy, up)
         step, first = min(((lane.left() / lane.rate, i) for i, lane in enumerate(busy)), default=(_NEVER, -1))
-        change_in = self.changes[0].at_s - self.played.seconds if self.changes else _NEVER
+        change_in = self.changes[0].at_s - self.simulation.seconds if self.changes else _NEVER
         assert min(step, change_in) < _NEVER, "tasks wait, nothing runs, and no node comes"
         if change_in < step:
             self._pass(busy, max(0.0, change_in), up)
@@ -206,36 +213,36 @@ class SimulatedExecutor(Executor):
             lane.rate = 1.0 / stretch
 
     def _pass(self, busy: Sequence["_Lane"], step: float, up: float) -> None:
-        self.played.seconds += step
+        self.simulation.seconds += step
         for lane in busy:
             lane.done += step * lane.rate
             for name, amount in lane.uses.items():
-                if name in self.played.used:
-                    self.played.used[name] += amount * step * lane.rate * len(lane.heap)
+                if name in self.simulation.used:
+                    self.simulation.used[name] += amount * step * lane.rate * len(lane.heap)
         for name, lane in self._working.items():
-            self.played.busy_s[name] += step * len(lane.heap)
+            self.simulation.busy_s[name] += step * len(lane.heap)
         for owner, count in self._owners.items():
-            self.played.offered_s[owner] += step * count * up
+            self.simulation.offered_s[owner] += step * count * up
 
-    def _end(self, task: "_Task") -> TaskOutcome:
+    def _end(self, task: "_SimulatedTask") -> TaskOutcome:
         name = task.request.stage
-        task.node.give_back(self.stations[name], task.loaded)
+        task.node.give_back(self.simulated_stages[name], task.loaded)
         outcome = TaskOutcome(task.request, task.start_s + task.work_s, task.start_s, error=task.error)
         if task.error is None:
             outcome.records = self.records(task.request)
         else:
-            self.played.lost_s[name] += task.work_s
+            self.simulation.lost_s[name] += task.work_s
         return outcome
 
-    def _change(self, change: Change) -> list[TaskOutcome]:
+    def _change(self, change: NodeEvent) -> list[TaskOutcome]:
         assert self._nodes[change.node].up != change.comes, f"node {change.node} changes to what it is"
-        self._nodes[change.node] = node = _Node(change.node, len(self._nodes), self._owners, up=change.comes)
+        self._nodes[change.node] = node = _SimulatedNode(change.node, len(self._nodes), self._owners, up=change.comes)
         if change.comes:
             return []
         lost = [task for lane in self._starting.values() for _, task in lane.without(node.number)]
         for name, lane in self._working.items():
             for left_s, task in lane.without(node.number):
-                self.played.lost_s[name] += task.work_s - left_s
+                self.simulation.lost_s[name] += task.work_s - left_s
                 lost.append(task)
         lost.sort(key=lambda task: task.order)
         return [TaskOutcome(task.request, error=f"node {node.number} was lost", lost="node") for task in lost]
@@ -246,10 +253,10 @@ _NEVER = float("inf")
 
 
 @dataclass(slots=True, eq=False)
-class _Task:
+class _SimulatedTask:
     order: int
     request: TaskRequest
-    node: "_Node"
+    node: "_SimulatedNode"
     loaded: frozenset[str]
     """Stages that its process has loaded, its own included."""
     error: str | None
@@ -265,17 +272,17 @@ class _Lane:
     done: float = 0.0
     """Work that a task would have done that runs since the beginning."""
     rate: float = 1.0
-    heap: list[tuple[float, int, _Task]] = field(default_factory=list)
+    heap: list[tuple[float, int, _SimulatedTask]] = field(default_factory=list)
     """Value of `done` at which each task ends."""
 
     def left(self) -> float:
         return max(0.0, self.heap[0][0] - self.done)
 
-    def ended(self) -> Iterator[_Task]:
+    def ended(self) -> Iterator[_SimulatedTask]:
         while self.heap and self.left() <= 1e-9:
             yield heapq.heappop(self.heap)[2]
 
-    def without(self, node: int) -> list[tuple[float, _Task]]:
+    def without(self, node: int) -> list[tuple[float, _SimulatedTask]]:
         """Takes out the tasks of a node; with what each had left."""
         gone = [(end - self.done, task) for end, _, task in self.heap if task.node.number == node]
         self.heap = [entry for entry in self.heap if entry[2].node.number != node]
@@ -283,7 +290,7 @@ class _Lane:
         return gone
 
 
-class _Node:
+class _SimulatedNode:
     """Processes of one node, by owner: a stage with workers of its own, or ``""`` for the shared ones."""
 
     def __init__(self, number: int, nodes: int, owners: Mapping[str, float], *, up: bool = True):
@@ -296,15 +303,15 @@ class _Node:
         self.idle: dict[str, Counter[frozenset[str]]] = {owner: Counter() for owner in owners}
         """Processes that wait: how many have loaded which stages."""
 
-    def room(self, station: Station) -> float:
+    def room(self, simulated: SimulatedStage) -> float:
         """Processes left after one more task of the station; negative if it does not fit."""
-        return self.free[_owner(station)] - _slots(station) + 1e-9
+        return self.free[_owner(simulated)] - _slots(simulated) + 1e-9
 
-    def take(self, station: Station) -> frozenset[str]:
+    def take(self, simulated: SimulatedStage) -> frozenset[str]:
         """Takes a process, one that has loaded the stage if there is one; what it has loaded."""
-        self.free[_owner(station)] -= _slots(station)
-        idle = self.idle[_owner(station)]
-        loaded = max(idle, key=lambda stages: (station.name in stages, len(stages), sorted(stages)), default=None)
+        self.free[_owner(simulated)] -= _slots(simulated)
+        idle = self.idle[_owner(simulated)]
+        loaded = max(idle, key=lambda stages: (simulated.name in stages, len(stages), sorted(stages)), default=None)
         if loaded is None:
             return frozenset()
         idle[loaded] -= 1
@@ -312,14 +319,14 @@ class _Node:
             del idle[loaded]
         return loaded
 
-    def give_back(self, station: Station, loaded: frozenset[str]) -> None:
-        self.free[_owner(station)] += _slots(station)
-        self.idle[_owner(station)][loaded] += 1
+    def give_back(self, simulated: SimulatedStage, loaded: frozenset[str]) -> None:
+        self.free[_owner(simulated)] += _slots(simulated)
+        self.idle[_owner(simulated)][loaded] += 1
 
 
-def _owner(station: Station) -> str:
-    return "" if station.workers is None else station.name
+def _owner(simulated: SimulatedStage) -> str:
+    return "" if simulated.workers is None else simulated.name
 
 
-def _slots(station: Station) -> float:
-    return station.slots if station.workers is None else 1.0
+def _slots(simulated: SimulatedStage) -> float:
+    return simulated.slots if simulated.workers is None else 1.0

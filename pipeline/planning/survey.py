@@ -22,7 +22,7 @@ class GroupSurvey:
 
 
 @dataclass(slots=True)
-class Batch:
+class ShardBatch:
     """Shards that follow each other and are alike."""
 
     needs: tuple[str, ...]
@@ -37,7 +37,7 @@ class Survey:
     """What there is to do. Its size does not grow with the number of shards, beside changes from one to the next."""
 
     groups: dict[str, GroupSurvey]
-    work: list[Batch] = field(default_factory=list)
+    work: list[ShardBatch] = field(default_factory=list)
     samples: list[Shard] = field(default_factory=list)
     """Whole shards, evenly spread over the input: some thousand rows."""
 
@@ -53,7 +53,7 @@ class Survey:
         """The same input with another number of rows, nothing of it done."""
         size = plan.shard_size or max(batch.rows for batch in self.work)
         needs = tuple(stage.name for stage in plan.needed(frozenset()))
-        work = [Batch(needs, size, rows // size), Batch(needs, rows % size, 1)]
+        work = [ShardBatch(needs, size, rows // size), ShardBatch(needs, rows % size, 1)]
         work = [batch for batch in work if batch.rows and batch.count]
         shards = sum(batch.count for batch in work)
         return Survey({name: GroupSurvey(0, 0, shards, rows) for name in self.groups}, work, self.samples)
@@ -77,7 +77,7 @@ def survey(plan: Plan, run: RunFolder) -> Survey:
             group.bytes_done += sum(file["bytes"] for file in files)
         needs = tuple(stage.name for stage in plan.needed(finished.keys()))
         if not result.work or (result.work[-1].needs, result.work[-1].rows) != (needs, shard.num_rows):
-            result.work.append(Batch(needs, shard.num_rows))
+            result.work.append(ShardBatch(needs, shard.num_rows))
         result.work[-1].count += 1
         if index % stride == 0:
             result.samples.append(shard)

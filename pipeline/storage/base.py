@@ -149,7 +149,7 @@ class Storage(ABC):
                     future.cancel()
 
 
-class Chores:
+class BackgroundTasks:
     """Small work that nobody waits for, such as deletions: at once on a local folder, aside on an object store.
 
     An error ends the next `do` or `finish`.

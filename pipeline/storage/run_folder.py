@@ -85,7 +85,7 @@ class RunFolder:
         names = self.storage.names(f"state/{group}")
         yield from (int(name.removesuffix(".json")) for name in names if name[0].isdigit())
 
-    def begun_groups(self) -> list[str]:
+    def started_groups(self) -> list[str]:
         """Groups that any run of the folder has begun, sorted."""
         return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
 
@@ -99,7 +99,7 @@ class RunFolder:
         assert len(files) == 1
         return files[0]["path"]
 
-    def forget(self, group: str, shard: str) -> None:
+    def delete_shard(self, group: str, shard: str) -> None:
         """Removes a (group, shard): the record first, so that a kill in between loses no truth."""
         record = self.read_record(group, shard)
         self.storage.delete(self.record_name(group, shard))
@@ -109,7 +109,7 @@ class RunFolder:
         for file in files:
             self.storage.delete(file["path"])
 
-    def forget_group(self, group: str) -> None:
+    def delete_group(self, group: str) -> None:
         """Removes a whole group, records first."""
         for folder in (f"state/{group}", f"{QUARANTINE}/{group}", self.group_folder(group)):
             self.storage.delete_folder(folder)

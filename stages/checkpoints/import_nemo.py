@@ -65,11 +65,11 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """NeMo's: Heun's method of EDM, or DDPM's ancestral steps down to the lowest level and one to 0."""
     threshold = {"kind": "dynamic", "percentile": 0.995}
     if settings["kind"] == "EDM":
-        drawing = {"sampler": {"kind": "heun"}, "grid": {"kind": "karras", "rho": 7.0}, "num_steps": _EDM_STEPS}
+        session = {"sampler": {"kind": "heun"}, "grid": {"kind": "karras", "rho": 7.0}, "num_steps": _EDM_STEPS}
     else:
         steps = settings["timesteps"] + 1
-        drawing = {"sampler": {"kind": "ancestral"}, "grid": {"kind": "uniform"}, "num_steps": steps}
-    return {**drawing, "threshold": threshold}
+        session = {"sampler": {"kind": "ancestral"}, "grid": {"kind": "uniform"}, "num_steps": steps}
+    return {**session, "threshold": threshold}
 
 
 def _network(path: Path, config: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
 def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, where the
     tensors of a stage do not fit."""
-    drawing, rows = [], []
+    session, rows = [], []
     for index, stage in enumerate(stages):
         run = target / f"unet-{index}"
         try:
@@ -103,11 +103,11 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
                 "max_tokens": stage.max_tokens,
             },
         )
-        drawing.append({"checkpoint": str(run.absolute()), "sampling": dict(stage.sampling)})
+        session.append({"checkpoint": str(run.absolute()), "sampling": dict(stage.sampling)})
         rows.append({"stage": index, "weights": stage.source, "checkpoint": str(path)})
-    _write_yaml(target / "sample.yaml", {"stages": drawing})
+    _write_yaml(target / "sample.yaml", {"stages": session})
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
-    lines.append(f"draw: pipeline run sample -c {target}/sample.yaml --out pictures 'prompts=[...]'")
+    lines.append(f"draw: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
     lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
     return {"stages": rows, "sample": str(target / "sample.yaml")}, lines, EXIT_OK
 

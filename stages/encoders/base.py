@@ -30,10 +30,10 @@ FloatArray = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Embeddings of some captions or pictures, in their order."""
+    """Embeddings of some captions or images, in their order."""
 
     embeddings: list[FloatArray]
-    """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output or a picture,
+    """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output or an image,
     and differs by caption."""
     num_truncated: int = 0
     """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
@@ -48,7 +48,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class EncoderWorkload:
     """What an encoder would have to do for some captions."""
 
     tokens: list[int]
@@ -189,7 +189,7 @@ class EncoderConfig(FrozenModelConfig):
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         """FLOPs of captions of so many tokens each, without padding, from config.json; a multiply-add is two."""
 
-    def workload(self, captions: Sequence[str]) -> Workload:
+    def workload(self, captions: Sequence[str]) -> EncoderWorkload:
         """Counts tokens and FLOPs with the tokenizer and config.json alone; no weights are read.
 
         Raises:
@@ -200,7 +200,9 @@ class EncoderConfig(FrozenModelConfig):
         with self.located() as files, reading(self):
             token_ids, _ = tokenize(load_tokenizer(files), captions, self.max_tokens)
             lengths = [len(ids) for ids in token_ids]
-            return Workload([1] * len(lengths) if self.output in POOLED else lengths, self.flops(files, lengths))
+            return EncoderWorkload(
+                [1] * len(lengths) if self.output in POOLED else lengths, self.flops(files, lengths)
+            )
 
     def settings(self, files: ModelFiles) -> dict[str, object]:
         if files.tokenizer_sha256 is None:

@@ -21,7 +21,7 @@ class ClipTextConfig(EncoderConfig):
     """Longest caption in tokens, start and end tokens included; CLIP was made for 77."""
     output: Literal["last_hidden_state", "penultimate", "pooled", "projected"] = "last_hidden_state"
     """Token states after the final norm; those before the last layer, without a norm; the end token's state; or that
-    projected into the space shared with pictures (one vector a caption, not normalised)."""
+    projected into the space shared with images (one vector a caption, not normalised)."""
 
     def dim(self, files: ModelFiles) -> int:
         if files.config.get("model_type") not in ("clip", "clip_text_model"):

@@ -1,4 +1,4 @@
-"""CLIP's picture encoder (Radford et al. 2021, arXiv 2103.00020): the image embeddings that DALL-E 2 is trained on."""
+"""CLIP's image encoder (Radford et al. 2021, arXiv 2103.00020): the image embeddings that DALL-E 2 is trained on."""
 
 import json
 from collections.abc import Iterable
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 
 class ClipImageModelConfig(FrozenModelConfig):
-    """A CLIP picture encoder."""
+    """A CLIP image encoder."""
 
     kind: Literal["clip"] = "clip"
     output: Literal["projected", "pooled"] = "projected"
     """The embedding in the space shared with captions (not normalised), or the state it is projected from."""
     batch_size: int = Field(default=64, ge=1)
-    """Pictures in one batch of the model."""
+    """Images in one batch of the model."""
 
     def dim(self, files: ModelFiles) -> int:
         vision = self._vision(files)
         return vision.projection_dim if self.output == "projected" else vision.hidden_size
 
     def settings(self, files: ModelFiles) -> dict[str, object]:
-        looks = self.looks(files)
-        return {"image_px": looks.size_px, "mean": list(looks.mean), "std": list(looks.std)}
+        preprocessing = self.preprocessing(files)
+        return {"image_px": preprocessing.size_px, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
-    def looks(self, files: ModelFiles) -> "Looks":
-        """How the model wants its pictures."""
-        return Looks.read(files.folder / "preprocessor_config.json", self._vision(files).image_size)
+    def preprocessing(self, files: ModelFiles) -> "Preprocessing":
+        """How the model wants its images."""
+        return Preprocessing.read(files.folder / "preprocessor_config.json", self._vision(files).image_size)
 
     def load(self, num_threads: int) -> "ClipImageEncoder":
         """Loads the weights.
@@ -58,25 +58,25 @@ class ClipImageModelConfig(FrozenModelConfig):
 
 
 class ClipImageConfig(ClipImageModelConfig):
-    """A CLIP picture encoder, applied to pictures of the store."""
+    """A CLIP image encoder, applied to images of the store."""
 
     from_px: int = Field(ge=1)
-    """Size of the stored pictures it looks at; nothing is lost if it is the model's own (224 for ViT-L/14)."""
+    """Size of the stored images it looks at; nothing is lost if it is the model's own (224 for ViT-L/14)."""
 
     def settings(self, files: ModelFiles) -> dict[str, object]:
         return {"from_px": self.from_px, **super().settings(files)}
 
 
 @dataclass(frozen=True, slots=True)
-class Looks:
-    """The pictures a model was trained on: side in pixels, mean and deviation of the channels in [0, 1]."""
+class Preprocessing:
+    """The images a model was trained on: side in pixels, mean and deviation of the channels in [0, 1]."""
 
     size_px: int
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def read(cls, path: Path, size_px: int) -> "Looks":
+    def read(cls, path: Path, size_px: int) -> "Preprocessing":
         if not path.is_file():
             return cls(size_px)
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -92,29 +92,29 @@ class Looks:
 
 
 class ClipImageEncoder:
-    """A loaded picture encoder on the GPU if there is one, else on the CPU."""
+    """A loaded image encoder on the GPU if there is one, else on the CPU."""
 
     def __init__(self, config: ClipImageModelConfig, files: ModelFiles, num_threads: int):
         from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-        self.config, self.dim, self._looks = config, config.dim(files), config.looks(files)
+        self.config, self.dim, self._preprocessing = config, config.dim(files), config.preprocessing(files)
         self.device, self._dtype = place(config, num_threads)
         self.batch_size = config.batch_size
         model_class = CLIPVisionModelWithProjection if config.output == "projected" else CLIPVisionModel
         with reading(config):
             self._model = load_weights(model_class, files, self._dtype, self.device)
 
-    def encode(self, pictures: Iterable[np.ndarray]) -> Encoded:
+    def encode(self, images: Iterable[np.ndarray]) -> Encoded:
         """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding.
 
         A batch that does not fit into memory halves `batch_size`, for as long as the encoder lives.
 
         Raises:
-            MemoryError: not even one picture fits.
+            MemoryError: not even one image fits.
         """
         rows: list[FloatArray] = []
         halvings = 0
-        prepared = map(self._looks.prepare, pictures)
+        prepared = map(self._preprocessing.prepare, images)
         while part := list(islice(prepared, self.batch_size)):
             batches = run_batches(
                 range(len(part)),

@@ -15,7 +15,7 @@ from stages.sources.files import Damaged
 KIND = "given"
 
 
-class GivenConfig(Config):
+class PrecomputedEmbeddingsConfig(Config):
     """Takes the arrays that the source hands over, instead of running a model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

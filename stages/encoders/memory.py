@@ -18,7 +18,7 @@ _PHRASES = ("can't allocate memory", "not enough memory", "CUDA error: out of me
 
 
 @dataclass(slots=True)
-class Batches:
+class MemoryBoundBatches:
     """What a model made of some items, batch by batch."""
 
     limit: int
@@ -34,7 +34,7 @@ def run_batches(
     limit: int,
     split: Callable[[Sequence[int], int], list[list[int]]],
     forward: "Callable[[list[int]], Tensor]",
-) -> Batches:
+) -> MemoryBoundBatches:
     """Runs `forward` on `split(items, limit)`; when a batch does not fit into memory, goes on with half the limit.
 
     Args:
@@ -43,7 +43,7 @@ def run_batches(
     Raises:
         MemoryError: not even one item fits.
     """
-    done = Batches(limit)
+    done = MemoryBoundBatches(limit)
     waiting = deque(split(items, limit))
     while waiting:
         try:

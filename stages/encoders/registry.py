@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 from stages.encoders.auto import AutoEncoderConfig
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageConfig
-from stages.encoders.given import GivenConfig
+from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.t5 import T5EncoderConfig
 
 
@@ -20,10 +20,14 @@ AnyEncoder = Annotated[
 ]
 """A model that encodes text."""
 
-AnyText = Annotated[
-    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig | GivenConfig, Field(discriminator="kind"), _by_default("t5")
+AnyTextEmbedding = Annotated[
+    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig | PrecomputedEmbeddingsConfig,
+    Field(discriminator="kind"),
+    _by_default("t5"),
 ]
 """Where embeddings of captions come from."""
 
-AnyPicture = Annotated[ClipImageConfig | GivenConfig, Field(discriminator="kind"), _by_default("clip")]
-"""Where embeddings of pictures come from."""
+AnyImageEmbedding = Annotated[
+    ClipImageConfig | PrecomputedEmbeddingsConfig, Field(discriminator="kind"), _by_default("clip")
+]
+"""Where embeddings of images come from."""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from stages.evaluation.features.clip import ClipFeatures
-from stages.evaluation.features.image_sets import AnyPictures, FeatureFiles
+from stages.evaluation.features.image_sets import AnyImageSet, FeatureFiles
 from stages.evaluation.features.lpips import LpipsDistance
 from stages.evaluation.features.registry import AnyFeatures
 from stages.sampling.caption_sets import StoreCaptions
@@ -19,7 +19,7 @@ class KernelConfig(Config):
     num_subsets: int = Field(default=100, ge=1)
     """Subsets over which its mean and deviation are taken."""
     subset_size: int = Field(default=1000, ge=2)
-    """Pictures of each subset, of either side."""
+    """Images of each subset, of either side."""
     seed: int = Field(default=0, ge=0)
     """Decides the subsets."""
 
@@ -28,30 +28,30 @@ class EvaluateConfig(Config):
     """What to judge, and by what."""
 
     draw: SampleConfig | None = None
-    """Pictures to draw and judge: the keys of `pipeline run sample`. null: judge `generated`."""
+    """Images to draw and judge: the keys of `pipeline run sample`. null: judge `generated`."""
     guidance: tuple[float, ...] = ()
-    """Weights of the caption, and of picture embeddings, to compare, each drawn into a folder of its own; empty: as
+    """Weights of the caption, and of image embeddings, to compare, each drawn into a folder of its own; empty: as
     `draw.stages` say."""
     guidance_of: Literal["all", "first"] = "all"
     """The stages that `guidance` is for: all, or only the first, as in the figures of Imagen."""
     size_px: int | None = Field(default=None, ge=1)
     """Which of the drawn sizes to judge; null: the last stage's."""
-    generated: AnyPictures | None = None
-    """Pictures, or their features, that are there already."""
-    reference: AnyPictures | None = None
-    """Real pictures, or their features, for the distances."""
+    generated: AnyImageSet | None = None
+    """Images, or their features, that are there already."""
+    reference: AnyImageSet | None = None
+    """Real images, or their features, for the distances."""
     features: AnyFeatures | None = None
     """Model whose features the distances are of."""
     clip: ClipFeatures | None = None
     """Model of the CLIP score."""
     lpips: LpipsDistance | None = None
-    """Distance of each picture to the one it should look like: of drawn ones to the store's picture the caption is of
+    """Distance of each image to the one it should look like: of drawn ones to the store's image the caption is of
     (draw.captions.kind=store), of given ones to those of `reference`, in their order."""
     kernel: KernelConfig = KernelConfig()
     """The kernel distance."""
     num_neighbours: int = Field(default=0, ge=0)
     """Neighbours for precision and recall, usually 3; 0: leave them out, as they take time with the square of the
-    pictures."""
+    images."""
     num_splits: int = Field(default=10, ge=1)
     """Splits of the Inception score."""
 
@@ -60,17 +60,17 @@ class EvaluateConfig(Config):
         if (self.draw is None) == (self.generated is None):
             raise ValueError("give one of draw and generated")
         if self.draw is None and self.guidance:
-            raise ValueError("guidance is for pictures to draw; give draw, or leave guidance out")
+            raise ValueError("guidance is for images to draw; give draw, or leave guidance out")
         if len(set(self.guidance)) < len(self.guidance):
             raise ValueError(f"guidance: each weight once (got {list(self.guidance)})")
         looked_at = [
             name
-            for name, pictures in (("generated", self.generated or self.draw), ("reference", self.reference))
-            if pictures is not None and not isinstance(pictures, FeatureFiles)
+            for name, images in (("generated", self.generated or self.draw), ("reference", self.reference))
+            if images is not None and not isinstance(images, FeatureFiles)
         ]
         if self.reference is not None and looked_at and self.features is None and self.lpips is None:
             raise ValueError(
-                f"features: needed to look at the pictures of {looked_at[0]}; "
+                f"features: needed to look at the images of {looked_at[0]}; "
                 "give features={kind: clip, model: openai/clip-vit-large-patch14}, or a local folder"
             )
         if self.clip is not None and self.clip.output != "projected":
@@ -79,17 +79,17 @@ class EvaluateConfig(Config):
             self._check_pairs()
         if self.clip is not None and isinstance(self.generated, FeatureFiles):
             raise ValueError(
-                "clip: generated is a file of features, so there are no pictures to look at; give "
+                "clip: generated is a file of features, so there are no images to look at; give "
                 "generated.clip_images and generated.clip_texts, and clip=null"
             )
         return self
 
     def _check_pairs(self) -> None:
-        """Refuses pictures without others to compare them with."""
+        """Refuses images without others to compare them with."""
         if self.draw is not None:
             if not isinstance(self.draw.captions, StoreCaptions):
-                raise ValueError("lpips: drawn pictures are compared with a store's; give draw.captions.kind=store")
+                raise ValueError("lpips: drawn images are compared with a store's; give draw.captions.kind=store")
         elif self.reference is None or isinstance(self.generated, FeatureFiles | None):
-            raise ValueError("lpips: needs pictures in generated and as many in reference, in the same order")
+            raise ValueError("lpips: needs images in generated and as many in reference, in the same order")
         elif isinstance(self.reference, FeatureFiles):
-            raise ValueError("lpips: reference is a file of features; give pictures")
+            raise ValueError("lpips: reference is a file of features; give images")

@@ -1,4 +1,4 @@
-"""Bits a dimension of stored pictures under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
+"""Bits a dimension of stored images under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ _BY_STEP = ("bound_bits", "x0_mse", "noise_mse")
 
 
 class LikelihoodConfig(Config):
-    """Which pictures, and under which model."""
+    """Which images, and under which model."""
 
     checkpoint: str
     """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
@@ -43,20 +43,20 @@ class LikelihoodConfig(Config):
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
     store: str
     """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
-    first_picture: int = Field(default=0, ge=0)
+    first_image: int = Field(default=0, ge=0)
     """Where in the store's order to begin; a training keeps its last num_validation_samples out."""
-    num_pictures: int = Field(default=64, ge=1)
-    """How many pictures."""
+    num_images: int = Field(default=64, ge=1)
+    """How many images."""
     grid: AnyGrid = Uniform()
     """Steps of the bound."""
     num_steps: int | None = Field(default=None, ge=2)
     """How many; null: all steps of the model's discrete schedule."""
     clip: bool = True
-    """Clip the estimated pictures to [-1, 1], as sampling does."""
+    """Clip the estimated images to [-1, 1], as sampling does."""
     seed: int = Field(default=0, ge=0)
-    """Decides the noise; a picture's depends on its key too, and on nothing else."""
+    """Decides the noise; an image's depends on its key too, and on nothing else."""
     batch_size: int = Field(default=16, ge=1)
-    """Pictures measured at once, and kept together when the run goes on."""
+    """Images measured at once, and kept together when the run goes on."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type the network computes in."""
     device: str = "auto"
@@ -67,19 +67,19 @@ def likelihood_facts(config: LikelihoodConfig) -> Mapping[str, object]:
     """What a run would do."""
     loaded, store, sigmas = _open(config)
     return {
-        "pictures": config.num_pictures,
+        "images": config.num_images,
         "size_px": loaded.stage.size_px,
         "steps": len(sigmas) - 1,
-        "network_calls": (len(sigmas) - 1) * -(-config.num_pictures // config.batch_size),
+        "network_calls": (len(sigmas) - 1) * -(-config.num_images // config.batch_size),
         "checkpoint_step": loaded.step,
         "samples_in_store": len(store),
     }
 
 
 def measure(config: LikelihoodConfig, job: Job) -> Mapping[str, object]:
-    """Measures every batch that is not in the run folder yet; the means over all pictures.
+    """Measures every batch that is not in the run folder yet; the means over all images.
 
-    `batches/START.json` has the bits of each picture, by key, and sums by step.
+    `batches/START.json` has the bits of each image, by key, and sums by step.
 
     Raises:
         ConfigError: checkpoint, store and settings do not fit together.
@@ -95,9 +95,9 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
     _check_folder(config, loaded, store, job, root)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     loaded.denoiser.to(device, dtype)
-    end = config.first_picture + config.num_pictures
+    end = config.first_image + config.num_images
     results: list[dict[str, Any]] = []
-    for start in range(config.first_picture, end, config.batch_size):
+    for start in range(config.first_image, end, config.batch_size):
         path = root / "batches" / f"{start:08d}.json"
         result: dict[str, Any] | None = read_json(path)
         if result is None:
@@ -114,7 +114,7 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
 def _measure_batch(
     config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, samples: range, sigmas: Tensor, job: Job
 ) -> dict[str, Any]:
-    """Bits of each picture, and sums by step from the lowest noise up."""
+    """Bits of each image, and sums by step from the lowest noise up."""
     settings = loaded.stage
     weight = next(loaded.denoiser.parameters())
     device, dtype = weight.device, weight.dtype
@@ -134,8 +134,8 @@ def _measure_batch(
     keys: list[str] = raw["keys"]
     if not keys:  # all removed from the store
         return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _BY_STEP}}
-    pictures = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
-    x0 = pictures[settings.size_px]
+    images = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
+    x0 = images[settings.size_px]
     seeds = [_seed(config.seed, key) for key in keys]
 
     def noise(step: int) -> Tensor:
@@ -146,7 +146,7 @@ def _measure_batch(
     except TrainError as error:
         raise ConfigError(f"store {config.store}: {error}") from error
     if settings.low_res_px is not None:
-        conditioning = loaded.denoiser.with_sampling_low_res(conditioning, pictures[settings.low_res_px], noise(-1))
+        conditioning = loaded.denoiser.with_sampling_low_res(conditioning, images[settings.low_res_px], noise(-1))
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
         found = bits_per_dimension(
             loaded.denoiser,
@@ -156,7 +156,7 @@ def _measure_batch(
             noise,
             clip=config.clip,
             on_step=lambda done, steps: job.lines.show(
-                f"picture {samples.start - config.first_picture} of {config.num_pictures}, step {done}/{steps}"
+                f"image {samples.start - config.first_image} of {config.num_images}, step {done}/{steps}"
             ),
         )
     return {
@@ -174,7 +174,7 @@ def _means(results: list[dict[str, Any]]) -> dict[str, object]:
     totals = [bits for result in results for bits in result["bits_per_dimension"]]
     count = len(totals)
     if not count:
-        raise ConfigError("first_picture, num_pictures: all these samples were removed from the store; choose others")
+        raise ConfigError("first_image, num_images: all these samples were removed from the store; choose others")
     mean = math.fsum(totals) / count
     spread = math.sqrt(math.fsum((bits - mean) ** 2 for bits in totals) / max(1, count - 1) / count)
     by_step = {
@@ -182,7 +182,7 @@ def _means(results: list[dict[str, Any]]) -> dict[str, object]:
         for name in _BY_STEP
     }
     return {
-        "pictures": count,
+        "images": count,
         "bits_per_dimension": mean,
         "standard_error": spread,
         "prior_bits": math.fsum(bits for result in results for bits in result["prior_bits"]) / count,
@@ -205,10 +205,10 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
     _check_encoder(config, "captions", loaded.encoder, store.manifest.texts)
-    _check_encoder(config, "pictures", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
-    if config.first_picture + config.num_pictures > len(store):
+    _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
+    if config.first_image + config.num_images > len(store):
         raise ConfigError(
-            f"num_pictures: {config.first_picture} + {config.num_pictures} is more than the {len(store)} samples of "
+            f"num_images: {config.first_image} + {config.num_images} is more than the {len(store)} samples of "
             f"{config.store}"
         )
     schedule = settings.diffusion.schedule
@@ -263,5 +263,5 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
 
 
 def _seed(seed: int, key: str) -> int:
-    """Of a picture's noise."""
+    """Of an image's noise."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -8,7 +8,9 @@ from stages.evaluation.config import EvaluateConfig
 from stages.evaluation.features.gather import FeatureSet
 
 
-def judge(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig) -> Mapping[str, object]:
+def compute_metrics(
+    generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig
+) -> Mapping[str, object]:
     """One row of the table; what cannot be had is not in it.
 
     Raises:
@@ -38,8 +40,8 @@ def _distances(generated: FeatureSet, reference: FeatureSet | None, config: Eval
     frechet = frechet_distance(generated.moments, reference.moments)
     kernel = kernel_distance(generated.features, reference.features, **config.kernel.model_dump())
     row: dict[str, object] = {
-        "pictures": generated.moments.count,
-        "reference_pictures": reference.moments.count,
+        "images": generated.moments.count,
+        "reference_images": reference.moments.count,
         "frechet_distance": frechet.distance,
         "frechet_mean_term": frechet.mean_term,
         "kernel_distance": kernel.mean,
@@ -59,11 +61,11 @@ def _scores(generated: FeatureSet, config: EvaluateConfig) -> dict[str, object]:
     row: dict[str, object] = {}
     if generated.clip_images is not None and generated.clip_texts is not None:
         clip = clip_score(generated.clip_images, generated.clip_texts)
-        row.update(pictures=len(generated.clip_images), clip_score=clip.mean, clip_score_error=clip.standard_error)
+        row.update(images=len(generated.clip_images), clip_score=clip.mean, clip_score_error=clip.standard_error)
     if generated.lpips is not None:
         error = generated.lpips.std() / len(generated.lpips) ** 0.5
-        row.update(pictures=len(generated.lpips), lpips=float(generated.lpips.mean()), lpips_error=float(error))
+        row.update(images=len(generated.lpips), lpips=float(generated.lpips.mean()), lpips_error=float(error))
     if generated.logits is not None:
         inception = inception_score(generated.logits, num_splits=config.num_splits)
-        row.update(pictures=len(generated.logits), inception_score=inception.mean, inception_score_std=inception.std)
+        row.update(images=len(generated.logits), inception_score=inception.mean, inception_score_std=inception.std)
     return row

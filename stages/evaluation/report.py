@@ -43,9 +43,9 @@ def _table(rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_m
     columns = [("frechet_distance", distance_name(features_model), "{:.4f}", None), *_COLUMNS]
     columns = [column for column in columns if any(column[0] in row for row in rows)]
     lines = [
-        ["pictures of", "number", *(title for _, title, _, _ in columns)],
+        ["images of", "number", *(title for _, title, _, _ in columns)],
         ["---"] * (len(columns) + 2),
-        *([row["name"], f"{row['pictures']:,}", *(_cell(row, *column) for column in columns)] for row in rows),
+        *([row["name"], f"{row['images']:,}", *(_cell(row, *column) for column in columns)] for row in rows),
     ]
     notes = [f"- {row['name']}: {row['warning']}" for row in rows if "warning" in row]
     cut = {row["captions_cut"] for row in rows if row.get("captions_cut")}

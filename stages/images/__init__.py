@@ -1,4 +1,4 @@
-"""Pictures in memory: decode to sRGB, crop and resize."""
+"""Images in memory: decode to sRGB, crop and resize."""
 
 from stages.images.decode import Decoded, ImageRejected, RejectReason, decode_rgb
 from stages.images.resample import Filter, center_square, pyramid, resize_square

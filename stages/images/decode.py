@@ -1,4 +1,4 @@
-"""Decode a picture of any common format to upright sRGB pixels, or say why it cannot be used.
+"""Decode an image of any common format to upright sRGB pixels, or say why it cannot be used.
 
 The plugin of each allowed format is called directly, not through `Image.open`: no other parser (EPS starts
 ghostscript) is ever reached, and Pillow's process-wide bomb limit gives way to the caller's `max_pixels`.
@@ -34,7 +34,7 @@ from PIL.ExifTags import Base as ExifTag
 
 
 class RejectReason(StrEnum):
-    """Why a picture is not usable."""
+    """Why an image is not usable."""
 
     EMPTY_FILE = "empty_file"
     NOT_AN_IMAGE = "not_an_image"
@@ -45,7 +45,7 @@ class RejectReason(StrEnum):
 
 
 class ImageRejected(Exception):
-    """A picture that cannot be used; `reason` is for counting, `detail` for a person."""
+    """An image that cannot be used; `reason` is for counting, `detail` for a person."""
 
     def __init__(self, reason: RejectReason, detail: str):
         super().__init__(reason, detail)
@@ -58,7 +58,7 @@ class ImageRejected(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded picture; width and height are those after the EXIF orientation was applied."""
+    """A decoded image; width and height are those after the EXIF orientation was applied."""
 
     pixels: np.ndarray
     """uint8 (height, width, 3), sRGB, read-only."""
@@ -74,12 +74,12 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
     or unfitting profile is ignored) and 16-bit grey keeps its high byte.
 
     Raises:
-        ImageRejected: the picture is unusable. Size is checked before any pixel is decoded.
+        ImageRejected: the image is unusable. Size is checked before any pixel is decoded.
     """
     if not data:
         raise ImageRejected(RejectReason.EMPTY_FILE, "0 bytes")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides cut pictures; turn it off")
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides cut images; turn it off")
 
     name, plugin = _plugin_for(data)
     try:
@@ -126,7 +126,7 @@ _Plugin = Callable[[io.BytesIO], ImageFile.ImageFile]
 
 def _plugins() -> list[tuple[re.Pattern[bytes], str, _Plugin]]:
     plugins: list[tuple[bytes, str, _Plugin]] = [
-        (rb"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),  # of an MPO file: its first picture
+        (rb"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),  # of an MPO file: its first image
         (rb"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
         (rb"RIFF.{4}WEBP", "WEBP", WebPImagePlugin.WebPImageFile),
         (rb"GIF8[79]a", "GIF", GifImagePlugin.GifImageFile),
@@ -169,7 +169,7 @@ def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
     try:
         orientation = source.getexif().get(ExifTag.Orientation)
     except (SyntaxError, ValueError, LookupError, TypeError, OSError, EOFError, struct.error, UserWarning):
-        return image  # broken EXIF is not a broken picture
+        return image  # broken EXIF is not a broken image
     transpose = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
     return image if transpose is None else image.transpose(transpose)
 
@@ -193,7 +193,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the picture has any."""
+    """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the image has any."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _split_deep_grey(image)
     if not image.has_transparency_data:

@@ -2,7 +2,7 @@
 
 The uint8 path of `torch.nn.functional.interpolate` is several times faster than Pillow, but keeps its
 weights in 16 bits. Where the side shrinks to half or less, none of 300 million bicubic values of noise, zone
-plates, photo-like pictures and emoji was more than one level off Pillow's; of pictures made of pixel-fine
+plates, photo-like images and emoji was more than one level off Pillow's; of images made of pixel-fine
 stripes or checks, up to one value in 200,000 was two levels off. Where the side shrinks less, or grows, noise
 reaches two levels too, so Pillow does those.
 """

@@ -1,4 +1,4 @@
-"""Encodes the stored pictures of a shard with one frozen picture encoder."""
+"""Encodes the stored images of a shard with one frozen image encoder."""
 
 import numpy as np
 
@@ -21,21 +21,21 @@ from stages.precompute.fetch import SAMPLES
 from stages.precompute.resize import ImagesConfig
 
 
-class EncodePicturesStage(Stage):
+class EncodeImagesStage(Stage):
     """`images-SIZE` -> `image-embed-NAME`: one embedding a row. Workers keep the model."""
 
     def __init__(self, encoder: ClipImageConfig, images: ImagesConfig, store_format: StoreFormat, dtype: StoreDtype):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)
         self.store_format: StoreFormat = store_format
-        self.dtype: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector a picture: nothing to save
+        self.dtype: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector an image: nothing to save
         self.dim = identity.dim
-        self.pictures = ImagesGroup(
+        self.images = ImagesGroup(
             image_group(encoder.from_px), encoder.from_px, store_format, images.codec_of(encoder.from_px)
         )
-        self.name = f"encode-pictures-{encoder.name}"
+        self.name = f"encode-images-{encoder.name}"
         self.group = image_embed_group(encoder.name)
-        self.inputs = (SAMPLES, self.pictures.name)
+        self.inputs = (SAMPLES, self.images.name)
         self.max_workers = encoder.workers or 0
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.fingerprint = identity.fingerprint
@@ -61,9 +61,9 @@ class EncodePicturesStage(Stage):
     def process(self, task: Task) -> None:
         assert self._model is not None
         samples = read_samples(task.input(SAMPLES))
-        path = task.input(self.pictures.name)
-        pictures = open_images(str(path), str(path), self.pictures)
-        encoded = self._model.encode(pictures.pixels(row) for row in range(pictures.num_rows))
+        path = task.input(self.images.name)
+        images = open_images(str(path), str(path), self.images)
+        encoded = self._model.encode(images.pixels(row) for row in range(images.num_rows))
         embeddings = encoded.embeddings
         bad = [row for row, embedding in enumerate(embeddings) if not is_finite_as(embedding, self.dtype)]
         for row in bad:
@@ -78,7 +78,7 @@ class EncodePicturesStage(Stage):
             captions=[sample.key for sample in samples],
             fingerprint=self.fingerprint,
         )
-        counters = {"pictures_encoded": len(embeddings), **encoded.oom_counter()}
+        counters = {"images_encoded": len(embeddings), **encoded.oom_counter()}
         task.done(self.group, GroupResult(len(samples), drops, counters, {"excluded_rows": rows_by_reason(drops)}))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:

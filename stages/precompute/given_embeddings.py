@@ -23,16 +23,16 @@ from imagen_core.store import (
 from pipeline.errors import ConfigError
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import STORE, RunFolder
-from stages.encoders.given import GivenConfig, as_tokens, without_padding
+from stages.encoders.given import PrecomputedEmbeddingsConfig, as_tokens, without_padding
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import quantisation_facts, storable
-from stages.sources.base import Given, Source
+from stages.sources.base import PrecomputedEmbedding, Source
 
 _SAME = 0.05
 """Relative error of a token between embeddings of one caption that were computed in different batches."""
 
 
-class TakeGivenStage(Stage):
+class PrecomputedEmbeddingsStage(Stage):
     """`samples`, and the source's arrays -> `text-NAME` or `image-embed-NAME`. Row by row, nothing is computed.
 
     A text group has one embedding a distinct caption, so samples with equal captions must have equal embeddings, as
@@ -43,9 +43,9 @@ class TakeGivenStage(Stage):
 
     def __init__(
         self,
-        encoder: GivenConfig,
+        encoder: PrecomputedEmbeddingsConfig,
         source: Source,
-        of: Literal["captions", "pictures"],
+        of: Literal["captions", "images"],
         store_format: StoreFormat,
         dtype: StoreDtype,
         min_cosine: float = 0.99,
@@ -54,7 +54,7 @@ class TakeGivenStage(Stage):
         self.source = source
         self.of = of
         self.store_format: StoreFormat = store_format
-        self.dtype: StoreDtype = "float16" if dtype == "int8" and of == "pictures" else dtype
+        self.dtype: StoreDtype = "float16" if dtype == "int8" and of == "images" else dtype
         self.min_cosine = min_cosine
         self.fingerprint = encoder.fingerprint(source.describe_array(encoder.array))
         self.group = (text_group if of == "captions" else image_embed_group)(encoder.name)
@@ -116,10 +116,10 @@ class TakeGivenStage(Stage):
         task.done(self.group, GroupResult(len(samples), drops, counters, info))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
-        return text_shard_bytes([1] * num_rows, self.encoder.dim, self.dtype) if self.of == "pictures" else None
+        return text_shard_bytes([1] * num_rows, self.encoder.dim, self.dtype) if self.of == "images" else None
 
     def _read(
-        self, samples: Sequence[SampleRow], given: Iterable[Given]
+        self, samples: Sequence[SampleRow], given: Iterable[PrecomputedEmbedding]
     ) -> tuple[list[np.ndarray], dict[int, tuple[str, str]]]:
         """The embedding of each sample, float32 (tokens, dim), and reason and detail where there is none."""
         found: list[np.ndarray] = []
@@ -133,8 +133,8 @@ class TakeGivenStage(Stage):
                 bad[row] = ("missing_embedding", "all zeros")
             elif self.of == "captions" and len(sample.captions) != 1:
                 bad[row] = ("several_captions", f"{len(sample.captions)}, and one embedding")
-            elif self.of == "pictures" and len(tokens) != 1:
-                raise ConfigError(f"{one.where}: shape {array.shape}, but a picture has one vector; check the array")
+            elif self.of == "images" and len(tokens) != 1:
+                raise ConfigError(f"{one.where}: shape {array.shape}, but an image has one vector; check the array")
             found.append(tokens)
         return found, bad
 

@@ -55,7 +55,7 @@ def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[s
     """Groups with a record for every shard that did not fail, also those of earlier configurations of the folder."""
     shards = set(run.recorded_shards(SAMPLES)) - failed
     result = {}
-    for group in run.begun_groups():
+    for group in run.started_groups():
         if group in (ORIGINALS, SAMPLES):
             continue
         config = run_group(run, group)

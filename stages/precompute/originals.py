@@ -1,7 +1,7 @@
 """The fetched originals of a shard: a webdataset tar with one sample a row, dropped rows included.
 
-Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and what is known of the writing in the picture) and, if
-it was fetched, `ROW.EXT` with the picture's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts
+Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and what is known of the writing in the image) and, if
+it was fetched, `ROW.EXT` with the image's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts
 them.
 """
 
@@ -83,14 +83,14 @@ class StoredOriginal:
 
 
 class OriginalsReader:
-    """Originals in row order; pictures are read one at a time."""
+    """Originals in row order; images are read one at a time."""
 
     def __init__(self, path: Path):
         self._file: BinaryIO = path.open("rb")
         self.entries: list[StoredOriginal] = sorted(_index(self._file), key=lambda entry: entry.row)
 
     def data(self, entry: StoredOriginal) -> bytes:
-        """The picture's bytes as fetched."""
+        """The image's bytes as fetched."""
         self._file.seek(entry.offset)
         return self._file.read(entry.size)
 

@@ -1,4 +1,4 @@
-"""Turns originals into samples and their pictures at every size, each straight from the original."""
+"""Turns originals into samples and their images at every size, each straight from the original."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,20 +29,20 @@ from stages.precompute.originals import OriginalsReader, StoredOriginal
 
 
 class ImagesConfig(Config):
-    """The pictures to store."""
+    """The images to store."""
 
     sizes_px: tuple[int, ...] = (64, 256)
-    """Side lengths; each is made from the decoded original, antialiased, never from another size. []: no pictures are
+    """Side lengths; each is made from the decoded original, antialiased, never from another size. []: no images are
     stored, and none is decoded."""
     filter: Literal["bicubic", "lanczos", "box", "bilinear"] = "bicubic"
     """Resampling filter, stretched when shrinking so that it does not alias."""
     codec: Codec | dict[int, Codec] = "raw"
-    """How pictures are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
+    """How images are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
     {1024: webp}, where sizes that are not named are raw."""
     too_small: Literal["drop", "upscale"] = "drop"
-    """What to do with pictures whose short side is less than the largest size."""
+    """What to do with images whose short side is less than the largest size."""
     max_pixels: int = Field(default=100_000_000, ge=1)
-    """Pictures of more pixels are dropped unread (`too_many_pixels`): a guard against decompression bombs."""
+    """Images of more pixels are dropped unread (`too_many_pixels`): a guard against decompression bombs."""
 
     @field_validator("sizes_px")
     @classmethod
@@ -62,12 +62,12 @@ class ImagesConfig(Config):
         return codec
 
     def codec_of(self, size_px: int) -> Codec:
-        """How pictures of one size are stored."""
+        """How images of one size are stored."""
         return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec
 
 
 class _Unusable(Exception):
-    """A row that cannot become a sample, beside pictures that cannot be decoded."""
+    """A row that cannot become a sample, beside images that cannot be decoded."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -77,12 +77,12 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What becomes of an original; without a picture the sha256 is "" and the size 0 x 0."""
+    """What becomes of an original; without an image the sha256 is "" and the size 0 x 0."""
 
     sha256: str
     width: int
     height: int
-    pictures: Mapping[str, np.ndarray]
+    images: Mapping[str, np.ndarray]
     """By group."""
 
 
@@ -132,7 +132,7 @@ class ResizeStage(Stage):
                 self._follow_samples(task, originals)
 
     def _begin_shard(self, task: Task, originals: OriginalsReader) -> None:
-        """Decides the rows, and writes samples and pictures together."""
+        """Decides the rows, and writes samples and images together."""
         samples: list[SampleRow] = []
         drops: list[Drop] = []
         caption_ids: dict[str, int] = {}
@@ -154,8 +154,8 @@ class ResizeStage(Stage):
                     input_row=entry.row,
                     **entry.annotations,
                 )
-                for group, picture in made.pictures.items():
-                    writers.append(group, picture, sample)
+                for group, image in made.images.items():
+                    writers.append(group, image, sample)
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
         write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
@@ -165,13 +165,13 @@ class ResizeStage(Stage):
             task.done(group, GroupResult(len(samples)))
 
     def _follow_samples(self, task: Task, originals: OriginalsReader) -> None:
-        """Writes pictures for rows that are fixed already."""
+        """Writes images for rows that are fixed already."""
         by_key = {entry.key: entry for entry in originals.entries if entry.reason != "duplicate_key"}
         samples = read_samples(task.input(SAMPLES))
         with _ImageWriters(self, task) as writers:
             drops: dict[str, list[Drop]] = {group: [] for group in writers.groups}
             for row, sample in enumerate(samples):
-                pictures: Mapping[str, np.ndarray] = {}
+                images: Mapping[str, np.ndarray] = {}
                 try:
                     entry = by_key.get(sample.key)
                     if entry is None:
@@ -179,22 +179,22 @@ class ResizeStage(Stage):
                     made = self._make(entry, originals, writers.sizes)
                     if made.sha256 != sample.sha256:
                         raise _Unusable("source_changed", "other bytes than when the samples were made")
-                    pictures = made.pictures
+                    images = made.images
                 except (ImageRejected, _Unusable) as rejected:
                     for group in writers.groups:
                         drops[group].append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
                 for group, size in zip(writers.groups, writers.sizes, strict=True):
-                    writers.append(group, pictures.get(group, np.zeros((size, size, 3), np.uint8)), sample)
+                    writers.append(group, images.get(group, np.zeros((size, size, 3), np.uint8)), sample)
         for group in writers.groups:
             info = {"excluded_rows": rows_by_reason(drops[group])}
             task.done(group, GroupResult(len(samples), drops[group], info=info))
 
     def _make(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
-        """Hashes and decodes an original, and makes its pictures.
+        """Hashes and decodes an original, and makes its images.
 
         Raises:
-            _Unusable: the row was not fetched, or the picture is too small.
-            ImageRejected: the picture cannot be decoded.
+            _Unusable: the row was not fetched, or the image is too small.
+            ImageRejected: the image cannot be decoded.
         """
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
@@ -206,8 +206,8 @@ class ResizeStage(Stage):
         if short < max(sizes) and self.images.too_small == "drop":
             raise _Unusable("too_small", f"{decoded.width} x {decoded.height} px, {max(sizes)} needed")
         square = center_square(decoded.pixels)
-        pictures = {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
-        return _Made(hashlib.sha256(data).hexdigest(), decoded.width, decoded.height, pictures)
+        images = {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
+        return _Made(hashlib.sha256(data).hexdigest(), decoded.width, decoded.height, images)
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}

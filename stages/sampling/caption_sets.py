@@ -1,4 +1,4 @@
-"""Captions to draw pictures of: those of a store's samples or of a file, all or a seeded selection."""
+"""Captions to draw images of: those of a store's samples or of a file, all or a seeded selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class Caption:
     number: int = 0
     """Which of the sample's captions it is."""
     transcription: str | None = None
-    """The text to be written in the picture; None: not known."""
+    """The text to be written in the image; None: not known."""
     label: int | None = None
-    """The picture's class, from 0; None: not known."""
+    """The image's class, from 0; None: not known."""
 
 
 class _CaptionSet(Config):

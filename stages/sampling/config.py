@@ -22,7 +22,7 @@ class SampleStageConfig(Config):
 
 
 class SamplePriorConfig(Config):
-    """A prior, which draws the picture embeddings that the stages of DALL-E 2's decoder read."""
+    """A prior, which draws the image embeddings that the stages of DALL-E 2's decoder read."""
 
     checkpoint: str
     """Run folder of a training with denoiser.kind: prior, or a checkpoint folder; a path or a URL."""
@@ -36,7 +36,7 @@ class SamplePriorConfig(Config):
 
 
 class PartConfig(Config):
-    """A share of the pictures, so that several processes or machines draw them all."""
+    """A share of the images, so that several processes or machines draw them all."""
 
     index: int = Field(ge=0)
     """Which one, from 0."""
@@ -54,17 +54,17 @@ class SampleConfig(Config):
     """What to draw, and with what."""
 
     stages: tuple[SampleStageConfig, ...] = Field(min_length=1)
-    """The cascade, smallest pictures first."""
+    """The cascade, smallest images first."""
     prior: SamplePriorConfig | None = None
-    """For stages that read picture embeddings."""
+    """For stages that read image embeddings."""
     output_px: int | None = Field(default=None, ge=1)
     """Stop after the stage of this size; the stages behind it are not loaded. null: draw with all of them."""
     prompts: tuple[str, ...] = ()
     """What to draw."""
     transcriptions: tuple[str, ...] = ()
-    """The text to be written in each picture, one a prompt, for a cascade that reads them; default: none."""
+    """The text to be written in each image, one a prompt, for a cascade that reads them; default: none."""
     labels: tuple[int, ...] = ()
-    """The class of each picture from 0, -1 for an unknown one, one a prompt, for a cascade that reads labels; default:
+    """The class of each image from 0, -1 for an unknown one, one a prompt, for a cascade that reads labels; default:
     unknown."""
     prompts_file: str | None = None
     """Text file with one prompt a line, instead of `prompts`; after a tab, the transcription."""
@@ -72,33 +72,33 @@ class SampleConfig(Config):
     """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions and
     labels come with them."""
     part: PartConfig | None = None
-    """Draw only this share of the pictures; names and seeds are those of the whole, so that shares add up to it. null:
+    """Draw only this share of the images; names and seeds are those of the whole, so that shares add up to it. null:
     share RANK of WORLD_SIZE where the environment has them (torchrun), else all."""
     num_images_per_prompt: int = Field(default=1, ge=1)
-    """Pictures of each prompt, with different seeds."""
+    """Images of each prompt, with different seeds."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the first picture; the next pictures have the next seeds."""
+    """Seed of the first image; the next images have the next seeds."""
     seeds: tuple[int, ...] | None = None
-    """One seed a picture, instead of `seed`."""
+    """One seed an image, instead of `seed`."""
     low_res: tuple[str, ...] = ()
-    """Pictures to enlarge, one a prompt: the first stage of `stages` must be a super-resolution stage. The centre
+    """Images to enlarge, one a prompt: the first stage of `stages` must be a super-resolution stage. The centre
     square is brought to the size that stage enlarges."""
     init_image: tuple[str, ...] = ()
-    """Pictures to start from, one a prompt (image to image)."""
+    """Images to start from, one a prompt (image to image)."""
     strength: float = Field(default=0.7, ge=0, le=1)
     """How far init_image is sent back into noise: 0 keeps it, 1 forgets it."""
     inpaint_image: str | None = None
-    """Picture of which a part is kept."""
+    """Image of which a part is kept."""
     inpaint_mask: str | None = None
-    """Picture that is white where inpaint_image is kept."""
+    """Image that is white where inpaint_image is kept."""
     inpaint_resample_times: int = Field(default=5, ge=1)
     """Rounds of drawing and re-noising at each step (RePaint)."""
     batch_size: int = Field(default=8, ge=1)
-    """Pictures drawn at once; changes nothing in them but speed."""
+    """Images drawn at once; changes nothing in them but speed."""
     encoder_model: str | None = None
     """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with."""
     save_all_sizes: bool = True
-    """Write the pictures of every stage; false: only those of the last."""
+    """Write the images of every stage; false: only those of the last."""
     save_text: bool = False
     """Write the prompt of INDEX.png to INDEX.txt beside it."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

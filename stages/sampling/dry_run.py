@@ -4,18 +4,18 @@ from collections.abc import Mapping
 
 from stages.sampling.cascade import load_cascade
 from stages.sampling.config import SampleConfig
-from stages.sampling.requests import my_part, pictures_to_draw
+from stages.sampling.requests import my_part, resolve_requests
 
 
 def sampling_facts(config: SampleConfig) -> Mapping[str, object]:
-    """Pictures, sizes, parameters; nothing is drawn."""
+    """Images, sizes, parameters; nothing is drawn."""
     loaded = load_cascade(config)
     cascade = loaded.cascade
     index, count = my_part(config)
-    pictures = pictures_to_draw(config)
+    images = resolve_requests(config)
     return {
-        "pictures": len(pictures),
-        "pictures_of_this_process": len(pictures[index::count]),
+        "images": len(images),
+        "images_of_this_process": len(images[index::count]),
         "sizes_px": cascade.sizes_px,
         "parameters": sum(p.numel() for stage in cascade.stages for p in stage.denoiser.parameters()),
         "sampling_steps": sum(stage.sampling.num_steps for stage in cascade.stages),

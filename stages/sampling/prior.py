@@ -1,4 +1,4 @@
-"""Draws the picture embeddings that a decoder reads, from prompts, with a prior."""
+"""Draws the image embeddings that a decoder reads, from prompts, with a prior."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ from torch import Tensor
 from imagen_core.cascade import pad_text
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
-from imagen_core.prior import draw_embeddings
+from imagen_core.prior import generate_embeddings
 from imagen_core.train import LoadedDenoiser, TrainError
 from imagen_core.train.parallel.precision import autocast_dtype
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
 from stages.sampling.config import SampleConfig, SamplePriorConfig
-from stages.sampling.requests import Picture
+from stages.sampling.requests import ImageRequest
 from stages.sampling.text_embeddings import Embeddings
 
 
-class PriorDrawing:
+class PriorSampler:
     """A trained prior, and the encoders of the captions it reads."""
 
     def __init__(self, config: SampleConfig, settings: SamplePriorConfig, device: torch.device):
@@ -33,7 +33,7 @@ class PriorDrawing:
         except TrainError as error:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):
-            raise ConfigError("prior.checkpoint: its model draws pictures; give a training with denoiser.kind: prior")
+            raise ConfigError("prior.checkpoint: its model draws images; give a training with denoiser.kind: prior")
         self._settings, self._device, self._config = settings, device, config
         use_gpu = device.type == "cuda"
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
@@ -56,27 +56,27 @@ class PriorDrawing:
             ConfigError: names each field that differs.
         """
         if trained_on is None:
-            raise ConfigError("prior: no stage of the cascade reads picture embeddings; leave the prior out")
+            raise ConfigError("prior: no stage of the cascade reads image embeddings; leave the prior out")
         mine = self._loaded.embed_encoders["image_embed"]
         changes = differences(dict(trained_on["fingerprint"]), dict(mine["fingerprint"]))
         if changes:
             raise ConfigError(
-                f"prior.checkpoint: draws embeddings of another picture encoder than the stages read: "
+                f"prior.checkpoint: draws embeddings of another image encoder than the stages read: "
                 f"{'; '.join(changes)}; train both on one store"
             )
 
-    def prepare(self, pictures: Sequence[Picture]) -> None:
-        """Encodes the prompts of pictures to be drawn."""
-        self._vectors.prepare(pictures)
-        self._tokens.prepare(pictures)
+    def prepare(self, images: Sequence[ImageRequest]) -> None:
+        """Encodes the prompts of images to be drawn."""
+        self._vectors.prepare(images)
+        self._tokens.prepare(images)
 
-    def of(self, pictures: Sequence[Picture]) -> Tensor:
+    def of(self, images: Sequence[ImageRequest]) -> Tensor:
         """(b, dim) unit vectors, float32 on the CPU; each depends on its prompt and seed alone."""
-        vectors, tokens = self._vectors.of(pictures), self._tokens.of(pictures)
+        vectors, tokens = self._vectors.of(images), self._tokens.of(images)
         assert vectors is not None
         network = self._loaded.denoiser.config.network
-        embeds, _ = pad_text(vectors, len(pictures), self._loaded.embed_encoders["text_embed"]["dim"])
-        text, mask = pad_text(tokens, len(pictures), network.text_dim)
+        embeds, _ = pad_text(vectors, len(images), self._loaded.embed_encoders["text_embed"]["dim"])
+        text, mask = pad_text(tokens, len(images), network.text_dim)
         assert embeds is not None
         cut = slice(self._loaded.max_tokens)
         conditioning = Conditioning(
@@ -87,7 +87,7 @@ class PriorDrawing:
         denoiser = self._loaded.denoiser.to(self._device)
         half = autocast_dtype(self._config.precision)
         with torch.autocast(self._device.type, half, enabled=half is not None):
-            drawn = draw_embeddings(denoiser, conditioning, [p.seed for p in pictures], self._settings.sampling)
+            drawn = generate_embeddings(denoiser, conditioning, [p.seed for p in images], self._settings.sampling)
         denoiser.to("cpu")  # the cascade needs the room
         return drawn.cpu()
 
@@ -96,7 +96,7 @@ def _same_model(tokens: Mapping[str, Any] | None, vector: Mapping[str, Any]) -> 
     return tokens is not None and tokens["fingerprint"].get("model") == vector["fingerprint"].get("model")
 
 
-def load_prior(config: SampleConfig, stages: Sequence[LoadedDenoiser], device: torch.device) -> PriorDrawing | None:
+def load_prior(config: SampleConfig, stages: Sequence[LoadedDenoiser], device: torch.device) -> PriorSampler | None:
     """The prior of a configuration, fitting the stages; None if no stage needs one.
 
     Raises:
@@ -106,11 +106,11 @@ def load_prior(config: SampleConfig, stages: Sequence[LoadedDenoiser], device: t
     if config.prior is None:
         if readers:
             raise ConfigError(
-                f"prior: the stages read picture embeddings of {readers[0]['name']!r}; give prior.checkpoint, a "
+                f"prior: the stages read image embeddings of {readers[0]['name']!r}; give prior.checkpoint, a "
                 "training with denoiser.kind: prior"
             )
         return None
-    prior = PriorDrawing(config, config.prior, device)
+    prior = PriorSampler(config, config.prior, device)
     prior.check_decoder(readers[0] if readers else None)
     for reader in readers[1:]:
         prior.check_decoder(reader)

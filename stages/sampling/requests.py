@@ -1,4 +1,4 @@
-"""Which pictures a sampling draws, and which of them are this process's."""
+"""Which images a sampling draws, and which of them are this process's."""
 
 import os
 from dataclasses import dataclass, replace
@@ -10,8 +10,8 @@ from stages.sampling.config import SampleConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture to draw."""
+class ImageRequest:
+    """One image to draw."""
 
     index: int
     caption: Caption
@@ -37,8 +37,8 @@ class Picture:
         return f"{self.index:05d}.png"
 
 
-def pictures_to_draw(config: SampleConfig) -> list[Picture]:
-    """Prompts times pictures a prompt, with their seeds; those of all processes.
+def resolve_requests(config: SampleConfig) -> list[ImageRequest]:
+    """Prompts times images a prompt, with their seeds; those of all processes.
 
     Raises:
         ConfigError: no prompt, an unreadable file, or the wrong number of seeds.
@@ -47,8 +47,8 @@ def pictures_to_draw(config: SampleConfig) -> list[Picture]:
     count = len(captions) * each
     seeds = config.seeds or tuple(range(config.seed, config.seed + count))
     if len(seeds) != count:
-        raise ConfigError(f"seeds: {len(seeds)} given for {count} pictures; give one a picture, or `seed`")
-    return [Picture(index, captions[index // each], seed, index // each) for index, seed in enumerate(seeds)]
+        raise ConfigError(f"seeds: {len(seeds)} given for {count} images; give one an image, or `seed`")
+    return [ImageRequest(index, captions[index // each], seed, index // each) for index, seed in enumerate(seeds)]
 
 
 def my_part(config: SampleConfig) -> tuple[int, int]:
@@ -65,10 +65,10 @@ def _captions(config: SampleConfig) -> list[Caption]:
         captions = _prompts(config)
     given = {name: getattr(config, name) for name in ("low_res", "init_image", "transcriptions", "labels")}
     if not captions:
-        pictures = max(len(each) for each in given.values()) or int(config.inpaint_image is not None)
-        if not pictures:
+        images = max(len(each) for each in given.values()) or int(config.inpaint_image is not None)
+        if not images:
             raise ConfigError("prompts: none given; use prompts='[a small red circle]' or prompts_file=FILE")
-        captions = [Caption("")] * pictures
+        captions = [Caption("")] * images
     for name, each in given.items():
         if each and len(each) != len(captions):
             raise ConfigError(f"{name}: {len(each)} given for {len(captions)} prompts; give one each")

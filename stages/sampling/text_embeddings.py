@@ -11,7 +11,7 @@ from pipeline.fingerprint import differences
 from stages.encoders.prompts import encode_prompts
 from stages.sampling.caption_sets import StoreCaptions
 from stages.sampling.config import SampleConfig
-from stages.sampling.requests import Picture
+from stages.sampling.requests import ImageRequest
 
 
 class Embeddings:
@@ -39,7 +39,7 @@ class Embeddings:
             return None
         return "encoder" if self._stored is None else f"store, text-{self._stored[1]}"
 
-    def prepare(self, pictures: Sequence[Picture]) -> None:
+    def prepare(self, images: Sequence[ImageRequest]) -> None:
         """Encodes what `of` will be asked for; the encoder is loaded for that, and not kept.
 
         Raises:
@@ -48,22 +48,22 @@ class Embeddings:
         """
         if self._encoder is None or self._stored is not None:
             return
-        prompts = sorted({picture.prompt for picture in pictures} - self._encoded.keys())
+        prompts = sorted({image.prompt for image in images} - self._encoded.keys())
         if prompts:
             embeddings = encode_prompts(
                 prompts, self._encoder, model=self._model, use_gpu=self._use_gpu, option=self._option
             )
             self._encoded.update(zip(prompts, embeddings, strict=True))
 
-    def of(self, pictures: Sequence[Picture]) -> list[np.ndarray] | None:
-        """One (num_tokens, dim) array a picture; None if no stage reads captions."""
+    def of(self, images: Sequence[ImageRequest]) -> list[np.ndarray] | None:
+        """One (num_tokens, dim) array an image; None if no stage reads captions."""
         if self._encoder is None:
             return None
         if self._stored is None:
-            return [self._encoded[picture.prompt] for picture in pictures]
+            return [self._encoded[image.prompt] for image in images]
         store, name = self._stored
         try:
-            return [_read(store, name, picture) for picture in pictures]
+            return [_read(store, name, image) for image in images]
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
 
@@ -79,8 +79,8 @@ def _stored_group(config: SampleConfig, encoder: Mapping[str, Any]) -> tuple[Sto
     return None
 
 
-def _read(store: Store, name: str, picture: Picture) -> np.ndarray:
-    caption = picture.caption
+def _read(store: Store, name: str, image: ImageRequest) -> np.ndarray:
+    caption = image.caption
     assert caption.sample is not None
     shard, row = store.locate(caption.sample)
     files = store.shard(shard)

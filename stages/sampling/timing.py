@@ -1,4 +1,4 @@
-"""Seconds that a prior and each stage of a cascade take for a picture."""
+"""Seconds that a prior and each stage of a cascade take for an image."""
 
 import time
 from collections import defaultdict
@@ -12,12 +12,12 @@ class StageTimes:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
-        self._pictures = 0
+        self._images = 0
         self._last = 0.0
 
-    def start(self, pictures: int) -> None:
-        """A batch of so many pictures begins."""
-        self._pictures += pictures
+    def start(self, images: int) -> None:
+        """A batch of so many images begins."""
+        self._images += images
         self._last = self._now()
 
     def done(self, part: str) -> None:
@@ -26,9 +26,9 @@ class StageTimes:
         self._seconds[part] += now - self._last
         self._last = now
 
-    def seconds_per_picture(self) -> dict[str, float]:
+    def seconds_per_image(self) -> dict[str, float]:
         """Of the prior and by size in pixels, with the stage's move to the device; empty if nothing was drawn."""
-        return {part: round(seconds / self._pictures, 4) for part, seconds in self._seconds.items()}
+        return {part: round(seconds / self._images, 4) for part, seconds in self._seconds.items()}
 
     def _now(self) -> float:
         if self._on_gpu:

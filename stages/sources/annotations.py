@@ -1,4 +1,4 @@
-"""What a source may tell of a picture beside captions, in columns that are configured: its writing and its class."""
+"""What a source may tell of an image beside captions, in columns that are configured: its writing and its class."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ _MAX_INT32 = 2**31 - 1
 
 
 class AnnotationsConfig(Config):
-    """Columns of the writing in a picture, and of its class."""
+    """Columns of the writing in an image, and of its class."""
 
     transcription_column: str | None = None
-    """Column of the text written in the picture, as it is read there; empty where there is none. null: not known."""
+    """Column of the text written in the image, as it is read there; empty where there is none. null: not known."""
     safebox_column: str | None = None
     """Column of the rectangle around it, which crops in training never cut: left, top, right, bottom in pixels of the
-    picture as it is shown (turned by its EXIF orientation), as a list or as text such as `10,20,110,60`."""
+    image as it is shown (turned by its EXIF orientation), as a list or as text such as `10,20,110,60`."""
     label_column: str | None = None
-    """Column of the picture's class, a number from 0, or a name of class_names; empty or -1: not known."""
+    """Column of the image's class, a number from 0, or a name of class_names; empty or -1: not known."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers, where label_column has names."""
 

@@ -18,7 +18,7 @@ from stages.sources.annotations import Annotations
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """One input row as fetched: either the picture's bytes, or the reason why there are none."""
+    """One input row as fetched: either the image's bytes, or the reason why there are none."""
 
     row: int
     """Position in the shard, from 0."""
@@ -30,11 +30,11 @@ class Original:
     """Enumerated reason of a drop, such as `http_404`."""
     detail: str = ""
     annotations: Annotations = field(default_factory=dict)
-    """The writing in the picture, as far as the source tells."""
+    """The writing in the image, as far as the source tells."""
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class PrecomputedEmbedding:
     """An array that came with a row, or the reason why there is none."""
 
     where: str
@@ -51,8 +51,8 @@ Row = list[object]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of the input that is noted as a whole: a file, some rows of a table, a picture of a folder."""
+class InputPart:
+    """A part of the input that is noted as a whole: a file, some rows of a table, an image of a folder."""
 
     path: str
     """Relative to the source's folder."""
@@ -85,20 +85,20 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[InputPart]:
         """Streams what there is now, in a fixed order."""
 
     @abstractmethod
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
         """Streams the rows of `pieces`, each with its piece. Keys and duplicates depend on the rows before."""
 
     def count_rows(self, path: str) -> int:
         """How many rows a table has now; only of a source that `grows`."""
         raise NotImplementedError
 
-    def shards(self, shard_size: int, pieces: Iterable[Piece] | None = None) -> Iterator[Shard]:
+    def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
         """Streams the rows of `pieces`, by default of all there are, as shards, without holding them in memory."""
-        return cut_into_shards(self.rows(self.pieces() if pieces is None else pieces), shard_size)
+        return cut_into_shards(self.rows(self.parts() if parts is None else parts), shard_size)
 
     @abstractmethod
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
@@ -123,7 +123,7 @@ class Source(ABC):
             f"encoders: array {name!r} is asked for, but only webdataset and parquet bring arrays; give source.kind"
         )
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
         """Reads the arrays of this name of some rows of a shard, in the order given.
 
         Raises:
@@ -147,13 +147,13 @@ class Source(ABC):
         return {}
 
 
-def cut_into_shards(rows: Iterable[tuple[Piece, Row]], shard_size: int) -> Iterator[Shard]:
+def cut_into_shards(rows: Iterable[tuple[InputPart, Row]], shard_size: int) -> Iterator[Shard]:
     """Cuts a stream of rows into shards; a batch ends with a shard of its own."""
     index = 0
     for _, batch in groupby(rows, key=lambda found: found[0].batch):
-        while part := list(islice(batch, shard_size)):
-            files = {piece.name: piece.path for piece, _ in part if piece.name}
-            yield Shard(index, [row for _, row in part], len(part), files)
+        while shard_rows := list(islice(batch, shard_size)):
+            files = {part.name: part.path for part, _ in shard_rows if part.name}
+            yield Shard(index, [row for _, row in shard_rows], len(shard_rows), files)
             index += 1
 
 
@@ -173,12 +173,12 @@ class KeyRegistry:
         self._database.close()
 
 
-def mark_duplicates(rows: Iterable[tuple[Piece, Row]]) -> Iterator[tuple[Piece, Row]]:
+def mark_duplicates(rows: Iterable[tuple[InputPart, Row]]) -> Iterator[tuple[InputPart, Row]]:
     """Appends to each row whether its key, its first item, came before (True: a duplicate, to be dropped)."""
     registry = KeyRegistry()
     try:
-        for piece, row in rows:
-            yield piece, [*row, not registry.is_new(str(row[0]))]
+        for part, row in rows:
+            yield part, [*row, not registry.is_new(str(row[0]))]
     finally:
         registry.close()
 

@@ -11,7 +11,7 @@ import fsspec
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.sources.base import Piece
+from stages.sources.base import InputPart
 from stages.sources.tables import table_format
 
 _WILDCARDS = re.compile(r"[*?\[{]")
@@ -85,7 +85,7 @@ def open_filesystem(path: str, field: str) -> tuple[Any, str]:
         raise ConfigError(f"{field}: {path} cannot be opened: {error}") from error
 
 
-def named_pieces(files: Mapping[str, int | None], taken: Set[str] = frozenset()) -> list[Piece]:
+def named_parts(files: Mapping[str, int | None], taken: Set[str] = frozenset()) -> list[InputPart]:
     """Pieces whose rows name their file: by its stem, or where stems repeat by its path without suffix.
 
     Args:
@@ -93,24 +93,24 @@ def named_pieces(files: Mapping[str, int | None], taken: Set[str] = frozenset())
     """
     stems = Counter(PurePosixPath(path).stem for path in files)
     root = os.path.commonpath(list(files)) if len(files) > 1 and not taken else ""
-    pieces: dict[str, Piece] = {}
+    parts: dict[str, InputPart] = {}
     for path, size in files.items():
         pure = PurePosixPath(path)
         below = pure.relative_to(root)
         choices = ([pure.stem] if stems[pure.stem] == 1 else []) + [str(below.with_suffix("")), str(below)]
-        name = next(choice for choice in choices if choice not in pieces and choice not in taken)
-        pieces[name] = Piece(path, size, name)
-    return list(pieces.values())
+        name = next(choice for choice in choices if choice not in parts and choice not in taken)
+        parts[name] = InputPart(path, size, name)
+    return list(parts.values())
 
 
-def path_of(shard: Shard, name: str, folder: str, pieces: Callable[[], Iterable[Piece]]) -> str:
+def path_of(shard: Shard, name: str, folder: str, parts: Callable[[], Iterable[InputPart]]) -> str:
     """Path or URL of the file that a shard's rows call `name`.
 
     Args:
         folder: what paths of pieces are relative to.
         pieces: asked where the shard does not know it: in a retry round of an earlier version.
     """
-    file = shard.files.get(name) or next((piece.path for piece in pieces() if piece.name == name), None)
+    file = shard.files.get(name) or next((part.path for part in parts() if part.name == name), None)
     if file is None:
         raise FileNotFoundError(f"source.path: {name} was there when the run began, and is gone")
     return f"{folder}/{file}"

@@ -1,4 +1,4 @@
-"""Local pictures with a caption each: `NAME.txt` beside `NAME.png`, or a captions table."""
+"""Local images with a caption each: `NAME.txt` beside `NAME.png`, or a captions table."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,8 +11,8 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
-from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
-from stages.sources.tables import columns, count_rows, estimate_rows, read_pieces
+from stages.sources.base import Emit, InputPart, Original, Row, Source, mark_duplicates, require_path
+from stages.sources.tables import columns, count_rows, estimate_rows, read_parts
 from stages.sources.tree import Content, Tree
 from stages.sources.urls import captions_of
 
@@ -23,14 +23,14 @@ _FolderRow = tuple[str, list[str], int, bool] | tuple[str, list[str], int, Annot
 
 
 class FolderConfig(AnnotationsConfig):
-    """A folder of pictures."""
+    """A folder of images."""
 
     kind: Literal["folder"] = "folder"
     path: str | None = None
     """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples;
-    without, all pictures below the folder, each with the captions of NAME.txt beside it (one a line)."""
+    without, all images below the folder, each with the captions of NAME.txt beside it (one a line)."""
     file_column: str = "file"
-    """Column of the picture's path in the captions table, relative to the folder or its `images/`."""
+    """Column of the image's path in the captions table, relative to the folder or its `images/`."""
     caption_column: str = "caption"
     """Column of the caption, or of a list of captions, in the captions table."""
 
@@ -41,7 +41,7 @@ class FolderConfig(AnnotationsConfig):
 class FolderSource(Source):
     """A row is [file, captions, bytes, writing if asked for, is_duplicate].
 
-    A piece is the table, or without one a picture.
+    A piece is the table, or without one an image.
     """
 
     def __init__(self, config: FolderConfig):
@@ -71,47 +71,47 @@ class FolderSource(Source):
                 column = getattr(self.config, name)
                 if present and column is not None and column not in present:
                     raise ConfigError(f"source.{name}: {where} has no column {column!r}; it has: {', '.join(present)}")
-            pieces: Iterable[object] = read_pieces(self.tree.url, self.pieces(), [])
+            parts: Iterable[object] = read_parts(self.tree.url, self.parts(), [])
         else:
             for field, column in self.config.annotation_columns.items():
                 raise ConfigError(
                     f"source.{field}_column: {column!r} is a column of a captions table, and {where} has none; "
                     f"add one ({', '.join(_TABLES)})"
                 )
-            pieces = self.pieces()
-        if not any(True for _ in pieces):
-            raise ConfigError(f"source.path: {where} holds no pictures; give a folder with at least one")
+            parts = self.parts()
+        if not any(True for _ in parts):
+            raise ConfigError(f"source.path: {where} holds no images; give a folder with at least one")
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[InputPart]:
         if self.table is not None:
-            yield Piece(self.table, self.tree.size(self.table))
+            yield InputPart(self.table, self.tree.size(self.table))
             return
         for name, size in self.tree.walk():
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Piece(name, size)
+                yield InputPart(name, size)
 
     def count_rows(self, path: str) -> int:
         return count_rows(f"{self.tree.url}/{path}")
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        return mark_duplicates(self._loose_rows(pieces) if self.table is None else self._table_rows(pieces))
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        return mark_duplicates(self._loose_rows(parts) if self.table is None else self._table_rows(parts))
 
-    def _table_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+    def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
         config = self.config
         with self.tree.sizes() as size_of:
             wanted = [config.file_column, config.caption_column, *config.annotation_columns.values()]
-            for piece, record in read_pieces(self.tree.url, pieces, wanted):
+            for part, record in read_parts(self.tree.url, parts, wanted):
                 name = str(record.get(config.file_column) or "")
                 sizes = (size_of(place) for place in _places(name))
                 size = next((size for size in sizes if size is not None), -1)
-                yield piece, [name, captions_of(record, config.caption_column), size, *config.row_end(record)]
+                yield part, [name, captions_of(record, config.caption_column), size, *config.row_end(record)]
 
-    def _loose_rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        pieces = iter(pieces)
-        while some := list(islice(pieces, _CAPTIONS_AT_ONCE)):
-            texts = self.tree.read([PurePosixPath(piece.path).with_suffix(".txt").as_posix()] for piece in some)
-            for piece, text in zip(some, texts, strict=True):
-                yield piece, [piece.path, _lines(text), piece.bytes]
+    def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        parts = iter(parts)
+        while some := list(islice(parts, _CAPTIONS_AT_ONCE)):
+            texts = self.tree.read([PurePosixPath(part.path).with_suffix(".txt").as_posix()] for part in some)
+            for part, text in zip(some, texts, strict=True):
+                yield part, [part.path, _lines(text), part.bytes]
 
     def estimate_rows(self) -> int | None:
         return estimate_rows([f"{self.tree.url}/{self.table}"]) if self.table else None
@@ -145,12 +145,12 @@ class FolderSource(Source):
         return Original(row, name, None, captions, content)
 
     def fingerprint(self) -> dict[str, object]:
-        suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each picture"
+        suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each image"
         return {"captions": suffix, **self.config.annotation_settings}
 
 
 def _places(name: str) -> tuple[str, ...]:
-    """Where a picture of this name may be; nowhere if that would be outside the folder."""
+    """Where an image of this name may be; nowhere if that would be outside the folder."""
     path = PurePosixPath(name)
     inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
     return (name, f"images/{name}") if inside else ()

@@ -8,7 +8,7 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
-from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
+from stages.sources.base import Emit, InputPart, Original, Row, Source, require_path
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.parquet import image_bytes
@@ -26,9 +26,9 @@ class HuggingfaceConfig(AnnotationsConfig):
     revision: str | None = None
     """Commit, tag or branch on the hub; pin it to make runs repeatable."""
     image_column: str = "image"
-    """Column of the picture."""
+    """Column of the image."""
     url_column: str | None = None
-    """Column of the picture's URL, such as `image_url` of Conceptual Captions: then pictures are downloaded, and
+    """Column of the image's URL, such as `image_url` of Conceptual Captions: then images are downloaded, and
     `image_column` is not read."""
     caption_column: str = "text"
     """Column of the caption, or of a list of captions."""
@@ -69,8 +69,8 @@ class HuggingfaceSource(Source):
 
     def check(self) -> None:
         dataset = self._load()
-        picture = "url_column" if self.config.url_column else "image_column"
-        for name in (picture, "caption_column", *ANNOTATION_COLUMNS):
+        image = "url_column" if self.config.url_column else "image_column"
+        for name in (image, "caption_column", *ANNOTATION_COLUMNS):
             column = getattr(self.config, name)
             if column is not None and column not in dataset.column_names:
                 raise ConfigError(
@@ -79,16 +79,16 @@ class HuggingfaceSource(Source):
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
-    def pieces(self) -> Iterator[Piece]:
-        yield Piece("dataset")
+    def parts(self) -> Iterator[InputPart]:
+        yield InputPart("dataset")
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        for piece in pieces:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        for part in parts:
             dataset = self._load()
             # The fingerprint is the library's own hash of the data and what was done to them.
             fingerprint = dataset._fingerprint
             for row in range(len(dataset)):
-                yield piece, [f"{row:09d}", row, fingerprint]
+                yield part, [f"{row:09d}", row, fingerprint]
 
     def prepare(self) -> None:
         if self.config.url_column is not None:

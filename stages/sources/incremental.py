@@ -1,6 +1,6 @@
 """Which parts of the input were found by which run, so that an input that grows adds shards and moves none.
 
-RUN/input/00001.jsonl lists the pieces (files, rows of a table, pictures) that the first run found, 00002.jsonl what a
+RUN/input/00001.jsonl lists the pieces (files, rows of a table, images) that the first run found, 00002.jsonl what a
 later one found beside them, and so on; each is written before the first shard of its batch is made, and stays.
 """
 
@@ -17,15 +17,15 @@ from pathlib import Path
 from pipeline.errors import StaleOutputError
 from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
-from stages.sources.base import Piece, Source
-from stages.sources.files import named_pieces
+from stages.sources.base import InputPart, Source
+from stages.sources.files import named_parts
 from stages.sources.tree import encoded
 
 _FOLDER = "input"
 _LISTED = 3
 
 
-class Batches:
+class InputBatches:
     """The `Input` of a plan. Looks at the source once, so what appears later is left to the next run."""
 
     def __init__(self, source: Source, run: RunFolder, shard_size: int, row_group: str):
@@ -41,12 +41,12 @@ class Batches:
         self._look()
         if self._lost:
             raise self._refusal()
-        return self.source.shards(self.shard_size, self._pieces())
+        return self.source.shards(self.shard_size, self._parts())
 
-    def has_news(self) -> bool:
+    def has_new_input(self) -> bool:
         return self._look().stat().st_size > 0
 
-    def note(self, *, restart: bool) -> None:
+    def record(self, *, restart: bool) -> None:
         self._look()
         if self._lost:
             if not restart:
@@ -54,7 +54,7 @@ class Batches:
             self._note_what_is_left()
         for file in sorted(set(_batch_files(self.run)) - set(self._files), reverse=True):  # nothing was made of them
             self.run.storage.delete(file)
-        if self.has_news():
+        if self.has_new_input():
             file = f"{_FOLDER}/{len(self._files) + 1:05d}.jsonl"
             self._write(file, map(self._counted, _read(self._look())))
             self._files.append(file)
@@ -72,37 +72,37 @@ class Batches:
 
     def _compare(self, new: Path) -> None:
         with closing(_Known(self.source, self._noted())) as known:
-            found = (part for piece in self.source.pieces() if (part := known.new_part(piece)) is not None)
+            found = (left for part in self.source.parts() if (left := known.new_part(part)) is not None)
             if known.names:
-                found = named_pieces({piece.path: piece.bytes for piece in found}, known.names)
+                found = named_parts({part.path: part.bytes for part in found}, known.names)
             _dump(new, found)
             self._lost = known.lost()
 
     def _note_what_is_left(self) -> None:
         """Takes what is gone or changed out of its batch, or notes it as it is now."""
-        with closing(_Known(self.source, self.source.pieces())) as present:
+        with closing(_Known(self.source, self.source.parts())) as present:
             for file in self._files:
-                pieces = _parse(self.run.storage.read_lines(file))
-                self._write(file, (left for piece in pieces if (left := present.part_of(piece)) is not None))
+                parts = _parse(self.run.storage.read_lines(file))
+                self._write(file, (left for part in parts if (left := present.part_of(part)) is not None))
         assert self._new is not None
         self._compare(self._new)
 
-    def _counted(self, piece: Piece) -> Piece:
-        if not self.source.grows or piece.rows is not None:
-            return piece
-        return replace(piece, rows=self.source.count_rows(piece.path))
+    def _counted(self, part: InputPart) -> InputPart:
+        if not self.source.grows or part.rows is not None:
+            return part
+        return replace(part, rows=self.source.count_rows(part.path))
 
-    def _noted(self) -> Iterator[Piece]:
+    def _noted(self) -> Iterator[InputPart]:
         for number, file in enumerate(self._files, start=1):
             yield from _parse(self.run.storage.read_lines(file), number)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _parts(self) -> Iterator[InputPart]:
         yield from self._noted()
         yield from _read(self._look(), len(self._files) + 1)
 
-    def _write(self, file: str, pieces: Iterable[Piece]) -> None:
+    def _write(self, file: str, parts: Iterable[InputPart]) -> None:
         with self.run.storage.writing(file) as path:
-            _dump(path, pieces)
+            _dump(path, parts)
 
     def _refusal(self) -> StaleOutputError:
         return StaleOutputError(
@@ -115,7 +115,7 @@ class Batches:
 class _Known:
     """Pieces by path, on disk: there may be millions."""
 
-    def __init__(self, source: Source, pieces: Iterable[Piece]):
+    def __init__(self, source: Source, parts: Iterable[InputPart]):
         self.source = source
         self.names: set[str] = set()
         self._changed: list[str] = []
@@ -123,41 +123,41 @@ class _Known:
         self._database.execute(
             "CREATE TABLE pieces (path BLOB PRIMARY KEY, bytes INTEGER, rows INTEGER) WITHOUT ROWID"
         )
-        self._database.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", map(self._entry, pieces))
+        self._database.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", map(self._entry, parts))
 
-    def _entry(self, piece: Piece) -> tuple[bytes, int | None, int]:
-        if piece.name:
-            self.names.add(piece.name)
-        return encoded(piece.path), piece.bytes, piece.first + (piece.rows or 0)
+    def _entry(self, part: InputPart) -> tuple[bytes, int | None, int]:
+        if part.name:
+            self.names.add(part.name)
+        return encoded(part.path), part.bytes, part.first + (part.rows or 0)
 
-    def new_part(self, piece: Piece) -> Piece | None:
+    def new_part(self, part: InputPart) -> InputPart | None:
         """What of the piece is not known yet: all of it, rows that were appended to a table, or nothing."""
         query = "DELETE FROM pieces WHERE path = ? RETURNING bytes, rows"
-        found = self._database.execute(query, (encoded(piece.path),)).fetchall()
+        found = self._database.execute(query, (encoded(part.path),)).fetchall()
         if not found:
-            return piece
+            return part
         ((size, rows),) = found
-        if size == piece.bytes and (size is not None or not self.source.grows):
+        if size == part.bytes and (size is not None or not self.source.grows):
             return None
-        now = self.source.count_rows(piece.path) if self.source.grows else None
+        now = self.source.count_rows(part.path) if self.source.grows else None
         if now is not None and now >= rows:
-            return replace(piece, first=rows, rows=now - rows) if now > rows else None
-        was, is_now = (f"{size:,} bytes", f"{piece.bytes:,}") if now is None else (f"{rows:,} rows", f"{now:,}")
-        self._changed.append(f"{_shown(piece.path)}: {was} then, {is_now} now")
+            return replace(part, first=rows, rows=now - rows) if now > rows else None
+        was, is_now = (f"{size:,} bytes", f"{part.bytes:,}") if now is None else (f"{rows:,} rows", f"{now:,}")
+        self._changed.append(f"{_shown(part.path)}: {was} then, {is_now} now")
         return None
 
-    def part_of(self, piece: Piece) -> Piece | None:
+    def part_of(self, part: InputPart) -> InputPart | None:
         """The piece, as a known one of the same path is; None if there is none."""
         query = "SELECT bytes FROM pieces WHERE path = ?"
-        found = self._database.execute(query, (encoded(piece.path),)).fetchone()
+        found = self._database.execute(query, (encoded(part.path),)).fetchone()
         if found is None:
             return None
-        if piece.rows is None:
-            return replace(piece, bytes=found[0])
-        left = self.source.count_rows(piece.path) - piece.first
-        if left >= piece.rows:
-            return piece  # as it was, so that rows appended since are found
-        return replace(piece, bytes=found[0], rows=left) if left > 0 else None
+        if part.rows is None:
+            return replace(part, bytes=found[0])
+        left = self.source.count_rows(part.path) - part.first
+        if left >= part.rows:
+            return part  # as it was, so that rows appended since are found
+        return replace(part, bytes=found[0], rows=left) if left > 0 else None
 
     def lost(self) -> list[str]:
         """What has changed, and what `new_part` was never asked about, in words: the first few."""
@@ -179,23 +179,23 @@ def _batch_files(run: RunFolder) -> list[str]:
     return sorted(f"{_FOLDER}/{name}" for name in run.storage.names(_FOLDER) if name[0].isdigit())
 
 
-def _read(file: Path, batch: int = 0) -> Iterator[Piece]:
+def _read(file: Path, batch: int = 0) -> Iterator[InputPart]:
     with file.open(encoding="utf-8") as lines:
         yield from _parse(lines, batch)
 
 
-def _parse(lines: Iterable[str], batch: int = 0) -> Iterator[Piece]:
-    return (Piece(**json.loads(line), batch=batch) for line in lines)
+def _parse(lines: Iterable[str], batch: int = 0) -> Iterator[InputPart]:
+    return (InputPart(**json.loads(line), batch=batch) for line in lines)
 
 
-def _dump(file: Path, pieces: Iterable[Piece]) -> None:
+def _dump(file: Path, parts: Iterable[InputPart]) -> None:
     with file.open("w", encoding="utf-8") as lines:
-        for piece in pieces:
-            facts: dict[str, object] = {"path": piece.path, "bytes": piece.bytes}
-            if piece.name:
-                facts["name"] = piece.name
-            if piece.rows is not None:
-                facts.update(first=piece.first, rows=piece.rows)
+        for part in parts:
+            facts: dict[str, object] = {"path": part.path, "bytes": part.bytes}
+            if part.name:
+                facts["name"] = part.name
+            if part.rows is not None:
+                facts.update(first=part.first, rows=part.rows)
             lines.write(json.dumps(facts) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Parquet files with the pictures' bytes in a column."""
+"""Parquet files with the images' bytes in a column."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -14,8 +14,17 @@ from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, FolderArrayConfig, no_array
-from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
-from stages.sources.files import base_folder, expand, find_files, named_pieces, path_of
+from stages.sources.base import (
+    Emit,
+    InputPart,
+    Original,
+    PrecomputedEmbedding,
+    Row,
+    Source,
+    mark_duplicates,
+    require_path,
+)
+from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
 from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records
 from stages.sources.urls import captions_of
 
@@ -27,12 +36,12 @@ class ParquetConfig(AnnotationsConfig):
     path: str | None = None
     """A parquet file, a folder of them, or a glob; local or any fsspec URL."""
     image_column: str | None = "image"
-    """Column of the encoded picture: binary, or a struct with a field `bytes` as datasets write it. null: there are no
-    pictures, only captions and what `arrays` has."""
+    """Column of the encoded image: binary, or a struct with a field `bytes` as datasets write it. null: there are no
+    images, only captions and what `arrays` has."""
     caption_column: str = "caption"
     """Column of the caption, or of a list of captions."""
     url_column: str | None = None
-    """Column of the picture's URL, kept for lineage."""
+    """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key; default: file name and row number."""
     arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
@@ -74,17 +83,17 @@ class ParquetSource(Source):
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
 
-    def pieces(self) -> Iterator[Piece]:
-        return iter(named_pieces(find_files(self.path, "source.path", ("parquet",))))
+    def parts(self) -> Iterator[InputPart]:
+        return iter(named_parts(find_files(self.path, "source.path", ("parquet",))))
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        rows = ((piece, row) for piece in pieces for row in self._rows(piece))
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        rows = ((part, row) for part in parts for row in self._rows(part))
         if self.config.key_column is None:
-            return ((piece, [*row, False]) for piece, row in rows)
+            return ((part, [*row, False]) for part, row in rows)
         return mark_duplicates(rows)
 
-    def _rows(self, piece: Piece) -> Iterator[Row]:
-        name, path = piece.name, f"{self.folder}/{piece.path}"
+    def _rows(self, part: InputPart) -> Iterator[Row]:
+        name, path = part.name, f"{self.folder}/{part.path}"
         with open_parquet(path) as table:
             footer = self._digest(path, table.metadata.num_rows)
             if self.config.key_column is None:
@@ -117,7 +126,7 @@ class ParquetSource(Source):
             else:
                 by_file.setdefault(name, []).append((position, key, row))
         for name, places in by_file.items():
-            path = path_of(shard, name, self.folder, self.pieces)
+            path = path_of(shard, name, self.folder, self.parts)
             for (position, key, _), record in zip(places, self._read(path, places), strict=True):
                 emit(self._original(position, key, record))
 
@@ -165,11 +174,11 @@ class ParquetSource(Source):
             raise no_array(name, self.folders)
         return {"folder": True}
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
         sources = shard.rows
         for _, file, place, *_ in (sources[row] for row in rows):
-            path = path_of(shard, file, self.folder, self.pieces)
-            yield Given(*self.folders[name].read(path, place))
+            path = path_of(shard, file, self.folder, self.parts)
+            yield PrecomputedEmbedding(*self.folders[name].read(path, place))
 
 
 def _footer_digest(path: str) -> str:
@@ -184,7 +193,7 @@ def _footer_digest(path: str) -> str:
 
 
 def image_bytes(value: object) -> bytes | None:
-    """The encoded picture in a cell: bytes, or a struct with `bytes`."""
+    """The encoded image in a cell: bytes, or a struct with `bytes`."""
     if isinstance(value, dict):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import fsspec
 
 from pipeline.errors import ConfigError
-from stages.sources.base import Piece
+from stages.sources.base import InputPart
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,16 +105,16 @@ def count_rows(path: str) -> int:
     return sum(1 for _ in read_rows(path, []))
 
 
-def read_pieces(folder: str, pieces: Iterable[Piece], wanted: Sequence[str]) -> Iterator[tuple[Piece, Record]]:
+def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -> Iterator[tuple[InputPart, Record]]:
     """Streams the rows of pieces of tables in `folder`. Reads on where a piece follows the one before."""
     path, place = "", 0
     records: Iterator[Record] = iter(())
-    for piece in pieces:
-        if (piece.path, piece.first) != (path, place):
-            path, place = piece.path, piece.first
+    for part in parts:
+        if (part.path, part.first) != (path, place):
+            path, place = part.path, part.first
             records = islice(read_rows(f"{folder}/{path}", wanted), place, None)
-        for record in islice(records, piece.rows):
-            yield piece, record
+        for record in islice(records, part.rows):
+            yield part, record
             place += 1
 
 

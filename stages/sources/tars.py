@@ -14,9 +14,18 @@ from stages.captions import clean_captions
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
-from stages.sources.base import Emit, Given, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.base import (
+    Emit,
+    InputPart,
+    Original,
+    PrecomputedEmbedding,
+    Row,
+    Source,
+    mark_duplicates,
+    require_path,
+)
 from stages.sources.file_lists import find_listed, listed_rows
-from stages.sources.files import base_folder, find_files, named_pieces, path_of
+from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 from stages.sources.urls import captions_of
 
@@ -58,35 +67,35 @@ class WebdatasetSource(Source):
 
     def check(self) -> None:
         for folder in self.folders.values():
-            folder.check(piece.path for piece in self.pieces())
+            folder.check(part.path for part in self.parts())
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
-            return iter(named_pieces(find_listed(self.path, self.config.file_list)))
-        return iter(named_pieces(find_files(self.path, "source.path", ("tar",), braces=True)))
+            return iter(named_parts(find_listed(self.path, self.config.file_list)))
+        return iter(named_parts(find_files(self.path, "source.path", ("tar",), braces=True)))
 
     def estimate_rows(self) -> int | None:
         return None if self.config.file_list is None else listed_rows(self.config.file_list)
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        return mark_duplicates(self._rows(pieces))
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        return mark_duplicates(self._rows(parts))
 
-    def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        for piece in pieces:
-            samples = index_tar(f"{self.folder}/{piece.path}")
+    def _rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        for part in parts:
+            samples = index_tar(f"{self.folder}/{part.path}")
             if not self.folders:
                 for key, members in samples:
-                    yield piece, [f"{piece.name}/{key}", piece.name, members]
+                    yield part, [f"{part.name}/{key}", part.name, members]
                 continue
             whole = list(samples)  # all of a tar must fit its arrays before any of it is used
-            places = {name: self._places(name, piece, [key for key, _ in whole]) for name in self.folders}
+            places = {name: self._places(name, part, [key for key, _ in whole]) for name in self.folders}
             for index, (key, members) in enumerate(whole):
                 arrays = {name: [rows[index], digest] for name, (rows, digest) in places.items()}
-                yield piece, [f"{piece.name}/{key}", piece.name, members, arrays]
+                yield part, [f"{part.name}/{key}", part.name, members, arrays]
 
-    def _places(self, name: str, piece: Piece, keys: Sequence[str]) -> tuple[Sequence[int], str]:
+    def _places(self, name: str, part: InputPart, keys: Sequence[str]) -> tuple[Sequence[int], str]:
         """For each sample of a tar its row in the .npy, and the digest of the .npy.
 
         Raises:
@@ -94,14 +103,14 @@ class WebdatasetSource(Source):
         """
         folder, width = self.folders[name], self.config.arrays[name].index_width
         if width is None:
-            return range(len(keys)), folder.check_rows(piece.path, len(keys))
-        num_rows, digest = folder.look(piece.path)
-        return [row_of_key(folder, piece.path, key, width, num_rows) for key in keys], digest
+            return range(len(keys)), folder.check_rows(part.path, len(keys))
+        num_rows, digest = folder.look(part.path)
+        return [row_of_key(folder, part.path, key, width, num_rows) for key in keys], digest
 
     def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
         del scratch
         rows: Sequence[Any] = shard.rows
-        with OpenTars(lambda name: path_of(shard, name, self.folder, self.pieces)) as tars:
+        with OpenTars(lambda name: path_of(shard, name, self.folder, self.parts)) as tars:
             for row, (key, name, members, *_, is_duplicate) in enumerate(rows):
                 if wanted is None or key in wanted:
                     emit(self._read(tars.open(name), row, key, members, is_duplicate))
@@ -137,14 +146,14 @@ class WebdatasetSource(Source):
             raise no_array(name, self.config.arrays)
         return {**array.model_dump(exclude={"folder"}, exclude_none=True), "folder": array.folder is not None}
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[Given]:
+    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
         array, sources = self.config.arrays[name], shard.rows
-        with OpenTars(lambda tar: path_of(shard, tar, self.folder, self.pieces)) as tars:
+        with OpenTars(lambda tar: path_of(shard, tar, self.folder, self.parts)) as tars:
             for key, tar, members, *further in (sources[row] for row in rows):
                 if array.folder is not None:
                     index, _ = further[0][name]
-                    path = path_of(shard, tar, self.folder, self.pieces)
-                    yield Given(*self.folders[name].read(path, index))
+                    path = path_of(shard, tar, self.folder, self.parts)
+                    yield PrecomputedEmbedding(*self.folders[name].read(path, index))
                 else:
                     yield read_member(tars, tar, key, members, array)
 

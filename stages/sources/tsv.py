@@ -1,4 +1,4 @@
-"""Lines of tab-separated fields with a picture in base64: the format of PaddleFleetX."""
+"""Lines of tab-separated fields with an image in base64: the format of PaddleFleetX."""
 
 import base64
 import binascii
@@ -16,16 +16,16 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.base import Emit, Original, Piece, Row, Source, require_path
+from stages.sources.base import Emit, InputPart, Original, Row, Source, require_path
 from stages.sources.file_lists import find_listed
-from stages.sources.files import base_folder, find_files, named_pieces, path_of
+from stages.sources.files import base_folder, find_files, named_parts, path_of
 
 _BLOCK_BYTES = 2**20
 _MAX_LINE_BYTES = 2**28
 
 
 class TsvConfig(Config):
-    """Tab-separated lines with a caption and a picture in base64."""
+    """Tab-separated lines with a caption and an image in base64."""
 
     kind: Literal["tsv"] = "tsv"
     path: str | None = None
@@ -36,9 +36,9 @@ class TsvConfig(Config):
     caption_field: int = Field(default=3, ge=1)
     """Place of the caption in a line, counted from 1."""
     image_field: int = Field(default=5, ge=1)
-    """Place of the picture, in base64, counted from 1."""
+    """Place of the image, in base64, counted from 1."""
     url_field: int | None = Field(default=None, ge=1)
-    """Place of the picture's URL, kept for lineage."""
+    """Place of the image's URL, kept for lineage."""
 
     def build(self) -> "TsvSource":
         return TsvSource(self)
@@ -62,18 +62,18 @@ class TsvSource(Source):
         if next(self.shards(1), None) is None:
             raise ConfigError(f"source.path: {self.path} holds no lines; give a file with at least one")
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
-            return iter(named_pieces(find_listed(self.path, self.config.file_list)))
-        return iter(named_pieces(find_files(self.path, "source.path", ("tsv",))))
+            return iter(named_parts(find_listed(self.path, self.config.file_list)))
+        return iter(named_parts(find_files(self.path, "source.path", ("tsv",))))
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        for piece in pieces:
-            path = f"{self.folder}/{piece.path}"
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        for part in parts:
+            path = f"{self.folder}/{part.path}"
             try:
                 with fsspec.open(path, "rb", compression="infer") as file:
                     for number, line in enumerate(_lines(cast(BinaryIO, file))):
-                        yield piece, [f"{piece.name}/{number:07d}", piece.name, *line]
+                        yield part, [f"{part.name}/{number:07d}", part.name, *line]
             except (OSError, EOFError, zlib.error) as error:
                 raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; make it anew") from error
 
@@ -84,7 +84,7 @@ class TsvSource(Source):
             if wanted is None or key in wanted:
                 by_file.setdefault(name, []).append((row, key, offset, size))
         for name, places in by_file.items():
-            path = path_of(shard, name, self.folder, self.pieces)
+            path = path_of(shard, name, self.folder, self.parts)
             with fsspec.open(path, "rb", compression="infer") as opened:
                 file = cast(Any, opened)
                 for row, key, offset, size in places:
@@ -105,11 +105,11 @@ class TsvSource(Source):
         captions, reason = clean_captions([caption], allow_empty=False)
         if reason is not None:
             return Original(row, key, url, captions, None, reason)
-        picture = fields[config.image_field - 1]
-        if not picture:
+        image = fields[config.image_field - 1]
+        if not image:
             return Original(row, key, url, captions, None, "no_image")
         try:
-            return Original(row, key, url, captions, base64.b64decode(picture, validate=True))
+            return Original(row, key, url, captions, base64.b64decode(image, validate=True))
         except binascii.Error as error:
             return Original(row, key, url, captions, None, "bad_base64", str(error))
 

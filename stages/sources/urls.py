@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.sources.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
-from stages.sources.base import Emit, Original, Piece, Row, Source, mark_duplicates, require_path
+from stages.sources.base import Emit, InputPart, Original, Row, Source, mark_duplicates, require_path
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import download, load_downloader
 from stages.sources.download.open_url import Endpoint
@@ -20,18 +20,18 @@ from stages.sources.tables import (
     columns,
     count_rows,
     estimate_rows,
-    read_pieces,
+    read_parts,
     read_rows,
     table_format,
 )
 
 UrlRow = tuple[str, str, list[str] | None, bool] | tuple[str, str, list[str] | None, Annotations, bool]
-"""key, url, captions (null where the list has none at all: then the caption is empty), the writing in the picture if
+"""key, url, captions (null where the list has none at all: then the caption is empty), the writing in the image if
 it is asked for, is_duplicate."""
 
 
 class UrlsConfig(AnnotationsConfig):
-    """A list of picture URLs with captions."""
+    """A list of image URLs with captions."""
 
     kind: Literal["urls"] = "urls"
     path: str | None = None
@@ -74,27 +74,27 @@ class UrlsSource(Source):
     def grows(self) -> bool:
         return True
 
-    def pieces(self) -> Iterator[Piece]:
-        return (Piece(*found) for found in find_files(self.path, "source.path", FORMATS).items())
+    def parts(self) -> Iterator[InputPart]:
+        return (InputPart(*found) for found in find_files(self.path, "source.path", FORMATS).items())
 
     def count_rows(self, path: str) -> int:
         return count_rows(f"{base_folder(self.path)}/{path}")
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
-        rows = self._rows(pieces)
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+        rows = self._rows(parts)
         if self.config.key_column is None:
-            return ((piece, [*row, False]) for piece, row in rows)
+            return ((part, [*row, False]) for part, row in rows)
         return mark_duplicates(rows)
 
-    def _rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+    def _rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
-        for number, (piece, record) in enumerate(read_pieces(base_folder(self.path), pieces, wanted)):
+        for number, (part, record) in enumerate(read_parts(base_folder(self.path), parts, wanted)):
             key = record.get(config.key_column) if config.key_column else None
-            uncaptioned = config.caption_column is None or table_format(piece.path) == "txt"
+            uncaptioned = config.caption_column is None or table_format(part.path) == "txt"
             yield (
-                piece,
+                part,
                 [
                     f"{number:09d}" if key is None else str(key),
                     str(record.get(config.url_column) or ""),

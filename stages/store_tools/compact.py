@@ -70,7 +70,7 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
     if run is not None:
         _compact_originals(run, blocklist, len(removals), result)
         redact_retries(run, result.removed_inputs, lambda row: _is_blocked(blocklist, row))
-        run.storage.delete_folder("report")  # shows pictures and captions
+        run.storage.delete_folder("report")  # shows images and captions
     if (store / MANIFEST_NAME).exists():
         list_removals(folder, new_files)
     for (shard, _), entry in new_files.items():
@@ -110,7 +110,7 @@ class _RunFiles(_StoreFiles):
 
     def __init__(self, run: RunFolder):
         self._run = run
-        names = [name for name in run.begun_groups() if name != ORIGINALS]
+        names = [name for name in run.started_groups() if name != ORIGINALS]
         self.groups = {name: parse_group(name, run_group(run, name)) for name in names}
 
     def entries(self, shard: int) -> Mapping[str, FileEntry]:
@@ -176,7 +176,7 @@ def _delete_others(path: Path, shard: int) -> None:
 
 
 def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, result: Compacted) -> None:
-    """Erases pictures, captions and URLs from the fetched originals that the run keeps."""
+    """Erases images, captions and URLs from the fetched originals that the run keeps."""
     for record in run.records(ORIGINALS):
         shard = int(str(record["shard"]))
         path = run.root / run.committed_file(ORIGINALS, f"{shard:05d}")

@@ -129,7 +129,7 @@ def _facts(number: int, removal: Removal) -> dict[str, object]:
 
 def _dropped(run: RunFolder, key: str) -> Iterator[dict[str, Any]]:
     """Every list of drops that has the key."""
-    for group in run.begun_groups():
+    for group in run.started_groups():
         for shard in sorted(run.storage.names(f"{QUARANTINE}/{group}")):
             for line in map(json.loads, run.storage.read_lines(f"{QUARANTINE}/{group}/{shard}")):
                 if line["key"] == key:

@@ -9,9 +9,9 @@ from imagen_core.train import (
     CheckpointError,
     CheckpointMismatchError,
     NonFiniteLossError,
-    Progress,
     TrainConfig,
     TrainError,
+    TrainingProgress,
     TrainingStopped,
     train,
 )
@@ -55,11 +55,11 @@ def run_training(
         return {}
 
 
-def _shown(job: Job) -> Callable[[Progress], None]:
+def _shown(job: Job) -> Callable[[TrainingProgress], None]:
     return lambda progress: job.lines.show(describe(progress), final=progress.step == progress.num_steps)
 
 
-def describe(progress: Progress) -> str:
+def describe(progress: TrainingProgress) -> str:
     """One line for people."""
     return (
         f"step {progress.step:,}/{progress.num_steps:,}  loss {progress.loss:.4f}  "

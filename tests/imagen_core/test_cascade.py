@@ -58,16 +58,16 @@ def draw(cascade: Cascade, indices: list[int], **more: object) -> dict[int, Tens
 
 
 def test_all_stages_are_returned_in_range(cascade: Cascade) -> None:
-    pictures = draw(cascade, [0, 1])
-    assert {size: tuple(p.shape) for size, p in pictures.items()} == {
+    images = draw(cascade, [0, 1])
+    assert {size: tuple(p.shape) for size, p in images.items()} == {
         8: (2, 3, 8, 8),
         16: (2, 3, 16, 16),
         32: (2, 3, 32, 32),
     }
-    assert all(float(p.abs().max()) <= 1 for p in pictures.values())
+    assert all(float(p.abs().max()) <= 1 for p in images.values())
 
 
-def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
+def test_an_image_does_not_depend_on_its_batch(cascade: Cascade) -> None:
     alone, together = draw(cascade, [3]), draw(cascade, [1, 3, 5])
     for size in cascade.sizes_px:
         torch.testing.assert_close(together[size][1], alone[size][0], rtol=0, atol=1e-8)
@@ -83,8 +83,8 @@ def test_seeds_and_captions_matter(cascade: Cascade) -> None:
 def test_captions_are_cut_as_in_training(cascade: Cascade) -> None:
     cut = Cascade([replace(stage, max_tokens=3) for stage in cascade.stages], ENCODER)
     short = cascade.sample([caption(9)[:3]], [0], dtype=torch.float64)
-    for size, picture in cut.sample([caption(9)], [0], dtype=torch.float64).items():
-        torch.testing.assert_close(picture, short[size])
+    for size, image in cut.sample([caption(9)], [0], dtype=torch.float64).items():
+        torch.testing.assert_close(image, short[size])
 
 
 def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
@@ -96,29 +96,29 @@ def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
     torch.testing.assert_close(rest[32], whole[32])
 
 
-def test_it_enlarges_a_picture_of_any_size(cascade: Cascade) -> None:
-    picture = torch.rand(1, 3, 11, 11, dtype=torch.float64) * 2 - 1
-    enlarged = draw(cascade, [0], start_stage=1, stop_stage=2, low_res=picture)
-    assert enlarged[16].shape == (1, 3, 16, 16)
-    with pytest.raises(ValueError, match="needs a low-resolution picture"):
+def test_it_enlarges_an_image_of_any_size(cascade: Cascade) -> None:
+    image = torch.rand(1, 3, 11, 11, dtype=torch.float64) * 2 - 1
+    upsampled = draw(cascade, [0], start_stage=1, stop_stage=2, low_res=image)
+    assert upsampled[16].shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="needs a low-resolution image"):
         draw(cascade, [0], start_stage=1)
 
 
-def test_image_to_image_keeps_the_picture_at_strength_0() -> None:
+def test_image_to_image_keeps_the_image_at_strength_0() -> None:
     base = Cascade([stage(8)], ENCODER)
-    picture = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    kept = draw(base, [0], init_image=picture, strength=0.0)
-    torch.testing.assert_close(kept[8], picture)
-    assert not torch.equal(draw(base, [0], init_image=picture, strength=0.7)[8], picture)
+    image = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    kept = draw(base, [0], init_image=image, strength=0.0)
+    torch.testing.assert_close(kept[8], image)
+    assert not torch.equal(draw(base, [0], init_image=image, strength=0.7)[8], image)
 
 
 def test_inpainting_keeps_the_kept_part_at_every_stage(cascade: Cascade) -> None:
-    image = torch.full((1, 3, 32, 32), 0.25, dtype=torch.float64)
+    start = torch.full((1, 3, 32, 32), 0.25, dtype=torch.float64)
     keep = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     keep[..., :16] = True
-    pictures = draw(cascade, [0], inpaint=Inpaint(image, keep, 2))
-    for size, picture in pictures.items():
-        torch.testing.assert_close(picture[..., : size // 2], torch.full_like(picture[..., : size // 2], 0.25))
+    images = draw(cascade, [0], inpaint=Inpaint(start, keep, 2))
+    for size, image in images.items():
+        torch.testing.assert_close(image[..., : size // 2], torch.full_like(image[..., : size // 2], 0.25))
 
 
 def test_without_captions_guidance_has_no_effect() -> None:
@@ -209,28 +209,28 @@ def test_text_is_padded_with_zeros() -> None:
     assert padded.shape == (2, 4, DIM)
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
     assert float(padded[0, 2:].abs().max()) == 0
-    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+    with pytest.raises(ValueError, match="1 captions for 2 images"):
         pad_text([caption(0)], 2, DIM)
     with pytest.raises(ValueError, match=r"embeddings \(got \(3, 5\)\)"):
         pad_text([np.zeros((3, 5))], 1, DIM)
 
 
-def test_pictures_that_are_not_kept_are_not_enlarged_and_the_others_are_the_same(cascade: Cascade) -> None:
+def test_images_that_are_not_kept_are_not_enlarged_and_the_others_are_the_same(cascade: Cascade) -> None:
     every, asked = draw(cascade, [0, 1, 2, 3]), []
 
-    def keep(number: int, pictures: Tensor) -> Tensor:
-        asked.append((number, pictures.clone()))
+    def keep(number: int, images: Tensor) -> Tensor:
+        asked.append((number, images.clone()))
         return torch.tensor([True, False, True, True] if number == 0 else [False, True, True])
 
     kept = draw(cascade, [0, 1, 2, 3], keep=keep)
     rows = {8: [0, 1, 2, 3], 16: [0, 2, 3], 32: [2, 3]}
-    for size, pictures in kept.items():
-        torch.testing.assert_close(pictures, every[size][rows[size]], rtol=1e-9, atol=1e-9)
+    for size, images in kept.items():
+        torch.testing.assert_close(images, every[size][rows[size]], rtol=1e-9, atol=1e-9)
     assert [number for number, _ in asked] == [0, 1]
     torch.testing.assert_close(asked[1][1], every[16][[0, 2, 3]], rtol=1e-9, atol=1e-9)
 
 
-def test_the_kept_part_of_a_picture_stays_with_its_row(cascade: Cascade) -> None:
+def test_the_kept_part_of_an_image_stays_with_its_row(cascade: Cascade) -> None:
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     inpaint = Inpaint(images, torch.ones(1, 1, 32, 32, dtype=torch.bool), resample_times=1)
     kept = draw(cascade, [0, 1, 2], inpaint=inpaint, keep=lambda number, p: torch.arange(len(p)) > 0)
@@ -241,9 +241,9 @@ def test_when_nothing_is_kept_the_rest_does_not_run(cascade: Cascade) -> None:
     assert list(draw(cascade, [0, 1], keep=lambda number, p: torch.zeros(2, dtype=torch.bool))) == [8]
 
 
-def test_keep_must_answer_for_every_picture(cascade: Cascade) -> None:
+def test_keep_must_answer_for_every_image(cascade: Cascade) -> None:
     for answer in (torch.ones(1, dtype=torch.bool), torch.ones(2)):
-        with pytest.raises(ValueError, match="one bool for each of 2 pictures"):
+        with pytest.raises(ValueError, match="one bool for each of 2 images"):
             draw(cascade, [0, 1], keep=lambda number, p, answer=answer: answer)
 
 
@@ -285,22 +285,22 @@ def test_wrong_transcriptions_are_named(cascade: Cascade) -> None:
     reading = Cascade([stage(8, writing=WRITING)], ENCODER)
     with pytest.raises(ValueError, match="transcriptions: no stage reads them"):
         draw(cascade, [0], transcriptions=["A"])
-    with pytest.raises(ValueError, match="transcriptions: 1 for 2 pictures"):
+    with pytest.raises(ValueError, match="transcriptions: 1 for 2 images"):
         draw(reading, [0, 1], transcriptions=["A"])
     with pytest.raises(ValueError, match="transcription 'ABCDE': 5 bytes in UTF-8, but the model reads at most 4"):
         draw(reading, [0], transcriptions=["ABCDE"])
 
 
-def test_a_stage_that_reads_picture_embeddings_reads_their_direction_and_refuses_to_do_without() -> None:
+def test_a_stage_that_reads_image_embeddings_reads_their_direction_and_refuses_to_do_without() -> None:
     plain = stage(8)
     unet = plain.config.unet.model_copy(update={"image_embed_dim": 6})
     config = plain.config.model_copy(update={"unet": unet})
     decoder = Cascade([CascadeStage(random_weights(Denoiser(config).double()).eval(), plain.sampling)], ENCODER)
     embed = torch.randn(1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    picture = draw(decoder, [0], image_embed=embed)[8]
-    torch.testing.assert_close(draw(decoder, [0], image_embed=3 * embed)[8], picture)
-    assert not torch.allclose(draw(decoder, [0], image_embed=-embed)[8], picture)
-    with pytest.raises(ValueError, match=r"image_embed: the 8 px stage reads picture embeddings \(1, 6\) \(got None"):
+    image = draw(decoder, [0], image_embed=embed)[8]
+    torch.testing.assert_close(draw(decoder, [0], image_embed=3 * embed)[8], image)
+    assert not torch.allclose(draw(decoder, [0], image_embed=-embed)[8], image)
+    with pytest.raises(ValueError, match=r"image_embed: the 8 px stage reads image embeddings \(1, 6\) \(got None"):
         draw(decoder, [0])
 
 

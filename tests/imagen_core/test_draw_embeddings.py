@@ -1,4 +1,4 @@
-"""Drawing picture embeddings with a prior: their length, the best of several, and how they are judged."""
+"""Drawing image embeddings with a prior: their length, the best of several, and how they are judged."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from imagen_core.diffusion import Denoiser, Guidance, PriorConfig, Threshold, guided
 from imagen_core.models import Conditioning
-from imagen_core.prior import PriorSamplingConfig, draw_embeddings, prior_similarities
+from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from tests.imagen_core.models.small import random_weights
 
 DIM = 16
@@ -25,7 +25,7 @@ def rows(count: int, seed: int = 0) -> Tensor:
 
 def draw(model: Denoiser, embed: Tensor, seeds: list[int], **settings: object) -> Tensor:
     config = PriorSamplingConfig.model_validate({"num_steps": 4, **settings})
-    return draw_embeddings(model, Conditioning(text_embed=embed), seeds, config, dtype=torch.float64)
+    return generate_embeddings(model, Conditioning(text_embed=embed), seeds, config, dtype=torch.float64)
 
 
 def test_of_several_embeddings_the_one_most_like_the_caption_is_kept() -> None:
@@ -56,7 +56,7 @@ def test_estimates_are_brought_to_the_length_of_the_embeddings_where_asked() -> 
         prior(clamp_prediction=True, diffusion={"schedule": {"kind": "discrete"}, "objective": "v"})
 
 
-def test_similarities_are_mean_cosines_to_pictures_captions_and_the_caption_before() -> None:
+def test_similarities_are_mean_cosines_to_images_captions_and_the_caption_before() -> None:
     axes = torch.eye(3, dtype=torch.float64)
     drawn, image, text = axes, axes[[0, 1, 0]], axes[[0, 2, 1]]
     found = prior_similarities(2 * drawn, 3 * image, 4 * text)
@@ -67,6 +67,6 @@ def test_similarities_are_mean_cosines_to_pictures_captions_and_the_caption_befo
         prior_similarities(drawn[:1], image[:1], text[:1])
 
 
-def test_thresholds_for_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"threshold.kind: static is for pictures; a prior takes none or length"):
+def test_thresholds_for_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"threshold.kind: static is for images; a prior takes none or length"):
         PriorSamplingConfig.model_validate({"threshold": {"kind": "static"}})

@@ -15,7 +15,13 @@ from pipeline.engine.tally import Tally
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskRequest
 from pipeline.plan import Plan
-from pipeline.planning.simulated_executor import Change, Luck, Machine, SimulatedExecutor, Station
+from pipeline.planning.simulated_executor import (
+    NodeEvent,
+    SimulatedCluster,
+    SimulatedExecutor,
+    SimulatedStage,
+    TaskOutcomeModel,
+)
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
@@ -23,19 +29,19 @@ from pipeline.storage.run_folder import RunFolder
 
 SHARDS, NODES = 2000, 2
 CONFIG = ExecutionConfig(retry_delay_s=0)  # pauses would be real ones
-STATIONS = (
-    Station("fetch", (), start_s=2.0, shard_s=6.0, row_s=0.0, uses={"cpus": 0.5}, slots=0.5),
-    Station("resize", ("fetch",), start_s=2.0, shard_s=10.0, row_s=0.0, uses={"cpus": 1.0}),
-    Station("encode", ("resize",), start_s=30.0, shard_s=3.0, row_s=0.0, uses={"gpus": 1.0}, workers=4),
+SIMULATED_STAGES = (
+    SimulatedStage("fetch", (), start_s=2.0, shard_s=6.0, row_s=0.0, uses={"cpus": 0.5}, slots=0.5),
+    SimulatedStage("resize", ("fetch",), start_s=2.0, shard_s=10.0, row_s=0.0, uses={"cpus": 1.0}),
+    SimulatedStage("encode", ("resize",), start_s=30.0, shard_s=3.0, row_s=0.0, uses={"gpus": 1.0}, workers=4),
 )
-MACHINE = Machine({"cpus": 28.0, "gpus": 4.0}, processes=28, window=64, nodes=NODES)
+MACHINE = SimulatedCluster({"cpus": 28.0, "gpus": 4.0}, processes=28, window=64, nodes=NODES)
 SIGMA = 0.3  # of the logarithm of a task's time
 
 
 class Counted(Stage):
-    def __init__(self, station: Station):
-        self.name, self.inputs = station.name, station.after
-        self.groups = (Group(station.name, {}),)
+    def __init__(self, simulated: SimulatedStage):
+        self.name, self.inputs = simulated.name, simulated.after
+        self.groups = (Group(simulated.name, {}),)
 
     def process(self, task: Task) -> None:
         raise AssertionError("simulated, not run")
@@ -45,14 +51,14 @@ def drawn(request: TaskRequest) -> random.Random:
     return random.Random(f"0 {request.shard.index} {request.stage} {request.attempt}")
 
 
-def uneven(request: TaskRequest) -> Luck:
-    return Luck(math.exp(drawn(request).gauss(-(SIGMA**2) / 2, SIGMA)))
+def uneven(request: TaskRequest) -> TaskOutcomeModel:
+    return TaskOutcomeModel(math.exp(drawn(request).gauss(-(SIGMA**2) / 2, SIGMA)))
 
 
-def failing(request: TaskRequest) -> Luck:
+def failing(request: TaskRequest) -> TaskOutcomeModel:
     """1 % of all attempts, and each attempt to resize shard 77."""
     fails = drawn(request).random() < 0.01 or (request.stage, request.shard.index) == ("resize", 77)
-    return Luck(uneven(request).stretch, "failed" if fails else None)
+    return TaskOutcomeModel(uneven(request).stretch, "failed" if fails else None)
 
 
 class Watched(Progress):
@@ -71,12 +77,15 @@ class Watched(Progress):
 
 
 def simulate(
-    folder: Path, luck: Callable[[TaskRequest], Luck], changes: Sequence[Change] = ()
+    folder: Path, outcome_model: Callable[[TaskRequest], TaskOutcomeModel], changes: Sequence[NodeEvent] = ()
 ) -> tuple[SimulatedExecutor, Tally, Watched]:
-    stages = tuple(Counted(station) for station in STATIONS)
+    stages = tuple(Counted(simulated) for simulated in SIMULATED_STAGES)
     plan = Plan(stages, lambda: (Shard(i, i, 1000) for i in range(SHARDS)), lambda *_: {})
     folder.mkdir(exist_ok=True)
-    run, executor = RunFolder(folder), SimulatedExecutor(STATIONS, MACHINE, luck=luck, changes=changes)
+    run, executor = (
+        RunFolder(folder),
+        SimulatedExecutor(SIMULATED_STAGES, MACHINE, outcome_model=outcome_model, changes=changes),
+    )
     log, progress = EventLog(run.storage), Watched(stages)
     tally = Scheduler(plan, run, executor, log, progress, CONFIG, StopSignals()).execute()
     log.close()
@@ -85,8 +94,8 @@ def simulate(
 
 def useful(executor: SimulatedExecutor) -> float:
     """Part of the encoders' time spent on tasks that succeeded."""
-    played = executor.played
-    return (played.busy_s["encode"] - played.lost_s["encode"]) / played.offered_s["encode"]
+    simulation = executor.simulation
+    return (simulation.busy_s["encode"] - simulation.lost_s["encode"]) / simulation.offered_s["encode"]
 
 
 def events(folder: Path) -> list[dict[str, object]]:
@@ -102,7 +111,9 @@ def test_the_slowest_workers_are_busy_95_percent_of_the_time(tmp_path: Path) -> 
     executor, tally, _ = simulate(tmp_path, uneven)
     assert (tally.shards, tally.shards_failed) == (SHARDS, 0)
     assert useful(executor) >= 0.95
-    assert executor.played.busy_s["resize"] / executor.played.offered_s[""] < 0.6, "the encoders are the bottleneck"
+    assert executor.simulation.busy_s["resize"] / executor.simulation.offered_s[""] < 0.6, (
+        "the encoders are the bottleneck"
+    )
 
 
 def test_failures_are_retried_and_hopeless_shards_set_aside(tmp_path: Path) -> None:
@@ -110,7 +121,7 @@ def test_failures_are_retried_and_hopeless_shards_set_aside(tmp_path: Path) -> N
     assert useful(executor) >= 0.94, "1 % of the tasks are done twice"
     assert [failure["shard"] for failure in tally.failures] == [77]
     assert [p.name for p in (tmp_path / "quarantine/failed").iterdir()] == ["resize-00077.txt"]
-    expected = Counter({(s.name, i): 1 for s in STATIONS for i in range(SHARDS)})
+    expected = Counter({(s.name, i): 1 for s in SIMULATED_STAGES for i in range(SHARDS)})
     del expected["resize", 77], expected["encode", 77]
     assert done(tmp_path) == expected
     failed = [e for e in events(tmp_path) if e["event"] == "task_failed"]
@@ -119,14 +130,16 @@ def test_failures_are_retried_and_hopeless_shards_set_aside(tmp_path: Path) -> N
 
 def test_a_lost_node_costs_what_it_ran_and_its_time_away(tmp_path: Path) -> None:
     calm, _, _ = simulate(tmp_path / "calm", uneven)
-    away = [Change(500.0, 1, comes=False), Change(700.0, 1, comes=True)]
+    away = [NodeEvent(500.0, 1, comes=False), NodeEvent(700.0, 1, comes=True)]
     executor, tally, _ = simulate(tmp_path / "lost", uneven, away)
     assert (tally.shards, tally.shards_failed) == (SHARDS, 0)
     assert done(tmp_path / "lost") == done(tmp_path / "calm")
     lost = [e for e in events(tmp_path / "lost") if e["event"] == "task_failed"]
     assert {e["error"] for e in lost} == {"node 1 was lost"}
     assert Counter(str(e["stage"]) for e in lost)["encode"] == 2, "its two encoders were at work"
-    assert executor.played.seconds == pytest.approx(calm.played.seconds + 200 / 2, abs=30), "half the workers, 200 s"
+    assert executor.simulation.seconds == pytest.approx(calm.simulation.seconds + 200 / 2, abs=30), (
+        "half the workers, 200 s"
+    )
     assert useful(executor) >= 0.94
 
 
@@ -136,5 +149,5 @@ def test_no_more_shards_are_in_flight_than_the_window(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
-    first, second = (simulate(tmp_path / name, failing)[0].played for name in "ab")
+    first, second = (simulate(tmp_path / name, failing)[0].simulation for name in "ab")
     assert first == second

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, MachineError
-from pipeline.storage import Chores, LocalStorage, ObjectStorage, Storage
+from pipeline.storage import BackgroundTasks, LocalStorage, ObjectStorage, Storage
 from pipeline.storage.files import TEMPORARY_MARK
 from pipeline.storage.open import open_storage
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
@@ -140,18 +140,18 @@ def test_map_hands_on_what_the_function_raises(storage: Storage) -> None:
 def test_chores_are_done_when_they_are_finished_and_their_errors_are_not_lost(storage: Storage) -> None:
     for number in range(20):
         storage.write(f"a/{number}", b"")
-    chores = Chores(storage)
+    background = BackgroundTasks(storage)
     for number in range(200):
-        chores.do(storage.delete, f"a/{number}")
-    chores.finish()
+        background.do(storage.delete, f"a/{number}")
+    background.finish()
     assert list(storage.names("a")) == []
 
     def fail() -> None:
         raise RuntimeError("not deleted")
 
     def do_and_finish() -> None:
-        chores.do(fail)
-        chores.finish()
+        background.do(fail)
+        background.finish()
 
     with pytest.raises(RuntimeError, match="not deleted"):
         do_and_finish()

@@ -12,7 +12,7 @@ from pipeline.options import RunOptions
 from pipeline.plan import Plan
 from pipeline.planning.estimate import Basis, expected_bytes, predict
 from pipeline.planning.hardware import Hardware
-from pipeline.planning.probe import Line, Measured, StageCost, probe
+from pipeline.planning.probe import LinearCost, Measured, StageCost, probe
 from pipeline.planning.survey import Batch, Survey, survey
 from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
@@ -95,8 +95,8 @@ def test_a_sample_without_one_good_row_is_refused(tmp_path: Path) -> None:
 
 def basis(found: Survey, **changes: object) -> Basis:
     """Measured: fetch 1 ms a row on a CPU, square 3 ms a row and 100 bytes a kept row; 1 s start-up each."""
-    cost = StageCost(1.0, Line(0.0, 0.001), "rows", cores=1.0, bytes={"raw": Line(0.0, 1e6)})
-    square = StageCost(1.0, Line(0.0, 0.003), "rows", cores=1.0, bytes={"squares": Line(10.0, 100.0)})
+    cost = StageCost(1.0, LinearCost(0.0, 0.001), "rows", cores=1.0, bytes={"raw": LinearCost(0.0, 1e6)})
+    square = StageCost(1.0, LinearCost(0.0, 0.003), "rows", cores=1.0, bytes={"squares": LinearCost(10.0, 100.0)})
     measured = Measured({"fetch": cost, "square": square}, run_start_s=5.0, kept=0.5, rows=10, seconds=1.0)
     hardware = Hardware(num_gpus=0, num_cpus=4)
     return replace(Basis(found, {}, measured, hardware, "local"), **changes)

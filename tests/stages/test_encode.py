@@ -17,7 +17,7 @@ from tests.workflows.conftest import precompute
 
 @pytest.fixture
 def captioned(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     captions = {"a": "a red circle", "b": "a red circle\na blue square", "c": "a blue square\n\nboom"}
     for name, text in captions.items():

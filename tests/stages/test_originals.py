@@ -8,7 +8,7 @@ import webdataset as wds
 
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
 from stages.sources.base import Original
-from tests.pictures import animation, noise_jpeg, plain_png
+from tests.images import animation, noise_jpeg, plain_png
 
 ORIGINALS = [
     Original(0, "a", "http://example.org/a", ("one", "two"), plain_png()),
@@ -42,7 +42,7 @@ def test_every_row_comes_back_in_row_order_whatever_order_it_came_in(tar: Path) 
     assert found == [*ORIGINALS[:2], dropped, *ORIGINALS[3:]]
 
 
-def test_pictures_can_be_read_in_any_order(tar: Path) -> None:
+def test_images_can_be_read_in_any_order(tar: Path) -> None:
     with OriginalsReader(tar) as reader:
         by_key = {entry.key: entry for entry in reader.entries}
         for original in reversed(ORIGINALS):
@@ -59,8 +59,8 @@ def test_the_tar_is_plain_webdataset(tar: Path) -> None:
 def test_members_have_the_suffix_of_their_bytes_and_never_a_name_from_outside(tar: Path) -> None:
     with tarfile.open(tar) as archive:
         names = sorted(archive.getnames())
-    pictures = [name for name in names if not name.endswith(".json")]
-    assert pictures == [
+    images = [name for name in names if not name.endswith(".json")]
+    assert images == [
         "00000000.png",
         "00000001.jpg",
         "00000003.bin",
@@ -69,7 +69,7 @@ def test_members_have_the_suffix_of_their_bytes_and_never_a_name_from_outside(ta
         "00000006.bin",
         "12345678.bin",
     ]
-    assert len(names) == len(ORIGINALS) + len(pictures)
+    assert len(names) == len(ORIGINALS) + len(images)
 
 
 def test_the_same_rows_make_the_same_bytes(tar: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the resize stage decides about rows, through whole runs on hand-made pictures."""
+"""What the resize stage decides about rows, through whole runs on hand-made images."""
 
 import io
 import json
@@ -23,32 +23,32 @@ def png(side_px: int, level: int) -> bytes:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Grey squares a, b, c, d of 40, 100, 100 and 100 px; the level is the place in the alphabet times 10."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for place, (name, side) in enumerate({"a": 40, "b": 100, "c": 100, "d": 100}.items()):
         (folder / f"{name}.png").write_bytes(png(side, 10 * (place + 1)))
-        (folder / f"{name}.txt").write_text(f"picture {name}")
+        (folder / f"{name}.txt").write_text(f"image {name}")
     return folder
 
 
-def run(tmp_path: Path, pictures: Path, sizes: str, *more: str) -> Summary:
+def run(tmp_path: Path, images: Path, sizes: str, *more: str) -> Summary:
     return precompute(
-        tmp_path / "run", "source.kind=folder", f"source.path={pictures}", f"images.sizes_px={sizes}", *more
+        tmp_path / "run", "source.kind=folder", f"source.path={images}", f"images.sizes_px={sizes}", *more
     )
 
 
-def test_pictures_smaller_than_the_largest_size_are_dropped_or_upscaled_as_configured(
-    pictures: Path, tmp_path: Path
+def test_images_smaller_than_the_largest_size_are_dropped_or_upscaled_as_configured(
+    images: Path, tmp_path: Path
 ) -> None:
-    dropped = run(tmp_path, pictures, "[16,64]")
+    dropped = run(tmp_path, images, "[16,64]")
     assert dropped["tally"]["groups"]["samples"]["drops"] == {"too_small": 1}
     assert [s.key for s in Store.open(tmp_path / "run" / "store")] == ["b.png", "c.png", "d.png"]
     upscaled = precompute(
         tmp_path / "up",
         "source.kind=folder",
-        f"source.path={pictures}",
+        f"source.path={images}",
         "images.sizes_px=[64]",
         "images.too_small=upscale",
     )
@@ -57,15 +57,15 @@ def test_pictures_smaller_than_the_largest_size_are_dropped_or_upscaled_as_confi
 
 
 def test_a_size_added_later_excludes_rows_it_cannot_have_and_keeps_all_others_in_place(
-    pictures: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
-    run(tmp_path, pictures, "[16]")
+    run(tmp_path, images, "[16]")
     assert len(Store.open(tmp_path / "run" / "store")) == 4
-    changed = pictures / "c.png"
+    changed = images / "c.png"
     size = changed.stat().st_size
     changed.write_bytes(png(100, 77)[:-12].ljust(size - 12, b"\0") + changed.read_bytes()[-12:])
     assert changed.stat().st_size == size, "the same size: only the hash tells"
-    summary = run(tmp_path, pictures, "[16,64]")
+    summary = run(tmp_path, images, "[16,64]")
     drops = summary["tally"]["groups"]["images-64"]["drops"]
     assert drops["too_small"] == 1
     assert sum(drops.values()) == 2
@@ -80,20 +80,20 @@ def test_a_size_added_later_excludes_rows_it_cannot_have_and_keeps_all_others_in
     assert [json.loads(line)["key"] for line in listed] == ["a.png", "c.png"]
 
 
-def test_kept_originals_are_not_fetched_again(pictures: Path, tmp_path: Path) -> None:
-    run(tmp_path, pictures, "[16]", "keep_originals=true")
+def test_kept_originals_are_not_fetched_again(images: Path, tmp_path: Path) -> None:
+    run(tmp_path, images, "[16]", "keep_originals=true")
     tar = tmp_path / "run" / "staging" / "originals" / "00000.tar"
     assert tar.is_file()
-    for picture in pictures.glob("*.png"):
-        size = picture.stat().st_size
-        picture.write_bytes(b"\0" * size)
-    run(tmp_path, pictures, "[16,32]", "keep_originals=true")
+    for image in images.glob("*.png"):
+        size = image.stat().st_size
+        image.write_bytes(b"\0" * size)
+    run(tmp_path, images, "[16,32]", "keep_originals=true")
     store = Store.open(tmp_path / "run" / "store")
     assert [int(s.images[32].max()) for s in store] == [10, 20, 30, 40]
 
 
-def test_a_folder_of_the_kept_originals_is_a_webdataset_source(pictures: Path, tmp_path: Path) -> None:
-    run(tmp_path, pictures, "[16]", "keep_originals=true")
+def test_a_folder_of_the_kept_originals_is_a_webdataset_source(images: Path, tmp_path: Path) -> None:
+    run(tmp_path, images, "[16]", "keep_originals=true")
     again = precompute(
         tmp_path / "again",
         "source.kind=webdataset",
@@ -110,10 +110,10 @@ def test_a_folder_of_the_kept_originals_is_a_webdataset_source(pictures: Path, t
 
 @pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
 def test_a_codec_by_size_stores_the_pixels_of_raw_ones_and_shows_in_every_command(
-    pictures: Path, tmp_path: Path, store_format: str
+    images: Path, tmp_path: Path, store_format: str
 ) -> None:
-    run(tmp_path / "raw", pictures, "[16,32]", f"store.format={store_format}")
-    run(tmp_path / "coded", pictures, "[16,32]", f"store.format={store_format}", "images.codec={32: webp}")
+    run(tmp_path / "raw", images, "[16,32]", f"store.format={store_format}")
+    run(tmp_path / "coded", images, "[16,32]", f"store.format={store_format}", "images.codec={32: webp}")
     raw, coded = (Store.open(tmp_path / name / "run" / "store") for name in ("raw", "coded"))
     assert {size: group.codec for size, group in coded.manifest.images.items()} == {16: "raw", 32: "webp"}
     assert coded.manifest.images[32].config == {"filter": "bicubic", "lossless": True, "quality": 20, "method": 0}
@@ -127,15 +127,15 @@ def test_a_codec_by_size_stores_the_pixels_of_raw_ones_and_shows_in_every_comman
     assert report_command(tmp_path / "coded" / "run")[2] == 0
 
 
-def test_another_codec_is_refused_with_a_diff_and_rebuilt_alone_on_restart(pictures: Path, tmp_path: Path) -> None:
-    run(tmp_path, pictures, "[16,32]", "images.codec=png")
+def test_another_codec_is_refused_with_a_diff_and_rebuilt_alone_on_restart(images: Path, tmp_path: Path) -> None:
+    run(tmp_path, images, "[16,32]", "images.codec=png")
     kept = (tmp_path / "run" / "store" / "images-16" / "00000.parquet").stat()
     with pytest.raises(StaleOutputError, match=r"(?s)images-32.*codec.*png.*jpeg"):
-        run(tmp_path, pictures, "[16,32]", "images.codec={16: png, 32: jpeg}")
+        run(tmp_path, images, "[16,32]", "images.codec={16: png, 32: jpeg}")
     precompute(
         tmp_path / "run",
         "source.kind=folder",
-        f"source.path={pictures}",
+        f"source.path={images}",
         "images.sizes_px=[16,32]",
         "images.codec={16: png, 32: jpeg}",
         restart=True,
@@ -154,6 +154,6 @@ def test_another_codec_is_refused_with_a_diff_and_rebuilt_alone_on_restart(pictu
         ("{99: png}", r"images.codec: names the sizes 99, but sizes_px is \[16\]"),
     ],
 )
-def test_a_codec_that_there_is_not_is_refused(pictures: Path, tmp_path: Path, codec: str, message: str) -> None:
+def test_a_codec_that_there_is_not_is_refused(images: Path, tmp_path: Path, codec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(tmp_path, pictures, "[16]", f"images.codec={codec}")
+        run(tmp_path, images, "[16]", f"images.codec={codec}")

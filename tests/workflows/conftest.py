@@ -67,7 +67,7 @@ def copy_of_small_run(small_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def emoji() -> Path:
-    """2,000 real pictures."""
+    """2,000 real images."""
     if not EMOJI.is_dir():
         pytest.skip(f"needs the shared test data in {os.path.relpath(EMOJI, REPOSITORY)}")
     return EMOJI

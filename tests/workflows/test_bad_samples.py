@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core.store import Sample, Store
-from tests.picture_server import body, closed_port_url, hang_up, redirect, serve, silence, status
-from tests.pictures import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
+from tests.image_server import body, closed_port_url, hang_up, redirect, serve, silence, status
+from tests.images import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
 from tests.workflows.commands import Result, call, call_process, drops, precompute, summary, tree
 
 SIZE = 16
@@ -457,11 +457,11 @@ def tar_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("readme.md", b"not a sample"),
     ]
     second = [("0.png", blue), ("0.txt", b"the same key in another tar"), ("9.png", red), ("9.txt", b"last")]
-    cut_picture = [("0.png", red), ("0.txt", b"whole"), ("1.txt", b"cut"), ("1.png", noise_jpeg())]
+    cut_image = [("0.png", red), ("0.txt", b"whole"), ("1.txt", b"cut"), ("1.png", noise_jpeg())]
     cut_caption = [("0.png", red), ("0.txt", b"whole"), ("1.png", red), ("1.txt", b"half a caption " * 100)]
     (data / "00.tar").write_bytes(tar_of(first))
     (data / "01.tar").write_bytes(tar_of(second))
-    (data / "02.tar").write_bytes(tar_of(cut_picture)[: 4 * 512 + 512 + 512 + 512 + 700])
+    (data / "02.tar").write_bytes(tar_of(cut_image)[: 4 * 512 + 512 + 512 + 512 + 700])
     (data / "03.tar").write_bytes(tar_of(cut_caption)[: 6 * 512 + 512 + 512 + 200])
     return finished(
         root / "run",

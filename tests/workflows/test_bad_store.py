@@ -123,8 +123,8 @@ def edit_manifest(run: Path, old: bytes, new: bytes) -> None:
 
 
 def not_a_store(run: Path) -> Path:
-    (run.parent / "pictures").mkdir()
-    return run.parent / "pictures"
+    (run.parent / "images").mkdir()
+    return run.parent / "images"
 
 
 def absent(run: Path) -> Path:
@@ -157,7 +157,7 @@ def no_json(run: Path) -> Path:
 
 
 CASES = [
-    (not_a_store, "pictures", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
+    (not_a_store, "images", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
     (absent, "absent", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
     (unfinished, "store", "the run that writes it has not finished; run the same pipeline command again"),
     (barely_begun, "run", "not a store (no manifest.json); give the folder `pipeline run` wrote"),

@@ -21,7 +21,7 @@ def test_held_out_captions_are_drawn_after_two_minutes_of_training(tmp_path: Pat
     own, other, large = rows[:3]
     assert [(r["size_px"], r["caption"]) for r in rows[:3]] == [
         (16, "its own"),
-        (16, "of another picture"),
+        (16, "of another image"),
         (64, "its own"),
     ]
     assert own["color"] > 0.85 > 0.3 > other["color"]

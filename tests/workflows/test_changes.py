@@ -14,87 +14,87 @@ from tests.workflows.conftest import pipeline, precompute, store_bytes
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for place in range(8):
         (folder / f"{place}.png").write_bytes(png(40, 10 * (place + 1)))
-        (folder / f"{place}.txt").write_text(f"picture {place}")
+        (folder / f"{place}.txt").write_text(f"image {place}")
     return folder
 
 
-def arguments(pictures: Path, *more: str) -> list[str]:
-    return ["source.kind=folder", f"source.path={pictures}", "images.sizes_px=[16]", "shard_size=2", *more]
+def arguments(images: Path, *more: str) -> list[str]:
+    return ["source.kind=folder", f"source.path={images}", "images.sizes_px=[16]", "shard_size=2", *more]
 
 
 def test_another_shard_size_is_refused_before_anything_is_written_and_leaves_no_old_shards_on_restart(
-    pictures: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    precompute(out, *arguments(pictures))
+    precompute(out, *arguments(images))
     config = (out / "config.yaml").read_bytes()
     with pytest.raises(StaleOutputError, match="shard_size changed"):
-        precompute(out, *arguments(pictures, "shard_size=4"))
+        precompute(out, *arguments(images, "shard_size=4"))
     assert (out / "config.yaml").read_bytes() == config
-    summary = precompute(out, *arguments(pictures, "shard_size=4"), restart=True)
+    summary = precompute(out, *arguments(images, "shard_size=4"), restart=True)
     assert summary["num_samples"] == 8
-    precompute(tmp_path / "fresh", *arguments(pictures, "shard_size=4"))
+    precompute(tmp_path / "fresh", *arguments(images, "shard_size=4"))
     assert store_bytes(out) == store_bytes(tmp_path / "fresh")
 
 
-def test_rows_taken_away_from_the_source_are_refused_and_removed_on_restart(pictures: Path, tmp_path: Path) -> None:
+def test_rows_taken_away_from_the_source_are_refused_and_removed_on_restart(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    precompute(out, *arguments(pictures))
+    precompute(out, *arguments(images))
     for place in range(4, 8):
-        (pictures / f"{place}.png").unlink()
+        (images / f"{place}.png").unlink()
     with pytest.raises(StaleOutputError, match=r"made from:\n  4.png: gone\n  .*\n  .*\n  and 1 more\n"):
-        precompute(out, *arguments(pictures))
-    assert precompute(out, *arguments(pictures), restart=True)["num_samples"] == 4
+        precompute(out, *arguments(images))
+    assert precompute(out, *arguments(images), restart=True)["num_samples"] == 4
     assert len(Store.open(out / "store")) == 4
     assert verify_store(out / "store").ok
 
 
-def test_an_edited_caption_is_noticed(pictures: Path, tmp_path: Path) -> None:
-    precompute(tmp_path / "run", *arguments(pictures))
-    (pictures / "5.txt").write_text("picture S")
+def test_an_edited_caption_is_noticed(images: Path, tmp_path: Path) -> None:
+    precompute(tmp_path / "run", *arguments(images))
+    (images / "5.txt").write_text("image S")
     with pytest.raises(StaleOutputError, match="shard 00002 of samples was made from other input rows"):
-        precompute(tmp_path / "run", *arguments(pictures))
+        precompute(tmp_path / "run", *arguments(images))
 
 
 def test_an_encoder_no_longer_configured_does_not_outlive_the_captions_it_encoded(
-    pictures: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     both = "encoders=[{name: a, model: tiny-random-t5}, {name: b, model: tiny-random-t5, max_tokens: 5}]"
-    precompute(out, *arguments(pictures, both))
-    precompute(out, *arguments(pictures, "encoders=[{name: a, model: tiny-random-t5}]"))
+    precompute(out, *arguments(images, both))
+    precompute(out, *arguments(images, "encoders=[{name: a, model: tiny-random-t5}]"))
     assert Store.open(out / "store").encoders == ["a", "b"], "it stays while it fits"
-    (pictures / "5.txt").write_text("another caption")
-    precompute(out, *arguments(pictures, "encoders=[{name: a, model: tiny-random-t5}]"), restart=True)
+    (images / "5.txt").write_text("another caption")
+    precompute(out, *arguments(images, "encoders=[{name: a, model: tiny-random-t5}]"), restart=True)
     assert Store.open(out / "store").encoders == ["a"]
-    precompute(out, *arguments(pictures, both))
+    precompute(out, *arguments(images, both))
     store = Store.open(out / "store")
     assert store.encoders == ["a", "b"]
-    precompute(tmp_path / "fresh", *arguments(pictures, both))
+    precompute(tmp_path / "fresh", *arguments(images, both))
     assert store_bytes(out) == store_bytes(tmp_path / "fresh")
 
 
-def test_originals_fetched_for_an_added_size_are_not_taken_for_all_of_them(pictures: Path, tmp_path: Path) -> None:
+def test_originals_fetched_for_an_added_size_are_not_taken_for_all_of_them(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    (pictures / "3.png").write_bytes(png(10, 99))  # too small
-    precompute(out, *arguments(pictures))
-    precompute(out, *arguments(pictures, "images.sizes_px=[16,32]", "keep_originals=true"))
+    (images / "3.png").write_bytes(png(10, 99))  # too small
+    precompute(out, *arguments(images))
+    precompute(out, *arguments(images, "images.sizes_px=[16,32]", "keep_originals=true"))
     (out / "store" / "samples" / "00001.parquet").unlink()
-    summary = precompute(out, *arguments(pictures, "images.sizes_px=[16,32]", "keep_originals=true"))
+    summary = precompute(out, *arguments(images, "images.sizes_px=[16,32]", "keep_originals=true"))
     assert summary["tally"]["groups"]["samples"]["drops"] == {"too_small": 1}
     assert summary["num_samples"] == 7
 
 
 def test_the_manifest_is_gone_while_the_files_it_lists_are_replaced(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    precompute(out, *arguments(pictures))
+    precompute(out, *arguments(images))
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -102,15 +102,15 @@ def test_the_manifest_is_gone_while_the_files_it_lists_are_replaced(
     with monkeypatch.context() as patch:
         patch.setattr("stages.precompute.resize.ResizeStage.process", killed)
         with pytest.raises(KeyboardInterrupt):
-            precompute(out, *arguments(pictures, "images.filter=box"), restart=True)
+            precompute(out, *arguments(images, "images.filter=box"), restart=True)
     assert not (out / "store" / "manifest.json").exists()
     assert json.loads(pipeline("status", str(out), "--json").stdout)["outcome"] is None
-    precompute(out, *arguments(pictures, "images.filter=box"))
+    precompute(out, *arguments(images, "images.filter=box"))
     assert verify_store(out / "store").ok
 
 
 def test_a_model_exchanged_during_the_run_is_refused(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model"
     write_tiny_model(model)
@@ -128,7 +128,7 @@ def test_a_model_exchanged_during_the_run_is_refused(
 
     monkeypatch.setattr(fetch, exchange)
     with pytest.raises(Exception, match="weights_sha256") as caught:
-        precompute(tmp_path / "run", *arguments(pictures, encoder))
+        precompute(tmp_path / "run", *arguments(images, encoder))
     assert caught.value.exit_code == MachineError.exit_code  # type: ignore[attr-defined]
 
 
@@ -155,40 +155,40 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
     assert [(o.key, o.captions) for o in read] == [("b/x", ("level 50",))]
 
 
-def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(pictures: Path, tmp_path: Path) -> None:
+def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(images: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
     from pipeline.options import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
-    (pictures / "3.png").write_bytes(png(10, 99))
+    (images / "3.png").write_bytes(png(10, 99))
     out = tmp_path / "run"
-    precompute(out, *arguments(pictures))
+    precompute(out, *arguments(images))
 
     def retry(reason: str) -> None:
-        workflow = Precompute(load_config(PrecomputeConfig, None, arguments(pictures)))
+        workflow = Precompute(load_config(PrecomputeConfig, None, arguments(images)))
         workflow.run(out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
 
     with pytest.raises(ConfigError, match="reasons there are: too_small"):
         retry("http_404")
-    (pictures / "2.txt").write_text("changed")
+    (images / "2.txt").write_text("changed")
     with pytest.raises(StaleOutputError):
         retry("too_small")
     assert not (out / "retries").exists()
 
 
-def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(pictures: Path, tmp_path: Path) -> None:
+def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(images: Path, tmp_path: Path) -> None:
     from pipeline.config import load_config
     from pipeline.options import RunOptions
     from workflows.precompute import Precompute, PrecomputeConfig
 
     (tmp_path / "elsewhere").mkdir()
-    shutil.move(pictures / "3.txt", tmp_path / "elsewhere" / "3.txt")
-    (pictures / "3.png").write_bytes(png(10, 99))
+    shutil.move(images / "3.txt", tmp_path / "elsewhere" / "3.txt")
+    (images / "3.png").write_bytes(png(10, 99))
     out = tmp_path / "run"
-    options = arguments(pictures)
-    (pictures / "3.txt").write_text("picture 3")
+    options = arguments(images)
+    (images / "3.txt").write_text("image 3")
     precompute(out, *options)
-    (pictures / "3.png").write_bytes(png(40, 40)[: len(png(10, 99))].ljust(len(png(10, 99)), b"\0"))
+    (images / "3.png").write_bytes(png(40, 40)[: len(png(10, 99))].ljust(len(png(10, 99)), b"\0"))
     workflow = Precompute(load_config(PrecomputeConfig, None, options))
     workflow.run(out, RunOptions("inline", retry_dropped=("all",), quiet=True))
     first = precompute(out, *options)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from imagen_core.evaluation.lpips import Lpips
-from imagen_core.images import from_pixels, read_picture, write_png
+from imagen_core.images import from_pixels, read_image, write_png
 from imagen_core.store import Store
 from pipeline.cli.presets import find_config
 from pipeline.config import load_config
@@ -73,16 +73,16 @@ def numbers(row: dict) -> list[float]:
 def test_a_guidance_sweep_has_a_folder_a_row_and_a_point_for_each_weight(finished: Path) -> None:
     out = finished
     one, two = judged(out)["rows"]
-    assert [(row["name"], row["guidance"], row["pictures"]) for row in (one, two)] == [
+    assert [(row["name"], row["guidance"], row["images"]) for row in (one, two)] == [
         ("guidance-1", 1, 3),
         ("guidance-2.5", 2.5, 3),
     ]
-    assert one["reference_pictures"] == 23
+    assert one["reference_images"] == 23
     assert "3 samples for 16 dimensions" in one["warning"]
     assert numbers(one) != numbers(two)
-    first, other = (read_picture(out / f"guidance-{w}/images-16/00000.png").astype(int) for w in ("1", "2.5"))
+    first, other = (read_image(out / f"guidance-{w}/images-16/00000.png").astype(int) for w in ("1", "2.5"))
     assert np.abs(first - other).max() > 0
-    settings = json.loads((out / "guidance-2.5/pictures.json").read_text())["settings"]
+    settings = json.loads((out / "guidance-2.5/images.json").read_text())["settings"]
     assert settings["stages"][0]["sampling"]["guidance"]["text"] == 2.5
     table = (out / "results.md").read_text()
     assert "| FD (CLIP tiny-clip) |" in table
@@ -117,7 +117,7 @@ def test_a_folder_of_other_settings_is_refused_by_name(
     shutil.copytree(finished, out)
     result = evaluate(out, "draw.seed=7", **sweep(cascade, clip))
     assert result.code == 2
-    assert "sweep/guidance-1: holds pictures of other settings: pictures.00000.png.seed: 0 -> 7" in result.err
+    assert "sweep/guidance-1: holds images of other settings: images.00000.png.seed: 0 -> 7" in result.err
 
 
 def test_shares_draw_what_one_process_draws_and_the_last_one_judges(
@@ -132,7 +132,7 @@ def test_shares_draw_what_one_process_draws_and_the_last_one_judges(
         assert numbers(part) == pytest.approx(numbers(row), abs=0.02)
 
 
-def test_a_folder_has_distance_0_to_itself_and_the_pictures_may_be_those_of_a_store(
+def test_a_folder_has_distance_0_to_itself_and_the_images_may_be_those_of_a_store(
     cascade: Path, clip: Path, tmp_path: Path
 ) -> None:
     store = Store.open(cascade / "run/store")
@@ -182,7 +182,7 @@ def test_features_computed_here_may_be_used_again_as_files(finished: Path, tmp_p
     assert found["rows"][0]["clip_score"] == pytest.approx(np.mean([max(0, 100 * c) for c in cosines]), rel=1e-5)
 
 
-def test_captions_beside_pictures_are_scored(cascade: Path, clip: Path, tmp_path: Path) -> None:
+def test_captions_beside_images_are_scored(cascade: Path, clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for number, sample in enumerate(Store.open(cascade / "run/store")[:3]):
@@ -191,10 +191,10 @@ def test_captions_beside_pictures_are_scored(cascade: Path, clip: Path, tmp_path
     generated = {"kind": "folder", "path": str(folder)}
     stored = {"kind": "store", "path": str(cascade / "run")}
     rows = [
-        facts(evaluate(tmp_path / "out", generated=pictures, clip={"model": str(clip)}))["rows"][0]
-        for pictures in (generated, {**stored, "num_pictures": 23})
+        facts(evaluate(tmp_path / "out", generated=images, clip={"model": str(clip)}))["rows"][0]
+        for images in (generated, {**stored, "num_images": 23})
     ]
-    assert [row["pictures"] for row in rows] == [3, 23]
+    assert [row["images"] for row in rows] == [3, 23]
     (folder / "1.txt").unlink()
     refused = evaluate(tmp_path / "out", generated=generated, clip={"model": str(clip)})
     assert refused.code == 2
@@ -229,12 +229,12 @@ def test_features_of_any_model_and_logits_are_judged_from_files(tmp_path: Path) 
     ("config", "words"),
     [
         ({}, "give one of draw and generated"),
-        ({"generated": {"kind": "folder", "path": "absent"}, "guidance": [1]}, "guidance is for pictures to draw"),
+        ({"generated": {"kind": "folder", "path": "absent"}, "guidance": [1]}, "guidance is for images to draw"),
         (
             {"generated": {"kind": "folder", "path": "a"}, "reference": {"kind": "folder", "path": "b"}},
-            "features: needed to look at the pictures of generated",
+            "features: needed to look at the images of generated",
         ),
-        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent holds no pictures"),
+        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent holds no images"),
         ({"generated": {"kind": "features", "path": "a.pt"}}, "suffix '.pt' is not supported"),
         ({"generated": {"kind": "features", "path": "a.npy"}}, "generated.path: a.npy cannot be read"),
         ({"generated": {"kind": "features"}}, "nothing to judge by"),
@@ -283,7 +283,7 @@ def test_a_dry_run_says_how_much_is_drawn(cascade: Path, clip: Path, tmp_path: P
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(sweep(cascade, clip)))
     found = json.loads(call("plan", "evaluate", "-c", str(path), "--json", "draw.part={index: 1, count: 2}").out)
-    assert (found["facts"]["pictures"], found["facts"]["pictures_of_this_process"]) == (3, 1)
+    assert (found["facts"]["images"], found["facts"]["images_of_this_process"]) == (3, 1)
     assert (found["facts"]["times_drawn"], found["facts"]["sizes_px"]) == (2, [16])
 
 
@@ -305,7 +305,7 @@ def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_lpips_is_the_mean_over_pairs_of_pictures_in_their_order(lpips: Path, tmp_path: Path) -> None:
+def test_lpips_is_the_mean_over_pairs_of_images_in_their_order(lpips: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         for number in range(3):
@@ -315,22 +315,22 @@ def test_lpips_is_the_mean_over_pairs_of_pictures_in_their_order(lpips: Path, tm
     [row] = facts(evaluate(tmp_path / "out", generated=a, reference=b, lpips={"path": str(lpips), "batch_size": 2}))[
         "rows"
     ]
-    stacks = [from_pixels(np.stack([read_picture(p) for p in sorted((tmp_path / name).iterdir())])) for name in "ab"]
+    stacks = [from_pixels(np.stack([read_image(p) for p in sorted((tmp_path / name).iterdir())])) for name in "ab"]
     with torch.inference_mode():
         distances = Lpips.of(load_torch(lpips))(*stacks)
     assert row["lpips"] == pytest.approx(float(distances.mean()), rel=1e-4)
     assert row["lpips"] > 0
-    assert row["pictures"] == 3
+    assert row["images"] == 3
     assert "| LPIPS |" in (tmp_path / "out/results.md").read_text()
     (tmp_path / "b/2.png").unlink()
     result = evaluate(tmp_path / "less", generated=a, reference=b, lpips={"path": str(lpips)})
     assert result.code == 2
-    assert "lpips: 3 pictures in generated and 2 to compare them with" in result.err
+    assert "lpips: 3 images in generated and 2 to compare them with" in result.err
     result = evaluate(tmp_path / "none", generated=a, lpips={"path": str(lpips)})
-    assert "lpips: needs pictures in generated and as many in reference" in result.err
+    assert "lpips: needs images in generated and as many in reference" in result.err
 
 
-def test_drawn_pictures_are_compared_with_those_their_captions_are_of(
+def test_drawn_images_are_compared_with_those_their_captions_are_of(
     cascade: Path, lpips: Path, tmp_path: Path
 ) -> None:
     draw = {
@@ -340,9 +340,9 @@ def test_drawn_pictures_are_compared_with_those_their_captions_are_of(
     }
     [row] = facts(evaluate(tmp_path / "out", draw=draw, lpips={"path": str(lpips)}))["rows"]
     store = Store.open(cascade / "run/store")
-    record = json.loads((tmp_path / "out/drawn/pictures.json").read_text())["pictures"]
+    record = json.loads((tmp_path / "out/drawn/images.json").read_text())["images"]
     originals = {sample.key: sample.images[32] for sample in store}
-    drawn = [read_picture(tmp_path / "out/drawn/images-32" / picture["file"]) for picture in record]
-    pair = [from_pixels(np.stack(side)) for side in (drawn, [originals[picture["key"]] for picture in record])]
+    drawn = [read_image(tmp_path / "out/drawn/images-32" / image["file"]) for image in record]
+    pair = [from_pixels(np.stack(side)) for side in (drawn, [originals[image["key"]] for image in record])]
     with torch.inference_mode():
         assert row["lpips"] == pytest.approx(float(Lpips.of(load_torch(lpips))(*pair).mean()), rel=1e-4)

@@ -16,8 +16,8 @@ import torch
 from imagen_core.store import Store, StoreError, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
-from stages.precompute.given_embeddings import TakeGivenStage
-from tests.pictures import plain_png
+from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
+from tests.images import plain_png
 from tests.workflows.commands import call
 from tests.workflows.conftest import precompute, store_bytes
 from workflows.precompute import PrecomputeConfig
@@ -25,7 +25,7 @@ from workflows.precompute import PrecomputeConfig
 DIM = 8
 ANY_DROPS = "max_drop_fraction=1"
 FLOAT32 = "store.dtype=float32"
-NO_PICTURES = ("images.sizes_px=[]", FLOAT32)
+NO_IMAGES = ("images.sizes_px=[]", FLOAT32)
 MODEL = "openai/clip-vit-large-patch14"
 
 
@@ -70,7 +70,7 @@ def laion_source(folder: Path) -> tuple[str, ...]:
     arrays = f"{{img: {{folder: {folder}/img_emb}}, text: {{folder: {folder}/text_emb}}}}"
     return (
         *("source.kind=parquet", f"source.path={folder}/metadata", "source.image_column=null"),
-        *("source.url_column=url", f"source.arrays={arrays}", "shard_size=3", *NO_PICTURES),
+        *("source.url_column=url", f"source.arrays={arrays}", "shard_size=3", *NO_IMAGES),
         *(f"encoders={given('text')}", f"image_encoders={given('img')}"),
     )
 
@@ -89,9 +89,7 @@ def assert_is_laion(store: Store) -> None:
 
 
 @pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
-def test_a_folder_of_embeddings_becomes_a_store_without_pictures(
-    laion: Path, tmp_path: Path, store_format: str
-) -> None:
+def test_a_folder_of_embeddings_becomes_a_store_without_images(laion: Path, tmp_path: Path, store_format: str) -> None:
     precompute(tmp_path / "run", *laion_source(laion), f"store.format={store_format}")
     store = Store.open(tmp_path / "run" / "store")
     assert_is_laion(store)
@@ -120,14 +118,14 @@ def test_the_fingerprint_says_that_the_embeddings_were_given_and_by_which_model(
 
 def test_a_killed_run_goes_on_to_the_same_bytes(laion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precompute(tmp_path / "whole", *laion_source(laion))
-    honest, allowed = TakeGivenStage.process, iter((True, True, False, True, True, True, False))
+    honest, allowed = PrecomputedEmbeddingsStage.process, iter((True, True, False, True, True, True, False))
 
-    def process(stage: TakeGivenStage, task: Any) -> None:
+    def process(stage: PrecomputedEmbeddingsStage, task: Any) -> None:
         if not next(allowed, True):
             raise KeyboardInterrupt
         honest(stage, task)
 
-    monkeypatch.setattr(TakeGivenStage, "process", process)
+    monkeypatch.setattr(PrecomputedEmbeddingsStage, "process", process)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             precompute(tmp_path / "run", *laion_source(laion))
@@ -247,7 +245,7 @@ def test_another_width_is_refused(laion: Path, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("encoders.0.array=txt", "array 'txt' is not in source.arrays, which has: img, text"),
-        ("images.sizes_px=[16]", "so there are no pictures, but images.sizes_px is"),
+        ("images.sizes_px=[16]", "so there are no images, but images.sizes_px is"),
         ("image_encoders.0.null=x.npy", "only captions have an empty one"),
         ("source={kind: synthetic}", "only webdataset and parquet bring arrays"),
     ],
@@ -304,7 +302,7 @@ def tar_source(folder: Path, arrays: str, *more: str) -> tuple[str, ...]:
     return (*source, "images.sizes_px=[16]", FLOAT32, *(more or ("encoders=[]", f"image_encoders={given('a')}")))
 
 
-def test_members_beside_the_picture_are_its_embeddings(tmp_path: Path) -> None:
+def test_members_beside_the_image_are_its_embeddings(tmp_path: Path) -> None:
     image, text = vectors(0, 7), vectors(1, 7)
     for tar in range(2):
         rows = range(tar * 4, min(7, tar * 4 + 4))
@@ -411,7 +409,7 @@ def test_without_an_index_width_the_rows_are_the_samples_in_order(indexed: tuple
     ("width", "key", "message"),
     [
         (4, "050000", r"00004.tar has the key '050000', which is not the number of the tar and then 4"),
-        (4, "picture", "has the key 'picture', which is not"),
+        (4, "image", "has the key 'image', which is not"),
         (5, "040001", "has the key '030000', which is not the number of the tar and then 5"),
         (4, "040002", r"img_emb_4.npy has 2 rows, but 00004.tar has the key '040002', which is row 2"),
     ],
@@ -505,8 +503,8 @@ def test_an_array_is_a_member_or_a_folder(tmp_path: Path, arrays: str) -> None:
         precompute(tmp_path / "run", *tar_source(tmp_path, arrays))
 
 
-def test_pictures_are_not_decoded_where_none_are_stored(tmp_path: Path) -> None:
-    broken = {"png": b"no picture", "txt": b"a", "npy": npy(vectors(0, 1)[0])}
+def test_images_are_not_decoded_where_none_are_stored(tmp_path: Path) -> None:
+    broken = {"png": b"no image", "txt": b"a", "npy": npy(vectors(0, 1)[0])}
     write_tar(tmp_path / "tars" / "0.tar", {"0": broken})
     precompute(tmp_path / "run", *tar_source(tmp_path / "tars", "{a: {member: npy}}"), "images.sizes_px=[]")
     (one,) = Store.open(tmp_path / "run" / "store")

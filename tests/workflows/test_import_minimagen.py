@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from imagen_core.conversion.minimagen import our_name
+from imagen_core.conversion.minimagen import convert_name
 from imagen_core.train import load_checkpoint
 from tests.imagen_core.models.minimagen.numbers import weights
 from tests.imagen_core.models.minimagen.test_minimagen import EXPECTED
@@ -57,7 +57,7 @@ def test_a_training_directory_becomes_checkpoints_that_draw(directory: Path, tmp
         assert loaded.encoder is not None
         assert loaded.encoder["fingerprint"]["max_tokens"] == 256
         mine = loaded.denoiser.state_dict()
-        assert mine[f"net.{our_name('mid_block1.block1.project.weight')}"].equal(
+        assert mine[f"net.{convert_name('mid_block1.block1.project.weight')}"].equal(
             state["mid_block1.block1.project.weight"]
         ), case
     command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "drawn"), "--quiet"]

@@ -14,8 +14,8 @@ import pytest
 from imagen_core.store import Store, verify_store
 from pipeline.errors import StaleOutputError
 from stages.precompute.resize import ResizeStage
-from tests.picture_server import Server, body, first_then, serve, status
-from tests.pictures import plain_png
+from tests.image_server import Server, body, first_then, serve, status
+from tests.images import plain_png
 from tests.workflows.commands import call, tree
 from tests.workflows.commands import precompute as command
 from tests.workflows.conftest import events, precompute, store_bytes
@@ -25,7 +25,7 @@ def colour(key: str) -> bytes:
     return plain_png((ord(key[0]), ord(key[1]), 0))
 
 
-def write_pictures(folder: Path, name: str, keys: Sequence[str]) -> None:
+def write_images(folder: Path, name: str, keys: Sequence[str]) -> None:
     folder.mkdir(exist_ok=True)
     for key in keys:
         (folder / f"{name}-{key}.png").write_bytes(colour(key))
@@ -61,7 +61,7 @@ def write_parquet(folder: Path, name: str, keys: Sequence[str]) -> None:
 
 Write = Callable[[Path, str, Sequence[str]], None]
 KINDS: dict[str, tuple[str, Write]] = {
-    "folder": ("folder", write_pictures),
+    "folder": ("folder", write_images),
     "table": ("folder", write_table),
     "webdataset": ("webdataset", write_tar),
     "parquet": ("parquet", write_parquet),
@@ -146,9 +146,9 @@ def test_two_nights_make_the_same_store_however_often_they_are_killed(
 
 def test_a_plan_shows_the_shards_that_would_be_added_and_writes_nothing(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
-    write_pictures(data, "m", ["aa", "ab", "ac"])
+    write_images(data, "m", ["aa", "ab", "ac"])
     precompute(out, *config("folder", data))
-    write_pictures(data, "a", ["ba"])
+    write_images(data, "a", ["ba"])
     before = {name: (out / name).read_bytes() for name in tree(out)}
     for arguments in (["plan", "precompute"], ["run", "precompute", "--dry-run"]):
         result = call(*arguments, "--out", str(out), "--json", *config("folder", data))
@@ -161,18 +161,18 @@ def test_a_plan_shows_the_shards_that_would_be_added_and_writes_nothing(tmp_path
 
 def test_a_run_folder_of_an_earlier_version_is_taken_on_with_the_input_it_was_made_from(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
-    write_pictures(data, "m", ["aa", "ab", "ac"])
+    write_images(data, "m", ["aa", "ab", "ac"])
     precompute(out, *config("folder", data))
     before = store_bytes(out)
     shutil.rmtree(out / "input")
-    write_pictures(data, "n", ["ba"])
+    write_images(data, "n", ["ba"])
     with pytest.raises(StaleOutputError, match="shard 00001 of samples was made from other input rows"):
         precompute(out, *config("folder", data))
     assert not (out / "input").exists()
     (data / "n-ba.png").unlink()
     assert precompute(out, *config("folder", data))["tally"]["shards_skipped"] == 2
     assert store_bytes(out) == before
-    write_pictures(data, "a", ["ba"])
+    write_images(data, "a", ["ba"])
     precompute(out, *config("folder", data))
     assert captions(out) == ["aa", "ab", "ac", "ba"]
 
@@ -196,11 +196,11 @@ def test_rows_appended_to_a_table_whose_other_rows_changed_are_refused_and_not_n
     assert precompute(out, *config("table", data), restart=True)["num_samples"] == 1
 
 
-def test_one_picture_less_rebuilds_its_batch_alone_with_restart(tmp_path: Path) -> None:
+def test_one_image_less_rebuilds_its_batch_alone_with_restart(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
-    write_pictures(data, "m", ["aa", "ab"])
+    write_images(data, "m", ["aa", "ab"])
     precompute(out, *config("folder", data))
-    write_pictures(data, "c", ["ba", "bb"])
+    write_images(data, "c", ["ba", "bb"])
     precompute(out, *config("folder", data))
     touched = times(out)
     (data / "c-bb.png").unlink()
@@ -226,8 +226,8 @@ def test_batches_and_rounds_of_retries_take_turns(server: Server, tmp_path: Path
     download = "source.download={retries: 0, allow_private_addresses: true}"
     overrides = ["source.kind=urls", f"source.path={lists}", download, *SMALL, "encoders=[]"]
 
-    def add(name: str, *pictures: str) -> None:
-        lines = [f"{server.url('/' + picture)}\t{picture}" for picture in pictures]
+    def add(name: str, *images: str) -> None:
+        lines = [f"{server.url('/' + image)}\t{image}" for image in images]
         (lists / name).write_text("\n".join(["url\tcaption", *lines, ""]))
 
     def run(*options: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Class labels: from a source to the store, to a training that leaves some out, and to pictures drawn by class."""
+"""Class labels: from a source to the store, to a training that leaves some out, and to images drawn by class."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.stream import open_store
-from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.evaluation import sample_grid, validation_loss
 from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
@@ -28,7 +28,7 @@ from stages.sampling.config import SampleConfig
 from stages.sampling.session import prepare
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
-from tests.pictures import plain_png
+from tests.images import plain_png
 from tests.workflows.commands import call, drops
 from tests.workflows.conftest import precompute
 
@@ -48,7 +48,7 @@ def config(store: Path, **changes: Any) -> TrainConfig:
 
 
 def rows(path: Path, labels: list[Any]) -> list[str]:
-    """The source options of a parquet file with one picture a label."""
+    """The source options of a parquet file with one image a label."""
     table = [{"image": plain_png(), "caption": f"{i}", "class": label} for i, label in enumerate(labels)]
     pq.write_table(pa.Table.from_pylist(table), path)
     return ["source.kind=parquet", f"source.path={path}", *SIZE]
@@ -79,7 +79,7 @@ def test_names_are_numbered_in_the_order_given(tmp_path: Path) -> None:
 def test_a_tars_cls_members_are_labels(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
         for number in range(3):
-            for suffix, data in (("cls", b"%d\n" % (5 - number)), ("png", plain_png()), ("txt", b"a picture")):
+            for suffix, data in (("cls", b"%d\n" % (5 - number)), ("png", plain_png()), ("txt", b"an image")):
                 member = tarfile.TarInfo(f"{number}.{suffix}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -133,7 +133,7 @@ def test_validation_and_grids_leave_no_label_out(store: Path) -> None:
         denoiser = random_weights(Denoiser(settings.denoiser).double()).eval()
         opened = open_store(settings)
         value = validation_loss(TrainingLoss(denoiser, settings, "cpu"), denoiser, opened, settings, ALONE)
-        found.append((value, draw_grid(denoiser, opened, settings, ALONE).tobytes()))
+        found.append((value, sample_grid(denoiser, opened, settings, ALONE).tobytes()))
     assert found[0] == found[1]
 
 
@@ -165,18 +165,18 @@ def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
     swept = prepare(config).with_guidance(3.0, "all").cascade.stages[0].sampling.guidance
     assert (swept.labels, swept.text) == (3, 1)
 
-    pictures = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert np.array_equal(drawn("b", "prompts=[any]", "seeds=[4]")[0], pictures[2]), "no label is an unknown one"
-    record = json.loads((tmp_path / "a/pictures.json").read_text())
-    assert [picture["label"] for picture in record["pictures"]] == [0, 1, -1]
+    images = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
+    assert not np.array_equal(images[0], images[1])
+    assert np.array_equal(drawn("b", "prompts=[any]", "seeds=[4]")[0], images[2]), "no label is an unknown one"
+    record = json.loads((tmp_path / "a/images.json").read_text())
+    assert [image["label"] for image in record["images"]] == [0, 1, -1]
     captions = ["captions.kind=store", f"captions.path={store}", "captions.num_captions=4", "seeds=[4,4,4,4]"]
     of_store = drawn("c", *captions)
-    kinds = [p["label"] for p in json.loads((tmp_path / "c/pictures.json").read_text())["pictures"]]
+    kinds = [p["label"] for p in json.loads((tmp_path / "c/images.json").read_text())["images"]]
     assert len(set(kinds)) > 1
-    for label, picture in zip(kinds, of_store, strict=True):
+    for label, image in zip(kinds, of_store, strict=True):
         if label in (0, 1, -1):
-            assert np.array_equal(picture, pictures[label])
+            assert np.array_equal(image, images[label])
 
     for label in (3, -2):
         result = call(

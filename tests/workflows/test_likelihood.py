@@ -1,4 +1,4 @@
-"""Bits a dimension of stored pictures, from the command line."""
+"""Bits a dimension of stored images, from the command line."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(work: Path, out: Path, *more: str, model: str = "base"):
-    arguments = (f"checkpoint={work}/{model}", f"store={work}/run/store", "num_pictures=5", "device=cpu")
+    arguments = (f"checkpoint={work}/{model}", f"store={work}/run/store", "num_images=5", "device=cpu")
     return call("run", "likelihood", "--out", str(out), "--quiet", "--json", *arguments, *more)
 
 
@@ -51,7 +51,7 @@ def by_key(out: Path) -> dict[str, float]:
 
 def test_the_summary_has_bits_and_errors_by_step(work: Path, tmp_path: Path) -> None:
     found = facts(measure(work, tmp_path / "out"))
-    assert (found["pictures"], found["steps"]) == (5, 6)
+    assert (found["images"], found["steps"]) == (5, 6)
     assert all(len(found[name]) == 6 for name in ("bound_bits", "x0_mse", "noise_mse"))
     assert found["bits_per_dimension"] == pytest.approx(found["prior_bits"] + sum(found["bound_bits"]))
     assert found["bits_per_dimension"] == pytest.approx(sum(by_key(tmp_path / "out").values()) / 5)
@@ -60,10 +60,10 @@ def test_the_summary_has_bits_and_errors_by_step(work: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_pictures_bits_do_not_depend_on_batch_or_place(work: Path, tmp_path: Path) -> None:
+def test_an_images_bits_do_not_depend_on_batch_or_place(work: Path, tmp_path: Path) -> None:
     exact = "precision=float64"
     facts(measure(work, tmp_path / "a", exact))
-    facts(measure(work, tmp_path / "b", exact, "batch_size=2", "first_picture=2"))
+    facts(measure(work, tmp_path / "b", exact, "batch_size=2", "first_image=2"))
     a, b = by_key(tmp_path / "a"), by_key(tmp_path / "b")
     shared = a.keys() & b.keys()
     assert len(shared) == 3
@@ -90,7 +90,7 @@ def test_batches_that_are_there_are_not_measured_again(work: Path, tmp_path: Pat
 
 def test_a_continuous_super_resolution_model_is_measured_on_a_grid(work: Path, tmp_path: Path) -> None:
     found = facts(measure(work, tmp_path / "out", "num_steps=4", model="sr"))
-    assert (found["steps"], found["pictures"]) == (4, 5)
+    assert (found["steps"], found["images"]) == (4, 5)
     assert found["bits_per_dimension"] > 0
     missing = measure(work, tmp_path / "no", model="sr")
     assert missing.code == 2
@@ -100,7 +100,7 @@ def test_a_continuous_super_resolution_model_is_measured_on_a_grid(work: Path, t
 def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
     result = measure(work, tmp_path, "--dry-run", "batch_size=2")
     found = json.loads(result.out)["facts"]
-    assert (found["steps"], found["network_calls"], found["pictures"]) == (6, 18, 5)
+    assert (found["steps"], found["network_calls"], found["images"]) == (6, 18, 5)
     assert not list(tmp_path.iterdir())
 
 
@@ -109,7 +109,7 @@ def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
     [
         ("checkpoint=absent", "checkpoint: absent: has no checkpoint"),
         ("store=absent", "store: "),
-        ("num_pictures=13", "0 + 13 is more than the 11 samples"),
+        ("num_images=13", "0 + 13 is more than the 11 samples"),
         ("num_steps=13", "13 steps asked for of 6"),
         ("grid.kind=respaced", "sections"),
         ("weights=ema-0.5", "has no weights 'ema-0.5'"),

@@ -35,7 +35,7 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, s3: ObjectStore) -> Data:
-    """Two tars of pictures with captions, on disk and on S3."""
+    """Two tars of images with captions, on disk and on S3."""
     folder, remote = tmp_path_factory.mktemp("data"), open_storage(f"{s3.url}/data")
     for tar in range(TARS):
         path = folder / f"{tar:05d}.tar"
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, s3: ObjectStore) -> Data:
                 png = BytesIO()
                 Image.fromarray(pixels).save(png, "PNG")
                 broken = (tar, index) == (1, 2)
-                members = {"png": b"no picture" if broken else png.getvalue(), "txt": b"picture %d" % index}
+                members = {"png": b"no image" if broken else png.getvalue(), "txt": b"image %d" % index}
                 for suffix, content in members.items():
                     info = tarfile.TarInfo(f"{tar}{index:03d}.{suffix}")
                     info.size = len(content)

@@ -98,8 +98,8 @@ def test_an_added_size_computes_only_its_own_group_and_keeps_every_row(copy_of_s
     assert added == [f"images-32/0000{i}.parquet" for i in range(3)]
     assert all(after[name] == content for name, content in before.items() if name != "manifest.json")
     for sample in Store.open(copy_of_small_run / "store"):
-        picture = encode_image(scene(0, int(sample.key), split="train"))
-        assert max_difference(sample.images[32], pillow_resize(picture, 32)) <= 1
+        image = encode_image(scene(0, int(sample.key), split="train"))
+        assert max_difference(sample.images[32], pillow_resize(image, 32)) <= 1
 
 
 def test_a_changed_max_tokens_is_refused_with_a_diff_and_rebuilt_with_restart(copy_of_small_run: Path) -> None:
@@ -129,8 +129,8 @@ def test_the_store_goes_from_files_to_batches_for_training(small_run: Path) -> N
     assert sorted(keys) == [f"{i:09d}" for i in range(20) if i != 2]
 
 
-def test_sources_of_the_same_pictures_make_the_same_pixels_and_embeddings(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+def test_sources_of_the_same_images_make_the_same_pixels_and_embeddings(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
     (folder / "images").mkdir(parents=True)
     lines = ["file\tcaption"]
     for index in range(6):
@@ -182,7 +182,7 @@ def test_plan_status_inspect_and_report_say_what_is_there(copy_of_small_run: Pat
 
 def test_help_loads_no_heavy_module() -> None:
     code = (
-        "import sys; from pipeline import cli\n"
+        "import sys; from pipeline.cli import main as cli\n"
         "sys.argv = ['pipeline', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"

@@ -1,4 +1,4 @@
-"""The path of DALL-E 2 through the command line: CLIP's embeddings, a prior, a decoder, pictures from prompts."""
+"""The path of DALL-E 2 through the command line: CLIP's embeddings, a prior, a decoder, images from prompts."""
 
 import json
 from dataclasses import replace
@@ -22,17 +22,17 @@ STEPS = COMMON | {"text": None, "num_steps": 4, "checkpoint_every_steps": 2}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one CLIP's embeddings of captions and pictures, a prior and a decoder trained on it."""
+    """A store with one CLIP's embeddings of captions and images, a prior and a decoder trained on it."""
     folder = tmp_path_factory.mktemp("dalle2")
     clip = tiny_models.write(tiny_models.clip, folder / "clip")
     tokens, vector = ({"name": name, "kind": "clip", "model": str(clip), "output": output, "num_gpus": 0}
                       for name, output in (("tokens", "last_hidden_state"), ("clip", "projected")))  # fmt: skip
-    pictures = {"name": "clip", "model": str(clip), "from_px": 32, "num_gpus": 0}
+    images = {"name": "clip", "model": str(clip), "from_px": 32, "num_gpus": 0}
     made = precompute(
         folder / "run",
         *("source.num_samples=20", "images.sizes_px=[16,32]"),
         f"encoders={json.dumps([tokens, vector])}",
-        f"image_encoders={json.dumps([pictures])}",
+        f"image_encoders={json.dumps([images])}",
     )
     assert made.code == 0, made.err
     network = {"dim": 16, "depth": 1, "num_heads": 2, "head_dim": 8, "text_dim": 24, "max_text_tokens": 77}
@@ -73,16 +73,16 @@ def pixels(out: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
 
-def test_a_prior_and_a_decoder_draw_pictures_from_prompts(work: Path, tmp_path: Path) -> None:
+def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Path) -> None:
     result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
     assert result.code == 0, result.err
-    assert set(json.loads(result.out)["facts"]["seconds_per_picture"]) == {"prior", "16"}
+    assert set(json.loads(result.out)["facts"]["seconds_per_image"]) == {"prior", "16"}
     first, second = pixels(tmp_path / "two")
     assert first.shape == (16, 16, 3)
     assert not np.array_equal(first, second)
     assert sample(work, tmp_path / "one", "prompts=[a blue square]", "seed=4").code == 0
-    assert np.array_equal(pixels(tmp_path / "one")[0], second), "a picture depends on its prompt and seed alone"
-    record = json.loads((tmp_path / "two" / "pictures.json").read_text())
+    assert np.array_equal(pixels(tmp_path / "one")[0], second), "an image depends on its prompt and seed alone"
+    record = json.loads((tmp_path / "two" / "images.json").read_text())
     assert [stage["step"] for stage in record["stages"]] == [4, 4]
 
 
@@ -90,13 +90,13 @@ def test_the_prior_draws_in_the_precision_asked_for(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    draw = sample_prior.draw_embeddings
+    draw = sample_prior.generate_embeddings
 
     def seeing(*arguments, **options):
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(sample_prior, "draw_embeddings", seeing)
+    monkeypatch.setattr(sample_prior, "generate_embeddings", seeing)
     for precision in ("float32", "bfloat16"):
         result = sample(work, tmp_path / precision, "prompts=[a red circle]", f"precision={precision}")
         assert result.code == 0, result.err
@@ -112,7 +112,7 @@ def test_validation_of_a_prior_says_how_alike_its_embeddings_are(work: Path) -> 
     assert found["above_baseline_2"] == pytest.approx(found["with_text_2"] - found["baseline"])
 
 
-def test_a_checkpoint_names_the_encoders_of_captions_and_pictures(work: Path) -> None:
+def test_a_checkpoint_names_the_encoders_of_captions_and_images(work: Path) -> None:
     prior, decoder = load_checkpoint(work / "prior"), load_checkpoint(work / "decoder")
     assert (prior.encoder or {})["name"] == "tokens"
     assert {field: facts["name"] for field, facts in prior.embed_encoders.items()} == {
@@ -126,8 +126,8 @@ def test_a_checkpoint_names_the_encoders_of_captions_and_pictures(work: Path) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["prior=null"], "the stages read picture embeddings of 'clip'; give prior.checkpoint"),
-        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model draws pictures"),
+        (["prior=null"], "the stages read image embeddings of 'clip'; give prior.checkpoint"),
+        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model draws images"),
         (["stages.0.checkpoint={work}/prior"], "it is a prior, which draws embeddings"),
     ],
 )
@@ -143,8 +143,8 @@ def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, 
         ("prior", "text_embed=null", "text_embed is None: a prior reads it"),
         ("prior", "text_embed=tokens", "text_embed: 'tokens' has "),
         ("prior", "text_embed=clip denoiser.network.dim=9", "network.dim is 9, but the embeddings of 'clip' in the"),
-        ("prior", "image_embed=dino", "the store has no picture encoder 'dino' (picture encoders: ['clip'])"),
-        ("prior", "grid_every_steps=2", "grid_every_steps is for pictures"),
+        ("prior", "image_embed=dino", "the store has no image encoder 'dino' (image encoders: ['clip'])"),
+        ("prior", "grid_every_steps=2", "grid_every_steps is for images"),
         ("decoder", "image_embed=null", "image_embed is None: a prior and a decoder"),
         ("decoder", "denoiser.unet.image_embed_dim=9", "are 16 wide; set image_embed_dim=16"),
     ],
@@ -165,9 +165,9 @@ def test_a_prior_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
     assert ends[0].sha256 == ends[1].sha256
 
 
-def test_the_likelihood_of_a_decoder_is_measured_with_its_own_picture_encoder_only(work: Path, tmp_path: Path) -> None:
+def test_the_likelihood_of_a_decoder_is_measured_with_its_own_image_encoder_only(work: Path, tmp_path: Path) -> None:
     def likelihood(store: Path, out: str):
-        settings = [f"checkpoint={work}/decoder", f"store={store}", "num_pictures=2", "num_steps=2"]
+        settings = [f"checkpoint={work}/decoder", f"store={store}", "num_images=2", "num_steps=2"]
         return call("run", "likelihood", "--out", str(tmp_path / out), "--quiet", *settings)
 
     assert likelihood(work / "run/store", "own").code == 0
@@ -177,11 +177,11 @@ def test_the_likelihood_of_a_decoder_is_measured_with_its_own_picture_encoder_on
     assert precompute(tmp_path / "run", *few, f"image_encoders={encoders}").code == 0
     result = likelihood(tmp_path / "run/store", "other")
     assert result.code == 2
-    assert "its pictures are encoded by another encoder than the model's: fingerprint.model" in result.err
+    assert "its images are encoded by another encoder than the model's: fingerprint.model" in result.err
     assert precompute(tmp_path / "plain", *few).code == 0
     result = likelihood(tmp_path / "plain/store", "plain")
     assert result.code == 2
-    assert "has no encoder of pictures 'clip' (encoders: [])" in result.err
+    assert "has no encoder of images 'clip' (encoders: [])" in result.err
 
 
 def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +197,6 @@ def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeyp
         )
         prior = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
         config = SampleConfig(stages=({"checkpoint": "s"},), prior=prior, encoder_model="T5")  # type: ignore[arg-type]
-        sample_prior.PriorDrawing(config, prior, torch.device("cpu"))
+        sample_prior.PriorSampler(config, prior, torch.device("cpu"))
     own = ("prior.encoder_model", "CLIP")
     assert found == [own, own, own, ("encoder_model", "T5")]

@@ -30,7 +30,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of pictures of words, their captions and transcriptions, and a picture to enlarge."""
+    """A folder with a store of images of words, their captions and transcriptions, and an image to enlarge."""
     folder = tmp_path_factory.mktemp("recipes")
     encoders = [{"name": name, "kind": "t5", "model": "tiny-random-t5"} for name in ("t5", "deberta")]
     settings = {
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
-    """Overrides that shrink pictures, widths, depths, batches and steps of a recipe, and nothing else."""
+    """Overrides that shrink images, widths, depths, batches and steps of a recipe, and nothing else."""
     unet, denoiser = recipe.denoiser.network, recipe.denoiser.model_dump()
     size, low = denoiser["size_px"], denoiser["low_res_px"]
     small = 8 if low is None else 16 if recipe.crop_px is None else 32

@@ -36,11 +36,11 @@ def pixels(seed: int) -> np.ndarray:
 
 
 def make_folder(source: Path) -> Path:
-    """Nine pictures; number 3 has the secret caption, and shares another one with number 2."""
+    """Nine images; number 3 has the secret caption, and shares another one with number 2."""
     source.mkdir()
     for i in range(9):
         Image.fromarray(pixels(i)).save(source / f"{i}.png")
-        captions = {2: [SHARED], 3: [SECRET, SHARED]}.get(i, [f"picture {i}"])
+        captions = {2: [SHARED], 3: [SECRET, SHARED]}.get(i, [f"image {i}"])
         (source / f"{i}.txt").write_text("\n".join(captions))
     return source
 
@@ -49,13 +49,13 @@ def make_folder(source: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of that folder, a finished run that keeps its originals."""
     root = tmp_path_factory.mktemp("finished")
-    precompute(root / "run", *arguments(make_folder(root / "pictures")))
+    precompute(root / "run", *arguments(make_folder(root / "images")))
     return root
 
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished / "pictures", tmp_path / "pictures"))
+    return Path(shutil.copytree(finished / "images", tmp_path / "images"))
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_after_compaction_nothing_of_the_sample_is_left_and_the_run_is_still_fin
         k: v for k, v in before.items() if k != "manifest.json"
     }
 
-    assert remove(run, "--compact")["compacted"]["files"] == 4, "samples, pictures, embeddings, originals of one shard"
+    assert remove(run, "--compact")["compacted"]["files"] == 4, "samples, images, embeddings, originals of one shard"
     assert not any(places_with(run, needle) for needle in needles)
     assert places_with(run, SHARED.encode()), "the caption of another sample stays"
     found = verified(run)
@@ -128,7 +128,7 @@ def test_after_compaction_nothing_of_the_sample_is_left_and_the_run_is_still_fin
 def test_a_size_added_later_leaves_the_removed_sample_out(folder: Path, run: Path, hidden: bool) -> None:
     remove(run, "--key", "3.png", *([] if hidden else ["--compact"]))
     if hidden:
-        RunFolder(run).forget_group("originals")
+        RunFolder(run).delete_group("originals")
         shutil.rmtree(run / "staging")
     precompute(run, *arguments(folder, "images.sizes_px=[24,48]"))
     assert [sample.key for sample in st.Store.open(run / "store")] == [f"{i}.png" for i in range(9) if i != 3]
@@ -202,9 +202,9 @@ def test_what_was_removed_does_not_come_back_with_new_rows_or_a_restart(
     assert (found["removed"], found["unmatched"]) == (2, {"key": ["10.png"]})
     for name in ("10", "11"):
         Image.fromarray(pixels(int(name))).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"picture {name}")
+        (folder / f"{name}.txt").write_text(f"image {name}")
     shutil.copy(folder / "5.png", folder / "12.png")
-    (folder / "12.txt").write_text("the same picture again")
+    (folder / "12.txt").write_text("the same image again")
     workflow = Precompute(load_config(PrecomputeConfig, None, [*arguments(folder), "shard_size=5"]))
     workflow.run(run, RunOptions("inline", restart=True, quiet=True))
     keys = {sample.key for sample in st.Store.open(run / "store")}
@@ -225,11 +225,11 @@ def test_a_run_that_has_not_finished_can_be_removed_from(folder: Path, run: Path
 
 
 def test_a_sample_that_a_retry_brought_goes_from_the_lists_of_retries_too(tmp_path: Path) -> None:
-    broken = tmp_path / "pictures"
+    broken = tmp_path / "images"
     broken.mkdir()
     for i in range(4):
         Image.fromarray(pixels(i)).save(broken / f"{i}.png")
-        (broken / f"{i}.txt").write_text(SECRET if i == 1 else f"picture {i}")
+        (broken / f"{i}.txt").write_text(SECRET if i == 1 else f"image {i}")
     held = (broken / "1.png").read_bytes()
     (broken / "1.png").write_bytes(b"x" * len(held))
     run, config = tmp_path / "run", arguments(broken)

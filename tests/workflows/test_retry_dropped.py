@@ -56,7 +56,7 @@ def server() -> Iterator[FlakyServer]:
 
 def test_a_later_round_fetches_only_what_was_dropped(server: FlakyServer, tmp_path: Path) -> None:
     rows = [f"http://127.0.0.1:{server.server_port}/{i}\tscene {i}" for i in range(8)]
-    (tmp_path / "urls.tsv").write_text("url\tcaption\n" + "\n".join([*rows, "ftp://nowhere/x\tno picture"]))
+    (tmp_path / "urls.tsv").write_text("url\tcaption\n" + "\n".join([*rows, "ftp://nowhere/x\tno image"]))
     out = tmp_path / "run"
     arguments = [
         "source.kind=urls",

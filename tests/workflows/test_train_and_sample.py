@@ -133,39 +133,39 @@ def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> N
     for size in (16, 32):
         for index in range(4):
             assert Image.open(tmp_path / "s" / f"images-{size}" / f"{index:05d}.png").size == (size, size)
-    record = json.loads((tmp_path / "s" / "pictures.json").read_text())
-    assert [p["seed"] for p in record["pictures"]] == [5, 6, 7, 8]
+    record = json.loads((tmp_path / "s" / "images.json").read_text())
+    assert [p["seed"] for p in record["images"]] == [5, 6, 7, 8]
     assert (tmp_path / "s" / "grid.png").exists()
     assert json.loads(result.out)["facts"]["drawn_now"] == 4
 
 
-def test_pictures_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
     prompts = "prompts=[a small red circle,a large blue square on the right,a star]"
     one, three = tmp_path / "one", tmp_path / "three"
     assert sample(work, one, prompts, "batch_size=1").code == 0
     assert sample(work, three, prompts, "batch_size=3").code == 0
-    for picture in sorted(one.glob("images-*/*.png")):
-        a, b = (np.asarray(Image.open(p)).astype(int) for p in (picture, three / picture.relative_to(one)))
+    for image in sorted(one.glob("images-*/*.png")):
+        a, b = (np.asarray(Image.open(p)).astype(int) for p in (image, three / image.relative_to(one)))
         assert np.abs(a - b).max() <= 1
     (one / "images-32" / "00001.png").unlink()
     again = sample(work, one, prompts, "batch_size=3")
     assert json.loads(again.out)["facts"]["drawn_now"] == 1
     other = sample(work, one, "prompts=[a triangle]")
     assert other.code == 2
-    assert "holds pictures of other settings" in other.err
+    assert "holds images of other settings" in other.err
     assert call("run", "sample", "-c", str(one.with_suffix(".yaml")), "--out", str(one), "prompts=[a triangle]",
                 "--restart", "--quiet").code == 0  # fmt: skip
     assert [p.name for p in (one / "images-32").iterdir()] == ["00000.png"]
 
 
-def test_a_picture_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> None:
+def test_an_image_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "in.png")
-    result = sample(work, tmp_path / "up", f"low_res=[{tmp_path}/in.png]", "prompts=[a red picture]", stages=("sr",))
+    result = sample(work, tmp_path / "up", f"low_res=[{tmp_path}/in.png]", "prompts=[a red image]", stages=("sr",))
     assert result.code == 0, result.err
     assert [p.name for p in (tmp_path / "up").glob("images-*")] == ["images-32"]
-    missing = sample(work, tmp_path / "no", "prompts=[a red picture]", stages=("sr",))
+    missing = sample(work, tmp_path / "no", "prompts=[a red image]", stages=("sr",))
     assert missing.code == 2
-    assert "needs a low-resolution picture" in missing.err
+    assert "needs a low-resolution image" in missing.err
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_picture_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> N
     [
         ("prompts=[]", "prompts: none given"),
         ("prompts_file=absent.txt", "absent.txt: cannot be read"),
-        ("seeds=[1,2]", "seeds: 2 given for 1 pictures"),
+        ("seeds=[1,2]", "seeds: 2 given for 1 images"),
         ("stages.0.checkpoint=absent", "stages.0.checkpoint: absent: has no checkpoint"),
         ("stages.0.weights=ema-0.5", "has no weights 'ema-0.5'"),
         ("encoder_model=absent/model", "neither a local folder"),
@@ -191,7 +191,7 @@ def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, 
     assert "Traceback" not in result.err
 
 
-def test_pictures_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content(work: Path, tmp_path: Path) -> None:
+def test_images_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content(work: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for name, size in (("small", 16), ("large", 64)):
         Image.fromarray(noise[:size, : size + 8]).save(tmp_path / f"{name}.png")
@@ -207,7 +207,7 @@ def test_pictures_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content
     assert "large.png" in changed.err
 
 
-def test_the_centre_square_of_a_wide_picture_is_kept_and_not_squashed(work: Path, tmp_path: Path) -> None:
+def test_the_centre_square_of_a_wide_image_is_kept_and_not_squashed(work: Path, tmp_path: Path) -> None:
     wide = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
     Image.fromarray(wide).save(tmp_path / "in.png")
     Image.new("RGB", (40, 16), (255, 255, 255)).save(tmp_path / "mask.png")
@@ -218,7 +218,7 @@ def test_the_centre_square_of_a_wide_picture_is_kept_and_not_squashed(work: Path
 
 
 def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.png").write_bytes(b"no picture")
+    (tmp_path / "in.png").write_bytes(b"no image")
     arguments = (f"low_res=[{tmp_path}/in.png]", "prompts=[a]")
     assert sample(work, tmp_path / "s", *arguments, stages=("sr",)).code == 2
     Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
@@ -227,7 +227,7 @@ def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path)
 
 def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pipeline import cli\n"
+        "import sys; from pipeline.cli import main as cli\n"
         f"sys.argv = ['pipeline', 'run', 'train', '-c', {str(work / 'base.yaml')!r}, '--out', {str(tmp_path / 'o')!r},"
         " '--quiet', 'num_steps=1']\n"
         "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"

@@ -61,7 +61,7 @@ def drawn(out: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((out / "images-16").iterdir())]
 
 
-def test_the_words_of_the_pictures_come_with_them(work: Path) -> None:
+def test_the_words_of_the_images_come_with_them(work: Path) -> None:
     store = Store.open(work / "run" / "store")
     assert len(store) == 24
     for each in store:
@@ -79,13 +79,13 @@ def test_words_are_drawn_from_lists_files_and_stores_alike(work: Path, tmp_path:
     assert sample(work, tmp_path / "none", "prompts=[a,b]").code == 0
     assert drawn(tmp_path / "list") == drawn(tmp_path / "file") == drawn(tmp_path / "alone")
     assert all(a != b for a, b in zip(drawn(tmp_path / "list"), drawn(tmp_path / "none"), strict=True))
-    record = json.loads((tmp_path / "file" / "pictures.json").read_text())
-    assert [(each["prompt"], each["transcription"]) for each in record["pictures"]] == [("a", "AB"), ("b", "C")]
+    record = json.loads((tmp_path / "file" / "images.json").read_text())
+    assert [(each["prompt"], each["transcription"]) for each in record["images"]] == [("a", "AB"), ("b", "C")]
     captions = [f"captions.path={work}/run", "captions.kind=store", "captions.num_captions=2"]
     assert sample(work, tmp_path / "store", *captions).code == 0
-    record = json.loads((tmp_path / "store" / "pictures.json").read_text())
+    record = json.loads((tmp_path / "store" / "images.json").read_text())
     written = {each.key: each.transcription for each in Store.open(work / "run" / "store")}
-    assert [each["transcription"] for each in record["pictures"]] == [written[e["key"]] for e in record["pictures"]]
+    assert [each["transcription"] for each in record["images"]] == [written[e["key"]] for e in record["images"]]
 
 
 def test_other_words_are_another_drawing(work: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_other_words_are_another_drawing(work: Path, tmp_path: Path) -> None:
     assert "AB" in changed.err
 
 
-def test_the_weight_of_the_words_changes_the_picture(work: Path, tmp_path: Path) -> None:
+def test_the_weight_of_the_words_changes_the_image(work: Path, tmp_path: Path) -> None:
     for weight in (1.0, 5.0):
         assert sample(work, tmp_path / f"{weight}", "transcriptions=[AB]", guidance=weight).code == 0
     one, five = (np.asarray(Image.open(tmp_path / f"{w}" / "images-16/00000.png")) for w in (1.0, 5.0))

@@ -1,4 +1,4 @@
-"""Tab-separated lines with pictures in base64, as PaddleFleetX trains on."""
+"""Tab-separated lines with images in base64, as PaddleFleetX trains on."""
 
 import base64
 import gzip
@@ -11,16 +11,16 @@ import pytest
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, StaleOutputError
 from stages.precompute.resize import ResizeStage
-from tests.pictures import BLUE, RED, noise_jpeg, plain_png
+from tests.images import BLUE, RED, noise_jpeg, plain_png
 from tests.workflows.commands import drops
 from tests.workflows.conftest import precompute, store_bytes
 
 SMALL = ("images.sizes_px=[16]", "encoders=[]", "shard_size=2", "max_drop_fraction=1")
 
 
-def line(caption: bytes, picture: bytes, *, encoded: bool = True) -> bytes:
+def line(caption: bytes, image: bytes, *, encoded: bool = True) -> bytes:
     """Six fields, as in PaddleFleetX's laion_400M: the third and the fifth are used."""
-    data = base64.b64encode(picture) if encoded else picture
+    data = base64.b64encode(image) if encoded else image
     return b"\t".join([b"id", b"http://x/1.png", caption, b"0.3", data, b"last"])
 
 
@@ -34,12 +34,12 @@ def write(path: Path, lines: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", ["part-0.tsv", "part-0.tsv.gz"])
-def test_captions_and_pictures_of_all_lines_are_in_the_store(tmp_path: Path, name: str) -> None:
-    pictures = [plain_png((40 * i, 0, 0)) for i in range(5)]
-    write(tmp_path / name, [line(f"picture {i}".encode(), data) for i, data in enumerate(pictures)])
+def test_captions_and_images_of_all_lines_are_in_the_store(tmp_path: Path, name: str) -> None:
+    images = [plain_png((40 * i, 0, 0)) for i in range(5)]
+    write(tmp_path / name, [line(f"image {i}".encode(), data) for i, data in enumerate(images)])
     precompute(tmp_path / "run", *source(tmp_path / name, "source.url_field=2"))
     store = Store.open(tmp_path / "run" / "store")
-    assert [s.captions for s in store] == [[f"picture {i}"] for i in range(5)]
+    assert [s.captions for s in store] == [[f"image {i}"] for i in range(5)]
     assert {s.url for s in store} == {"http://x/1.png"}
     for i, sample in enumerate(store):
         assert sample.key.endswith(f"/{i:07d}")
@@ -64,9 +64,9 @@ def test_every_bad_line_is_dropped_for_its_own_reason_and_blank_lines_are_none(t
         b"id\turl\tcaption only",
         line(b"not base64", b"!!!", encoded=False),
         line(b"cut base64", base64.b64encode(plain_png())[:-3], encoded=False),
-        line(b"no picture", b""),
-        line(b"not a picture", b"<html>"),
-        line(b"cut picture", cut),
+        line(b"no image", b""),
+        line(b"not an image", b"<html>"),
+        line(b"cut image", cut),
         line(b"  ", plain_png()),
         line(b"caf\xe9", plain_png()),
         line(b"tiny", plain_png(size_px=1)),
@@ -89,9 +89,9 @@ def test_every_bad_line_is_dropped_for_its_own_reason_and_blank_lines_are_none(t
 
 
 def test_long_lines_are_read_whole(tmp_path: Path) -> None:
-    picture = noise_jpeg(1600)
-    assert len(picture) > 2**21
-    write(tmp_path / "a.tsv", [line(b"small", plain_png()), line(b"large", picture), line(b"last", plain_png())])
+    image = noise_jpeg(1600)
+    assert len(image) > 2**21
+    write(tmp_path / "a.tsv", [line(b"small", plain_png()), line(b"large", image), line(b"last", plain_png())])
     precompute(tmp_path / "run", *source(tmp_path / "a.tsv"))
     store = Store.open(tmp_path / "run" / "store")
     assert [s.captions[0] for s in store] == ["small", "large", "last"]

@@ -1,4 +1,4 @@
-"""The writing in a picture, as a source tells it, reaches the store and the batches of training."""
+"""The writing in an image, as a source tells it, reaches the store and the batches of training."""
 
 import io
 import json
@@ -14,9 +14,9 @@ from PIL import Image
 from imagen_core.store import Store, read_samples
 from imagen_core.train.data.stream import random_views
 from pipeline.errors import ConfigError, StaleOutputError
+from tests.image_server import body, serve
 from tests.imagen_core.train.small import make_config
-from tests.picture_server import body, serve
-from tests.pictures import BLUE, RED, plain_png
+from tests.images import BLUE, RED, plain_png
 from tests.workflows.commands import call, drops
 from tests.workflows.conftest import precompute, store_bytes
 
@@ -27,13 +27,13 @@ ROWS = [
     {"file": "b.png", "caption": "a wall", "written": ""},
     {"file": "c.png", "caption": "a door", "written": None},
 ]
-PICTURES = {"a.png": plain_png(RED), "b.png": plain_png(BLUE), "c.png": plain_png((1, 2, 3))}
+IMAGES = {"a.png": plain_png(RED), "b.png": plain_png(BLUE), "c.png": plain_png((1, 2, 3))}
 EXPECTED = {"a sign": "STOP\n  here é", "a wall": "", "a door": None}
 
 
 def folder(root: Path, rows: list[dict] = ROWS) -> Path:
     root.mkdir()
-    for name, data in PICTURES.items():
+    for name, data in IMAGES.items():
         (root / name).write_bytes(data)
     (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -57,7 +57,7 @@ def test_a_folders_table_tells_it(tmp_path: Path) -> None:
 
 
 def test_a_url_list_tells_it(tmp_path: Path) -> None:
-    with serve({f"/{name}": body(data) for name, data in PICTURES.items()}) as server:
+    with serve({f"/{name}": body(data) for name, data in IMAGES.items()}) as server:
         rows = [{"url": server.url(f"/{row['file']}"), **row} for row in ROWS]
         (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = ["source.kind=urls", f"source.path={tmp_path / 'l.jsonl'}", COLUMN]
@@ -66,7 +66,7 @@ def test_a_url_list_tells_it(tmp_path: Path) -> None:
 
 
 def test_a_parquet_column_tells_it(tmp_path: Path) -> None:
-    rows = [{"image": PICTURES[row["file"]], **row} for row in ROWS]
+    rows = [{"image": IMAGES[row["file"]], **row} for row in ROWS]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     source = ["source.kind=parquet", f"source.path={tmp_path / 'p.parquet'}", *SIZE]
     precompute(tmp_path / "run", *source, COLUMN)
@@ -79,7 +79,7 @@ def test_a_tars_json_tells_it(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
         for row in ROWS:
             stem = row["file"].removesuffix(".png")
-            for name, data in ((f"{stem}.json", json.dumps(row).encode()), (f"{stem}.png", PICTURES[row["file"]])):
+            for name, data in ((f"{stem}.json", json.dumps(row).encode()), (f"{stem}.png", IMAGES[row["file"]])):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -125,9 +125,9 @@ def test_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_the_rectangle_around_it_comes_along_in_whole_pixels(tmp_path: Path) -> None:
     boxes = ["1.5, 2, 10,20.1", "[3,4,5,6]", None]
-    rows = [{"image": PICTURES[row["file"]], "box": box, **row} for row, box in zip(ROWS, boxes, strict=True)]
-    rows.append({"image": PICTURES["a.png"], "caption": "bad", "box": "1,2,3"})
-    rows.append({"image": PICTURES["a.png"], "caption": "turned round", "box": "5,2,3,9"})
+    rows = [{"image": IMAGES[row["file"]], "box": box, **row} for row, box in zip(ROWS, boxes, strict=True)]
+    rows.append({"image": IMAGES["a.png"], "caption": "bad", "box": "1,2,3"})
+    rows.append({"image": IMAGES["a.png"], "caption": "turned round", "box": "5,2,3,9"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     listed = [{**row, "box": [3.0, 4.5, 5, 6]} for row in rows[:1]]
     pq.write_table(pa.Table.from_pylist(listed), tmp_path / "q.parquet")
@@ -160,9 +160,9 @@ def test_random_views_in_training_show_the_writing_whole(tmp_path: Path) -> None
     data.mkdir()
     rows = []
     for name, (width, height), (left, top) in (("a", (300, 200), (90, 20)), ("b", (160, 240), (30, 150))):
-        picture = Image.new("RGB", (width, height), "white")
-        picture.paste((255, 0, 0), (left + 20, top + 20, left + 80, top + 40))
-        picture.save(data / f"{name}.png")
+        image = Image.new("RGB", (width, height), "white")
+        image.paste((255, 0, 0), (left + 20, top + 20, left + 80, top + 40))
+        image.save(data / f"{name}.png")
         rows.append({"file": f"{name}.png", "caption": name, "text": "IIII", "box": [left, top, left + 100, top + 60]})
     (data / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edges = {}

@@ -1,4 +1,4 @@
-"""What a denoiser is told besides the noisy picture."""
+"""What a denoiser is told besides the noisy image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -37,19 +37,19 @@ class Conditioning:
     Attributes:
         text: float (b, l, text_dim), zero padded token embeddings.
         text_mask: bool (b, l), true on real tokens.
-        text_embed: float (b, d), the caption as one vector, of a text encoder that shares its space with pictures.
+        text_embed: float (b, d), the caption as one vector, of a text encoder that shares its space with images.
         text_keep: bool (b,), for text and text_embed.
-        characters: int64 (b, l), the text to be written in the picture, as `character_ids` gives it.
+        characters: int64 (b, l), the text to be written in the image, as `character_ids` gives it.
         characters_keep: bool (b,).
-        low_res: float (b, c, h, w), the low-resolution picture upsampled to the size of x, noised and
+        low_res: float (b, c, h, w), the low-resolution image upsampled to the size of x, noised and
             scaled by `diffusion.low_res`.
         low_res_noise: float (b,), c_noise of the noise level put on low_res.
         labels: int64 (b,), class labels.
         labels_keep: bool (b,).
-        image_embed: float (b, d), a picture encoder's embedding of the picture to draw.
+        image_embed: float (b, d), an image encoder's embedding of the image to draw.
         image_embed_keep: bool (b,).
-        images: float (b, k, h, w), pictures to look at, of the size of x.
-        estimate: float (b, c, h, w), an earlier estimate of the clean picture (self-conditioning).
+        images: float (b, k, h, w), images to look at, of the size of x.
+        estimate: float (b, c, h, w), an earlier estimate of the clean image (self-conditioning).
     """
 
     text: Tensor | None = None
@@ -88,7 +88,7 @@ class Conditioning:
         return replace(self, **{_KEEP[condition]: keep})
 
     def without(self, condition: Condition) -> "Conditioning":
-        """The same with one condition taken away in all rows; a low-resolution picture becomes grey."""
+        """The same with one condition taken away in all rows; a low-resolution image becomes grey."""
         if not self.has(condition):
             return self
         if condition == "low_res":

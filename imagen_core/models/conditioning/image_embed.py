@@ -1,4 +1,4 @@
-"""How a picture's embedding and a class label reach a UNet."""
+"""How an image's embedding and a class label reach a UNet."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from imagen_core.models.conditioning.base import Conditioning, kept
 
 
 class ImageEmbedConditioning(nn.Module):
-    """A picture embedding as tokens for attention and as a vector added to the time vector.
+    """An image embedding as tokens for attention and as a vector added to the time vector.
 
     Ramesh et al. 2022 (arXiv 2204.06125), section 2.1: four extra tokens of context, and a projection added to the
     timestep embedding. Learned ones stand for an embedding that is not kept.
@@ -31,7 +31,7 @@ class ImageEmbedConditioning(nn.Module):
         """
         embed = conditioning.image_embed
         if embed is None:
-            raise ValueError("conditioning.image_embed: this model reads picture embeddings; give image_embed")
+            raise ValueError("conditioning.image_embed: this model reads image embeddings; give image_embed")
         if embed.shape[-1] != self.image_embed_dim:
             raise ValueError(
                 f"conditioning.image_embed: this model reads {self.image_embed_dim}-wide embeddings "

@@ -1,4 +1,4 @@
-"""Reads the text to be written in a picture, character by character.
+"""Reads the text to be written in an image, character by character.
 
 A small transformer that is trained with the UNet, as nostalgebraist/improved-diffusion has it; pixels attend to what
 it makes of each character (`transcription_attention`). Nothing of it is added to the time vector; the time vector is

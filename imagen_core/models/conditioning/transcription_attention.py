@@ -5,19 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
-from imagen_core.models.layers.attention import Attention, to_picture, to_tokens
+from imagen_core.models.layers.attention import Attention, to_image, to_tokens
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import feed_forward
 
 
 class TranscriptionAttention(nn.Module):
-    """Pixels attend to characters, with a residual; a picture without a transcription is left as it is.
+    """Pixels attend to characters, with a residual; an image without a transcription is left as it is.
 
     Weave: characters attend to the pixels before. What they learn there, the next block does not see.
     """
 
     def __init__(self, config: TranscriptionConfig, width: int, side_px: int, time_dim: int):
-        """`width`: channels of the picture, which has sides of `side_px` (others stretch the places)."""
+        """`width`: channels of the image, which has sides of `side_px` (others stretch the places)."""
         super().__init__()
         self.weave = CharactersAttention(config, width, side_px, time_dim) if config.weave else None
         self.norm = PlacedNorm(width, side_px, time_dim)
@@ -34,7 +34,7 @@ class TranscriptionAttention(nn.Module):
             characters = self.weave(characters, x, context.time)
         pixels = to_tokens(self.norm(x, context.time))
         attended = self.attention(pixels, self.norm_characters(characters), mask)
-        return x + to_picture(self.gain(attended), x)
+        return x + to_image(self.gain(attended), x)
 
 
 class CharactersAttention(nn.Module):
@@ -50,7 +50,7 @@ class CharactersAttention(nn.Module):
         self.feed_forward_gain = Gain(config, config.dim)
 
     def forward(self, characters: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """characters (b, l, dim), picture (b, c, h, w), time (b, time_dim) -> characters."""
+        """characters (b, l, dim), image (b, c, h, w), time (b, time_dim) -> characters."""
         attended = self.attention(self.norm(characters), to_tokens(self.norm_pixels(x, time)))
         characters = characters + self.gain(attended)
         return characters + self.feed_forward_gain(self.feed_forward(characters))

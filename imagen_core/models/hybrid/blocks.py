@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.hybrid.config import HybridUNetSettings
-from imagen_core.models.layers.attention import Attention, to_picture, to_tokens
+from imagen_core.models.layers.attention import Attention, to_image, to_tokens
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.models.unet.block import Block
@@ -80,7 +80,7 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(b, c, h, w) -> the same."""
         attended = self.attention(self.norm(to_tokens(x)), context.tokens, context.mask)
-        return x + to_picture(self.norm_out(attended), x)
+        return x + to_image(self.norm_out(attended), x)
 
 
 class TransformerBlock(nn.Module):
@@ -117,7 +117,7 @@ class TransformerBlock(nn.Module):
         tokens = to_tokens(x)
         for layer in self.layers:
             tokens = layer(tokens, context.tokens, context.mask)
-        return to_picture(tokens, x)
+        return to_image(tokens, x)
 
 
 class FeatureCombiner(nn.Module):

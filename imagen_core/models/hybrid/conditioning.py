@@ -1,7 +1,7 @@
 """How the Hybrid UNets read captions, noise levels and low-resolution noise levels.
 
 Everything that conditions becomes tokens that the blocks attend to: two tokens of the noise level, two more of the
-low-resolution picture's noise level, and the caption, either as it is or as 36 tokens of a perceiver resampler
+low-resolution image's noise level, and the caption, either as it is or as 36 tokens of a perceiver resampler
 (Jaegle et al. 2021, arXiv 2103.03206; Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1). A caption left out is a
 learned embedding.
 """
@@ -42,7 +42,7 @@ class LevelTokens(nn.Module):
 
 
 class HybridInputs(nn.Module):
-    """Noise level, caption, picture embedding, class and low-resolution noise level -> `Context`.
+    """Noise level, caption, image embedding, class and low-resolution noise level -> `Context`.
 
     All tokens are real (no mask).
     """

@@ -85,7 +85,7 @@ class HybridUNetSettings(UNetBaseConfig):
     sinusoids: Literal["open", "closed"] = "open"
     """Whether the frequencies of fixed sinusoids, from 1, come short of 1/10000 or reach it (MinImagen)."""
     low_res_at_end: bool = True
-    """Concatenate the low-resolution picture to the input of the last convolution too."""
+    """Concatenate the low-resolution image to the input of the last convolution too."""
     scale_skips: bool = True
     """Multiply skip connections by 1/sqrt(2)."""
     init_residual: bool = False
@@ -129,5 +129,5 @@ class HybridUNetSettings(UNetBaseConfig):
 
     @property
     def sides_divisor(self) -> int:
-        """What the sides of a picture must be a multiple of."""
+        """What the sides of an image must be a multiple of."""
         return 2 ** (len(self.dim_mults) if self.memory_efficient else len(self.dim_mults) - 1)

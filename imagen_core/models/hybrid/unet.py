@@ -22,11 +22,11 @@ from imagen_core.models.hybrid.config import HybridUNetSettings, LevelAttention
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.resblock import RepeatConv, ResBlock
 from imagen_core.models.unet.block import Block, typed
-from imagen_core.models.unet.inputs import check_sides, join_pictures, run_block
+from imagen_core.models.unet.inputs import check_sides, join_images, run_block
 
 
 class HybridUNet(nn.Module):
-    """Predicts from a noisy picture, its noise level and the conditioning; what, the objective decides."""
+    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
 
     def __init__(self, config: HybridUNetSettings):
         super().__init__()
@@ -78,7 +78,7 @@ class HybridUNet(nn.Module):
         """
         check_sides(x, self.config.sides_divisor)
         context, middle_context = self.inputs(c_noise, conditioning)
-        first = h = self.conv_in(join_pictures(x, conditioning, self.config))
+        first = h = self.conv_in(join_images(x, conditioning, self.config))
         if self.first is not None:
             h = self._run(self.first, h, context)
         skips: list[Tensor] = []

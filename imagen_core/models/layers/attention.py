@@ -167,7 +167,7 @@ class TokenGroupNorm(nn.GroupNorm):
 
 
 class PixelAttention(nn.Module):
-    """Attention over the pixels of a picture, normalised, zero at the start, with a residual."""
+    """Attention over the pixels of an image, normalised, zero at the start, with a residual."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class PixelAttention(nn.Module):
         if self.norm_context is not None and context is not None:
             context = self.norm_context(context)
         attended = self.attention(to_tokens(self.norm(x)), context, mask, keys)
-        return x + to_picture(attended, x)
+        return x + to_image(attended, x)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        return x + to_picture(self.contract(self.gated(self.expand(to_tokens(self.norm(x))))), x)
+        return x + to_image(self.contract(self.gated(self.expand(to_tokens(self.norm(x))))), x)
 
 
 class StackedAttention(nn.Module):
@@ -251,7 +251,7 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
+def to_image(tokens: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w) with the height and width of `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 

@@ -45,7 +45,7 @@ def _super_resolution(size_px: int, text_dim: int | None, *, attends: bool, **mo
 def _decoder(
     dim: int, dim_mults: tuple[int, ...], cond_dim: int, image_embed_dim: int, text_dim: int | None, **more: object
 ) -> HybridUNetConfig:
-    """DALL-E 2's decoder; attention to captions in the middle only, to picture embeddings below the first level."""
+    """DALL-E 2's decoder; attention to captions in the middle only, to image embeddings below the first level."""
     levels = len(dim_mults)
     return HybridUNetConfig.model_validate(
         {

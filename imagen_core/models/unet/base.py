@@ -15,29 +15,29 @@ class UNetBaseConfig(Config):
     """What a UNet reads and gives back."""
 
     image_size_px: int = Field(ge=1)
-    """Side of the pictures the model is meant for; it runs on any side its levels divide."""
+    """Side of the images the model is meant for; it runs on any side its levels divide."""
     text_dim: int | None = Field(default=1024, ge=1)
     """Width of the text embeddings; null: not conditioned on text."""
     image_embed_dim: int | None = Field(default=None, ge=1)
-    """Width of a picture encoder's embeddings (DALL-E 2's decoder); null: not conditioned on them."""
+    """Width of an image encoder's embeddings (DALL-E 2's decoder); null: not conditioned on them."""
     num_image_tokens: int = Field(default=4, ge=1)
-    """Tokens that the picture embedding becomes, for attention; it is also added to the time vector."""
+    """Tokens that the image embedding becomes, for attention; it is also added to the time vector."""
     num_classes: int | None = Field(default=None, ge=1)
     """Class labels, embedded and added to the time vector; a label of -1 is unknown and adds nothing."""
     transcription: TranscriptionConfig | None = None
-    """How the text to be written in the picture is read (Regular and Efficient UNets); null: it is not."""
+    """How the text to be written in the image is read (Regular and Efficient UNets); null: it is not."""
     in_channels: int = Field(default=3, ge=1)
-    """Channels of the noisy picture (without the low-resolution one)."""
+    """Channels of the noisy image (without the low-resolution one)."""
     out_channels: int = Field(default=3, ge=1)
     """Channels of the result; twice in_channels for models with learned variance."""
     low_res: bool = False
-    """Super-resolution: the upsampled low-resolution picture is concatenated to the input."""
+    """Super-resolution: the upsampled low-resolution image is concatenated to the input."""
     low_res_noise: bool = False
-    """The network is told the noise level put on the low-resolution picture."""
+    """The network is told the noise level put on the low-resolution image."""
     self_conditioning: bool = False
-    """An earlier estimate of the clean picture is concatenated to the input (Chen et al. 2022, arXiv 2208.04202)."""
+    """An earlier estimate of the clean image is concatenated to the input (Chen et al. 2022, arXiv 2208.04202)."""
     condition_channels: int = Field(default=0, ge=0)
-    """Channels of other pictures to look at, concatenated to the input (imagen-pytorch: cond_images_channels)."""
+    """Channels of other images to look at, concatenated to the input (imagen-pytorch: cond_images_channels)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in ResBlocks."""
     activation_checkpointing: bool = False
@@ -70,7 +70,7 @@ class AttentionUNetConfig(UNetBaseConfig):
     """Channels of each level, in units of embed_dim."""
     attention_type: AttentionType = "fused"
     """fused: pixels attend to pixels and conditions at once; cross: to conditions only; stacked: a transformer block;
-    self: to pixels only. Conditions are captions and picture embeddings."""
+    self: to pixels only. Conditions are captions and image embeddings."""
     head_dim: int = Field(default=64, ge=1)
     """Channels of one attention head (NeMo: per_head_channels)."""
     num_heads: int | None = Field(default=None, ge=1)
@@ -100,7 +100,7 @@ class AttentionUNetConfig(UNetBaseConfig):
 
     @property
     def sides_divisor(self) -> int:
-        """What the sides of a picture must be a multiple of."""
+        """What the sides of an image must be a multiple of."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -110,7 +110,7 @@ class AttentionUNetConfig(UNetBaseConfig):
 
     @property
     def sides_px(self) -> list[int]:
-        """Side of each level's pictures."""
+        """Side of each level's images."""
         return [self.image_size_px // 2**level for level in range(len(self.channel_mult))]
 
     def check_conditions(self, *, attends: bool = True) -> None:

@@ -23,7 +23,7 @@ from imagen_core.models.unet.block import (
     make_transcription_attention,
     typed,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_pictures, run_block
+from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
 
 
 class EfficientUNetConfig(AttentionUNetConfig):
@@ -31,7 +31,7 @@ class EfficientUNetConfig(AttentionUNetConfig):
 
     family: Literal["efficient"] = "efficient"
     low_res: bool = True
-    """Super-resolution: the upsampled low-resolution picture is concatenated to the input."""
+    """Super-resolution: the upsampled low-resolution image is concatenated to the input."""
     num_res_blocks: tuple[int, ...] = Field(min_length=1)
     """ResBlocks of each level, on the way down and on the way up."""
     attention_levels: tuple[bool, ...] = Field(min_length=1)
@@ -57,7 +57,7 @@ class EfficientUNetConfig(AttentionUNetConfig):
 
     @property
     def sides_px(self) -> list[int]:
-        """Side of each level's pictures; all but the last level halve before their blocks."""
+        """Side of each level's images; all but the last level halve before their blocks."""
         last = len(self.channel_mult) - 1
         return [self.image_size_px // 2 ** min(level + 1, last) for level in range(last + 1)]
 
@@ -72,7 +72,7 @@ class EfficientUNetConfig(AttentionUNetConfig):
 
 
 class EfficientUNet(nn.Module):
-    """Predicts from a noisy picture, its noise level and the conditioning; what, the objective decides."""
+    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
 
     def __init__(self, config: EfficientUNetConfig):
         super().__init__()
@@ -102,7 +102,7 @@ class EfficientUNet(nn.Module):
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
         context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_pictures(x, conditioning, self.config))
+        h = self.conv_in(join_images(x, conditioning, self.config))
         skips: list[Tensor] = []
         for level in typed(self.down, Level):
             if level.resample is not None:

@@ -15,7 +15,7 @@ from imagen_core.models.unet.base import AttentionUNetConfig, UNetBaseConfig
 
 
 class Inputs(nn.Module):
-    """Noise level, caption, transcription, picture embedding, class and low-resolution noise level -> `Context`."""
+    """Noise level, caption, transcription, image embedding, class and low-resolution noise level -> `Context`."""
 
     def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
         """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
@@ -77,35 +77,35 @@ class Inputs(nn.Module):
 
 
 def low_res_noise(conditioning: Conditioning) -> Tensor:
-    """c_noise (b,) of the low-resolution picture; ValueError if it is missing."""
+    """c_noise (b,) of the low-resolution image; ValueError if it is missing."""
     if conditioning.low_res_noise is None:
-        raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res picture")
+        raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res image")
     return conditioning.low_res_noise
 
 
-def join_pictures(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
-    """Concatenates to the noisy picture what else the first convolution reads: (b, input_channels, h, w).
+def join_images(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
+    """Concatenates to the noisy image what else the first convolution reads: (b, input_channels, h, w).
 
     Raises:
-        ValueError: a picture is missing or of another size.
+        ValueError: an image is missing or of another size.
     """
     joined = [x]
     if config.low_res:
-        joined.append(_picture("low_res", conditioning.low_res, x, config.in_channels))
+        joined.append(_image("low_res", conditioning.low_res, x, config.in_channels))
     if config.self_conditioning:
         estimate = torch.zeros_like(x) if conditioning.estimate is None else conditioning.estimate
-        joined.append(_picture("estimate", estimate, x, config.in_channels))
+        joined.append(_image("estimate", estimate, x, config.in_channels))
     if config.condition_channels:
-        joined.append(_picture("images", conditioning.images, x, config.condition_channels))
+        joined.append(_image("images", conditioning.images, x, config.condition_channels))
     return torch.cat(joined, dim=1) if len(joined) > 1 else x
 
 
-def _picture(name: str, picture: Tensor | None, x: Tensor, channels: int) -> Tensor:
+def _image(name: str, image: Tensor | None, x: Tensor, channels: int) -> Tensor:
     wanted = (len(x), channels, *x.shape[2:])
-    if picture is None or picture.shape != wanted:
-        found = None if picture is None else tuple(picture.shape)
-        raise ValueError(f"conditioning.{name}: this model reads a picture of {wanted} (got {found})")
-    return picture.to(x.dtype)
+    if image is None or image.shape != wanted:
+        found = None if image is None else tuple(image.shape)
+        raise ValueError(f"conditioning.{name}: this model reads an image of {wanted} (got {found})")
+    return image.to(x.dtype)
 
 
 def check_sides(x: Tensor, divisor: int) -> None:

@@ -24,7 +24,7 @@ from imagen_core.models.unet.block import (
     make_transcription_attention,
     typed,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_pictures, run_block
+from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
 
 
 class RegularUNetConfig(AttentionUNetConfig):
@@ -71,7 +71,7 @@ class RegularUNetConfig(AttentionUNetConfig):
 
 
 class RegularUNet(nn.Module):
-    """Predicts from a noisy picture, its noise level and the conditioning; what, the objective decides."""
+    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
 
     def __init__(self, config: RegularUNetConfig):
         super().__init__()
@@ -116,7 +116,7 @@ class RegularUNet(nn.Module):
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
         context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_pictures(x, conditioning, self.config))
+        h = self.conv_in(join_images(x, conditioning, self.config))
         skips = [h]
         for level in typed(self.down, Level):
             for block in level.blocks:

@@ -23,8 +23,8 @@ def caption_digest(fingerprint: str, caption: str, stored: Stored) -> int:
     return _digest(fingerprint.encode(), caption.encode(), stored.values, *scales)
 
 
-def picture_digest(key: str, sha256: str, stored: np.ndarray) -> int:
-    """Of one row of an image file: the sample's key, its original's sha256, and the picture as stored."""
+def image_digest(key: str, sha256: str, stored: np.ndarray) -> int:
+    """Of one row of an image file: the sample's key, its original's sha256, and the image as stored."""
     return _digest(key.encode(), sha256.encode(), stored)
 
 

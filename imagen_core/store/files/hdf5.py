@@ -90,7 +90,7 @@ def _ragged(
 
 
 class Hdf5ImageWriter:
-    """Takes stored pictures, spools them beside the file, and writes them as one dataset at the end.
+    """Takes stored images, spools them beside the file, and writes them as one dataset at the end.
 
     Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,);
     beside them "digests" (n,).
@@ -116,8 +116,8 @@ class Hdf5ImageWriter:
                 shape = (len(self._lengths), self._size_px, self._size_px, 3)
                 self._unspool(_dataset(file, "pixels", shape, np.dtype("u1")))
             else:
-                pictures, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
-                self._unspool(pictures)
+                images, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
+                self._unspool(images)
                 write_offsets()
             digests[...] = np.array(self._digests, DIGEST_DTYPE)
         self.abort()
@@ -209,7 +209,7 @@ class _Ragged:
 
 
 class Hdf5Images:
-    """Random access to a shard's stored pictures; `num_rows` of them."""
+    """Random access to a shard's stored images; `num_rows` of them."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
         self._name = name
@@ -232,7 +232,7 @@ class Hdf5Images:
             self._file = file  # open as long as a dataset of it is read
 
     def stored(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
         try:
             if self._offsets is None:
                 return self._values[row]

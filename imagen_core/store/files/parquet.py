@@ -21,7 +21,7 @@ from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
-from imagen_core.store.layout import ROW_GROUP_BYTES, PictureFacts, SampleRow, StoreDtype
+from imagen_core.store.layout import ROW_GROUP_BYTES, ImageFacts, SampleRow, StoreDtype
 
 _ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
@@ -158,9 +158,9 @@ class SamplesFile:
         """One field of `SampleRow`, of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
-    def picture(self, row: int) -> PictureFacts:
-        """What a crop must know of the original picture."""
-        return PictureFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
+    def image(self, row: int) -> ImageFacts:
+        """What a crop must know of the original image."""
+        return ImageFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
 
     def fields(self, row: int) -> tuple[Any, ...]:
         """The fields of `SampleRow` in its order."""
@@ -227,7 +227,7 @@ class _RowGroups:
 
 
 class ParquetImageWriter:
-    """Takes stored pictures: raw ones become column "pixels", encoded ones "num_bytes" and "picture"."""
+    """Takes stored images: raw ones become column "pixels", encoded ones "num_bytes" and "picture"."""
 
     def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
         self._is_raw = codec == "raw"
@@ -275,7 +275,7 @@ def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
 
 
 class ParquetImages:
-    """Random access to a shard's stored pictures; `num_rows` of them."""
+    """Random access to a shard's stored images; `num_rows` of them."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
         with _reading(name):
@@ -295,7 +295,7 @@ class ParquetImages:
         self._name = name
 
     def stored(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one; possibly a read-only view of the file."""
+        """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
         try:
             return self._values[row].reshape(self._shape)
         except _ERRORS as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from imagen_core.store.codec import Codec, check_codec, decode, encode
 from imagen_core.store.errors import unreadable
-from imagen_core.store.files.digest import caption_digest, fingerprint_digest, picture_digest
+from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, hdf5_digests, write_text_hdf5
 from imagen_core.store.files.parquet import (
     ParquetImages,
@@ -27,8 +27,8 @@ from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, c
 from imagen_core.store.records import EmbeddingGroup, ImagesGroup
 
 
-class StoredPictures(Protocol):
-    """What both formats know of an image file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
+class StoredImages(Protocol):
+    """What both formats know of an image file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
 
     num_rows: int
 
@@ -38,21 +38,21 @@ class StoredPictures(Protocol):
 class ImageFile:
     """An open image file of a shard."""
 
-    def __init__(self, pictures: StoredPictures, name: str, group: ImagesGroup) -> None:
-        self._pictures, self._name = pictures, name
+    def __init__(self, images: StoredImages, name: str, group: ImagesGroup) -> None:
+        self._images, self._name = images, name
         self._codec: Codec = group.codec
         self._size_px = group.size_px
-        self.num_rows = pictures.num_rows
+        self.num_rows = images.num_rows
 
     def stored(self, row: int) -> np.ndarray:
-        """As it is in the file: uint8 (S, S, 3) of a raw picture, (bytes,) of an encoded one."""
-        return self._pictures.stored(row)
+        """As it is in the file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
+        return self._images.stored(row)
 
     def pixels(self, row: int) -> np.ndarray:
         """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
 
         Raises:
-            StoreError: the file cannot be read, or the picture cannot be decoded.
+            StoreError: the file cannot be read, or the image cannot be decoded.
         """
         stored = self.stored(row)
         if self._codec == "raw":
@@ -79,7 +79,7 @@ class TextFile(Protocol):
 
 
 class ImageWriter:
-    """Appends pictures to one file; made by `open_image_writer`."""
+    """Appends images to one file; made by `open_image_writer`."""
 
     def __init__(self, path: Path, size_px: int, store_format: StoreFormat, codec: Codec) -> None:
         writer = ParquetImageWriter if store_format == "parquet" else Hdf5ImageWriter
@@ -89,7 +89,7 @@ class ImageWriter:
         self.num_rows = 0
 
     def append(self, pixels: np.ndarray, key: str, sha256: str) -> None:
-        """Add uint8 RGB (size_px, size_px, 3) as the next row: the picture of the sample with this key and sha256.
+        """Add uint8 RGB (size_px, size_px, 3) as the next row: the image of the sample with this key and sha256.
 
         Raises:
             ValueError: another shape or dtype.
@@ -99,8 +99,8 @@ class ImageWriter:
         self.append_stored(np.frombuffer(encode(pixels, self._codec), np.uint8), key, sha256)
 
     def append_stored(self, stored: np.ndarray, key: str, sha256: str) -> None:
-        """Add a picture as a file of the same size and codec has it."""
-        self._writer.append(stored.tobytes(), picture_digest(key, sha256, stored))
+        """Add an image as a file of the same size and codec has it."""
+        self._writer.append(stored.tobytes(), image_digest(key, sha256, stored))
         self.num_rows += 1
 
 
@@ -108,9 +108,9 @@ class ImageWriter:
 def open_image_writer(
     path: str | os.PathLike[str], size_px: int, store_format: StoreFormat, codec: Codec = "raw"
 ) -> Iterator[ImageWriter]:
-    """Open a file for a shard's pictures; the number of rows need not be known.
+    """Open a file for a shard's images; the number of rows need not be known.
 
-    Memory stays at one row group (512 KiB, or one picture). If the body raises, nothing is left behind.
+    Memory stays at one row group (512 KiB, or one image). If the body raises, nothing is left behind.
     """
     check_format(store_format)
     check_codec(codec)
@@ -143,7 +143,7 @@ def write_text_shard(
 
     Args:
         embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
-        captions: what was encoded, one a row; for embeddings of pictures, the samples' keys.
+        captions: what was encoded, one a row; for embeddings of images, the samples' keys.
         fingerprint: of the encoder, as in the manifest.
         dtype: what to cast to, see ragged.py.
     Raises:
@@ -205,13 +205,13 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     """Open an image file: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or pictures of another size or codec.
+        StoreError: not such a file, or images of another size or codec.
     """
     if group.format == "parquet":
-        pictures: StoredPictures = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
+        images: StoredImages = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
     else:
-        pictures = Hdf5Images(source, name, group.size_px, group.codec)
-    return ImageFile(pictures, name, group)
+        images = Hdf5Images(source, name, group.size_px, group.codec)
+    return ImageFile(images, name, group)
 
 
 def open_text(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> TextFile:

@@ -1,4 +1,4 @@
-"""A square cut out of each picture where it is read, so that the rest is never loaded."""
+"""A square cut out of each image where it is read, so that the rest is never loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from typing import Protocol
 
 import numpy as np
 
-from imagen_core.store.layout import PictureFacts
+from imagen_core.store.layout import ImageFacts
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """A square of a stored picture in its pixels, and whether it is shown mirrored."""
+class CropBox:
+    """A square of a stored image in its pixels, and whether it is shown mirrored."""
 
     top: int
     left: int
     side: int
-    mirrored: bool = False
+    flipped: bool = False
 
     def show(self, pixels: np.ndarray, side_px: int) -> np.ndarray:
         """uint8 (S, S, 3) -> (side_px, side_px, 3): resized (bicubic, antialiased) if the square has another side.
@@ -24,42 +24,42 @@ class Cut:
         By torch's uint8 kernel: three times as fast as Pillow, and within 2 levels of it.
         """
         square = pixels[self.top : self.top + self.side, self.left : self.left + self.side]
-        if self.side == side_px and not self.mirrored:
+        if self.side == side_px and not self.flipped:
             return square
         import torch
         from torch.nn.functional import interpolate
 
-        picture = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]  # (1, 3, s, s), channels last in memory
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]  # (1, 3, s, s), channels last in memory
         if self.side != side_px:
-            picture = interpolate(picture, size=(side_px, side_px), mode="bicubic", antialias=True)
-        if self.mirrored:
-            picture = picture.flip(-1)
-        return picture[0].permute(1, 2, 0).numpy()
+            image = interpolate(image, size=(side_px, side_px), mode="bicubic", antialias=True)
+        if self.flipped:
+            image = image.flip(-1)
+        return image[0].permute(1, 2, 0).numpy()
 
 
 Layout = Mapping[int, tuple[int, int]]
 """By the size that a batch was asked for: the stored size it is made from, and its side in the batch."""
 
 
-class Framing(Protocol):
-    """What of each picture a batch shows. Sample `position` of `epoch` has number
+class View(Protocol):
+    """What of each image a batch shows. Sample `position` of `epoch` has number
     `epoch * samples of an epoch + position`, whatever the batch size, the rank and the world size."""
 
     def layout(self, sizes: Sequence[int]) -> Layout:
-        """Where pictures of these sizes come from; ValueError if they cannot."""
+        """Where images of these sizes come from; ValueError if they cannot."""
         ...
 
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         """The random numbers of the samples with these numbers, (n, d) in [0, 1)."""
         ...
 
-    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
         """The square of each size for a sample with these random numbers (d,)."""
         ...
 
 
-class Whole:
-    """The picture as it is stored."""
+class FullImage:
+    """The image as it is stored."""
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         return {size: (size, size) for size in sizes}
@@ -67,13 +67,13 @@ class Whole:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return np.empty((len(numbers), 0))
 
-    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
-        return {size: Cut(0, 0, stored) for size, (stored, _) in layout.items()}
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+        return {size: CropBox(0, 0, stored) for size, (stored, _) in layout.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """The same square of every size of a picture, on the grid of the smallest size.
+    """The same square of every size of an image, on the grid of the smallest size.
 
     Attributes:
         side_px: its side in pixels of the largest size.
@@ -91,7 +91,7 @@ class Crop:
         """
         smallest, largest = min(sizes), max(sizes)
         if not 1 <= self.side_px <= largest or any(size % smallest for size in sizes):
-            raise ValueError(f"crop of {self.side_px} px does not fit pictures of {sorted(sizes)} px")
+            raise ValueError(f"crop of {self.side_px} px does not fit images of {sorted(sizes)} px")
         if self.side_px % (largest // smallest):
             raise ValueError(
                 f"crop of {self.side_px} px must be a multiple of {largest}/{smallest} = {largest // smallest}"
@@ -101,9 +101,10 @@ class Crop:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return self.places(numbers)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], picture: PictureFacts) -> dict[int, Cut]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
         smallest = min(layout)
         top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in drawn[:2])
         return {
-            size: Cut(top * (size // smallest), left * (size // smallest), side) for size, (_, side) in layout.items()
+            size: CropBox(top * (size // smallest), left * (size // smallest), side)
+            for size, (_, side) in layout.items()
         }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from imagen_core.store.files.ragged import Stored, restore
-from imagen_core.store.read.crop import Framing, Whole
+from imagen_core.store.read.crop import FullImage, View
 from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.read.reader import StoreReader
 from imagen_core.store.records import EmbeddingGroup
@@ -46,11 +46,11 @@ class Loader:
             only if text was asked for.
         text_mask: bool (B, L), true on real tokens; comes with text.
         text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if they were asked for.
-        image_embed: (B, dim), embeddings of the pictures in the store's dtype; only if they were asked for.
+        image_embed: (B, dim), embeddings of the images in the store's dtype; only if they were asked for.
         captions: list[str], the caption taken of each sample; only if they were asked for.
-        transcriptions: list[str], the text written in each picture, "" where there is none or it is not known;
+        transcriptions: list[str], the text written in each image, "" where there is none or it is not known;
             only if they were asked for.
-        labels: int64 (B,), the class of each picture from 0, -1 where it is not known; only if they were asked for.
+        labels: int64 (B,), the class of each image from 0, -1 where it is not known; only if they were asked for.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Loader:
         shuffle: bool,
         drop_last: bool,
         samples: range,
-        crop: Framing | None,
+        crop: View | None,
         shuffle_window_shards: int | None,
         pin_memory: bool,
     ) -> None:
@@ -94,8 +94,8 @@ class Loader:
             raise ValueError("pin_memory is for copies to a CUDA device, and there is none; leave it off")
         self._store = store
         self._window_shards, self._pin_memory = shuffle_window_shards or 0, pin_memory
-        self._framing = crop or Whole()
-        self._layout = self._framing.layout(images) if images else {}
+        self._view = crop or FullImage()
+        self._layout = self._view.layout(images) if images else {}
         for stored, _ in self._layout.values():
             store.image_group(stored)
         self._text_group = None if text is None else store.text_group(text)
@@ -206,7 +206,7 @@ class Loader:
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         first = epoch * len(self._samples) + positions.start
-        drawn = self._framing.draw([first + k for k in kept]).tolist() if images else []
+        drawn = self._view.draw([first + k for k in kept]).tolist() if images else []
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
         text_embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
@@ -222,7 +222,7 @@ class Loader:
             if self._with_labels:
                 label = files.samples.label(row)
                 labels[k] = -1 if label is None else label
-            cuts = self._framing.cut(self._layout, drawn[k], files.samples.picture(row)) if images else {}
+            cuts = self._view.cut(self._layout, drawn[k], files.samples.image(row)) if images else {}
             for size, cut in cuts.items():
                 stored, side = self._layout[size]
                 pixels[size][k] = cut.show(files.images[stored].pixels(row), side)

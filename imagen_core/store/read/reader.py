@@ -27,7 +27,7 @@ class OpenShard:
     Attributes:
         images: the image file by size in pixels.
         text: the text file by encoder.
-        image_embeds: the file of picture embeddings by encoder.
+        image_embeds: the file of image embeddings by encoder.
     """
 
     def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
@@ -96,7 +96,7 @@ class StoreReader:
 
     @property
     def image_sizes(self) -> list[int]:
-        """Sizes of the pictures in pixels, rising."""
+        """Sizes of the images in pixels, rising."""
         return list(self._sizes)
 
     @property
@@ -106,7 +106,7 @@ class StoreReader:
 
     @property
     def image_encoders(self) -> list[str]:
-        """Names of the picture encoders, sorted."""
+        """Names of the image encoders, sorted."""
         return list(self._embed_dtypes)
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class StoreReader:
         return self._manifest.texts[encoder]
 
     def image_embed_group(self, encoder: str) -> ImageEmbedGroup:
-        """The group of one picture encoder; ValueError if there is none."""
+        """The group of one image encoder; ValueError if there is none."""
         if encoder not in self._manifest.image_embeds:
             raise ValueError(f"image encoder {encoder!r} is not in the store; it has {self.image_encoders}")
         return self._manifest.image_embeds[encoder]

@@ -1,7 +1,7 @@
 """Write one shard's files again without the content of removed samples.
 
 Rows stay where they are, so that row i is still the same sample in every group, caption ids stay as they are and every
-input row is still accounted for. An erased row has a blank key, no URL, a black picture and empty captions. A caption
+input row is still accounted for. An erased row has a blank key, no URL, a black image and empty captions. A caption
 that a remaining sample of the shard has too stays, with its embedding; others become "" with no tokens.
 """
 
@@ -67,14 +67,14 @@ class ErasedShard:
         return len(self.samples)
 
     def _write_images(self, group: ImagesGroup, old: str, new: Path) -> None:
-        pictures = open_images(old, old, group)
+        images = open_images(old, old, group)
         black = np.zeros((group.size_px, group.size_px, 3), np.uint8)
         with open_image_writer(new, group.size_px, group.format, group.codec) as writer:
             for row, sample in enumerate(self.samples):
                 if row in self.removed:
                     writer.append(black, sample.key, sample.sha256)
                 else:
-                    writer.append_stored(pictures.stored(row), sample.key, sample.sha256)
+                    writer.append_stored(images.stored(row), sample.key, sample.sha256)
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
         file = open_text(old, old, group)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from imagen_core.store.errors import StoreError
-from imagen_core.store.files.digest import caption_digest, fingerprint_digest, picture_digest
+from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
@@ -71,9 +71,9 @@ def verify_store(
     """Read the whole store, one file at a time, and list what is wrong with which file.
 
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
-    pictures decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
+    images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
     removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
-    the pictures are those of the samples, and the embeddings those of the captions, by the encoder the manifest
+    the images are those of the samples, and the embeddings those of the captions, by the encoder the manifest
     names. What removed samples have is not compared, as readers never see it.
     A damaged manifest is a problem of the report, as nothing else can be judged without it.
     Memory: one file's rows, and 8 bytes a sample for the keys.
@@ -230,10 +230,10 @@ class _Check:
             images.pixels(row)
         if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
             found = (
-                picture_digest(key, sha256, images.stored(row))
+                image_digest(key, sha256, images.stored(row))
                 for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
             )
-            wrong = "pictures are not those of their samples"
+            wrong = "images are not those of their samples"
             self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
 
     def _embeddings(

@@ -57,9 +57,9 @@ class LoadedDenoiser:
 
     @property
     def stage(self) -> DenoiserConfig:
-        """The configuration of a model that draws pictures; CheckpointError for a prior."""
+        """The configuration of a model that draws images; CheckpointError for a prior."""
         if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise CheckpointError("it is a prior, which draws embeddings; give a model that draws pictures")
+            raise CheckpointError("it is a prior, which draws embeddings; give a model that draws images")
         return self.denoiser.config
 
 

@@ -35,7 +35,7 @@ class Start:
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
+def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
     """Copies weights of equal name and shape from `init_from`, which `load` reads; all processes must call it.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, write_checkpoint
-from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, whole
@@ -20,7 +20,7 @@ class TrainState:
     """Saved and restored exactly, whatever the number of processes was and is."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages, times: TimeSampler
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages, times: NoiseLevelSampler
     ):
         self.model, self.optimizer, self.averages, self.times = model, optimizer, averages, times
         self.step = 0

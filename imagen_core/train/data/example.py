@@ -1,4 +1,4 @@
-"""What a training step makes of a batch: clean and noisy pictures or embeddings, and the conditioning."""
+"""What a training step makes of a batch: clean and noisy images or embeddings, and the conditioning."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +14,20 @@ from imagen_core.models import UNetConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.models.prior import PriorNetworkConfig
-from imagen_core.train.augment import blur, grey
+from imagen_core.train.augment import blur, grayscale
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.dropout import drop_conditions
-from imagen_core.train.data.noise_levels import TimeSampler
-from imagen_core.train.data.padding import few_lengths
-from imagen_core.train.data.randomness import BLUR, GREY, SELF_CONDITIONING, Draws, draw, draw_uniform, mix
+from imagen_core.train.data.noise_levels import NoiseLevelSampler
+from imagen_core.train.data.padding import bucket_length
+from imagen_core.train.data.randomness import (
+    BLUR,
+    GRAYSCALE,
+    SELF_CONDITIONING,
+    RandomNumbers,
+    draw,
+    draw_uniform,
+    mix,
+)
 from imagen_core.train.data.stream import Batch
 from imagen_core.train.errors import TrainError
 
@@ -49,9 +57,9 @@ def make_example(
     denoiser: Denoiser,
     device: torch.device,
     step: int,
-    times: TimeSampler | None = None,
+    times: NoiseLevelSampler | None = None,
 ) -> Example:
-    """Pictures or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
+    """Images or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
 
     Noise levels are uniform in the schedule's time without `times`.
 
@@ -59,9 +67,9 @@ def make_example(
     """
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     settings = config.denoiser
-    pictures = settings if isinstance(settings, DenoiserConfig) else None
-    side = (settings.shape[0], config.side_px, config.side_px) if pictures else settings.shape
-    low_res = pictures is not None and pictures.low_res_px is not None
+    images = settings if isinstance(settings, DenoiserConfig) else None
+    side = (settings.shape[0], config.side_px, config.side_px) if images else settings.shape
+    low_res = images is not None and images.low_res_px is not None
     draws = draw(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
 
     conditioning = _conditions(batch, config, device, dtype)
@@ -87,7 +95,7 @@ def make_example(
 def whole_conditions(
     raw: Mapping[str, Any], network: UNetConfig | PriorNetworkConfig, device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
-    """What the network reads of a batch of the store's loader beside the pictures, nothing dropped.
+    """What the network reads of a batch of the store's loader beside the images, nothing dropped.
 
     Raises:
         TrainError: a label that is no class of the network.
@@ -124,17 +132,17 @@ def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
 
 
 def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
-    """What the model is told of each picture, some of it to be dropped."""
+    """What the model is told of each image, some of it to be dropped."""
     conditioning = whole_conditions(batch.raw, config.denoiser.network, device, dtype)
     if config.compile:
-        conditioning = _few_lengths(conditioning, config)
+        conditioning = _bucket_lengths(conditioning, config)
     return drop_conditions(conditioning, batch.counters or range(1), config, device)
 
 
 def _with_low_res(
-    batch: Batch, config: TrainConfig, denoiser: Denoiser, conditioning: Conditioning, draws: Draws, step: int
+    batch: Batch, config: TrainConfig, denoiser: Denoiser, conditioning: Conditioning, draws: RandomNumbers, step: int
 ) -> Conditioning:
-    """Adds the low-resolution picture, blurred, without colours and noised as the configuration says."""
+    """Adds the low-resolution image, blurred, without colours and noised as the configuration says."""
     settings, noise = config.denoiser, draws.low_res_noise
     assert isinstance(settings, DenoiserConfig)
     assert settings.low_res_px is not None
@@ -144,9 +152,9 @@ def _with_low_res(
     if config.low_res_blur is not None:
         uniform = draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2)
         low_res = blur(low_res, config.low_res_blur, uniform)
-    if config.low_res_grey:
-        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=GREY, count=1)
-        low_res = grey(low_res, uniform[:, 0] < config.low_res_grey)
+    if config.low_res_grayscale:
+        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=GRAYSCALE, count=1)
+        low_res = grayscale(low_res, uniform[:, 0] < config.low_res_grayscale)
     sigma = torch.zeros(len(low_res), dtype=torch.float64)
     if settings.low_res_noise is not None:
         level = draws.uniform[:, 1]
@@ -156,14 +164,14 @@ def _with_low_res(
     return denoiser.with_low_res(conditioning, low_res, sigma.to(noise.device), noise.to(dtype))
 
 
-def _few_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditioning:
+def _bucket_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditioning:
     """Captions and transcriptions padded so that a network is compiled for four lengths of each only."""
     text, mask, characters = conditioning.text, conditioning.text_mask, conditioning.characters
     if text is not None and mask is not None:
-        more = few_lengths(text.shape[1], config.max_tokens) - text.shape[1]
+        more = bucket_length(text.shape[1], config.max_tokens) - text.shape[1]
         conditioning = replace(conditioning, text=F.pad(text, (0, 0, 0, more)), text_mask=F.pad(mask, (0, more)))
     if characters is not None and config.transcription is not None:
-        more = few_lengths(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
+        more = bucket_length(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
         conditioning = replace(conditioning, characters=F.pad(characters, (0, more)))
     return conditioning
 

@@ -16,7 +16,7 @@ _HISTORY = 10  # losses kept of each step
 _UNIFORM_SHARE = 0.001  # of the probability, spread over all steps, so that none is never drawn
 
 
-class TimeSampler:
+class NoiseLevelSampler:
     """Times of training samples; the same on every process, as all record the same losses in the same order."""
 
     def __init__(self, config: TrainConfig):

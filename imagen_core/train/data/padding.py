@@ -1,7 +1,7 @@
 """Few lengths of padded sequences, so that a network is compiled for few of them."""
 
 
-def few_lengths(length: int, longest: int) -> int:
+def bucket_length(length: int, longest: int) -> int:
     """`length`, or more: a multiple of a quarter of `longest`, at most `longest`."""
     quarter = -(-longest // 4)
     return min(-(-length // quarter) * quarter, longest)

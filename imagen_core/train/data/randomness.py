@@ -14,11 +14,13 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 _MASK = (1 << 64) - 1
 
-CUT, BLUR, IMAGE_EMBED, TRANSCRIPTION, SELF_CONDITIONING, LABEL, ALL, GREY = range(10, 18)  # beside `Draws`
+CUT, BLUR, IMAGE_EMBED, TRANSCRIPTION, SELF_CONDITIONING, LABEL, ALL, GRAYSCALE = range(
+    10, 18
+)  # beside `RandomNumbers`
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class RandomNumbers:
     """Random numbers of some training samples, row by row.
 
     Attributes:
@@ -34,8 +36,10 @@ class Draws:
     low_res_noise: Tensor | None
 
 
-def draw(seed: int, counters: Sequence[int], shape: tuple[int, ...], *, low_res: bool, device: torch.device) -> Draws:
-    """Numbers for the samples with these counters, for pictures of `shape` (c, h, w), or embeddings of (dim,)."""
+def draw(
+    seed: int, counters: Sequence[int], shape: tuple[int, ...], *, low_res: bool, device: torch.device
+) -> RandomNumbers:
+    """Numbers for the samples with these counters, for images of `shape` (c, h, w), or embeddings of (dim,)."""
     generator = torch.Generator(device)
     noise = torch.empty(len(counters), *shape, device=device)
     low_res_noise = torch.empty_like(noise) if low_res else None
@@ -46,11 +50,11 @@ def draw(seed: int, counters: Sequence[int], shape: tuple[int, ...], *, low_res:
             low_res_noise[row].normal_(generator=generator)
     start = mix(seed, 0, 2) / 2**63
     time = torch.tensor([(start + counter * _GOLDEN) % 1.0 for counter in counters], dtype=torch.float64)
-    return Draws(time, draw_uniform(seed, counters), noise, low_res_noise)
+    return RandomNumbers(time, draw_uniform(seed, counters), noise, low_res_noise)
 
 
 def draw_uniform(seed: int, counters: Sequence[int], *, stream: int = 0, count: int = 5) -> Tensor:
-    """`Draws.uniform` alone; or of another stream, float64 (b, count) in [0, 1)."""
+    """`RandomNumbers.uniform` alone; or of another stream, float64 (b, count) in [0, 1)."""
     generator = torch.Generator()
     uniform = torch.empty(len(counters), count, dtype=torch.float64)
     for row, counter in enumerate(counters):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.prior import PriorNetworkConfig
-from imagen_core.store import Crop, Framing, Store, Whole
+from imagen_core.store import Crop, FullImage, Store, View
 from imagen_core.store.records import EmbeddingGroup
-from imagen_core.train.augment import Mirrored, RandomCut
+from imagen_core.train.augment import Flipped, RandomCut
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.randomness import CUT, draw_uniform
 from imagen_core.train.errors import TrainError
@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def images(self) -> dict[int, Tensor]:
-        """uint8 (b, 3, s, s) by size; none where no pictures are read."""
+        """uint8 (b, 3, s, s) by size; none where no images are read."""
         return self.raw.get("images", {})
 
     def part(self, start: int, stop: int) -> "Batch":
@@ -118,7 +118,7 @@ def _check_encoder(
     if encoder is None:
         return
     if encoder not in groups:
-        kind = "picture encoder" if field == "image_embed" else "encoder"
+        kind = "image encoder" if field == "image_embed" else "encoder"
         raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
     if groups[encoder].dim != dim:
         raise TrainError(
@@ -152,7 +152,7 @@ def _check_annotation(field: str, store: Store, config: TrainConfig, option: str
 
 
 def needed_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the pictures of a batch; none for a prior."""
+    """Sizes of the images of a batch; none for a prior."""
     if isinstance(config.denoiser, PriorConfig):
         return []
     sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
@@ -160,20 +160,20 @@ def needed_sizes(config: TrainConfig) -> list[int]:
 
 
 def stored_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the pictures a run reads."""
+    """Sizes of the images a run reads."""
     return needed_sizes(config) if config.augment is None else [config.augment.from_px]
 
 
-def whole_pictures(config: TrainConfig) -> Framing:
-    """Pictures as they are, of the sizes of a batch."""
+def full_images(config: TrainConfig) -> View:
+    """Images as they are, of the sizes of a batch."""
     if config.augment is None:
-        return Whole()
+        return FullImage()
     settings = config.augment.model_copy(update={"probability": 0.0, "without_text": None})
     return RandomCut(settings, lambda counters: np.zeros((len(counters), 4)))
 
 
-def random_views(config: TrainConfig) -> Framing:
-    """What training sees of a picture: a function of the sample's named random numbers."""
+def random_views(config: TrainConfig) -> View:
+    """What training sees of an image: a function of the sample's named random numbers."""
 
     def uniform(counters: Sequence[int]) -> np.ndarray:
         return draw_uniform(config.seed, counters).numpy()
@@ -182,13 +182,13 @@ def random_views(config: TrainConfig) -> Framing:
         whether_and_area = draw_uniform(config.seed, counters, stream=CUT, count=2).numpy()
         return np.concatenate([whether_and_area, uniform(counters)[:, 2:4]], axis=1)
 
-    views: Framing = Whole()
+    views: View = FullImage()
     if config.augment is not None:
         views = RandomCut(config.augment, cut)
     elif config.crop_px is not None:
         views = Crop(config.crop_px, lambda counters: uniform(counters)[:, 2:4])
     if config.horizontal_flip:
-        views = Mirrored(views, config.horizontal_flip, lambda counters: uniform(counters)[:, 4:5])
+        views = Flipped(views, config.horizontal_flip, lambda counters: uniform(counters)[:, 4:5])
     return views
 
 

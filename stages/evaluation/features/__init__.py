@@ -1,1 +1,1 @@
-"""Features of pictures by frozen models, for metrics: one file a kind of model, and where pictures come from."""
+"""Features of images by frozen models, for metrics: one file a kind of model, and where images come from."""

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Arrays with one row for each picture or caption, by name."""
+    """Arrays with one row for each image or caption, by name."""
 
     arrays: Mapping[str, np.ndarray]
     """`features` float32 (n, d), and `logits` (n, classes) if the model is a classifier."""
@@ -35,10 +35,10 @@ class Named(Protocol):
 
 
 class FeatureModel(Named, Protocol):
-    """The settings of one that looks at pictures."""
+    """The settings of one that looks at images."""
 
-    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
-        """Loads the model and looks at uint8 RGB (h, w, 3) pictures, at the centre square of each.
+    def extract(self, images: Iterable[np.ndarray]) -> Extracted:
+        """Loads the model and looks at uint8 RGB (h, w, 3) images, at the centre square of each.
 
         Raises:
             MachineError: the model cannot be read.

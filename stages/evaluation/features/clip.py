@@ -34,7 +34,7 @@ class ClipFeatures(Config):
     max_tokens: int = Field(default=77, ge=2)
     """Longest caption in tokens; longer ones are cut and counted."""
     batch_size: int = Field(default=64, ge=1)
-    """Pictures in one batch of the model."""
+    """Images in one batch of the model."""
 
     @property
     def label(self) -> str:
@@ -42,8 +42,8 @@ class ClipFeatures(Config):
 
     @cached_property
     def identity(self) -> EncoderIdentity:
-        """Of the picture half; the weights are hashed once."""
-        return self._pictures().identify()
+        """Of the image half; the weights are hashed once."""
+        return self._images().identify()
 
     def fingerprint(self) -> Mapping[str, object]:
         return self.identity.fingerprint
@@ -52,9 +52,9 @@ class ClipFeatures(Config):
         """Raises ConfigError if captions of max_tokens are longer than the model takes."""
         self._captions().identify()
 
-    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
-        encoder = self._pictures().load(threads_of_process())
-        rows = encoder.encode(center_square(pixels) for pixels in pictures).embeddings
+    def extract(self, images: Iterable[np.ndarray]) -> Extracted:
+        encoder = self._images().load(threads_of_process())
+        rows = encoder.encode(center_square(pixels) for pixels in images).embeddings
         return Extracted({"features": np.concatenate(rows)})
 
     def extract_captions(self, captions: Sequence[str]) -> Extracted:
@@ -73,7 +73,7 @@ class ClipFeatures(Config):
             max_tokens=self.max_tokens,
         )
 
-    def _pictures(self) -> ClipImageModelConfig:
+    def _images(self) -> ClipImageModelConfig:
         return ClipImageModelConfig(
             name="clip",
             model=self.model,

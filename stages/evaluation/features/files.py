@@ -20,7 +20,7 @@ _TENSOR, _LABEL, _FACTS = "features", "label", "facts"
 
 @dataclass(frozen=True, slots=True)
 class FeatureFile:
-    """One array with a row for each picture."""
+    """One array with a row for each image."""
 
     rows: np.ndarray
     label: str | None
@@ -63,7 +63,7 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
         raise ConfigError(f"{field}: {path} cannot be read ({error}); give an .npy or .safetensors file") from error
     if found.rows.ndim != 2 or found.rows.dtype.kind != "f":
         raise ConfigError(
-            f"{field}: {path} holds {found.rows.dtype} {found.rows.shape}; give floats of shape (pictures, dim)"
+            f"{field}: {path} holds {found.rows.dtype} {found.rows.shape}; give floats of shape (images, dim)"
         )
     try:
         check_rows(f"{field}: {path}", found.rows)

@@ -1,4 +1,4 @@
-"""All that the metrics need to know of some pictures: computed once, and kept beside the run."""
+"""All that the metrics need to know of some images: computed once, and kept beside the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from pipeline.fingerprint import digest
 from stages.evaluation.features.base import Extracted, FeatureModel, Named
 from stages.evaluation.features.clip import ClipFeatures
 from stages.evaluation.features.files import read_extracted, read_features, write_features
-from stages.evaluation.features.image_sets import FeatureFiles, Pictures
+from stages.evaluation.features.image_sets import FeatureFiles, ImageSet
 from stages.evaluation.features.lpips import LpipsDistance
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Rows of features of the same pictures; None where they are not known."""
+    """Rows of features of the same images; None where they are not known."""
 
     label: str | None
     """The model that `features` are from."""
@@ -28,7 +28,7 @@ class FeatureSet:
     clip_images: np.ndarray | None = None
     clip_texts: np.ndarray | None = None
     lpips: np.ndarray | None = None
-    """(n, 1), the distance of each picture to the one it should look like."""
+    """(n, 1), the distance of each image to the one it should look like."""
     facts: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -39,7 +39,7 @@ class FeatureSet:
 
 
 class FeatureCache:
-    """Features in a folder, in a file for each set of pictures and model; an earlier one of that name is replaced."""
+    """Features in a folder, in a file for each set of images and model; an earlier one of that name is replaced."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -59,44 +59,44 @@ class FeatureCache:
 
 def gather(
     name: str,
-    pictures: Pictures,
+    images: ImageSet,
     model: FeatureModel | None,
     clip: ClipFeatures | None,
     cache: FeatureCache,
     *,
     lpips: LpipsDistance | None = None,
-    originals: Pictures | None = None,
+    originals: ImageSet | None = None,
 ) -> FeatureSet:
     """Features by `model`, both halves of the CLIP score by `clip`, and distances to `originals` by `lpips`.
 
     Raises:
         MachineError: a model cannot be found or read.
-        ConfigError: a picture cannot be read, or there are no captions for `clip`.
+        ConfigError: an image cannot be read, or there are no captions for `clip`.
     """
 
     def look(model: FeatureModel) -> Extracted:
-        return cache.get(name, pictures.identity, model, lambda: model.extract(pictures.read()))
+        return cache.get(name, images.identity, model, lambda: model.extract(images.read()))
 
     looked = Extracted({}) if model is None else look(model)
-    images, texts = None, Extracted({})
+    image_features, texts = None, Extracted({})
     if clip is not None:
-        captions = pictures.captions()
+        captions = images.captions()
         if captions is None:
             raise ConfigError(
                 f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
             )
-        images = look(clip).arrays["features"]
+        image_features = look(clip).arrays["features"]
         texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
     distances = None
     if lpips is not None and originals is not None:
-        pair = [pictures.identity, originals.identity]
-        found = cache.get(name, pair, lpips, lambda: lpips.distances(pictures.read(), originals.read()))
+        pair = [images.identity, originals.identity]
+        found = cache.get(name, pair, lpips, lambda: lpips.distances(images.read(), originals.read()))
         distances = found.arrays["features"]
     return FeatureSet(
         None if model is None else model.label,
         looked.arrays.get("features"),
         looked.arrays.get("logits"),
-        images,
+        image_features,
         texts.arrays.get("features"),
         distances,
         {**looked.facts, **texts.facts},
@@ -121,6 +121,6 @@ def read_set(files: FeatureFiles, name: str) -> FeatureSet:
     features, rows = found["path"], {key: None if file is None else file.rows for key, file in found.items()}
     counts = {key: len(values) for key, values in rows.items() if values is not None}
     if len(set(counts.values())) > 1:
-        raise ConfigError(f"{name}: files of different pictures, with {counts} rows; give each the same rows")
+        raise ConfigError(f"{name}: files of different images, with {counts} rows; give each the same rows")
     label = files.model or (None if features is None else features.label)
     return FeatureSet(label, rows["path"], rows["logits"], rows["clip_images"], rows["clip_texts"])

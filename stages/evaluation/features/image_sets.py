@@ -1,4 +1,4 @@
-"""Where the pictures to judge come from: a folder or a store; or only their features, from files."""
+"""Where the images to judge come from: a folder or a store; or only their features, from files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from imagen_core.images import read_picture
+from imagen_core.images import read_image
 from imagen_core.store import Store, StoreError
 from imagen_core.store.read.reader import OpenShard
 from pipeline.config import Config
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Some pictures in an order."""
+class ImageSet:
+    """Some images in an order."""
 
     identity: Mapping[str, object]
-    """Changes when a picture or the order does."""
+    """Changes when an image or the order does."""
     count: int
     read: Callable[[], Iterator[np.ndarray]]
     """uint8 RGB (h, w, 3) each."""
@@ -36,59 +36,59 @@ class Pictures:
     """One each; None if there are none."""
 
 
-class PictureFolder(Config):
-    """Pictures of a folder and the folders in it, by name."""
+class ImageFolder(Config):
+    """Images of a folder and the folders in it, by name."""
 
     kind: Literal["folder"] = "folder"
     path: str
     """The folder. Captions, for the CLIP score, are read from NAME.txt beside NAME.png."""
 
-    def open(self, field: str) -> Pictures:
+    def open(self, field: str) -> ImageSet:
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise ConfigError(f"{field}.path: {self.path} holds no pictures; give a folder with at least one")
-        return pictures_of_files(files, partial(_beside, files))
+            raise ConfigError(f"{field}.path: {self.path} holds no images; give a folder with at least one")
+        return image_files(files, partial(_beside, files))
 
 
-class StorePictures(Config):
-    """Pictures of a store; captions are the first of each sample."""
+class StoreImageSet(Config):
+    """Images of a store; captions are the first of each sample."""
 
     kind: Literal["store"] = "store"
     path: str
     """Store, or the run folder around it."""
     size_px: int | None = Field(default=None, ge=1)
     """Which size; null: the largest."""
-    num_pictures: int | None = Field(default=None, ge=1)
+    num_images: int | None = Field(default=None, ge=1)
     """How many to take without replacement; null: all."""
     seed: int = Field(default=0, ge=0)
     """Decides which are taken."""
 
-    def open(self, field: str) -> Pictures:
+    def open(self, field: str) -> ImageSet:
         store = open_store(self.path)
         chosen = range(len(store))
-        if self.num_pictures is not None:
-            what = f"{field}.num_pictures: {self.path}"
-            chosen = sorted(selection(len(store), self.num_pictures, self.seed, what))
+        if self.num_images is not None:
+            what = f"{field}.num_images: {self.path}"
+            chosen = sorted(selection(len(store), self.num_images, self.seed, what))
         size = self.size_px or max(store.image_sizes, default=0)
-        return pictures_of_samples(store, self.path, size, chosen, field)
+        return image_samples(store, self.path, size, chosen, field)
 
 
-def pictures_of_samples(store: Store, path: str, size_px: int, samples: Sequence[int], field: str) -> Pictures:
-    """Pictures of these samples of a store, in this order; captions are the first of each.
+def image_samples(store: Store, path: str, size_px: int, samples: Sequence[int], field: str) -> ImageSet:
+    """Images of these samples of a store, in this order; captions are the first of each.
 
     Raises:
         ConfigError: the store has none of the size.
     """
     if size_px not in store.image_sizes:
-        raise ConfigError(f"{field}.size_px: {path} has no pictures of {size_px} px; it has {store.image_sizes}")
+        raise ConfigError(f"{field}.size_px: {path} has no images of {size_px} px; it has {store.image_sizes}")
     identity = {
         "store": store.manifest.sha256,
         "removals": store.manifest.num_removals,
         "size_px": size_px,
         "samples": digest(list(samples)),
     }
-    return Pictures(
+    return ImageSet(
         identity,
         len(samples),
         partial(_stored_pixels, store, samples, size_px),
@@ -97,7 +97,7 @@ def pictures_of_samples(store: Store, path: str, size_px: int, samples: Sequence
 
 
 class FeatureFiles(Config):
-    """Features computed elsewhere, a row for each picture: .npy, or .safetensors with one tensor."""
+    """Features computed elsewhere, a row for each image: .npy, or .safetensors with one tensor."""
 
     kind: Literal["features"] = "features"
     path: str | None = None
@@ -107,38 +107,36 @@ class FeatureFiles(Config):
     logits: str | None = None
     """Of a classifier, for the Inception score."""
     clip_images: str | None = None
-    """CLIP's embeddings of the pictures, for the CLIP score."""
+    """CLIP's embeddings of the images, for the CLIP score."""
     clip_texts: str | None = None
     """CLIP's embeddings of their captions."""
 
 
-AnyPictures = Annotated[PictureFolder | StorePictures | FeatureFiles, Field(discriminator="kind")]
+AnyImageSet = Annotated[ImageFolder | StoreImageSet | FeatureFiles, Field(discriminator="kind")]
 
 
-def pictures_of_files(files: Sequence[Path], captions: Callable[[], Sequence[str] | None]) -> Pictures:
-    """Pictures of these files; known by their content."""
+def image_files(files: Sequence[Path], captions: Callable[[], Sequence[str] | None]) -> ImageSet:
+    """Images of these files; known by their content."""
     identity = {"files": [file_digest(path) for path in files]}
-    return Pictures(identity, len(files), partial(_file_pixels, files), captions)
+    return ImageSet(identity, len(files), partial(_file_pixels, files), captions)
 
 
 def _file_pixels(files: Sequence[Path]) -> Iterator[np.ndarray]:
     for path in files:
         try:
-            yield read_picture(path)
+            yield read_image(path)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
 
 def _beside(files: Sequence[Path]) -> list[str] | None:
-    """The texts beside pictures; None if there is none."""
+    """The texts beside images; None if there is none."""
     texts = [path.with_suffix(".txt") for path in files]
     missing = [text for text in texts if not text.exists()]
     if len(missing) == len(texts):
         return None
     if missing:
-        raise ConfigError(
-            f"{missing[0]}: is not there, as {len(missing)} of {len(texts)}; give each picture a caption"
-        )
+        raise ConfigError(f"{missing[0]}: is not there, as {len(missing)} of {len(texts)}; give each image a caption")
     return [text.read_text("utf-8").strip() for text in texts]
 
 

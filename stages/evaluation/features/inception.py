@@ -21,7 +21,7 @@ class InceptionFeatures(Config):
     path: str
     """Weights in .safetensors, by torchvision's names; docs/evaluation.md converts those of pytorch-fid."""
     batch_size: int = Field(default=64, ge=1)
-    """Pictures in one batch of the network; all are of one size."""
+    """Images in one batch of the network; all are of one size."""
 
     @property
     def label(self) -> str:
@@ -35,7 +35,7 @@ class InceptionFeatures(Config):
     def fingerprint(self) -> Mapping[str, object]:
         return {"kind": self.kind, "sha256": self.sha256}
 
-    def extract(self, pictures: Iterable[np.ndarray]) -> Extracted:
+    def extract(self, images: Iterable[np.ndarray]) -> Extracted:
         import torch
 
         from imagen_core.evaluation.inception import FidInception
@@ -47,14 +47,14 @@ class InceptionFeatures(Config):
         features: list[np.ndarray] = []
         logits: list[np.ndarray] = []
         with torch.inference_mode():
-            for batch in self._batches(pictures):
+            for batch in self._batches(images):
                 for found, rows in zip(model(from_pixels(batch).to(device)), (features, logits), strict=True):
                     rows.append(found.cpu().numpy())
         return Extracted({"features": np.concatenate(features), "logits": np.concatenate(logits)})
 
-    def _batches(self, pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Centre squares of one size; pictures of another size begin a new batch."""
-        squares = map(center_square, pictures)
+    def _batches(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Centre squares of one size; images of another size begin a new batch."""
+        squares = map(center_square, images)
         held: list[np.ndarray] = []
         for square in squares:
             if held and (len(held) == self.batch_size or square.shape != held[0].shape):

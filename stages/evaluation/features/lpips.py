@@ -1,4 +1,4 @@
-"""LPIPS between pictures and those they should look like, from a file of weights."""
+"""LPIPS between images and those they should look like, from a file of weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -35,12 +35,12 @@ class LpipsDistance(Config):
     def fingerprint(self) -> Mapping[str, object]:
         return {"kind": "lpips", "sha256": self.sha256}
 
-    def distances(self, pictures: Iterable[np.ndarray], originals: Iterable[np.ndarray]) -> Extracted:
+    def distances(self, images: Iterable[np.ndarray], originals: Iterable[np.ndarray]) -> Extracted:
         """`features` float32 (n, 1): the distance of each pair of centre squares.
 
         Raises:
             MachineError: the weights cannot be read.
-            ConfigError: a pair of other sizes, or pictures that are too small.
+            ConfigError: a pair of other sizes, or images that are too small.
         """
         import torch
 
@@ -52,7 +52,7 @@ class LpipsDistance(Config):
         model.to(device).eval().requires_grad_(False)
         found = []
         with torch.inference_mode():
-            for batch in self._batches(pictures, originals):
+            for batch in self._batches(images, originals):
                 a, b = (from_pixels(np.stack(side)).to(device) for side in zip(*batch, strict=True))
                 try:
                     found.append(model(a, b).float().cpu().numpy()[:, None])
@@ -61,14 +61,14 @@ class LpipsDistance(Config):
         return Extracted({"features": np.concatenate(found)})
 
     def _batches(
-        self, pictures: Iterable[np.ndarray], originals: Iterable[np.ndarray]
+        self, images: Iterable[np.ndarray], originals: Iterable[np.ndarray]
     ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         held: list[tuple[np.ndarray, np.ndarray]] = []
-        for number, pair in enumerate(zip(pictures, originals, strict=True)):
+        for number, pair in enumerate(zip(images, originals, strict=True)):
             a, b = map(center_square, pair)
             if a.shape != b.shape:
                 raise ConfigError(
-                    f"lpips: picture {number} is {len(a)} px and the one it is compared with {len(b)} px; take "
+                    f"lpips: image {number} is {len(a)} px and the one it is compared with {len(b)} px; take "
                     "equal sizes"
                 )
             if held and (len(held) == self.batch_size or a.shape != held[0][0].shape):

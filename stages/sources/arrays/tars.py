@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from stages.sources.arrays.folders import ArrayFolder, number_of
 from stages.sources.arrays.npy import parse
 from stages.sources.arrays.plain_pickle import read_pickle
-from stages.sources.base import Given
+from stages.sources.base import PrecomputedEmbedding
 from stages.sources.files import Damaged
 from stages.sources.tar_members import PICKLES, OpenTars, Span, read_span
 
@@ -62,7 +62,9 @@ def row_of_key(folder: ArrayFolder, tar: str, key: str, index_width: int, num_ro
     return int(index)
 
 
-def read_member(tars: OpenTars, tar: str, key: str, members: Mapping[str, Span], array: ArrayConfig) -> Given:
+def read_member(
+    tars: OpenTars, tar: str, key: str, members: Mapping[str, Span], array: ArrayConfig
+) -> PrecomputedEmbedding:
     """The array in a member of a sample.
 
     Raises:
@@ -72,26 +74,28 @@ def read_member(tars: OpenTars, tar: str, key: str, members: Mapping[str, Span],
     span = members.get(array.member.lower())
     where = f"{tar}.tar: {key.removeprefix(f'{tar}/')}.{array.member}"
     if span is None:
-        return Given(where, reason="missing_embedding", detail=f"no member .{array.member}")
+        return PrecomputedEmbedding(where, reason="missing_embedding", detail=f"no member .{array.member}")
     data = read_span(tars.open(tar), span)
     try:
         if len(data) < span[1]:
             raise Damaged("the tar ends inside it")
         if array.pickle_key is None:
-            return Given(where, parse(data, where))
+            return PrecomputedEmbedding(where, parse(data, where))
         return _precached(read_pickle(data, where), array.pickle_key, where)
     except Damaged as error:
-        return Given(where, reason="unreadable_embedding", detail=str(error))
+        return PrecomputedEmbedding(where, reason="unreadable_embedding", detail=str(error))
 
 
-def _precached(content: Any, key: str, where: str) -> Given:
+def _precached(content: Any, key: str, where: str) -> PrecomputedEmbedding:
     """The array in what NeMo pickles of a sample: {key: {"encodings": (tokens, dim), "mask": (tokens,)}}."""
     found = content.get(key) if isinstance(content, dict) else None
     entry: dict[str, Any] = found if isinstance(found, dict) else {}
     encodings = entry.get("encodings")
     if not isinstance(encodings, np.ndarray):
         has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        return Given(where, reason="missing_embedding", detail=f"no {key}.encodings; it has: {has}"[:200])
+        return PrecomputedEmbedding(
+            where, reason="missing_embedding", detail=f"no {key}.encodings; it has: {has}"[:200]
+        )
     mask = entry.get("mask")
     if mask is not None:
         kept = np.asarray(mask).reshape(-1).astype(bool)
@@ -100,4 +104,4 @@ def _precached(content: Any, key: str, where: str) -> Given:
                 f"{where}: {len(encodings)} encodings with a mask of {len(kept)}; they must be of the same tokens"
             )
         encodings = encodings[kept]
-    return Given(where, encodings)
+    return PrecomputedEmbedding(where, encodings)

@@ -25,10 +25,10 @@ class DownloadConfig(Config):
     """Longest time for one download in all, redirects included, however the bytes trickle in. Only the lookup of
     a name has the resolver's own limit. Over it, as over `timeout_s`: `timeout`."""
     max_bytes: int = Field(default=64 * 2**20, ge=1)
-    """Most bytes received for one picture, headers and redirects included, whatever Content-Length says; more is
-    `too_large`. A task may hold 3 * `threads` pictures at once."""
+    """Most bytes received for one image, headers and redirects included, whatever Content-Length says; more is
+    `too_large`. A task may hold 3 * `threads` images at once."""
     max_redirects: int = Field(default=10, ge=0)
-    """Most redirects followed for one picture; more are `too_many_redirects`."""
+    """Most redirects followed for one image; more are `too_many_redirects`."""
     retries: int = Field(default=2, ge=0)
     """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx."""
     max_retry_after_s: float = Field(default=30.0, ge=0)
@@ -38,7 +38,7 @@ class DownloadConfig(Config):
     """Timeouts, connection errors and asked-for pauses in a row, after which the rest of a host's URLs in the shard
     are dropped as `host_unreachable`; `--retry-dropped host_unreachable` tries them again."""
     allow_private_addresses: bool = False
-    """Whether pictures may come from addresses that are not on the public internet (loopback, private, link-local,
+    """Whether images may come from addresses that are not on the public internet (loopback, private, link-local,
     CGNAT, cloud metadata, ...); they are `forbidden_address` otherwise. The address connected to is what is checked,
     at every redirect. Proxies of the environment (http_proxy, https_proxy, no_proxy) are used, wherever they are; then
     it is the proxy that looks names up, so only addresses written into the URL are checked here, and the proxy has
@@ -46,4 +46,4 @@ class DownloadConfig(Config):
     user_agent_token: str | None = None
     """A word put into the User-Agent header, and matched in X-Robots-Tag."""
     disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """X-Robots-Tag directives that forbid use; such pictures are dropped as `robots_disallowed`."""
+    """X-Robots-Tag directives that forbid use; such images are dropped as `robots_disallowed`."""

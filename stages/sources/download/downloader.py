@@ -1,11 +1,11 @@
-"""Downloads the pictures of one shard with img2dataset, in this process, with failures by class.
+"""Downloads the images of one shard with img2dataset, in this process, with failures by class.
 
 img2dataset's own distributors are not used: they have no backpressure and leave partial files. Here one
 shard at a time goes through its `Downloader`, without re-encoding, and each result is handed on at once.
 
 Its `Downloader` has neither limits nor an order by host. So two names that its code uses are bound to ours, for this
 call alone: `download_image_with_retry` (each of its threads asks `HostQueue` which URL comes next) and the `urllib` of
-`download_image` (which keeps its User-Agent and its reading of X-Robots-Tag, but opens URLs with `Visit`).
+`download_image` (which keeps its User-Agent and its reading of X-Robots-Tag, but opens URLs with `FetchAttempt`).
 """
 
 import os
@@ -20,8 +20,8 @@ from urllib.request import Request
 import pyarrow as pa
 
 from stages.sources.download.config import DownloadConfig
-from stages.sources.download.host_queue import HostQueue, Turn
-from stages.sources.download.open_url import Endpoint, Visit, make_opener
+from stages.sources.download.host_queue import HostQueue, Ticket
+from stages.sources.download.open_url import Endpoint, FetchAttempt, make_opener
 
 Result = Callable[[int, bytes | None, str | None, str], None]
 """Called with row, bytes or None, drop reason or None, detail."""
@@ -84,7 +84,7 @@ class _Fetcher:
             if turn.verdict is not None:
                 self.answered.add(turn.key)
                 return turn.key, None, turn.verdict
-            visit = Visit(self.config, self._opener, self.own)
+            visit = FetchAttempt(self.config, self._opener, self.own)
             try:
                 stream, turn.message = self._fetch(turn, visit, options)
             except Exception as error:  # noqa: BLE001 - raised when the Downloader has ended
@@ -94,14 +94,14 @@ class _Fetcher:
                 self.answered.add(turn.key)
                 return turn.key, stream, turn.message
 
-    def _fetch(self, turn: Turn, visit: Visit, options: Mapping[str, Any]) -> tuple[Any, str | None]:
+    def _fetch(self, turn: Ticket, visit: FetchAttempt, options: Mapping[str, Any]) -> tuple[Any, str | None]:
         urllib = SimpleNamespace(request=SimpleNamespace(Request=Request, urlopen=visit.open))
         _, stream, message = _bind(self._downloader.download_image, urllib=urllib)((turn.key, turn.url), **options)
         if stream is not None and not visit.opened:
             raise RuntimeError(f"img2dataset did not open {turn.url} within the limits; install img2dataset 1.47")
         return stream, message
 
-    def _give_back(self, turn: Turn, visit: Visit) -> bool:
+    def _give_back(self, turn: Ticket, visit: FetchAttempt) -> bool:
         """Whether the URL is to be tried again. What happened after a redirect says nothing about the URL's host."""
         reason = "" if turn.message is None else classify(turn.message)
         turn.tries += 1

@@ -13,7 +13,7 @@ from stages.sources.download.config import DownloadConfig
 
 
 @dataclass(slots=True)
-class Turn:
+class Ticket:
     """A URL to fetch now; or, with a verdict, one that is not to be fetched (any more)."""
 
     key: int
@@ -29,7 +29,7 @@ class Turn:
 @dataclass(slots=True, eq=False)
 class _Host:
     name: str
-    waiting: list[tuple[float, int, Turn]] = field(default_factory=list)
+    waiting: list[tuple[float, int, Ticket]] = field(default_factory=list)
     """Heap by the time from which a turn may be taken."""
     active: int = 0
     next_at: float = 0.0
@@ -37,7 +37,7 @@ class _Host:
     """In a row."""
     listed: bool = False
     """Whether the host stands in the list of those that may have a turn."""
-    given_up: str | None = None
+    abandoned: str | None = None
 
 
 class HostQueue:
@@ -58,17 +58,17 @@ class HostQueue:
         self._order = count()
         self._ready: list[tuple[float, int, _Host]] = []
         """Heap by time of the hosts with waiting turns and fewer than `max_per_host` active."""
-        self._given_up: deque[Turn] = deque()
+        self._abandoned: deque[Ticket] = deque()
         self._hosts: dict[str, _Host] = {}
         for key, url in urls.items():
             host = self._host(url)
-            heappush(host.waiting, (0.0, next(self._order), Turn(key, url)))
+            heappush(host.waiting, (0.0, next(self._order), Ticket(key, url)))
             self._sort_out(host)
 
-    def take(self) -> Turn:
+    def take(self) -> Ticket:
         """The next URL whose host may have one more download; waits for it."""
         with self._changed:
-            while not self._given_up:
+            while not self._abandoned:
                 now = self._clock()
                 if not self._ready or self._ready[0][0] > now:
                     self._changed.wait(self._ready[0][0] - now if self._ready else None)
@@ -82,10 +82,10 @@ class HostQueue:
                     self._sort_out(host)
                     return turn
                 self._sort_out(host)
-            return self._given_up.popleft()
+            return self._abandoned.popleft()
 
     def give_back(
-        self, turn: Turn, *, failed: bool | None = None, pause_s: float = 0.0, retry_in_s: float | None = None
+        self, turn: Ticket, *, failed: bool | None = None, pause_s: float = 0.0, retry_in_s: float | None = None
     ) -> None:
         """Ends a turn that was taken.
 
@@ -104,9 +104,13 @@ class HostQueue:
             if retry_in_s is not None:
                 heappush(host.waiting, (now + retry_in_s, next(self._order), turn))
             if pause_s > self._config.max_retry_after_s:
-                host.given_up = host.given_up or f"host_unreachable: {host.name} asked for a pause of {pause_s:.0f} s"
+                host.abandoned = (
+                    host.abandoned or f"host_unreachable: {host.name} asked for a pause of {pause_s:.0f} s"
+                )
             elif host.failures >= self._config.max_host_failures:
-                host.given_up = host.given_up or f"host_unreachable: {host.name} failed {host.failures} times in a row"
+                host.abandoned = (
+                    host.abandoned or f"host_unreachable: {host.name} failed {host.failures} times in a row"
+                )
             self._sort_out(host)
             self._changed.notify_all()
 
@@ -114,16 +118,16 @@ class HostQueue:
         """Ends the waiting of all turns, present and future."""
         with self._changed:
             for host in self._hosts.values():
-                host.given_up = host.given_up or message
+                host.abandoned = host.abandoned or message
                 self._sort_out(host)
             self._changed.notify_all()
 
     def _sort_out(self, host: _Host) -> None:
         """Lists the host if it may have a turn now or later; ends its turns if it was given up."""
-        if host.given_up is not None:
+        if host.abandoned is not None:
             for _, _, turn in host.waiting:
-                turn.verdict = turn.message or host.given_up
-                self._given_up.append(turn)
+                turn.verdict = turn.message or host.abandoned
+                self._abandoned.append(turn)
             host.waiting.clear()
         elif host.waiting and not host.listed and host.active < self._config.max_per_host:
             heappush(self._ready, (max(host.next_at, host.waiting[0][0]), next(self._order), host))

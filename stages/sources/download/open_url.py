@@ -1,7 +1,7 @@
 """Opens a URL as urllib does, within limits of time, bytes, redirects and addresses.
 
-Every connection is made in `Visit.connect`, and every byte received comes through `_Wire`, also those of redirects
-and proxies. So it does not matter what a server claims or leaves out.
+Every connection is made in `FetchAttempt.connect`, and every byte received comes through `_Wire`, also those of
+redirects and proxies. So it does not matter what a server claims or leaves out.
 """
 
 import http.client
@@ -48,7 +48,7 @@ def make_opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-class Visit:
+class FetchAttempt:
     """One download; the clock starts when it is made.
 
     Args:
@@ -166,7 +166,7 @@ def _tls() -> ssl.SSLContext:
 class _Wire(io.RawIOBase):
     """The bytes of a socket, in time and counted."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, visit: Visit):
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, visit: FetchAttempt):
         self._socket = sock
         self._raw = raw
         self._visit = visit
@@ -188,7 +188,7 @@ class _Wire(io.RawIOBase):
 class _Reader(io.BufferedReader):
     """Refuses a claimed size before it is allocated."""
 
-    def __init__(self, wire: _Wire, visit: Visit):
+    def __init__(self, wire: _Wire, visit: FetchAttempt):
         super().__init__(wire)
         self._visit = visit
 
@@ -199,13 +199,13 @@ class _Reader(io.BufferedReader):
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *arguments: Any, visit: Visit, **options: Any):
+    def __init__(self, sock: socket.socket, *arguments: Any, visit: FetchAttempt, **options: Any):
         super().__init__(sock, *arguments, **options)
         self.fp: Any = _Reader(_Wire(sock, self.fp.detach(), visit), visit)
 
 
 class _Http(http.client.HTTPConnection):
-    visit: Visit
+    visit: FetchAttempt
     to_proxy: bool
 
     def connect(self) -> None:
@@ -227,7 +227,7 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
         return self.do_open(partial(self._connection, _Https, request), request, context=_tls())  # type: ignore[arg-type]
 
     def _connection(self, kind: type[_Http], request: urllib.request.Request, host: str, **options: Any) -> _Http:
-        visit: Visit = vars(request)["visit"]
+        visit: FetchAttempt = vars(request)["visit"]
         connection = kind(host, **options)
         connection.visit = visit
         connection.to_proxy = request.has_proxy() or bool(request._tunnel_host)  # type: ignore[attr-defined]
@@ -241,10 +241,10 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = sys.maxsize  # `Visit` counts them
+    max_redirections = sys.maxsize  # `FetchAttempt` counts them
 
     def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
-        visit: Visit = vars(req)["visit"]
+        visit: FetchAttempt = vars(req)["visit"]
         visit.count_redirect()
         further = super().redirect_request(req, *arguments)
         if further is not None:

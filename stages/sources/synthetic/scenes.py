@@ -116,7 +116,7 @@ class Scene:
         return _RELATIONS[self.objects[0].position] if len(self.objects) == 2 else None
 
 
-class Draws:
+class RandomChoices:
     """Random choices from a SHAKE-256 stream over a key: the same on every platform, for ever."""
 
     def __init__(self, key: str):
@@ -137,7 +137,7 @@ def scene(seed: int, index: int, split: Split = "all") -> Scene:
     """
     check_split(split)
     for attempt in count():
-        candidate = _compose(Draws(f"{seed}/{index}/{attempt}"), paraphrased=index % 4 == 3)
+        candidate = _compose(RandomChoices(f"{seed}/{index}/{attempt}"), paraphrased=index % 4 == 3)
         if split == "all" or is_held_out(candidate) == (split == "held_out"):
             return candidate
     raise AssertionError("unreachable: count() has no end")
@@ -160,7 +160,7 @@ def is_held_out(scene: Scene) -> bool:
     return int.from_bytes(digest[:8], "big") % 10 == 0
 
 
-def _compose(draws: Draws, paraphrased: bool) -> Scene:
+def _compose(draws: RandomChoices, paraphrased: bool) -> Scene:
     width_px, height_px = draws.choose(_IMAGE_SIZES_PX)
     background = draws.choose(_BACKGROUND_NAMES)
     objects = draws.choose((_single, _pair))(draws)
@@ -168,14 +168,14 @@ def _compose(draws: Draws, paraphrased: bool) -> Scene:
     return Scene(objects, background, captions, width_px, height_px)
 
 
-def _single(draws: Draws) -> tuple[SceneObject, ...]:
+def _single(draws: RandomChoices) -> tuple[SceneObject, ...]:
     shape, color = draws.choose(SHAPES), draws.choose(tuple(COLORS))
     size, position = draws.choose(tuple(SIZES)), draws.choose(tuple(POSITIONS))
     x, y = (mean + draws.uniform(-0.035, 0.035) for mean in POSITIONS[position])
     return (SceneObject(shape, color, size, position, x, y, draws.uniform(*SIZES[size])),)
 
 
-def _pair(draws: Draws) -> tuple[SceneObject, ...]:
+def _pair(draws: RandomChoices) -> tuple[SceneObject, ...]:
     """Two objects of different colors, one at each end of an axis."""
     shapes = draws.choose(SHAPES), draws.choose(SHAPES)
     first_color = draws.choose(tuple(COLORS))

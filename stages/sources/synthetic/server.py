@@ -22,7 +22,7 @@ _PATH = re.compile(r"/scenes/([0-9]{9})\.png")
 class SceneServer:
     """Context manager: serves `/scenes/{index:09d}.png` on 127.0.0.1, at a free port.
 
-    A picture is drawn when it is asked for, so the number of samples costs no memory. Indices in
+    An image is drawn when it is asked for, so the number of samples costs no memory. Indices in
     `dead_indices`, like every other path, give 404.
     """
 

@@ -1,4 +1,4 @@
-"""Antialiased plain shapes, and a fast PNG writer for pictures made of them."""
+"""Antialiased plain shapes, and a fast PNG writer for images made of them."""
 
 import math
 import struct
@@ -83,7 +83,7 @@ def shape_mask(
 def encode_png(image: Image.Image) -> bytes:
     """Write an RGB image as a PNG file without row filters.
 
-    Flat pictures need no filters, and Pillow, which always tries them all, takes about twice as long.
+    Flat images need no filters, and Pillow, which always tries them all, takes about twice as long.
     """
     pixels = np.asarray(image.convert("RGB"))
     height, width, _ = pixels.shape

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import Shard
-from stages.sources.base import Emit, Piece, Row, Source
+from stages.sources.base import Emit, InputPart, Row, Source
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.urls import UrlRow, fetch_rows, row_captions
@@ -45,22 +45,22 @@ class SyntheticSource(Source):
     def check(self) -> None:
         return
 
-    def pieces(self) -> Iterator[Piece]:
-        yield Piece("scenes")
+    def parts(self) -> Iterator[InputPart]:
+        yield InputPart("scenes")
 
-    def rows(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
         from stages.sources.synthetic.scenes import scene
         from stages.sources.synthetic.words import word_scene
 
         config = self.config
-        for piece in pieces:
+        for part in parts:
             for index in range(config.num_samples):
                 named = [f"{index:09d}", f"synthetic://{config.seed}/{index:09d}.png"]
                 if config.scene == "words":
                     drawn = word_scene(config.seed, index, config.split)
-                    yield piece, [*named, list(drawn.captions), {"transcription": drawn.word}, False]
+                    yield part, [*named, list(drawn.captions), {"transcription": drawn.word}, False]
                 else:
-                    yield piece, [*named, list(scene(config.seed, index, config.split).captions), False]
+                    yield part, [*named, list(scene(config.seed, index, config.split).captions), False]
 
     def prepare(self) -> None:
         load_downloader()

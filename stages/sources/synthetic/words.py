@@ -1,6 +1,6 @@
-"""Pictures with a written word, drawn by code: one or two letters in a plain colour on a plain background.
+"""Images with a written word, drawn by code: one or two letters in a plain colour on a plain background.
 
-The caption names the colours and the transcription the letters, so that neither tells what the other does. A picture
+The caption names the colours and the transcription the letters, so that neither tells what the other does. An image
 is a pure function of (seed, index, split), as that of `scenes` is.
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.sources.synthetic.scenes import BACKGROUNDS, COLORS, Draws, Rgb, Split, check_split
+from stages.sources.synthetic.scenes import BACKGROUNDS, COLORS, RandomChoices, Rgb, Split, check_split
 from stages.sources.synthetic.shapes import encode_png
 
 PLACES = 2
 """Letters a word may have; letter i is always at place i."""
 GRID = 16
-"""The picture is a square of so many dots, drawn of 4 x 4 pixels each."""
+"""The image is a square of so many dots, drawn of 4 x 4 pixels each."""
 _DOT_PX = 4
 _WIDTH, _HEIGHT, _PITCH, _LEFT, _TOP = 5, 7, 7, 2, 4  # of a letter, in dots
 _FONT = {
@@ -71,10 +71,10 @@ class WordScene:
 
 
 def word_scene(seed: int, index: int, split: Split = "all") -> WordScene:
-    """Compose picture `index` of the endless list named by `seed` and `split`; "train" has no held-out word."""
+    """Compose image `index` of the endless list named by `seed` and `split`; "train" has no held-out word."""
     check_split(split)
     for attempt in count():
-        draws = Draws(f"words/{seed}/{index}/{attempt}")
+        draws = RandomChoices(f"words/{seed}/{index}/{attempt}")
         word = "".join(draws.choose(LETTERS) for _ in range(draws.choose(range(1, PLACES + 1))))
         if split == "all" or is_held_out_word(word) == (split == "held_out"):
             return WordScene(word, draws.choose(tuple(COLORS)), draws.choose(tuple(BACKGROUNDS)))
@@ -95,10 +95,10 @@ def dots(word: str) -> NDArray[np.bool_]:
     return ink
 
 
-def window(picture: NDArray, place: int) -> NDArray:
+def window(image: NDArray, place: int) -> NDArray:
     """The letter at a place of (GRID, GRID, ...): a view of 7 x 5 dots."""
     left = _LEFT + place * _PITCH
-    return picture[_TOP : _TOP + _HEIGHT, left : left + _WIDTH]
+    return image[_TOP : _TOP + _HEIGHT, left : left + _WIDTH]
 
 
 def draw_word(scene: WordScene) -> NDArray[np.uint8]:
@@ -108,5 +108,5 @@ def draw_word(scene: WordScene) -> NDArray[np.uint8]:
 
 
 def encode_word(scene: WordScene) -> bytes:
-    """The picture as an RGB PNG file of 64 x 64 pixels."""
+    """The image as an RGB PNG file of 64 x 64 pixels."""
     return encode_png(Image.fromarray(draw_word(scene).repeat(_DOT_PX, axis=0).repeat(_DOT_PX, axis=1)))

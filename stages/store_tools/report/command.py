@@ -12,11 +12,11 @@ from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
 from stages.precompute.quantisation import quantisation_facts
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
-from stages.store_tools.report.images import caption_histogram, caption_tokens, picture_grid
+from stages.store_tools.report.images import caption_histogram, caption_tokens, image_grid
 from stages.stores import group_bytes, open_store, store_folder
 
 _PAGE = "report/index.html"
-_NUM_PICTURES = 24
+_NUM_IMAGES = 24
 
 
 def report_command(path: str) -> CommandResult:
@@ -53,7 +53,7 @@ def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
         "captions": {name: caption_tokens(store, name) for name in store.encoders},
-        "pictures": picture_grid(store, _NUM_PICTURES),
+        "images": image_grid(store, _NUM_IMAGES),
     }
 
 
@@ -107,5 +107,5 @@ def _render(facts: dict[str, Any]) -> str:
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without pictures, for --json."""
-    return {key: value for key, value in facts.items() if key not in ("pictures", "captions")}
+    """The facts without images, for --json."""
+    return {key: value for key, value in facts.items() if key not in ("images", "captions")}

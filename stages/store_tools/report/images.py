@@ -1,4 +1,4 @@
-"""The report's pictures: samples as inline PNG, and the caption-length histogram as inline SVG."""
+"""The report's images: samples as inline PNG, and the caption-length histogram as inline SVG."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ _MAX_COUNTED_CAPTIONS = 4096
 _SHOWN_PX = 256
 
 
-def picture_grid(store: Store, count: int) -> list[dict[str, object]]:
+def image_grid(store: Store, count: int) -> list[dict[str, object]]:
     """Up to `count` samples spread evenly over the store: captions, and every size as a data URL."""
     indices = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int) if len(store) else []
     samples = (store[int(index)] for index in indices)

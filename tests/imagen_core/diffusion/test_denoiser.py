@@ -48,7 +48,7 @@ def test_under_autocast_only_the_network_is_rounded():
     torch.testing.assert_close(denoised, denoiser(x, sigma, conditioning), rtol=0, atol=2e-3 * 0.1)
 
 
-def test_dtype_follows_the_picture():
+def test_dtype_follows_the_image():
     denoiser = with_random_weights(small_denoiser(), seed=0)
     conditioning = Conditioning(text=torch.randn(2, 3, 8), text_mask=torch.ones(2, 3, dtype=torch.bool))
     x = torch.randn(2, 3, 8, 8)
@@ -71,7 +71,7 @@ def test_a_stage_is_either_a_base_or_a_super_resolution_model(changes, words):
         small_denoiser(**changes)
 
 
-def test_a_low_resolution_picture_must_be_smaller():
+def test_a_low_resolution_image_must_be_smaller():
     with pytest.raises(ValidationError, match="low_res_px must be smaller than size_px"):
         small_super_denoiser(low_res_px=8)
 

@@ -25,12 +25,12 @@ def text(rows=2):
     )
 
 
-def picture(rows=2, seed=0):
+def image(rows=2, seed=0):
     return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def additive(denoiser):
-    """A network that says 1 for the caption plus 10 times the low-resolution picture; D is what it says."""
+    """A network that says 1 for the caption plus 10 times the low-resolution image; D is what it says."""
 
     def says(x, c_noise, conditioning):
         keep = torch.ones(len(x), dtype=torch.bool) if conditioning.text_keep is None else conditioning.text_keep
@@ -44,14 +44,14 @@ def additive(denoiser):
 def test_the_estimate_is_the_unconditional_one_plus_the_weighted_difference(weight, passes_of):
     denoiser = small_denoiser(diffusion={"objective": "x0"})
     network = additive(denoiser)
-    estimate = guided(denoiser, text(), Guidance(text=weight), NONE)(picture(), SIGMA)
+    estimate = guided(denoiser, text(), Guidance(text=weight), NONE)(image(), SIGMA)
     torch.testing.assert_close(estimate, torch.full_like(estimate, weight))
     assert [len(call[0]) for call in network.calls] == passes_of
 
 
 def test_weight_1_is_the_conditional_and_weight_0_the_unconditional_estimate_exactly():
     denoiser = with_random_weights(small_denoiser(), seed=0).double()
-    x, level = picture(), SIGMA.expand(2)
+    x, level = image(), SIGMA.expand(2)
     with torch.no_grad():
         conditional, unconditional = denoiser(x, level, text()), denoiser(x, level, text().unconditional())
         assert torch.equal(guided(denoiser, text(), Guidance(), NONE)(x, SIGMA), conditional)
@@ -61,7 +61,7 @@ def test_weight_1_is_the_conditional_and_weight_0_the_unconditional_estimate_exa
 
 def test_one_pass_of_two_halves_equals_two_passes():
     denoiser = with_random_weights(small_denoiser(), seed=0).double()
-    x = picture()
+    x = image()
     with torch.no_grad():
         one = guided(denoiser, text(), Guidance(text=4), NONE)(x, SIGMA)
         two = guided(denoiser, text(), Guidance(text=4, two_passes=True), NONE)(x, SIGMA)
@@ -86,7 +86,7 @@ def test_each_condition_has_its_weight_and_only_terms_that_count_are_computed(
         text=text().text, text_mask=text().text_mask, low_res=low_res, low_res_noise=torch.zeros(2)
     )
     guidance = Guidance(text=text_weight, low_res=low_res_weight, two_passes=two_passes)
-    estimate = guided(denoiser, conditioning, guidance, NONE)(picture(), SIGMA)
+    estimate = guided(denoiser, conditioning, guidance, NONE)(image(), SIGMA)
     # D_0 = 0, D_low_res = 5, D_all = 6
     torch.testing.assert_close(estimate, torch.full_like(estimate, low_res_weight * 5 + text_weight * 1))
     assert sum(len(call[0]) for call in network.calls) == 2 * passes
@@ -106,7 +106,7 @@ def test_captions_and_transcriptions_are_weighed_apart(weights, passes):
         text=text().text, text_mask=text().text_mask, characters=torch.ones(2, 4, dtype=torch.int64)
     )
     guidance = Guidance(text=weights[0], transcription=weights[1])
-    estimate = guided(denoiser, conditioning, guidance, NONE)(picture(), SIGMA)
+    estimate = guided(denoiser, conditioning, guidance, NONE)(image(), SIGMA)
     # D_0 = 0, D_transcription = 10, D_all = 11
     torch.testing.assert_close(estimate, torch.full_like(estimate, weights[0] * 1 + weights[1] * 10))
     assert sum(len(call[0]) for call in network.calls) == 2 * passes
@@ -115,7 +115,7 @@ def test_captions_and_transcriptions_are_weighed_apart(weights, passes):
 def test_without_a_caption_the_weight_of_captions_has_nothing_to_weigh():
     denoiser = small_denoiser(diffusion={"objective": "x0"})
     network = stub(denoiser, lambda x, *_: x)
-    guided(denoiser, Conditioning(), Guidance(text=7), NONE)(picture(), SIGMA)
+    guided(denoiser, Conditioning(), Guidance(text=7), NONE)(image(), SIGMA)
     assert [len(call[0]) for call in network.calls] == [2]
 
 
@@ -133,7 +133,7 @@ def test_guidance_may_be_limited_to_some_noise_levels(limits, weights, two_passe
     denoiser = small_denoiser(diffusion={"objective": "x0"})
     network = additive(denoiser)
     denoise = guided(denoiser, text(), Guidance(text=5, two_passes=two_passes, **limits), NONE)
-    found = [float(denoise(picture(), torch.tensor(sigma, dtype=torch.float64)).mean()) for sigma in (10, 1.0, 0.1)]
+    found = [float(denoise(image(), torch.tensor(sigma, dtype=torch.float64)).mean()) for sigma in (10, 1.0, 0.1)]
     assert found == weights
     assert sum(len(call[0]) for call in network.calls) == sum(2 if weight == 1 else 4 for weight in weights)
 
@@ -146,7 +146,7 @@ def test_limits_of_guidance_the_wrong_way_round_are_refused():
 def test_thresholding_comes_after_guidance():
     denoiser = small_denoiser(diffusion={"objective": "x0"})
     additive(denoiser)
-    estimate = guided(denoiser, text(), Guidance(text=5), Threshold(kind="static"))(picture(), SIGMA)
+    estimate = guided(denoiser, text(), Guidance(text=5), Threshold(kind="static"))(image(), SIGMA)
     assert torch.equal(estimate, torch.ones_like(estimate))
 
 
@@ -165,21 +165,21 @@ def test_dynamic_clips_to_the_percentile_and_rescales(percentile):
     torch.testing.assert_close(Threshold(percentile=percentile)(ROW), expected, rtol=1e-6, atol=0)
 
 
-def test_dynamic_leaves_pictures_in_range_alone():
+def test_dynamic_leaves_images_in_range_alone():
     torch.testing.assert_close(Threshold()(ROW / 8), ROW / 8, rtol=0, atol=0)
 
 
 def test_the_cap_bounds_the_divisor():
-    """IF caps it at 1.5: brighter pictures are clipped rather than dimmed."""
+    """IF caps it at 1.5: brighter images are clipped rather than dimmed."""
     capped = Threshold(percentile=1.0, cap=1.5)(ROW)
     torch.testing.assert_close(capped, ROW.clamp(-1.5, 1.5) / 1.5)
 
 
-def test_each_picture_of_a_batch_has_its_own_percentile():
+def test_each_image_of_a_batch_has_its_own_percentile():
     batch = torch.cat([ROW, ROW / 8])
     torch.testing.assert_close(Threshold()(batch), torch.cat([Threshold()(ROW), ROW / 8]))
 
 
-def test_a_batch_of_large_pictures_is_thresholded():
+def test_a_batch_of_large_images_is_thresholded():
     large = torch.full((6, 3, 1024, 1024), 2.0)  # more numbers than torch.quantile takes in one row
     assert float(Threshold()(large).max()) == 1.0

@@ -16,8 +16,8 @@ from tests.imagen_core.diffusion.small import small_denoiser, stub
 STD = 0.3
 
 
-def pictures(count: int) -> torch.Tensor:
-    """8-bit pictures with normal pixels, as numbers in [-1, 1]."""
+def images(count: int) -> torch.Tensor:
+    """8-bit images with normal pixels, as numbers in [-1, 1]."""
     values = STD * torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return ((values + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
 
@@ -30,7 +30,7 @@ def noise_of(count: int):
 
 
 def exact_model(num_steps: int = 1000, **diffusion):
-    """D is the mean of p(x0 | x) for pictures with pixels N(0, STD^2); a learned variance is that of p(x_next | x)."""
+    """D is the mean of p(x0 | x) for images with pixels N(0, STD^2); a learned variance is that of p(x_next | x)."""
     settings = {"objective": "x0", "schedule": {"kind": "discrete", "num_steps": num_steps}} | diffusion
     channels = 6 if diffusion.get("variance") == "learned" else 3
     denoiser = small_denoiser(unet={"out_channels": channels}, diffusion=settings)
@@ -60,9 +60,9 @@ def entropy() -> float:
     return float(-(share * share.log2()).nansum())
 
 
-def test_the_bound_of_the_exact_model_is_the_entropy_of_the_pictures():
+def test_the_bound_of_the_exact_model_is_the_entropy_of_the_images():
     """Every step of it is exactly the reverse of the noise, so nothing is lost. With fixed variances something is."""
-    x0, bits = pictures(32), {}
+    x0, bits = images(32), {}
     for variance in ("learned", "fixed_large", "fixed_small"):
         denoiser = exact_model(200, variance=variance)
         grid = Uniform().sigmas(denoiser.config.diffusion.schedule, 200)
@@ -75,7 +75,7 @@ def test_the_bound_of_the_exact_model_is_the_entropy_of_the_pictures():
 
 
 def test_a_wrong_model_costs_more_bits():
-    x0, grid = pictures(4), Uniform().sigmas(Discrete(), 200)
+    x0, grid = images(4), Uniform().sigmas(Discrete(), 200)
     right, wrong = exact_model(), exact_model()
     estimate = wrong.net.function
     stub(wrong, lambda *inputs: estimate(*inputs) + 0.05)
@@ -84,7 +84,7 @@ def test_a_wrong_model_costs_more_bits():
 
 
 def test_fewer_steps_are_a_looser_bound():
-    x0, denoiser = pictures(8), exact_model()
+    x0, denoiser = images(8), exact_model()
     totals = [
         float(bits_per_dimension(denoiser, x0, Conditioning(), grid, noise_of(8)).total.mean())
         for grid in (Uniform().sigmas(Discrete(), count) for count in (300, 100, 10))
@@ -95,12 +95,12 @@ def test_fewer_steps_are_a_looser_bound():
 def test_a_continuous_model_is_measured_on_any_grid():
     denoiser = exact_model(schedule={"kind": "log_snr_cosine"}, variance="fixed_large")
     grid = Uniform().sigmas(LogSnrCosine(), 400)
-    found = bits_per_dimension(denoiser, pictures(8), Conditioning(), grid, noise_of(8))
+    found = bits_per_dimension(denoiser, images(8), Conditioning(), grid, noise_of(8))
     assert entropy() < float(found.total.mean()) < entropy() + 0.4
 
 
-def test_a_pictures_bits_do_not_depend_on_its_batch():
-    x0, denoiser, draw = pictures(4), exact_model(), noise_of(4)
+def test_an_images_bits_do_not_depend_on_its_batch():
+    x0, denoiser, draw = images(4), exact_model(), noise_of(4)
     grid = Uniform().sigmas(Discrete(), 20)
     whole = bits_per_dimension(denoiser, x0, Conditioning(), grid, draw)
     order = torch.tensor([2, 0, 3, 1])
@@ -111,9 +111,9 @@ def test_a_pictures_bits_do_not_depend_on_its_batch():
         torch.testing.assert_close(getattr(single, name), getattr(whole, name)[2:3], rtol=1e-12, atol=0)
 
 
-def test_errors_by_step_are_those_of_picture_and_noise():
+def test_errors_by_step_are_those_of_image_and_noise():
     schedule = Discrete(num_steps=100)
-    x0, denoiser, draw = pictures(2), exact_model(schedule=schedule), noise_of(2)
+    x0, denoiser, draw = images(2), exact_model(schedule=schedule), noise_of(2)
     found = bits_per_dimension(denoiser, x0, Conditioning(), Uniform().sigmas(schedule, 100), draw, clip=False)
     sigma = schedule.sigmas()[70]
     estimate = STD**2 / (STD**2 + sigma**2) * (x0 + sigma * draw(70))
@@ -134,10 +134,10 @@ def test_a_term_is_the_kl_divergence_of_the_two_normal_distributions():
     wide = (slice(None), None, None, None)
     state = kept[1:].sqrt()[wide] * (x0 + sigma[wide] * n)
 
-    def mean(picture):
+    def mean(image):
         first = kept[:-1].sqrt() * beta / (1 - kept[1:])
         second = (1 - beta).sqrt() * (1 - kept[:-1]) / (1 - kept[1:])
-        return first[wide] * picture + second[wide] * state
+        return first[wide] * image + second[wide] * state
 
     tilde = beta * (1 - kept[:-1]) / (1 - kept[1:])
     share = (says + 1) / 2
@@ -152,7 +152,7 @@ def test_a_term_is_the_kl_divergence_of_the_two_normal_distributions():
 def test_with_the_fixed_small_variance_a_term_is_a_difference_of_snr_times_the_error():
     """Kingma et al. 2021, arXiv 2107.00630, equation 13."""
     table = Discrete(num_steps=100).sigmas()
-    x0, guess = pictures(99), pictures(99).flip(0)
+    x0, guess = images(99), images(99).flip(0)
     found = bound_term("fixed_small", x0, guess, None, table[1:], table[:-1], table[1:] + 1)
     error = (x0 - guess).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(
@@ -162,7 +162,7 @@ def test_with_the_fixed_small_variance_a_term_is_a_difference_of_snr_times_the_e
 
 def test_the_last_step_is_the_likelihood_of_the_8_bit_values():
     table = Discrete(num_steps=100).sigmas()
-    x0 = pictures(2)
+    x0 = images(2)
     level = [torch.tensor([value], dtype=torch.float64) for value in (float(table[0]), 0.0, float(table[1]))]
     found = bound_term("fixed_small", x0, x0 + 0.01, None, *level)
     kept = 1 / (1 + table[:2] ** 2)
@@ -197,4 +197,4 @@ def test_the_prior_is_the_kl_divergence_from_pure_noise():
 
 def test_one_level_is_no_bound():
     with pytest.raises(ValueError, match="two noise levels or more"):
-        bits_per_dimension(exact_model(), pictures(1), Conditioning(), torch.tensor([1.0, 0.0]), noise_of(1))
+        bits_per_dimension(exact_model(), images(1), Conditioning(), torch.tensor([1.0, 0.0]), noise_of(1))

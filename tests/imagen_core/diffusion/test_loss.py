@@ -69,7 +69,7 @@ def test_without_weight_it_is_the_distance_to_what_the_network_should_predict(ob
 def published_weight(weight, objective):
     """The weight each paper puts on the squared error of this objective's prediction."""
     snr = 1 / SIGMA**2
-    on_picture = {  # the squared error of the picture, in units of that of the prediction
+    on_image = {  # the squared error of the image, in units of that of the prediction
         "eps": 1 / snr,
         "x0": torch.ones_like(snr),
         "v": 1 / (snr + 1),
@@ -78,9 +78,9 @@ def published_weight(weight, objective):
     return {
         "none": torch.ones_like(snr),
         "p2": (1 + snr) ** -0.5,
-        "min_snr": torch.minimum(snr, torch.tensor(5.0)) * on_picture,
-        "snr_plus_one": (snr + 1) * on_picture,
-        "edm": (SIGMA**2 + 0.25) / (SIGMA * 0.5) ** 2 * on_picture,
+        "min_snr": torch.minimum(snr, torch.tensor(5.0)) * on_image,
+        "snr_plus_one": (snr + 1) * on_image,
+        "edm": (SIGMA**2 + 0.25) / (SIGMA * 0.5) ** 2 * on_image,
     }[weight]
 
 
@@ -104,8 +104,8 @@ def test_weights_that_cancel_are_1():
 
 
 @pytest.mark.parametrize("weight", ["min_snr", "snr_plus_one", "edm"])
-def test_a_weight_on_the_picture_is_the_same_loss_for_every_objective(weight):
-    """Networks whose outputs stand for one and the same picture have the same loss, whatever they predict."""
+def test_a_weight_on_the_image_is_the_same_loss_for_every_objective(weight):
+    """Networks whose outputs stand for one and the same image have the same loss, whatever they predict."""
     x0, noise, guess = batch()
     x = x0 + column(SIGMA) * noise
     losses = []
@@ -139,7 +139,7 @@ def test_a_perfect_network_has_no_loss():
         assert float(diffusion_loss(denoiser, x0, SIGMA, noise, Conditioning()).max()) < 1e-12
 
 
-def test_float32_pictures_have_a_float32_loss_even_of_a_bfloat16_network():
+def test_float32_images_have_a_float32_loss_even_of_a_bfloat16_network():
     denoiser = small_denoiser()
     x0, noise, output = (tensor.float() for tensor in batch())
     stub(denoiser, lambda *_: output.bfloat16())
@@ -247,9 +247,9 @@ def test_improved_diffusions_balanced_v_and_snr_plus_one_are_one_weight_up_to_a_
     """The mean of the errors of eps and x0, the error of v, and (SNR + 1) / SNR on that of eps."""
     x0, noise, output = batch()
     alpha, level = column(1 / (1 + SIGMA**2).sqrt()), column(SIGMA / (1 + SIGMA**2).sqrt())
-    picture = (alpha * x0 + level * noise - level * output) / alpha
-    mse_eps, mse_x0 = (((a - b) ** 2).mean(dim=(1, 2, 3)) for a, b in ((output, noise), (picture, x0)))
-    mse_v = ((alpha * output - level * picture - alpha * noise + level * x0) ** 2).mean(dim=(1, 2, 3))
+    image = (alpha * x0 + level * noise - level * output) / alpha
+    mse_eps, mse_x0 = (((a - b) ** 2).mean(dim=(1, 2, 3)) for a, b in ((output, noise), (image, x0)))
+    mse_v = ((alpha * output - level * image - alpha * noise + level * x0) ** 2).mean(dim=(1, 2, 3))
     found = measured(objective="eps", weight="snr_plus_one")
     torch.testing.assert_close(found, mse_v)
     torch.testing.assert_close(found, 2 * (mse_eps + mse_x0) / 2)

@@ -1,4 +1,4 @@
-"""Noise-conditioning augmentation of the low-resolution picture."""
+"""Noise-conditioning augmentation of the low-resolution image."""
 
 import math
 
@@ -35,12 +35,12 @@ def test_uniform_levels_are_uniform_in_the_time_of_the_schedule():
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 5.0])
 def test_the_result_has_the_variance_of_the_closed_form(sigma):
     generator = torch.Generator().manual_seed(0)
-    pictures, noise = (torch.randn(4, 3, 200, 200, generator=generator, dtype=torch.float64) for _ in range(2))
+    images, noise = (torch.randn(4, 3, 200, 200, generator=generator, dtype=torch.float64) for _ in range(2))
     levels = torch.full((4,), sigma, dtype=torch.float64)
     scale = 1 / (levels**2 + 0.25).sqrt()
-    result = add_low_res_noise(0.5 * pictures, levels, noise, scale)
+    result = add_low_res_noise(0.5 * images, levels, noise, scale)
     assert float(result.var()) == pytest.approx(1.0, rel=0.01)
-    torch.testing.assert_close(result, (0.5 * pictures + sigma * noise) / math.sqrt(sigma**2 + 0.25))
+    torch.testing.assert_close(result, (0.5 * images + sigma * noise) / math.sqrt(sigma**2 + 0.25))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(obj
         ("bilinear", [-1, -0.875, -0.625, -0.25, 0.25, 0.625, 0.875, 1]),
     ],
 )
-def test_the_low_resolution_picture_is_enlarged_as_the_configuration_says(mode, row):
+def test_the_low_resolution_image_is_enlarged_as_the_configuration_says(mode, row):
     unet = {"low_res": True, "low_res_noise": False}
     denoiser = small_super_denoiser(unet=unet, low_res_noise=None, low_res_upsampling=mode)
     low_res = torch.tensor([-1, -0.5, 0.5, 1], dtype=torch.float64).expand(1, 3, 4, 4)
@@ -78,7 +78,7 @@ def test_the_low_resolution_picture_is_enlarged_as_the_configuration_says(mode, 
     torch.testing.assert_close(sampled, trained)
 
 
-def test_without_augmentation_the_picture_is_only_upsampled():
+def test_without_augmentation_the_image_is_only_upsampled():
     denoiser = small_super_denoiser(unet={"low_res_noise": False}, low_res_noise=None)
     low_res = torch.rand(2, 3, 4, 4) * 2 - 1
     conditioning = denoiser.with_low_res(Conditioning(), low_res, torch.tensor([1.0, 2.0]), torch.randn(2, 3, 8, 8))
@@ -128,12 +128,12 @@ def test_every_way_to_upsample_stays_in_range(mode):
     assert upsample(torch.full((1, 3, 4, 4), 1.3), 8, mode).max() == 1
 
 
-def test_unclipped_a_picture_may_overshoot():
+def test_unclipped_an_image_may_overshoot():
     checkers = (torch.arange(8) % 2 * 2.0 - 1).expand(1, 1, 8, 8)
     assert float(upsample(checkers, 32, "bicubic_unclipped").abs().max()) > 1.1
 
 
-def test_noise_at_the_small_size_is_enlarged_with_the_picture():
+def test_noise_at_the_small_size_is_enlarged_with_the_image():
     config = small_super_denoiser().config.model_dump()
     changes = {"low_res_noise_at": "low_res_px", "low_res_upsampling": "bicubic_unclipped"}
     denoiser = Denoiser(DenoiserConfig.model_validate(config | changes))
@@ -146,15 +146,15 @@ def test_noise_at_the_small_size_is_enlarged_with_the_picture():
         DenoiserConfig.model_validate(config | {"low_res_noise_at": "low_res_px"})
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
-    picture = torch.rand(1, 3, 8, 8)
-    assert torch.equal(upsample(picture, 8), picture)
+def test_an_image_of_the_right_size_is_left_alone():
+    image = torch.rand(1, 3, 8, 8)
+    assert torch.equal(upsample(image, 8), image)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_cubic_reflect_is_keys_kernel_on_a_picture_reflected_at_its_edges(factor: int) -> None:
+def test_cubic_reflect_is_keys_kernel_on_an_image_reflected_at_its_edges(factor: int) -> None:
     width = 6
-    picture = torch.rand(1, 1, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+    image = torch.rand(1, 1, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
 
     def kernel(x: float) -> float:
         x = abs(x)
@@ -166,8 +166,8 @@ def test_cubic_reflect_is_keys_kernel_on_a_picture_reflected_at_its_edges(factor
         for place in range(-3, width + 3):
             inside = width - 1 - abs(width - 1 - abs(place))
             matrix[row, inside] += kernel(centre - place)
-    expected = (matrix @ picture[0, 0] @ matrix.T).clamp(-1, 1)
-    torch.testing.assert_close(upsample(picture, factor * width, "cubic_reflect")[0, 0], expected)
+    expected = (matrix @ image[0, 0] @ matrix.T).clamp(-1, 1)
+    torch.testing.assert_close(upsample(image, factor * width, "cubic_reflect")[0, 0], expected)
 
 
 def test_cubic_reflect_takes_whole_factors_only() -> None:

@@ -26,7 +26,7 @@ def output_of_a_perfect_network(objective, x0, noise, sigma):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_perfect_network_of_every_objective_gives_the_same_picture(objective):
+def test_a_perfect_network_of_every_objective_gives_the_same_image(objective):
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(len(SIGMA), generator=generator, dtype=torch.float64) for _ in range(2))
     c = coefficients(objective, SIGMA)
@@ -53,7 +53,7 @@ def test_edm_input_and_target_have_unit_variance(sigma_data):
 
 @pytest.mark.parametrize("num_steps", [50, 1000])
 def test_prev_predicts_the_mean_of_ddpms_state_one_step_before(num_steps):
-    """Ho et al. 2020, equation 7; below the first step that is the picture itself."""
+    """Ho et al. 2020, equation 7; below the first step that is the image itself."""
     schedule = Discrete(num_steps=num_steps)
     sigma = schedule.sigmas()
     kept = 1 / (1 + sigma**2)
@@ -100,7 +100,7 @@ def test_coefficients_have_the_dtype_of_sigma(objective, dtype):
     assert {c.skip.dtype, c.out.dtype, c.input.dtype} == {dtype}
 
 
-def test_the_forward_process_has_the_variance_of_picture_plus_noise():
+def test_the_forward_process_has_the_variance_of_image_plus_noise():
     generator = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(400_000, generator=generator, dtype=torch.float64)
     noise = torch.randn(400_000, generator=generator, dtype=torch.float64)

@@ -77,7 +77,7 @@ def test_sections_have_the_steps_asked_for():
 
 
 def test_ddim_strings_start_near_pure_noise_or_are_refused():
-    """A stride that is too small would leave the highest noise levels out, and with them most of the picture."""
+    """A stride that is too small would leave the highest noise levels out, and with them most of the image."""
     strided = {len(range(0, 1000, stride)): stride for stride in range(1000, 0, -1)}
     for count in range(1, 1001):
         if count in strided:

@@ -62,10 +62,10 @@ def test_the_last_pool_takes_the_maximum_and_the_one_before_it_the_mean(network:
 
 
 def test_features_do_not_depend_on_the_batch_and_logits_have_no_bias(network: FidInception) -> None:
-    pictures = torch.rand(2, 3, 80, 80) * 2 - 1
-    features, logits = network(pictures)
+    images = torch.rand(2, 3, 80, 80) * 2 - 1
+    features, logits = network(images)
     assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
-    torch.testing.assert_close(network(pictures[1:])[0], features[1:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(network(images[1:])[0], features[1:], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits, features @ network.fc.weight.T)
     assert features.std() > 0
 

@@ -60,7 +60,7 @@ def test_it_is_the_formula_of_the_paper(network: Lpips) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_equal_pictures_have_distance_0_and_order_does_not_matter(network: Lpips) -> None:
+def test_equal_images_have_distance_0_and_order_does_not_matter(network: Lpips) -> None:
     a, b = pairs()
     assert network(a, a).tolist() == [0, 0, 0]
     torch.testing.assert_close(network(a, b), network(b, a))
@@ -81,9 +81,9 @@ def test_published_names_are_taken_and_what_does_not_fit_is_named(network: Lpips
         Lpips.of({name: value for name, value in published.items() if not name.startswith("lin4")})
 
 
-def test_pictures_smaller_than_its_layers_are_refused(network: Lpips) -> None:
+def test_images_smaller_than_its_layers_are_refused(network: Lpips) -> None:
     alex = len(network.state_dict()) == 15
     least = 31 if alex else 16
     assert network(*pairs(least)).shape == (3,)
-    with pytest.raises(ValueError, match=rf"pictures of {least - 1} x {least - 1} px; this network needs {least}"):
+    with pytest.raises(ValueError, match=rf"images of {least - 1} x {least - 1} px; this network needs {least}"):
         network(*pairs(least - 1))

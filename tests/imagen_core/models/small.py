@@ -119,7 +119,7 @@ def inputs(
 def other_conditions(
     config: UNetBaseConfig, batch: int, dtype: torch.dtype = torch.float32, side_px: int = 16
 ) -> Conditioning:
-    """Conditions that are neither captions nor low-resolution pictures, as far as the model reads them."""
+    """Conditions that are neither captions nor low-resolution images, as far as the model reads them."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> Tensor:

@@ -148,7 +148,7 @@ def test_pixels_attend_as_the_formula_says():
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-9)
 
 
-def test_weave_lets_characters_see_the_picture_first():
+def test_weave_lets_characters_see_the_image_first():
     layer, x, context = attention(weave=True)
     weave, plain = layer.weave, attention()[0]
     assert weave is not None
@@ -198,7 +198,7 @@ def test_the_encoder_knows_order_lines_and_the_noise_level(positions: str):
     assert not torch.allclose(encode("AB")[0], encode("BA")[1]), "attention knows distances without places"
 
 
-def test_captions_and_transcriptions_reach_the_same_picture():
+def test_captions_and_transcriptions_reach_the_same_image():
     unet, x, c_noise, conditioning = build("regular")
     result = unet(x, c_noise, conditioning)
     assert conditioning.text is not None

@@ -187,7 +187,7 @@ def test_recomputing_repeats_the_same_dropout(family: str):
 
 
 @FAMILY
-def test_channels_last_and_bfloat16_give_the_same_picture(family: str):
+def test_channels_last_and_bfloat16_give_the_same_image(family: str):
     config, unet = build(family)
     x, c_noise, conditioning = inputs(config)
     plain = unet(x, c_noise, conditioning)
@@ -225,7 +225,7 @@ def test_missing_conditions_are_named(family: str):
     for name in ("text", "low_res", "low_res_noise", "labels"):
         with pytest.raises(ValueError, match=f"conditioning.{name}:"):
             unet(x, c_noise, replace(conditioning, **{name: None}))
-    with pytest.raises(ValueError, match=r"a picture of \(2, 3, 16, 16\) \(got \(2, 3, 8, 8\)\)"):
+    with pytest.raises(ValueError, match=r"an image of \(2, 3, 16, 16\) \(got \(2, 3, 8, 8\)\)"):
         unet(x, c_noise, replace(conditioning, low_res=torch.zeros(2, 3, 8, 8)))
 
 

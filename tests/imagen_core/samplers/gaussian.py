@@ -1,4 +1,4 @@
-"""Gaussian pictures: their denoiser in closed form, and the exact law of what a sampler makes of it.
+"""Gaussian images: their denoiser in closed form, and the exact law of what a sampler makes of it.
 
 With this denoiser every step of every sampler is affine in the noise drawn, so the law of the result is Gaussian and
 its mean and variance follow exactly: run the sampler once with all draws 0 and once for each draw set to 1.
@@ -29,7 +29,7 @@ class Gaussian:
         return self.mean + (x - self.mean) * total_next / total
 
 
-class UnitDraws:
+class UnitNoise:
     """Noise for `sample`: row 0 of the batch gets zeros, row k + 1 the k-th unit vector of all numbers drawn."""
 
     def __init__(self, rows: int):
@@ -50,10 +50,10 @@ class UnitDraws:
 
 
 def law(sampler: Sampler, denoise, sigmas: Tensor, shape=(1, 1, 1), **options) -> tuple[Tensor, Tensor]:
-    """Exact mean (pixels,) and covariance (pixels, pixels) of the sampler's pictures, for an affine denoiser."""
-    counter = UnitDraws(1)
+    """Exact mean (pixels,) and covariance (pixels, pixels) of the sampler's images, for an affine denoiser."""
+    counter = UnitNoise(1)
     sample(sampler, denoise, sigmas, counter, shape, dtype=torch.float64, **options)
-    draws = UnitDraws(counter.drawn + 1)
+    draws = UnitNoise(counter.drawn + 1)
     rows = sample(sampler, denoise, sigmas, draws, shape, dtype=torch.float64, **options).flatten(1)
     effects = rows[1:] - rows[:1]
     return rows[0], effects.T @ effects

@@ -1,4 +1,4 @@
-"""From a picture to its noise and back."""
+"""From an image to its noise and back."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ SHAPE = (2, 3, 8, 8)
 WITHOUT_NOISE = [Ddim(), Euler(), Heun(), DpmSolverPP2M(), Plms(), Prk()]
 
 
-def picture() -> torch.Tensor:
+def image() -> torch.Tensor:
     return torch.rand(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
@@ -36,10 +36,10 @@ def there_and_back(sampler, denoise, sigmas, image):
 
 
 @pytest.mark.parametrize("sampler", WITHOUT_NOISE, ids=repr)
-def test_the_latent_of_a_gaussian_picture_is_where_the_flow_leads(sampler):
+def test_the_latent_of_a_gaussian_image_is_where_the_flow_leads(sampler):
     data, sigmas = Gaussian(), Karras().sigmas(LogNormal(), 500)
-    latent = encode(sampler, data.denoise, sigmas, picture())
-    exact = data.flow(picture(), sigmas[-2], sigmas[0]) / sigmas[0]
+    latent = encode(sampler, data.denoise, sigmas, image())
+    exact = data.flow(image(), sigmas[-2], sigmas[0]) / sigmas[0]
     torch.testing.assert_close(latent, exact, rtol=0, atol=0.03)
 
 
@@ -51,12 +51,12 @@ def two_values(x, sigma):
 
 
 @pytest.mark.parametrize(("sampler", "allowed"), [(Ddim(), 0.03), (Heun(), 1e-3)], ids=repr)
-def test_a_picture_comes_back_from_its_latent(sampler, allowed):
+def test_an_image_comes_back_from_its_latent(sampler, allowed):
     """Up to the error of the solver; that of DDIM halves with twice the steps."""
     errors = []
     for num_steps in (100, 200, 400):
-        back = there_and_back(sampler, two_values, Uniform().sigmas(Discrete(), num_steps), picture())
-        errors.append(float((back - picture()).abs().mean()))
+        back = there_and_back(sampler, two_values, Uniform().sigmas(Discrete(), num_steps), image())
+        errors.append(float((back - image()).abs().mean()))
     assert errors[2] < allowed
     assert isinstance(sampler, Heun) or errors[0] > 1.7 * errors[1] > 1.7 * 1.7 * errors[2]
 
@@ -65,19 +65,19 @@ def test_ddims_reverse_is_equation_12_with_the_next_level_above():
     """In DDPM's coordinate: sqrt(alpha bar next) D + sqrt(1 - alpha bar next) eps."""
     data, sigmas = Gaussian(), Uniform().sigmas(Discrete(), 5)
     kept = (1 / (1 + sigmas**2)).flip(0)[1:]
-    state = kept[0].sqrt() * picture()
+    state = kept[0].sqrt() * image()
     for now, above in pairwise(kept):
         estimate = data.denoise(state / now.sqrt(), ((1 - now) / now).sqrt())
         eps = (state - now.sqrt() * estimate) / (1 - now).sqrt()
         state = above.sqrt() * estimate + (1 - above).sqrt() * eps
     expected = state / (1 - kept[-1]).sqrt()
-    torch.testing.assert_close(encode(Ddim(), data.denoise, sigmas, picture()), expected)
+    torch.testing.assert_close(encode(Ddim(), data.denoise, sigmas, image()), expected)
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Ddim(eta=0.5), Euler(churn=0.2)], ids=repr)
 def test_a_sampler_that_draws_noise_has_no_way_back(sampler):
     with pytest.raises(ValueError, match="draws noise, so it has no way back"):
-        encode(sampler, Gaussian().denoise, Karras().sigmas(LogNormal(), 5), picture())
+        encode(sampler, Gaussian().denoise, Karras().sigmas(LogNormal(), 5), image())
 
 
 def test_progress_is_told_and_a_bad_grid_refused():
@@ -86,12 +86,12 @@ def test_progress_is_told_and_a_bad_grid_refused():
         Ddim(),
         Gaussian().denoise,
         Karras().sigmas(LogNormal(), 4),
-        picture(),
+        image(),
         on_step=lambda done, total, x: seen.append((done, total)),
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match="sigmas must fall strictly"):
-        encode(Ddim(), Gaussian().denoise, torch.tensor([1.0, 2.0, 0.0]), picture())
+        encode(Ddim(), Gaussian().denoise, torch.tensor([1.0, 2.0, 0.0]), image())
 
 
 def test_a_latent_is_begun_with_in_place_of_a_draw():

@@ -50,7 +50,7 @@ def test_it_is_reached_on_the_steps_of_every_schedule(name, schedule):
     assert variance_error < 0.01
 
 
-def test_drawn_pictures_have_the_mean_and_variance_that_the_exact_law_says():
+def test_drawn_images_have_the_mean_and_variance_that_the_exact_law_says():
     data, sigmas = Gaussian(), Karras().sigmas(LogNormal(), 8)
 
     class OneGenerator:

@@ -59,7 +59,7 @@ def test_the_drawn_part_comes_to_fit_the_kept_one_with_resampling():
 @pytest.mark.parametrize(
     "sampler", [Ancestral(), Ddim(), Euler(churn=0.2), Heun(), DpmSolverPP2M(), Plms(), Prk()], ids=lambda s: s.kind
 )
-def test_kept_pixels_are_exactly_those_of_the_picture(sampler):
+def test_kept_pixels_are_exactly_those_of_the_image(sampler):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(3, 2, 4, 4, generator=generator) * 2 - 1
     keep = torch.rand(3, 1, 4, 4, generator=generator) < 0.5
@@ -76,7 +76,7 @@ def test_kept_pixels_are_exactly_those_of_the_picture(sampler):
     assert not bool((drawn[~kept] == image[~kept]).any())
 
 
-def test_one_picture_and_mask_serve_a_whole_batch_and_do_not_tie_it_together():
+def test_one_image_and_mask_serve_a_whole_batch_and_do_not_tie_it_together():
     image, keep = torch.zeros(1, 1, 2, 2), torch.eye(2, dtype=torch.bool).reshape(1, 1, 2, 2)
 
     def draw(seeds):

@@ -1,4 +1,4 @@
-"""What holds for every sampler: step counts, dtypes, start pictures, thresholds, and batches."""
+"""What holds for every sampler: step counts, dtypes, start images, thresholds, and batches."""
 
 from itertools import pairwise
 
@@ -33,7 +33,7 @@ SHAPE = (1, 2, 2)
 
 
 @every_sampler
-def test_one_step_is_the_denoised_picture(sampler):
+def test_one_step_is_the_denoised_image(sampler):
     sampler = sampler.model_copy(update={"churn": 0.0}) if isinstance(sampler, Euler) else sampler
     sigmas = Karras().sigmas(LogNormal(), 1)
     noise = SeededNoise([4]).draw(SHAPE, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_one_step_is_the_denoised_picture(sampler):
 
 
 @every_sampler
-def test_any_number_of_steps_draws_finite_pictures(sampler):
+def test_any_number_of_steps_draws_finite_images(sampler):
     for num_steps in (2, 3, 4, 5, 17):
         sigmas = Karras().sigmas(LogNormal(), num_steps)
         drawn = sample(sampler, Gaussian().denoise, sigmas, SeededNoise(range(4)), SHAPE)
@@ -82,10 +82,10 @@ def test_more_steps_than_a_discrete_schedule_has_are_refused_with_both_numbers(s
 )
 def test_the_threshold_asked_for_is_the_one_used(sampler, threshold, expected):
     """One published EDM sampler replaced whatever it was given by dynamic thresholding."""
-    picture = torch.tensor([3.0, -0.5], dtype=torch.float64).reshape(1, 1, 1, 2)
+    image = torch.tensor([3.0, -0.5], dtype=torch.float64).reshape(1, 1, 1, 2)
     drawn = sample(
         sampler,
-        lambda x, sigma: threshold(picture.expand_as(x)),
+        lambda x, sigma: threshold(image.expand_as(x)),
         Karras().sigmas(LogNormal(), 4),
         SeededNoise([0]),
         (1, 1, 2),
@@ -95,7 +95,7 @@ def test_the_threshold_asked_for_is_the_one_used(sampler, threshold, expected):
 
 
 @every_sampler
-def test_a_picture_does_not_depend_on_its_batch(sampler):
+def test_an_image_does_not_depend_on_its_batch(sampler):
     def draw(seeds):
         sigmas = Karras().sigmas(LogNormal(), 6)
         return sample(sampler, Gaussian().denoise, sigmas, SeededNoise(seeds), SHAPE, dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_nor_does_it_with_a_network_guidance_and_dynamic_thresholding():
 
 
 @every_sampler
-def test_strength_0_returns_the_picture_and_strength_1_ignores_it(sampler):
+def test_strength_0_returns_the_image_and_strength_1_ignores_it(sampler):
     image = torch.rand(2, *SHAPE, dtype=torch.float64) * 2 - 1
     sigmas = Karras().sigmas(LogNormal(), 8)
 
@@ -137,7 +137,7 @@ def test_strength_0_returns_the_picture_and_strength_1_ignores_it(sampler):
     assert torch.equal(draw(init_image=image, strength=1), draw())
 
 
-def test_a_start_picture_is_kept_as_far_as_the_exact_flow_keeps_it():
+def test_a_start_image_is_kept_as_far_as_the_exact_flow_keeps_it():
     data, image, noise = Gaussian(), torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64), SeededNoise([3])
     sigmas = Karras().sigmas(LogNormal(), 200)
     first = sigmas[100]

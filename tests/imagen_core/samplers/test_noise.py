@@ -1,4 +1,4 @@
-"""A picture's random numbers are its own."""
+"""An image's random numbers are its own."""
 
 import math
 

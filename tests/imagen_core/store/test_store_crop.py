@@ -1,4 +1,4 @@
-"""Crops that the loader reads: the pixels of the whole picture at the place asked for."""
+"""Crops that the loader reads: the pixels of the whole image at the place asked for."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,7 +28,7 @@ def test_a_crop_is_that_part_of_every_size(make: Make, store_format: st.StoreFor
         assert batch["images"][4].shape == (len(batch["keys"]), 3, 2, 2)
         for k, key in enumerate(batch["keys"]):
             top, left = (places(range(number, number + 1))[0] * 3).astype(int)
-            whole = {px: torch.from_numpy(pictures[made.keys.index(key)]) for px, pictures in made.images.items()}
+            whole = {px: torch.from_numpy(images[made.keys.index(key)]) for px, images in made.images.items()}
             large = whole[8][2 * top : 2 * top + 4, 2 * left : 2 * left + 4]
             small = whole[4][top : top + 2, left : left + 2]
             assert torch.equal(batch["images"][8][k].permute(1, 2, 0), large)
@@ -65,7 +65,7 @@ def test_an_empty_batch_has_the_crops_sides(make: Make) -> None:
     assert batch["images"][4].shape == (0, 3, 2, 2)
 
 
-def test_raw_pictures_are_views_of_the_file_so_that_a_crop_costs_only_its_own_part(
+def test_raw_images_are_views_of_the_file_so_that_a_crop_costs_only_its_own_part(
     make: Make, store_format: st.StoreFormat
 ) -> None:
     file = st.Store.open(make(store_format=store_format).path).shard(0).images[8]
@@ -75,8 +75,8 @@ def test_raw_pictures_are_views_of_the_file_so_that_a_crop_costs_only_its_own_pa
 @pytest.mark.parametrize(
     ("side", "images", "message"),
     [
-        (9, [8], r"crop of 9 px does not fit pictures of \[8\] px"),
-        (0, [8], r"crop of 0 px does not fit pictures of \[8\] px"),
+        (9, [8], r"crop of 9 px does not fit images of \[8\] px"),
+        (0, [8], r"crop of 0 px does not fit images of \[8\] px"),
         (3, [8, 4], "crop of 3 px must be a multiple of 8/4 = 2"),
     ],
 )

@@ -193,20 +193,20 @@ def test_bytes_of_a_text_file_are_known_from_its_token_counts(
 
 @pytest.mark.parametrize(("size", "rows"), [(4, 0), (4, 1), (64, 100), (256, 7)])
 def test_images_roundtrip(tmp_path: Path, store_format: st.StoreFormat, size: int, rows: int) -> None:
-    pictures = np.random.default_rng(1).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
     path = tmp_path / "images"
     with st.open_image_writer(path, size, store_format) as writer:
-        for picture in pictures:
-            writer.append(picture, "key", "sha256")
+        for image in images:
+            writer.append(image, "key", "sha256")
     assert [file.name for file in tmp_path.iterdir()] == ["images"]
-    assert path.stat().st_size <= pictures.nbytes * 1.02 + 4096
+    assert path.stat().st_size <= images.nbytes * 1.02 + 4096
     group = st.ImagesGroup(f"images-{size}", size, store_format, "raw")
     with open(path, "rb") as remote:
         for source in (str(path), remote):
             file = open_images(source, "images", group)
             assert file.num_rows == rows
             for row in reversed(range(rows)):
-                np.testing.assert_array_equal(file.pixels(row), pictures[row])
+                np.testing.assert_array_equal(file.pixels(row), images[row])
 
 
 def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:

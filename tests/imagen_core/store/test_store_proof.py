@@ -69,17 +69,17 @@ def test_one_flipped_byte_of_a_payload(make: Make, store_format: st.StoreFormat,
     row = made.images[4][2] if group == "images-4" else made.text[2][1].astype(np.float16)
     data[data.index(row.tobytes())] ^= 0x01
     path.write_bytes(data)
-    the_problem(made, sealed, "1 pictures are not" if group == "images-4" else "1 embeddings are not those", path)
+    the_problem(made, sealed, "1 images are not" if group == "images-4" else "1 embeddings are not those", path)
 
 
 @both
-def test_two_swapped_pictures(make: Make, store_format: st.StoreFormat, sealed: bool) -> None:
+def test_two_swapped_images(make: Make, store_format: st.StoreFormat, sealed: bool) -> None:
     made = make(store_format=store_format, shard_rows=(4,), sizes=(4,))
     path, samples = only_file(made, "images-4"), st.read_samples(made.path / SAMPLES)
     with st.open_image_writer(path, 4, store_format) as writer:
         for row in (0, 2, 1, 3):
             writer.append(made.images[4][row], samples[row].key, samples[row].sha256)
-    the_problem(made, sealed, "2 pictures are not those of their samples, the first in row 1 ('000-001')", path)
+    the_problem(made, sealed, "2 images are not those of their samples, the first in row 1 ('000-001')", path)
 
 
 @both
@@ -139,7 +139,7 @@ def test_a_shard_of_another_place_or_run(make: Make, store_format: st.StoreForma
         shutil.copy(only_file(made, group), other)
     rewrite_manifest(made.path)
     messages = {problem.file.split("/")[0]: problem.message for problem in st.verify_store(made.path).problems}
-    assert messages["images-4"].startswith("4 pictures are not those of their samples, the first in row 0 ('001-000')")
+    assert messages["images-4"].startswith("4 images are not those of their samples, the first in row 0 ('001-000')")
     assert messages["text-t5"].startswith("6 embeddings are not those of their captions")
 
 

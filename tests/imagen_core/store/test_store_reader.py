@@ -21,9 +21,9 @@ def check_equal(store: st.Store, made: Made, dtype: st.StoreDtype) -> None:
     assert len(store) == len(made.keys)
     for i, sample in enumerate(store):
         assert (sample.key, sample.captions) == (made.keys[i], made.captions[i])
-        for size, pictures in made.images.items():
+        for size, images in made.images.items():
             assert sample.images[size].dtype == np.uint8
-            np.testing.assert_array_equal(sample.images[size], pictures[i])
+            np.testing.assert_array_equal(sample.images[size], images[i])
         for got, x in zip(sample.text["t5"], made.text[i], strict=True):
             np.testing.assert_array_equal(got, st.restore(st.cast_embedding(x, dtype), dtype))
 

@@ -58,8 +58,8 @@ def make_store(
     rng = np.random.default_rng(0)
     groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
     for size in (large_px // 2, large_px):
-        images = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
-        groups[st.image_group(size)] = images
+        group = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
+        groups[st.image_group(size)] = group
     groups["text-t5"] = {
         "kind": "text",
         "encoder": "t5",
@@ -84,10 +84,10 @@ def make_store(
         half = large_px // 2
         large = rng.integers(0, 256, (count, large_px, large_px, 3), dtype=np.uint8)
         small = large.reshape(count, half, 2, half, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
-        for size, pictures in ((large_px, large), (half, small)):
+        for size, images in ((large_px, large), (half, small)):
             name = st.image_group(size)
             with st.open_image_writer(root / paths[name], size, "parquet") as writer:
-                for pixels, sample in zip(pictures, samples, strict=True):
+                for pixels, sample in zip(images, samples, strict=True):
                     writer.append(pixels, sample.key, sample.sha256)
         embeddings = [rng.normal(size=(1 + row % 5, dim)).astype(np.float32) for row in range(count)]
         captions = [sample.captions[0] for sample in samples]
@@ -106,7 +106,7 @@ def _entry(root: Path, path: str, rows: int) -> dict[str, Any]:
 
 
 def make_config(store: Path, **changes: Any) -> TrainConfig:
-    """A base model of 16 px on the small store: 6 steps of 8 pictures in float64."""
+    """A base model of 16 px on the small store: 6 steps of 8 images in float64."""
     settings: dict[str, Any] = {
         "store": str(store),
         "denoiser": BASE,

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser
-from imagen_core.store import Cut, PictureFacts, Store
+from imagen_core.store import CropBox, ImageFacts, Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.augment import AugmentConfig, BlurConfig, Mirrored, RandomCut, blur, stored_box
+from imagen_core.train.augment import AugmentConfig, BlurConfig, Flipped, RandomCut, blur, stored_box
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.stream import Batch, BatchStream, open_store, whole_pictures
+from imagen_core.train.data.stream import Batch, BatchStream, full_images, open_store
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, SUPER, make_config, make_store
 
@@ -62,15 +62,15 @@ def example(config: TrainConfig, batch: Batch) -> Example:
     return make_example(batch, config, Denoiser(config.denoiser), CPU, 0)
 
 
-def test_no_cut_divides_a_safebox_or_leaves_the_picture_or_enlarges_it() -> None:
+def test_no_cut_divides_a_safebox_or_leaves_the_image_or_enlarges_it() -> None:
     rng = np.random.default_rng(1)
     moved = 0
     for numbers in drawn(4000):
         width, height = (int(side) for side in rng.integers(20, 900, 2))
         x, y = (sorted(rng.uniform(-0.1, 1.1, 2) * side) for side in (width, height))
         box = (math.floor(x[0]), math.floor(y[0]), math.ceil(x[1]) + 1, math.ceil(y[1]) + 1)
-        picture = PictureFacts(width, height, "text", box)
-        cut = cutter(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), picture)
+        image = ImageFacts(width, height, "text", box)
+        cut = cutter(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), image)
         assert 0 <= cut.top <= cut.top + cut.side <= PX
         assert 0 <= cut.left <= cut.left + cut.side <= PX
         # In pixels of the original: what of the box the stored centre square has lies within the cut.
@@ -93,7 +93,7 @@ def test_no_cut_divides_a_safebox_or_leaves_the_picture_or_enlarges_it() -> None
 def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float, low: int, high: int) -> None:
     cuts = cutter(min_scale=min_scale, max_scale=max_scale)
     numbers = (np.arange(20_000) + 0.5) / 20_000
-    sides = Counter(cuts.square(16, [0.0, u, 0.0, 0.0], PictureFacts(640, 480)).side for u in numbers.tolist())
+    sides = Counter(cuts.square(16, [0.0, u, 0.0, 0.0], ImageFacts(640, 480)).side for u in numbers.tolist())
     assert (min(sides), max(sides)) == (low, high)
     for side, count in sides.items():
         assert abs(count / 20_000 - (2 * side + 1) / ((high + 1) ** 2 - low**2)) <= 1 / 20_000
@@ -102,9 +102,9 @@ def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float
 def test_every_allowed_place_is_as_likely() -> None:
     cuts = cutter(min_scale=(40 / 48) ** 2, max_scale=(40 / 48) ** 2)
     numbers = ((np.arange(900) + 0.5) / 900).tolist()
-    plain, boxed = PictureFacts(480, 480), PictureFacts(480, 480, "x", (50, 0, 420, 10))
-    for picture, places in ((plain, range(9)), (boxed, range(2, 6))):
-        lefts = Counter(cuts.square(16, [0.0, 0.5, 0.0, u], picture).left for u in numbers)
+    plain, boxed = ImageFacts(480, 480), ImageFacts(480, 480, "x", (50, 0, 420, 10))
+    for image, places in ((plain, range(9)), (boxed, range(2, 6))):
+        lefts = Counter(cuts.square(16, [0.0, 0.5, 0.0, u], image).left for u in numbers)
         assert lefts == dict.fromkeys(places, 900 // len(places))
     assert {cuts.square(16, [0.0, 0.5, u, 0.0], boxed).top for u in numbers} == {0}
 
@@ -113,47 +113,47 @@ def test_the_limits_of_detail_and_writing_are_stronger_than_the_largest_scale() 
     small = {"min_scale": 0.01, "max_scale": 0.01}
     ends: list[list[float]] = [[0.0, u, u, u] for u in (0.0, 0.999999)]
     for numbers in ends:
-        assert cutter(**small).square(16, numbers, PictureFacts(500, 500)).side == 16, "no stored pixel is enlarged"
-        assert cutter(**small).square(16, numbers, PictureFacts(24, 30)).side == 32, "nor one of the original, of 24"
-        assert cutter(**small).square(16, numbers, PictureFacts(9, 9)) == Cut(0, 0, PX)
-        assert cutter(**small, min_px=2).square(16, numbers, PictureFacts(500, 500)).side == 32
-        assert cutter(**small, min_px=0).square(16, numbers, PictureFacts(9, 9)).side == 5
-        wide = PictureFacts(480, 480, "x", (100, 100, 400, 110))
+        assert cutter(**small).square(16, numbers, ImageFacts(500, 500)).side == 16, "no stored pixel is enlarged"
+        assert cutter(**small).square(16, numbers, ImageFacts(24, 30)).side == 32, "nor one of the original, of 24"
+        assert cutter(**small).square(16, numbers, ImageFacts(9, 9)) == CropBox(0, 0, PX)
+        assert cutter(**small, min_px=2).square(16, numbers, ImageFacts(500, 500)).side == 32
+        assert cutter(**small, min_px=0).square(16, numbers, ImageFacts(9, 9)).side == 5
+        wide = ImageFacts(480, 480, "x", (100, 100, 400, 110))
         assert cutter(**small).square(16, numbers, wide).side == 30
 
 
-def test_pictures_without_writing_have_settings_of_their_own() -> None:
+def test_images_without_writing_have_settings_of_their_own() -> None:
     cuts = cutter(probability=0.5, without_text={"min_scale": 0.25, "max_scale": 0.25})
-    boxed = PictureFacts(480, 480, "x", (0, 0, 1, 1))
+    boxed = ImageFacts(480, 480, "x", (0, 0, 1, 1))
     assert cuts.square(16, [0.49, 0.0, 0.0, 0.0], boxed).side == 42
-    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == Cut(0, 0, PX), "shown whole"
-    assert cuts.square(16, [0.0, 0.5, 0.5, 0.5], PictureFacts(480, 480, "x")) == Cut(0, 0, PX), "place not known"
-    for picture in (PictureFacts(480, 480, ""), PictureFacts(480, 480), PictureFacts(480, 480, "", (0, 0, 9, 9))):
-        assert cuts.square(16, [0.99, 0.0, 0.0, 0.0], picture).side == 24
-    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], PictureFacts(480, 480, None, (0, 0, 9, 9))) == Cut(0, 0, PX)
+    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX), "shown whole"
+    assert cuts.square(16, [0.0, 0.5, 0.5, 0.5], ImageFacts(480, 480, "x")) == CropBox(0, 0, PX), "place not known"
+    for image in (ImageFacts(480, 480, ""), ImageFacts(480, 480), ImageFacts(480, 480, "", (0, 0, 9, 9))):
+        assert cuts.square(16, [0.99, 0.0, 0.0, 0.0], image).side == 24
+    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], ImageFacts(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
 
 
-def test_only_pictures_without_writing_are_mirrored() -> None:
-    mirror = Mirrored(cutter(), 0.3, lambda numbers: np.empty((0, 1)))
+def test_only_images_without_writing_are_mirrored() -> None:
+    mirror = Flipped(cutter(), 0.3, lambda numbers: np.empty((0, 1)))
     for numbers in ([0.29, 0.0, 0.5, 0.5, 0.5], [0.3, 0.0, 0.5, 0.5, 0.5]):
-        for picture, may in (
-            (PictureFacts(480, 480), True),
-            (PictureFacts(480, 480, ""), True),
-            (PictureFacts(480, 480, "", (1, 2, 3, 4)), True),
-            (PictureFacts(480, 480, "x"), False),
-            (PictureFacts(480, 480, "x", (1, 2, 3, 4)), False),
-            (PictureFacts(480, 480, None, (1, 2, 3, 4)), False),
+        for image, may in (
+            (ImageFacts(480, 480), True),
+            (ImageFacts(480, 480, ""), True),
+            (ImageFacts(480, 480, "", (1, 2, 3, 4)), True),
+            (ImageFacts(480, 480, "x"), False),
+            (ImageFacts(480, 480, "x", (1, 2, 3, 4)), False),
+            (ImageFacts(480, 480, None, (1, 2, 3, 4)), False),
         ):
-            for cut in mirror.cut(SIZES, numbers, picture).values():
-                assert cut.mirrored == (may and numbers[0] < 0.3)
+            for cut in mirror.cut(SIZES, numbers, image).values():
+                assert cut.flipped == (may and numbers[0] < 0.3)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(mirrored: bool) -> None:
+def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(flipped: bool) -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
     part = Image.fromarray(pixels).crop((7, 3, 47, 43))
-    turned = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
-    cut = Cut(3, 7, 40, mirrored)
+    turned = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else part
+    cut = CropBox(3, 7, 40, flipped)
     assert np.array_equal(cut.show(pixels, 40), np.asarray(turned))
     for size in (16, 39, 64):
         expected = np.asarray(turned.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
@@ -161,13 +161,13 @@ def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(mirrored
 
 
 def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
-    assert stored_box(PictureFacts(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
-    assert stored_box(PictureFacts(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
-    assert stored_box(PictureFacts(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
-    assert stored_box(PictureFacts(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
+    assert stored_box(ImageFacts(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
+    assert stored_box(ImageFacts(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
+    assert stored_box(ImageFacts(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
+    assert stored_box(ImageFacts(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
 
 
-def test_at_its_own_size_and_whole_a_picture_has_the_stored_pixels(written_store: Path) -> None:
+def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store: Path) -> None:
     whole = {"from_px": PX, "min_scale": 1, "max_scale": 1}
     config = make_config(written_store, denoiser=BASE | {"size_px": PX}, augment=whole)
     plain = make_config(written_store, denoiser=BASE | {"size_px": PX})
@@ -175,33 +175,33 @@ def test_at_its_own_size_and_whole_a_picture_has_the_stored_pixels(written_store
         assert torch.equal(a.images[PX], b.images[PX])
 
 
-def test_both_pictures_of_super_resolution_show_one_cut_of_the_larger_picture(written_store: Path) -> None:
+def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(written_store: Path) -> None:
     """Which cut it was is found by trying all there are."""
     augment = {"from_px": PX, "min_scale": 0.7, "without_text": {"min_scale": 0.8, "max_scale": 0.9}}
     config = make_config(written_store, denoiser=PLAIN_SUPER, augment=augment, horizontal_flip=True)
-    pictures = {sample.key: sample for sample in Store.open(written_store)}
+    images = {sample.key: sample for sample in Store.open(written_store)}
     cuts = [
-        Cut(top, left, side, mirrored)
+        CropBox(top, left, side, flipped)
         for side in range(40, PX + 1)
         for top in range(PX - side + 1)
         for left in range(PX - side + 1)
-        for mirrored in (False, True)
+        for flipped in (False, True)
     ]
     (batch,) = read(config, 1)
     kinds = Counter[str]()
     for k, key in enumerate(batch.keys):
         large, small = (batch.images[size][k].permute(1, 2, 0).numpy() for size in (32, 16))
-        pixels = pictures[key].images[PX]
+        pixels = images[key].images[PX]
         (cut,) = [cut for cut in cuts if np.array_equal(cut.show(pixels, 32), large)]
         assert np.array_equal(cut.show(pixels, 16), small)
-        written, box = pictures[key].transcription, pictures[key].safebox
+        written, box = images[key].transcription, images[key].safebox
         if written and box is None:
-            assert cut == Cut(0, 0, PX)
+            assert cut == CropBox(0, 0, PX)
         elif written:
-            assert not cut.mirrored
+            assert not cut.flipped
         else:
             assert 43 <= cut.side <= 45
-        kinds["text" if written else "mirrored" if cut.mirrored else "plain"] += 1
+        kinds["text" if written else "mirrored" if cut.flipped else "plain"] += 1
     assert min(kinds.values()) >= 1
     assert len(kinds) == 3
     shown = example(config, batch)
@@ -230,9 +230,9 @@ def test_views_do_not_depend_on_batches_processes_or_restarts(written_store: Pat
     assert torch.equal(torch.cat(low_res), torch.cat(alone))  # type: ignore[arg-type]
 
 
-def test_whole_pictures_are_what_grids_are_drawn_from(written_store: Path) -> None:
+def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None:
     config = make_config(written_store, denoiser=PLAIN_SUPER, augment={"from_px": PX, "min_scale": 0.2})
-    loader = Store.open(written_store).loader(3, [16], shuffle=False, crop=whole_pictures(config))
+    loader = Store.open(written_store).loader(3, [16], shuffle=False, crop=full_images(config))
     for row, pixels in enumerate(next(iter(loader))["images"][16]):
         stored = Image.fromarray(Store.open(written_store)[row].images[PX])
         expected = np.asarray(stored.resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
@@ -274,7 +274,7 @@ def test_blur_is_a_gaussian_of_the_stated_width_on_the_stated_part() -> None:
     torch.testing.assert_close(blur(flat, BlurConfig(), torch.zeros(2, 2, dtype=torch.float64)), flat)
 
 
-def test_the_low_resolution_picture_alone_is_blurred_in_training_at_the_stated_rate(written_store: Path) -> None:
+def test_the_low_resolution_image_alone_is_blurred_in_training_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
     config = make_config(written_store, denoiser=plain.denoiser, batch_size=40, low_res_blur={"probability": 0.3})
     blurred = 0
@@ -288,9 +288,9 @@ def test_the_low_resolution_picture_alone_is_blurred_in_training_at_the_stated_r
     assert abs(blurred / 400 - 0.3) < 0.07
 
 
-def test_the_low_resolution_picture_alone_loses_its_colours_at_the_stated_rate(written_store: Path) -> None:
+def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
-    config = plain.model_copy(update={"low_res_grey": 0.3})
+    config = plain.model_copy(update={"low_res_grayscale": 0.3})
     greys = 0
     for batch in read(plain, 10):
         a, b = example(plain, batch), example(config, batch)
@@ -322,12 +322,12 @@ def test_true_mirrors_half_and_a_number_that_part() -> None:
         ({"augment": {"from_px": 8}}, "augment.from_px 8 is smaller than denoiser.size_px 16"),
         ({"augment": {"from_px": 48, "min_scale": 0.9, "max_scale": 0.8}}, "min_scale 0.9 is larger than max_scale"),
         ({"augment": {"from_px": 48, "without_text": {"min_scale": 0}}}, "without_text.min_scale"),
-        ({"denoiser": SUPER, "crop_px": 16, "augment": {"from_px": 48}}, "two ways to cut a picture"),
+        ({"denoiser": SUPER, "crop_px": 16, "augment": {"from_px": 48}}, "two ways to cut an image"),
         ({"low_res_blur": {}}, "low_res_blur is for super-resolution"),
         ({"denoiser": SUPER, "low_res_blur": {"kernel": 4}}, r"kernel: must be odd \(got 4\)"),
         ({"denoiser": SUPER, "low_res_blur": {"sigma": [0.6, 0.4]}}, r"sigma: must be above 0 and not fall"),
         ({"horizontal_flip": 1.5}, "horizontal_flip"),
-        ({"low_res_grey": 0.5}, "low_res_grey is for super-resolution"),
+        ({"low_res_grayscale": 0.5}, "low_res_grayscale is for super-resolution"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:

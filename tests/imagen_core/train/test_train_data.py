@@ -48,7 +48,7 @@ def test_a_far_store_is_read_through_the_cache_a_few_shards_at_a_time(store: Pat
     assert shards in (["0"] * 6 + ["1"] * 4, ["1"] * 4 + ["0"] * 6)
     assert len({key for batch in batches for key in batch.keys}) == 40
     copies = [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
-    assert len(copies) == 2 * 3  # of two shards: samples, pictures of one size, embeddings
+    assert len(copies) == 2 * 3  # of two shards: samples, images of one size, embeddings
     resumed = read(config, 4, state=batches[5].loader_state)
     assert [batch.keys for batch in resumed] == [batch.keys for batch in batches[6:]]
 
@@ -159,10 +159,10 @@ def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
     assert bool(example(none, read(none, 1)[0]).conditioning.text_keep.all())  # type: ignore[union-attr]
 
 
-def test_half_of_the_pictures_are_mirrored_with_their_low_resolution(store: Path) -> None:
+def test_half_of_the_images_are_mirrored_with_their_low_resolution(store: Path) -> None:
     denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
     plain, flipped = (make_config(store, denoiser=denoiser, horizontal_flip=flip) for flip in (False, True))
-    same = mirrored = 0
+    same = flipped = 0
     for batch, turned in zip(read(plain, 5), read(flipped, 5), strict=True):
         a, b = example(plain, batch), example(flipped, turned)
         assert a.conditioning.low_res is not None
@@ -172,11 +172,11 @@ def test_half_of_the_pictures_are_mirrored_with_their_low_resolution(store: Path
                 same += 1
                 assert torch.equal(a.conditioning.low_res[k], b.conditioning.low_res[k])
             else:
-                mirrored += 1
+                flipped += 1
                 assert torch.equal(a.x0[k].flip(-1), b.x0[k])
                 torch.testing.assert_close(a.conditioning.low_res[k].flip(-1), b.conditioning.low_res[k])
-    assert 10 <= mirrored <= 30
-    assert same + mirrored == 40
+    assert 10 <= flipped <= 30
+    assert same + flipped == 40
 
 
 def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
@@ -209,7 +209,7 @@ def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
 
 
 def test_crops_are_read_from_the_store_where_training_has_always_cut_them(store: Path) -> None:
-    """Written out once more on whole pictures: a run that began before crops were read goes on the same."""
+    """Written out once more on whole images: a run that began before crops were read goes on the same."""
     whole = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
     config = whole.model_copy(update={"crop_px": 8})
     batches = read(whole, 9)  # over the end of the epoch, with a short batch
@@ -220,8 +220,8 @@ def test_crops_are_read_from_the_store_where_training_has_always_cut_them(store:
             corners = (place * (16 - 4 + 1)).long().tolist()
             for px, ratio in ((32, 2), (16, 1)):
                 expected = [
-                    picture[:, ratio * top : ratio * (top + 4), ratio * left : ratio * (left + 4)]
-                    for picture, (top, left) in zip(batch.images[px], corners, strict=True)
+                    image[:, ratio * top : ratio * (top + 4), ratio * left : ratio * (left + 4)]
+                    for image, (top, left) in zip(batch.images[px], corners, strict=True)
                 ]
                 got = torch.cat([rank[step].images[px] for rank in ranks])
                 assert torch.equal(got, torch.stack(expected))
@@ -301,7 +301,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
         ({"batch_sise": 4}, "batch_sise"),
         (
             {"denoiser": BASE | {"unet": BASE_UNET | {"condition_channels": 3}}},
-            "condition_channels is 3, but no store holds pictures to look at",
+            "condition_channels is 3, but no store holds images to look at",
         ),
     ],
 )

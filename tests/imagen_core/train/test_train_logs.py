@@ -40,13 +40,13 @@ def test_only_the_writing_process_writes(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_gets_scalars_and_pictures(store: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_and_images(store: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     loggers = Loggers(make_config(store, loggers=["jsonl", "tensorboard"]), tmp_path, 0, writes=True)
     loggers.scalars(7, {"loss": 0.25})
-    loggers.picture(7, "grid", np.zeros((4, 6, 3), np.uint8))
+    loggers.image(7, "grid", np.zeros((4, 6, 3), np.uint8))
     loggers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
@@ -54,7 +54,7 @@ def test_tensorboard_gets_scalars_and_pictures(store: Path, tmp_path: Path) -> N
     assert steps(tmp_path / "metrics.jsonl") == [7]
 
 
-def test_wandb_gets_scalars_and_pictures_in_one_run_however_often_it_goes_on(
+def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_goes_on(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake, begun, logged = types.ModuleType("wandb"), [], []
@@ -66,7 +66,7 @@ def test_wandb_gets_scalars_and_pictures_in_one_run_however_often_it_goes_on(
     for step in (7, 8):
         loggers = Loggers(make_config(store, loggers=["wandb"]), tmp_path, step - 1, writes=True)
         loggers.scalars(step, {"loss": 0.25})
-        loggers.picture(step, "grid", np.zeros((4, 6, 3), np.uint8))
+        loggers.image(step, "grid", np.zeros((4, 6, 3), np.uint8))
         loggers.close()
     assert logged == [(step, values) for step in (7, 8) for values in ({"loss": 0.25}, {"grid": (4, 6, 3)})]
     assert begun[0] == begun[1]

@@ -79,7 +79,7 @@ def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_a_few_pictures(store: Path, tmp_path: Path) -> None:
+def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
     config = make_config(
         store,
         num_steps=60,
@@ -123,7 +123,7 @@ def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[s
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_weights_and_pictures_lie_in_memory_as_asked(
+def test_weights_and_images_lie_in_memory_as_asked(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ) -> None:
     seen: list[tuple[bool, ...]] = []
@@ -220,7 +220,7 @@ def test_validation_is_the_same_whenever_it_is_done(store: Path, tmp_path: Path)
     assert train(other, tmp_path / "b")["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
 
 
-def test_validation_has_a_level_for_each_low_resolution_picture_and_blurs_none(store: Path) -> None:
+def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(store: Path) -> None:
     values = []
     for per, blur in (("sample", None), ("batch", None), ("sample", {"probability": 1.0, "sigma": 2.0})):
         denoiser_config = SUPER | {"low_res_noise": {"kind": "lognormal", "per": per}}
@@ -254,9 +254,9 @@ def test_grids_are_drawn_on_schedule(store: Path, tmp_path: Path, denoiser: dict
     )
     train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["step-00000002.png", "step-00000003.png"]
-    with Image.open(tmp_path / "grids" / "step-00000003.png") as picture:
-        assert picture.size == (3 * side + 4, 2 * side + 2)
-        assert np.asarray(picture)[:side, :side].std() > 1
+    with Image.open(tmp_path / "grids" / "step-00000003.png") as image:
+        assert image.size == (3 * side + 4, 2 * side + 2)
+        assert np.asarray(image)[:side, :side].std() > 1
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(

@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_
     )
     begun = tensors(train(other, tmp_path)["checkpoint"])
     told = json.loads((tmp_path / "start.json").read_text())
-    assert "net.conv_in.weight" in told["left_random"]  # reads the low-resolution picture too
+    assert "net.conv_in.weight" in told["left_random"]  # reads the low-resolution image too
     assert any("low_res" in name for name in told["left_random"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
     shared = [n for n in begun if n.startswith("model/") and n.removeprefix("model/") not in told["left_random"]]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from imagen_core.diffusion import Denoiser
 from imagen_core.train import load_checkpoint, train
 from imagen_core.train.data.example import make_example
-from imagen_core.train.data.noise_levels import TimeSampler
+from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, files, make_config, tensors
@@ -23,11 +23,11 @@ DISCRETE, TINY = (
 EVEN = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 
 
-def sampler(**changes: Any) -> TimeSampler:
-    return TimeSampler(make_config(Path("store"), **{"denoiser": DISCRETE} | changes))
+def sampler(**changes: Any) -> NoiseLevelSampler:
+    return NoiseLevelSampler(make_config(Path("store"), **{"denoiser": DISCRETE} | changes))
 
 
-def filled(losses: np.ndarray) -> TimeSampler:
+def filled(losses: np.ndarray) -> NoiseLevelSampler:
     """A sampler with these losses (steps, n), the last ones newest."""
     times = sampler(times="loss_second_moment")
     for column in losses.T:

@@ -13,7 +13,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.stream import open_store
-from imagen_core.train.evaluation import draw_grid, validation_loss
+from imagen_core.train.evaluation import sample_grid, validation_loss
 from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
@@ -108,7 +108,7 @@ def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Pat
         loss = TrainingLoss(denoiser, settings, "cpu")
         opened = open_store(settings)
         value = validation_loss(loss, denoiser, opened, settings, ALONE)
-        found.append((value, draw_grid(denoiser, opened, settings, ALONE).tobytes()))
+        found.append((value, sample_grid(denoiser, opened, settings, ALONE).tobytes()))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
     assert found[0][1] != found[2][1]

@@ -72,15 +72,15 @@ class Small:
         return self.call(ids, lengths)
 
 
-def test_pictures_that_do_not_fit_together_are_encoded_in_smaller_batches(tmp_path: Path) -> None:
+def test_images_that_do_not_fit_together_are_encoded_in_smaller_batches(tmp_path: Path) -> None:
     folder = tiny_models.write(tiny_models.clip, tmp_path / "clip")
     settings = {"name": "clip", "model": str(folder), "from_px": 32, "compute_dtype": "float32", "num_gpus": 0}
     encoder = ClipImageConfig.model_validate({**settings, "batch_size": 16}).load(1)
-    pictures = np.random.default_rng(0).integers(0, 256, (21, 32, 32, 3), dtype=np.uint8)
-    expected = encoder.encode(pictures).embeddings
+    images = np.random.default_rng(0).integers(0, 256, (21, 32, 32, 3), dtype=np.uint8)
+    expected = encoder.encode(images).embeddings
     failures: list[int] = []
     encoder._model = small_memory(encoder._model, lambda pixel_values: len(pixel_values) <= 5, failures)
-    found = encoder.encode(iter(pictures))
+    found = encoder.encode(iter(images))
     assert (found.oom_halvings, encoder.batch_size) == (2, 4)
     assert len(found.embeddings) == 21
     assert np.abs(np.concatenate(found.embeddings) - np.concatenate(expected)).max() <= 1e-5

@@ -52,7 +52,7 @@ def byt5(folder: Path) -> None:
 
 
 def clip(folder: Path) -> None:
-    """A whole CLIP, pictures and all, as on the hub."""
+    """A whole CLIP, images and all, as on the hub."""
     text = {**CLIP_TEXT, "vocab_size": tokenizer(folder, "</s>", "<unk> $A </s>")}
     vision = {**SHAPE, "image_size": 32, "patch_size": 8, "projection_dim": 16}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Every kind of picture must decode to the values a reference gives, every bad file to its reason."""
+"""Every kind of image must decode to the values a reference gives, every bad file to its reason."""
 
 import io
 import pickle
@@ -17,8 +17,8 @@ from stages.images import ImageRejected, RejectReason, decode_rgb
 LIMIT = 10**6
 
 
-def picture(height: int = 24, width: int = 40) -> np.ndarray:
-    """Asymmetric colours: every pixel is different and no flip or turn maps the picture onto itself."""
+def image(height: int = 24, width: int = 40) -> np.ndarray:
+    """Asymmetric colours: every pixel is different and no flip or turn maps the image onto itself."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x * y) % 256], axis=-1).astype(np.uint8)
 
@@ -71,10 +71,10 @@ LOSSLESS = ["PNG", "BMP", "TIFF", "PPM"]
 
 @pytest.mark.parametrize("format", LOSSLESS)
 def test_lossless_formats_keep_every_value(format):
-    decoded = decode_rgb(encode(picture(), format), max_pixels=LIMIT)
+    decoded = decode_rgb(encode(image(), format), max_pixels=LIMIT)
     assert decoded.format == format
     assert (decoded.width, decoded.height) == (40, 24)
-    assert (decoded.pixels == picture()).all()
+    assert (decoded.pixels == image()).all()
     assert decoded.pixels.dtype == np.uint8
 
 
@@ -85,13 +85,13 @@ def test_lossless_formats_keep_every_value(format):
 def test_other_formats_equal_pillow(format, options):
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    data = encode(picture(), format, **options)
+    data = encode(image(), format, **options)
     assert (decode(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
     assert decode_rgb(data, max_pixels=LIMIT).format == format
 
 
-def test_mpo_gives_its_first_picture():
-    data = encode(picture(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 24), "red")])
+def test_mpo_gives_its_first_image():
+    data = encode(image(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 24), "red")])
     assert (decode(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
 
 
@@ -128,8 +128,8 @@ def test_exif_orientation_is_applied(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
-    stored = decode(encode(picture(), format, **options))
-    decoded = decode_rgb(encode(picture(), format, exif=exif.tobytes(), **options), max_pixels=LIMIT)
+    stored = decode(encode(image(), format, **options))
+    decoded = decode_rgb(encode(image(), format, exif=exif.tobytes(), **options), max_pixels=LIMIT)
     expected = UPRIGHT[orientation](stored)
     assert (decoded.height, decoded.width) == expected.shape[:2]
     assert (decoded.pixels == expected).all()
@@ -139,14 +139,14 @@ def test_exif_orientation_is_applied(format, orientation):
 def test_unknown_orientation_is_ignored(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (decode(encode(picture(), "PNG", exif=exif.tobytes())) == picture()).all()
+    assert (decode(encode(image(), "PNG", exif=exif.tobytes())) == image()).all()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
-def test_broken_exif_does_not_lose_the_picture(exif):
-    data = encode(picture(), "JPEG", exif=exif)
-    assert (decode(data) == decode(encode(picture(), "JPEG"))).all()
+def test_broken_exif_does_not_lose_the_image(exif):
+    data = encode(image(), "JPEG", exif=exif)
+    assert (decode(data) == decode(encode(image(), "JPEG"))).all()
 
 
 # ---- transparency ----
@@ -164,21 +164,21 @@ def test_every_alpha_over_white_is_exact():
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 def test_rgba_equals_pillow_composite(format):
-    rgba = Image.fromarray(picture())
+    rgba = Image.fromarray(image())
     rgba.putalpha(Image.linear_gradient("L").resize((40, 24)))
     data = encode(rgba, format, **({"lossless": True} if format == "WEBP" else {}))
     assert (decode(data) == over_white(Image.open(io.BytesIO(data)))).all()
 
 
 def test_grey_with_alpha_equals_pillow_composite():
-    la = Image.fromarray(picture()[..., 0]).convert("LA")
-    la.putalpha(Image.fromarray(picture()[..., 1]))
+    la = Image.fromarray(image()[..., 0]).convert("LA")
+    la.putalpha(Image.fromarray(image()[..., 1]))
     assert (decode(encode(la, "PNG")) == over_white(la)).all()
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 256, 16))], ids=["index", "table"])
 def test_palette_with_transparency_equals_pillow_composite(transparency):
-    data = encode(Image.fromarray(picture()).quantize(16), "PNG", transparency=transparency)
+    data = encode(Image.fromarray(image()).quantize(16), "PNG", transparency=transparency)
     reference = Image.open(io.BytesIO(data))
     assert reference.mode == "P"
     assert "transparency" in reference.info
@@ -203,12 +203,12 @@ def test_transparent_colour_of_rgb_and_grey_becomes_white():
 
 
 def test_grey_becomes_three_equal_channels():
-    grey = picture()[..., 0]
+    grey = image()[..., 0]
     assert (decode(encode(grey, "PNG")) == grey[..., None]).all()
 
 
 def test_one_bit_becomes_black_and_white():
-    bits = picture()[..., 0] > 100
+    bits = image()[..., 0] > 100
     assert (decode(encode(Image.fromarray(bits), "PNG")) == np.where(bits, 255, 0)[..., None]).all()
 
 
@@ -244,11 +244,11 @@ def test_float_grey_is_zero_to_one():
 
 
 def test_cmyk_jpeg_equals_pillow():
-    data = encode(Image.fromarray(picture()).convert("CMYK"), "JPEG", quality=95)  # Pillow writes Adobe's inverted
+    data = encode(Image.fromarray(image()).convert("CMYK"), "JPEG", quality=95)  # Pillow writes Adobe's inverted
     reference = Image.open(io.BytesIO(data))
     assert reference.mode == "CMYK"
     assert (decode(data) == np.asarray(reference.convert("RGB"))).all()
-    assert np.abs(decode(data).astype(int) - picture()).mean() < 12  # not a negative
+    assert np.abs(decode(data).astype(int) - image()).mean() < 12  # not a negative
 
 
 def test_lab_tiff_becomes_srgb():
@@ -303,28 +303,28 @@ def srgb_curve(linear: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_linear_profile_gives_the_srgb_curve(format):
-    data = encode(picture(), format, icc_profile=rgb_profile(gamma=1.0))
-    assert np.abs(decode(data) - srgb_curve(picture() / 255)).max() <= 1
+    data = encode(image(), format, icc_profile=rgb_profile(gamma=1.0))
+    assert np.abs(decode(data) - srgb_curve(image() / 255)).max() <= 1
 
 
 def test_profile_with_swapped_primaries_swaps_the_channels():
     profile = rgb_profile(2.2, red=SRGB_GREEN, green=SRGB_RED)
-    plain = decode(encode(picture(), "PNG", icc_profile=rgb_profile(2.2)))
-    swapped = decode(encode(picture()[..., [1, 0, 2]], "PNG", icc_profile=profile))
+    plain = decode(encode(image(), "PNG", icc_profile=rgb_profile(2.2)))
+    swapped = decode(encode(image()[..., [1, 0, 2]], "PNG", icc_profile=profile))
     assert np.abs(swapped.astype(int) - plain).max() <= 1
 
 
 def test_profile_conversion_equals_perceptual_littlecms():
     profile = rgb_profile(2.2, red=(0.6097, 0.3111, 0.0195), green=(0.2053, 0.6257, 0.0609))  # Adobe RGB
     expected = ImageCms.profileToProfile(
-        Image.fromarray(picture()),
+        Image.fromarray(image()),
         ImageCms.getOpenProfile(io.BytesIO(profile)),
         ImageCms.createProfile("sRGB"),
         renderingIntent=ImageCms.Intent.PERCEPTUAL,
     )
-    out = decode(encode(picture(), "PNG", icc_profile=profile))
+    out = decode(encode(image(), "PNG", icc_profile=profile))
     assert (out == np.asarray(expected)).all()
-    assert np.abs(out.astype(int) - picture()).max() > 20
+    assert np.abs(out.astype(int) - image()).max() > 20
 
 
 def test_grey_profile_gives_the_srgb_curve():
@@ -351,15 +351,15 @@ def test_cmyk_profile_is_used():
 
 def test_profile_and_alpha_work_together():
     profile = rgb_profile(1.0)
-    rgba = np.dstack([picture(), np.full((24, 40), 128, np.uint8)])
-    opaque = decode(encode(picture(), "PNG", icc_profile=profile))
+    rgba = np.dstack([image(), np.full((24, 40), 128, np.uint8)])
+    opaque = decode(encode(image(), "PNG", icc_profile=profile))
     expected = over_white(Image.fromarray(np.dstack([opaque, rgba[..., 3]])))
     assert (decode(encode(rgba, "PNG", icc_profile=profile)) == expected).all()
 
 
 def test_srgb_profile_changes_nothing():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert (decode(encode(picture(), "PNG", icc_profile=profile)) == picture()).all()
+    assert (decode(encode(image(), "PNG", icc_profile=profile)) == image()).all()
 
 
 @pytest.mark.parametrize(
@@ -373,11 +373,11 @@ def test_srgb_profile_changes_nothing():
     ids=["text", "cut", "no tags", "of another colour space"],
 )
 def test_unusable_profile_is_ignored(profile):
-    assert (decode(encode(picture(), "PNG", icc_profile=profile)) == picture()).all()
+    assert (decode(encode(image(), "PNG", icc_profile=profile)) == image()).all()
 
 
 def test_threads_share_profiles_safely():
-    data = encode(picture(), "PNG", icc_profile=rgb_profile(1.8))
+    data = encode(image(), "PNG", icc_profile=rgb_profile(1.8))
     expected = decode(data)
     with ThreadPoolExecutor(4) as pool:
         assert all((out == expected).all() for out in pool.map(decode, [data] * 64))
@@ -408,7 +408,7 @@ def test_other_content_is_not_an_image(data):
 
 @pytest.mark.parametrize("format", ["ICO", "TGA", "PCX", "EPS", "JPEG2000"])
 def test_formats_outside_the_list_are_not_images(format):
-    assert rejection(encode(picture(), format)) == "not_an_image"
+    assert rejection(encode(image(), format)) == "not_an_image"
 
 
 @pytest.mark.parametrize(
@@ -432,9 +432,9 @@ def test_cut_file_is_truncated(format, options):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_no_cut_gives_a_damaged_picture(format):
+def test_no_cut_gives_a_damaged_image(format):
     """Whatever the length: either a rejection or, where only a trailer is missing, every pixel."""
-    data = encode(picture(), format)
+    data = encode(image(), format)
     whole = decode(data)
     for length in range(len(data)):
         result = outcome(data[:length])
@@ -445,7 +445,7 @@ def test_no_cut_gives_a_damaged_picture(format):
 
 
 def test_flipped_bits_in_a_png_are_a_decode_error():
-    data = bytearray(encode(picture(), "PNG"))
+    data = bytearray(encode(image(), "PNG"))
     data[len(data) // 2] ^= 0xFF
     assert rejection(bytes(data)) == "decode_error"
 
@@ -453,7 +453,7 @@ def test_flipped_bits_in_a_png_are_a_decode_error():
 def test_random_damage_raises_nothing_else():
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP"):
-        whole = encode(picture(), format)
+        whole = encode(image(), format)
         for _ in range(150):
             data = bytearray(whole)
             for position in rng.integers(0, len(data), 4):
@@ -464,7 +464,7 @@ def test_random_damage_raises_nothing_else():
 
 def huge(format: str) -> bytes:
     """A small file whose header says 30,000 x 30,000."""
-    small = bytearray(encode(picture(), format))
+    small = bytearray(encode(image(), format))
     match format:
         case "PNG":
             return png(30_000, 30_000, 8, 2, bytes(1000))
@@ -491,7 +491,7 @@ def test_bomb_is_rejected_from_its_header(format):
 
 
 def test_size_limit_is_inclusive():
-    data = encode(picture(), "PNG")
+    data = encode(image(), "PNG")
     assert decode_rgb(data, max_pixels=24 * 40).width == 40
     assert rejection(data, max_pixels=24 * 40 - 1) == "too_many_pixels"
 
@@ -500,14 +500,14 @@ def test_only_the_given_limit_counts(monkeypatch):
     """Pillow's own limit neither warns (warnings are errors here) nor rejects, and is left alone."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for format in ("PNG", "JPEG", "BMP", "GIF", "PPM"):
-        assert decode(encode(picture(), format)).shape == (24, 40, 3)
+        assert decode(encode(image(), format)).shape == (24, 40, 3)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_hiding_cut_pictures_is_refused(monkeypatch):
+def test_hiding_cut_images_is_refused(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES"):
-        decode(encode(picture(), "PNG"))
+        decode(encode(image(), "PNG"))
 
 
 def test_rejection_survives_pickling():

@@ -145,7 +145,7 @@ def test_center_square_floors_the_offset_and_copies_nothing(shape, top, left, si
 
 @pytest.mark.parametrize(("height", "width"), [(768, 1024), (1023, 767), (300, 301), (100, 40)])
 @pytest.mark.parametrize("make", [noise, photo_like])
-def test_pyramid_equals_pillow_crop_and_resize_of_the_whole_picture(make, height, width):
+def test_pyramid_equals_pillow_crop_and_resize_of_the_whole_image(make, height, width):
     pixels = make(height, width)
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
@@ -195,11 +195,11 @@ def test_wrong_arguments_are_named(pixels, size_px, filter, message):
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason=f"no folder {EMOJI}")
-def test_emoji_pictures_are_within_one_level_of_pillow():
+def test_emoji_images_are_within_one_level_of_pillow():
     for path in sorted(EMOJI.glob("*.png"))[::160]:
-        picture = Image.open(path).convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        composite = Image.alpha_composite(white, picture).convert("RGB")
+        image = Image.open(path).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        composite = Image.alpha_composite(white, image).convert("RGB")
         decoded = decode_rgb(path.read_bytes(), max_pixels=10**7)
         assert (decoded.pixels == np.asarray(composite)).all()
         for size_px, level in pyramid(decoded.pixels, (64, 256)).items():

@@ -15,7 +15,7 @@ from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
 from stages.sources.base import Original, Source
 from stages.sources.folder import FolderConfig
-from stages.sources.incremental import Batches
+from stages.sources.incremental import InputBatches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.tars import WebdatasetConfig
 from stages.sources.urls import UrlsConfig
@@ -23,7 +23,7 @@ from stages.sources.urls import UrlsConfig
 SHARD_SIZE = 2
 
 
-def write_pictures(root: Path, name: str, keys: Sequence[str]) -> None:
+def write_images(root: Path, name: str, keys: Sequence[str]) -> None:
     for key in keys:
         (root / name).mkdir(parents=True, exist_ok=True)
         (root / name / f"{key}.png").write_bytes(key.encode())
@@ -61,8 +61,8 @@ KINDS: dict[str, tuple[Write, Callable[[Path], Source]]] = {
     "webdataset": (write_tar, lambda path: WebdatasetConfig(path=str(path)).build()),
     "parquet": (write_parquet, lambda path: ParquetConfig(path=str(path)).build()),
     "keyed parquet": (write_parquet, lambda path: ParquetConfig(path=str(path), key_column="id").build()),
-    "folder": (write_pictures, lambda path: FolderConfig(path=str(path)).build()),
-    "folder URL": (write_pictures, lambda path: FolderConfig(path=f"file://{path}").build()),
+    "folder": (write_images, lambda path: FolderConfig(path=str(path)).build()),
+    "folder URL": (write_images, lambda path: FolderConfig(path=f"file://{path}").build()),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -77,15 +77,15 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def look(kind: str, data: Path, run: RunFolder) -> Batches:
+def look(kind: str, data: Path, run: RunFolder) -> InputBatches:
     """As a process does that has just been started."""
-    return Batches(KINDS[kind][1](data), run, SHARD_SIZE, "samples")
+    return InputBatches(KINDS[kind][1](data), run, SHARD_SIZE, "samples")
 
 
-def note(kind: str, data: Path, run: RunFolder, *, restart: bool = False) -> list[Shard]:
+def record(kind: str, data: Path, run: RunFolder, *, restart: bool = False) -> list[Shard]:
     """Notes the input, and says of the first shard that it was made."""
     batches = look(kind, data, run)
-    batches.note(restart=restart)
+    batches.record(restart=restart)
     run.storage.write_json(run.record_name("samples", "00000"), {})
     return list(batches.shards())
 
@@ -103,13 +103,13 @@ def test_new_files_add_shards_and_leave_the_others_as_they_were(kind: str, data:
     write, _ = KINDS[kind]
     write(data, "b", ["b0", "b1"])
     write(data, "d", ["d0"])
-    first = note(kind, data, run)
+    first = record(kind, data, run)
     assert [shard.num_rows for shard in first] == [2, 1]
     write(data, "a", ["a0"])
     write(data, "c", ["c0", "c1"])
     planned = list(look(kind, data, run).shards())
     assert list(files(run)) == ["00001.jsonl"], "looking writes nothing"
-    second = note(kind, data, run)
+    second = record(kind, data, run)
     assert planned == second
     assert second[:2] == first
     assert [(shard.index, shard.num_rows) for shard in second[2:]] == [(2, 2), (3, 1)]
@@ -117,8 +117,8 @@ def test_new_files_add_shards_and_leave_the_others_as_they_were(kind: str, data:
     assert len(set(found)) == 6, "no key twice"
     before = files(run)
     assert sorted(before) == ["00001.jsonl", "00002.jsonl"]
-    assert not look(kind, data, run).has_news()
-    assert note(kind, data, run) == second
+    assert not look(kind, data, run).has_new_input()
+    assert record(kind, data, run) == second
     assert files(run) == before, "nothing new, no batch"
 
 
@@ -129,10 +129,10 @@ def test_what_appears_after_the_look_is_left_to_the_next_run(kind: str, data: Pa
     batches = look(kind, data, run)
     first = list(batches.shards())
     write(data, "a", ["a0"])
-    batches.note(restart=False)
+    batches.record(restart=False)
     write(data, "c", ["c0"])
     assert list(batches.shards()) == first
-    assert [shard.num_rows for shard in note(kind, data, run)] == [2, 2]
+    assert [shard.num_rows for shard in record(kind, data, run)] == [2, 2]
 
 
 @kinds
@@ -142,18 +142,18 @@ def test_a_piece_that_is_gone_is_named_and_restart_takes_it_out_of_its_batch_alo
     write, _ = KINDS[kind]
     for name in "bd":
         write(data, name, [f"{name}0", f"{name}1"])
-    note(kind, data, run)
+    record(kind, data, run)
     write(data, "a", ["a0", "a1"])
-    second = note(kind, data, run)
+    second = record(kind, data, run)
     before = files(run)
     gone = sorted(data.rglob("d*.*"))
     for path in gone:
         path.unlink()
-    for act in (lambda b: list(b.shards()), lambda b: b.has_news() or b.note(restart=False)):
+    for act in (lambda b: list(b.shards()), lambda b: b.has_new_input() or b.record(restart=False)):
         with pytest.raises(StaleOutputError, match=rf"{gone[0].relative_to(data)}: gone"):
             act(look(kind, data, run))
     assert files(run) == before
-    third = note(kind, data, run, restart=True)
+    third = record(kind, data, run, restart=True)
     assert third[0] == second[0]
     assert [shard.num_rows for shard in third] == [2, 2]
     if kind != "numbered urls":
@@ -166,10 +166,10 @@ def test_a_list_of_pieces_that_nothing_was_made_of_gives_way(
 ) -> None:
     write, _ = KINDS[kind]
     write(tmp_path / "wrong", "w", ["w0"])
-    look(kind, tmp_path / "wrong", run).note(restart=False)
+    look(kind, tmp_path / "wrong", run).record(restart=False)
     write(data, "b", ["b0", "b1"])
     expected = list(look(kind, data, RunFolder(tmp_path / "other")).shards())
-    assert note(kind, data, run) == expected
+    assert record(kind, data, run) == expected
     assert list(files(run)) == ["00001.jsonl"]
 
 
@@ -185,21 +185,21 @@ def test_a_kill_while_the_list_is_written_leaves_none(
     with monkeypatch.context() as patch:
         patch.setattr(type(run.storage), "publish", killed)
         with pytest.raises(KeyboardInterrupt):
-            look(kind, data, run).note(restart=False)
+            look(kind, data, run).record(restart=False)
     write(data, "a", ["a0"])
-    assert len(note(kind, data, run)) == 2
+    assert len(record(kind, data, run)) == 2
     run.storage.clean()
     assert list(files(run)) == ["00001.jsonl"], "both files are one batch"
 
 
 def test_rows_appended_to_a_list_follow_those_of_other_files(data: Path, run: RunFolder) -> None:
     write_list(data, "b", ["b0", "b1", "b2"])
-    first = note("numbered urls", data, run)
+    first = record("numbered urls", data, run)
     write_list(data, "a", ["a0"])
-    note("numbered urls", data, run)
+    record("numbered urls", data, run)
     write_list(data, "b", ["b0", "b1", "b2", "b3", "b4"])
     write_list(data, "c", ["c0"])
-    third = note("numbered urls", data, run)
+    third = record("numbered urls", data, run)
     assert third[:2] == first
     rows = [[(row[0], row[1][-2:]) for row in shard.rows] for shard in third]
     assert rows[2:] == [
@@ -210,14 +210,14 @@ def test_rows_appended_to_a_list_follow_those_of_other_files(data: Path, run: Ru
     write_list(data, "b", ["b0", "b1"])
     with pytest.raises(StaleOutputError, match=r"b\.csv: 5 rows then, 2 now"):
         list(look("numbered urls", data, run).shards())
-    restarted = note("numbered urls", data, run, restart=True)
+    restarted = record("numbered urls", data, run, restart=True)
     assert [row[1][-2:] for shard in restarted for row in shard.rows] == ["b0", "b1", "a0", "c0"]
 
 
 def test_rows_appended_while_a_run_goes_on_are_left_to_the_next(data: Path, run: RunFolder) -> None:
     write_list(data, "l", ["a", "b", "c"])
     batches = look("numbered urls", data, run)
-    batches.note(restart=False)
+    batches.record(restart=False)
     write_list(data, "l", ["a", "b", "c", "d"])
     assert [shard.num_rows for shard in batches.shards()] == [2, 1]
     assert [shard.num_rows for shard in look("numbered urls", data, run).shards()] == [2, 1, 1], "killed, resumed"
@@ -226,17 +226,17 @@ def test_rows_appended_while_a_run_goes_on_are_left_to_the_next(data: Path, run:
 def test_a_restart_for_another_file_still_finds_appended_rows(data: Path, run: RunFolder) -> None:
     write_list(data, "a", ["a0"])
     write_list(data, "b", ["b0", "b1"])
-    note("urls", data, run)
+    record("urls", data, run)
     (data / "a.csv").unlink()
     write_list(data, "b", ["b0", "b1", "b2"])
-    assert keys(note("urls", data, run, restart=True)) == [["b0", "b1"], ["b2"]]
+    assert keys(record("urls", data, run, restart=True)) == [["b0", "b1"], ["b2"]]
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
-def test_a_file_with_pictures_must_not_change(suffix: str, data: Path, run: RunFolder) -> None:
+def test_a_file_with_images_must_not_change(suffix: str, data: Path, run: RunFolder) -> None:
     kind = {"tar": "webdataset", "parquet": "parquet"}[suffix]
     KINDS[kind][0](data, "a", ["x"])
-    note(kind, data, run)
+    record(kind, data, run)
     KINDS[kind][0](data, "a", [f"{i:03d}" * 20 for i in range(30)])
     with pytest.raises(StaleOutputError, match=rf"a\.{suffix}: [\d,]+ bytes then, [\d,]+ now"):
         list(look(kind, data, run).shards())
@@ -248,9 +248,9 @@ def test_a_file_of_the_same_name_in_another_folder_changes_no_key_and_each_is_re
 ) -> None:
     write, make = KINDS[kind]
     write(data, "day1/00000", ["old"])
-    first = note(kind, data, run)
+    first = record(kind, data, run)
     write(data, "day2/00000", ["new"])
-    shards = note(kind, data, run)
+    shards = record(kind, data, run)
     assert shards[:1] == first
     assert [key[0].split("/")[:-1] for key in keys(shards)] == [["00000"], ["day2", "00000"]]
     for shard, expected in zip(shards, [b"old", b"new"], strict=True):
@@ -263,15 +263,15 @@ def test_a_file_of_the_same_name_in_another_folder_changes_no_key_and_each_is_re
 def test_the_first_row_of_a_key_stays_the_first(kind: str, data: Path, run: RunFolder) -> None:
     write, _ = KINDS[kind]
     write(data, "b", ["x", "y"])
-    note(kind, data, run)
+    record(kind, data, run)
     write(data, "a", ["x", "z"])
-    rows = [(row[0], row[-1]) for shard in note(kind, data, run) for row in shard.rows]
+    rows = [(row[0], row[-1]) for shard in record(kind, data, run) for row in shard.rows]
     assert rows == [("x", False), ("y", False), ("x", True), ("z", False)]
 
 
 def test_names_that_are_no_utf_8_are_noted(data: Path, run: RunFolder) -> None:
     (data).mkdir()
     (data / "caf\udce9.png").write_bytes(b"1")
-    first = note("folder", data, run)
+    first = record("folder", data, run)
     assert keys(first) == [["caf\udce9.png"]]
-    assert note("folder", data, run) == first
+    assert record("folder", data, run) == first

@@ -11,7 +11,7 @@ from stages.sources.download import downloader as module
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import classify, download
 from stages.sources.synthetic.source import SyntheticConfig
-from tests.picture_server import (
+from tests.image_server import (
     Server,
     body,
     closed_port_url,
@@ -22,9 +22,9 @@ from tests.picture_server import (
     silence,
     status,
 )
-from tests.pictures import plain_png
+from tests.images import plain_png
 
-PICTURE = plain_png()
+IMAGE = plain_png()
 CONFIG = DownloadConfig(
     threads=8, timeout_s=0.4, retries=0, disallowed_headers=("noai",), allow_private_addresses=True
 )
@@ -91,7 +91,7 @@ def test_a_message_has_one_of_a_bounded_set_of_reasons(message: str, reason: str
 
 
 ROUTES = {
-    "/good": body(PICTURE),
+    "/good": body(IMAGE),
     "/404": status(404),
     "/403": status(403),
     "/500": status(500),
@@ -100,11 +100,11 @@ ROUTES = {
     "/408": status(408),
     "/silent": silence,
     "/hang-up": hang_up,
-    "/short": body(PICTURE[:20], claimed=len(PICTURE)),
+    "/short": body(IMAGE[:20], claimed=len(IMAGE)),
     "/loop": redirect("/loop"),
-    "/robots": body(PICTURE, X_Robots_Tag="noai"),
-    "/flaky": first_then(status(503), body(PICTURE)),
-    "/slow-start": first_then(silence, body(PICTURE)),
+    "/robots": body(IMAGE, X_Robots_Tag="noai"),
+    "/flaky": first_then(status(503), body(IMAGE)),
+    "/slow-start": first_then(silence, body(IMAGE)),
     "/empty": body(b""),
 }
 
@@ -138,9 +138,9 @@ def test_only_failures_that_may_pass_are_tried_again(tmp_path: Path) -> None:
     }
     assert [found[row][1] for row in (90, 91, 92, 93)] == ["connection_refused"] + ["invalid_url"] * 3
     assert {path: found[row][0] for row, path in enumerate(ROUTES) if reasons[path] is None} == {
-        "/good": PICTURE,
-        "/flaky": PICTURE,
-        "/slow-start": PICTURE,
+        "/good": IMAGE,
+        "/flaky": IMAGE,
+        "/slow-start": IMAGE,
         "/empty": b"",
     }
     loops = requests.pop("/loop")
@@ -155,12 +155,12 @@ def test_without_retries_each_url_is_asked_once(tmp_path: Path) -> None:
     with serve(ROUTES) as server:
         found = fetch({0: server.url("/flaky"), 7: server.url("/good")}, tmp_path)
         assert (found, server.requests) == (
-            {0: (None, "http_503"), 7: (PICTURE, None)},
+            {0: (None, "http_503"), 7: (IMAGE, None)},
             Counter({"/flaky": 1, "/good": 1}),
         )
 
 
-def test_the_pictures_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, _ = module.load_downloader()
     asked: list[object] = []
     original = theirs.is_disallowed
@@ -174,7 +174,7 @@ def test_the_pictures_come_through_img2dataset(tmp_path: Path, monkeypatch: pyte
         urls = {row: server.url("/good") for row in range(30)}
         found = fetch(urls, tmp_path, user_agent_token="ourbot")
         assert all("ourbot; +https://github.com/rom1504/img2dataset" in agent for agent in server.agents)
-    assert found == dict.fromkeys(range(30), (PICTURE, None))
+    assert found == dict.fromkeys(range(30), (IMAGE, None))
     assert len(asked) == 30
 
 
@@ -185,7 +185,7 @@ def test_an_img2dataset_that_goes_past_the_limits_is_refused(
     theirs, _ = module.load_downloader()
 
     if name == "urllib":
-        monkeypatch.setattr(theirs, "download_image", lambda row, **_: (row[0], BytesIO(PICTURE), None))
+        monkeypatch.setattr(theirs, "download_image", lambda row, **_: (row[0], BytesIO(IMAGE), None))
         monkeypatch.setitem(globals(), "urllib", None)
         message = "did not open"
     else:
@@ -202,9 +202,9 @@ def test_an_img2dataset_that_goes_past_the_limits_is_refused(
 
 def test_robots_headers_are_obeyed_only_as_configured(tmp_path: Path) -> None:
     routes = {
-        "/noai": body(PICTURE, X_Robots_Tag="noindex, noai"),
-        "/other": body(PICTURE, X_Robots_Tag="otherbot: noai"),
-        "/ours": body(PICTURE, X_Robots_Tag="ourbot: noai"),
+        "/noai": body(IMAGE, X_Robots_Tag="noindex, noai"),
+        "/other": body(IMAGE, X_Robots_Tag="otherbot: noai"),
+        "/ours": body(IMAGE, X_Robots_Tag="ourbot: noai"),
     }
     with serve(routes) as server:
         urls = {0: server.url("/noai"), 1: server.url("/other"), 2: server.url("/ours")}

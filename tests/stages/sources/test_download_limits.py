@@ -24,7 +24,7 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import classify, download
 from stages.sources.download.open_url import Endpoint, retry_after_s
 from stages.sources.synthetic.source import SyntheticConfig
-from tests.picture_server import (
+from tests.image_server import (
     Answer,
     Handler,
     Server,
@@ -37,9 +37,9 @@ from tests.picture_server import (
     serve,
     silence,
 )
-from tests.pictures import plain_png
+from tests.images import plain_png
 
-PICTURE = plain_png()
+IMAGE = plain_png()
 CONFIG = DownloadConfig(threads=8, timeout_s=5, retries=0, allow_private_addresses=True)
 
 
@@ -73,17 +73,17 @@ def test_a_host_that_waits_does_not_hold_the_threads_of_the_others(tmp_path: Pat
 
     def slow(handler: Handler) -> None:
         assert others_done.wait(20)
-        body(PICTURE)(handler)
+        body(IMAGE)(handler)
 
     def quick(handler: Handler) -> None:
-        body(PICTURE)(handler)
+        body(IMAGE)(handler)
         if handler.server.requests["/quick"] == 6:
             others_done.set()
 
     with serve({"/slow": slow, "/quick": quick}, "0.0.0.0") as server:
         urls = [server.url("/slow")] * 6 + [server.url("/quick", "127.0.0.2")] * 6
         found = outcomes(urls, tmp_path, threads=2, max_per_host=1, timeout_s=20)
-    assert found == [PICTURE] * 12
+    assert found == [IMAGE] * 12
     assert others_done.is_set()
 
 
@@ -99,18 +99,18 @@ def test_one_host_has_no_more_downloads_at_once_than_allowed(tmp_path: Path) -> 
         three_at_once.wait(20)
         with lock:
             active[host] -= 1
-        body(PICTURE)(handler)
+        body(IMAGE)(handler)
 
     with serve({"/": count}, "0.0.0.0") as server:
         hosts = ["127.0.0.1", "127.0.0.2", "localhost"]
         found = outcomes([server.url("/", host) for host in hosts for _ in range(4)], tmp_path, max_per_host=1)
-    assert found == [PICTURE] * 12
+    assert found == [IMAGE] * 12
     assert most == dict.fromkeys(hosts, 1)
 
 
 @pytest.mark.parametrize("kind", ["silent", "closed", "reset"])
 def test_a_stuck_host_is_given_up_and_others_are_not(tmp_path: Path, kind: str) -> None:
-    routes = {"/silent": silence, "/reset": lambda _: None, "/good": body(PICTURE)}
+    routes = {"/silent": silence, "/reset": lambda _: None, "/good": body(IMAGE)}
     with serve(routes, "0.0.0.0") as server:
         stuck = server.url(f"/{kind}", "127.0.0.2")
         if kind == "closed":
@@ -121,14 +121,14 @@ def test_a_stuck_host_is_given_up_and_others_are_not(tmp_path: Path, kind: str) 
     reason = {"silent": "timeout", "closed": "connection_refused", "reset": "connection_reset"}[kind]
     assert Counter(found[:40]) == {reason: 2, "host_unreachable": 38}
     assert asked == (0 if kind == "closed" else 2)
-    assert found[40:] == [PICTURE] * 5
+    assert found[40:] == [IMAGE] * 5
 
 
 def test_a_host_whose_targets_are_stuck_is_not_given_up(tmp_path: Path) -> None:
-    with serve({"/away": redirect(closed_port_url()), "/good": body(PICTURE)}) as server:
+    with serve({"/away": redirect(closed_port_url()), "/good": body(IMAGE)}) as server:
         urls = [server.url("/away")] * 12 + [server.url("/good")]
         found = outcomes(urls, tmp_path, max_host_failures=2, max_per_host=1)
-    assert found == ["connection_refused"] * 12 + [PICTURE]
+    assert found == ["connection_refused"] * 12 + [IMAGE]
 
 
 @pytest.mark.parametrize("code", [429, 503])
@@ -141,12 +141,12 @@ def test_a_pause_that_a_server_asks_for_is_given_up_to_the_bound(tmp_path: Path,
 
         return answer
 
-    routes = {"/soon": first_then(busy(1), body(PICTURE)), "/never": busy(3600), "/to-never": redirect("/never")}
+    routes = {"/soon": first_then(busy(1), body(IMAGE)), "/never": busy(3600), "/to-never": redirect("/never")}
     with serve(routes, "0.0.0.0") as server:
         urls = [server.url("/soon")] + [server.url("/never", "127.0.0.2")] * 9
         found = outcomes([*urls, server.url("/to-never", "localhost")], tmp_path, retries=1, max_per_host=1)
         assert server.requests == {"/soon": 2, "/never": 2, "/to-never": 1}
-    assert found == [PICTURE, f"http_{code}"] + ["host_unreachable"] * 8 + [f"http_{code}"]
+    assert found == [IMAGE, f"http_{code}"] + ["host_unreachable"] * 8 + [f"http_{code}"]
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ LARGE: dict[str, Answer] = {
 
 
 def test_no_more_bytes_than_allowed_are_received_whatever_is_claimed(tmp_path: Path) -> None:
-    with serve({**LARGE, "/good": body(PICTURE), "/chunks": chunked([PICTURE[:9], PICTURE[9:]])}) as server:
+    with serve({**LARGE, "/good": body(IMAGE), "/chunks": chunked([IMAGE[:9], IMAGE[9:]])}) as server:
         paths = [*LARGE, "/good", "/chunks"]
         found = outcomes([server.url(path) for path in paths], tmp_path, max_bytes=50_000)
-    expected = dict.fromkeys(paths, "too_large") | {"/small-claim": bytes(10), "/good": PICTURE, "/chunks": PICTURE}
+    expected = dict.fromkeys(paths, "too_large") | {"/small-claim": bytes(10), "/good": IMAGE, "/chunks": IMAGE}
     assert dict(zip(paths, found, strict=True)) == expected
 
 
@@ -259,11 +259,11 @@ def test_the_deadline_holds_over_redirects_and_for_headers(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]"])
 def test_private_addresses_are_refused_however_written(tmp_path: Path, host: str) -> None:
-    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+    with serve({"/": body(IMAGE)}, "0.0.0.0") as server:
         assert outcomes([server.url("/", host)], tmp_path, allow_private_addresses=False) == ["forbidden_address"]
         assert server.requests == {}
         if host != "[::1]":
-            assert outcomes([server.url("/", host)], tmp_path) == [PICTURE]
+            assert outcomes([server.url("/", host)], tmp_path) == [IMAGE]
 
 
 def own_address(server: Server) -> Endpoint:
@@ -271,15 +271,15 @@ def own_address(server: Server) -> Endpoint:
 
 
 def test_only_the_own_address_and_port_are_allowed(tmp_path: Path) -> None:
-    with serve({"/": body(PICTURE)}, "0.0.0.0") as server, serve({"/": body(PICTURE)}) as other:
+    with serve({"/": body(IMAGE)}, "0.0.0.0") as server, serve({"/": body(IMAGE)}) as other:
         urls = [server.url("/"), server.url("/", "127.0.0.2"), other.url("/")]
         found = outcomes(urls, tmp_path, own=own_address(server), allow_private_addresses=False)
         assert (server.requests, other.requests) == ({"/": 1}, {})
-    assert found == [PICTURE, "forbidden_address", "forbidden_address"]
+    assert found == [IMAGE, "forbidden_address", "forbidden_address"]
 
 
 def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
-    with serve({"/": body(PICTURE)}) as inside:
+    with serve({"/": body(IMAGE)}) as inside:
         routes = {
             "/inside": redirect(inside.url("/")),
             "/metadata": redirect("http://169.254.169.254/latest/meta-data/"),
@@ -300,12 +300,12 @@ def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
 
 
 def test_redirects_are_followed_up_to_the_limit(tmp_path: Path) -> None:
-    routes = {f"/{i}": redirect(f"/{i - 1}") for i in range(1, 20)} | {"/0": body(PICTURE)}
+    routes = {f"/{i}": redirect(f"/{i - 1}") for i in range(1, 20)} | {"/0": body(IMAGE)}
     with serve(routes) as server:
-        assert outcomes([server.url("/19")], tmp_path / "20", max_redirects=19) == [PICTURE]
+        assert outcomes([server.url("/19")], tmp_path / "20", max_redirects=19) == [IMAGE]
         urls = [server.url(f"/{i}") for i in range(5)]
-        assert outcomes(urls, tmp_path / "2", max_redirects=2) == [PICTURE] * 3 + ["too_many_redirects"] * 2
-        assert outcomes(urls, tmp_path / "0", max_redirects=0) == [PICTURE] + ["too_many_redirects"] * 4
+        assert outcomes(urls, tmp_path / "2", max_redirects=2) == [IMAGE] * 3 + ["too_many_redirects"] * 2
+        assert outcomes(urls, tmp_path / "0", max_redirects=0) == [IMAGE] + ["too_many_redirects"] * 4
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def secure(server: Server, certificate: Path) -> None:
 def test_https_has_the_same_limits_and_checks_certificates(
     tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    routes = {"/": body(PICTURE), "/drip": drip(bytes(1000), pause_s=0.02), "/huge": body(b"x", claimed=10**15)}
+    routes = {"/": body(IMAGE), "/drip": drip(bytes(1000), pause_s=0.02), "/huge": body(b"x", claimed=10**15)}
     with serve(routes) as server, socket.create_server(("127.0.0.1", 0)) as no_handshake:
         secure(server, certificate)
         base = f"https://localhost:{server.server_port}"
@@ -352,14 +352,14 @@ def test_https_has_the_same_limits_and_checks_certificates(
         found = outcomes(urls[:3], tmp_path / "trusted")
         slow = outcomes(urls[3:], tmp_path / "slow", deadline_s=0.5)
         refused = outcomes(urls, tmp_path / "public", allow_private_addresses=False)
-    assert found == [PICTURE, "too_large", "tls_error"]
+    assert found == [IMAGE, "too_large", "tls_error"]
     assert slow == ["timeout", "timeout"]
     assert refused == ["forbidden_address"] * 5
 
 
 def test_https_goes_through_a_proxy(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visit, "_tls", lambda: ssl.create_default_context(cafile=str(certificate)))
-    with serve({"/": body(PICTURE)}) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
+    with serve({"/": body(IMAGE)}) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
         secure(server, certificate)
         asked: list[bytes] = []
 
@@ -380,7 +380,7 @@ def test_https_goes_through_a_proxy(tmp_path: Path, certificate: Path, monkeypat
 
         threading.Thread(target=tunnel, daemon=True).start()
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        assert outcomes(["https://localhost:1/"], tmp_path, allow_private_addresses=False) == [PICTURE]
+        assert outcomes(["https://localhost:1/"], tmp_path, allow_private_addresses=False) == [IMAGE]
     assert asked[0].startswith(b"CONNECT localhost:1 ")
 
 
@@ -403,19 +403,19 @@ class Resolver:
 
 def test_a_name_that_changes_its_address_gets_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = Resolver(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
-    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+    with serve({"/": body(IMAGE)}, "0.0.0.0") as server:
         urls = [server.url("/", "rebind.test")] * 2
         found = outcomes(urls, tmp_path, own=own_address(server), allow_private_addresses=False, threads=1)
         assert server.addresses == ["127.0.0.1"], "connected to what was checked, and not to a second answer"
-    assert found == [PICTURE, "forbidden_address"]
+    assert found == [IMAGE, "forbidden_address"]
     assert resolver.asked == 2, "one lookup a connection"
 
 
 def test_of_several_addresses_only_the_allowed_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Resolver(monkeypatch, ["127.0.0.2", "127.0.0.1", "10.0.0.1"])
-    with serve({"/": body(PICTURE)}, "0.0.0.0") as server:
+    with serve({"/": body(IMAGE)}, "0.0.0.0") as server:
         url = server.url("/", "rebind.test")
-        assert outcomes([url], tmp_path, own=own_address(server), allow_private_addresses=False) == [PICTURE]
+        assert outcomes([url], tmp_path, own=own_address(server), allow_private_addresses=False) == [IMAGE]
         assert server.addresses == ["127.0.0.1"]
 
 
@@ -423,24 +423,26 @@ def test_a_proxy_is_used_and_addresses_written_into_urls_are_still_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["http://example.org/a", "http://169.254.169.254/a", "https://[fd00:ec2::254]/a", "http://[::1]:1/a"]
-    with serve({asked[0]: body(PICTURE)}) as proxy:
+    with serve({asked[0]: body(IMAGE)}) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url(""))
         monkeypatch.setenv("https_proxy", proxy.url(""))
         found = outcomes(asked, tmp_path, allow_private_addresses=False)
         assert proxy.requests == {asked[0]: 1}
-    assert found == [PICTURE] + ["forbidden_address"] * 3
+    assert found == [IMAGE] + ["forbidden_address"] * 3
 
 
 def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed: list[Endpoint | None] = []
-    init = visit.Visit.__init__
+    init = visit.FetchAttempt.__init__
 
-    def spy(self: visit.Visit, config: DownloadConfig, opener: OpenerDirector, own: Endpoint | None = None) -> None:
+    def spy(
+        self: visit.FetchAttempt, config: DownloadConfig, opener: OpenerDirector, own: Endpoint | None = None
+    ) -> None:
         assert not config.allow_private_addresses
         allowed.append(own)
         init(self, config, opener, own)
 
-    monkeypatch.setattr(visit.Visit, "__init__", spy)
+    monkeypatch.setattr(visit.FetchAttempt, "__init__", spy)
     source = SyntheticConfig(num_samples=2, dead_links=0).build()
     (shard,) = source.shards(10)
     originals = []

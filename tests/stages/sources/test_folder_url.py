@@ -1,4 +1,4 @@
-"""A folder of pictures behind a URL gives the same rows as a local one."""
+"""A folder of images behind a URL gives the same rows as a local one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
 from stages.sources.base import Original
 from stages.sources.folder import FolderConfig, FolderSource
-from stages.sources.incremental import Batches
+from stages.sources.incremental import InputBatches
 from stages.sources.tree import Tree
 
 LOOSE = {
@@ -22,7 +22,7 @@ LOOSE = {
     "sub/x.jpg": b"xxx",
     "sub/x.txt": b"below",
     "sub-1.png": b"1234",
-    "notes.md": b"no picture",
+    "notes.md": b"no image",
 }
 TABLE = {
     "captions.tsv": b"file\tcaption\nb.png\tone\nx.png\tin images\n../secret.png\tout\n/b.png\tout\nmissing.png\tx\n"
@@ -49,8 +49,8 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("no_proxy", host)
-        fsspec.filesystem("s3").mkdir("pictures")
-        yield "s3://pictures"
+        fsspec.filesystem("s3").mkdir("images")
+        yield "s3://images"
         fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
@@ -84,7 +84,7 @@ def fetched(source: FolderSource, shard: Shard, scratch: Path) -> list[Original]
 
 
 @pytest.mark.parametrize("files", [LOOSE, TABLE], ids=["loose", "table"])
-def test_rows_and_pictures_are_those_of_a_local_folder(files: dict[str, bytes], far: str, tmp_path: Path) -> None:
+def test_rows_and_images_are_those_of_a_local_folder(files: dict[str, bytes], far: str, tmp_path: Path) -> None:
     near = str(tmp_path / "near")
     for folder in (near, far):
         fill(folder, files)
@@ -119,13 +119,13 @@ def test_files_outside_the_folder_are_never_read(far: str, tmp_path: Path) -> No
 def test_a_process_that_has_listed_the_folder_sees_new_files(far: str, tmp_path: Path) -> None:
     fill(far, LOOSE)
     run = RunFolder(tmp_path / "run")
-    first = Batches(source(far), run, 2, "samples")
-    first.note(restart=False)
+    first = InputBatches(source(far), run, 2, "samples")
+    first.record(restart=False)
     assert [shard.num_rows for shard in first.shards()] == [2, 2]
     filesystem, root = fsspec.core.url_to_fs(far)
     another = type(filesystem)(skip_instance_cache=True)  # as another process: it empties no cache of this one
     another.pipe_file(f"{root}/a2.png", b"new")
-    second = Batches(source(far), run, 2, "samples")
+    second = InputBatches(source(far), run, 2, "samples")
     assert [shard.rows for shard in second.shards()][2:] == [[["a2.png", [], 3, False]]]
     assert list(first.shards()) == list(second.shards())[:2]
 

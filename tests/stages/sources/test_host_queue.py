@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from stages.sources.download.config import DownloadConfig
-from stages.sources.download.host_queue import HostQueue, Turn, host_of
+from stages.sources.download.host_queue import HostQueue, Ticket, host_of
 
 
 class Clock:
@@ -40,7 +40,7 @@ def urls(host: str, count: int) -> list[str]:
     return [f"http://{host}/{i}" for i in range(count)]
 
 
-def take_all(queue: HostQueue, count: int) -> list[Turn]:
+def take_all(queue: HostQueue, count: int) -> list[Ticket]:
     return [queue.take() for _ in range(count)]
 
 

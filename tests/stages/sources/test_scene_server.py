@@ -32,7 +32,7 @@ def get(server: SceneServer, path: str) -> tuple[http.client.HTTPResponse, bytes
         connection.close()
 
 
-def test_serves_the_picture_of_each_scene():
+def test_serves_the_image_of_each_scene():
     with SceneServer(seed=3, num_samples=10) as server:
         assert urlsplit(server.url(7)).path == "/scenes/000000007.png"
         response, body = get(server, "/scenes/000000007.png")
@@ -73,7 +73,7 @@ def test_dead_and_unknown_paths_give_404(path):
         assert get(server, "/scenes/000000003.png")[0].status == 200
 
 
-def test_parallel_requests_get_their_own_pictures():
+def test_parallel_requests_get_their_own_images():
     with SceneServer(seed=0, num_samples=10**6) as server, ThreadPoolExecutor(8) as pool:
         indices = [i * 997 for i in range(48)]
         bodies = list(pool.map(lambda i: get(server, urlsplit(server.url(i)).path)[1], indices))

@@ -66,7 +66,7 @@ def test_other_seeds_give_other_scenes():
     assert same < 10
 
 
-def test_same_caption_gives_different_pictures():
+def test_same_caption_gives_different_images():
     by_caption: dict[str, list[Scene]] = {}
     for s in singles(1000):
         by_caption.setdefault(s.captions[0], []).append(s)
@@ -226,7 +226,7 @@ def test_png_keeps_every_pixel():
 # --- scoring
 
 
-def picture(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
+def image(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
     image = Image.fromarray(render(s)).resize((size_px, size_px), Image.Resampling.BICUBIC)
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur_px)), float)
     # Same noise for a scene in every run.
@@ -248,20 +248,20 @@ def picture(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
         (16, 0.5, 10, 0.95),
     ],
 )
-def test_score_is_right_on_true_pictures(size_px, blur_px, noise, least):
-    scores = [score_single(picture(s, size_px, blur_px, noise), s) for s in singles()]
+def test_score_is_right_on_true_images(size_px, blur_px, noise, least):
+    scores = [score_single(image(s, size_px, blur_px, noise), s) for s in singles()]
     assert len(scores) == 200
     assert np.mean([score == Score(True, True, True) for score in scores]) >= least
 
 
 def test_size_is_read_from_the_pixels():
-    readings = [(read_single(picture(s, 64)), s.objects[0].size) for s in singles()]
+    readings = [(read_single(image(s, 64)), s.objects[0].size) for s in singles()]
     assert np.mean([reading is not None and reading.size == size for reading, size in readings]) >= 0.99
 
 
 def test_score_of_shuffled_captions_is_near_chance():
     others = np.roll(np.arange(200), 37)
-    scores = [score_single(picture(s, 64), singles()[i]) for s, i in zip(singles(), others, strict=True)]
+    scores = [score_single(image(s, 64), singles()[i]) for s, i in zip(singles(), others, strict=True)]
     for name, chance in (("color_ok", 1 / 8), ("shape_ok", 1 / 6), ("position_ok", 1 / 5)):
         assert abs(np.mean([getattr(score, name) for score in scores]) - chance) < 0.08
     assert sum(score == Score(True, True, True) for score in scores) < 10
@@ -270,7 +270,7 @@ def test_score_of_shuffled_captions_is_near_chance():
 def test_one_wrong_part_fails_that_part_only():
     red = Scene((singles()[0].objects[0],), "white", (), 320, 320)
     o = red.objects[0]
-    pixels = picture(red, 64)
+    pixels = image(red, 64)
     for name, values in {"color": COLORS, "shape": SHAPES, "position": POSITIONS}.items():
         for value in values:
             fields = {f: getattr(o, f) for f in o.__slots__} | {name: value}
@@ -279,7 +279,7 @@ def test_one_wrong_part_fails_that_part_only():
             assert score == Score(*(right or name != part for part in ("color", "shape", "position")))
 
 
-def test_pictures_without_an_object_have_nothing_right():
+def test_images_without_an_object_have_nothing_right():
     s = singles()[0]
     for level in (0, 128, 255):
         flat = np.full((64, 64, 3), level, np.uint8)

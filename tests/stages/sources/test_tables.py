@@ -17,8 +17,8 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.files import expand
 from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource, captions_of
-from tests.picture_server import body, serve
-from tests.pictures import BLUE, RED, plain_png
+from tests.image_server import body, serve
+from tests.images import BLUE, RED, plain_png
 
 ROWS = [
     {"url": "http://example.org/a.png", "caption": "a red square"},
@@ -105,7 +105,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "glob"])
-def test_a_txt_list_gives_the_same_pictures_with_empty_captions(tmp_path: Path, place: str) -> None:
+def test_a_txt_list_gives_the_same_images_with_empty_captions(tmp_path: Path, place: str) -> None:
     with serve({"/a.png": body(plain_png(RED)), "/b.png": body(plain_png(BLUE))}) as server:
         urls = [server.url("/a.png"), server.url("/b.png")]
         (tmp_path / "lists").mkdir()

@@ -1,4 +1,4 @@
-"""Pictures with written words, and reading them back."""
+"""Images with written words, and reading them back."""
 
 import io
 from dataclasses import replace
@@ -23,7 +23,7 @@ from stages.sources.synthetic.words import (
 SCENES = [word_scene(0, index, "train") for index in range(300)]
 
 
-def test_a_picture_is_a_function_of_seed_index_and_split() -> None:
+def test_an_image_is_a_function_of_seed_index_and_split() -> None:
     assert [word_scene(0, 3), word_scene(0, 4, "train"), word_scene(5, 3, "held_out")] == [
         WordScene("TY", "cyan", "pink"),
         WordScene("MH", "yellow", "white"),
@@ -57,10 +57,10 @@ def test_letters_are_all_different_and_drawn_in_their_colours() -> None:
     expected = ["..#..", "..#..", "..#..", "..#..", "..#..", "..#.."]
     rows = ["".join("#" if dot else "." for dot in row) for row in window(dots("AT"), 1)]
     assert rows == ["#####", *expected]
-    picture = draw_word(WordScene("AT", "red", "grey"))
-    assert picture.shape == (16, 16, 3)
-    assert picture[4, 9].tolist() == [220, 30, 30]
-    assert picture[5, 9].tolist() == [205, 205, 205]
+    image = draw_word(WordScene("AT", "red", "grey"))
+    assert image.shape == (16, 16, 3)
+    assert image[4, 9].tolist() == [220, 30, 30]
+    assert image[5, 9].tolist() == [205, 205, 205]
 
 
 def test_the_file_brought_to_16_px_is_read_back() -> None:
@@ -74,10 +74,10 @@ def test_the_file_brought_to_16_px_is_read_back() -> None:
         assert not color_right(small, replace(scene, color="red" if scene.color != "red" else "blue"))
 
 
-def test_wrong_letters_and_empty_pictures_are_not_read_as_right() -> None:
-    picture = draw_word(WordScene("AB", "black", "white"))
-    assert letters_right(picture, "AX") == [True, False]
-    assert letters_right(picture, "A") == [True, False]
+def test_wrong_letters_and_empty_images_are_not_read_as_right() -> None:
+    image = draw_word(WordScene("AB", "black", "white"))
+    assert letters_right(image, "AX") == [True, False]
+    assert letters_right(image, "A") == [True, False]
     assert read_word(np.full((16, 16, 3), 90, np.uint8)) == "  "
     noise = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
     assert np.mean([letters_right(p, s.word)[0] for p, s in zip(noise, SCENES, strict=True)]) < 0.1

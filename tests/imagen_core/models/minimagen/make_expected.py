@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    for name in ("minimagen.t5", "torchvision", "torchvision.transforms"):  # of the text encoder, and of pictures
+    for name in ("minimagen.t5", "torchvision", "torchvision.transforms"):  # of the text encoder, and of images
         sys.modules[name] = types.ModuleType(name)
     sys.modules["minimagen.t5"].get_encoded_dim = {"t5_small": 512}.get  # type: ignore[attr-defined]
     from minimagen import Unet as module  # type: ignore[import-not-found]

@@ -23,7 +23,7 @@ def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 
 
 def inputs(text_dim: int) -> dict[str, Tensor]:
-    """Two pictures of 8 px at steps 3 and 17, captions of 2 and 4 tokens, low-resolution pictures at step 5."""
+    """Two images of 8 px at steps 3 and 17, captions of 2 and 4 tokens, low-resolution images at step 5."""
     return {
         "x": numbers("x", (2, 3, 8, 8)),
         "time": torch.tensor([3, 17]),

@@ -113,7 +113,7 @@ def build(model: dict[str, Any], nets: Any, precond: Any) -> tuple[nn.Module, di
 
 
 def estimate(model: dict[str, Any], whole: Any, given: dict[str, Tensor], text: Tensor) -> Tensor:
-    """The clean pictures that NeMo makes of noisy ones."""
+    """The clean images that NeMo makes of noisy ones."""
     low_res = {} if model["unet_type"] == "base" else {"x_low_res": given["low_res"]}
     condition = {"text_embed": text, "text_mask": given["mask"].float(), **low_res}
     if model["preconditioning_type"] == "EDM":

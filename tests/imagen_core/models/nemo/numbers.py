@@ -16,7 +16,7 @@ TIMES = (0.2, 0.7)
 LENGTHS = (2, 5)
 """Tokens of the captions."""
 LOW_RES_LEVEL = 0.5
-"""Noise level of the low-resolution pictures."""
+"""Noise level of the low-resolution images."""
 
 
 def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 
 
 def inputs(model: dict[str, Any]) -> dict[str, Tensor]:
-    """Two pictures with noise to add, captions padded to token_length, and low-resolution pictures with noise."""
+    """Two images with noise to add, captions padded to token_length, and low-resolution images with noise."""
     size, conditioning = model["unet"]["image_size"], model["conditioning"]
     positions = torch.arange(conditioning["token_length"])
     mask = torch.stack([positions < length for length in LENGTHS])

@@ -1,4 +1,4 @@
-"""NeMo's models, settings and weights, estimate the same pictures here."""
+"""NeMo's models, settings and weights, estimate the same images here."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def estimates(case: str, denoiser: Denoiser, *, keep: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("case", EXPECTED)
-def test_a_model_of_nemo_estimates_the_same_pictures_here(case: str) -> None:
+def test_a_model_of_nemo_estimates_the_same_images_here(case: str) -> None:
     denoiser, expected = imported(case), EXPECTED[case]
     for what, keep in (("with_caption", True), ("without_caption", False)):
         theirs = torch.tensor(expected[what])

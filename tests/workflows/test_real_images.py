@@ -1,4 +1,4 @@
-"""The 2,000 real pictures: from a folder and over HTTP, against Pillow, pixel by pixel."""
+"""The 2,000 real images: from a folder and over HTTP, against Pillow, pixel by pixel."""
 
 import csv
 import threading

@@ -1,4 +1,4 @@
-"""Embeddings of pictures: what transformers gives, bound to their samples, read with them."""
+"""Embeddings of images: what transformers gives, bound to their samples, read with them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError
-from stages.encoders.clip_image import ClipImageConfig, Looks
+from stages.encoders.clip_image import ClipImageConfig, Preprocessing
 from tests.stages.encoders import tiny_models
 from tests.workflows.conftest import precompute
 
@@ -30,10 +30,10 @@ def encoders(clip: Path, **changes: object) -> str:
 
 @torch.inference_mode()
 def reference(clip: Path, pixels: np.ndarray, output: str) -> np.ndarray:
-    """The model on one picture, prepared by Pillow and float64."""
-    picture = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+    """The model on one image, prepared by Pillow and float64."""
+    image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    prepared = (np.asarray(picture, np.float64) / 255 - mean) / std
+    prepared = (np.asarray(image, np.float64) / 255 - mean) / std
     model_class: Any = CLIPVisionModelWithProjection if output == "projected" else CLIPVisionModel
     model = model_class.from_pretrained(clip, dtype=torch.float32).eval()
     result = model(pixel_values=torch.from_numpy(prepared.transpose(2, 0, 1)).float()[None])
@@ -43,9 +43,7 @@ def reference(clip: Path, pixels: np.ndarray, output: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("from_px", "output", "dim"), [(32, "projected", 16), (16, "projected", 16), (32, "pooled", 24)]
 )
-def test_every_embedding_is_that_of_its_picture(
-    clip: Path, tmp_path: Path, from_px: int, output: str, dim: int
-) -> None:
+def test_every_embedding_is_that_of_its_image(clip: Path, tmp_path: Path, from_px: int, output: str, dim: int) -> None:
     precompute(tmp_path / "run", *SETTINGS, encoders(clip, from_px=from_px, output=output, batch_size=3))
     store = Store.open(tmp_path / "run" / "store")
     assert store.image_encoders == ["clip"]
@@ -106,7 +104,7 @@ def test_the_fingerprint_names_what_decides_the_embedding(clip: Path) -> None:
 
 def test_the_models_own_mean_and_deviation_are_used(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
-    looks = Looks.read(tmp_path / "preprocessor_config.json", 4)
+    looks = Preprocessing.read(tmp_path / "preprocessor_config.json", 4)
     prepared = looks.prepare(np.full((4, 4, 3), (0, 255, 51), np.uint8))
     assert prepared.dtype == np.float32
     assert np.allclose(prepared, np.array([-1, 1, -0.6])[:, None, None] * np.ones((3, 4, 4)), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Pictures for tests, good and bad, as bytes."""
+"""Images for tests, good and bad, as bytes."""
 
 import io
 import struct
