@@ -55,7 +55,7 @@ def pipeline(*arguments: str) -> float:
     """Runs a command; the seconds it took."""
     print("$ pipeline " + " ".join(arguments), flush=True)
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pipeline.cli.main", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "pipeline", *arguments], check=True)
     return time.perf_counter() - began
 
 

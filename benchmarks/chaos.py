@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from benchmarks.processes import descendants
+from tests.processes import descendants
 
 CONFIG = [
     "source.num_samples=240",
@@ -119,7 +119,7 @@ def start(out: Path, executor: str) -> "subprocess.Popen[bytes]":
     command = [
         sys.executable,
         "-m",
-        "pipeline.cli.main",
+        "pipeline",
         "run",
         "precompute",
         "--out",

@@ -133,7 +133,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def pipeline(*arguments: str) -> dict[str, Any]:
     """The JSON that a command prints."""
-    command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
+    command = [sys.executable, "-m", "pipeline", *arguments]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.engine_run import peak_mib
 from pipeline.engine.ledger import check_groups
-from pipeline.engine.progress import Progress
+from pipeline.engine.progress import TrainingProgress
 from pipeline.engine.scheduler import Scheduler
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskOutcome, TaskRequest
@@ -156,7 +156,7 @@ class Cluster(SimulatedExecutor):
         return record
 
 
-class Finished(Progress):
+class Finished(TrainingProgress):
     """Notes when each shard was finished, on the simulated clock."""
 
     def __init__(self, plan: Plan, cluster: Cluster):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.word_tokenizer import write_word_tokenizer
 from stages.sources.synthetic.scenes import Scene, render, scene
+from tests.word_tokenizer import write_word_tokenizer
 
 IMAGE_PX = 32
 DIM = 64

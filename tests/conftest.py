@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.runs import cascade, copy_of_small_run, emoji, small_run  # noqa: F401 (fixtures)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def heeded_signals() -> Iterator[None]:

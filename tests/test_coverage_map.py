@@ -8,9 +8,9 @@ import pytest
 import typer
 
 from pipeline.cli.main import app
+from tests.commands import call
 from tests.named_tests import missing_tests, named_tests
-from tests.workflows.commands import call
-from tests.workflows.conftest import REPOSITORY
+from tests.runs import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "coverage.md"
 ABILITIES = {"N": 32, "P": 14, "D": 12, "M": 9, "G": 12}

@@ -11,7 +11,7 @@ import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
-from tests.workflows.conftest import REPOSITORY, pipeline, precompute
+from tests.runs import REPOSITORY, pipeline, precompute
 from workflows.precompute import PrecomputeConfig
 
 DOCUMENTS = [

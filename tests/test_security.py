@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.commands import call
 from tests.images import plain_png
 from tests.named_tests import missing_tests, named_tests
+from tests.runs import REPOSITORY
 from tests.stages.encoders import tiny_models
-from tests.workflows.commands import call
-from tests.workflows.conftest import REPOSITORY
 
 PACKAGES = ("pipeline", "stages", "imagen_core", "workflows")
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}

@@ -214,7 +214,7 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
         "name": schedule.name,
         "workflow": schedule.workflow,
         "arguments": arguments,
-        "program": [str(script)] if script.exists() else [sys.executable, "-m", "pipeline.cli.main"],
+        "program": [str(script)] if script.exists() else [sys.executable, "-m", "pipeline"],
         "bin": str(bin_folder),
         "folder": str(folder),
         "user": str(os.getuid()),

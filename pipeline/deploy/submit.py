@@ -63,7 +63,7 @@ class RayJobs:
             options: further options of `pipeline run`.
             with_code: ship this installation's code; else the nodes have their own.
         """
-        words = ["python", "-m", "pipeline.cli.main", "run", workflow, "-c", _CONFIG_FILE, "--out", out]
+        words = ["python", "-m", "pipeline", "run", workflow, "-c", _CONFIG_FILE, "--out", out]
         words += ["--executor", "ray", "--address", "auto", *options]
         with tempfile.TemporaryDirectory() as folder, self._asking():
             (Path(folder) / _CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")

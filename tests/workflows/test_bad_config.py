@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.workflows.commands import Result, call, call_process, tree
+from tests.commands import Result, call, call_process, tree
 
 TINY = "model: tiny-random-t5"
 

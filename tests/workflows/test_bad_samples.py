@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core.store import Sample, Store
+from tests.commands import Result, call, call_process, drops, precompute, summary, tree
 from tests.image_server import body, closed_port_url, hang_up, redirect, serve, silence, status
 from tests.images import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
-from tests.workflows.commands import Result, call, call_process, drops, precompute, summary, tree
 
 SIZE = 16
 BASE = (f"images.sizes_px=[{SIZE}]", "max_drop_fraction=1", "execution.num_cpus=1")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imagen_core.store import Store, StoreError
-from tests.workflows.commands import call, precompute, tree
+from tests.commands import call, precompute, tree
 
 OVERRIDES = ("source.num_samples=5", "shard_size=3", "images.sizes_px=[16]")  # scene 2 is the dead link
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.conftest import REPOSITORY
+from tests.runs import REPOSITORY
 
 
 @pytest.mark.slow

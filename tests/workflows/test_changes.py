@@ -9,8 +9,8 @@ import pytest
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, MachineError, StaleOutputError
 from stages.encoders.tiny import write_tiny_model
-from tests.stages.test_resize import png
-from tests.workflows.conftest import pipeline, precompute, store_bytes
+from tests.runs import pipeline, precompute, store_bytes
+from tests.stages.precompute.test_resize import png
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import descendants
-from tests.pipeline.cluster import RayNodes, open_ports, ray_nodes
-from tests.workflows.conftest import REPOSITORY, command, events, precompute, store_bytes
+from tests.pipeline.executors.cluster import RayNodes, open_ports, ray_nodes
+from tests.processes import descendants
+from tests.runs import REPOSITORY, command, events, precompute, store_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 

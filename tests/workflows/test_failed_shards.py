@@ -9,8 +9,8 @@ from imagen_core.store import Store
 from pipeline.stage import Task
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.resize import ResizeStage
-from tests.workflows.commands import call, precompute
-from tests.workflows.conftest import SMALL, store_bytes
+from tests.commands import call, precompute
+from tests.runs import SMALL, store_bytes
 
 NO_DELAY = "execution.retry_delay_s=0"
 

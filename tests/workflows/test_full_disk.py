@@ -14,8 +14,8 @@ from imagen_core.store.files import hdf5
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.events import EventLog
-from tests.workflows.commands import call, precompute
-from tests.workflows.conftest import SMALL, events, store_bytes
+from tests.commands import call, precompute
+from tests.runs import SMALL, events, store_bytes
 
 
 @pytest.fixture

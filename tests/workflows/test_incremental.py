@@ -14,11 +14,11 @@ import pytest
 from imagen_core.store import Store, verify_store
 from pipeline.errors import StaleOutputError
 from stages.precompute.resize import ResizeStage
+from tests.commands import call, tree
+from tests.commands import precompute as command
 from tests.image_server import Server, body, first_then, serve, status
 from tests.images import plain_png
-from tests.workflows.commands import call, tree
-from tests.workflows.commands import precompute as command
-from tests.workflows.conftest import events, precompute, store_bytes
+from tests.runs import events, precompute, store_bytes
 
 
 def colour(key: str) -> bytes:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import descendants, wait_until_gone
-from tests.workflows.conftest import REPOSITORY, command, pipeline, precompute, store_bytes
+from tests.processes import descendants, wait_until_gone
+from tests.runs import REPOSITORY, command, pipeline, precompute, store_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -26,11 +26,11 @@ from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
 from stages.sampling.config import SampleConfig
 from stages.sampling.session import prepare
+from tests.commands import call, drops
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
 from tests.images import plain_png
-from tests.workflows.commands import call, drops
-from tests.workflows.conftest import precompute
+from tests.runs import precompute
 
 SIZE = ["images.sizes_px=[16]", "encoders=[]"]
 CPU = torch.device("cpu")

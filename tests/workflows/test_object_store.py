@@ -14,8 +14,8 @@ from PIL import Image
 
 from imagen_core.store import Store
 from pipeline.storage.open import open_storage
+from tests.commands import Result, call
 from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, object_store
-from tests.workflows.commands import Result, call
 
 SETTINGS = ("source.kind=webdataset", "shard_size=4", "images.sizes_px=[16,32]", "store.format=hdf5")
 PER_TAR, TARS = 6, 2

@@ -13,7 +13,7 @@ from PIL import Image
 from imagen_core.store import Store
 from stages.sources.synthetic.scenes import encode_image, scene
 from stages.sources.synthetic.source import dead_indices
-from tests.workflows.conftest import SMALL, events, pipeline, precompute, store_bytes
+from tests.runs import SMALL, events, pipeline, precompute, store_bytes
 
 
 def pillow_resize(data: bytes, size_px: int) -> np.ndarray:

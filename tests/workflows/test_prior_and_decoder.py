@@ -13,9 +13,9 @@ from PIL import Image
 from imagen_core.train import load_checkpoint
 from stages.sampling import prior as sample_prior
 from stages.sampling.config import SampleConfig, SamplePriorConfig
+from tests.commands import call, precompute
 from tests.stages.encoders import tiny_models
-from tests.workflows.commands import call, precompute
-from tests.workflows.trained import COMMON, UNET, train
+from tests.trained import COMMON, UNET, train
 
 STEPS = COMMON | {"text": None, "num_steps": 4, "checkpoint_every_steps": 2}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_core.store import Store
-from tests.workflows.conftest import pipeline
+from tests.runs import pipeline
 from tests.workflows.test_precompute import max_difference, pillow_resize
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from PIL import Image
 from imagen_core.train import TrainConfig
 from pipeline.cli.presets import find_config, list_presets
 from pipeline.config import load_config
-from tests.workflows.commands import call, precompute
+from tests.commands import call, precompute
 from workflows.train import TrainWorkflowConfig
 
 RECIPES = [row["name"] for row in list_presets() if row["workflow"] == "train"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.processes import descendants, wait_until_gone
-from tests.workflows.conftest import events, pipeline
+from tests.processes import descendants, wait_until_gone
+from tests.runs import events, pipeline
 from tests.workflows.test_kill import CONFIG, records, start
 
 pytestmark = pytest.mark.slow

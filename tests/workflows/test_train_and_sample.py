@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.workflows.commands import call, call_process, precompute
-from tests.workflows.conftest import REPOSITORY, command
-from tests.workflows.trained import BASE, train, write_cascade
+from tests.commands import call, call_process, precompute
+from tests.runs import REPOSITORY, command
+from tests.trained import BASE, train, write_cascade
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from imagen_core.diffusion import DenoiserConfig
 from imagen_core.models.count import count_parameters
 from pipeline.cli.presets import find_config, list_presets
 from pipeline.config import load_config
-from tests.imagen_core.models.published import TABLE
-from tests.workflows.commands import call
+from tests.commands import call
+from tests.imagen_core.models.presets.published import TABLE
 from workflows.sample import Sample, SampleConfig
 from workflows.train import Train, TrainWorkflowConfig
 

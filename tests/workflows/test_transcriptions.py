@@ -11,8 +11,8 @@ from PIL import Image
 from benchmarks.word_score import read_word
 from imagen_core.store import Store
 from stages.sources.synthetic.words import is_held_out_word
-from tests.workflows.commands import Result, call, precompute
-from tests.workflows.trained import train
+from tests.commands import Result, call, precompute
+from tests.trained import train
 
 UNET = {
     "family": "regular",

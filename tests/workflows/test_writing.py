@@ -14,11 +14,11 @@ from PIL import Image
 from imagen_core.store import Store, read_samples
 from imagen_core.train.data.stream import random_views
 from pipeline.errors import ConfigError, StaleOutputError
+from tests.commands import call, drops
 from tests.image_server import body, serve
 from tests.imagen_core.train.small import make_config
 from tests.images import BLUE, RED, plain_png
-from tests.workflows.commands import call, drops
-from tests.workflows.conftest import precompute, store_bytes
+from tests.runs import precompute, store_bytes
 
 SIZE = ["images.sizes_px=[16]", "encoders=[]"]
 COLUMN = "source.transcription_column=written"

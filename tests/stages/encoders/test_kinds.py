@@ -15,8 +15,8 @@ from pipeline.errors import ConfigError, MachineError
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.prompts import encoder_of
 from stages.encoders.registry import AnyEncoder
+from tests.runs import precompute
 from tests.stages.encoders import tiny_models
-from tests.workflows.conftest import precompute
 
 CAPTIONS = [
     "a red circle above a blue square",

@@ -15,8 +15,8 @@ from stages.encoders.encoder import load_encoder
 from stages.encoders.memory import is_out_of_memory, run_batches
 from stages.encoders.registry import AnyEncoder
 from stages.encoders.t5_packed import PackedT5
+from tests.runs import SMALL, precompute
 from tests.stages.encoders import tiny_models
-from tests.workflows.conftest import SMALL, precompute
 
 CAPTIONS = [f"a red circle and {'many ' * i} blue squares" for i in range(12)]
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")

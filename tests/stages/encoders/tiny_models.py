@@ -26,8 +26,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from benchmarks.word_tokenizer import write_word_tokenizer
 from stages.encoders.tiny import write_tiny_model
+from tests.word_tokenizer import write_word_tokenizer
 
 T5_SHAPE = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu"}
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}

@@ -1,0 +1,63 @@
+"""Every published model is rebuilt to the last parameter."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from imagen_core.models import UNetConfig
+from imagen_core.models.count import build_on_meta
+from imagen_core.models.presets.priors import PRIOR_PRESETS
+from imagen_core.models.presets.unets import PRESETS, list_presets
+from tests.imagen_core.models.presets.published import TABLE
+
+
+@pytest.mark.parametrize("name", list(TABLE))
+def test_a_published_model_has_its_exact_number_of_parameters(name: str):
+    preset = PRESETS[name]
+    unet = build_on_meta(preset.config)
+    assert sum(p.numel() for p in unet.parameters()) == preset.parameters == TABLE[name]
+    assert all(p.is_meta for p in unet.parameters())
+    assert preset.source
+
+
+def test_every_preset_is_of_a_published_model():
+    assert set(PRESETS) == set(TABLE)
+
+
+def test_presets_are_listed_with_plain_integers():
+    rows = {str(row["name"]): row for row in list_presets()}
+    presets = PRESETS | PRIOR_PRESETS
+    assert set(rows) == set(presets)
+    for name, row in rows.items():
+        assert type(row["parameters"]) is int
+        assert row["parameters"] == presets[name].parameters
+        kind = "prior" if name in PRIOR_PRESETS else "unet"
+        assert (row["kind"], row["family"]) == (kind, presets[name].config.family)
+        assert row["summary"]
+
+
+def test_listing_builds_no_model():
+    code = (
+        "import torch.nn as nn\n"
+        "def refuse(self, *_, **__): raise AssertionError('a module was built')\n"
+        "nn.Module.__init__ = refuse\n"
+        "from imagen_core.models.presets.unets import list_presets\n"
+        f"assert len(list_presets()) == {len(PRESETS) + len(PRIOR_PRESETS)}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_preset_can_be_named_in_a_configuration_and_changed():
+    adapter: TypeAdapter[object] = TypeAdapter(UNetConfig)
+    config = adapter.validate_python({"preset": "500m_res_64", "dropout": 0.25})
+    assert config == PRESETS["500m_res_64"].config.model_copy(update={"dropout": 0.25})
+    with pytest.raises(ValidationError, match="preset '500m': there is none of this name; choose from 500m_res_64,"):
+        adapter.validate_python({"preset": "500m"})
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_survives_json(name: str):
+    adapter: TypeAdapter[object] = TypeAdapter(UNetConfig)
+    assert adapter.validate_json(PRESETS[name].config.model_dump_json()) == PRESETS[name].config

@@ -1,0 +1,156 @@
+"""A run that was stopped, killed or changed in the middle ends as the one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagen_core.train import TrainingStopped, train, trainer
+from imagen_core.train.checkpoints.checkpoint import checkpoints
+from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
+        {"precision": "float32", "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True, "batch_size": 6},
+        {
+            "precision": "float32",
+            "optimizer": {
+                "lr": 1e-3,
+                "warmup_steps": 3,
+                "groups": [{"match": "net.inputs", "lr": 1e-4, "weight_decay": 0.1}, {"match": ".*norm", "lr": 5e-3}],
+            },
+        },
+        pytest.param(
+            {"precision": "bfloat16", "channels_last": False, "ema": {"rates": [0.9], "every_steps": 3}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["base", "super-resolution", "groups", "bfloat16"],
+)
+def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    straight = train(make_config(store, num_steps=20, **changes), tmp_path / "a")
+    train(make_config(store, num_steps=10, **changes), tmp_path / "b")
+    resumed = train(make_config(store, num_steps=20, **changes), tmp_path / "b")
+    assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
+    assert resumed["samples"] == straight["samples"]
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert all(a[name] == b[name] for name in ("step", "samples", "loss", "grad_norm", "lr"))
+
+
+def test_a_stopped_run_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, num_steps=9)
+    straight = train(config, tmp_path / "a")
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 4
+
+    with pytest.raises(TrainingStopped, match="after step 4; run the same command again"):
+        train(config, tmp_path / "b", should_stop=should_stop)
+    assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-00000004"]
+    resumed = train(config, tmp_path / "b")
+    assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
+
+
+def test_a_finished_run_does_nothing_again(store: Path, tmp_path: Path) -> None:
+    first = train(make_config(store), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in Path(first["checkpoint"]).iterdir()}
+    again = train(make_config(store), tmp_path)
+    assert (again["steps"], again["samples"], again["checkpoint"]) == (6, 48, first["checkpoint"])
+    assert {path: path.stat().st_mtime_ns for path in Path(first["checkpoint"]).iterdir()} == before
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".tmp-step-00000003").mkdir(parents=True)
+    (folder / "step-00000099").mkdir()  # being removed when killed: no state.json
+    config = make_config(store, num_steps=7, checkpoint_every_steps=2, keep_checkpoints=2)
+    train(config, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_the_checkpoints_of_least_validation_loss_are_kept_beside_the_newest(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 5.0, 1.0, 1.0, 4.0, 4.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0])  # without and with averages
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
+    settings = {"keep_checkpoints": 1, "keep_best_checkpoints": 2, "num_validation_samples": 4}
+    every = {"validate_every_steps": 1, "checkpoint_every_steps": 1}
+    train(make_config(store, num_steps=3, **settings, **every), tmp_path)
+    summary = train(make_config(store, num_steps=6, **settings, **every), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+        f"step-0000000{step}" for step in (2, 4, 6)
+    ]
+    assert summary["best_checkpoint"] == str(tmp_path / "checkpoints/step-00000002")
+    assert summary["checkpoint"] == str(tmp_path / "checkpoints/step-00000006")
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_validation_samples": 4, "validate_every_steps": 3}])
+def test_the_best_can_only_be_kept_where_each_is_validated(store: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"keep_best_checkpoints is 1: set num_validation_samples"):
+        make_config(store, keep_best_checkpoints=1, **{"checkpoint_every_steps": 4, **changes})
+
+
+def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
+    train(make_config(store, num_steps=3), tmp_path)
+    changed = make_config(
+        store, num_steps=5, batch_size=4, precision="float32", micro_batch_size=3, ema={"rates": [0.9, 0.7]}
+    )
+    summary = train(changed, tmp_path)
+    assert (summary["steps"], summary["samples"]) == (5, 3 * 8 + 2 * 4)
+    kept = tensors(summary["checkpoint"])
+    assert kept["model/net.conv_in.weight"].dtype == torch.float32
+    assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
+
+
+def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_path: Path) -> None:
+    """Its moments belong to the parameters: with equal settings the groups change nothing."""
+    straight = train(make_config(store, num_steps=6), tmp_path / "a")
+    train(make_config(store, num_steps=3), tmp_path / "b")
+    same = {"lr": 1e-3, "warmup_steps": 3, "groups": [{"match": "net.inputs"}, {"match": ".*conv"}]}
+    resumed = train(make_config(store, num_steps=6, optimizer=same), tmp_path / "b")
+    assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, num_steps=60, checkpoint_every_steps=3)
+    job = {"config": config.model_dump(mode="json"), "out": str(tmp_path / "killed")}
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([job]), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.imagen_core.train.worker", str(jobs)]
+    kills = 0
+    for wait_s in (0.5, 0.8, 1.1):
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        started_with = len(checkpoints(tmp_path / "killed" / "checkpoints"))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(checkpoints(tmp_path / "killed" / "checkpoints")) > started_with or started_with >= 5:
+                time.sleep(wait_s)
+                break
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=30)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    straight = train(config, tmp_path / "straight")
+    resumed = checkpoints(tmp_path / "killed" / "checkpoints")[-1]
+    assert kills >= 1
+    assert files(resumed) == files(straight["checkpoint"])
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 61))

@@ -1,0 +1,334 @@
+"""The loop: what a step computes, and what happens on schedule."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagen_core.diffusion import Denoiser, diffusion_loss
+from imagen_core.train import NonFiniteLossError, TrainingProgress, TrainError, load_checkpoint, train, trainer
+from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.evaluation import validation_loss
+from imagen_core.train.parallel.world import World
+from imagen_core.train.trainer import TrainingLoss
+from tests.imagen_core.models.small import random_weights
+from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, make_config, metrics, tensors
+
+EFFICIENT = SUPER | {
+    "unet": {
+        "family": "efficient",
+        "image_size_px": 32,
+        "embed_dim": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": [1, 1],
+        "attention_levels": [False, True],
+        "text_dim": DIM,
+        "head_dim": 16,
+        "low_res": True,
+        "low_res_noise": True,
+    },
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_gradients_do_not_depend_on_micro_batches(store: Path, tmp_path: Path, micro_batch_size: int) -> None:
+    """MinImagen adds up the losses of micro-batches without dividing them."""
+    whole = train(make_config(store, num_steps=3), tmp_path / "whole")
+    parts = train(make_config(store, num_steps=3, micro_batch_size=micro_batch_size), tmp_path / "parts")
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-12)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-9)
+    expected, found = tensors(whole["checkpoint"]), tensors(parts["checkpoint"])
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-10)
+
+
+def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
+    """Two steps against the same written out with autograd and torch.optim."""
+    config = make_config(store, num_steps=2, optimizer={"lr": 0.01, "warmup_steps": 0, "clip_norm": 0.1})
+    begun = train(make_config(store, num_steps=1, optimizer={"lr": 1e-30, "warmup_steps": 0}), tmp_path / "begun")
+    denoiser = load_checkpoint(Path(begun["checkpoint"]), "model").denoiser.train().requires_grad_(True)
+    plain = [p for p in denoiser.parameters() if p.ndim > 1]
+    bare = [p for p in denoiser.parameters() if p.ndim <= 1]
+    groups = [{"params": plain, "weight_decay": 0.01}, {"params": bare, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=False)
+    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    losses = []
+    for step in range(2):
+        example = make_example(stream.next(), config, denoiser, torch.device("cpu"), step)
+        loss = diffusion_loss(denoiser, example.x0, example.sigma, example.noise, example.conditioning).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 0.1)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    stream.close()
+    summary = train(config, tmp_path / "run")
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(losses, rel=1e-9)
+    found = tensors(summary["checkpoint"])
+    for name, values in denoiser.state_dict().items():
+        torch.testing.assert_close(found[f"model/{name}"], values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
+    config = make_config(
+        store,
+        num_steps=60,
+        num_validation_samples=32,  # leaves 8 to learn
+        precision="float32",
+        optimizer={"lr": 3e-3, "warmup_steps": 5},
+        validate_every_steps=60,
+    )
+    train(config, tmp_path)
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert np.mean(losses[:5]) > 0.7
+    assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
+        {"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}, "text": None},
+        {"denoiser": EFFICIENT},
+        {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "log_snr_cosine"}, "objective": "v"}}},
+        {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "weight": "p2"}}},
+        {
+            "denoiser": BASE
+            | {
+                "unet": BASE_UNET | {"out_channels": 6},
+                "diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "variance": "learned_range"},
+            }
+        },
+        {"precision": "bfloat16"},
+        {"precision": "float32", "channels_last": False},
+    ],
+    ids=["super-resolution", "without text", "efficient", "v", "eps", "learned variance", "bfloat16", "contiguous"],
+)
+def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    summary = train(make_config(store, **{"num_steps": 2, **changes}), tmp_path)
+    assert (summary["steps"], summary["samples"]) == (2, 16)
+    assert 0 < summary["loss"] < 10
+    loaded = load_checkpoint(tmp_path)
+    assert (loaded.encoder is None) == (changes.get("text", "t5") is None)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_images_lie_in_memory_as_asked(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
+    seen: list[tuple[bool, ...]] = []
+    original = TrainingLoss.forward
+
+    def note(self: TrainingLoss, example: Example) -> torch.Tensor:
+        kernels = [p for p in self.denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        tensors = [*kernels, example.x0]
+        seen.append(tuple({t.is_contiguous(memory_format=torch.channels_last) for t in tensors}))
+        return original(self, example)
+
+    monkeypatch.setattr(TrainingLoss, "forward", note)
+    train(make_config(store, num_steps=1, channels_last=channels_last), tmp_path)
+    assert seen == [(channels_last,)]
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_path: Path) -> None:
+    recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True, "dropout": 0.2}}
+    keeping = BASE | {"unet": BASE_UNET | {"dropout": 0.2}}
+    found = [
+        tensors(train(make_config(store, num_steps=3, denoiser=denoiser), tmp_path / name)["checkpoint"])
+        for name, denoiser in (("keeping", keeping), ("recomputing", recomputing))
+    ]
+    for key, values in found[0].items():
+        torch.testing.assert_close(found[1][key], values, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_drawn_anew_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, num_steps=4, denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.3}})
+    straight = train(config, tmp_path / "a")
+    train(config.model_copy(update={"num_steps": 2}), tmp_path / "b")
+    torch.manual_seed(123)
+    resumed = train(config, tmp_path / "b")
+    expected, found = tensors(straight["checkpoint"]), tensors(resumed["checkpoint"])
+    assert all(torch.equal(found[key], values) for key, values in expected.items())
+
+
+def test_metrics_and_progress_say_where_it_is(store: Path, tmp_path: Path) -> None:
+    shown: list[TrainingProgress] = []
+    config = make_config(store, num_steps=5, log_every_steps=2, optimizer={"lr": 0.5e-3, "warmup_steps": 5})
+    train(config, tmp_path, on_progress=shown.append)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [progress.step for progress in shown] == [2, 4, 5]
+    assert [line["samples"] for line in lines] == [16, 32, 40]
+    assert [line["lr"] for line in lines] == pytest.approx([2e-4, 4e-4, 5e-4])
+    for line, progress in zip(lines, shown, strict=True):
+        assert (progress.loss, progress.num_steps) == (line["loss"], 5)
+        assert 0 <= line["loader_wait"] < 1
+        assert line["images_per_s"] == pytest.approx(8 / line["step_s"])
+        assert line["peak_memory_bytes"] > 10**7
+
+
+def test_metrics_are_means_since_the_last_line(store: Path, tmp_path: Path) -> None:
+    train(make_config(store, num_steps=4, log_every_steps=1), tmp_path / "each")
+    train(make_config(store, num_steps=4, log_every_steps=2), tmp_path / "second")
+    each = [line["loss"] for line in metrics(tmp_path / "each")]
+    assert [line["loss"] for line in metrics(tmp_path / "second")] == pytest.approx(
+        [(each[0] + each[1]) / 2, (each[2] + each[3]) / 2]
+    )
+
+
+def test_waiting_for_data_is_measured(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = BatchStream._epoch
+
+    def slow(self: BatchStream) -> Any:
+        for batch in read(self):
+            time.sleep(0.4)
+            yield batch
+
+    monkeypatch.setattr(BatchStream, "_epoch", slow)
+    slowed = train(make_config(store, num_steps=3, log_every_steps=3), tmp_path / "slow")
+    monkeypatch.setattr(BatchStream, "_epoch", read)
+    plain = train(make_config(store, num_steps=3, log_every_steps=3), tmp_path / "plain")
+    assert slowed["loader_wait"] > plain["loader_wait"] + 0.05
+
+
+def test_validation_is_the_same_whenever_it_is_done(store: Path, tmp_path: Path) -> None:
+    """Same weights, same loss: noise, noise levels and captions are fixed, and nothing is dropped."""
+    frozen = make_config(
+        store,
+        num_steps=3,
+        num_validation_samples=10,
+        validate_every_steps=1,
+        optimizer={"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0.0},
+        denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.5}},
+        horizontal_flip=True,
+    )
+    summary = train(frozen, tmp_path / "a")
+    lines = [line for line in metrics(tmp_path / "a") if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["validation_loss"] for line in lines] == pytest.approx([summary["validation_loss"]] * 3, rel=1e-12)
+    assert lines[0]["validation_loss_without_ema"] == pytest.approx(lines[0]["validation_loss"], rel=1e-12)
+    other = frozen.model_copy(update={"batch_size": 5, "micro_batch_size": 2})
+    assert train(other, tmp_path / "b")["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
+
+
+def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(store: Path) -> None:
+    values = []
+    for per, blur in (("sample", None), ("batch", None), ("sample", {"probability": 1.0, "sigma": 2.0})):
+        denoiser_config = SUPER | {"low_res_noise": {"kind": "lognormal", "per": per}}
+        config = make_config(store, denoiser=denoiser_config, low_res_blur=blur, num_validation_samples=10)
+        torch.manual_seed(0)
+        denoiser = random_weights(Denoiser(config.denoiser).double()).eval()
+        loss = TrainingLoss(denoiser, config, "cpu")
+        values.append(validation_loss(loss, denoiser, open_store(config), config, World(0, 1, torch.device("cpu"))))
+    assert values[0] == values[1] == values[2]
+
+
+def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> None:
+    quiet = make_config(store, num_steps=4, num_validation_samples=10, validate_every_steps=100)
+    busy = quiet.model_copy(update={"validate_every_steps": 1, "grid_every_steps": 2, "grid_num_steps": 2})
+    expected, found = (
+        tensors(train(config, tmp_path / name)["checkpoint"]) for name, config in (("quiet", quiet), ("busy", busy))
+    )
+    assert all(torch.equal(found[key], values) for key, values in expected.items())
+
+
+@pytest.mark.parametrize(("denoiser", "side"), [(BASE, 16), (SUPER, 32)])
+def test_grids_are_drawn_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
+    config = make_config(
+        store,
+        num_steps=3,
+        denoiser=denoiser,
+        grid_every_steps=2,
+        num_grid_images=5,
+        grid_num_steps=2,
+        precision="bfloat16",
+    )
+    train(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["step-00000002.png", "step-00000003.png"]
+    with Image.open(tmp_path / "grids" / "step-00000003.png") as image:
+        assert image.size == (3 * side + 4, 2 * side + 2)
+        assert np.asarray(image)[:side, :side].std() > 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_config(store, num_steps=2), tmp_path)
+    before = tensors(tmp_path / "checkpoints" / "step-00000002")
+
+    def poisoned(*args: Any, **kwargs: Any) -> Example:
+        example = make_example(*args, **kwargs)
+        example.x0[1] = torch.inf
+        return example
+
+    monkeypatch.setattr(trainer, "make_example", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: loss nan, .*/nan/step-00000002.json. Go on from the last"):
+        train(make_config(store, num_steps=5), tmp_path)
+    saved = json.loads((tmp_path / "nan" / "step-00000002.json").read_text(encoding="utf-8"))
+    assert (len(saved["keys"]), saved["step"], saved["loss"]) == (8, 2, "nan")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(trainer, "make_example", make_example)
+    after = tensors(tmp_path / "checkpoints" / "step-00000002")
+    assert all(torch.equal(after[key], values) for key, values in before.items())
+    assert train(make_config(store, num_steps=5), tmp_path)["steps"] == 5
+
+
+def test_a_gradient_that_is_not_finite_stops_too(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> torch.Tensor:
+        losses = diffusion_loss(*args)
+        losses.register_hook(lambda gradient: gradient * torch.nan)
+        return losses
+
+    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    with pytest.raises(NonFiniteLossError, match="gradient norm nan"):
+        train(make_config(store), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_store_of_another_width_is_named(store: Path, tmp_path: Path) -> None:
+    wider = BASE | {"unet": BASE_UNET | {"text_dim": 16}}
+    with pytest.raises(TrainError, match="set text_dim=8"):
+        train(make_config(store, denoiser=wider), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_it_imports_no_framework_and_no_logger() -> None:
+    code = (
+        "import sys, imagen_core.train; "
+        "names = {name.split('.')[0] for name in sys.modules}; "
+        "print(sorted(names & {'ray', 'transformers', 'img2dataset', 'pipeline', 'stages', 'tensorboard', 'wandb'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_network_trains_alike_and_saves_the_same_names(store: Path, tmp_path: Path) -> None:
+    tiny = BASE | {"unet": BASE_UNET | {"channel_mult": [1], "attention_resolutions": []}}
+    config = make_config(store, num_steps=2, batch_size=4, precision="float32", denoiser=tiny)
+    plain = tensors(train(config, tmp_path / "plain")["checkpoint"])
+    compiled = tensors(train(config.model_copy(update={"compile": True}), tmp_path / "compiled")["checkpoint"])
+    assert compiled.keys() == plain.keys()
+    for key, values in plain.items():
+        if key.startswith("model/"):
+            torch.testing.assert_close(compiled[key], values, rtol=0, atol=2e-3)  # two steps of Adam, rate below 1e-3
+
+
+def test_a_trace_of_the_chosen_steps_is_written(store: Path, tmp_path: Path) -> None:
+    train(make_config(store, num_steps=4, profile_steps=(2, 3)), tmp_path)
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "steps-2-3-rank-0.json"
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2
+    with pytest.raises(ValueError, match=r"profile_steps: first and last step, from 1 \(got \[3, 2\]\)"):
+        make_config(store, profile_steps=(3, 2))

@@ -1,0 +1,207 @@
+"""What the Ray executor asks of a cluster, and what it does when the cluster changes."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from pipeline.errors import MachineError, ShardError
+from pipeline.executors.base import ExecutionConfig
+from pipeline.executors.inline import InlineExecutor
+from pipeline.executors.ray import RayExecutor
+from pipeline.executors.ray_cluster import ClusterNode, connect
+from pipeline.executors.ray_pool import WorkerPool, node_id
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.options import RunOptions
+from pipeline.stage import Resources, Shard
+from pipeline.storage.run_folder import RunFolder
+from tests.pipeline.executors.cluster import open_ports
+from tests.pipeline.toy import Cube, Fetch, Toy, ToyConfig, ToyOptions
+from tests.processes import descendants
+
+CPU_NODE = ClusterNode("cpu", {"CPU": 8.0, "cpu_node": 1.0})
+GPU_NODE = ClusterNode("gpu", {"CPU": 4.0, "GPU": 2.0, "accelerator_type:H100": 1.0})
+
+
+def stage(**resources: Any) -> Cube:
+    made = Cube(ToyOptions())
+    made.resources = Resources(**resources)
+    made.max_workers = 0
+    return made
+
+
+def pool(limit: int, tmp_path: Path) -> WorkerPool:
+    made = WorkerPool(stage(), RunFolder(tmp_path), {}, mock.Mock(), None)
+    made.limit = limit
+    return made
+
+
+def give(pool: WorkerPool, *indices: int, alone: bool = False) -> list[Any]:
+    pool.waiting.extend(
+        TaskRequest("cube", Shard(i, [], 0), frozenset(["cubes"]), {"cubes": ""}, alone=alone) for i in indices
+    )
+    return pool.feed()
+
+
+def executor(tmp_path: Path, *stages: Any, address: str | None = "auto", **config: Any) -> RayExecutor:
+    return RayExecutor(stages, RunFolder(tmp_path), ExecutionConfig.model_validate(config), address)
+
+
+def test_a_node_holds_as_many_workers_as_all_its_resources_allow() -> None:
+    assert GPU_NODE.room({"CPU": 1, "GPU": 1}) == 2
+    assert GPU_NODE.room({"CPU": 3, "GPU": 1}) == 1
+    assert GPU_NODE.room({"GPU": 0.1}) == 20
+    assert GPU_NODE.room({"GPU": 0.6}) == 2, "no worker has parts of two GPUs"
+    assert GPU_NODE.room({"accelerator_type:H100": 0.001, "GPU": 0.5}) == 4
+    assert CPU_NODE.room({"GPU": 0.5}) == 0
+
+
+def test_on_a_cluster_tasks_and_workers_ask_for_the_nodes_they_are_meant_for(tmp_path: Path) -> None:
+    made = executor(tmp_path, resources={"cpu_node": 0.001})
+    nodes = [CPU_NODE, GPU_NODE]
+    assert made._demand(Fetch(ToyOptions()), nodes) == {"CPU": 1.0, "cpu_node": 0.001}
+    assert made._demand(stage(num_gpus=None), nodes) == {"CPU": 1.0, "GPU": 1.0}
+    wanted = stage(num_gpus=0.5, custom={"accelerator_type:H100": 0.001})
+    assert made._demand(wanted, nodes) == {"CPU": 1.0, "GPU": 0.5, "accelerator_type:H100": 0.001}
+    assert made._demand(stage(num_gpus=1.0), [CPU_NODE]) == {"CPU": 1.0, "GPU": 1.0}, "demand for an autoscaler"
+    alone = executor(tmp_path, address=None, resources={"cpu_node": 0.001})
+    assert alone._demand(Fetch(ToyOptions()), [CPU_NODE]) == {"CPU": 1.0}
+    assert alone._demand(stage(num_gpus=1.0), [CPU_NODE]) == {}, "this machine has no GPU: on the CPU"
+
+
+def test_workers_are_asked_for_while_tasks_wait_and_get_none_before_they_have_a_node(tmp_path: Path) -> None:
+    made = pool(3, tmp_path)
+    assert [request for _, _, request in give(made, 0, 1)] == [None, None]
+    assert len(made.waiting) == 2
+    (first, second) = made.workers
+    made.placed(second, "node")
+    assert [(w, r.shard.index) for _, w, r in made.feed() if r] == [(second, 0), (second, 1)]
+    assert first.num_running == 0, "it may wait for ever"
+    give(made, *range(2, 9))
+    assert len(made.workers) == 3, "no more than the limit"
+
+
+def test_the_number_of_workers_follows_the_cluster_up_to_what_the_stage_allows(tmp_path: Path) -> None:
+    made = WorkerPool(stage(num_gpus=1.0), RunFolder(tmp_path), {"CPU": 1, "GPU": 1}, mock.Mock(), None)
+    made.resize([CPU_NODE])
+    assert made.limit == 1, "a first one is asked for, so that a cluster without GPUs grows"
+    made.resize([CPU_NODE, GPU_NODE, GPU_NODE])
+    assert made.limit == 4
+    made.stage.max_workers = 3
+    made.resize([CPU_NODE])
+    assert made.limit == 3
+
+
+def test_a_task_beside_which_a_worker_died_runs_alone(tmp_path: Path) -> None:
+    made = pool(1, tmp_path)
+    give(made, 0)
+    worker = made.workers[0]
+    made.placed(worker, "node")
+    made.feed()
+    assert give(made, 1, alone=True) == []
+    made.finish(worker)
+    assert [r.shard.index for _, _, r in made.feed() if r] == [1]
+    assert give(made, 2) == []
+    made.finish(worker)
+    assert [r.shard.index for _, _, r in made.feed() if r] == [2]
+
+
+def test_an_idle_worker_is_released_and_made_again(tmp_path: Path) -> None:
+    made = pool(1, tmp_path)
+    give(made, 0)
+    worker = made.workers[0]
+    made.placed(worker, "node")
+    made.feed()
+    with mock.patch("ray.kill") as kill:
+        made.release_idle(0.0)
+        assert made.workers == [worker], "it has a task"
+        made.finish(worker)
+        made.release_idle(1000.0)
+        assert made.workers == [worker]
+        made.release_idle(0.0)
+    kill.assert_called_once_with(worker.actor)
+    assert made.workers == []
+    give(made, 1)
+    assert len(made.workers) == 1
+
+
+def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
+    made = pool(1, tmp_path)
+    made.start_failed(RuntimeError("no such package"))
+    made.start_failed(RuntimeError("no such package"))
+    with pytest.raises(MachineError, match="cube: its workers cannot be started on Ray: no such package"):
+        made.start_failed(RuntimeError("no such package"))
+
+
+def test_the_user_is_told_which_resource_no_node_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fetch = Fetch(ToyOptions())
+    made = executor(tmp_path, fetch, resources={"cpu_node": 0.001})
+    made.demands["fetch"] = made._demand(fetch, [CPU_NODE])
+    made.running[mock.Mock()] = (None, None, TaskRequest("fetch", Shard(0, [], 0), frozenset(), {}))
+    with caplog.at_level(logging.WARNING):
+        made._look([CPU_NODE, GPU_NODE])
+        assert not caplog.messages
+        made._look([GPU_NODE])
+        made._look([GPU_NODE])
+    assert caplog.messages == ["fetch waits for a node with CPU 1, cpu_node 0.001: of 1 nodes none has it"]
+
+
+def test_the_window_grows_with_the_cluster(tmp_path: Path) -> None:
+    made = executor(tmp_path)
+    made._look([CPU_NODE])
+    assert made.window == 16
+    made._look([CPU_NODE, CPU_NODE, GPU_NODE])
+    assert made.window == 40
+
+
+class Losing(InlineExecutor):
+    """Loses the first tasks."""
+
+    def __init__(self, run: RunFolder, kind: Any, times: int):
+        super().__init__(run)
+        self.kind, self.left = kind, times
+
+    def wait(self, timeout_s: float) -> list[TaskOutcome]:
+        if self.left:
+            self.left -= 1
+            _, request = self.queue.popleft()
+            assert request.attempt == 1
+            return [TaskOutcome(request, error="lost", lost=self.kind)]
+        return super().wait(timeout_s)
+
+
+def run_losing(tmp_path: Path, kind: str, times: int) -> None:
+    made = Losing(RunFolder(tmp_path), kind, times)
+    config = ToyConfig.model_validate({"toy": {"num_shards": 1}, "execution": {"max_attempts": 2, "retry_delay_s": 0}})
+    with mock.patch("pipeline.engine.runner.make_executor", return_value=made):
+        Toy(config).run(tmp_path, RunOptions(quiet=True))
+
+
+@pytest.mark.parametrize(("kind", "times"), [("node", 19), ("worker", 1)])
+def test_lost_nodes_and_workers_do_not_use_up_the_attempts_of_a_shard(tmp_path: Path, kind: str, times: int) -> None:
+    run_losing(tmp_path, kind, times)
+    assert (tmp_path / "store" / "squares" / "00000.txt").exists()
+
+
+@pytest.mark.parametrize(("kind", "times"), [("node", 20), ("worker", 2)])
+def test_a_shard_that_brings_down_worker_after_worker_is_set_aside(tmp_path: Path, kind: str, times: int) -> None:
+    with pytest.raises(ShardError, match="1 of 1 shards failed"):
+        run_losing(tmp_path, kind, times)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_local_ray_listens_on_the_loopback_interface_only() -> None:
+    import ray
+
+    connect(1, None)
+    try:
+        assert ray.get(ray.remote(node_id).remote())
+        pids = {os.getpid(), *descendants(os.getpid())}
+        assert len(pids) > 5, "they are Ray's"
+        assert open_ports(pids) == set()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,275 @@
+"""The same claims for a local folder and for S3 (moto's server)."""
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, MachineError
+from pipeline.storage import BackgroundTasks, LocalStorage, ObjectStorage, Storage
+from pipeline.storage.files import TEMPORARY_MARK
+from pipeline.storage.open import open_storage
+from tests.commands import call
+from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture(params=["local", "file", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, s3: ObjectStore) -> Storage:
+    place = {"local": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "s3": f"{s3.url}/{tmp_path.name}/run"}
+    return open_storage(place[request.param])
+
+
+def test_a_file_is_read_as_it_was_written_and_replaced_as_a_whole(storage: Storage) -> None:
+    for data in (b"first", b"", b"\0 second"):
+        storage.write("state/a.json", data)
+        assert storage.read("state/a.json") == data
+        assert storage.size("state/a.json") == len(data)
+
+
+def test_what_is_not_there_has_no_size_no_names_and_can_be_deleted(storage: Storage) -> None:
+    assert storage.size("state/a") is None
+    assert storage.read_json("state/a") is None
+    assert list(storage.names("state")) == []
+    storage.delete("state/a")
+    storage.delete_folder("state")
+    with pytest.raises(FileNotFoundError):
+        storage.read("state/a")
+    with pytest.raises(FileNotFoundError):
+        storage.copy("state/a")
+
+
+def test_names_are_those_of_the_files_right_in_the_folder(storage: Storage) -> None:
+    for name in ("state/b.json", "state/a.json", "state/deep/c.json", "statement/d.json"):
+        storage.write(name, b"x")
+    assert sorted(storage.names("state")) == ["a.json", "b.json"]
+    storage.delete("state/a.json")
+    assert sorted(storage.names("state")) == ["b.json"]
+    storage.delete_folder("state")
+    assert list(storage.names("state/deep")) == []
+    assert list(storage.names("statement")) == ["d.json"]
+
+
+def test_only_the_first_creates_a_file(storage: Storage) -> None:
+    storage.write("other", b"")
+    answers: list[tuple[bool, bytes]] = []
+    start = threading.Barrier(8)
+
+    def create(data: bytes) -> None:
+        start.wait()
+        answers.append((storage.create("lease", data), data))
+
+    threads = [threading.Thread(target=create, args=(b"%d" % i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [data for first, data in answers if first] == [storage.read("lease")]
+
+
+def test_a_file_appears_when_it_is_published_and_not_before(storage: Storage) -> None:
+    with storage.writing("store/a/00000.parquet") as path:
+        path.write_bytes(b"half")
+        assert storage.size("store/a/00000.parquet") is None
+        assert path.suffix == ".parquet"
+        path.write_bytes(b"whole")
+    assert storage.read("store/a/00000.parquet") == b"whole"
+    assert not path.exists()
+
+
+def test_a_write_that_fails_leaves_nothing(storage: Storage) -> None:
+    path = Path()
+
+    def fail() -> None:
+        nonlocal path
+        with storage.writing("store/a") as path:
+            path.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert storage.size("store/a") is None
+    assert not path.exists()
+
+
+def test_a_copy_has_the_bytes_and_can_be_given_back(storage: Storage) -> None:
+    storage.write("store/a.bin", b"bytes")
+    copy = storage.copy("store/a.bin")
+    assert copy.read_bytes() == b"bytes"
+    storage.release(copy)
+    assert storage.read("store/a.bin") == b"bytes"
+
+
+def test_a_copy_for_another_process_reaches_the_same_files(storage: Storage) -> None:
+    storage.write("a", b"1")
+    assert pickle.loads(pickle.dumps(storage)).read("a") == b"1"
+
+
+def test_map_keeps_the_order_and_reads_no_further_ahead_than_it_must(storage: Storage) -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = storage.map(lambda number: number * 2, numbers())
+    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
+    assert len(taken) <= 5 + 2 * storage.parallel + 1
+    assert list(results) == [2 * n for n in range(5, 1000)]
+
+
+def test_map_hands_on_what_the_function_raises(storage: Storage) -> None:
+    def fail(number: int) -> int:
+        if number == 3:
+            raise ValueError("three")
+        return number
+
+    with pytest.raises(ValueError, match="three"):
+        list(storage.map(fail, range(10)))
+
+
+def test_chores_are_done_when_they_are_finished_and_their_errors_are_not_lost(storage: Storage) -> None:
+    for number in range(20):
+        storage.write(f"a/{number}", b"")
+    background = BackgroundTasks(storage)
+    for number in range(200):
+        background.do(storage.delete, f"a/{number}")
+    background.finish()
+    assert list(storage.names("a")) == []
+
+    def fail() -> None:
+        raise RuntimeError("not deleted")
+
+    def do_and_finish() -> None:
+        background.do(fail)
+        background.finish()
+
+    with pytest.raises(RuntimeError, match="not deleted"):
+        do_and_finish()
+
+
+def test_cleaning_removes_half_written_files_and_nothing_else(storage: Storage) -> None:
+    storage.write("store/a/00000.txt", b"whole")
+    if isinstance(storage, LocalStorage):
+        (storage.root / "store" / "a" / f"{TEMPORARY_MARK}x-00001.txt").write_bytes(b"half")
+    else:
+        dead = storage.new_file("x").parent.parent / "4194999"  # above the largest process id
+        dead.mkdir(exist_ok=True)
+        (dead / "00001.txt").write_bytes(b"half")
+    assert storage.clean() == 1
+    assert storage.clean() == 0
+    assert storage.read("store/a/00000.txt") == b"whole"
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_back_whole(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs.core
+
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
+    storage = open_storage(f"{s3.url}/parts")
+    data = os.urandom(12 * 2**20)
+    with storage.writing("store/big") as path:
+        path.write_bytes(data)
+    assert storage.read("store/big") == data
+    import boto3
+
+    head = boto3.client("s3", endpoint_url=s3.endpoint).head_object(Bucket=BUCKET, Key="parts/store/big")
+    assert head["ETag"].strip('"').endswith("-3")  # as S3 marks an object of three parts
+
+
+def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
+    storage = open_storage(f"{s3.url}/errors")
+    s3.faults.errors = 0.25
+    before = s3.faults.count["error"]
+    try:
+        for i in range(6):
+            assert storage.create(f"a/{i}", b"%d" % i)
+            storage.write(f"a/{i}", b"%d!" % i)
+            assert storage.read(f"a/{i}") == b"%d!" % i
+        assert len(list(storage.names("a"))) == 6
+    finally:
+        s3.faults.errors = 0.0
+    assert s3.faults.count["error"] - before >= 5
+
+
+def test_a_server_that_does_not_answer_is_given_up_on_and_asked_again(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.config import conf
+
+    options = {"config_kwargs": {"read_timeout": 0.3, "retries": {"max_attempts": 1}}}
+    monkeypatch.setitem(conf, "s3", options)
+    storage = open_storage(f"{s3.url}/stuck")
+    s3.faults.slow, s3.faults.slow_s = 0.5, 1.0
+    before = s3.faults.count["slow"]
+    try:
+        storage.write("a", b"bytes")
+        assert storage.read("a") == b"bytes"
+        assert storage.size("a") == 5
+    finally:
+        s3.faults.slow = 0.0
+    assert s3.faults.count["slow"] > before
+
+
+def test_a_bucket_that_is_not_there_is_an_error_that_names_it(s3: ObjectStore) -> None:
+    with pytest.raises(MachineError, match=r"s3://no-such-bucket/run/a: cannot be written: .*does not exist"):
+        open_storage("s3://no-such-bucket/run").write("a", b"")
+
+
+def test_an_endless_outage_ends_with_an_error_without_secrets(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.objects._PATIENCE_S", 0.2)
+    storage = open_storage(f"{s3.url}/outage")
+    assert isinstance(storage, ObjectStorage)
+
+    def fail(path: str) -> bytes:
+        raise OSError(f"signed with {os.environ['AWS_SECRET_ACCESS_KEY']} by {os.environ['AWS_ACCESS_KEY_ID']}")
+
+    monkeypatch.setattr(storage._fs, "cat_file", fail, raising=False)
+    with pytest.raises(MachineError, match=r"outage/a: cannot be read: OSError: signed with <AWS_SECRET_AC") as caught:
+        storage.read("a")
+    assert "outage/a: not read: signed with <AWS_SECRET_ACCESS_KEY>" in caplog.text
+    assert SECRET_KEY not in str(caught.value) + caplog.text
+    assert ACCESS_KEY not in str(caught.value) + caplog.text
+
+
+def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r"s3://\.\.\.@bucket/run: holds a user or password") as caught:
+        open_storage("s3://key:secret-word@bucket/run")
+    assert "secret-word" not in str(caught.value)
+
+
+def test_a_configuration_with_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    for override in (
+        "source={kind: urls, path: 's3://key:secret-word@bucket/urls'}",
+        "encoders.0.model=https://me@hub/x",
+    ):
+        result = call("config", "show", "precompute", override)
+        assert result.code == 2
+        assert "holds a user or password" in result.err
+        assert "secret-word" not in result.out + result.err
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nowhere://x"):
+        open_storage("nowhere://x")
+
+
+def test_other_writers_files_are_seen_at_once(s3: ObjectStore) -> None:
+    one, other = open_storage(f"{s3.url}/two"), open_storage(f"{s3.url}/two")
+    assert list(one.names("a")) == []
+    other.write("a/b", b"1")
+    assert list(one.names("a")) == ["b"]
+    other.delete("a/b")
+    assert one.size("a/b") is None
