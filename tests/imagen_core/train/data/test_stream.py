@@ -159,12 +159,12 @@ def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
     assert bool(example(none, read(none, 1)[0]).conditioning.text_keep.all())  # type: ignore[union-attr]
 
 
-def test_half_of_the_images_are_mirrored_with_their_low_resolution(store: Path) -> None:
+def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -> None:
     denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
-    plain, flipped = (make_config(store, denoiser=denoiser, horizontal_flip=flip) for flip in (False, True))
+    plain, flipping = (make_config(store, denoiser=denoiser, horizontal_flip=flip) for flip in (False, True))
     same = flipped = 0
-    for batch, turned in zip(read(plain, 5), read(flipped, 5), strict=True):
-        a, b = example(plain, batch), example(flipped, turned)
+    for batch, turned in zip(read(plain, 5), read(flipping, 5), strict=True):
+        a, b = example(plain, batch), example(flipping, turned)
         assert a.conditioning.low_res is not None
         assert b.conditioning.low_res is not None
         for k in range(len(batch.keys)):
