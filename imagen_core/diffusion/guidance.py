@@ -91,7 +91,7 @@ class Threshold(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Guided:
+class GuidedDenoiser:
     """A `Denoise` that can also say what the network knows of a step's variance.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Last:
     estimate: Tensor | None = None
 
 
-def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Guided:
+def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> GuidedDenoiser:
     """A function of (x, sigma) alone, for one run of a sampler: guidance first, then the threshold.
 
     Conditions are taken away one by one, in the order text, transcription, labels, image_embed, low_res; each step's
@@ -151,7 +151,7 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         last.estimate = threshold(total, length)
         return last.estimate, channels
 
-    return Guided(with_variance, denoiser.config.diffusion)
+    return GuidedDenoiser(with_variance, denoiser.config.diffusion)
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:

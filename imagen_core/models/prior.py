@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.conditioning.base import Conditioning, kept
-from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
+from imagen_core.models.conditioning.text import pad_with_learned
 from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -125,8 +125,8 @@ class PriorNetwork(nn.Module):
         parts = [self._text_embed(conditioning), self._time(x, c_noise)]
         if self.null_text_tokens is not None and self.config.text_dim is not None:
             project = nn.Identity() if self.to_text_tokens is None else self.to_text_tokens
-            parts.insert(0, learned_beyond(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
-        seen = kept(conditioning.image_embed_keep, x)
+            parts.insert(0, pad_with_learned(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
+        seen = keep_mask(conditioning.image_embed_keep, x)
         image = self.to_image(x).unflatten(-1, (-1, self.config.dim))
         parts.append(torch.where(seen[:, None, None], image, self.null_image.to(x.dtype)))
         if self.config.self_conditioning:
@@ -149,7 +149,7 @@ class PriorNetwork(nn.Module):
                 f"conditioning.text_embed: this model reads {self.config.dim}-wide embeddings (got {embed.shape[-1]})"
             )
         tokens = self.to_text_embed(embed.to(self.query.dtype)).unflatten(-1, (-1, self.config.dim))
-        return torch.where(kept(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
+        return torch.where(keep_mask(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
 
     def _time(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """(b, num_time_tokens, dim)."""

@@ -120,7 +120,7 @@ def check_dtype(dtype: str) -> StoreDtype:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageInfo:
     """What a cut must know of an image; the fields of `SampleRow`."""
 
     width: int
@@ -129,6 +129,6 @@ class ImageFacts:
     safebox: tuple[int, int, int, int] | None = None
 
     @property
-    def has_writing(self) -> bool:
+    def shows_text(self) -> bool:
         """Whether it is known to show text. Where there is no transcription, a safebox tells."""
         return bool(self.transcription) or (self.transcription is None and self.safebox is not None)

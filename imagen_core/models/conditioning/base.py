@@ -83,7 +83,7 @@ class Conditioning:
         """Whether there is anything to take away."""
         return any(getattr(self, name) is not None for name in _TENSORS[condition])
 
-    def keeping(self, condition: Condition, keep: Tensor) -> "Conditioning":
+    def with_keep(self, condition: Condition, keep: Tensor) -> "Conditioning":
         """The same with one condition taken away in the rows where `keep`, bool (b,), is false; not for low_res."""
         return replace(self, **{_KEEP[condition]: keep})
 
@@ -94,9 +94,9 @@ class Conditioning:
         if condition == "low_res":
             assert self.low_res is not None
             return replace(self, low_res=torch.zeros_like(self.low_res))
-        return self.keeping(condition, torch.zeros_like(self._all_kept()))
+        return self.with_keep(condition, torch.zeros_like(self._all_kept()))
 
-    def free_of(self, condition: Condition) -> "Conditioning":
+    def without_inputs(self, condition: Condition) -> "Conditioning":
         """The same for a model that does not know the condition at all."""
         return replace(self, **dict.fromkeys((*_TENSORS[condition], *_BESIDE.get(condition, ())), None))
 
@@ -121,7 +121,7 @@ def unit_variance(embeds: Tensor) -> Tensor:
     return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
 
 
-def kept(keep: Tensor | None, like: Tensor) -> Tensor:
+def keep_mask(keep: Tensor | None, like: Tensor) -> Tensor:
     """A keep, bool (b,); all true for None, with the rows and the device of `like`."""
     return torch.ones(len(like), dtype=torch.bool, device=like.device) if keep is None else keep
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 
 
 class ImageEmbedConditioning(nn.Module):
@@ -38,7 +38,7 @@ class ImageEmbedConditioning(nn.Module):
                 f"(got {embed.shape[-1]})"
             )
         embed = embed.to(self.to_vector.weight.dtype)
-        keep = kept(conditioning.image_embed_keep, embed)
+        keep = keep_mask(conditioning.image_embed_keep, embed)
         vector = F.gelu(self.to_vector(embed))
         vector = torch.where(keep[:, None], vector, self.null_vector.to(vector.dtype))
         if self.to_tokens is None or self.null_tokens is None:
@@ -63,5 +63,5 @@ class LabelEmbedding(nn.Module):
         labels = conditioning.labels
         if labels is None:
             raise ValueError("conditioning.labels: this model reads class labels")
-        known = (labels >= 0) & kept(conditioning.labels_keep, labels)
+        known = (labels >= 0) & keep_mask(conditioning.labels_keep, labels)
         return self.embedding(labels.clamp(min=0)) * known[:, None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 
 Pooling = Literal["attention", "mean"]
 DroppedCaption = Literal["zero_tokens", "no_tokens"]
@@ -80,7 +80,7 @@ class TextConditioning(nn.Module):
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
-        text, mask = kept_text(conditioning, self.text_dim)
+        text, mask = masked_text(conditioning, self.text_dim)
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
         text, seen = text.to(next(self.to_time.parameters()).dtype), mask
@@ -112,7 +112,7 @@ def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
     return F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
 
 
-def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
+def masked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
     """The embeddings with zeros in padding and in the rows not kept, and the mask.
 
     Raises:
@@ -135,10 +135,10 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
         raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    return text, mask, kept(conditioning.text_keep, text)
+    return text, mask, keep_mask(conditioning.text_keep, text)
 
 
-def learned_beyond(
+def pad_with_learned(
     conditioning: Conditioning, text_dim: int, project: nn.Module, null: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A caption as a fixed number of tokens: its own, projected, then learned ones; all learned if it is not kept.

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.characters import NUM_IDS
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -125,4 +125,4 @@ def checked_characters(conditioning: Conditioning, limit: int) -> Tensor:
         raise ValueError(
             f"conditioning.characters: this model reads at most {limit} bytes a transcription (got {ids.shape[1]})"
         )
-    return ids.masked_fill(~kept(conditioning.characters_keep, ids)[:, None], 0)
+    return ids.masked_fill(~keep_mask(conditioning.characters_keep, ids)[:, None], 0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
-from imagen_core.models.layers.attention import Attention, to_image, to_tokens
+from imagen_core.models.layers.attention import Attention, flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import feed_forward
 
@@ -32,9 +32,9 @@ class TranscriptionAttention(nn.Module):
         assert mask is not None
         if self.weave is not None:
             characters = self.weave(characters, x, context.time)
-        pixels = to_tokens(self.norm(x, context.time))
+        pixels = flatten_pixels(self.norm(x, context.time))
         attended = self.attention(pixels, self.norm_characters(characters), mask)
-        return x + to_image(self.gain(attended), x)
+        return x + unflatten_pixels(self.gain(attended), x)
 
 
 class CharactersAttention(nn.Module):
@@ -51,7 +51,7 @@ class CharactersAttention(nn.Module):
 
     def forward(self, characters: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """characters (b, l, dim), image (b, c, h, w), time (b, time_dim) -> characters."""
-        attended = self.attention(self.norm(characters), to_tokens(self.norm_pixels(x, time)))
+        attended = self.attention(self.norm(characters), flatten_pixels(self.norm_pixels(x, time)))
         characters = characters + self.gain(attended)
         return characters + self.feed_forward_gain(self.feed_forward(characters))
 

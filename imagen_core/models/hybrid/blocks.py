@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.hybrid.config import HybridUNetSettings
-from imagen_core.models.layers.attention import Attention, to_image, to_tokens
+from imagen_core.models.layers.attention import Attention, flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.models.unet.block import Block
@@ -79,8 +79,8 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(b, c, h, w) -> the same."""
-        attended = self.attention(self.norm(to_tokens(x)), context.tokens, context.mask)
-        return x + to_image(self.norm_out(attended), x)
+        attended = self.attention(self.norm(flatten_pixels(x)), context.tokens, context.mask)
+        return x + unflatten_pixels(self.norm_out(attended), x)
 
 
 class TransformerBlock(nn.Module):
@@ -114,10 +114,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(b, c, h, w) -> the same."""
-        tokens = to_tokens(x)
+        tokens = flatten_pixels(x)
         for layer in self.layers:
             tokens = layer(tokens, context.tokens, context.mask)
-        return to_image(tokens, x)
+        return unflatten_pixels(tokens, x)
 
 
 class FeatureCombiner(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
-from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.conditioning.text import pad_with_learned
 from imagen_core.models.hybrid.config import HybridUNetSettings
 from imagen_core.models.layers.attention import Attention
 from imagen_core.models.layers.context import Context
@@ -127,7 +127,7 @@ class CaptionTokens(EmptyCaption):
         Raises:
             ValueError: no text, text of another width, or longer than max_text_tokens.
         """
-        tokens, keep = learned_beyond(conditioning, self.text_dim, self.to_context, self.null_tokens)
+        tokens, keep = pad_with_learned(conditioning, self.text_dim, self.to_context, self.null_tokens)
         if self.resampler is not None:
             tokens = self.resampler(tokens)
         if self.to_vector is None or self.null_vector is None:

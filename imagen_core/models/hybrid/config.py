@@ -61,10 +61,10 @@ class HybridUNetSettings(UNetBaseConfig):
     """Change resolution before the ResBlocks of a level, not after them."""
     initial_res_block: bool = False
     """A ResBlock before the first level (memory-efficient models of imagen-pytorch and PaddleFleetX)."""
-    halve: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
+    downsample: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
     """Halve by moving pixels into channels, by one strided convolution (MinImagen), or by two of 2 and 4 pixels side
     by side."""
-    double: Literal["pixel_shuffle", "repeat_conv"] = "pixel_shuffle"
+    upsample: Literal["pixel_shuffle", "repeat_conv"] = "pixel_shuffle"
     """Double by moving channels into pixels, or by repeating pixels before a convolution."""
     deepest_widen: Literal["two_convs", "conv"] = "two_convs"
     """How the deepest level widens without halving: a 3x3 and a 1x1 convolution summed, or a 1x1 alone."""

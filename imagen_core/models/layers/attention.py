@@ -196,11 +196,11 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w); context (b, l, context_dim) and its bool mask (b, l)."""
-        keys = None if self.norm_keys is None else to_tokens(self.norm_keys(x))
+        keys = None if self.norm_keys is None else flatten_pixels(self.norm_keys(x))
         if self.norm_context is not None and context is not None:
             context = self.norm_context(context)
-        attended = self.attention(to_tokens(self.norm(x)), context, mask, keys)
-        return x + to_image(attended, x)
+        attended = self.attention(flatten_pixels(self.norm(x)), context, mask, keys)
+        return x + unflatten_pixels(attended, x)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        return x + to_image(self.contract(self.gated(self.expand(to_tokens(self.norm(x))))), x)
+        return x + unflatten_pixels(self.contract(self.gated(self.expand(flatten_pixels(self.norm(x))))), x)
 
 
 class StackedAttention(nn.Module):
@@ -246,12 +246,12 @@ class StackedAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-def to_tokens(x: Tensor) -> Tensor:
+def flatten_pixels(x: Tensor) -> Tensor:
     """(b, c, h, w) -> (b, h * w, c); free in channels-last memory."""
     return x.flatten(2).transpose(1, 2)
 
 
-def to_image(tokens: Tensor, like: Tensor) -> Tensor:
+def unflatten_pixels(tokens: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w) with the height and width of `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 

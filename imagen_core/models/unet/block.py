@@ -41,7 +41,7 @@ class Level(nn.Module):
         self.resample = resample
 
 
-def typed(modules: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
+def of_type(modules: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
     """The modules of a list that are of a kind, which type checkers then know."""
     return [module for module in modules if isinstance(module, kind)]
 

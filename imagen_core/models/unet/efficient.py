@@ -21,9 +21,9 @@ from imagen_core.models.unet.block import (
     check_widths,
     make_attention,
     make_transcription_attention,
-    typed,
+    of_type,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
+from imagen_core.models.unet.inputs import Inputs, check_sides, concatenate_images, run_block
 
 
 class EfficientUNetConfig(AttentionUNetConfig):
@@ -102,15 +102,15 @@ class EfficientUNet(nn.Module):
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
         context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_images(x, conditioning, self.config))
+        h = self.conv_in(concatenate_images(x, conditioning, self.config))
         skips: list[Tensor] = []
-        for level in typed(self.down, Level):
+        for level in of_type(self.down, Level):
             if level.resample is not None:
                 h = run_block(level.resample, h, context, recompute=recompute)
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
             skips.append(h)
-        for depth, level in enumerate(typed(self.up, Level)):
+        for depth, level in enumerate(of_type(self.up, Level)):
             h = h + skips.pop() if depth else skips.pop()
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)

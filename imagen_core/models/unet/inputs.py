@@ -83,7 +83,7 @@ def low_res_noise(conditioning: Conditioning) -> Tensor:
     return conditioning.low_res_noise
 
 
-def join_images(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
+def concatenate_images(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
     """Concatenates to the noisy image what else the first convolution reads: (b, input_channels, h, w).
 
     Raises:

@@ -22,9 +22,9 @@ from imagen_core.models.unet.block import (
     check_widths,
     make_attention,
     make_transcription_attention,
-    typed,
+    of_type,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
+from imagen_core.models.unet.inputs import Inputs, check_sides, concatenate_images, run_block
 
 
 class RegularUNetConfig(AttentionUNetConfig):
@@ -116,9 +116,9 @@ class RegularUNet(nn.Module):
         check_sides(x, self.config.sides_divisor)
         recompute = self.config.activation_checkpointing
         context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_images(x, conditioning, self.config))
+        h = self.conv_in(concatenate_images(x, conditioning, self.config))
         skips = [h]
-        for level in typed(self.down, Level):
+        for level in of_type(self.down, Level):
             for block in level.blocks:
                 h = run_block(block, h, context, recompute=recompute)
                 skips.append(h)
@@ -127,7 +127,7 @@ class RegularUNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = run_block(block, h, context, recompute=recompute)
-        for level in typed(self.up, Level):
+        for level in of_type(self.up, Level):
             for block in level.blocks:
                 h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
             if level.resample is not None:

@@ -21,7 +21,7 @@ from imagen_core.store.errors import ADVICE, StoreError, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
-from imagen_core.store.layout import ROW_GROUP_BYTES, ImageFacts, SampleRow, StoreDtype
+from imagen_core.store.layout import ROW_GROUP_BYTES, ImageInfo, SampleRow, StoreDtype
 
 _ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
@@ -158,9 +158,9 @@ class SamplesFile:
         """One field of `SampleRow`, of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
-    def image(self, row: int) -> ImageFacts:
+    def image(self, row: int) -> ImageInfo:
         """What a crop must know of the original image."""
-        return ImageFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
+        return ImageInfo(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
 
     def fields(self, row: int) -> tuple[Any, ...]:
         """The fields of `SampleRow` in its order."""

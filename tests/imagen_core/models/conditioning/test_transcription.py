@@ -13,7 +13,7 @@ from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.models.conditioning.transcription import TranscriptionConfig, TranscriptionEncoder
 from imagen_core.models.conditioning.transcription_attention import TranscriptionAttention
-from imagen_core.models.layers.attention import to_tokens
+from imagen_core.models.layers.attention import flatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.presets.hybrid import HYBRID_PRESETS
 from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, inputs, random_weights
@@ -135,7 +135,7 @@ def test_pixels_attend_as_the_formula_says():
     ).chunk(2, dim=1)
     mean, variance = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), keepdim=True, correction=0)
     normed = (x - mean) / (variance + 1e-5).sqrt() * norm.norm.weight[:, None, None] + norm.norm.bias[:, None, None]
-    queries = (to_tokens(normed * (1 + scale) + shift) @ layer.attention.to_q.weight.T).unflatten(-1, (3, 8))
+    queries = (flatten_pixels(normed * (1 + scale) + shift) @ layer.attention.to_q.weight.T).unflatten(-1, (3, 8))
     assert layer.attention.context_to_kv is not None
     kv = layer.norm_characters(context.characters) @ layer.attention.context_to_kv.weight.T
     k, v = kv.unflatten(-1, (2, 3, 8)).unbind(2)
@@ -154,7 +154,7 @@ def test_weave_lets_characters_see_the_image_first():
     assert weave is not None
     assert context.characters is not None
     changed = weave(context.characters, x, context.time)
-    pixels = to_tokens(weave.norm_pixels(x, context.time))
+    pixels = flatten_pixels(weave.norm_pixels(x, context.time))
     seen = context.characters + weave.gain(weave.attention(weave.norm(context.characters), pixels))
     torch.testing.assert_close(changed, seen + weave.feed_forward_gain(weave.feed_forward(seen)))
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("weave.")})

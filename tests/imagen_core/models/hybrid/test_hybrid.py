@@ -22,8 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "perceiver": False,
         "attend_to_conditions": False,
         "middle_attention": False,
-        "halve": "conv",
-        "double": "repeat_conv",
+        "downsample": "conv",
+        "upsample": "repeat_conv",
         "global_context": False,
         "final_global_context": False,
         "num_fourier_frequencies": None,
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear_attention": {"attention_levels": (True, "linear"), "cross_attention_levels": (True, "linear")},
     "other_options": {
         "transformer_depth": (1, 2),
-        "halve": "cross_embed",
+        "downsample": "cross_embed",
         "weight_standardization": True,
         "combine_up_features": True,
         "num_classes": 5,
@@ -161,19 +161,21 @@ def test_depth_and_linear_attention_are_set_by_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("halve", "kernels_and_strides"),
+    ("downsample", "kernels_and_strides"),
     [("pixel_unshuffle", [(1, 1)]), ("conv", [(4, 2)]), ("cross_embed", [(2, 2), (4, 2)])],
 )
 @pytest.mark.parametrize("before", [False, True])
 def test_levels_halve_by_the_convolutions_asked_for(
-    halve: str, kernels_and_strides: list[tuple[int, int]], before: bool
+    downsample: str, kernels_and_strides: list[tuple[int, int]], before: bool
 ) -> None:
-    model: Any = unet(halve=halve, memory_efficient=before)
+    model: Any = unet(downsample=downsample, memory_efficient=before)
     first = model.down[0]
     changed = (first.after, first.before)[before]
     convs = [module for module in changed.modules() if isinstance(module, nn.Conv2d)]
     assert [(conv.kernel_size[0], conv.stride[0]) for conv in convs] == kernels_and_strides
-    assert any(isinstance(module, nn.PixelUnshuffle) for module in changed.modules()) == (halve == "pixel_unshuffle")
+    assert any(isinstance(module, nn.PixelUnshuffle) for module in changed.modules()) == (
+        downsample == "pixel_unshuffle"
+    )
 
 
 def test_convolutions_of_several_kernels_stand_side_by_side() -> None:

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.models.layers.attention import Attention, PixelAttention, StackedAttention, to_image, to_tokens
+from imagen_core.models.layers.attention import (
+    Attention,
+    PixelAttention,
+    StackedAttention,
+    flatten_pixels,
+    unflatten_pixels,
+)
 from tests.imagen_core.models.small import random_weights
 
 DIM, CONTEXT, HEADS, HEAD_DIM = 12, 10, 3, 4
@@ -175,9 +181,9 @@ def test_memory_layout_and_autocast_do_not_change_the_result(make):
 
 def test_pixels_are_tokens_in_reading_order():
     x = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
-    tokens = to_tokens(x)
+    tokens = flatten_pixels(x)
     assert tokens[1, 2].tolist() == x[1, :, 1, 0].tolist()
-    assert torch.equal(to_image(tokens, x), x)
+    assert torch.equal(unflatten_pixels(tokens, x), x)
 
 
 def test_impossible_shapes_are_refused():
