@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 
-class _Config(Protocol):
+class _NetworkConfig(Protocol):
     def build(self) -> nn.Module: ...
 
 
-def match_parameters(tensors: Iterable[tuple[str, str, Tensor]], config: _Config) -> dict[str, Tensor]:
+def match_parameters(tensors: Iterable[tuple[str, str, Tensor]], config: _NetworkConfig) -> dict[str, Tensor]:
     """The parameters of `config.build()`, by name, in float32.
 
     Args:

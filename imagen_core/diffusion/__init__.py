@@ -14,7 +14,7 @@ __all__ = [
     "DenoiserConfig",
     "DiffusionConfig",
     "Guidance",
-    "Guided",
+    "GuidedDenoiser",
     "Likelihood",
     "NoiseSchedule",
     "PriorConfig",

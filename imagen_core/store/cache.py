@@ -3,7 +3,6 @@
 fsspec's `filecache` keeps whole files too, but neither bounds them nor checks what it downloaded.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from imagen_core.files import file_digest, fsync_path
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
 
@@ -86,10 +86,8 @@ class FileCache:
 
 def _check(path: Path, entry: FileEntry, name: str) -> None:
     """Sync a downloaded file; remove it and raise where it is not the manifest's."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    size = path.stat().st_size
+    digest, size = file_digest(path), path.stat().st_size
+    fsync_path(path)
     if (size, digest) != (entry.bytes, entry.sha256):
         path.unlink()
         raise StoreError(

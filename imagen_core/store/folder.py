@@ -8,20 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from imagen_core.files import fsync_path
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
 
 _REMOTE_BLOCK_BYTES = 1 << 20
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a local folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StoreFolder:
@@ -117,7 +109,7 @@ class StoreFolder:
                 os.link(file.name, final)
             except FileExistsError:
                 return False
-        fsync_folder(final.parent)
+        fsync_path(final.parent)
         return True
 
     @contextmanager

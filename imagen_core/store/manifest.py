@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
+from imagen_core.files import fsync_path
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
-from imagen_core.store.folder import StoreFolder, fsync_folder
+from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
     OLDEST_READABLE,
@@ -234,7 +235,7 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:

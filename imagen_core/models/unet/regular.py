@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.layers.attention import zero_
 from imagen_core.models.layers.resblock import RepeatConv, Resample, ResBlock
+from imagen_core.models.unet.attention_unet import AttentionUNet
 from imagen_core.models.unet.base import AttentionUNetConfig
 from imagen_core.models.unet.block import (
     Block,
@@ -24,7 +25,6 @@ from imagen_core.models.unet.block import (
     make_transcription_attention,
     of_type,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, concatenate_images, run_block
 
 
 class RegularUNetConfig(AttentionUNetConfig):
@@ -70,18 +70,15 @@ class RegularUNetConfig(AttentionUNetConfig):
         return RegularUNet(self)
 
 
-class RegularUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
+class RegularUNet(AttentionUNet):
+    """Every level has ResBlocks; every output on the way down is concatenated to an input on the way up."""
+
+    config: RegularUNetConfig
 
     def __init__(self, config: RegularUNetConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.cond_dim, attends=config.attention_type != "self")
         widths = config.widths
         last = len(widths) - 1
-        self.inputs = Inputs(config, config.cond_dim, attends=config.attention_type != "self")
-        kernel = config.init_kernel_size
-        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
-
         skips, width = [widths[0]], widths[0]
         self.down = nn.ModuleList()
         for level, out in enumerate(widths):
@@ -111,27 +108,24 @@ class RegularUNet(nn.Module):
         """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
 
         Raises:
-            ValueError: sides that the levels do not divide, or a missing condition.
+            ValueError: the levels do not divide the sides, or a condition is missing.
         """
-        check_sides(x, self.config.sides_divisor)
-        recompute = self.config.activation_checkpointing
-        context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(concatenate_images(x, conditioning, self.config))
+        h, context = self.stem(x, c_noise, conditioning)
         skips = [h]
         for level in of_type(self.down, Level):
             for block in level.blocks:
-                h = run_block(block, h, context, recompute=recompute)
+                h = self.run(block, h, context)
                 skips.append(h)
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
                 skips.append(h)
         for block in self.middle:
-            h = run_block(block, h, context, recompute=recompute)
+            h = self.run(block, h, context)
         for level in of_type(self.up, Level):
             for block in level.blocks:
-                h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
+                h = self.run(block, torch.cat([h, skips.pop()], dim=1), context)
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> "Block":

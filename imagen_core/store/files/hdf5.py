@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from imagen_core.store.codec import Codec
-from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
 from imagen_core.store.layout import StoreDtype
@@ -213,7 +213,7 @@ class Hdf5Images:
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
         self._name = name
-        with _reading(name):
+        with reading(name, "hdf5", _ERRORS):
             file = _open_hdf5(source)
             what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
             dataset, found_px = file[what], int(file.attrs["size_px"])
@@ -246,7 +246,7 @@ class Hdf5Text:
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
         self._name = name
-        with _reading(name):
+        with reading(name, "hdf5", _ERRORS):
             file = _open_hdf5(source)
             found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
             self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
@@ -277,7 +277,7 @@ class Hdf5Text:
 
 def hdf5_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with _reading(name), _open_hdf5(source) as file:
+    with reading(name, "hdf5", _ERRORS), _open_hdf5(source) as file:
         return file["digests"][()] if "digests" in file else None
 
 
@@ -295,14 +295,3 @@ def _map(dataset: Any, source: str | BinaryIO) -> Any:
     if offset is None:
         return np.zeros(shape, dtype)
     return np.memmap(source, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what h5py raises about a bad file into a StoreError that names it."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except _ERRORS as error:
-        raise unreadable(name, "hdf5", error) from error

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.codec import Codec
-from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
@@ -108,7 +108,7 @@ class SamplesFile:
     """
 
     def __init__(self, source: str | BinaryIO, name: str) -> None:
-        with _reading(name):
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source)
             facts = file.metadata.metadata or {}
             self.num_input_rows = int(facts[b"input_rows"]) if b"input_rows" in facts else None
@@ -278,7 +278,7 @@ class ParquetImages:
     """Random access to a shard's stored images; `num_rows` of them."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
-        with _reading(name):
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             found_px = int((file.metadata.metadata or {})[b"size_px"])
             if found_px != size_px:
@@ -307,7 +307,7 @@ class ParquetText:
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
         self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
-        with _reading(name):
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             meta = file.metadata.metadata or {}
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
@@ -339,7 +339,7 @@ class ParquetText:
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with _reading(name):
+    with reading(name, "parquet", _ERRORS):
         file = pq.ParquetFile(source)
         if "digest" not in file.schema_arrow.names:
             return None
@@ -363,14 +363,3 @@ def _new_parquet(
         if metadata:
             writer.add_key_value_metadata(metadata)
         yield writer
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what pyarrow raises about a bad file into a StoreError that names it."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except _ERRORS as error:
-        raise unreadable(name, "parquet", error) from error

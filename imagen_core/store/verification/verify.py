@@ -22,7 +22,6 @@ from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup
 from imagen_core.store.removal_log import removal_path
 from imagen_core.store.verification.coverage import Coverage
 
-_BLOCK_BYTES = 1 << 20
 _MAX_NAMED_KEYS = 10
 
 
@@ -178,15 +177,13 @@ class _Check:
         if size is None:
             self._bad(entry.path, "missing")
             return False
-        digest = hashlib.sha256()
         with self._folder.open(entry.path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.count(entry.path, size)
         if size != entry.bytes:
             self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
-        elif digest.hexdigest() != entry.sha256:
-            self._bad(entry.path, f"sha256 {digest.hexdigest()}, the manifest says {entry.sha256}")
+        elif digest != entry.sha256:
+            self._bad(entry.path, f"sha256 {digest}, the manifest says {entry.sha256}")
         else:
             return True
         return False

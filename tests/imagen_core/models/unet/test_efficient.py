@@ -5,11 +5,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.models.count import build_on_meta
 from imagen_core.models.layers.resblock import ResBlock
 from imagen_core.models.presets.unets import PRESETS
 from imagen_core.models.unet.block import Level, of_type
 from imagen_core.models.unet.efficient import EfficientUNet
+from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.small import blocks_of, efficient, inputs, random_weights
 
 SPLITS = {

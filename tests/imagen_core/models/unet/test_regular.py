@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from imagen_core.models.count import build_on_meta
 from imagen_core.models.layers.resblock import RepeatConv, ResBlock
 from imagen_core.models.presets.unets import PRESETS
 from imagen_core.models.unet.block import Block, Level, of_type
 from imagen_core.models.unet.regular import RegularUNet
+from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.small import NO_EFFECT, blocks_of, inputs, random_weights, regular
 
 # time, low-res time, pooling, tokens, pooled text to time, down with the first convolution, middle, up, end
