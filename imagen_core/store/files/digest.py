@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from imagen_core.store.files.ragged import Stored
+from imagen_core.store.files.ragged import StoredEmbedding
 
 DIGEST_DTYPE = np.dtype("<u8")
 
 
-def caption_digest(fingerprint: str, caption: str, stored: Stored) -> int:
+def caption_digest(fingerprint: str, caption: str, stored: StoredEmbedding) -> int:
     """Of one row of a text file: the encoder's `fingerprint_digest`, the caption, and its embedding as stored."""
     scales = () if stored.scales is None else (stored.scales,)
     return _digest(fingerprint.encode(), caption.encode(), stored.values, *scales)

@@ -18,7 +18,7 @@ import numpy as np
 from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
 from imagen_core.store.layout import StoreDtype
 
 _BLOCK_BYTES = 4 << 20
@@ -137,9 +137,9 @@ class Hdf5ImageWriter:
         self._spool_path.unlink(missing_ok=True)
 
 
-def write_text_hdf5(
+def write_embeddings_hdf5(
     path: str | os.PathLike[str],
-    embeddings: Iterable[tuple[Stored, int]],
+    embeddings: Iterable[tuple[StoredEmbedding, int]],
     num_tokens: Sequence[int],
     dim: int,
     dtype: StoreDtype,
@@ -167,16 +167,16 @@ def write_text_hdf5(
         digests_set[...] = np.array(digests, DIGEST_DTYPE)
 
 
-def _noting(digests: list[int], embeddings: Iterable[tuple[Stored, int]]) -> Iterator[Stored]:
+def _noting(digests: list[int], embeddings: Iterable[tuple[StoredEmbedding, int]]) -> Iterator[StoredEmbedding]:
     for stored, digest in embeddings:
         digests.append(digest)
         yield stored
 
 
-def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
+def _blocks(embeddings: Iterable[StoredEmbedding]) -> Iterator[tuple[int, StoredEmbedding]]:
     """Embeddings joined to blocks of about 4 MiB, each with its first token's number."""
     start = num_bytes = 0
-    block: list[Stored] = []
+    block: list[StoredEmbedding] = []
     for stored in embeddings:
         block.append(stored)
         num_bytes += stored.values.nbytes
@@ -189,10 +189,10 @@ def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
         yield start, _join(block)
 
 
-def _join(block: list[Stored]) -> Stored:
+def _join(block: list[StoredEmbedding]) -> StoredEmbedding:
     scales = [stored.scales for stored in block if stored.scales is not None]
     values = np.concatenate([stored.values for stored in block])
-    return Stored(values, np.concatenate(scales) if scales else None)
+    return StoredEmbedding(values, np.concatenate(scales) if scales else None)
 
 
 class _Ragged:
@@ -241,8 +241,8 @@ class Hdf5Images:
             raise unreadable(self._name, "hdf5", error) from error
 
 
-class Hdf5Text:
-    """Random access to a shard's embeddings; see `TextFile`."""
+class Hdf5Embeddings:
+    """Random access to a shard's embeddings; see `EmbeddingFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
         self._name = name
@@ -266,11 +266,11 @@ class Hdf5Text:
     def num_rows(self) -> int:
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> Stored:
+    def stored(self, row: int) -> StoredEmbedding:
         """One caption's embedding; possibly a read-only view of the file."""
         try:
             tokens = slice(self._offsets[row], self._offsets[row + 1])
-            return Stored(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
+            return StoredEmbedding(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
         except _ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
 

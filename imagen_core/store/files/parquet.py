@@ -20,7 +20,7 @@ from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
 from imagen_core.store.layout import ROW_GROUP_BYTES, ImageInfo, SampleRow, StoreDtype
 
 _ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
@@ -249,9 +249,9 @@ class ParquetImageWriter:
         self._new.__exit__(None, None, None)
 
 
-def write_text_parquet(
+def write_embeddings_parquet(
     path: str | os.PathLike[str],
-    embeddings: Iterable[tuple[Stored, int]],
+    embeddings: Iterable[tuple[StoredEmbedding, int]],
     dim: int,
     dtype: StoreDtype,
     fingerprint: str,
@@ -302,8 +302,8 @@ class ParquetImages:
             raise unreadable(self._name, "parquet", error) from error
 
 
-class ParquetText:
-    """Random access to a shard's embeddings; see `TextFile`."""
+class ParquetEmbeddings:
+    """Random access to a shard's embeddings; see `EmbeddingFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
         self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
@@ -328,11 +328,11 @@ class ParquetText:
     def num_rows(self) -> int:
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> Stored:
+    def stored(self, row: int) -> StoredEmbedding:
         """One caption's embedding; possibly a read-only view of the file."""
         try:
             values = self._values[row].view(self._dtype).reshape(-1, self._dim)
-            return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+            return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
         except _ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
 

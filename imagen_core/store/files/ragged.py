@@ -30,7 +30,7 @@ _OVERFLOW: dict[str, float] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredEmbedding:
     """One caption's embedding as it is on disk.
 
     `values` is (n_tokens, dim) of float16, uint16 (bfloat16 bits), float32 or int8;
@@ -51,7 +51,7 @@ def is_finite_as(x: np.ndarray, dtype: StoreDtype) -> bool:
     return x.size == 0 or bool(max(float(np.max(x)), -float(np.min(x))) < _OVERFLOW[dtype])
 
 
-def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
+def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> StoredEmbedding:
     """Cast a float (n_tokens, dim) embedding to what the store keeps; round to nearest even.
 
     Raises:
@@ -65,23 +65,23 @@ def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
     if dtype == "int8":
         return _quantise(x)
     if dtype == "float32":
-        return Stored(x.astype(DISK_DTYPES[dtype]))
+        return StoredEmbedding(x.astype(DISK_DTYPES[dtype]))
     import torch  # four times as fast as numpy here
 
     if not x.flags.writeable:
         x = x.copy()  # or torch warns
     half = torch.from_numpy(x).to(getattr(torch, dtype))
-    return Stored(half.view(torch.int16).numpy().view(DISK_DTYPES[dtype]))
+    return StoredEmbedding(half.view(torch.int16).numpy().view(DISK_DTYPES[dtype]))
 
 
-def _quantise(x: np.ndarray) -> Stored:
+def _quantise(x: np.ndarray) -> StoredEmbedding:
     scales = (np.abs(x).max(axis=1, initial=0.0) / np.float32(127.0)).astype(SCALE_DTYPE)
     divisors = np.where(scales > 0, scales, np.float32(1.0))
     values = np.clip(np.rint(x / divisors[:, None]), -127, 127)
-    return Stored(values.astype(np.int8), scales)
+    return StoredEmbedding(values.astype(np.int8), scales)
 
 
-def restore(stored: Stored, dtype: StoreDtype) -> np.ndarray:
+def restore(stored: StoredEmbedding, dtype: StoreDtype) -> np.ndarray:
     """The embedding as numpy floats: float16 for a float16 store, float32 for all others."""
     values = stored.values
     if dtype == "bfloat16":
@@ -92,7 +92,7 @@ def restore(stored: Stored, dtype: StoreDtype) -> np.ndarray:
     return np.array(values, dtype=np.float16 if dtype == "float16" else np.float32)
 
 
-def all_finite(stored: Stored, dtype: StoreDtype) -> bool:
+def all_finite(stored: StoredEmbedding, dtype: StoreDtype) -> bool:
     """Whether no stored value is NaN or infinite."""
     if dtype == "bfloat16":  # all exponent bits set
         return not bool(np.any((stored.values & np.uint16(0x7F80)) == 0x7F80))

@@ -14,15 +14,21 @@ import numpy as np
 from imagen_core.store.codec import Codec, check_codec, decode, encode
 from imagen_core.store.errors import unreadable
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
-from imagen_core.store.files.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, hdf5_digests, write_text_hdf5
+from imagen_core.store.files.hdf5 import (
+    Hdf5Embeddings,
+    Hdf5Images,
+    Hdf5ImageWriter,
+    hdf5_digests,
+    write_embeddings_hdf5,
+)
 from imagen_core.store.files.parquet import (
+    ParquetEmbeddings,
     ParquetImages,
     ParquetImageWriter,
-    ParquetText,
     parquet_digests,
-    write_text_parquet,
+    write_embeddings_parquet,
 )
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding, cast_embedding
 from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, check_dtype, check_format
 from imagen_core.store.records import EmbeddingGroup, ImagesGroup
 
@@ -63,7 +69,7 @@ class ImageFile:
             raise unreadable(f"{self._name}, row {row}", self._codec, error) from error
 
 
-class TextFile(Protocol):
+class EmbeddingFile(Protocol):
     """An open text file of a shard.
 
     `num_tokens` has one entry a caption; `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
@@ -75,7 +81,7 @@ class TextFile(Protocol):
     @property
     def num_rows(self) -> int: ...
 
-    def stored(self, row: int) -> Stored: ...
+    def stored(self, row: int) -> StoredEmbedding: ...
 
 
 class ImageWriter:
@@ -129,7 +135,7 @@ def open_image_writer(
         raise
 
 
-def write_text_shard(
+def write_embedding_shard(
     path: str | os.PathLike[str],
     embeddings: Sequence[np.ndarray],
     dim: int,
@@ -153,14 +159,14 @@ def write_text_shard(
     check_dtype(dtype)
     num_tokens = [len(embedding) for embedding in embeddings]
     cast = _cast(embeddings, dim, dtype)
-    write_stored_text_shard(
+    write_stored_embeddings(
         path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=fingerprint
     )
 
 
-def write_stored_text_shard(
+def write_stored_embeddings(
     path: str | os.PathLike[str],
-    embeddings: Iterable[Stored],
+    embeddings: Iterable[StoredEmbedding],
     num_tokens: Sequence[int],
     dim: int,
     dtype: StoreDtype,
@@ -169,29 +175,29 @@ def write_stored_text_shard(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """`write_text_shard` of embeddings as a file of the same dim and dtype has them."""
+    """`write_embedding_shard` of embeddings as a file of the same dim and dtype has them."""
     check_format(store_format)
     encoder = fingerprint_digest(fingerprint)
     rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
     try:
         if store_format == "parquet":
-            write_text_parquet(path, rows, dim, dtype, encoder)
+            write_embeddings_parquet(path, rows, dim, dtype, encoder)
         else:
-            write_text_hdf5(path, rows, num_tokens, dim, dtype, encoder)
+            write_embeddings_hdf5(path, rows, num_tokens, dim, dtype, encoder)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
 
 
-def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
-    """Bytes of the file `write_text_shard` would write for captions of so many tokens; within 1 %, either format."""
+def embedding_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
+    """Bytes of the file `write_embedding_shard` would write for captions of so many tokens; within 1 %, either format."""
     scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
     payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
     row_groups = -(-payload // ROW_GROUP_BYTES)
     return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
 
 
-def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
+def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[StoredEmbedding]:
     for row, embedding in enumerate(embeddings):
         if embedding.ndim != 2 or embedding.shape[1] != dim:
             raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
@@ -214,15 +220,15 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     return ImageFile(images, name, group)
 
 
-def open_text(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> TextFile:
+def open_embeddings(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> EmbeddingFile:
     """Open a text file: a local path, or an open file of a remote store.
 
     Raises:
         StoreError: not such a file, or another dim or dtype.
     """
     if group.format == "parquet":
-        return ParquetText(source, name, group.dim, group.dtype, mapped=mapped)
-    return Hdf5Text(source, name, group.dim, group.dtype)
+        return ParquetEmbeddings(source, name, group.dim, group.dtype, mapped=mapped)
+    return Hdf5Embeddings(source, name, group.dim, group.dtype)
 
 
 def read_digests(source: str | BinaryIO, name: str, store_format: StoreFormat) -> np.ndarray | None:

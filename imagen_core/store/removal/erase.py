@@ -13,7 +13,7 @@ import numpy as np
 
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
-from imagen_core.store.files.shard import open_image_writer, open_images, open_text, write_stored_text_shard
+from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_stored_embeddings
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import blank_key
@@ -77,13 +77,13 @@ class ErasedShard:
                     writer.append_stored(images.stored(row), sample.key, sample.sha256)
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
-        file = open_text(old, old, group)
+        file = open_embeddings(old, old, group)
         of_captions = isinstance(group, TextGroup)
         names = self.captions if of_captions else [sample.key for sample in self.samples]
         erased = self.erased_ids if of_captions else self.removed
         blank = cast_embedding(np.zeros((0 if of_captions else 1, group.dim), np.float32), group.dtype)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
-        write_stored_text_shard(
+        write_stored_embeddings(
             new,
             (blank if row in erased else file.stored(row) for row in range(file.num_rows)),
             num_tokens,

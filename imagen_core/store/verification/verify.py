@@ -14,7 +14,7 @@ from imagen_core.store.files.digest import caption_digest, fingerprint_digest, i
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
-from imagen_core.store.files.shard import open_images, open_text, read_digests
+from imagen_core.store.files.shard import open_embeddings, open_images, read_digests
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, load_manifest
@@ -238,7 +238,7 @@ class _Check:
     ) -> None:
         """Check the embeddings of captions or keys; None if the samples cannot be read."""
         # Not mapped: the parquet decoder checks the places that the mapped reader computes.
-        text = open_text(self._source(entry), entry.path, group, mapped=False)
+        text = open_embeddings(self._source(entry), entry.path, group, mapped=False)
         self._count_rows(entry, text.num_rows)
         bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
         if bad:

@@ -13,8 +13,8 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest
-from imagen_core.store.files.hdf5 import write_text_hdf5
-from imagen_core.store.files.parquet import SamplesFile, write_text_parquet
+from imagen_core.store.files.hdf5 import write_embeddings_hdf5
+from imagen_core.store.files.parquet import SamplesFile, write_embeddings_parquet
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest
 
 Make = Callable[..., Made]
@@ -57,7 +57,7 @@ def text_rows(made: Made) -> tuple[list[str], list[np.ndarray]]:
 
 
 def write_text(path: Path, captions: list[str], xs: list[np.ndarray], form: st.StoreFormat, model: str) -> None:
-    st.write_text_shard(path, xs, DIM, "float16", form, captions=captions, fingerprint={"model": model})
+    st.write_embedding_shard(path, xs, DIM, "float16", form, captions=captions, fingerprint={"model": model})
 
 
 @both
@@ -125,9 +125,9 @@ def test_a_shard_encoded_by_another_model(
         stored = [st.cast_embedding(x, "float16") for x in xs]
         rows = [(s, caption_digest(theirs, c, s)) for s, c in zip(stored, captions, strict=True)]
         if store_format == "parquet":
-            write_text_parquet(path, rows, DIM, "float16", ours)
+            write_embeddings_parquet(path, rows, DIM, "float16", ours)
         else:
-            write_text_hdf5(path, rows, [len(x) for x in xs], DIM, "float16", ours)
+            write_embeddings_hdf5(path, rows, [len(x) for x in xs], DIM, "float16", ours)
         message = "2 embeddings are not those of their captions"
     the_problem(made, sealed, message, path)
 

@@ -9,8 +9,8 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest
-from imagen_core.store.files.hdf5 import write_text_hdf5
-from imagen_core.store.files.parquet import write_text_parquet
+from imagen_core.store.files.hdf5 import write_embeddings_hdf5
+from imagen_core.store.files.parquet import write_embeddings_parquet
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest, write_text
 
 Make = Callable[..., Made]
@@ -96,9 +96,9 @@ def test_a_non_finite_embedding_is_found(make: Make, store_format: st.StoreForma
     rows = [(s, caption_digest(encoder, f"caption 0 {i} é", s)) for i, s in enumerate(stored)]
     (path,) = (made.path / "text-t5").glob("00000.*")
     if store_format == "parquet":
-        write_text_parquet(path, rows, DIM, dtype, encoder)
+        write_embeddings_parquet(path, rows, DIM, dtype, encoder)
     else:
-        write_text_hdf5(path, rows, [2, 2], DIM, dtype, encoder)
+        write_embeddings_hdf5(path, rows, [2, 2], DIM, dtype, encoder)
     rewrite_manifest(made.path, lambda shards: None)
     (problem,) = st.verify_store(made.path).problems
     assert problem.file.startswith("text-t5/00000.")
