@@ -1,7 +1,7 @@
 """The Hybrid UNet: the layout of imagen-pytorch, PaddleFleetX Imagen, MinImagen and DALLE2-pytorch's decoder.
 
-A ResBlock, more of them (one kind reads the conditions, one has a global-context gate), then a transformer block: that
-is a level. Between levels pixels are shuffled into channels and back. Conditions are tokens; see `hybrid_text`.
+A level is a ResBlock, more of them (one kind reads the conditions, one has a global-context gate), then a transformer
+block. Between levels pixels are shuffled into channels and back. Conditions are tokens; see `hybrid.conditioning`.
 """
 
 import torch
@@ -26,7 +26,7 @@ from imagen_core.models.unet.inputs import check_sides, concatenate_images, run_
 
 
 class HybridUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
+    """Predicts from a noisy image, its noise level and the conditioning. The objective decides what it predicts."""
 
     def __init__(self, config: HybridUNetSettings):
         super().__init__()
@@ -47,14 +47,14 @@ class HybridUNet(nn.Module):
             else:
                 after = self._downsample(narrow, wide) if level < last else self._widen(narrow, wide)
                 self.down.append(self._level(level, narrow, after=after))
-            doubles = level > 0 or config.memory_efficient
+            upsamples = level > 0 or config.memory_efficient
             self.up.insert(
                 0,
                 self._level(
                     level,
                     wide,
                     skip_width=wide if config.memory_efficient else narrow,
-                    after=self._upsample(wide, narrow) if doubles else None,
+                    after=self._upsample(wide, narrow) if upsamples else None,
                 ),
             )
         middle = widths[-1]
@@ -74,7 +74,8 @@ class HybridUNet(nn.Module):
         """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
 
         Raises:
-            ValueError: sides that the levels do not divide, a missing condition, or a caption that is too long.
+            ValueError: the levels do not divide the sides, a condition is missing, or a caption is longer than
+                max_text_tokens.
         """
         check_sides(x, self.config.sides_divisor)
         context, middle_context = self.inputs(c_noise, conditioning)
@@ -123,7 +124,7 @@ class HybridUNet(nn.Module):
         skip_width: int = 0,
         before: nn.Module | None = None,
         after: nn.Module | None = None,
-    ) -> "HybridLevel":
+    ) -> HybridLevel:
         config = self.config
         text, attention = config.cross_attention_levels[level], config.attention_levels[level]
         first_reads = config.conditions_in == "first_block"

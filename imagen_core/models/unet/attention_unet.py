@@ -9,7 +9,7 @@ from imagen_core.models.unet.inputs import Inputs, check_sides, concatenate_imag
 
 
 class AttentionUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning. The objective decides what is predicted."""
+    """Predicts from a noisy image, its noise level and the conditioning. The objective decides what it predicts."""
 
     def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
         """

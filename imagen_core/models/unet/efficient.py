@@ -57,7 +57,7 @@ class EfficientUNetConfig(AttentionUNetConfig):
 
     @property
     def sides_px(self) -> list[int]:
-        """Side of each level's images; all but the last level halve before their blocks."""
+        """Side in pixels of each level's images; all but the last level downsample before their blocks."""
         last = len(self.channel_mult) - 1
         return [self.image_size_px // 2 ** min(level + 1, last) for level in range(last + 1)]
 

@@ -36,15 +36,15 @@ class RegularUNetConfig(AttentionUNetConfig):
     attention_resolutions: tuple[int, ...] = (8, 16, 32)
     """Sides in pixels at which each ResBlock is followed by attention."""
     cond_dim: int = Field(default=512, ge=1)
-    """Width the text is projected to."""
+    """Width that text tokens are projected to."""
     resblock_updown: bool = False
     """Change resolution in ResBlocks."""
     resblock_upsample: Literal["repeat", "conv_transpose"] = "repeat"
-    """How ResBlocks double: repeat pixels (ADM), or a transposed convolution for each branch (NeMo)."""
+    """How ResBlocks upsample: by repeating pixels (ADM), or by a transposed convolution for each branch (NeMo)."""
     resample_with_conv: bool = True
-    """Halve with a strided convolution; false: average-pool. Not used with resblock_updown."""
+    """Downsample with a strided convolution; false averages 2 x 2 pixels. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
-    """How to double, without resblock_updown."""
+    """How to upsample without resblock_updown."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegularUNetConfig":
@@ -60,7 +60,7 @@ class RegularUNetConfig(AttentionUNetConfig):
 
     @property
     def blocks_per_level(self) -> tuple[int, ...]:
-        """num_res_blocks, one entry a level."""
+        """num_res_blocks, with one entry per level."""
         if isinstance(self.num_res_blocks, tuple):
             return self.num_res_blocks
         return (self.num_res_blocks,) * len(self.channel_mult)
@@ -128,7 +128,7 @@ class RegularUNet(AttentionUNet):
                 h = self.run(level.resample, h, context)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> "Block":
+    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> Block:
         attends = self.config.sides_px[level] in self.config.attention_resolutions
         return Block(
             self._res(in_channels, out_channels),
@@ -149,7 +149,7 @@ class RegularUNet(AttentionUNet):
     def _attention(self, width: int) -> nn.Module:
         return make_attention(self.config, width, self.config.cond_dim)
 
-    def _resample(self, how: Resample, width: int) -> "Block":
+    def _resample(self, how: Resample, width: int) -> Block:
         if self.config.resblock_updown:
             learned = how == "up" and self.config.resblock_upsample == "conv_transpose"
             return Block(self._res(width, width, "up_learned" if learned else how), None)

@@ -190,7 +190,7 @@ def write_stored_embeddings(
 
 
 def embedding_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
-    """Bytes of the file `write_embedding_shard` would write for captions of so many tokens; within 1 %, either format."""
+    """Bytes of the file `write_embedding_shard` would write for these rows; within 1 %, in either format."""
     scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
     payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
     row_groups = -(-payload // ROW_GROUP_BYTES)

@@ -50,7 +50,7 @@ def test_characters_are_the_bytes_of_utf8_plus_one():
 def test_a_text_that_is_too_long_is_refused_or_cut_after_a_whole_character():
     with pytest.raises(ValueError, match=r"transcription 'aé': 3 bytes in UTF-8, but .* at most 2 .*max_characters"):
         character_ids(["b", "aé"], 2)
-    assert character_ids(["aé"], 2, cut=True).tolist() == [[98]]
+    assert character_ids(["aé"], 2, truncate=True).tolist() == [[98]]
 
 
 @FAMILY
@@ -261,5 +261,5 @@ def test_missing_and_too_many_characters_are_named():
     unet, x, c_noise, conditioning = build("regular")
     with pytest.raises(ValueError, match=r"conditioning.characters: this model reads transcriptions"):
         unet(x, c_noise, replace(conditioning, characters=None))
-    with pytest.raises(ValueError, match=r"at most 12 bytes a transcription \(got 13\)"):
+    with pytest.raises(ValueError, match=r"at most 12 bytes per transcription \(got 13\)"):
         unet(x, c_noise, replace(conditioning, characters=torch.ones(2, 13, dtype=torch.int64)))
