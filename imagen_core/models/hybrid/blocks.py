@@ -86,7 +86,7 @@ class TextAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Layers of multi-query attention over pixels and, optionally, condition tokens; a feed-forward layer is optional too."""
+    """Layers of multi-query attention over pixels and, optionally, condition tokens, with or without feed-forward."""
 
     def __init__(
         self,

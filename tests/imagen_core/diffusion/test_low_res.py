@@ -171,5 +171,5 @@ def test_cubic_reflect_is_keys_kernel_on_an_image_reflected_at_its_edges(factor:
 
 
 def test_cubic_reflect_takes_whole_factors_only() -> None:
-    with pytest.raises(ValueError, match="10 is no multiple of 4 x 4 pixels"):
+    with pytest.raises(ValueError, match="10 is not a multiple of 4 x 4 pixels"):
         upsample(torch.zeros(1, 3, 4, 4), 10, "cubic_reflect")

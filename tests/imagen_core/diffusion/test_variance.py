@@ -121,7 +121,7 @@ def test_guidance_leaves_the_variance_that_of_all_conditions():
 def test_a_variance_learned_for_whole_steps_is_refused_on_others():
     denoise = guided(model("learned", -3.0), Conditioning(), Guidance(), NONE)
     sample(Ancestral(), denoise, Uniform().sigmas(DISCRETE, 50), SeededNoise([1]), (3, 8, 8))
-    with pytest.raises(ValueError, match=r"variance=learned is of the schedule's 50 steps.*num_steps=50"):
+    with pytest.raises(ValueError, match=r"variance=learned covers the 50 steps of the schedule.*num_steps=50"):
         sample(Ancestral(), denoise, Uniform().sigmas(DISCRETE, 10), SeededNoise([1]), (3, 8, 8))
 
 
