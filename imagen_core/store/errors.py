@@ -1,4 +1,4 @@
-"""What the store raises."""
+"""Errors of the store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ ADVICE = "check the store with `pipeline verify STORE`, then run the pipeline co
 
 
 class StoreError(ValueError):
-    """The store on disk is not what its manifest says, or is not a store."""
+    """The store on disk does not match its manifest, or is not a store."""
 
 
 class ManifestError(StoreError):

@@ -1,7 +1,7 @@
 """Cast token embeddings to the store's dtype and back.
 
 bfloat16 has no numpy type, so its bit patterns are kept as uint16. int8 is symmetric with one scale
-a token: value = q * scale, scale = max|x| / 127.
+per token: value = q * scale, scale = max|x| / 127.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 from imagen_core.store.layout import StoreDtype, check_dtype
 
-# What one element is on disk, little-endian.
+# The type of one element on disk, little-endian.
 DISK_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -20,7 +20,7 @@ DISK_DTYPES: dict[str, np.dtype] = {
 SCALE_DTYPE = np.dtype("<f4")
 
 # Magnitudes from here on round to infinity (half way above the largest finite value, ties to even).
-# An int8 row must fit float16 too: the loader hands it out as float16.
+# An int8 row must fit float16 too, as the loader returns it as float16.
 _OVERFLOW: dict[str, float] = {
     "float16": 65520.0,
     "bfloat16": (2.0 - 2.0**-8) * 2.0**127,
@@ -31,7 +31,7 @@ _OVERFLOW: dict[str, float] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredEmbedding:
-    """One caption's embedding as it is on disk.
+    """One row's embedding as it is on disk.
 
     `values` is (n_tokens, dim) of float16, uint16 (bfloat16 bits), float32 or int8;
     `scales` is float32 (n_tokens,) for int8 and None otherwise.
@@ -52,7 +52,7 @@ def is_finite_as(x: np.ndarray, dtype: StoreDtype) -> bool:
 
 
 def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> StoredEmbedding:
-    """Cast a float (n_tokens, dim) embedding to what the store keeps; round to nearest even.
+    """Cast a float (n_tokens, dim) embedding to its stored form, rounding to nearest even.
 
     Raises:
         ValueError: not two-dimensional, not floating point, or not finite after the cast.
@@ -82,7 +82,7 @@ def _quantise(x: np.ndarray) -> StoredEmbedding:
 
 
 def restore(stored: StoredEmbedding, dtype: StoreDtype) -> np.ndarray:
-    """The embedding as numpy floats: float16 for a float16 store, float32 for all others."""
+    """The embedding (n_tokens, dim) as numpy floats: float16 for a float16 store, float32 for all others."""
     values = stored.values
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -1,6 +1,6 @@
 """Write and open one shard's files, in either format.
 
-Writers write to the exact path they are given: temporary names, fsync and renames are the caller's.
+Writers write to the exact path they are given: temporary names, fsync and renames are up to the caller.
 """
 
 import os
@@ -34,7 +34,7 @@ from imagen_core.store.records import EmbeddingGroup, ImagesGroup
 
 
 class StoredImages(Protocol):
-    """What both formats know of an image file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
+    """Images in a file of either format: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
 
     num_rows: int
 
@@ -51,11 +51,11 @@ class ImageFile:
         self.num_rows = images.num_rows
 
     def stored(self, row: int) -> np.ndarray:
-        """As it is in the file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
+        """The image as it is in the file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
         return self._images.stored(row)
 
     def pixels(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
+        """uint8 (S, S, 3); possibly a read-only view of the file, so that reading a part costs only that part.
 
         Raises:
             StoreError: the file cannot be read, or the image cannot be decoded.
@@ -70,9 +70,9 @@ class ImageFile:
 
 
 class EmbeddingFile(Protocol):
-    """An open text file of a shard.
+    """An open file of embeddings, of a shard's captions or images.
 
-    `num_tokens` has one entry a caption; `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
+    `num_tokens` is int64 (num_rows,); `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
     """
 
     num_tokens: np.ndarray
@@ -105,18 +105,29 @@ class ImageWriter:
         self.append_stored(np.frombuffer(encode(pixels, self._codec), np.uint8), key, sha256)
 
     def append_stored(self, stored: np.ndarray, key: str, sha256: str) -> None:
-        """Add an image as a file of the same size and codec has it."""
+        """Add an image as stored in another file of the same size and codec; see `ImageFile.stored`."""
         self._writer.append(stored.tobytes(), image_digest(key, sha256, stored))
         self.num_rows += 1
+
+    def finish(self) -> None:
+        """Complete the file."""
+        self._writer.finish()
+
+    def abort(self) -> None:
+        """Close the file, which stays incomplete."""
+        self._writer.abort()
 
 
 @contextmanager
 def open_image_writer(
     path: str | os.PathLike[str], size_px: int, store_format: StoreFormat, codec: Codec = "raw"
 ) -> Iterator[ImageWriter]:
-    """Open a file for a shard's images; the number of rows need not be known.
+    """Open a file for a shard's images, of any number of rows.
 
-    Memory stays at one row group (512 KiB, or one image). If the body raises, nothing is left behind.
+    Memory stays at one row group (512 KiB, or one image). If the `with` block raises, the file is removed.
+
+    Raises:
+        ValueError: an unknown format or codec, or a size below 1.
     """
     check_format(store_format)
     check_codec(codec)
@@ -126,10 +137,10 @@ def open_image_writer(
     writer = ImageWriter(path, size_px, store_format, codec)
     try:
         yield writer
-        writer._writer.finish()
+        writer.finish()
     except BaseException:
         try:
-            writer._writer.abort()
+            writer.abort()
         finally:
             path.unlink(missing_ok=True)
         raise
@@ -145,16 +156,16 @@ def write_embedding_shard(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """Write the embeddings of a shard's distinct captions, row j = caption id j.
+    """Write the embeddings of a shard's distinct captions (row j = caption id j), or of its images (row i = sample i).
 
     Args:
         embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
-        captions: what was encoded, one a row; for embeddings of images, the samples' keys.
+        captions: the encoded captions, one per row; for embeddings of images, the samples' keys.
+        dtype: the stored type, see ragged.py.
         fingerprint: of the encoder, as in the manifest.
-        dtype: what to cast to, see ragged.py.
     Raises:
-        ValueError: a wrong shape, or an embedding that is not finite after the cast (its row is named).
-            Nothing is left behind.
+        ValueError: a wrong shape, or an embedding that is not finite after the cast; the message names its row, and
+            the file is removed.
     """
     check_dtype(dtype)
     num_tokens = [len(embedding) for embedding in embeddings]
@@ -175,7 +186,7 @@ def write_stored_embeddings(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """`write_embedding_shard` of embeddings as a file of the same dim and dtype has them."""
+    """Like `write_embedding_shard`, for embeddings that are in their stored form; num_tokens is the length of each."""
     check_format(store_format)
     encoder = fingerprint_digest(fingerprint)
     rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
@@ -211,7 +222,7 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     """Open an image file: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or images of another size or codec.
+        StoreError: it is not such a file, or has images of another size or codec.
     """
     if group.format == "parquet":
         images: StoredImages = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
@@ -221,10 +232,10 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
 
 
 def open_embeddings(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> EmbeddingFile:
-    """Open a text file: a local path, or an open file of a remote store.
+    """Open a file of embeddings: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or another dim or dtype.
+        StoreError: it is not such a file, or has another dim or dtype.
     """
     if group.format == "parquet":
         return ParquetEmbeddings(source, name, group.dim, group.dtype, mapped=mapped)
@@ -232,9 +243,9 @@ def open_embeddings(source: str | BinaryIO, name: str, group: EmbeddingGroup, *,
 
 
 def read_digests(source: str | BinaryIO, name: str, store_format: StoreFormat) -> np.ndarray | None:
-    """The digest of each row of an image or text file, uint64; None in a store of schema 1.
+    """The digest of each row of a file of images or embeddings, uint64 (n,); None in a store of schema 1.
 
     Raises:
-        StoreError: not such a file.
+        StoreError: it is not such a file.
     """
     return (parquet_digests if store_format == "parquet" else hdf5_digests)(source, name)

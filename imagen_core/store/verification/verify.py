@@ -27,7 +27,7 @@ _MAX_NAMED_KEYS = 10
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one file; `file` is relative to the store."""
+    """A problem of one file; `file` is relative to the store."""
 
     file: str
     message: str
@@ -35,18 +35,18 @@ class Problem:
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify_store` found.
+    """The result of `verify_store`.
 
     Attributes:
         ok: no problems; warnings do not count.
-        files_checked, bytes_checked: files read to the end, and their bytes; the manifest included.
+        files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
         input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
             None, with `unaccounted`, in a store of schema 1.
-        num_samples: samples a reader sees.
+        num_samples: samples that a reader sees.
         dropped: rows that did not become samples, by the reason of their last try.
         excluded: samples that readers leave out, by reason.
-        unaccounted: input rows whose fate the store does not tell; 0 in a good one.
-        warnings: hidden and `.tmp` files that the manifest does not know: left by a killed run.
+        unaccounted: input rows that are neither samples nor dropped; 0 in a valid store.
+        warnings: files that the manifest does not know, such as those a killed run left.
     """
 
     ok: bool = False
@@ -67,15 +67,15 @@ def verify_store(
     storage_options: dict[str, Any] | None = None,
     on_file: Callable[[str, int], None] | None = None,
 ) -> VerifyReport:
-    """Read the whole store, one file at a time, and list what is wrong with which file.
+    """Read the complete store, one file at a time, and list the problems of each file.
 
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
     images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
     removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
     the images are those of the samples, and the embeddings those of the captions, by the encoder the manifest
-    names. What removed samples have is not compared, as readers never see it.
-    A damaged manifest is a problem of the report, as nothing else can be judged without it.
-    Memory: one file's rows, and 8 bytes a sample for the keys.
+    names. The content of removed samples is not compared, as readers never see it.
+    A damaged manifest is reported as the only problem, as nothing else can be checked without it.
+    Memory: one file's rows, and 8 bytes per sample for the keys.
 
     Args:
         on_file: called with the name and size in bytes of each file after it was read.
@@ -107,17 +107,17 @@ def verify_store(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the other files of a shard must agree with."""
+class _ShardRows:
+    """The samples of a shard, which its other files must agree with."""
 
     keys: list[str]
     sha256: list[str]
     captions: list[str]
-    """Distinct ones, by caption id."""
+    """The distinct captions, by caption id."""
     removed: frozenset[int]
-    """Rows that are or will be erased, perhaps not in all files yet."""
+    """Removed rows, which may be erased in all, some or none of the files."""
     removed_ids: frozenset[int]
-    """Caption ids that only those have."""
+    """Caption ids that only removed rows have."""
 
 
 class _Check:
@@ -193,8 +193,8 @@ class _Check:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
         return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _Rows | None:
-        """Check a samples file, note its keys and count its input rows; None if it cannot be read."""
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _ShardRows | None:
+        """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
             samples = SamplesFile(self._source(entry), entry.path)
         except StoreError as error:
@@ -219,9 +219,9 @@ class _Check:
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        return _Rows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+        return _ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
 
-    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _Rows | None) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
@@ -236,8 +236,8 @@ class _Check:
     def _embeddings(
         self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
     ) -> None:
-        """Check the embeddings of captions or keys; None if the samples cannot be read."""
-        # Not mapped: the parquet decoder checks the places that the mapped reader computes.
+        """Check the embeddings of captions or keys `names`, which is None if the samples cannot be read."""
+        # Not mapped: the parquet decoder checks the offsets that the mapped reader computes.
         text = open_embeddings(self._source(entry), entry.path, group, mapped=False)
         self._count_rows(entry, text.num_rows)
         bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
@@ -296,7 +296,7 @@ class _Check:
             self._bad(group.null.path, "not finite")
 
     def keys(self) -> None:
-        """Report keys that occur twice: equal hashes first, then the keys themselves are compared."""
+        """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""
         if not self._key_hashes:
             return
         hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
@@ -318,7 +318,7 @@ class _Check:
                 yield from ((entry.path, samples.key(int(row))) for row in rows)
 
     def coverage(self) -> None:
-        """Sum up the fate of all input rows; what bad files hide is told of them, and not again of the manifest."""
+        """Sum up all input rows. Rows that damaged files hide are reported for these files only."""
         excluded = Counter(reason for rows in self._manifest.excluded.values() for reason in rows.values())
         self._report.excluded = dict(sorted(excluded.items()))
         if not self._has_digests:
@@ -336,7 +336,7 @@ class _Check:
             self._bytes(FileEntry(**entry, rows=0))
 
     def strays(self) -> None:
-        """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""
+        """Warn of files that the manifest does not know: leftovers, or a group that is not finished for all shards."""
         known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
         known.update(group.null.path for group in self._manifest.texts.values() if group.null)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
