@@ -45,7 +45,7 @@ from imagen_core.store.records import (
     parse_group,
 )
 from imagen_core.store.removal.erase import ErasedShard
-from imagen_core.store.removal.remove import add_removal, find_rows, list_removals, matching_rows, removal_entries
+from imagen_core.store.removal.remove import add_removal, find_rows, matching_rows, removal_entries, rewrite_manifest
 from imagen_core.store.removal_log import (
     IDENTIFIERS,
     Blocklist,
@@ -110,7 +110,6 @@ __all__ = [
     "image_embed_group",
     "image_group",
     "is_finite_as",
-    "list_removals",
     "load_manifest",
     "load_removals",
     "matching_rows",
@@ -123,6 +122,7 @@ __all__ = [
     "removed_rows",
     "restore",
     "revision_of",
+    "rewrite_manifest",
     "shard_path",
     "text_group",
     "token_errors",

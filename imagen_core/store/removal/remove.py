@@ -27,7 +27,7 @@ Values = Mapping[str, Collection[str]]
 
 
 @dataclass(slots=True)
-class Found:
+class RemovalMatches:
     """The rows of a store that have one of the requested values.
 
     Attributes:
@@ -51,9 +51,9 @@ def matching_rows(samples: SamplesFile, values: Values) -> Iterator[tuple[int, l
 
 def find_rows(
     shards: Iterable[tuple[int, SamplesFile, Mapping[int, str]]], removals: Collection[Removal], values: Values
-) -> Found:
+) -> RemovalMatches:
     """Look for the values in all shards, given as (index, samples, excluded rows with the reason of each)."""
-    found = Found()
+    found = RemovalMatches()
     removed = {(shard, row.row) for removal in removals for shard, rows in removal.rows.items() for row in rows}
     for shard, samples, excluded in shards:
         for row, hits in matching_rows(samples, values):
@@ -68,7 +68,7 @@ def find_rows(
 
 
 def add_removal(
-    folder: StoreFolder, removals: list[Removal], found: Found, values: Values, time: str, reason: str
+    folder: StoreFolder, removals: list[Removal], found: RemovalMatches, values: Values, time: str, reason: str
 ) -> Removal | None:
     """Log a removal: from then on readers leave its rows out. None if the log has all of it already.
 
@@ -94,7 +94,7 @@ def removal_entries(removals: Iterable[Removal]) -> list[dict[str, Any]]:
     ]
 
 
-def list_removals(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
+def rewrite_manifest(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
     """Rewrite the manifest with all removals that are logged.
 
     Args:

@@ -165,5 +165,5 @@ def remove(store: Path | str, *, listed: bool = True, **values: list[str]) -> st
     found = st.find_rows(samples_files(folder), removals, values)
     st.add_removal(folder, removals, found, values, REMOVED_AT, "asked for")
     if listed:
-        st.list_removals(folder)
+        st.rewrite_manifest(folder)
     return folder

@@ -168,7 +168,7 @@ def test_an_erased_shard_has_the_other_rows_as_they_were(
         data = (made.path / path).read_bytes()
         new[0, name] = st.FileEntry(path, len(data), sha256(data).hexdigest(), rows)
         (made.path / entry.path).unlink()
-    st.list_removals(folder, new)
+    st.rewrite_manifest(folder, new)
     report = st.verify_store(made.path)
     assert report.ok, report.problems
     after = list(st.Store.open(made.path))
