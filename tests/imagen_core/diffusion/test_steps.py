@@ -69,7 +69,7 @@ def test_respacing_strings(total, sections, steps):
     assert respaced_steps(total, sections) == steps
 
 
-def test_sections_have_the_steps_asked_for():
+def test_sections_have_the_requested_steps():
     steps = respaced_steps(300, "10,15,25")
     assert [sum(100 * k <= step < 100 * (k + 1) for step in steps) for k in range(3)] == [10, 15, 25]
     sigmas = Respaced(sections="10,15,25").sigmas(Discrete(num_steps=300), 50)

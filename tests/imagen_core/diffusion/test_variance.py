@@ -65,7 +65,7 @@ def model(variance: str, says: float, **changes):
 
 
 @pytest.mark.parametrize("variance", get_args(Variance))
-def test_an_ancestral_step_draws_with_the_models_variance(variance):
+def test_an_ancestral_step_samples_with_the_models_variance(variance):
     step, says = 30, 0.3
     sigma, sigma_next = TABLE[step], TABLE[step - 1]
     denoise = guided(model(variance, says), Conditioning(), Guidance(), NONE)
@@ -118,7 +118,7 @@ def test_guidance_leaves_the_variance_that_of_all_conditions():
         assert torch.equal(channels, torch.ones_like(estimate))
 
 
-def test_a_variance_learned_for_whole_steps_is_refused_on_others():
+def test_a_variance_learned_for_the_schedules_steps_is_refused_on_others():
     denoise = guided(model("learned", -3.0), Conditioning(), Guidance(), NONE)
     sample(Ancestral(), denoise, Uniform().sigmas(DISCRETE, 50), SeededNoise([1]), (3, 8, 8))
     with pytest.raises(ValueError, match=r"variance=learned covers the 50 steps of the schedule.*num_steps=50"):

@@ -119,7 +119,7 @@ def test_a_download_that_is_not_the_manifests_is_refused_and_not_kept(
     assert store[0].key == "000-000"
 
 
-def test_half_written_and_cut_copies_are_fetched_again(far: tuple[str, Made], tmp_path: Path) -> None:
+def test_half_written_and_truncated_copies_are_fetched_again(far: tuple[str, Made], tmp_path: Path) -> None:
     url, made = far
     cache = tmp_path / "cache"
     cache.mkdir()

@@ -151,7 +151,7 @@ def test_a_file_of_another_codec_than_the_manifest_says_is_refused(
         opened(str(tmp_path / "images"), store_format, said)
 
 
-def test_an_unknown_codec_is_refused_with_those_there_are(tmp_path: Path, store_format: st.StoreFormat) -> None:
+def test_an_unknown_codec_is_refused_with_the_available_ones(tmp_path: Path, store_format: st.StoreFormat) -> None:
     with pytest.raises(ValueError, match="codec 'jpg': use one of raw, png, webp, jpeg"):
         write(tmp_path / "images", smooth(1), store_format, "jpg")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -47,7 +47,7 @@ def test_characters_are_the_bytes_of_utf8_plus_one():
     assert character_ids([""], 3).shape == (1, 1)
 
 
-def test_a_text_that_is_too_long_is_refused_or_cut_after_a_whole_character():
+def test_a_text_that_is_too_long_is_refused_or_truncated_after_a_complete_character():
     with pytest.raises(ValueError, match=r"transcription 'aé': 3 bytes in UTF-8, but .* at most 2 .*max_characters"):
         character_ids(["b", "aé"], 2)
     assert character_ids(["aé"], 2, truncate=True).tolist() == [[98]]
@@ -72,7 +72,7 @@ def test_every_parameter_and_every_character_has_an_effect(family: str, options:
 
 @FAMILY
 @pytest.mark.parametrize("weave", [False, True])
-def test_a_new_model_draws_what_one_without_draws(family: str, weave: bool):
+def test_a_new_model_predicts_what_one_without_transcriptions_predicts(family: str, weave: bool):
     plain = random_weights(FAMILIES[family]().build().double())
     config = FAMILIES[family](transcription=WRITING | {"weave": weave})
     writing = config.build().double()
@@ -165,7 +165,7 @@ def test_weave_lets_characters_see_the_image_first():
     ("options", "gains"), [({}, [0.0]), ({"gain": 3.0, "gain_speed": 200.0}, [3.0]), (
         {"gain": 1e-5, "gain_per_channel": True}, [1e-5] * 6)]
 )  # fmt: skip
-def test_gains_begin_as_configured(options: dict[str, Any], gains: list[float]):
+def test_gains_start_as_configured(options: dict[str, Any], gains: list[float]):
     layer = TranscriptionAttention(TranscriptionConfig.model_validate(WRITING | options), 6, 4, 10)
     assert (layer.gain(torch.ones(layer.gain.factor.shape))).tolist() == pytest.approx(gains)
     weight = layer.attention.to_q.weight  # (24, 6)
@@ -206,7 +206,7 @@ def test_captions_and_transcriptions_reach_the_same_image():
     assert not torch.allclose(result, unet(x, c_noise, conditioning.without("transcription")))
 
 
-def test_it_compiles_as_one_graph():
+def test_the_model_compiles_as_one_graph():
     layer, x, context = attention(weave=True)
     encoder = TranscriptionEncoder(TranscriptionConfig.model_validate(WRITING | {"depth": 1}), 10).double()
     conditioning = Conditioning(characters=character_ids(TEXTS, 12))
@@ -227,7 +227,7 @@ def test_recomputing_activations_does_not_change_gradients():
 
 
 @FAMILY
-def test_it_runs_on_other_sizes_and_in_bfloat16(family: str):
+def test_the_model_runs_on_other_sizes_and_in_bfloat16(family: str):
     unet, x, c_noise, conditioning = build(family, weave=True, side_px=10)
     assert unet(x, c_noise, conditioning).shape == (2, 3, 10, 10)
     unet, conditioning = unet.float(), conditioning.to("cpu", torch.float32)

@@ -141,7 +141,7 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_every_block_is_computed_again_in_the_backward_pass_where_asked(recomputes: bool) -> None:
+def test_every_block_is_computed_again_in_the_backward_pass_where_configured(recomputes: bool) -> None:
     model = unet(initial_res_block=True, activation_checkpointing=recomputes)
     blocks = [module for module in model.modules() if isinstance(module, Block | TransformerBlock)]
     forward, backward = calls_of(blocks, model, *inputs(model))
@@ -165,7 +165,7 @@ def test_depth_and_linear_attention_are_set_by_level() -> None:
     [("pixel_unshuffle", [(1, 1)]), ("conv", [(4, 2)]), ("cross_embed", [(2, 2), (4, 2)])],
 )
 @pytest.mark.parametrize("before", [False, True])
-def test_levels_halve_by_the_convolutions_asked_for(
+def test_levels_downsample_by_the_configured_convolutions(
     downsample: str, kernels_and_strides: list[tuple[int, int]], before: bool
 ) -> None:
     model: Any = unet(downsample=downsample, memory_efficient=before)
@@ -191,18 +191,18 @@ def test_convolutions_of_several_kernels_stand_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("standardized", [False, True])
-def test_every_resblock_has_standardised_kernels_where_asked(standardized: bool) -> None:
+def test_every_resblock_has_standardised_kernels_where_configured(standardized: bool) -> None:
     blocks = [m for m in unet(weight_standardization=standardized).modules() if isinstance(m, ResBlock)]
     kinds = {type(conv) for block in blocks for conv in (block.conv1, block.conv2)}
     assert kinds == {StandardizedConv2d if standardized else nn.Conv2d}
 
 
-def test_every_resblock_has_the_dropout_asked_for() -> None:
+def test_every_resblock_has_the_configured_dropout() -> None:
     assert {m.dropout.p for m in unet(dropout=0.25).modules() if isinstance(m, ResBlock)} == {0.25}
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_skips_are_scaled_where_asked(scaled: bool) -> None:
+def test_skips_are_scaled_where_configured(scaled: bool) -> None:
     model: Any = unet(scale_skips=scaled)
     made, joined = [], []
     for block in model.down[0].blocks:
@@ -214,7 +214,7 @@ def test_skips_are_scaled_where_asked(scaled: bool) -> None:
 
 @pytest.mark.parametrize("combines", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_last_block_reads_the_first_convolution_and_every_level_where_asked(
+def test_the_last_block_reads_the_first_convolution_and_every_level_where_configured(
     combines: bool, residual: bool
 ) -> None:
     model: Any = unet(combine_up_features=combines, init_residual=residual)

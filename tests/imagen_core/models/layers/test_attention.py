@@ -59,7 +59,7 @@ def by_formula(module: Attention, x: Tensor, context: Tensor | None, mask: Tenso
 
 @pytest.mark.parametrize("kind", ["self", "cross", "fused"])
 @pytest.mark.parametrize("options", [{}, {"null_kv": True}, {"num_kv_heads": 1, "bias": False, "context_bias": True}])
-def test_it_is_softmax_attention_over_the_real_keys(kind: str, options: dict[str, object]):
+def test_attention_is_a_softmax_over_the_real_keys(kind: str, options: dict[str, object]):
     module = attention(kind, **options)
     x = draw(2, 7, DIM)
     context, mask = (

@@ -101,7 +101,7 @@ def test_skip_branches_are_projected_and_scaled(scaled: bool):
     assert {b.skip_scale for b in blocks} == {0.5**0.5 if scaled else 1.0}
 
 
-def test_it_needs_no_low_resolution_image_if_so_configured():
+def test_the_model_needs_no_low_resolution_image_if_so_configured():
     config = efficient(low_res=False)
     unet = random_weights(config.build())
     x, c_noise, conditioning = inputs(config)

@@ -111,7 +111,7 @@ def test_ways_to_change_resolution_all_train(options: dict[str, object]):
     ],
     ids=["convolutions", "average", "repeat", "resblocks"],
 )
-def test_resolution_is_changed_by_the_layers_asked_for(options: dict[str, object], halves: type, doubles: type):
+def test_resolution_is_changed_by_the_configured_layers(options: dict[str, object], halves: type, doubles: type):
     unet = regular(**options).build()
     assert type(of_type(unet.down, Level)[0].resample.layer) is halves
     assert type(of_type(unet.up, Level)[0].resample.layer) is doubles

@@ -53,7 +53,7 @@ def test_the_log_has_digests_only_and_the_manifest_proves_it(make: Make) -> None
     assert (problem.file, problem.message) == ("removed/00001.json", "missing")
 
 
-def test_a_removal_asked_for_twice_is_logged_once_and_two_at_once_never_overwrite(make: Make) -> None:
+def test_a_removal_requested_twice_is_logged_once_and_two_at_once_never_overwrite(make: Make) -> None:
     made = make()
     folder = remove(made.path, key=["000-003"])
     remove(made.path, key=["000-003"])

@@ -152,7 +152,7 @@ def drop(made: Made, *, reasons: dict[str, list[int]], total: int) -> list[st.Sa
     return rows
 
 
-def test_the_fate_of_every_input_row_is_told(make: Make) -> None:
+def test_what_became_of_every_input_row_is_reported(make: Make) -> None:
     made = make(shard_rows=(4, 3), excluded={0: [1], 1: [0, 2]})
     drop(made, reasons={"too_small": [1], "http_404": [0, 5]}, total=7)
     rewrite_manifest(made.path, input_rows=10)

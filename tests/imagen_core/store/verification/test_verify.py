@@ -49,7 +49,7 @@ def test_a_flipped_byte_is_found_in_each_kind_of_file(make: Make, store_format: 
 
 
 @pytest.mark.parametrize("name", ["samples/00001", "images-8/00001", "text-t5/00001", "text-t5/null"])
-def test_a_cut_or_missing_file_is_named(make: Make, store_format: st.StoreFormat, name: str) -> None:
+def test_a_truncated_or_missing_file_is_named(make: Make, store_format: st.StoreFormat, name: str) -> None:
     made = make(store_format=store_format)
     (path,) = made.path.glob(f"{name}.*")
     size = path.stat().st_size
@@ -177,6 +177,6 @@ def test_a_changed_manifest_is_the_one_problem(make: Make) -> None:
     assert "do not match their own sha256" in problem.message
 
 
-def test_what_is_no_store_cannot_be_verified(tmp_path: Path) -> None:
+def test_a_folder_without_a_store_cannot_be_verified(tmp_path: Path) -> None:
     with pytest.raises(st.StoreError, match="not a store"):
         st.verify_store(tmp_path)
