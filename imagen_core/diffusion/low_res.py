@@ -22,7 +22,7 @@ class LogNormalNoise(Config):
     schedule: LogNormal = LogNormal()
     """Noise levels of training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each image, or one for the whole batch."""
+    """One noise level per image, or one for all images of a batch."""
     sample_sigma: float = Field(default=0.002, gt=0)
     """Noise level of sampling."""
 
@@ -45,7 +45,7 @@ class UniformNoise(Config):
     max_time: float = Field(default=1.0, gt=0, le=1)
     """Highest time of training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each image, or one for the whole batch."""
+    """One noise level per image, or one for all images of a batch."""
     sample_time: float = Field(default=0.2, ge=0, le=1)
     """Time of the noise level of sampling."""
 

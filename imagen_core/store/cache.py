@@ -1,6 +1,6 @@
 """A bounded folder of local copies of a store's files.
 
-fsspec's `filecache` keeps whole files too, but neither bounds them nor checks what it downloaded.
+fsspec's `filecache` keeps complete files too, but neither limits their size nor checks what it downloaded.
 """
 
 import os

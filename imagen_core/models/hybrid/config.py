@@ -38,7 +38,7 @@ class HybridUNetSettings(UNetBaseConfig):
     """The pooled caption is added to the time vector."""
     unread_caption_parameters: bool = False
     """For imported and published models only: hold the null caption and the perceiver although text_dim is null. They
-    are neither trained nor read, but those models have them and count them."""
+    are neither trained nor read, but such models contain and count them."""
     max_text_tokens: int = Field(default=256, ge=1, le=512)
     """Captions are padded to this length with learned tokens."""
     perceiver: bool = True

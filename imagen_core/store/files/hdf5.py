@@ -271,6 +271,7 @@ class Hdf5Embeddings:
 
     @property
     def num_rows(self) -> int:
+        """Number of embeddings."""
         return len(self.num_tokens)
 
     def stored(self, row: int) -> StoredEmbedding:

@@ -341,6 +341,7 @@ class ParquetEmbeddings:
 
     @property
     def num_rows(self) -> int:
+        """Number of embeddings."""
         return len(self.num_tokens)
 
     def stored(self, row: int) -> StoredEmbedding:

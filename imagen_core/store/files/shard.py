@@ -38,7 +38,9 @@ class StoredImages(Protocol):
 
     num_rows: int
 
-    def stored(self, row: int) -> np.ndarray: ...
+    def stored(self, row: int) -> np.ndarray:
+        """One image, as in the file."""
+        ...
 
 
 class ImageFile:
@@ -79,9 +81,13 @@ class EmbeddingFile(Protocol):
     fingerprint: str
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of embeddings."""
+        ...
 
-    def stored(self, row: int) -> StoredEmbedding: ...
+    def stored(self, row: int) -> StoredEmbedding:
+        """The embedding of one row, as in the file; possibly a read-only view of it."""
+        ...
 
 
 class ImageWriter:

@@ -72,7 +72,7 @@ def verify_store(
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
     images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
     removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
-    the images are those of the samples, and the embeddings those of the captions, by the encoder the manifest
+    images belong to their samples, and embeddings to their captions and to the encoder that the manifest
     names. The content of removed samples is not compared, as readers never see it.
     A damaged manifest is reported as the only problem, as nothing else can be checked without it.
     Memory: one file's rows, and 8 bytes per sample for the keys.
@@ -230,7 +230,7 @@ class _Check:
                 image_digest(key, sha256, images.stored(row))
                 for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
             )
-            wrong = "images are not those of their samples"
+            wrong = "images do not belong to their samples"
             self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
 
     def _embeddings(
@@ -257,7 +257,7 @@ class _Check:
         else:
             found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
             whose = "captions" if isinstance(group, TextGroup) else "samples"
-            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}", ignored)
+            self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
     def _compare_digests(
         self,

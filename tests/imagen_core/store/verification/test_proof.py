@@ -79,7 +79,7 @@ def test_two_swapped_images(make: Make, store_format: st.StoreFormat, sealed: bo
     with st.open_image_writer(path, 4, store_format) as writer:
         for row in (0, 2, 1, 3):
             writer.append(made.images[4][row], samples[row].key, samples[row].sha256)
-    the_problem(made, sealed, "2 images are not those of their samples, the first in row 1 ('000-001')", path)
+    the_problem(made, sealed, "2 images do not belong to their samples, the first in row 1 ('000-001')", path)
 
 
 @both
@@ -89,7 +89,7 @@ def test_two_swapped_embeddings(make: Make, store_format: st.StoreFormat, sealed
     path = only_file(made, "text-t5")
     write_text(path, captions[::-1], xs[::-1], store_format, "tiny")
     the_problem(
-        made, sealed, "2 embeddings are not those of their captions, the first in row 0 ('caption 0 0 é')", path
+        made, sealed, "2 embeddings do not belong to their captions, the first in row 0 ('caption 0 0 é')", path
     )
 
 
@@ -106,7 +106,7 @@ def test_an_edited_caption(make: Make, store_format: st.StoreFormat, sealed: boo
     rewrite_samples(path, edit)
     where = only_file(made, "text-t5") if sealed else path
     the_problem(
-        made, sealed, "1 embeddings are not those of their captions, the first in row 1 ('caption O I é')", where
+        made, sealed, "1 embeddings do not belong to their captions, the first in row 1 ('caption O I é')", where
     )
 
 
@@ -128,7 +128,7 @@ def test_a_shard_encoded_by_another_model(
             write_embeddings_parquet(path, rows, DIM, "float16", ours)
         else:
             write_embeddings_hdf5(path, rows, [len(x) for x in xs], DIM, "float16", ours)
-        message = "2 embeddings are not those of their captions"
+        message = "2 embeddings do not belong to their captions"
     the_problem(made, sealed, message, path)
 
 
@@ -139,8 +139,8 @@ def test_a_shard_of_another_place_or_run(make: Make, store_format: st.StoreForma
         shutil.copy(only_file(made, group), other)
     rewrite_manifest(made.path)
     messages = {problem.file.split("/")[0]: problem.message for problem in st.verify_store(made.path).problems}
-    assert messages["images-4"].startswith("4 images are not those of their samples, the first in row 0 ('001-000')")
-    assert messages["text-t5"].startswith("6 embeddings are not those of their captions")
+    assert messages["images-4"].startswith("4 images do not belong to their samples, the first in row 0 ('001-000')")
+    assert messages["text-t5"].startswith("6 embeddings do not belong to their captions")
 
 
 def drop(made: Made, *, reasons: dict[str, list[int]], total: int) -> list[st.SampleRow]:
