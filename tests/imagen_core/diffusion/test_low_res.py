@@ -99,8 +99,8 @@ def test_sampling_uses_one_fixed_level(settings, level):
     conditioning = denoiser.with_sampling_low_res(Conditioning(), low_res, noise)
     expected = torch.full((2, 3, 8, 8), level / math.sqrt(level**2 + 0.25), dtype=torch.float64)
     torch.testing.assert_close(conditioning.low_res, expected)
-    told = math.log(level) / 4 if settings["kind"] == "lognormal" else -2 * math.log(level)
-    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), told, dtype=torch.float64))
+    c_noise = math.log(level) / 4 if settings["kind"] == "lognormal" else -2 * math.log(level)
+    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), c_noise, dtype=torch.float64))
 
 
 def test_no_noise_in_sampling_is_read_as_the_lowest_level_and_not_as_minus_infinity():

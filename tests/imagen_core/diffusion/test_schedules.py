@@ -62,9 +62,9 @@ def test_sigma_rises_stays_finite_and_is_float64(schedule):
 def test_c_noise_is_finite_and_monotonic(schedule):
     low, high = sampling_range(schedule)
     levels = torch.logspace(math.log10(low), math.log10(high), 300, dtype=torch.float64)
-    told = schedule.c_noise(levels)
-    steps = told.diff()
-    assert bool(told.isfinite().all())
+    c_noise = schedule.c_noise(levels)
+    steps = c_noise.diff()
+    assert bool(c_noise.isfinite().all())
     assert bool((steps > 0).all()) or bool((steps < 0).all())
 
 

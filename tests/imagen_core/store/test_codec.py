@@ -118,7 +118,7 @@ def test_a_store_of_encoded_images_reads_and_verifies_like_a_raw_one(
 
 
 @pytest.mark.parametrize("codec", ENCODED)
-@pytest.mark.parametrize("damage", ["cut", "another size", "grey", "noise"])
+@pytest.mark.parametrize("damage", ["truncated", "another size", "gray", "noise"])
 def test_an_image_that_does_not_decode_is_named_by_verify_and_reader(
     make: Make, store_format: st.StoreFormat, codec: st.Codec, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,8 +128,8 @@ def test_an_image_that_does_not_decode_is_named_by_verify_and_reader(
     good = smooth(3, 8)
     image = encode(good[1], codec)
     buffer = io.BytesIO()
-    Image.new("L" if damage == "grey" and codec != "webp" else "RGB", (8, 9)).save(buffer, codec)
-    wrong = {"cut": image[: len(image) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
+    Image.new("L" if damage == "gray" and codec != "webp" else "RGB", (8, 9)).save(buffer, codec)
+    wrong = {"truncated": image[: len(image) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
     stored = iter([encode(good[0], codec), wrong, image])
     with monkeypatch.context() as patch:
         patch.setattr("imagen_core.store.files.shard.encode", lambda pixels, codec: next(stored))

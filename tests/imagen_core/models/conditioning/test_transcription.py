@@ -80,8 +80,8 @@ def test_a_new_model_predicts_what_one_without_transcriptions_predicts(family: s
     assert not unexpected
     assert all("transcription" in name for name in missing)
     x, c_noise, conditioning = inputs(config, dtype=torch.float64)
-    told = replace(conditioning, characters=character_ids(TEXTS, 12))
-    torch.testing.assert_close(writing(x, c_noise, told), plain(x, c_noise, conditioning), rtol=0, atol=0)
+    with_texts = replace(conditioning, characters=character_ids(TEXTS, 12))
+    torch.testing.assert_close(writing(x, c_noise, with_texts), plain(x, c_noise, conditioning), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,11 +119,11 @@ def attention(**options: Any) -> tuple[TranscriptionAttention, Tensor, Context]:
     layer = random_weights(TranscriptionAttention(config, 6, 4, 10).double())
     generator = torch.Generator().manual_seed(1)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    return layer, draw(2, 6, 4, 4), Context(draw(2, 10), None, None, draw(2, 3, 24), mask)
+    return layer, normal(2, 6, 4, 4), Context(normal(2, 10), None, None, normal(2, 3, 24), mask)
 
 
 def test_pixels_attend_as_the_formula_says():
