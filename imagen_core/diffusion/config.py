@@ -89,7 +89,7 @@ class DenoiserConfig(Config):
 
     kind: Literal["images"] = "images"
     unet: UNetConfig
-    """The network; `{preset: NAME}` takes a published one."""
+    """The network; `{preset: NAME}` selects a published one."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
     size_px: int = Field(ge=1)
@@ -99,7 +99,7 @@ class DenoiserConfig(Config):
     low_res_noise: LowResNoise | None = None
     """Noise-conditioning augmentation of the low-resolution image."""
     low_res_upsampling: Upsampling = "bicubic"
-    """How the low-resolution image is brought to size_px, in training and sampling."""
+    """How the low-resolution image is resized to size_px, in training and sampling."""
     low_res_noise_at: Literal["size_px", "low_res_px"] = "size_px"
     """Size at which the low-resolution image gets its noise: size_px, after upsampling; low_res_px, before it, so that
     the noise is upsampled too (NeMo)."""
@@ -151,7 +151,7 @@ class PriorConfig(Config):
 
     kind: Literal["prior"]
     network: AnyPriorNetworkConfig
-    """The transformer; `{preset: NAME}` takes a published one."""
+    """The transformer; `{preset: NAME}` selects a published one."""
     diffusion: DiffusionConfig = DiffusionConfig(schedule=Discrete(beta="cosine"), objective="x0")
     """The diffusion process."""
     embed_length: float | None = Field(default=None, gt=0)

@@ -87,16 +87,16 @@ class TextConditioning(nn.Module):
         text, mask = masked_text(conditioning, self.text_dim)
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
-        text, seen = text.to(next(self.to_time.parameters()).dtype), mask
+        text, pooled_mask = text.to(next(self.to_time.parameters()).dtype), mask
         if self.padded_tokens is not None:
             text, mask = _padded(text, mask, self.padded_tokens)
-            seen = torch.ones_like(mask)
+            pooled_mask = torch.ones_like(mask)
         context = None if self.to_context is None else self.to_context(text)
         if self.pooled is not None:
-            pooled = self.pooled(self.pool(text, seen))
+            pooled = self.pooled(self.pool(text, pooled_mask))
         else:
             assert context is not None
-            pooled = self.pool(context, seen)
+            pooled = self.pool(context, pooled_mask)
         vector = self.to_time(pooled)
         if context is None or not self.attended:
             return None, None, vector
@@ -150,6 +150,7 @@ def pad_with_learned(
     So the result does not depend on the lengths of the other captions of a batch.
 
     Args:
+        project: (b, l, text_dim) -> (b, l, dim).
         null: (max_tokens, dim), the learned tokens.
     Returns:
         (b, max_tokens, dim), and which rows keep their caption, bool (b,).
