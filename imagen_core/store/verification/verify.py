@@ -178,7 +178,7 @@ class _Check:
             self._bad(entry.path, "missing")
             return False
         with self._folder.open(entry.path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - it has readinto
         self.count(entry.path, size)
         if size != entry.bytes:
             self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")

@@ -69,7 +69,7 @@ def test_one_flipped_byte_of_a_payload(make: Make, store_format: st.StoreFormat,
     row = made.images[4][2] if group == "images-4" else made.text[2][1].astype(np.float16)
     data[data.index(row.tobytes())] ^= 0x01
     path.write_bytes(data)
-    the_problem(made, sealed, "1 images are not" if group == "images-4" else "1 embeddings are not those", path)
+    the_problem(made, sealed, "1 images do not belong" if group == "images-4" else "1 embeddings do not belong", path)
 
 
 @both
