@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.common import report
 from benchmarks.store_formats import Captions, write_store
-from imagen_core.models.count import count_parameters
 from imagen_core.train import TrainConfig, train
 from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.parallel.world import World
+from tests.imagen_core.models.count import count_parameters
 
 DIM, MEAN_TOKENS, SAMPLES = 4096, 20, 1024
 TRAININGS: dict[str, dict[str, Any]] = {

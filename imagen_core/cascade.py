@@ -296,7 +296,7 @@ def _draw(
     weight = next(denoiser.parameters())
     shape = stage.config.shape
     for condition in set(get_args(Condition)) - stage.conditions:
-        conditioning = conditioning.free_of(condition)
+        conditioning = conditioning.without_inputs(condition)
     if conditioning.text is not None and conditioning.text_mask is not None:
         tokens = slice(stage.max_tokens)
         conditioning = replace(

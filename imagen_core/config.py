@@ -4,6 +4,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Frozen, no unknown keys; the docstring under a field is its text in the JSON schema."""
+    """Frozen, without unknown keys; the docstring under a field is its description in the JSON schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)

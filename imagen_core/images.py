@@ -21,17 +21,17 @@ def from_pixels(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 of any shape -> the same in [-1, 1]."""
+    """uint8 of any shape -> `dtype` in [-1, 1] of the same shape."""
     return pixels.to(dtype).div(127.5).sub(1)
 
 
 def read_image(path: str | Path, size_px: int | None = None) -> np.ndarray:
-    """An RGB image, turned by its EXIF orientation: uint8 (h, w, 3).
+    """An RGB image, rotated by its EXIF orientation: uint8 (h, w, 3).
 
     Args:
-        size_px: cut the centre square and resize it (bicubic, antialiased) to this size; None keeps the image.
+        size_px: crop the centre square and resize it (bicubic, antialiased) to this side; None keeps the image.
     Raises:
-        ValueError: the file is no image that can be read.
+        ValueError: the file is not a readable image.
     """
     try:
         with Image.open(path) as opened:
@@ -44,7 +44,7 @@ def read_image(path: str | Path, size_px: int | None = None) -> np.ndarray:
 
 
 def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndarray:
-    """Images of one size, uint8 (h, w, 3) each, side by side on white: uint8 (H, W, 3)."""
+    """Images of one size, uint8 (h, w, 3) each, in rows of `columns` on white, row by row: uint8 (H, W, 3)."""
     height, width = pixels[0].shape[:2]
     rows = -(-len(pixels) // columns)
     canvas = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8)
@@ -55,7 +55,7 @@ def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndar
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 (h, w, 3) as PNG; the file appears whole or not at all."""
+    """Write uint8 (h, w, 3) as PNG, atomically: the file appears complete or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(pixels).save(temporary, format="PNG")

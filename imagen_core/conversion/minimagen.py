@@ -14,12 +14,12 @@ _READ = {
     *("dim", "dim_mults", "channels", "channels_out", "cond_dim", "text_embed_dim", "num_resnet_blocks"),
     *("layer_attns", "layer_cross_attns", "attn_heads", "lowres_cond", "memory_efficient", "attend_at_middle"),
 }
-_LAST_IN_MIDDLE = "middle.last"  # its number depends on whether there is attention before it
-_PLACES = {  # of a level: modules by number, on the way down and up
+_LAST_IN_MIDDLE = "middle.last"  # its index depends on whether attention comes before it
+_PLACES = {  # the modules of a level by index, on the way down and up
     "downs": {0: "before", 1: "first.layer", 2: "blocks", 3: "transformer", 4: "after"},
     "ups": {0: "first.layer", 1: "blocks", 2: "transformer", 3: "after"},
 }
-_RULES = (  # names of MinImagen -> ours; each is applied once, in this order
+_RULES = (  # MinImagen's names -> names here; each is applied once, in this order
     (r"^null_text_embed$", "inputs.text.null_tokens"),
     (r"^null_text_hidden$", "inputs.text.null_vector"),
     (r"^to_lowres_time_", "inputs.low_res_level.to_time_"),
@@ -62,13 +62,14 @@ def unet_config(
     """A Hybrid UNet like the one MinImagen builds in a cascade.
 
     Args:
-        settings: arguments of its class Unet; those that the cascade decides are given apart.
+        settings: arguments of its class Unet, without those that the cascade decides.
+        text_dim, channels, low_res, size_px: decided by the cascade; size_px is the side of the images in pixels.
     Raises:
-        ValueError: a setting that is not known, or one we have no counterpart of.
+        ValueError: a setting is unknown or has no counterpart here.
     """
     unknown = sorted(settings.keys() - _READ)
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not a setting of MinImagen's Unet that is known here")
+        raise ValueError(f"{', '.join(unknown)}: not a setting of MinImagen 0.0.6's Unet")
     dim_mults = tuple(settings.get("dim_mults", (1, 2, 4)))
 
     def levels(name: str, default: int | bool) -> tuple[Any, ...]:
@@ -103,7 +104,7 @@ def unet_weights(state: Mapping[str, Tensor], config: HybridUNetConfig) -> dict[
     """The parameters of `config.build()`, by name, from a state dict of MinImagen's Unet.
 
     Raises:
-        ValueError: a tensor is missing, not known, or of another shape.
+        ValueError: a tensor is missing, unknown, or of another shape.
     """
     return match_parameters(_named(state, last_in_middle=1 + config.middle_attention), config)
 
@@ -114,18 +115,18 @@ def _named(state: Mapping[str, Tensor], *, last_in_middle: int) -> Iterator[tupl
             if values.any():
                 raise ValueError(f"{name} is not zero, but MinImagen never trains it")
             continue
-        mine = convert_name(name).replace(_LAST_IN_MIDDLE, f"middle.{last_in_middle}")
-        if mine.endswith("hidden.0.weight"):  # there sines come first, here cosines
+        converted = convert_name(name).replace(_LAST_IN_MIDDLE, f"middle.{last_in_middle}")
+        if converted.endswith("hidden.0.weight"):  # MinImagen has sines first, this library cosines
             values = values.roll(values.shape[1] // 2, dims=1)
-        yield name, mine, values
+        yield name, converted, values
 
 
 def convert_name(name: str) -> str:
-    """The name of one of MinImagen's tensors here."""
-    trail = re.match(r"(downs|ups)\.(\d+)\.(\d+)\.", name)
-    if trail:
-        way, level, number = trail.groups()
-        name = f"{way[:-1]}.{level}.{_PLACES[way][int(number)]}.{name[trail.end() :]}"
+    """The name here of one of MinImagen's tensors."""
+    place = re.match(r"(downs|ups)\.(\d+)\.(\d+)\.", name)
+    if place:
+        way, level, number = place.groups()
+        name = f"{way[:-1]}.{level}.{_PLACES[way][int(number)]}.{name[place.end() :]}"
     for pattern, replacement in _RULES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,4 +1,4 @@
-"""A model of NeMo Imagen as a denoiser of ours: its settings (nemo_toolkit 1.23.0, imagen.py and precond.py)."""
+"""The settings of a NeMo Imagen model as a denoiser's configuration (nemo_toolkit 1.23.0, imagen.py, precond.py)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,32 +11,32 @@ _DDPM = {"loss_type": "l2", "pred_objective": "noise", "noise_schedule": "cosine
 _SCHEDULES = {"cosine": "log_snr_cosine", "linear": "log_snr_linear"}
 _OBJECTIVES = {"noise": "eps", "x_start": "x0"}
 _FACTOR = 4
-"""What super-resolution enlarges by: NeMo trains all of it on images of 256 px and 64 px, also on crops."""
+"""Factor of super-resolution: NeMo trains all of these models on images of 256 px and 64 px, also on crops."""
 
 
 def preconditioning(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`preconditioning` of a model with NeMo's defaults, and its `kind`, EDM or DDPM.
+    """The `preconditioning` section of a model's configuration with NeMo's defaults, and its `kind`, EDM or DDPM.
 
     Raises:
-        ValueError: a kind or a setting that is not known.
+        ValueError: the kind or a setting is unknown.
     """
     kind = model.get("preconditioning_type", "DDPM")
     if kind not in ("EDM", "DDPM"):
         raise ValueError(f"preconditioning_type must be EDM or DDPM (got {kind!r})")
-    defaults, given = _EDM if kind == "EDM" else _DDPM, model.get("preconditioning") or {}
-    unknown = sorted(given.keys() - defaults.keys())
+    defaults, settings = _EDM if kind == "EDM" else _DDPM, model.get("preconditioning") or {}
+    unknown = sorted(settings.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"preconditioning: {', '.join(unknown)}: not a setting of NeMo's {kind} known here")
-    return {**defaults, **given, "kind": kind}
+        raise ValueError(f"preconditioning: {', '.join(unknown)}: not a setting of NeMo 1.23.0's {kind}")
+    return {**defaults, **settings, "kind": kind}
 
 
 def denoiser_config(model: Mapping[str, Any]) -> DenoiserConfig:
-    """The stage that a model of NeMo is.
+    """The cascade stage that corresponds to a model of NeMo.
 
     Args:
-        model: its configuration, `model` of the YAML; what concerns training and data is not read.
+        model: its configuration, the `model` section of the YAML; settings of training and data are not read.
     Raises:
-        ValueError: a setting that is missing, not known, or that we have no counterpart of.
+        ValueError: a setting is missing, unknown, or has no counterpart here.
     """
     for name, settings in (("unet", ("embed_dim", "image_size")), ("conditioning", ("embed_dim", "token_length"))):
         missing = [key for key in settings if key not in (model.get(name) or {})]

@@ -12,7 +12,7 @@ from imagen_core.models.unet.regular import RegularUNetConfig
 
 _COMMON = {
     "channels": 3,
-    "num_attn_heads": None,  # 4 or 8, where there is no width of a head
+    "num_attn_heads": None,  # 4 or 8, used if per_head_channels is -1
     "per_head_channels": 64,
     "attention_type": "fused",
     "feature_pooling_type": "attention",
@@ -43,13 +43,13 @@ _EFFICIENT: dict[str, Any] = _COMMON | {
     "num_resblocks": (1, 2, 4, 8, 8),
     "skip_connection_scaling": False,
 }
-_ONLY = {  # settings that have one value here, and why
+_ONLY = {  # settings with one supported value, and why
     "init_conv_kernel_size": (3, "NeMo's last convolution would have that kernel too"),
 }
 _ONLY_EFFICIENT = {
-    "stride": (2, "resolutions halve from level to level"),
+    "stride": (2, "resolutions are halved from level to level"),
 }
-_RULES = (  # names of NeMo -> ours; each is applied once, in this order
+_RULES = (  # NeMo's names -> names here; each is applied once, in this order
     (r"^null_text_embedding$", "inputs.text.null_token"),
     (r"^time_embed\.", "inputs.time."),
     (r"^lowres_time_embed\.", "inputs.low_res_time."),
@@ -92,15 +92,16 @@ _RULES = (  # names of NeMo -> ours; each is applied once, in this order
 def unet_config(
     settings: Mapping[str, Any], *, unet_type: str, text_dim: int, token_length: int, low_res_noise: bool
 ) -> RegularUNetConfig | EfficientUNetConfig:
-    """A UNet like the one NeMo builds.
+    """The configuration of a UNet like the one NeMo builds.
 
     Args:
-        settings: `unet` of a model's configuration.
+        settings: the `unet` section of a model's configuration.
         unet_type: base, sr-unet or sr.
-        text_dim, token_length: width of the embeddings, and the tokens captions are padded to.
-        low_res_noise: `noise_cond_aug`.
+        text_dim: width of the text embeddings.
+        token_length: number of tokens that captions are padded to.
+        low_res_noise: NeMo's `noise_cond_aug`.
     Raises:
-        ValueError: a setting that is not known, or one we have no counterpart of.
+        ValueError: a setting is unknown or has no counterpart here.
     """
     if unet_type not in ("base", "sr-unet", "sr"):
         raise ValueError(f"unet_type must be base, sr-unet or sr (got {unet_type!r})")
@@ -108,16 +109,16 @@ def unet_config(
     defaults = _EFFICIENT if efficient else _REGULAR
     unknown = sorted(settings.keys() - defaults.keys() - {"embed_dim", "image_size"})
     if unknown:
-        raise ValueError(f"unet: {', '.join(unknown)}: not a setting of a {unet_type} UNet of NeMo that is known here")
+        raise ValueError(f"unet: {', '.join(unknown)}: not a setting of NeMo 1.23.0's {unet_type} UNet")
     unet = {**defaults, **settings}
     for name, (only, why) in (_ONLY_EFFICIENT if efficient else _ONLY).items():
         if unet[name] != only:
-            raise ValueError(f"unet.{name} is {unet[name]}, which has no counterpart here but {only}: {why}")
+            raise ValueError(f"unet.{name} is {unet[name]}, but only {only} has a counterpart here: {why}")
     heads_by_width = unet["per_head_channels"] != -1
     frequencies = unet["learned_sinu_pos_emb_dim"] // 2
     low_res = efficient or bool(unet["low_res_cond"])
     if low_res != (unet_type != "base"):
-        raise ValueError(f"unet.low_res_cond is {low_res}, which no {unet_type} UNet of NeMo can run with")
+        raise ValueError(f"unet.low_res_cond is {low_res}, which no {unet_type} UNet of NeMo runs with")
     common = {
         "image_size_px": unet["image_size"],
         "text_dim": text_dim,
@@ -162,19 +163,19 @@ def unet_config(
 
 
 def _attending(unet: Mapping[str, Any]) -> list[int]:
-    """Sides of the levels with attention: NeMo asks by how much the image's side is divided, rounded down."""
+    """Sides of the levels with attention: NeMo compares by how much the image's side is divided, rounded down."""
     size, levels = unet["image_size"], {2**level for level in range(len(unet["channel_mult"]))}
     divisors = [size // int(side) for side in unet["attention_resolutions"]]
     return [size // divisor for divisor in divisors if divisor in levels]
 
 
 def unet_weights(state: Mapping[str, Tensor], config: RegularUNetConfig | EfficientUNetConfig) -> dict[str, Tensor]:
-    """The parameters of `config.build()`, by name, from a state dict of NeMo's.
+    """The parameters of `config.build()`, by name, from a state dict of NeMo.
 
     Args:
-        state: of the UNet, or of a model with a UNet in it, also as torch.compile and Float16Module name it.
+        state: of the UNet, or of a model that contains it, also with the prefixes of torch.compile and Float16Module.
     Raises:
-        ValueError: a tensor is missing, not known, or of another shape.
+        ValueError: a tensor is missing, unknown, or of another shape.
     """
     return match_parameters(_named(state, config), config)
 
@@ -185,22 +186,22 @@ def _named(
     reads_tokens = isinstance(config, RegularUNetConfig) or any(config.attention_levels)
     reads_tokens = (reads_tokens and config.attention_type != "self") or config.pooling == "mean"
     for full, values in state.items():
-        if full.startswith("text_encoder."):  # frozen, and of another model
+        if full.startswith("text_encoder."):  # frozen, and part of another model
             continue
         name = full.replace("_orig_mod.", "").rpartition("unet.")[2]
-        if name.startswith("text_to_cond.") and not reads_tokens:  # NeMo makes it, and never uses it
+        if name.startswith("text_to_cond.") and not reads_tokens:  # NeMo creates it, but never uses it
             continue
-        mine = convert_name(name, config)
-        if ".to_qkv." in mine:
+        converted = convert_name(name, config)
+        if ".to_qkv." in converted:
             q, kv = values.tensor_split([len(values) // 3])
-            yield full, mine.replace("to_qkv", "to_q"), q
-            yield full, mine.replace("to_qkv", "to_kv"), kv
+            yield full, converted.replace("to_qkv", "to_q"), q
+            yield full, converted.replace("to_qkv", "to_kv"), kv
         else:
-            yield full, mine, values
+            yield full, converted, values
 
 
 def convert_name(name: str, config: RegularUNetConfig | EfficientUNetConfig) -> str:
-    """The name here of a tensor of NeMo's UNet; one that is not known keeps its name."""
+    """The name here of a tensor of NeMo's UNet; an unknown one keeps its name."""
     name = _efficient_place(name, config) if isinstance(config, EfficientUNetConfig) else _regular_place(name, config)
     for pattern, replacement in _RULES:
         name = re.sub(pattern, replacement, name)
@@ -225,8 +226,8 @@ def _efficient_place(name: str, config: EfficientUNetConfig) -> str:
 
 
 def _regular_place(name: str, config: RegularUNetConfig) -> str:
-    """NeMo counts blocks through all levels; what changes the resolution is a block of its own on the way down, and
-    the last layer of a block on the way up."""
+    """NeMo numbers blocks through all levels; a layer that changes the resolution is a separate block on the way down,
+    and the last layer of a block on the way up."""
     found = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.", name)
     if not found or (found[1], found[2]) == ("input", "0"):
         return name

@@ -2,7 +2,7 @@
 
 from imagen_core.diffusion.config import AnyDenoiserConfig, DenoiserConfig, DiffusionConfig, PriorConfig
 from imagen_core.diffusion.denoiser import Denoiser
-from imagen_core.diffusion.guidance import Denoise, Guidance, Guided, Threshold, guided
+from imagen_core.diffusion.guidance import Denoise, Guidance, GuidedDenoiser, Threshold, guided
 from imagen_core.diffusion.likelihood import Likelihood, bits_per_dimension
 from imagen_core.diffusion.loss import diffusion_loss, loss_weight
 from imagen_core.diffusion.schedules import NoiseSchedule
@@ -14,7 +14,7 @@ __all__ = [
     "DenoiserConfig",
     "DiffusionConfig",
     "Guidance",
-    "Guided",
+    "GuidedDenoiser",
     "Likelihood",
     "NoiseSchedule",
     "PriorConfig",

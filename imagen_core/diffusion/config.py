@@ -19,7 +19,7 @@ WeightKind = Literal["none", "p2", "min_snr", "snr_plus_one", "edm"]
 
 
 class DiffusionConfig(Config):
-    """Noise levels, what the network predicts, and the loss."""
+    """Noise levels, the network's objective, and the loss."""
 
     schedule: NoiseSchedule = LogNormal()
     """Noise levels of training."""
@@ -31,13 +31,13 @@ class DiffusionConfig(Config):
     """Variance of ancestral sampling's steps. The learned ones need a discrete schedule and a network with twice as
     many out_channels as in_channels."""
     loss: LossKind = "l2"
-    """Distance between the network's output and its target; or the variational bound in bits a dimension: kl, the term
-    of the drawn step, and rescaled_kl, times the number of steps."""
+    """Distance between the network's output and its target; or the variational bound in bits per dimension: kl,
+    the term of the sampled step; rescaled_kl, that term times the number of steps."""
     vb_weight: float = Field(default=0.001, ge=0)
     """Weight of the variational bound, summed over all steps, in the loss of a learned variance. It teaches the
     variance only: the gradient stops at the mean."""
     weight: WeightKind = "none"
-    """Weight by noise level; none weighs the network's output alike everywhere (for edm that is the paper's)."""
+    """Weight by noise level; none weights the network's output equally everywhere (for edm, the paper's weight)."""
     p2_k: float = Field(default=1.0, gt=0)
     """k of the p2 weight."""
     p2_gamma: float = Field(default=0.5, ge=0, le=2)
@@ -70,7 +70,7 @@ class DiffusionConfig(Config):
         """Refuses a step, between two scalar levels, whose variance was not learned.
 
         Raises:
-            ValueError: variance=learned, which is of the schedule's own steps only, and this is none of them.
+            ValueError: variance=learned, and the step is not one of the schedule's own, which alone were learned.
         """
         if self.variance != "learned" or not isinstance(self.schedule, Discrete):
             return
@@ -78,8 +78,8 @@ class DiffusionConfig(Config):
         found = [int((levels - float(level)).abs().argmin()) for level in (sigma, sigma_next)]
         if found[0] != found[1] + 1:
             raise ValueError(
-                f"variance=learned is of the schedule's {self.schedule.num_steps} steps, and sigma {float(sigma):.4g} "
-                f"to {float(sigma_next):.4g} is none of them; use grid.kind=uniform with num_steps="
+                f"variance=learned covers the {self.schedule.num_steps} steps of the schedule, and sigma "
+                f"{float(sigma):.4g} to {float(sigma_next):.4g} is none of them; use grid.kind=uniform with num_steps="
                 f"{self.schedule.num_steps}, a sampler without noise, or a model with learned_range"
             )
 
@@ -89,19 +89,20 @@ class DenoiserConfig(Config):
 
     kind: Literal["images"] = "images"
     unet: UNetConfig
-    """The network; `{preset: NAME}` takes a published one."""
+    """The network; `{preset: NAME}` selects a published one."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """The diffusion process."""
     size_px: int = Field(ge=1)
-    """Side of the images it makes."""
+    """Side of the generated images, in pixels."""
     low_res_px: int | None = Field(default=None, ge=1)
-    """Side of the images it enlarges; null for a base model."""
+    """Side of the low-resolution images that it upsamples, in pixels; null for a base model."""
     low_res_noise: LowResNoise | None = None
     """Noise-conditioning augmentation of the low-resolution image."""
     low_res_upsampling: Upsampling = "bicubic"
-    """How the low-resolution image is brought to size_px, in training and sampling."""
+    """How the low-resolution image is resized to size_px, in training and sampling."""
     low_res_noise_at: Literal["size_px", "low_res_px"] = "size_px"
-    """Size at which it gets its noise: when it is enlarged, or before, so that the noise is enlarged too (NeMo)."""
+    """Size at which the low-resolution image gets its noise: size_px, after upsampling; low_res_px, before it, so that
+    the noise is upsampled too (NeMo)."""
 
     @model_validator(mode="after")
     def _check(self) -> "DenoiserConfig":
@@ -133,31 +134,31 @@ class DenoiserConfig(Config):
 
     @property
     def network(self) -> UNetConfig:
-        """What predicts."""
+        """The UNet, under the name that priors share."""
         return self.unet
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one thing that is drawn: (c, h, w)."""
+        """Shape of one generated image: (c, h, w)."""
         return self.unet.in_channels, self.size_px, self.size_px
 
 
 class PriorConfig(Config):
-    """A prior: it draws image embeddings from captions (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
+    """A prior: it generates image embeddings from captions (Ramesh et al. 2022, arXiv 2204.06125, section 2.2).
 
-    The embeddings are brought to one length, so that they lie on a sphere, as those of CLIP do when it compares them.
+    The embeddings are scaled to one length, so that they lie on a sphere, as CLIP's do when they are compared.
     """
 
     kind: Literal["prior"]
     network: AnyPriorNetworkConfig
-    """The transformer; `{preset: NAME}` takes a published one."""
+    """The transformer; `{preset: NAME}` selects a published one."""
     diffusion: DiffusionConfig = DiffusionConfig(schedule=Discrete(beta="cosine"), objective="x0")
     """The diffusion process."""
     embed_length: float | None = Field(default=None, gt=0)
-    """Length of the embeddings within the diffusion; null: the square root of their width, variance 1 a number
-    (DALLE2-pytorch: image_embed_scale)."""
+    """Length of the embeddings within the diffusion; null means the square root of their width, so that each
+    component has variance 1 (DALLE2-pytorch: image_embed_scale)."""
     clamp_prediction: bool = False
-    """Predictions of objective x0 are brought to this length, in training and in sampling."""
+    """Scale predictions of objective x0 to this length, in training and in sampling."""
 
     @model_validator(mode="after")
     def _check(self) -> "PriorConfig":
@@ -171,7 +172,7 @@ class PriorConfig(Config):
         if steps is not None and found != steps:
             raise ValueError(
                 f"network.num_timesteps is {steps}, but diffusion.schedule has {found or 'no discrete'} steps; give "
-                f"it kind: discrete and num_steps: {steps}, or null num_timesteps"
+                f"it kind: discrete and num_steps: {steps}, or set num_timesteps to null"
             )
         return self
 
@@ -182,7 +183,7 @@ class PriorConfig(Config):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one thing that is drawn: (dim,)."""
+        """Shape of one generated embedding: (dim,)."""
         return (self.network.dim,)
 
     def to_length(self, embeds: Tensor) -> Tensor:
@@ -197,4 +198,4 @@ def _kind(value: Any) -> str:
 AnyDenoiserConfig = Annotated[
     Annotated[DenoiserConfig, Tag("images")] | Annotated[PriorConfig, Tag("prior")], Discriminator(_kind)
 ]
-"""What is trained: a stage of a cascade, or with `kind: prior` a prior."""
+"""A model to train: a stage of a cascade, or with `kind: prior` a prior."""

@@ -1,4 +1,4 @@
-"""The one interface of everything that is trained and sampled: D(x, sigma, conditioning)."""
+"""The interface of all models that are trained and sampled: D(x, sigma, conditioning)."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from imagen_core.models import Conditioning
 class Denoiser(nn.Module):
     """Estimates the clean image from a noisy one: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
-    With a `PriorConfig` what is noisy and clean is an image's embedding: (b, dim) wherever (b, c, h, w) is said.
+    With a `PriorConfig` x and x0 are image embeddings: their shape is (b, dim) wherever this file says (b, c, h, w).
     """
 
     def __init__(self, config: DenoiserConfig | PriorConfig):
@@ -36,13 +36,19 @@ class Denoiser(nn.Module):
         return self.with_variance(x, sigma, conditioning)[0]
 
     def with_variance(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """The estimate of x0, and the channels of `variance.log_variance` where the network learns them."""
+        """The estimate of x0, and the channels for `variance.log_variance` (None if the variance is fixed).
+
+        Both (b, c, h, w) in the dtype of x; arguments as in `forward`.
+        """
         c = self.coefficients(sigma.to(x.dtype))
         predicted, channels = self.network(x, sigma, conditioning)
         return column(c.skip, x) * x + column(c.out, x) * predicted, channels
 
     def network(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """What the network says: F(c_in x, c_noise), and the learned variance; each (b, c, h, w) in the dtype of x."""
+        """The network's output: F(c_in x, c_noise), and the channels of a learned variance, else None.
+
+        Both (b, c, h, w) in the dtype of x; arguments as in `forward`.
+        """
         scaled = column(self.coefficients(sigma.to(x.dtype)).input, x) * x
         c_noise = self.config.diffusion.schedule.c_noise(sigma.double())
         output = self.net(scaled, c_noise.to(x.dtype), conditioning).to(x.dtype)
@@ -52,7 +58,7 @@ class Denoiser(nn.Module):
         return output[:, : x.shape[1]], channels
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """c_skip, c_out and c_in at sigma."""
+        """c_skip, c_out and c_in at sigma > 0, in its shape and dtype."""
         return self.config.diffusion.coefficients(sigma)
 
     def with_low_res(self, conditioning: Conditioning, low_res: Tensor, sigma: Tensor, noise: Tensor) -> Conditioning:
@@ -60,8 +66,8 @@ class Denoiser(nn.Module):
 
         Args:
             low_res: (b, c, h, w) in [-1, 1], of any size; upsampled to the size of `noise`. With
-                low_res_noise_at=low_res_px it is no larger, and its noise is the first rows and columns of `noise`.
-            sigma: (b,), noise level to put on it; 0 for none.
+                low_res_noise_at=low_res_px it must not be larger, and its noise is the top left corner of `noise`.
+            sigma: (b,), noise level of the noise added to it; 0 adds none.
             noise: (b, c, H, W), standard normal, of the size of x.
         """
         assert isinstance(self.config, DenoiserConfig)
@@ -78,7 +84,7 @@ class Denoiser(nn.Module):
         if not self.config.unet.low_res_noise:
             return replace(conditioning, low_res=noised)
         schedule = self.config.low_res_noise.schedule
-        c_noise = schedule.c_noise(sigma.double().clamp(min=sampling_range(schedule)[0]))  # ln 0 is no number
+        c_noise = schedule.c_noise(sigma.double().clamp(min=sampling_range(schedule)[0]))  # ln 0 is infinite
         return replace(conditioning, low_res=noised, low_res_noise=c_noise.to(noise.dtype))
 
     def with_sampling_low_res(

@@ -17,14 +17,14 @@ from imagen_core.diffusion.variance import is_learned
 from imagen_core.models.conditioning.base import Condition, Conditioning, cat
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(x (b, c, h, w), sigma scalar tensor) -> estimate of x0 (b, c, h, w); all a sampler needs to know."""
-
+"""(x (b, c, h, w), sigma scalar tensor) -> estimate of x0 (b, c, h, w): the only interface that samplers need."""
 
 _ORDER: tuple[Condition, ...] = ("text", "transcription", "labels", "image_embed", "low_res")
 
 
 class Guidance(Config):
-    """Weights of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); 1 is none, 0 ignores it."""
+    """Weights of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); 1 is no guidance, 0 ignores the
+    condition."""
 
     text: float = 1.0
     """Weight of the caption."""
@@ -35,25 +35,25 @@ class Guidance(Config):
     image_embed: float = 1.0
     """Weight of the image embedding."""
     low_res: float = 1.0
-    """Weight of the low-resolution image, against a grey one."""
+    """Weight of the low-resolution image, against a mid-gray one."""
     two_passes: bool = False
     """Run the conditional and the unconditional batch one after the other: slower, half the memory."""
     after_sigma: float | None = Field(default=None, gt=0)
-    """Guide only from this noise level on, downwards; null: from the first."""
+    """Guide only at this noise level and below; null is from the first."""
     until_sigma: float | None = Field(default=None, gt=0)
-    """Guide only down to this noise level (Kynkäänniemi et al. 2024, arXiv 2404.07724); null: to the last."""
+    """Guide only at this noise level and above (Kynkäänniemi et al. 2024, arXiv 2404.07724); null is to the last."""
 
     @model_validator(mode="after")
     def _check(self) -> "Guidance":
         if self.after_sigma is not None and self.until_sigma is not None and self.after_sigma < self.until_sigma:
             raise ValueError(
                 f"after_sigma must not be below until_sigma (got {self.after_sigma} and {self.until_sigma}): noise "
-                "falls as an image is drawn"
+                "decreases while an image is sampled"
             )
         return self
 
     def applies(self, sigma: Tensor) -> bool:
-        """Whether noise level sigma, a scalar, is within the limits."""
+        """Whether guidance is on at noise level sigma, a scalar tensor."""
         if self.after_sigma is None and self.until_sigma is None:
             return True  # without waiting for the device
         return (self.until_sigma or 0) <= float(sigma) <= (self.after_sigma or math.inf)
@@ -63,18 +63,20 @@ class Threshold(Config):
     """Clipping of the estimated image at each step (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
 
     kind: Literal["none", "static", "dynamic", "length"] = "dynamic"
-    """static clips to [-1, 1]; dynamic clips to a percentile of each image and rescales; length, for a prior, brings
-    each embedding to the length all have."""
+    """static clips to [-1, 1]; dynamic clips to a percentile of each image and rescales; length, for a prior, scales
+    each embedding to the model's length."""
     percentile: float = Field(default=0.995, gt=0, le=1)
-    """Part of the absolute values that dynamic thresholding keeps."""
+    """Fraction of the absolute values that dynamic thresholding does not clip."""
     cap: float | None = Field(default=None, ge=1)
-    """Largest divisor of dynamic thresholding; null: none."""
+    """Largest divisor of dynamic thresholding; null means no limit."""
 
     def __call__(self, x0: Tensor, length: float | None = None) -> Tensor:
-        """(b, c, h, w) -> the same, clipped; (b, dim) for kind=length.
+        """Estimates (b, c, h, w), or (b, dim) of a prior -> the same shape.
 
+        Args:
+            length: length of a prior's embeddings; None for images.
         Raises:
-            ValueError: kind=length for images.
+            ValueError: kind=length without a length.
         """
         if self.kind == "none":
             return x0
@@ -91,12 +93,12 @@ class Threshold(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Guided:
-    """A `Denoise` that can also say what the network knows of a step's variance.
+class GuidedDenoiser:
+    """A `Denoise` that also gives the learned variance of a step.
 
     Attributes:
-        with_variance: (x, sigma) -> the estimate of x0, and what the network says for `variance.log_variance` with
-            all conditions; None if it learns none.
+        with_variance: (x, sigma) -> the estimate of x0, and the channels for `variance.log_variance`, which are those
+            with all conditions; None if the variance is fixed.
         diffusion: the model's configuration, with the kind of variance.
     """
 
@@ -108,24 +110,23 @@ class Guided:
 
 
 @dataclass(slots=True)
-class _Last:
-    """The estimate before, for self-conditioning."""
+class _PreviousEstimate:
+    """The previous step's estimate, for self-conditioning."""
 
     estimate: Tensor | None = None
 
 
-def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> Guided:
+def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> GuidedDenoiser:
     """A function of (x, sigma) alone, for one run of a sampler: guidance first, then the threshold.
 
-    Conditions are taken away one by one, in the order text, transcription, labels, image_embed, low_res; each step's
-    difference has the weight of what it took away, and the rest stays: D = D_none + sum of w_i (D_with_i -
-    D_without_i). Equal weights make one difference of several steps. Only the terms with a weight are computed: with
-    all weights 1 the network runs once.
+    Conditions are dropped one after the other, in the order text, transcription, labels, image_embed, low_res. The
+    difference that dropping a condition makes gets its weight: D = D_none + sum of w_i (D_with_i - D_without_i), where
+    the conditions after i are still there. Terms whose weights cancel are not computed: with all weights 1 the network
+    runs once.
     """
     length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
     within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
-
-    shows_estimate, last = denoiser.config.network.self_conditioning, _Last()
+    self_conditioning, previous = denoiser.config.network.self_conditioning, _PreviousEstimate()
 
     def output(x: Tensor, level: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
         learns = is_learned(denoiser.config.diffusion.variance)
@@ -133,8 +134,8 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
 
     def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         terms = within if guidance.applies(sigma) else outside
-        if shows_estimate and last.estimate is not None:
-            terms = [(weight, replace(condition, estimate=last.estimate)) for weight, condition in terms]
+        if self_conditioning and previous.estimate is not None:
+            terms = [(weight, replace(condition, estimate=previous.estimate)) for weight, condition in terms]
         level = sigma.to(x).expand(len(x))
         if guidance.two_passes or len(terms) == 1:
             outputs = [output(x, level, condition) for _, condition in terms]
@@ -148,14 +149,14 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        last.estimate = threshold(total, length)
-        return last.estimate, channels
+        previous.estimate = threshold(total, length)
+        return previous.estimate, channels
 
-    return Guided(with_variance, denoiser.config.diffusion)
+    return GuidedDenoiser(with_variance, denoiser.config.diffusion)
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:
-    """Denoiser inputs and the weight of each in the sum; those of weight 0 left out."""
+    """The denoiser's inputs, each with its weight in the sum; without those of weight 0."""
     terms: list[tuple[float, Conditioning]] = []
     current, before = conditioning, 0.0
     for condition in _ORDER:

@@ -1,4 +1,4 @@
-"""The variational bound on the likelihood of images, in bits a dimension.
+"""The variational bound on the likelihood of images, in bits per dimension.
 
 Ho et al. 2020 (arXiv 2006.11239), equation 5 and section 3.3; Nichol and Dhariwal 2021 (arXiv 2102.09672). An image
 costs the KL divergence of its last noise level from the prior, of each step's q(x_next | x, x0) from p(x_next | x),
@@ -25,11 +25,11 @@ class Likelihood:
     """Row i belongs to image i; steps go from the lowest noise level up. All float64 on the CPU.
 
     Attributes:
-        prior: (b,) bits a dimension: KL(q(x_T | x0) || N(0, 1)) in DDPM's coordinate.
-        bound: (b, steps) bits a dimension: KL(q(x_next | x, x0) || p(x_next | x)); first, of the step to the image
-            itself, -log2 p(x0 | x).
-        x0_mse: (b, steps), mean square error of the estimated image.
-        noise_mse: (b, steps), that of the estimated noise (x - D) / sigma.
+        prior: (b,) bits per dimension: KL(q(x_T | x0) || N(0, 1)) in DDPM's coordinate.
+        bound: (b, steps) bits per dimension: KL(q(x_next | x, x0) || p(x_next | x)); the first entry, of the step to
+            the image itself, is -log2 p(x0 | x).
+        x0_mse: (b, steps), mean squared error of the estimated image.
+        noise_mse: (b, steps), mean squared error of the estimated noise (x - D) / sigma.
     """
 
     prior: Tensor
@@ -39,7 +39,7 @@ class Likelihood:
 
     @property
     def total(self) -> Tensor:
-        """(b,) bits a dimension: not less than the negative log-likelihood in the mean over noise."""
+        """(b,) bits per dimension; its mean over noise bounds the negative log-likelihood from above."""
         return self.prior + self.bound.sum(dim=1)
 
 
@@ -54,16 +54,16 @@ def bits_per_dimension(
     clip: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """What the bound gives for images, with one draw of noise at each step. One network call a step.
+    """The bound of each image, with one sample of noise per step and one network call per step.
 
     Args:
         x0: (b, c, h, w) in [-1, 1], 8-bit values / 127.5 - 1.
         sigmas: float64 (steps + 1,), falling to 0: a sampling grid, e.g. all steps of the model's schedule.
         noise: step 0, 1, ... from the lowest noise up -> (b, c, h, w), standard normal.
-        clip: the estimated image to [-1, 1], as sampling would.
+        clip: clip the estimated image to [-1, 1], as sampling would.
         on_step: called after each step as (steps done, number of steps).
     Raises:
-        ValueError: fewer than two levels; or a variance that is learned for whole steps on other steps than those.
+        ValueError: fewer than two noise levels; or variance=learned and levels that are not the schedule's own steps.
     """
     rising = sigmas[:-1].flip(0).to(x0.device)
     if len(rising) < 2:
@@ -89,7 +89,7 @@ def bits_per_dimension(
 
 
 def prior_term(x0: Tensor, sigma: Tensor) -> Tensor:
-    """KL of the images at the highest level from N(0, 1 + sigma^2), in DDPM's coordinate N(0, 1); (b,) bits a
+    """KL of the images at the highest level from N(0, 1 + sigma^2), in DDPM's coordinate N(0, 1); (b,) bits per
     dimension."""
     ratio = float(sigma) ** 2 / (1 + float(sigma) ** 2)
     kl = (ratio - 1 - math.log(ratio) + x0.double() ** 2 * (1 - ratio)) / 2
@@ -105,33 +105,36 @@ def bound_term(
     sigma_next: Tensor,
     sigma_above: Tensor,
 ) -> Tensor:
-    """The term of the step from sigma to sigma_next, with D = `estimate`: (b,) bits a dimension.
+    """The term of the step from sigma to sigma_next, with D = `estimate`: (b,) bits per dimension.
 
     Args:
+        x0, estimate: (b, c, h, w).
+        channels: of a learned variance, (b, c, h, w); else None.
         sigma, sigma_next, sigma_above: float64 (b,) or (1,); see `log_variance`.
     """
     levels = column(sigma, x0), column(sigma_next, x0), column(sigma_above, x0)
-    log_mine = log_variance(variance, *levels, channels).to(x0.dtype)
-    log_true = log_variance("fixed_small", *levels, None).to(x0.dtype)
+    log_model = log_variance(variance, *levels, channels).to(x0.dtype)
+    log_posterior = log_variance("fixed_small", *levels, None).to(x0.dtype)
     share = (1 - (levels[1] / levels[0]) ** 2).to(x0.dtype)  # of D in the mean; the rest of both means is x
     distance = share * (x0 - estimate)
-    kl = (log_mine - log_true - 1 + (log_true - log_mine).exp() + distance**2 * (-log_mine).exp()) / 2
+    kl = (log_model - log_posterior - 1 + (log_posterior - log_model).exp() + distance**2 * (-log_model).exp()) / 2
     last = levels[1] == 0
-    zero = torch.zeros_like(x0)  # elsewhere: its gradient must be finite there too
-    likelihood = discretised_log_likelihood(x0, torch.where(last, estimate, x0), torch.where(last, log_mine / 2, zero))
+    zero = torch.zeros_like(x0)  # for the other rows, whose gradient must be finite too
+    mean, log_std = torch.where(last, estimate, x0), torch.where(last, log_model / 2, zero)
+    likelihood = discretised_log_likelihood(x0, mean, log_std)
     nats = torch.where(last, -likelihood, kl)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Natural logarithm of what N(mean, std^2) gives to the 8-bit value of each number of x0 in [-1, 1].
+    """Natural logarithm of the probability of each 8-bit value of x0, in [-1, 1], under N(mean, std^2).
 
-    The lowest value has all that is below, the highest all that is above (Ho et al. 2020, equation 13).
+    The lowest value gets all probability below it, the highest all above it (Ho et al. 2020, equation 13).
     """
     std = log_std.exp()
-    away = (x0 - mean).abs()  # the normal distribution is symmetric, and its lower tail is exact
-    upper = torch.special.log_ndtr((_HALF_BIN - away) / std)
-    lower = torch.special.log_ndtr((-_HALF_BIN - away) / std)
+    deviation = (x0 - mean).abs()  # the normal distribution is symmetric, and its lower tail is exact
+    upper = torch.special.log_ndtr((_HALF_BIN - deviation) / std)
+    lower = torch.special.log_ndtr((-_HALF_BIN - deviation) / std)
     inside = upper + torch.log(-torch.expm1(lower - upper))
     lowest = torch.special.log_ndtr((x0 + _HALF_BIN - mean) / std)
     highest = torch.special.log_ndtr((mean - x0 + _HALF_BIN) / std)

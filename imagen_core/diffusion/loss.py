@@ -17,11 +17,11 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor,
     The target is what makes D(x, sigma) = x0: (x0 - c_skip x) / c_out. In this space EDM's weight lambda(sigma)
     is 1 (Karras et al. 2022, arXiv 2206.00364, equation 8). A learned variance adds vb_weight times the variational
     bound, with D held fixed (L_hybrid of Nichol and Dhariwal 2021, arXiv 2102.09672, equation 16); with loss kl or
-    rescaled_kl the bound is all of it.
+    rescaled_kl the bound is the complete loss.
 
     Args:
-        x0: (b, c, h, w) in [-1, 1]; for the bound 8-bit values / 127.5 - 1.
-        sigma: (b,) > 0; for the bound levels of the discrete schedule.
+        x0: (b, c, h, w) in [-1, 1]; for the bound, 8-bit values / 127.5 - 1.
+        sigma: (b,) > 0; for the bound, levels of the discrete schedule.
         noise: (b, c, h, w), standard normal.
     Returns:
         (b,), in the dtype of x0.
@@ -34,25 +34,25 @@ def diffusion_loss(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor,
     predicted, channels = denoiser.network(x, sigma, conditioning)
     estimate = column(c.skip, x) * x + column(c.out, x) * predicted
     if settings.loss in ("kl", "rescaled_kl"):
-        return _bound(settings, x0, sigma, estimate, channels, whole=settings.loss == "rescaled_kl")
+        return _bound(settings, x0, sigma, estimate, channels, all_steps=settings.loss == "rescaled_kl")
     distance = _distance(predicted, target, settings.loss).flatten(1).mean(dim=1) * loss_weight(settings, level)
     if channels is None:
         return distance
-    return distance + settings.vb_weight * _bound(settings, x0, sigma, estimate.detach(), channels, whole=True)
+    return distance + settings.vb_weight * _bound(settings, x0, sigma, estimate.detach(), channels, all_steps=True)
 
 
 def _bound(
-    settings: DiffusionConfig, x0: Tensor, sigma: Tensor, estimate: Tensor, channels: Tensor | None, *, whole: bool
+    settings: DiffusionConfig, x0: Tensor, sigma: Tensor, estimate: Tensor, channels: Tensor | None, *, all_steps: bool
 ) -> Tensor:
-    """The bound's term of the step from sigma down, (b,) bits a dimension; if `whole` times the number of steps, which
-    in the mean over steps is the whole bound."""
+    """The bound's term of the step from sigma down, (b,) bits per dimension. With `all_steps` it is multiplied by the
+    number of steps: its mean over steps is then the complete bound."""
     assert isinstance(settings.schedule, Discrete)
     table = settings.schedule.sigmas().to(sigma.device)
     step = settings.schedule.step(sigma).round().long()
     below = torch.where(step > 0, table[(step - 1).clamp(min=0)], 0)
     above = table[(step + 1).clamp(max=len(table) - 1)]
     term = bound_term(settings.variance, x0, estimate, channels, sigma.double(), below, above)
-    return term * len(table) if whole else term
+    return term * len(table) if all_steps else term
 
 
 def _distance(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -71,9 +71,9 @@ def loss_weight(config: DiffusionConfig, sigma: Tensor) -> Tensor:
     snr_plus_one: SNR + 1 on the image's error (Salimans and Ho 2022, arXiv 2202.00512, section 4).
     edm: (sigma^2 + sd^2)/(sigma sd)^2 on the image's error (Karras et al. 2022, table 1).
 
-    snr_plus_one is also the squared error of v, and twice the mean of those of eps and x0.
+    snr_plus_one also equals the squared error of v, and twice the mean of the squared errors of eps and x0.
 
-    A weight on the image's error is one on the network's output times c_out^2.
+    A weight on the image's error becomes one on the network's output when multiplied by c_out^2.
     """
     snr = sigma**-2
     if config.weight == "none":

@@ -1,5 +1,5 @@
-"""Noise-conditioning augmentation: super-resolution learns from low-resolution images with noise on them, and is
-told how much, so that it forgives the faults of the stage before it.
+"""Noise-conditioning augmentation: super-resolution models are trained on noisy low-resolution images and receive the
+noise level, so that they tolerate the faults of the previous stage.
 
 Ho et al. 2022 (arXiv 2106.15282), section 4.2; Saharia et al. 2022 (arXiv 2205.11487), section 2.3.
 """
@@ -16,23 +16,23 @@ from imagen_core.diffusion.schedules import LogNormal, LogSnrLinear, NoiseSchedu
 
 
 class LogNormalNoise(Config):
-    """Levels as in EDM training (NeMo Imagen): ln sigma is normal."""
+    """Noise levels as in EDM training (NeMo Imagen): ln sigma is normal."""
 
     kind: Literal["lognormal"] = "lognormal"
     schedule: LogNormal = LogNormal()
-    """Levels in training."""
+    """Noise levels of training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each image, or one for the whole batch."""
+    """One noise level per image, or one for all images of a batch."""
     sample_sigma: float = Field(default=0.002, gt=0)
-    """Level in sampling."""
+    """Noise level of sampling."""
 
     def sigma(self, uniform: Tensor) -> Tensor:
-        """Training level of a uniform number in [0, 1)."""
+        """Uniform numbers in [0, 1) -> noise levels of training, float64 of the same shape."""
         return self.schedule.sigma(uniform)
 
     @property
     def sampling_sigma(self) -> float:
-        """Level in sampling."""
+        """Noise level of sampling."""
         return self.sample_sigma
 
 
@@ -41,21 +41,21 @@ class UniformNoise(Config):
 
     kind: Literal["uniform"] = "uniform"
     schedule: NoiseSchedule = LogSnrLinear()
-    """Its levels."""
+    """Noise levels by time."""
     max_time: float = Field(default=1.0, gt=0, le=1)
-    """Highest time in training."""
+    """Highest time of training."""
     per: Literal["sample", "batch"] = "sample"
-    """One level for each image, or one for the whole batch."""
+    """One noise level per image, or one for all images of a batch."""
     sample_time: float = Field(default=0.2, ge=0, le=1)
-    """Time of the level in sampling."""
+    """Time of the noise level of sampling."""
 
     def sigma(self, uniform: Tensor) -> Tensor:
-        """Training level of a uniform number in [0, 1)."""
+        """Uniform numbers in [0, 1) -> noise levels of training, float64 of the same shape."""
         return self.schedule.sigma(uniform * self.max_time)
 
     @property
     def sampling_sigma(self) -> float:
-        """Level in sampling."""
+        """Noise level of sampling."""
         return float(self.schedule.sigma(torch.tensor([self.sample_time], dtype=torch.float64)))
 
 
@@ -63,14 +63,17 @@ LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind
 
 
 Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cubic_reflect"]
-"""cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on an image reflected at its edges, for whole factors
-(MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
+"""cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on an image reflected at its edges, for integer
+factors (MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
 
 
 def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Tensor:
-    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), antialiased if it shrinks.
+    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), antialiased if it is downsampled.
 
-    Clipped to [-1, 1], but for bicubic_unclipped.
+    Clipped to [-1, 1], except with bicubic_unclipped.
+
+    Raises:
+        ValueError: mode=cubic_reflect, and size_px is not a multiple of the sides.
     """
     if low_res.shape[-1] == low_res.shape[-2] == size_px:
         return low_res
@@ -78,22 +81,22 @@ def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Ten
         return _cubic_reflect(low_res, size_px)
     if mode == "nearest":
         return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact").clamp(-1, 1)
-    size, shrinks = (size_px, size_px), low_res.shape[-1] > size_px
+    size, downsamples = (size_px, size_px), low_res.shape[-1] > size_px
     if mode == "bicubic_unclipped":
-        return F.interpolate(low_res, size=size, mode="bicubic", antialias=shrinks)
-    return F.interpolate(low_res, size=size, mode=mode, antialias=shrinks).clamp(-1, 1)
+        return F.interpolate(low_res, size=size, mode="bicubic", antialias=downsamples)
+    return F.interpolate(low_res, size=size, mode=mode, antialias=downsamples).clamp(-1, 1)
 
 
 def _cubic_reflect(low_res: Tensor, size_px: int) -> Tensor:
     height, width = low_res.shape[-2:]
     factor, margin = size_px // width, min(3, width - 1)
     if size_px % width or height != width:
-        raise ValueError(f"low_res_upsampling=cubic_reflect: {size_px} is no multiple of {height} x {width} pixels")
+        raise ValueError(f"low_res_upsampling=cubic_reflect: {size_px} is not a multiple of {height} x {width} pixels")
     padded = F.pad(low_res, (margin,) * 4, mode="reflect")
-    size, cut = factor * (width + 2 * margin), slice(factor * margin, factor * (margin + width))
-    return F.interpolate(padded, (size, size), mode="bicubic", antialias=True)[..., cut, cut].clamp(-1, 1)
+    size, centre = factor * (width + 2 * margin), slice(factor * margin, factor * (margin + width))
+    return F.interpolate(padded, (size, size), mode="bicubic", antialias=True)[..., centre, centre].clamp(-1, 1)
 
 
 def add_low_res_noise(upsampled: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
-    """scale * (upsampled + sigma * noise), with sigma and scale (b,)."""
+    """scale * (upsampled + sigma * noise), with images (b, c, h, w) and sigma and scale (b,)."""
     return scale[:, None, None, None] * (upsampled + sigma[:, None, None, None] * noise)

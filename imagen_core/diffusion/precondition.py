@@ -6,10 +6,10 @@ feeds the network the variance-preserving state that DDPM would.
 
 objective  F predicts                       c_skip                       c_out
 eps        the noise n                      1                            -sigma
-x0         the image                      0                            1
+x0         the image                        0                            1
 v          alpha n - sigma alpha x0         1/(1 + sigma^2)              -sigma/sqrt(1 + sigma^2)
 edm        (x0 - c_skip x)/c_out            sd^2/(sigma^2 + sd^2)        sigma sd/sqrt(sigma^2 + sd^2)
-prev       DDPM's state one step before     -r^2/(1 - r^2)               sqrt(1 + sigma_prev^2)/(1 - r^2)
+prev       DDPM's previous state            -r^2/(1 - r^2)               sqrt(1 + sigma_prev^2)/(1 - r^2)
 
 prev predicts the mean of q(x_prev | x, x0) in DDPM's coordinate (Ho et al. 2020, arXiv 2006.11239, section 3.2); its
 r is sigma_prev / sigma, so it exists in discrete schedules only.

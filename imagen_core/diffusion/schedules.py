@@ -23,7 +23,7 @@ class LogSnrLinear(Config):
     kind: Literal["log_snr_linear"] = "log_snr_linear"
 
     def sigma(self, time: Tensor) -> Tensor:
-        """Time in [0, 1] -> sigma, rising."""
+        """Time in [0, 1] -> sigma, increasing, float64."""
         return torch.expm1(1e-4 + 10 * time.double() ** 2).sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
@@ -31,15 +31,15 @@ class LogSnrLinear(Config):
         return ((torch.log1p(sigma.double() ** 2) - 1e-4).clamp(min=0) / 10).sqrt()
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told: the log-SNR."""
+        """The network's input at sigma: the log-SNR."""
         return -2 * sigma.log()
 
 
 class LogSnrCosine(Config):
     """Nichol and Dhariwal 2021 (arXiv 2102.09672, equation 17) in continuous time.
 
-    The log-SNR is -2 ln tan of an angle that rises linearly from s to a right angle; the ends are cut so that
-    log-SNR stays within +-20.
+    The log-SNR is -2 ln tan of an angle that rises linearly from s to a right angle; the ends are truncated so
+    that log-SNR stays within +-20.
     """
 
     kind: Literal["log_snr_cosine"] = "log_snr_cosine"
@@ -47,7 +47,7 @@ class LogSnrCosine(Config):
     """The s of the paper: keeps the first noise level off zero."""
 
     def sigma(self, time: Tensor) -> Tensor:
-        """Time in [0, 1] -> sigma, rising."""
+        """Time in [0, 1] -> sigma, increasing, float64."""
         return torch.tan(self._angle(time.double()))
 
     def time(self, sigma: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class LogSnrCosine(Config):
         return (torch.atan(sigma.double()) - low) / (high - low)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told: the log-SNR."""
+        """The network's input at sigma: the log-SNR."""
         return -2 * sigma.log()
 
     def _angle(self, time: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ class Discrete(Config):
         return (1 - level[1:] / level[:-1]).clamp(max=0.999)
 
     def sigmas(self) -> Tensor:
-        """float64 (T,), rising: the noise level after each step."""
-        kept = torch.cumprod(1 - self._betas(), dim=0)
-        return ((1 - kept) / kept).sqrt()
+        """float64 (T,), increasing: the noise level after each step."""
+        signal = torch.cumprod(1 - self._betas(), dim=0)
+        return ((1 - signal) / signal).sqrt()
 
     def sigma(self, time: Tensor) -> Tensor:
-        """Time in [0, 1] -> the sigma of step floor(time * T): a uniform time draws every step equally often."""
+        """Time in [0, 1] -> the sigma of step floor(time * T): a uniform time selects every step equally often."""
         steps = (time.double() * self.num_steps).long().clamp(max=self.num_steps - 1)
         return self.sigmas().to(time.device)[steps]
 
@@ -118,22 +118,22 @@ class Discrete(Config):
         return self.step(sigma) / (self.num_steps - 1)
 
     def step(self, sigma: Tensor) -> Tensor:
-        """Step index in [0, T - 1] of a sigma; a fraction between two steps."""
+        """Sigma > 0 -> step index in [0, T - 1], float64; fractional between two steps."""
         table = self.sigmas().log().to(sigma.device)
-        wanted = sigma.double().log().contiguous()
-        above = torch.searchsorted(table, wanted).clamp(1, self.num_steps - 1)
+        log_sigma = sigma.double().log().contiguous()
+        above = torch.searchsorted(table, log_sigma).clamp(1, self.num_steps - 1)
         low, high = table[above - 1], table[above]
-        return above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
+        return above - 1 + ((log_sigma - low) / (high - low)).clamp(0, 1)
 
     def previous(self, sigma: Tensor) -> Tensor:
-        """The level one step below sigma; 0 below the first."""
+        """Sigma -> the noise level one step below it, float64; 0 below the first."""
         table, step = self.sigmas().to(sigma.device), self.step(sigma) - 1
-        whole = step.clamp(min=0).floor()
-        low, high = (table[(whole + k).long().clamp(max=self.num_steps - 1)].log() for k in (0, 1))
-        return torch.where(step < 0, (step + 1) * table[0], torch.lerp(low, high, step - whole).exp())
+        floor = step.clamp(min=0).floor()
+        low, high = (table[(floor + k).long().clamp(max=self.num_steps - 1)].log() for k in (0, 1))
+        return torch.where(step < 0, (step + 1) * table[0], torch.lerp(low, high, step - floor).exp())
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told: the step index."""
+        """The network's input at sigma: the step index."""
         return self.step(sigma)
 
 
@@ -142,7 +142,7 @@ class LogNormal(Config):
 
     kind: Literal["log_normal"] = "log_normal"
     mean: float = -1.2
-    """Mean of ln sigma, P_mean. Higher puts more training on the layout, lower on fine detail."""
+    """Mean of ln sigma, P_mean. Higher trains the layout more, lower fine detail."""
     std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln sigma, P_std."""
     sigma_min: float = Field(default=0.002, gt=0)
@@ -160,16 +160,16 @@ class LogNormal(Config):
         return torch.special.ndtr((sigma.double().log() - self.mean) / self.std)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told: ln(sigma) / 4."""
+        """The network's input at sigma: ln(sigma) / 4."""
         return sigma.log() / 4
 
 
 NoiseSchedule = Annotated[LogSnrLinear | LogSnrCosine | Discrete | LogNormal, Field(discriminator="kind")]
-"""`sigma(time)` and `time(sigma)` map time in [0, 1] to noise levels; training draws time uniformly."""
+"""`sigma(time)` and `time(sigma)` map time in [0, 1] to noise levels and back; training samples time uniformly."""
 
 
 def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Lowest and highest noise level that sampling visits."""
+    """The lowest and the highest noise level that sampling visits."""
     if isinstance(schedule, LogNormal):
         return schedule.sigma_min, schedule.sigma_max
     ends = schedule.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))

@@ -1,7 +1,7 @@
-"""Self-conditioning: a network is shown an earlier estimate of the clean image (Chen et al. 2022, arXiv 2208.04202).
+"""Self-conditioning: a network reads an earlier estimate of the clean image (Chen et al. 2022, arXiv 2208.04202).
 
-In training that is its own first estimate for some rows and zero for the others (section 3.2); in sampling the one of
-the step before.
+In training that is its own first estimate for some rows and zero for the others (section 3.2); in sampling, the
+estimate of the previous step.
 """
 
 from dataclasses import replace
@@ -17,8 +17,14 @@ from imagen_core.models import Conditioning
 def with_own_estimate(
     denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, conditioning: Conditioning, rows: Tensor
 ) -> Conditioning:
-    """Adds the estimate that the denoiser makes without one, in the rows where bool (b,) `rows` is true."""
+    """Adds the denoiser's estimate without self-conditioning, without a gradient.
+
+    Args:
+        x0, noise: (b, c, h, w).
+        sigma: (b,), noise levels > 0.
+        rows: bool (b,), the rows that get the estimate; the others get zero.
+    """
     x = x0 + column(sigma.to(x0.dtype), x0) * noise
     estimate = denoiser(x, sigma, conditioning)
-    torch.clear_autocast_cache()  # torch before 2.10 would take weights without gradients from it
+    torch.clear_autocast_cache()  # torch before 2.10 would reuse weights without gradients
     return replace(conditioning, estimate=torch.where(column(rows, x0), estimate, 0))

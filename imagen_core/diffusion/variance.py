@@ -7,7 +7,7 @@ sigma_next, the two fixed choices of Ho et al. 2020 (arXiv 2006.11239, section 3
     fixed_large  (1 + sigma_next^2) (sigma^2 - sigma_next^2) / (1 + sigma^2)   DDPM's beta
 
 (DDPM's numbers times 1 + sigma_next^2, as x is 1 / alpha times DDPM's state). They hold for any two levels, so also
-for some steps of a schedule.
+for a subset of a schedule's steps.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range", "le
 
 
 def is_learned(variance: Variance) -> bool:
-    """Whether the network's second half of channels says it."""
+    """Whether the second half of the network's channels gives the variance."""
     return variance.startswith("learned")
 
 
@@ -28,16 +28,16 @@ def log_variance(
 ) -> Tensor:
     """Natural logarithm of the variance of p(x_next | x), in the coordinate x0 + sigma n.
 
-    Where sigma_next is 0 the variance of q(x_next | x, x0) is 0 too; in its place comes that of the step before, as
-    published: it is what the discretised likelihood of the images needs.
+    Where sigma_next is 0 the variance of q(x_next | x, x0) is 0 too; the variance of the previous step replaces it, as
+    published: the discretised likelihood of the images needs it.
 
     Args:
         sigma, sigma_next: of one shape that broadcasts with `channels`; sigma_next may be 0.
-        sigma_above: the level before sigma, which is above it; read only where sigma_next is 0.
-        channels: (b, c, h, w), what the network says: for learned_range -1 is fixed_small, 1 is fixed_large and
-            between them the logarithm is linear (equation 15 of the paper); learned_range_sigmoid takes the sigmoid
-            for the share of fixed_large, so that it stays between the two; for learned the logarithm of DDPM's
-            variance itself.
+        sigma_above: the next higher noise level than sigma; read only where sigma_next is 0.
+        channels: (b, c, h, w), the network's output; None for fixed variances. For learned_range -1 is fixed_small, 1
+            is fixed_large, and the logarithm is linear between them (equation 15 of the paper);
+            learned_range_sigmoid takes the sigmoid for the share of fixed_large, so that it stays between the two;
+            for learned it is the logarithm of DDPM's variance itself.
     """
     rescaled = torch.log1p(sigma_next**2)
     if variance == "learned":

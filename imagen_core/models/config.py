@@ -15,7 +15,7 @@ from imagen_core.models.unet.regular import RegularUNetConfig
 
 
 def _expand(presets: Mapping[str, Preset | PriorPreset]) -> BeforeValidator:
-    """`{preset: 500m_res_64, dropout: 0.1}` -> the whole configuration, with the changes."""
+    """`{preset: 500m_res_64, dropout: 0.1}` -> the preset's complete configuration with these changes."""
 
     def expand(value: Any) -> Any:
         if not isinstance(value, dict) or "preset" not in value:

@@ -1,4 +1,4 @@
-"""DALL-E 2's prior: a causal transformer that draws an image's embedding from its caption.
+"""DALL-E 2's prior: a causal transformer that generates an image's embedding from its caption.
 
 Ramesh et al. 2022 (arXiv 2204.06125), section 2.2: the sequence is the caption's tokens, its embedding, the noise
 level, the noisy image embedding, and a query whose output is the prediction.
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.conditioning.base import Conditioning, kept
-from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
+from imagen_core.models.conditioning.text import pad_with_learned
 from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -28,29 +28,30 @@ class PriorNetworkConfig(Config):
     dim: int = Field(ge=2)
     """Width of the image embeddings, of the captions' embeddings, and of the transformer."""
     depth: int = Field(ge=1)
-    """Layers."""
+    """Number of transformer layers."""
     num_heads: int = Field(default=8, ge=1)
-    """Attention heads."""
+    """Number of attention heads."""
     head_dim: int = Field(default=64, ge=2)
     """Channels of one attention head."""
     ff_mult: int = Field(default=4, ge=1)
     """Width of the feed-forward layers (SwiGLU), in units of dim."""
     text_dim: int | None = Field(default=None, ge=1)
-    """Width of the captions' token embeddings; null: only their one embedding is read."""
+    """Width of the captions' token embeddings; null reads only each caption's single embedding."""
     max_text_tokens: int = Field(default=256, ge=1)
     """Captions are padded to this length with learned tokens."""
     num_timesteps: int | None = Field(default=None, ge=1)
-    """A learned embedding for each step of a discrete schedule; null: made from sinusoids, for any schedule."""
+    """Steps of a discrete schedule, each with a learned embedding; null embeds the noise level of any schedule by
+    sinusoids."""
     num_time_tokens: int = Field(default=1, ge=1)
-    """Tokens of the noise level."""
+    """Number of tokens of the noise level."""
     num_image_tokens: int = Field(default=1, ge=1)
-    """Tokens of the noisy embedding."""
+    """Number of tokens of the noisy image embedding."""
     num_text_embed_tokens: int = Field(default=1, ge=1)
-    """Tokens of the caption's embedding."""
+    """Number of tokens of the caption's embedding."""
     self_conditioning: bool = False
     """One more token: an earlier estimate of the embedding (Chen et al. 2022, arXiv 2208.04202)."""
     rotary: bool = True
-    """Rotary positions beside the relative position bias."""
+    """Rotary positions in addition to the relative position bias."""
     ff_norm: bool = False
     """A norm within the feed-forward layers (DALLE2-pytorch: normformer)."""
     norm_out: bool = True
@@ -66,7 +67,7 @@ class PriorNetworkConfig(Config):
 
 
 class PriorNetwork(nn.Module):
-    """Predicts from a noisy image embedding, its noise level and the caption; what, the objective decides."""
+    """Predicts from a noisy image embedding, its noise level and the caption; the objective decides what."""
 
     def __init__(self, config: PriorNetworkConfig):
         super().__init__()
@@ -117,18 +118,18 @@ class PriorNetwork(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
         """x (b, dim), c_noise (b,), and a conditioning with text_embed (and text) -> (b, dim).
 
-        `text_keep` drops the caption, `image_embed_keep` the noisy embedding itself.
+        Rows that are false in `text_keep` lose their caption; in `image_embed_keep`, the noisy embedding itself.
 
         Raises:
-            ValueError: a missing condition, one of another width, or a caption that is too long.
+            ValueError: a condition is missing or of another width, or a caption has more than max_text_tokens tokens.
         """
         parts = [self._text_embed(conditioning), self._time(x, c_noise)]
         if self.null_text_tokens is not None and self.config.text_dim is not None:
             project = nn.Identity() if self.to_text_tokens is None else self.to_text_tokens
-            parts.insert(0, learned_beyond(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
-        seen = kept(conditioning.image_embed_keep, x)
+            parts.insert(0, pad_with_learned(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
+        keep = keep_mask(conditioning.image_embed_keep, x)
         image = self.to_image(x).unflatten(-1, (-1, self.config.dim))
-        parts.append(torch.where(seen[:, None, None], image, self.null_image.to(x.dtype)))
+        parts.append(torch.where(keep[:, None, None], image, self.null_image.to(x.dtype)))
         if self.config.self_conditioning:
             estimate = torch.zeros_like(x) if conditioning.estimate is None else conditioning.estimate
             parts.append(estimate.to(x.dtype)[:, None])
@@ -149,7 +150,7 @@ class PriorNetwork(nn.Module):
                 f"conditioning.text_embed: this model reads {self.config.dim}-wide embeddings (got {embed.shape[-1]})"
             )
         tokens = self.to_text_embed(embed.to(self.query.dtype)).unflatten(-1, (-1, self.config.dim))
-        return torch.where(kept(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
+        return torch.where(keep_mask(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
 
     def _time(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """(b, num_time_tokens, dim)."""

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from imagen_core.diffusion.guidance import Denoise, Guided
+from imagen_core.diffusion.guidance import Denoise, GuidedDenoiser
 from imagen_core.diffusion.variance import log_variance
 from imagen_core.samplers.base import History, SampleNoise, Sampler
 
@@ -39,7 +39,7 @@ class Ancestral(Sampler):
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
-        if isinstance(denoise, Guided):
+        if isinstance(denoise, GuidedDenoiser):
             estimate, channels = denoise.with_variance(x, sigma)
             variance = self.variance or denoise.diffusion.variance
         else:
@@ -47,7 +47,7 @@ class Ancestral(Sampler):
             variance = self.variance or "fixed_small"
         if variance == "fixed_small" or sigma_next == 0:
             return posterior_step(x, estimate, sigma, sigma_next, 1.0, noise)
-        if isinstance(denoise, Guided) and variance == "learned":
+        if isinstance(denoise, GuidedDenoiser) and variance == "learned":
             denoise.diffusion.check_step(sigma, sigma_next)
         level, level_next = sigma.double(), sigma_next.double()
         spread = (log_variance(variance, level, level_next, level, channels) / 2).exp().to(x)

@@ -5,13 +5,13 @@ from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.null import write_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
-from imagen_core.store.files.ragged import Stored, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.ragged import StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
     ImageWriter,
+    embedding_shard_bytes,
     open_image_writer,
     open_images,
-    text_shard_bytes,
-    write_text_shard,
+    write_embedding_shard,
 )
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
@@ -20,7 +20,7 @@ from imagen_core.store.layout import (
     RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
-    ImageFacts,
+    ImageInfo,
     SampleRow,
     StoreDtype,
     StoreFormat,
@@ -45,7 +45,7 @@ from imagen_core.store.records import (
     parse_group,
 )
 from imagen_core.store.removal.erase import ErasedShard
-from imagen_core.store.removal.remove import add_removal, find_rows, list_removals, matching_rows, removal_entries
+from imagen_core.store.removal.remove import add_removal, find_rows, matching_rows, removal_entries, rewrite_manifest
 from imagen_core.store.removal_log import (
     IDENTIFIERS,
     Blocklist,
@@ -77,7 +77,7 @@ __all__ = [
     "FullImage",
     "Group",
     "ImageEmbedGroup",
-    "ImageFacts",
+    "ImageInfo",
     "ImageWriter",
     "ImagesGroup",
     "Layout",
@@ -96,7 +96,7 @@ __all__ = [
     "StoreError",
     "StoreFolder",
     "StoreFormat",
-    "Stored",
+    "StoredEmbedding",
     "TextGroup",
     "TokenErrors",
     "VerifyReport",
@@ -105,11 +105,11 @@ __all__ = [
     "cast_embedding",
     "check_codec",
     "codec_settings",
+    "embedding_shard_bytes",
     "find_rows",
     "image_embed_group",
     "image_group",
     "is_finite_as",
-    "list_removals",
     "load_manifest",
     "load_removals",
     "matching_rows",
@@ -122,14 +122,14 @@ __all__ = [
     "removed_rows",
     "restore",
     "revision_of",
+    "rewrite_manifest",
     "shard_path",
     "text_group",
-    "text_shard_bytes",
     "token_errors",
     "value_digest",
     "verify_store",
+    "write_embedding_shard",
     "write_manifest",
     "write_null",
     "write_samples",
-    "write_text_shard",
 ]

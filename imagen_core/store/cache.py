@@ -1,9 +1,8 @@
 """A bounded folder of local copies of a store's files.
 
-fsspec's `filecache` keeps whole files too, but neither bounds them nor checks what it downloaded.
+fsspec's `filecache` keeps complete files too, but neither limits their size nor checks what it downloaded.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from imagen_core.files import file_digest, fsync_path
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
 
@@ -19,14 +19,21 @@ _PARTIAL = ".part"
 
 
 class FileCache:
-    """Copies named by their sha256; least recently used ones go first. Any number of processes may share the folder.
+    """Copies named by their sha256; the least recently used ones are removed first. Processes may share the folder.
 
-    A file is downloaded under another name, checked against the manifest, synced and renamed: what has its final
-    name is whole. A file that is being downloaded or opened holds the lock of its first two digits, and no file is
+    A file is downloaded under another name, checked against the manifest, synced and renamed: a file with its final
+    name is complete. A file that is being downloaded or opened holds the lock of its first two digits, and no file is
     removed without that lock. A removed file that some process still has open takes disk space until it is closed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        """
+        Args:
+            folder: made if it does not exist.
+            max_bytes: size of all copies; the file in use may exceed it.
+        Raises:
+            ValueError: max_bytes is below 1.
+        """
         if max_bytes < 1:
             raise ValueError(f"cache_bytes must be 1 or more (got {max_bytes})")
         self._folder = Path(folder).absolute()
@@ -35,13 +42,14 @@ class FileCache:
 
     @contextmanager
     def file(self, entry: FileEntry, name: str, download: Callable[[Path], None]) -> Iterator[str]:
-        """The path of a whole copy, which stays at least until the `with` ends.
+        """The path of a complete copy, which stays at least until the `with` block ends.
 
         Args:
-            name: of the original, for errors.
+            entry: size and sha256 of the file, from the manifest.
+            name: of the original, for error messages.
             download: writes the original to a path.
         Raises:
-            StoreError: what was downloaded is not what the manifest says.
+            StoreError: size or sha256 of the download are not the manifest's.
         """
         path = self._folder / entry.sha256
         with self._lock(path):
@@ -59,7 +67,7 @@ class FileCache:
         return FileLock(self._folder / f".{path.name[:2]}.lock", timeout=timeout_s, poll_interval=0.005)
 
     def _evict(self, keep: Path) -> None:
-        """Remove the least recently used files, and what killed downloads left, until the rest fits."""
+        """Remove the least recently used files, including leftovers of killed downloads, until the rest fits."""
         found = []
         for entry in os.scandir(self._folder):
             if not entry.name.startswith("."):
@@ -85,11 +93,9 @@ class FileCache:
 
 
 def _check(path: Path, entry: FileEntry, name: str) -> None:
-    """Sync a downloaded file; remove it and raise where it is not the manifest's."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    size = path.stat().st_size
+    """Sync a downloaded file; if it is not the manifest's, remove it and raise StoreError."""
+    digest, size = file_digest(path), path.stat().st_size
+    fsync_path(path)
     if (size, digest) != (entry.bytes, entry.sha256):
         path.unlink()
         raise StoreError(

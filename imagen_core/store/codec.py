@@ -1,4 +1,4 @@
-"""How one image is stored: its pixels as they are, or as the bytes of a PNG, WebP or JPEG file."""
+"""How one image is stored: as raw pixels, or as the bytes of a PNG, WebP or JPEG file."""
 
 import io
 from typing import Any, Literal, get_args
@@ -7,28 +7,28 @@ import numpy as np
 
 Codec = Literal["raw", "png", "webp", "jpeg"]
 
-# What Pillow's save() is given. The same pixels give the same bytes with the same Pillow.
+# Arguments of Pillow's save(). The same pixels give the same bytes with the same Pillow.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 6},
-    "webp": {"lossless": True, "quality": 20, "method": 0},  # quality is effort here, no pixel changes
+    "webp": {"lossless": True, "quality": 20, "method": 0},  # quality is effort here, pixels stay the same
     "jpeg": {"quality": 95, "subsampling": "4:4:4", "optimize": True},
 }
 
 
 def check_codec(codec: object) -> Codec:
-    """Return the codec, or raise ValueError that lists those there are."""
+    """Returns the codec; raises ValueError with the available ones if it is none of them."""
     if codec not in get_args(Codec):
         raise ValueError(f"codec {codec!r}: use one of {', '.join(get_args(Codec))}")
     return codec  # type: ignore[return-value]
 
 
 def codec_settings(codec: Codec) -> dict[str, Any]:
-    """What decides the bytes beside the pixels, for the group's config; nothing for raw."""
+    """The settings that, with the pixels, determine the bytes: for the group's config. Empty for raw."""
     return dict(_SETTINGS.get(codec, {}))
 
 
 def encode(pixels: np.ndarray, codec: Codec) -> bytes:
-    """The stored bytes of uint8 RGB (S, S, 3). png and webp are lossless; jpeg is not."""
+    """The stored bytes of uint8 RGB (S, S, 3); raw, png and webp are lossless, jpeg is not."""
     if codec == "raw":
         return pixels.tobytes()
     from PIL import Image
@@ -42,7 +42,7 @@ def decode(data: np.ndarray, codec: Codec, size_px: int) -> np.ndarray:
     """uint8 RGB (size_px, size_px, 3) from the bytes of an encoded image, uint8 (n,).
 
     Raises:
-        ValueError: not a whole image of this codec and size.
+        ValueError: not a complete image of this codec and size.
     """
     from PIL import Image
 

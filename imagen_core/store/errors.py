@@ -1,10 +1,13 @@
-"""What the store raises."""
+"""Errors of the store."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ADVICE = "check the store with `pipeline verify STORE`, then run the pipeline command that made it again"
 
 
 class StoreError(ValueError):
-    """The store on disk is not what its manifest says, or is not a store."""
+    """The store on disk does not match its manifest, or is not a store."""
 
 
 class ManifestError(StoreError):
@@ -14,3 +17,14 @@ class ManifestError(StoreError):
 def unreadable(file: str, kind: str, error: Exception) -> StoreError:
     """The error for a file that pyarrow, h5py or safetensors cannot read."""
     return StoreError(f"{file}: not readable as {kind} ({error}); {ADVICE}")
+
+
+@contextmanager
+def reading(file: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turns `errors`, which a library raises about a bad file, into a StoreError that names the file."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except errors as error:
+        raise unreadable(file, kind, error) from error

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from imagen_core.files import fsync_path
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
@@ -15,19 +16,10 @@ from imagen_core.store.records import FileEntry
 _REMOTE_BLOCK_BYTES = 1 << 20
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a local folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class StoreFolder:
     """A local folder or `s3://`, `memory://`, `file://` ... URL.
 
-    It is picklable and safe over fork: the file system is made again in each process.
+    Picklable and safe over fork: each process opens its own file system.
     """
 
     def __init__(
@@ -36,6 +28,11 @@ class StoreFolder:
         storage_options: dict[str, Any] | None = None,
         cache: FileCache | None = None,
     ) -> None:
+        """
+        Args:
+            storage_options: arguments of the fsspec file system.
+            cache: local copies of the files that `checked` opens; None opens the originals.
+        """
         self.url = os.fspath(url)
         self.storage_options = storage_options or {}
         self._cache = cache
@@ -71,6 +68,7 @@ class StoreFolder:
 
     @property
     def is_local(self) -> bool:
+        """Whether the folder is read with plain file operations, without fsspec."""
         return self.fs is None
 
     def path(self, name: str) -> str:
@@ -78,10 +76,11 @@ class StoreFolder:
         return f"{self._root}/{name}" if name else self._root
 
     def exists(self, name: str) -> bool:
+        """Whether a file or folder of this name exists."""
         return os.path.exists(self.path(name)) if self.is_local else self.fs.exists(self.path(name))
 
     def size_bytes(self, name: str) -> int | None:
-        """Size of a file, None where there is none."""
+        """Size of a file; None if it does not exist."""
         try:
             if self.is_local:
                 return os.stat(self.path(name)).st_size
@@ -90,17 +89,18 @@ class StoreFolder:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading, at its start."""
+        """Open a file for reading in binary mode."""
         if self.is_local:
             return open(self.path(name), "rb")
         return self.fs.open(self.path(name), "rb", block_size=_REMOTE_BLOCK_BYTES)
 
     def read_bytes(self, name: str) -> bytes:
+        """All bytes of a file; FileNotFoundError if it does not exist."""
         with self.open(name) as file:
             return file.read()
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file, whole and durably; False where there is one, which then stays as it is."""
+        """Write a small file atomically and durably; False if it exists already, which leaves it as it is."""
         if not self.is_local:
             try:
                 self.fs.pipe_file(self.path(name), data, mode="create")
@@ -117,14 +117,14 @@ class StoreFolder:
                 os.link(file.name, final)
             except FileExistsError:
                 return False
-        fsync_folder(final.parent)
+        fsync_path(final.parent)
         return True
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """A local path to write a file to, which takes the place of the former one when the block ends."""
+        """A local path to write a file to, which replaces the previous one when the block ends."""
         if self.is_local:
-            yield Path(self.path(name))  # whoever writes it does so at once
+            yield Path(self.path(name))  # the caller writes it atomically
             return
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / Path(name).name
@@ -132,12 +132,16 @@ class StoreFolder:
             self.fs.put_file(str(local), self.path(name))
 
     def source(self, name: str) -> str | BinaryIO:
-        """What the file readers take: the path of a local file, an open file of a remote one."""
+        """The argument of the file readers: the path of a local file, or an open remote file."""
         return self.path(name) if self.is_local else self.open(name)
 
     @contextmanager
     def checked(self, entry: FileEntry) -> Iterator[str | BinaryIO]:
-        """What the file readers take of a file that is there as the manifest says: its local copy with a cache."""
+        """`source` of a file that matches the manifest: by size, or with a cache by sha256, as its local copy.
+
+        Raises:
+            StoreError: the file is missing or does not match.
+        """
         if self._cache is None:
             self.check_size(entry)
             yield self.source(entry.path)
@@ -156,7 +160,7 @@ class StoreFolder:
             raise StoreError(f"{self.path(name)}: missing; {ADVICE}") from error
 
     def check_size(self, entry: FileEntry) -> None:
-        """Raise StoreError where a file is missing or has another size than the manifest says."""
+        """Raises StoreError if a file is missing or has another size than the manifest says."""
         path, size = self.path(entry.path), self.size_bytes(entry.path)
         if size is None:
             raise StoreError(f"{path}: missing; {ADVICE}")

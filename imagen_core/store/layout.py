@@ -1,16 +1,16 @@
 """Names, paths and row types of a store.
 
     STORE/manifest.json
-      samples/00000.parquet            one row a sample: key, captions, url ...
-      images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) a row, raw or encoded
+      samples/00000.parquet            one row per sample: key, captions, url ...
+      images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) per row, raw or encoded
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
-      image-embed-clip/00000.(...)     one embedding an image, (1, dim) a row
-      removed/00001.json               samples taken out of the store (removal.py)
+      image-embed-clip/00000.(...)     one embedding per image, (1, dim) per row
+      removed/00001.json               samples removed from the store (removal_log.py)
 
-Row i of shard s is the same sample in `samples` and in every group of images or of their embeddings. Row j of a text
+Row i of shard s is the same sample in `samples` and in every group of images or of image embeddings. Row j of a text
 group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
-a digest that binds it to its sample or caption (digest.py); `samples` accounts for every input row.
+a digest that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
 """
 
 import re
@@ -21,13 +21,13 @@ StoreFormat = Literal["parquet", "hdf5"]
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
 
 SCHEMA_VERSION = 2
-OLDEST_READABLE = 1  # has no input rows and no digests: what is there is read, but nothing proves it
+OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
 MANIFEST_NAME = "manifest.json"
 SAMPLES_GROUP = "samples"
 NULL_TENSOR = "embedding"
-RETRIED = "retried"  # the drop reason of an input row that a later shard tries again
-REMOVED = "removed"  # why readers leave out a sample that was taken out of the store, and runs do not store it again
-ROW_GROUP_BYTES = 512 * 1024  # what one parquet row group holds: the unit of a remote read
+RETRIED = "retried"  # drop reason of an input row that a later shard tries again
+REMOVED = "removed"  # exclusion reason of a sample that was removed: readers skip it, runs do not store it again
+ROW_GROUP_BYTES = 512 * 1024  # size of a parquet row group, the unit of a remote read
 
 SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
 _ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -41,9 +41,9 @@ class SampleRow:
     `captions[k]` is row `caption_ids[k]` of the shard's text groups. `sha256` is the hex digest of
     the original image file; `width` and `height` are pixels of the original after EXIF orientation.
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
-    `transcription` is the text written in the image, "" where there is none; None: not known.
-    `safebox` is the rectangle around it that crops never cut: left, top, right, bottom in pixels of the original.
-    `label` is the image's class, from 0; None: not known.
+    `transcription` is the text written in the image, "" if there is none, None if unknown.
+    `safebox` is the rectangle around that text, which crops keep complete: left, top, right, bottom in pixels of the
+    original; None if unknown. `label` is the image's class, from 0; None if unknown.
     """
 
     key: str
@@ -60,12 +60,12 @@ class SampleRow:
 
 
 def image_group(size_px: int) -> str:
-    """Name of the group that holds size_px x size_px images."""
+    """Name of the group of images of size_px x size_px pixels."""
     return f"images-{size_px}"
 
 
 def text_group(encoder: str) -> str:
-    """Name of the group that holds one encoder's embeddings.
+    """Name of the group of one text encoder's embeddings.
 
     Raises:
         ValueError: the encoder name has a character that is not a letter, digit, `.`, `_` or `-`.
@@ -74,7 +74,7 @@ def text_group(encoder: str) -> str:
 
 
 def image_embed_group(encoder: str) -> str:
-    """Name of the group that holds one image encoder's embeddings; raises like `text_group`."""
+    """Name of the group of one image encoder's embeddings; raises like `text_group`."""
     return f"image-embed-{_encoder_name(encoder)}"
 
 
@@ -87,15 +87,18 @@ def _encoder_name(encoder: str) -> str:
 def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", revision: int = 0) -> str:
     """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`.
 
-    A file that was written again without removed samples has another name, `images-64/00007.r2.h5`, so that the
-    manifest goes from all former files to all new ones at once: `revision` counts the removals it knows.
+    A file that was rewritten without removed samples has a new name, `images-64/00007.r2.h5`, so that the manifest
+    switches from all previous files to all new ones at once: `revision` is the number of removals it accounts for.
+
+    Raises:
+        ValueError: an unknown format.
     """
     mark = f".r{revision}" if revision else ""
     return f"{group}/{index:05d}{mark}.{SUFFIXES[check_format(store_format)]}"
 
 
 def revision_of(path: str) -> int:
-    """The revision in a path made by `shard_path`."""
+    """The revision in a path made by `shard_path`; 0 for a file that was never rewritten."""
     found = _REVISION.search(path)
     return int(found[1]) if found else 0
 
@@ -106,22 +109,22 @@ def null_path(encoder: str) -> str:
 
 
 def check_format(store_format: str) -> StoreFormat:
-    """Return the format, or raise ValueError that lists those there are."""
+    """Returns the format; raises ValueError with the available ones if it is none of them."""
     if store_format not in get_args(StoreFormat):
         raise ValueError(f"store format {store_format!r}: use one of {', '.join(get_args(StoreFormat))}")
     return store_format  # type: ignore[return-value]
 
 
 def check_dtype(dtype: str) -> StoreDtype:
-    """Return the dtype, or raise ValueError that lists those there are."""
+    """Returns the dtype; raises ValueError with the available ones if it is none of them."""
     if dtype not in get_args(StoreDtype):
         raise ValueError(f"store dtype {dtype!r}: use one of {', '.join(get_args(StoreDtype))}")
     return dtype  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What a cut must know of an image; the fields of `SampleRow`."""
+class ImageInfo:
+    """What a crop needs to know about an original image; the fields are those of `SampleRow`."""
 
     width: int
     height: int
@@ -129,6 +132,6 @@ class ImageFacts:
     safebox: tuple[int, int, int, int] | None = None
 
     @property
-    def has_writing(self) -> bool:
-        """Whether it is known to show text. Where there is no transcription, a safebox tells."""
+    def shows_text(self) -> bool:
+        """Whether the image is known to show text: by its transcription, or by a safebox if that is unknown."""
         return bool(self.transcription) or (self.transcription is None and self.safebox is not None)

@@ -3,22 +3,22 @@
 The file is JSON, written in one pass so that 100,000 shards never sit in memory:
 
     {
-    "groups":{...},                 the header, sorted, one key a line
-    "input_rows":...,               rows of the source, counted by who read it
+    "groups":{...},                 the header, sorted, one key per line
+    "input_rows":...,               rows of the source, as counted when it was read
     "removals":[...],               removals whose rows are excluded below: path, bytes, sha256
     "schema_version":2,
     "writer":"...",
     "shards":[
     {"excluded":{},"files":{...},"index":0,"rows":64},
-    ...                             one line a shard, by rising index
+    ...                             one line per shard, by increasing index
     ],
-    "num_bytes":...,                the totals, known only now
+    "num_bytes":...,                the totals, known only at the end
     "num_rows":..., "num_samples":..., "num_shards":...,
     "sha256":"..."                  of every byte above this line
     }
 
-The bytes after the last total are fixed but for the digest, so one changed byte anywhere, even in
-white space or after the end, is noticed.
+The bytes after the last total are fixed except for the digest, so one changed byte anywhere, even in
+white space or after the end, is detected.
 """
 
 import hashlib
@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
+from imagen_core.files import fsync_path
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
-from imagen_core.store.folder import StoreFolder, fsync_folder
+from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
     OLDEST_READABLE,
@@ -62,22 +63,22 @@ _TAIL_BYTES = len(_TAIL) - 2 + 64
 
 
 class Manifest:
-    """A checked manifest. Shards are kept as columns: about 60 bytes a file.
+    """A checked manifest. Shards are kept as columns: about 60 bytes per file.
 
     Attributes:
-        header: the header as written: schema_version, writer, groups and whatever else was given.
+        header: the header as written: schema_version, writer, groups and any other keys.
         input_rows: rows of the source that the store accounts for; None if the header does not say.
-        failed_shards: indices of shards of the source that the store lacks, since a step failed on them.
+        failed_shards: indices of shards of the source that the store lacks, because a stage failed on them.
         groups: the header's groups, typed, by name.
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
             bytes are those of all files but the manifest.
         num_removals: removals from the store; their rows are excluded.
         sha256: the manifest's own digest; equal digests and num_removals mean equal stores.
-        index: int64 (num_shards,), the number in each shard's file names, rising.
+        index: int64 (num_shards,), the number in each shard's file names, increasing.
         rows: int64 (num_shards,), rows of each shard, excluded ones included.
-        excluded: the excluded rows of each shard that has some, by position in `rows`: row -> reason, by rising row.
-        retries: int64 (n, 2), by position: (shard index, input row) where each input row of a retry shard was
-            tried before.
+        excluded: the excluded rows of each shard that has some, by position in `rows`: row -> reason, by row.
+        retries: the retry shards, by position in `rows`: int64 (n, 2), the (shard index, input row) at which each
+            input row was tried before.
     """
 
     def __init__(self, header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
@@ -112,6 +113,7 @@ class Manifest:
 
     @property
     def schema_version(self) -> int:
+        """Version of the store's format; 1 has neither input rows nor digests."""
         return self.header["schema_version"]
 
     @property
@@ -121,21 +123,22 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
+        """Rows that are not excluded."""
         return self.num_rows - sum(len(rows) for rows in self.excluded.values())
 
     def remove(self, removal: Removal) -> None:
-        """Excludes the rows of a removal that the manifest was not written with."""
+        """Excludes the rows of a removal that was logged after the manifest was written."""
         for index, removed in removal.rows.items():
             position = int(np.searchsorted(self.index, index))
             if position < self.num_shards and self.index[position] == index:
-                former = self.excluded.get(position, {})
-                rows = {row.row: row.excluded for row in removed if row.row < self.rows[position]} | former
+                before = self.excluded.get(position, {})
+                rows = {row.row: row.excluded for row in removed if row.row < self.rows[position]} | before
                 self.excluded[position] = dict(sorted(rows.items()))
         self.num_removals += 1
 
     @cached_property
     def images(self) -> dict[int, ImagesGroup]:
-        """Image groups by size in pixels, rising."""
+        """Image groups by size in pixels, increasing."""
         found = (group for group in self.groups.values() if isinstance(group, ImagesGroup))
         return {group.size_px: group for group in sorted(found, key=lambda group: group.size_px)}
 
@@ -159,7 +162,7 @@ class Manifest:
         return ShardEntry(int(self.index[position]), rows, files, excluded, retry_of)
 
     def shards(self) -> Iterator[ShardEntry]:
-        """All shards by rising index."""
+        """All shards by increasing index."""
         return (self.shard(position) for position in range(self.num_shards))
 
     def file(self, group: str, position: int) -> FileEntry | None:
@@ -193,17 +196,17 @@ class _FileColumns:
 
 
 def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
-    """Write manifest.json: to a temporary name beside it, fsync, then an atomic rename.
+    """Write manifest.json: to a temporary name next to it, fsync, then an atomic rename.
 
-    Shards are taken one at a time and not kept. The totals and the digest are added here. The same
+    Shards are read one at a time and not kept in memory. The totals and the digest are added here. The same
     input gives the same bytes.
 
     Args:
         header: "groups", "writer", "input_rows" if it is known, "removals" if there are any, and anything else that
             is JSON; "schema_version" is added.
-        shards: entries by rising index, see ShardEntry for the fields.
+        shards: entries by increasing index; see ShardEntry for the fields.
     Raises:
-        ValueError: a header or shard that `load_manifest` would refuse.
+        ValueError: a header or shard that `load_manifest` would refuse; a previous file stays.
     """
     header = {"schema_version": SCHEMA_VERSION, **header}
     groups = _parse_header(header)
@@ -234,14 +237,14 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
     """Read and check the manifest of a store (a folder or a fsspec URL), with the removals since it was written.
 
     Raises:
-        ManifestError: a changed byte, or not a manifest.
+        ManifestError: a byte was changed, or it is not a manifest.
         StoreError: not a store, an unfinished one, or one of a newer schema version.
     """
     folder = source if isinstance(source, StoreFolder) else StoreFolder(source)
@@ -260,7 +263,7 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
     if not intact:
         raise ManifestError(
             f"{folder.path(MANIFEST_NAME)}: {len(data)} bytes that do not match their own sha256, so it "
-            f"was changed or cut; {ADVICE}"
+            f"was changed or truncated; {ADVICE}"
         )
     try:
         manifest = _parse(data, len(data) - _TAIL_BYTES)
@@ -273,7 +276,7 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
 
 
 def _parse(data: bytes, stop: int) -> Manifest:
-    """Parses what is before `stop`, without copies: a manifest of 400,000 shards has 250 MB."""
+    """Parses the bytes before `stop`, without copies: a manifest of 400,000 shards has 250 MB."""
     head = _head(data)
     start = len(head) + len(_SHARDS)
     end = start if data.startswith(_END_OF_SHARDS[1:], start) else data.rindex(_END_OF_SHARDS, 0, stop)
@@ -287,7 +290,7 @@ def _parse(data: bytes, stop: int) -> Manifest:
 
 
 def _head(data: bytes) -> bytes:
-    """What is before the shards, or all."""
+    """The bytes before the shards; all of them if there are none."""
     end = data.find(_SHARDS)
     return data if end < 0 else data[:end]
 
@@ -323,7 +326,7 @@ def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
 def _next_shard(raw: Any, groups: dict[str, Group], last: int) -> ShardEntry:
     shard = parse_shard(raw, groups)
     if shard.index <= last:
-        raise ValueError(f"shard {shard.index} after shard {last}: give them by rising index")
+        raise ValueError(f"shard {shard.index} after shard {last}: give them by increasing index")
     return shard
 
 

@@ -65,9 +65,9 @@ class EmbeddingGroup:
 
 @dataclass(frozen=True, slots=True)
 class TextGroup(EmbeddingGroup):
-    """Embeddings of captions, one row a distinct caption.
+    """Embeddings of captions, one row per distinct caption.
 
-    `null` is the file of the encoding of "", with rows = 1; None where the encoder has none.
+    `null` is the file with the encoding of "", with rows = 1; None if the encoder has none.
     """
 
     null: FileEntry | None = None
@@ -75,7 +75,7 @@ class TextGroup(EmbeddingGroup):
 
 @dataclass(frozen=True, slots=True)
 class ImageEmbedGroup(EmbeddingGroup):
-    """Embeddings of the images, one (1, dim) row a sample."""
+    """Embeddings of images, one (1, dim) row per sample."""
 
 
 Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup
@@ -83,10 +83,10 @@ Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard: `rows` counts the excluded ones, `files` has one entry a group.
+    """One shard: `rows` includes the excluded ones, `files` has one entry per group.
 
-    A shard without rows may have no files. `excluded` has the reason of each excluded row, by rising row.
-    `retry_of` is there if the shard's input rows were tried before: the (shard index, input row) of each.
+    A shard without rows may have no files. `excluded` has the reason of each excluded row, by increasing row.
+    `retry_of` is set if the shard's input rows were tried before: the (shard index, input row) of each.
     """
 
     index: int
@@ -97,10 +97,10 @@ class ShardEntry:
 
 
 def parse_group(name: str, raw: Any) -> Group:
-    """Check one entry of the header's "groups".
+    """A group from its entry in the header's "groups".
 
     Raises:
-        ValueError: what is wrong, with the group's name.
+        ValueError: the entry is not valid; the message names the group.
     """
     try:
         kind = raw["kind"]
@@ -143,10 +143,10 @@ def _embeddings(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
-    """Check one shard entry against the groups.
+    """A shard from its entry, checked against the groups.
 
     Raises:
-        ValueError: what is wrong, with the shard's index.
+        ValueError: the entry is not valid; the message names the shard's index.
     """
     index = raw.get("index") if isinstance(raw, dict) else None
     try:

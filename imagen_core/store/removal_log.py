@@ -1,12 +1,12 @@
-"""The log of removals: which samples were taken out of a store, and what must never come back.
+"""The log of removals: which samples were removed from a store, and which must never be stored again.
 
     STORE/removed/00001.json         one removal, never changed afterwards
       removed/00002.json ...
 
-A file is a tombstone: from the moment it is there, readers that open the store leave its rows out. The manifest takes
-the rows over when it is next written and lists the files with their sha256, so a reader looks only for files after
-those. The rows keep their places, so that nothing else moves. `blocked` has digests of what was asked for, found or
-not: what later runs do not store again. Keys, URLs and sha256 are in these files only as digests.
+A file is a tombstone: once it exists, readers that open the store leave its rows out. When the manifest is next
+written, it includes the rows and lists the files with their sha256, so a reader only looks for later files. The rows
+keep their places, so that nothing else moves. `blocked` has digests of all requested values, found or not: later runs
+do not store such samples again. Keys, URLs and sha256 are in these files only as digests.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED
 
 IDENTIFIERS = ("key", "url", "sha256")
-"""What a sample can be asked for by."""
+"""The fields by which a removal can name a sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemovedRow:
     """One removed row; key, url and sha256 are digests.
 
-    `excluded` is `removed`, or why readers left the row out before already.
+    `excluded` is `removed`, or the reason for which readers left the row out already.
     """
 
     row: int
@@ -43,8 +43,8 @@ class Removal:
 
     Attributes:
         time: UTC, ISO 8601.
-        reason: free text of who removed.
-        blocked: digests of the values asked for, by identifier, sorted.
+        reason: free text by the person who removed the samples.
+        blocked: digests of the requested values, by identifier, sorted.
         rows: the removed rows by shard index.
     """
 
@@ -55,20 +55,21 @@ class Removal:
 
     @property
     def num_rows(self) -> int:
+        """Number of removed rows in all shards."""
         return sum(len(rows) for rows in self.rows.values())
 
     def dump(self) -> bytes:
-        """As JSON; the same removal gives the same bytes."""
+        """The removal as JSON; the same removal gives the same bytes."""
         rows = {f"{shard:05d}": [asdict(row) for row in self.rows[shard]] for shard in sorted(self.rows)}
         value = {"time": self.time, "reason": self.reason, "blocked": dict(self.blocked), "rows": rows}
         return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def parse_removal(data: bytes, file: str) -> Removal:
-    """The removal in a file of the log.
+    """The removal in a file of the log; `file` names it in errors.
 
     Raises:
-        ManifestError: not such a file.
+        ManifestError: the data is not a removal.
     """
     try:
         raw = json.loads(data)
@@ -80,12 +81,16 @@ def parse_removal(data: bytes, file: str) -> Removal:
 
 
 def removal_path(number: int) -> str:
-    """Path of a removal, from 1, relative to the store."""
+    """Path of a removal by its number, from 1, relative to the store."""
     return f"removed/{number:05d}.json"
 
 
 def load_removals(folder: StoreFolder, after: int = 0) -> list[Removal]:
-    """The removals of a store, by number, without the first `after`."""
+    """The removals of a store, by number, without the first `after`.
+
+    Raises:
+        ManifestError: a file of the log is damaged.
+    """
     result: list[Removal] = []
     while True:
         path = removal_path(after + len(result) + 1)
@@ -97,18 +102,18 @@ def load_removals(folder: StoreFolder, after: int = 0) -> list[Removal]:
 
 
 def value_digest(identifier: str, value: str) -> str:
-    """Of a key, URL or sha256, as it is in the log: 64 hex digits."""
+    """The digest of a key, URL or sha256 in the log: 64 hex digits."""
     return hashlib.sha256(f"{identifier}\0{value}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def row_digests(key: str, url: str | None, sha256: str) -> dict[str, str | None]:
-    """The digests of all that a sample can be asked for by."""
+    """The digest of each field by which a removal can name a sample; None for a sample without URL."""
     values = zip(IDENTIFIERS, (key, url, sha256), strict=True)
     return {name: None if value is None else value_digest(name, value) for name, value in values}
 
 
 class Blocklist:
-    """What all removals of a store asked for: samples that must not be stored again."""
+    """The requested values of all removals of a store: samples that must not be stored again."""
 
     def __init__(self, removals: Iterable[Removal]) -> None:
         self._blocked: dict[str, set[str]] = {name: set() for name in IDENTIFIERS}
@@ -117,12 +122,12 @@ class Blocklist:
                 self._blocked[name].update(digests)
 
     def has(self, identifier: str, value: str | None) -> bool:
-        """Whether this value was asked for."""
+        """Whether the removal of this value was requested."""
         blocked = self._blocked[identifier]
         return bool(blocked) and value is not None and value_digest(identifier, value) in blocked
 
     def blocks(self, key: str, url: str | None, data: bytes | None) -> bool:
-        """Whether a sample with this key, URL or original file was asked for."""
+        """Whether the removal of a sample with this key, URL or original file was requested."""
         sha256 = hashlib.sha256(data).hexdigest() if data is not None and self._blocked["sha256"] else None
         return self.has("key", key) or self.has("url", url) or self.has("sha256", sha256)
 
@@ -133,9 +138,9 @@ def blank_key(shard: int, row: int) -> str:
 
 
 def removed_rows(removals: Iterable[Removal], shard: int, samples: SamplesFile) -> dict[int, RemovedRow]:
-    """The removed rows of a shard by rising row.
+    """The removed rows of a shard by increasing row.
 
-    Rows of a `samples` file that was made anew since do not count, as other samples may be in their places.
+    Rows of a `samples` file that was made again since then do not count, as other samples may be in their places.
     """
     found: dict[int, RemovedRow] = {}
     for removal in removals:

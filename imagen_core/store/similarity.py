@@ -1,4 +1,4 @@
-"""How far an embedding is from the one it should be, token by token."""
+"""How far an embedding is from a reference, token by token."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ _TINY = np.float32(1e-30)
 
 @dataclass(frozen=True, slots=True)
 class TokenErrors:
-    """Float arrays (n_tokens,), one entry a token.
+    """Float32 arrays (n_tokens,), one entry per token.
 
     Attributes:
         cosine: of the angle to the reference, in [-1, 1].
-        relative: length of the difference over the length of the reference.
+        relative: length of the difference divided by the length of the reference.
         absolute: largest difference of one element.
     """
 
@@ -23,10 +23,10 @@ class TokenErrors:
 
 
 def token_errors(x: np.ndarray, reference: np.ndarray) -> TokenErrors:
-    """Compare two float (n_tokens, dim) embeddings; a token of zeros equals only another one.
+    """Compare two float (n_tokens, dim) embeddings; the cosine of a token of zeros is 1 to another one, else 0.
 
     Raises:
-        ValueError: they differ in shape.
+        ValueError: their shapes differ.
     """
     if x.shape != reference.shape:
         raise ValueError(f"embeddings {x.shape} and {reference.shape} cannot be compared")

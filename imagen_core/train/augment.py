@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.store import CropBox, ImageFacts, Layout, View
+from imagen_core.store import CropBox, ImageInfo, Layout, View
 
 _ROUNDING = 1e-9
 
@@ -102,17 +102,17 @@ class RandomCut:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return self.numbers(numbers)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         return dict.fromkeys(layout, self.square(max(layout), drawn, image))
 
-    def square(self, size_px: int, drawn: Sequence[float], image: ImageFacts) -> CropBox:
+    def square(self, size_px: int, drawn: Sequence[float], image: ImageInfo) -> CropBox:
         """The cut for a model of `size_px`, in pixels of the stored image."""
         whole = CropBox(0, 0, self.config.from_px)
         settings: CutConfig = self.config
-        if self.config.without_text is not None and not image.has_writing:
+        if self.config.without_text is not None and not image.shows_text:
             settings = self.config.without_text
         cut, area, down, right = drawn
-        if cut >= settings.probability or (image.has_writing and image.safebox is None):
+        if cut >= settings.probability or (image.shows_text and image.safebox is None):
             return whole
         low, high = self.sides(settings, size_px, image)
         # Uniform in area: of the sides in [low, high], s has the probability of areas in [s^2, (s + 1)^2).
@@ -120,7 +120,7 @@ class RandomCut:
         left, top, end, bottom = stored_box(image, whole.side)
         return CropBox(_place(whole.side, side, top, bottom, down), _place(whole.side, side, left, end, right), side)
 
-    def sides(self, settings: CutConfig, size_px: int, image: ImageFacts) -> tuple[int, int]:
+    def sides(self, settings: CutConfig, size_px: int, image: ImageInfo) -> tuple[int, int]:
         """The smallest and the largest side of a cut of this image."""
         stored = self.config.from_px
         left, top, right, bottom = stored_box(image, stored)
@@ -149,14 +149,14 @@ class Flipped:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return np.concatenate([self.numbers(numbers), self.view.draw(numbers)], axis=1)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         cuts = self.view.cut(layout, drawn[1:], image)
-        if drawn[0] >= self.probability or image.has_writing:
+        if drawn[0] >= self.probability or image.shows_text:
             return cuts
         return {size: replace(cut, flipped=True) for size, cut in cuts.items()}
 
 
-def stored_box(image: ImageFacts, stored_px: int) -> tuple[int, int, int, int]:
+def stored_box(image: ImageInfo, stored_px: int) -> tuple[int, int, int, int]:
     """The safebox in pixels of the stored centre square, grown to whole ones; of no size where it has none of it."""
     short = min(image.width, image.height)
     if image.safebox is None or not short:

@@ -111,11 +111,13 @@ class _FlashAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
+            return _FlashAttentionFunction.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-class _Attention(torch.autograd.Function):
+class _FlashAttentionFunction(torch.autograd.Function):
+    """An empty result, and the tensors that a fused kernel saves for the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result = query.new_empty(*query.shape[:-1], value.shape[-1])

@@ -6,13 +6,13 @@ from imagen_core.store import (
     ImagesGroup,
     StoreDtype,
     StoreFormat,
+    embedding_shard_bytes,
     image_embed_group,
     image_group,
     is_finite_as,
     open_images,
     read_samples,
-    text_shard_bytes,
-    write_text_shard,
+    write_embedding_shard,
 )
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
@@ -69,7 +69,7 @@ class EncodeImagesStage(Stage):
         for row in bad:
             embeddings[row] = np.zeros((1, self.dim), np.float32)
         drops = [Drop(row, samples[row].key, "non_finite_embedding", f"as {self.dtype}") for row in bad]
-        write_text_shard(
+        write_embedding_shard(
             task.output(self.group, ".h5" if self.store_format == "hdf5" else ".parquet"),
             embeddings,
             self.dim,
@@ -82,4 +82,4 @@ class EncodeImagesStage(Stage):
         task.done(self.group, GroupResult(len(samples), drops, counters, {"excluded_rows": rows_by_reason(drops)}))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
-        return text_shard_bytes([1] * num_rows, self.dim, self.dtype)
+        return embedding_shard_bytes([1] * num_rows, self.dim, self.dtype)

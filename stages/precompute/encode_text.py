@@ -6,13 +6,13 @@ from pathlib import PurePosixPath
 from imagen_core.store import (
     StoreDtype,
     StoreFormat,
+    embedding_shard_bytes,
     is_finite_as,
     null_path,
     read_samples,
     text_group,
-    text_shard_bytes,
+    write_embedding_shard,
     write_null,
-    write_text_shard,
 )
 from pipeline.errors import MachineError
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
@@ -88,7 +88,7 @@ class EncodeStage(Stage):
         ]
         suffix = ".h5" if self.store_format == "hdf5" else ".parquet"
         path = task.output(self.group, suffix)
-        write_text_shard(
+        write_embedding_shard(
             path, embeddings, self.dim, self.dtype, self.store_format, captions=captions, fingerprint=self.fingerprint
         )
         tokens = sum(len(e) for e in embeddings)
@@ -111,5 +111,5 @@ class EncodeStage(Stage):
             units=sum(work.tokens),
             flops=work.flops,
             dtype=self.encoder.compute_dtype,
-            bytes={self.group: text_shard_bytes(work.tokens, self.dim, self.dtype)},
+            bytes={self.group: embedding_shard_bytes(work.tokens, self.dim, self.dtype)},
         )

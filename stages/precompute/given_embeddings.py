@@ -10,15 +10,15 @@ from imagen_core.store import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    embedding_shard_bytes,
     image_embed_group,
     is_finite_as,
     null_path,
     read_samples,
     text_group,
-    text_shard_bytes,
     token_errors,
+    write_embedding_shard,
     write_null,
-    write_text_shard,
 )
 from pipeline.errors import ConfigError
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
@@ -99,7 +99,7 @@ class PrecomputedEmbeddingsStage(Stage):
         else:
             names = [sample.key for sample in samples]
             tokens = [np.zeros((1, self.encoder.dim), np.float32) if row in bad else t for row, t in enumerate(tokens)]
-        write_text_shard(
+        write_embedding_shard(
             task.output(self.group, ".h5" if self.store_format == "hdf5" else ".parquet"),
             tokens,
             self.encoder.dim,
@@ -116,7 +116,7 @@ class PrecomputedEmbeddingsStage(Stage):
         task.done(self.group, GroupResult(len(samples), drops, counters, info))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
-        return text_shard_bytes([1] * num_rows, self.encoder.dim, self.dtype) if self.of == "images" else None
+        return embedding_shard_bytes([1] * num_rows, self.encoder.dim, self.dtype) if self.of == "images" else None
 
     def _read(
         self, samples: Sequence[SampleRow], given: Iterable[PrecomputedEmbedding]

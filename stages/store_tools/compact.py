@@ -23,12 +23,12 @@ from imagen_core.store import (
     Removal,
     SamplesFile,
     StoreFolder,
-    list_removals,
     load_manifest,
     load_removals,
     parse_group,
     removed_rows,
     revision_of,
+    rewrite_manifest,
     shard_path,
 )
 from pipeline.engine.retries import redact_retries
@@ -72,7 +72,7 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
         redact_retries(run, result.removed_inputs, lambda row: _is_blocked(blocklist, row))
         run.storage.delete_folder("report")  # shows images and captions
     if (store / MANIFEST_NAME).exists():
-        list_removals(folder, new_files)
+        rewrite_manifest(folder, new_files)
     for (shard, _), entry in new_files.items():
         _delete_others(store / entry.path, shard)
     return result

@@ -17,9 +17,9 @@ from imagen_core.store import (
     StoreFolder,
     add_removal,
     find_rows,
-    list_removals,
     load_manifest,
     load_removals,
+    rewrite_manifest,
     value_digest,
 )
 from pipeline.commands import CommandResult
@@ -130,7 +130,7 @@ def _remove(
         time = datetime.now(UTC).isoformat(timespec="seconds")
         add_removal(folder, removals, found, values, time, reason)
         if folder.exists(MANIFEST_NAME):
-            list_removals(folder)
+            rewrite_manifest(folder)
     result: dict[str, object] = {
         "store": folder.path(""),
         "dry_run": dry_run,

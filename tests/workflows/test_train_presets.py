@@ -6,10 +6,10 @@ import re
 import pytest
 
 from imagen_core.diffusion import DenoiserConfig
-from imagen_core.models.count import count_parameters
 from pipeline.cli.presets import find_config, list_presets
 from pipeline.config import load_config
 from tests.commands import call
+from tests.imagen_core.models.count import count_parameters
 from tests.imagen_core.models.presets.published import TABLE
 from workflows.sample import Sample, SampleConfig
 from workflows.train import Train, TrainWorkflowConfig

@@ -1,4 +1,4 @@
-"""What a denoiser is told besides the noisy image."""
+"""The conditions a denoiser receives in addition to the noisy image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Condition = Literal["text", "transcription", "labels", "image_embed", "low_res"]
-"""What guidance can take away."""
+"""A condition that guidance can drop."""
 
 _TENSORS: dict[Condition, tuple[str, ...]] = {
     "text": ("text", "text_embed"),
@@ -18,7 +18,7 @@ _TENSORS: dict[Condition, tuple[str, ...]] = {
     "image_embed": ("image_embed",),
     "low_res": ("low_res",),
 }
-_BESIDE: dict[Condition, tuple[str, ...]] = {"text": ("text_mask",), "low_res": ("low_res_noise",)}
+_COMPANIONS: dict[Condition, tuple[str, ...]] = {"text": ("text_mask",), "low_res": ("low_res_noise",)}
 _KEEP = {
     "text": "text_keep",
     "transcription": "characters_keep",
@@ -31,14 +31,14 @@ _KEEP = {
 class Conditioning:
     """Row i of every tensor belongs to row i of the noisy batch; None where a model has no such input.
 
-    A false row of a `keep` is unconditional in that condition (dropout in training, guidance in sampling); a keep of
-    None keeps all.
+    A row that is false in a `keep` is unconditional in that condition (dropout in training, guidance in sampling); a
+    keep of None keeps all rows.
 
     Attributes:
-        text: float (b, l, text_dim), zero padded token embeddings.
+        text: float (b, l, text_dim), token embeddings padded with zeros.
         text_mask: bool (b, l), true on real tokens.
-        text_embed: float (b, d), the caption as one vector, of a text encoder that shares its space with images.
-        text_keep: bool (b,), for text and text_embed.
+        text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
+        text_keep: bool (b,), of text and text_embed.
         characters: int64 (b, l), the text to be written in the image, as `character_ids` gives it.
         characters_keep: bool (b,).
         low_res: float (b, c, h, w), the low-resolution image upsampled to the size of x, noised and
@@ -46,9 +46,9 @@ class Conditioning:
         low_res_noise: float (b,), c_noise of the noise level put on low_res.
         labels: int64 (b,), class labels.
         labels_keep: bool (b,).
-        image_embed: float (b, d), an image encoder's embedding of the image to draw.
+        image_embed: float (b, d), an image encoder's embedding of the image to generate.
         image_embed_keep: bool (b,).
-        images: float (b, k, h, w), images to look at, of the size of x.
+        images: float (b, k, h, w), additional conditioning images of the size of x.
         estimate: float (b, c, h, w), an earlier estimate of the clean image (self-conditioning).
     """
 
@@ -68,72 +68,76 @@ class Conditioning:
     estimate: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """Apply a function to every tensor."""
+        """Applies a function to every tensor."""
         return Conditioning(**{name: None if t is None else function(t) for name, t in self._items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """Move to a device; dtype, if given, is for the floating-point tensors only."""
+        """Moves all tensors to a device; `dtype` applies to floating-point tensors only, None keeps theirs."""
         return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def rows(self, part: slice) -> "Conditioning":
-        """Some rows of the batch."""
+        """A slice of the batch."""
         return self.map(lambda t: t[part])
 
     def has(self, condition: Condition) -> bool:
-        """Whether there is anything to take away."""
+        """Whether the batch has this condition."""
         return any(getattr(self, name) is not None for name in _TENSORS[condition])
 
-    def keeping(self, condition: Condition, keep: Tensor) -> "Conditioning":
-        """The same with one condition taken away in the rows where `keep`, bool (b,), is false; not for low_res."""
+    def with_keep(self, condition: Condition, keep: Tensor) -> "Conditioning":
+        """A copy with a condition dropped in the rows where `keep`, bool (b,), is false; not for low_res."""
         return replace(self, **{_KEEP[condition]: keep})
 
     def without(self, condition: Condition) -> "Conditioning":
-        """The same with one condition taken away in all rows; a low-resolution image becomes grey."""
+        """A copy with a condition dropped in all rows; a low-resolution image becomes zero, which is mid-gray."""
         if not self.has(condition):
             return self
         if condition == "low_res":
             assert self.low_res is not None
             return replace(self, low_res=torch.zeros_like(self.low_res))
-        return self.keeping(condition, torch.zeros_like(self._all_kept()))
+        return self.with_keep(condition, torch.zeros_like(self._keep_all()))
 
-    def free_of(self, condition: Condition) -> "Conditioning":
-        """The same for a model that does not know the condition at all."""
-        return replace(self, **dict.fromkeys((*_TENSORS[condition], *_BESIDE.get(condition, ())), None))
+    def without_inputs(self, condition: Condition) -> "Conditioning":
+        """A copy without the tensors of a condition, for a model that does not read it."""
+        return replace(self, **dict.fromkeys((*_TENSORS[condition], *_COMPANIONS.get(condition, ())), None))
 
     def unconditional(self) -> "Conditioning":
-        """The same without captions, for classifier-free guidance (Ho and Salimans 2022)."""
+        """A copy with all captions dropped, for classifier-free guidance (Ho and Salimans 2022)."""
         return self.without("text")
 
     def _items(self) -> list[tuple[str, Tensor | None]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
-    def _all_kept(self) -> Tensor:
+    def _keep_all(self) -> Tensor:
         """bool (b,), all true."""
         some = next(t for _, t in self._items() if t is not None)
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
 
 
 def unit_variance(embeds: Tensor) -> Tensor:
-    """(..., d) -> the same directions with length sqrt(d), so that each number has variance 1.
+    """(..., d) -> the same directions at length sqrt(d), so that each component has variance 1.
 
-    What models read of embeddings that are compared by their angle, such as CLIP's.
+    Models read embeddings in this form where only the angle between two of them has a meaning, as with CLIP.
     """
     return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
 
 
-def kept(keep: Tensor | None, like: Tensor) -> Tensor:
-    """A keep, bool (b,); all true for None, with the rows and the device of `like`."""
+def keep_mask(keep: Tensor | None, like: Tensor) -> Tensor:
+    """`keep`, or all true if it is None: bool (b,), with the rows and the device of `like`."""
     return torch.ones(len(like), dtype=torch.bool, device=like.device) if keep is None else keep
 
 
 def cat(parts: Sequence[Conditioning]) -> Conditioning:
-    """Join batches. A missing keep counts as all true if another part has one."""
+    """Concatenates batches. A missing keep counts as all true if another part has one.
+
+    Raises:
+        ValueError: a condition that some parts have and others lack.
+    """
     joined: dict[str, Tensor | None] = {}
     for field in fields(Conditioning):
         values = [getattr(part, field.name) for part in parts]
         present = [value for value in values if value is not None]
         if present and len(present) != len(values) and field.name.endswith("_keep"):
-            values = [part._all_kept() if value is None else value for part, value in zip(parts, values, strict=True)]
+            values = [part._keep_all() if value is None else value for part, value in zip(parts, values, strict=True)]
         elif present and len(present) != len(values):
             raise ValueError(f"conditioning.{field.name}: some parts have it and some do not")
         joined[field.name] = torch.cat(values) if present else None

@@ -9,19 +9,19 @@ NUM_IDS = 257
 """Padding, and the 256 values of a byte."""
 
 
-def character_ids(texts: Sequence[str], limit: int, *, cut: bool = False) -> Tensor:
+def character_ids(texts: Sequence[str], limit: int, *, truncate: bool = False) -> Tensor:
     """The bytes of each text in UTF-8, plus 1: int64 (b, l), l at least 1; 0 is padding.
 
     No vocabulary is needed, and every language can be written; a letter without accents is one byte.
 
     Args:
-        limit: most bytes of a text.
-        cut: cut longer texts, after a whole character.
+        limit: maximum bytes of a text.
+        truncate: truncate longer texts, after a complete character.
     Raises:
-        ValueError: a text is longer, and not to be cut.
+        ValueError: a text is longer and `truncate` is false.
     """
     rows = [text.encode() for text in texts]
-    if cut:
+    if truncate:
         rows = [row[:limit].decode(errors="ignore").encode() for row in rows]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > limit:

@@ -4,18 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 
 
 class ImageEmbedConditioning(nn.Module):
     """An image embedding as tokens for attention and as a vector added to the time vector.
 
     Ramesh et al. 2022 (arXiv 2204.06125), section 2.1: four extra tokens of context, and a projection added to the
-    timestep embedding. Learned ones stand for an embedding that is not kept.
+    timestep embedding. Learned tokens and a learned vector replace an embedding that is dropped.
     """
 
     def __init__(self, image_embed_dim: int, cond_dim: int, time_dim: int, num_tokens: int):
-        """`num_tokens` is 0 for a model that attends to no conditions."""
+        """`num_tokens` is 0 for a model without attention to conditions."""
         super().__init__()
         self.image_embed_dim = image_embed_dim
         self.to_tokens = nn.Linear(image_embed_dim, num_tokens * cond_dim) if num_tokens else None
@@ -27,7 +27,7 @@ class ImageEmbedConditioning(nn.Module):
         """Returns the tokens (b, num_tokens, cond_dim), or None, and the vector (b, time_dim).
 
         Raises:
-            ValueError: no embedding was given, or one of another width.
+            ValueError: the embedding is missing or of another width.
         """
         embed = conditioning.image_embed
         if embed is None:
@@ -38,7 +38,7 @@ class ImageEmbedConditioning(nn.Module):
                 f"(got {embed.shape[-1]})"
             )
         embed = embed.to(self.to_vector.weight.dtype)
-        keep = kept(conditioning.image_embed_keep, embed)
+        keep = keep_mask(conditioning.image_embed_keep, embed)
         vector = F.gelu(self.to_vector(embed))
         vector = torch.where(keep[:, None], vector, self.null_vector.to(vector.dtype))
         if self.to_tokens is None or self.null_tokens is None:
@@ -48,20 +48,20 @@ class ImageEmbedConditioning(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A class label as a vector; zero for a label that is unknown (-1) or not kept."""
+    """A class label as a vector; zero for a label that is unknown (-1) or dropped."""
 
     def __init__(self, num_classes: int, time_dim: int):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, time_dim)
 
     def forward(self, conditioning: Conditioning) -> Tensor:
-        """(b, time_dim).
+        """Returns the vector (b, time_dim).
 
         Raises:
-            ValueError: no labels were given.
+            ValueError: the labels are missing.
         """
         labels = conditioning.labels
         if labels is None:
             raise ValueError("conditioning.labels: this model reads class labels")
-        known = (labels >= 0) & kept(conditioning.labels_keep, labels)
+        known = (labels >= 0) & keep_mask(conditioning.labels_keep, labels)
         return self.embedding(labels.clamp(min=0)) * known[:, None]

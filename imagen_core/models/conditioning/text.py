@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 
 Pooling = Literal["attention", "mean"]
 DroppedCaption = Literal["zero_tokens", "no_tokens"]
 
 
 class AttentionPooling(nn.Module):
-    """Mean of the tokens weighted by a softmax over one learned score a token."""
+    """Mean of the tokens, weighted by a softmax over one learned score per token."""
 
     def __init__(self, text_dim: int):
         super().__init__()
@@ -39,8 +39,8 @@ class MeanPooling(nn.Module):
 class TextConditioning(nn.Module):
     """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
 
-    A row that is not kept has its embeddings set to zero, so that nothing of its caption but its length is seen;
-    with `no_tokens` not even that.
+    A row whose caption is dropped has zero embeddings, so that only the caption's length remains visible; with
+    `no_tokens` not even its length.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class TextConditioning(nn.Module):
     ):
         """
         Args:
-            dropped_caption: what a row that is not kept attends to: as many zero embeddings as its caption has
-                tokens (NeMo Imagen), or none, as if the caption were empty.
+            dropped_caption: what a row attends to when its caption is dropped: a zero embedding for each of its
+                tokens (NeMo Imagen), or nothing, as if the caption were empty.
             null_token: adds one learned token to every context, never masked.
-            padded_tokens: captions get zeros up to so many tokens, masked in the context but not in the pooling; mean
-                pooling is of the context (NeMo Imagen).
-            attended: False for a model without text attention: then there is no context.
+            padded_tokens: captions are padded with zeros to this number of tokens; the padding is masked in the
+                context but not in the pooling, and mean pooling averages the context (NeMo Imagen).
+            attended: False for a model without text attention, which gets no context.
         """
         super().__init__()
         self.text_dim = text_dim
@@ -79,20 +79,24 @@ class TextConditioning(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token and attended else None
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim)."""
-        text, mask = kept_text(conditioning, self.text_dim)
+        """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim).
+
+        Raises:
+            ValueError: the text is missing, of another width, or longer than padded_tokens.
+        """
+        text, mask = masked_text(conditioning, self.text_dim)
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
-        text, seen = text.to(next(self.to_time.parameters()).dtype), mask
+        text, pooled_mask = text.to(next(self.to_time.parameters()).dtype), mask
         if self.padded_tokens is not None:
             text, mask = _padded(text, mask, self.padded_tokens)
-            seen = torch.ones_like(mask)
+            pooled_mask = torch.ones_like(mask)
         context = None if self.to_context is None else self.to_context(text)
         if self.pooled is not None:
-            pooled = self.pooled(self.pool(text, seen))
+            pooled = self.pooled(self.pool(text, pooled_mask))
         else:
             assert context is not None
-            pooled = self.pool(context, seen)
+            pooled = self.pool(context, pooled_mask)
         vector = self.to_time(pooled)
         if context is None or not self.attended:
             return None, None, vector
@@ -103,7 +107,7 @@ class TextConditioning(nn.Module):
 
 
 def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(b, l, text_dim) and (b, l) with zeros up to `num_tokens`; ValueError if there are more."""
+    """Pads (b, l, text_dim) and (b, l) with zeros to `num_tokens`; ValueError if l is larger."""
     missing = num_tokens - text.shape[1]
     if missing < 0:
         raise ValueError(
@@ -112,21 +116,21 @@ def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
     return F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
 
 
-def kept_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
-    """The embeddings with zeros in padding and in the rows not kept, and the mask.
+def masked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:
+    """The embeddings (b, l, text_dim), zero in padding and in rows whose caption is dropped, and the mask (b, l).
 
     Raises:
-        ValueError: no text was given, or of another width.
+        ValueError: the text is missing or of another width.
     """
     text, mask, keep = checked_text(conditioning, text_dim)
     return text.masked_fill(~(mask & keep[:, None])[..., None], 0), mask
 
 
 def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (b, l, text_dim), their bool mask (b, l), and which rows are kept, bool (b,).
+    """The embeddings (b, l, text_dim), their bool mask (b, l), and which rows keep their caption, bool (b,).
 
     Raises:
-        ValueError: no text was given, or of another width.
+        ValueError: the text is missing or of another width.
     """
     text, mask = conditioning.text, conditioning.text_mask
     if text is None:
@@ -135,22 +139,23 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
         raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    return text, mask, kept(conditioning.text_keep, text)
+    return text, mask, keep_mask(conditioning.text_keep, text)
 
 
-def learned_beyond(
+def pad_with_learned(
     conditioning: Conditioning, text_dim: int, project: nn.Module, null: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A caption as a fixed number of tokens: its own, projected, then learned ones; all learned if it is not kept.
+    """A caption as a fixed number of tokens: its own, projected, then learned ones; a dropped one has only these.
 
     So the result does not depend on the lengths of the other captions of a batch.
 
     Args:
+        project: (b, l, text_dim) -> (b, l, dim).
         null: (max_tokens, dim), the learned tokens.
     Returns:
-        (b, max_tokens, dim), and which rows are kept, bool (b,).
+        (b, max_tokens, dim), and which rows keep their caption, bool (b,).
     Raises:
-        ValueError: no text, text of another width, or more than max_tokens tokens.
+        ValueError: the text is missing, of another width, or longer than max_tokens.
     """
     text, mask, keep = checked_text(conditioning, text_dim)
     missing = len(null) - text.shape[1]

@@ -1,8 +1,8 @@
-"""Reads the text to be written in an image, character by character.
+"""Encodes the text to be written in an image, character by character.
 
-A small transformer that is trained with the UNet, as nostalgebraist/improved-diffusion has it; pixels attend to what
-it makes of each character (`transcription_attention`). Nothing of it is added to the time vector; the time vector is
-added to the characters.
+A small transformer that is trained with the UNet, as in nostalgebraist/improved-diffusion; pixels attend to its output
+for each character (`transcription_attention`). The time vector is added to the characters, and nothing of them to the
+time vector.
 """
 
 from typing import Literal
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imagen_core.config import Config
-from imagen_core.models.conditioning.base import Conditioning, kept
+from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.characters import NUM_IDS
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -34,11 +34,11 @@ class TranscriptionConfig(Config):
     ff_mult: int = Field(default=3, ge=1)
     """Width of the gated feed-forward layers, in units of dim."""
     positions: Literal["relative", "rotary"] = "relative"
-    """How the encoder's attention knows distances, beside a learned vector for each place: T5's bias, or rotation."""
+    """Positions in the encoder's attention, in addition to a learned vector for each place: T5's bias, or rotary."""
     line_embeddings: bool = True
     """A learned vector for each line is added to its characters."""
     max_characters: int = Field(default=384, ge=1)
-    """Longest transcription, in bytes of UTF-8. Training cuts longer ones, drawing refuses them."""
+    """Longest transcription, in bytes of UTF-8. Training truncates longer ones, sampling refuses them."""
     resolutions: tuple[int, ...] = Field(default=(8, 16), min_length=1)
     """Sides in pixels at which blocks attend to the characters, after their other attention."""
     up_only: bool = False
@@ -46,12 +46,12 @@ class TranscriptionConfig(Config):
     weave: bool = False
     """Before pixels attend to characters, characters attend to pixels, and pass a feed-forward layer."""
     gain: float = 0.0
-    """Factor on what attention adds, learned from here: 0 (ReZero, Bachlechner et al. 2020, arXiv 2003.04887) changes
-    nothing in a new model."""
+    """Initial value of a learned factor on the attention's output; with 0 (ReZero, Bachlechner et al. 2020, arXiv
+    2003.04887) a new model adds nothing."""
     gain_per_channel: bool = False
-    """A factor for each channel; with a small gain this is LayerScale (Touvron et al. 2021, arXiv 2103.17239)."""
+    """One factor per channel; with a small gain this is LayerScale (Touvron et al. 2021, arXiv 2103.17239)."""
     gain_speed: float = Field(default=1.0, gt=0)
-    """The factor learns so many times faster than its learning rate."""
+    """How many times faster the factor changes than the learning rate alone would make it."""
 
     @model_validator(mode="after")
     def _check(self) -> "TranscriptionConfig":
@@ -63,11 +63,12 @@ class TranscriptionConfig(Config):
 
     @property
     def num_heads(self) -> int:
+        """Attention heads of the encoder and of the pixels' attention."""
         return self.dim // self.head_dim
 
 
 class TranscriptionEncoder(nn.Module):
-    """Character ids -> vectors (b, l, dim), each of which knows the others and the noise level."""
+    """Character ids -> vectors (b, l, dim), each in the context of the others and of the noise level."""
 
     def __init__(self, config: TranscriptionConfig, time_dim: int):
         super().__init__()
@@ -93,10 +94,10 @@ class TranscriptionEncoder(nn.Module):
         )
 
     def forward(self, conditioning: Conditioning, time: Tensor) -> tuple[Tensor, Tensor]:
-        """`time` (b, time_dim) -> vectors (b, l, dim), and a bool mask (b, l), all false in rows that are not kept.
+        """`time` (b, time_dim) -> vectors (b, l, dim), and a bool mask (b, l), false in all of a dropped row.
 
         Raises:
-            ValueError: no ids, or more than the model reads.
+            ValueError: the ids are missing, or more than the model reads.
         """
         ids = checked_characters(conditioning, self.config.max_characters)
         mask = ids != 0
@@ -113,16 +114,16 @@ class TranscriptionEncoder(nn.Module):
 
 
 def checked_characters(conditioning: Conditioning, limit: int) -> Tensor:
-    """Ids (b, l), zero in the rows that are not kept.
+    """Character ids, int64 (b, l), zero in dropped rows.
 
     Raises:
-        ValueError: no ids, or more than `limit` in a row.
+        ValueError: the ids are missing, or more than `limit` per row.
     """
     ids = conditioning.characters
     if ids is None:
         raise ValueError("conditioning.characters: this model reads transcriptions; give ids (for none, zeros)")
     if ids.shape[1] > limit:
         raise ValueError(
-            f"conditioning.characters: this model reads at most {limit} bytes a transcription (got {ids.shape[1]})"
+            f"conditioning.characters: this model reads at most {limit} bytes per transcription (got {ids.shape[1]})"
         )
-    return ids.masked_fill(~kept(conditioning.characters_keep, ids)[:, None], 0)
+    return ids.masked_fill(~keep_mask(conditioning.characters_keep, ids)[:, None], 0)

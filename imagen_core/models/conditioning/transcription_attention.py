@@ -5,19 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
-from imagen_core.models.layers.attention import Attention, to_image, to_tokens
+from imagen_core.models.layers.attention import Attention, flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import feed_forward
 
 
 class TranscriptionAttention(nn.Module):
-    """Pixels attend to characters, with a residual; an image without a transcription is left as it is.
+    """Pixels attend to characters, with a residual; an image without a transcription stays as it is.
 
-    Weave: characters attend to the pixels before. What they learn there, the next block does not see.
+    With `weave` the characters attend to the pixels first; the next block starts from the encoder's output again.
     """
 
     def __init__(self, config: TranscriptionConfig, width: int, side_px: int, time_dim: int):
-        """`width`: channels of the image, which has sides of `side_px` (others stretch the places)."""
+        """`width`: channels; `side_px`: side at the model's image size. Positions are interpolated to other sides."""
         super().__init__()
         self.weave = CharactersAttention(config, width, side_px, time_dim) if config.weave else None
         self.norm = PlacedNorm(width, side_px, time_dim)
@@ -32,9 +32,9 @@ class TranscriptionAttention(nn.Module):
         assert mask is not None
         if self.weave is not None:
             characters = self.weave(characters, x, context.time)
-        pixels = to_tokens(self.norm(x, context.time))
+        pixels = flatten_pixels(self.norm(x, context.time))
         attended = self.attention(pixels, self.norm_characters(characters), mask)
-        return x + to_image(self.gain(attended), x)
+        return x + unflatten_pixels(self.gain(attended), x)
 
 
 class CharactersAttention(nn.Module):
@@ -51,13 +51,13 @@ class CharactersAttention(nn.Module):
 
     def forward(self, characters: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """characters (b, l, dim), image (b, c, h, w), time (b, time_dim) -> characters."""
-        attended = self.attention(self.norm(characters), to_tokens(self.norm_pixels(x, time)))
+        attended = self.attention(self.norm(characters), flatten_pixels(self.norm_pixels(x, time)))
         characters = characters + self.gain(attended)
         return characters + self.feed_forward_gain(self.feed_forward(characters))
 
 
 class PlacedNorm(nn.Module):
-    """A norm that the time vector and each pixel's place, row plus column, scale and shift."""
+    """A norm that is scaled and shifted by the time vector and by each pixel's position, row plus column."""
 
     def __init__(self, width: int, side_px: int, time_dim: int):
         super().__init__()
@@ -68,14 +68,14 @@ class PlacedNorm(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """(b, c, h, w) and the time vector (b, time_dim) -> (b, c, h, w)."""
-        rows, columns = _stretch(self.rows, x.shape[2]), _stretch(self.columns, x.shape[3])
+        rows, columns = _interpolate(self.rows, x.shape[2]), _interpolate(self.columns, x.shape[3])
         places = rows[:, :, None] + columns[:, None, :]
         scale, shift = (self.time(time)[:, :, None, None] + places).chunk(2, dim=1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
 class Gain(nn.Module):
-    """A learned factor: one, or one a channel."""
+    """A learned factor: a single one, or one per channel."""
 
     def __init__(self, config: TranscriptionConfig, width: int):
         super().__init__()
@@ -89,7 +89,7 @@ class Gain(nn.Module):
 
 
 def _cross_attention(config: TranscriptionConfig, dim: int, context_dim: int) -> Attention:
-    """With orthogonal queries, keys, values and outputs, without biases: nothing to attend to adds nothing."""
+    """Orthogonal initial weights, and no biases: with nothing to attend to, it adds nothing."""
     attention = Attention(
         dim,
         kind="cross",
@@ -105,8 +105,8 @@ def _cross_attention(config: TranscriptionConfig, dim: int, context_dim: int) ->
     return attention
 
 
-def _stretch(places: Tensor, side: int) -> Tensor:
-    """(c, side_px) -> (c, side)."""
+def _interpolate(places: Tensor, side: int) -> Tensor:
+    """(c, side_px) -> (c, side), linearly."""
     if places.shape[1] == side:
         return places
     return F.interpolate(places[None], size=side, mode="linear", align_corners=False)[0]

@@ -1,18 +1,18 @@
-"""The parts of a Hybrid UNet beside its ResBlocks."""
+"""The parts of a Hybrid UNet, except its ResBlocks."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.hybrid.config import HybridUNetSettings
-from imagen_core.models.layers.attention import Attention, to_image, to_tokens
+from imagen_core.models.layers.attention import Attention, flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.models.unet.block import Block
 
 
 class HybridLevel(nn.Module):
-    """One resolution, on the way down or up."""
+    """One resolution, on the way down or up: its blocks, and the layers that change the resolution before or after."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class HybridLevel(nn.Module):
 
 
 class CrossEmbed(nn.Module):
-    """Convolutions of several kernel sizes side by side; half of the channels are of the first, and so on."""
+    """Convolutions of several kernel sizes in parallel: the first makes half of the channels, the next a quarter."""
 
     def __init__(self, in_channels: int, out_channels: int, kernels: tuple[int, ...] = (3, 7, 15), stride: int = 1):
         super().__init__()
@@ -43,11 +43,12 @@ class CrossEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, h, w) -> (b, out_channels, h / stride, w / stride)."""
         return torch.cat([conv(x) for conv in self.convs], dim=1)
 
 
 class TwoConvs(nn.Module):
-    """A 3x3 and a 1x1 convolution, summed: the deepest level widens without halving."""
+    """A 3x3 and a 1x1 convolution, summed: how the deepest level widens without downsampling."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -55,11 +56,12 @@ class TwoConvs(nn.Module):
         self.narrow = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, in_channels, h, w) -> (b, out_channels, h, w)."""
         return self.wide(x) + self.narrow(x)
 
 
 class TextAttention(nn.Module):
-    """Pixels attend to the condition tokens; normed before and after, with a residual."""
+    """Pixels attend to the condition tokens; with a norm before and after, and a residual."""
 
     def __init__(self, width: int, config: HybridUNetSettings, *, linear: bool = False):
         super().__init__()
@@ -78,13 +80,13 @@ class TextAttention(nn.Module):
         self.norm_out = nn.LayerNorm(width, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(b, c, h, w) -> the same."""
-        attended = self.attention(self.norm(to_tokens(x)), context.tokens, context.mask)
-        return x + to_image(self.norm_out(attended), x)
+        """(b, c, h, w) -> the same shape."""
+        attended = self.attention(self.norm(flatten_pixels(x)), context.tokens, context.mask)
+        return x + unflatten_pixels(self.norm_out(attended), x)
 
 
 class TransformerBlock(nn.Module):
-    """Layers of multi-query attention over pixels and condition tokens, then a feed-forward layer, if wanted."""
+    """Layers of multi-query attention over pixels and, optionally, condition tokens, with or without feed-forward."""
 
     def __init__(
         self,
@@ -113,15 +115,15 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(b, c, h, w) -> the same."""
-        tokens = to_tokens(x)
+        """(b, c, h, w) -> the same shape."""
+        tokens = flatten_pixels(x)
         for layer in self.layers:
             tokens = layer(tokens, context.tokens, context.mask)
-        return to_image(tokens, x)
+        return unflatten_pixels(tokens, x)
 
 
 class FeatureCombiner(nn.Module):
-    """The outputs of all levels on the way up, each narrowed by a convolution and enlarged to the last one's size."""
+    """The outputs of all levels on the way up, each narrowed by a convolution and upsampled to the last one's size."""
 
     def __init__(self, widths: list[int], out_width: int):
         super().__init__()
@@ -141,7 +143,7 @@ class FeatureCombiner(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """Scales channels by a gate made of an attention-pooled pixel (Cao et al. 2019, arXiv 1904.11492)."""
+    """Scales channels by a gate that is computed from attention-pooled pixels (Cao et al. 2019, arXiv 1904.11492)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -150,7 +152,7 @@ class GlobalContext(nn.Module):
         self.gate = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, width, 1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> the same."""
+        """(b, c, h, w) -> the same shape."""
         weights = self.score(x).flatten(2).softmax(dim=-1)  # (b, 1, h * w)
         pooled = torch.einsum("bcn,bn->bc", x.flatten(2), weights[:, 0])
         return x * self.gate(pooled[:, :, None, None])

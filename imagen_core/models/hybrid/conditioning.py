@@ -1,9 +1,9 @@
 """How the Hybrid UNets read captions, noise levels and low-resolution noise levels.
 
-Everything that conditions becomes tokens that the blocks attend to: two tokens of the noise level, two more of the
-low-resolution image's noise level, and the caption, either as it is or as 36 tokens of a perceiver resampler
-(Jaegle et al. 2021, arXiv 2103.03206; Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1). A caption left out is a
-learned embedding.
+All conditions become tokens that the blocks attend to: two tokens of the noise level, two more of the low-resolution
+image's noise level, and the caption, either as it is or as 36 tokens of a perceiver resampler
+(Jaegle et al. 2021, arXiv 2103.03206; Alayrac et al. 2022, arXiv 2204.14198, section 3.1.1). A learned
+embedding replaces a dropped caption.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
-from imagen_core.models.conditioning.text import learned_beyond
+from imagen_core.models.conditioning.text import pad_with_learned
 from imagen_core.models.hybrid.config import HybridUNetSettings
 from imagen_core.models.layers.attention import Attention
 from imagen_core.models.layers.context import Context
@@ -36,7 +36,7 @@ class LevelTokens(nn.Module):
         self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
 
     def forward(self, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(b,) -> the vector and the tokens."""
+        """float (b,) -> the vector and the tokens."""
         hidden = self.hidden(self.embedding(c_noise).to(self.to_vector.weight.dtype))
         return self.to_vector(hidden), self.to_tokens(hidden).unflatten(-1, (_TOKENS_PER_LEVEL, -1))
 
@@ -68,10 +68,10 @@ class HybridInputs(nn.Module):
         self.norm_middle = nn.LayerNorm(context_dim) if config.text_in_middle_only else None
 
     def forward(self, c_noise: Tensor, conditioning: Conditioning) -> tuple[Context, Context]:
-        """c_noise (b,) -> what the levels are told, and what the middle is told.
+        """c_noise float (b,) -> what the levels read, and what the middle reads.
 
         Raises:
-            ValueError: a condition the model reads is missing.
+            ValueError: a condition that the model reads is missing.
         """
         vector, tokens = self.level(c_noise)
         if self.low_res_level is not None:
@@ -95,7 +95,7 @@ class HybridInputs(nn.Module):
 
 
 class EmptyCaption(nn.Module):
-    """What stands for a caption left out and for padding, and the perceiver that would read it."""
+    """Learned tokens and a learned vector in place of a dropped caption and of padding, and the perceiver."""
 
     def __init__(self, config: HybridUNetSettings):
         super().__init__()
@@ -107,8 +107,8 @@ class EmptyCaption(nn.Module):
 class CaptionTokens(EmptyCaption):
     """A caption as tokens (b, t, context_dim) and as a vector (b, time_dim), zero without `caption_vector`.
 
-    Captions are padded to max_text_tokens with a learned embedding, which also stands for a caption left out; so the
-    result does not depend on the lengths of the other captions of a batch.
+    Captions are padded to max_text_tokens with learned embeddings, which also replace a dropped caption; so the result
+    does not depend on the lengths of the other captions of a batch.
     """
 
     def __init__(self, config: HybridUNetSettings, text_dim: int):
@@ -123,11 +123,12 @@ class CaptionTokens(EmptyCaption):
             )
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """
+        """Returns the tokens and the vector.
+
         Raises:
-            ValueError: no text, text of another width, or longer than max_text_tokens.
+            ValueError: the text is missing, of another width, or longer than max_text_tokens.
         """
-        tokens, keep = learned_beyond(conditioning, self.text_dim, self.to_context, self.null_tokens)
+        tokens, keep = pad_with_learned(conditioning, self.text_dim, self.to_context, self.null_tokens)
         if self.resampler is not None:
             tokens = self.resampler(tokens)
         if self.to_vector is None or self.null_vector is None:
@@ -137,7 +138,7 @@ class CaptionTokens(EmptyCaption):
 
 
 class PerceiverResampler(nn.Module):
-    """Any number of tokens -> 32 learned queries and 4 tokens made of their mean, after two attention layers."""
+    """Any number of tokens -> 36: 32 learned queries and 4 projections of the tokens' mean, after attention layers."""
 
     def __init__(self, dim: int, *, num_latents: int = 32, num_mean_latents: int = 4, depth: int = 2, qk_norm: bool):
         super().__init__()
@@ -170,6 +171,7 @@ class ResamplerLayer(nn.Module):
         self.feed_forward = feed_forward(dim, 4)
 
     def forward(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """tokens (b, l, dim), latents (b, m, dim) -> latents of the same shape."""
         queries = self.norm_latents(latents)
         context = torch.cat([self.norm_tokens(tokens), queries], dim=1)
         latents = latents + self.norm_out(self.attention(queries, context))

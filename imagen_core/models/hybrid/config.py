@@ -10,7 +10,7 @@ LevelAttention = bool | Literal["linear"]
 
 
 class HybridUNetSettings(UNetBaseConfig):
-    """What a Hybrid UNet is made from; see `HybridUNetConfig`."""
+    """The settings of a Hybrid UNet, without `build`; see `HybridUNetConfig`."""
 
     family: Literal["hybrid"] = "hybrid"
     dim: int = Field(ge=8)
@@ -18,56 +18,58 @@ class HybridUNetSettings(UNetBaseConfig):
     dim_mults: tuple[int, ...] = Field(min_length=1)
     """Channels of each level, in units of dim."""
     num_res_blocks: tuple[int, ...] = Field(min_length=1)
-    """ResBlocks of each level beside its first one."""
+    """ResBlocks of each level after its first one."""
     attention_levels: tuple[LevelAttention, ...] = Field(min_length=1)
     """Levels that end with a transformer block; linear: its attention costs linearly many operations in the number of
     pixels (Shen et al. 2018, arXiv 1812.01243)."""
     cross_attention_levels: tuple[LevelAttention, ...] = Field(min_length=1)
     """Levels whose ResBlocks attend to the conditions."""
     conditions_in: Literal["first_block", "other_blocks"] = "first_block"
-    """Which ResBlocks of these levels do; other_blocks: all but the first on the way down (DALLE2-pytorch)."""
+    """Which ResBlocks of these levels attend to the conditions; other_blocks: all but the first on the way down
+    (DALLE2-pytorch)."""
     transformer_depth: int | tuple[int, ...] = 1
     """Layers of the transformer block of each level."""
     cond_dim: int | None = Field(default=None, ge=1)
-    """Width of the condition tokens; null: dim."""
+    """Width of the condition tokens; null means dim."""
     text_in_middle_only: bool = False
-    """Only the ResBlocks in the middle attend to the caption; the others to the other conditions (DALLE2-pytorch)."""
+    """Only the ResBlocks in the middle attend to the caption; all others attend to the other conditions
+    (DALLE2-pytorch)."""
     caption_vector: bool = True
     """The pooled caption is added to the time vector."""
     unread_caption_parameters: bool = False
-    """Hold the empty caption and the perceiver though text_dim is null, untrained and read by nothing: the published
-    models without captions do, and count them."""
+    """For imported and published models only: hold the null caption and the perceiver although text_dim is null. They
+    are neither trained nor read, but such models contain and count them."""
     max_text_tokens: int = Field(default=256, ge=1, le=512)
     """Captions are padded to this length with learned tokens."""
     perceiver: bool = True
-    """Resample captions to 36 tokens; false: attend to all of them."""
+    """Resample captions to 36 tokens; false attends to all of their tokens."""
     num_heads: int = Field(default=8, ge=1)
-    """Attention heads."""
+    """Number of attention heads."""
     head_dim: int = Field(default=64, ge=1)
     """Channels of one attention head."""
     cross_num_heads: int | None = Field(default=None, ge=1)
-    """Attention heads of ResBlocks; null: num_heads."""
+    """Number of attention heads of ResBlocks; null means num_heads."""
     cross_head_dim: int | None = Field(default=None, ge=1)
-    """Channels of one attention head of ResBlocks; null: head_dim."""
+    """Channels of one attention head of ResBlocks; null means head_dim."""
     ff_mult: int = Field(default=2, ge=0)
-    """Width of the transformer blocks' feed-forward layers, in units of theirs; 0: attention alone."""
+    """Width of the transformer blocks' feed-forward layers, in units of the block's width; 0 for attention alone."""
     attend_to_conditions: bool = True
-    """Transformer blocks attend to the conditions beside the pixels."""
+    """Transformer blocks attend to the conditions in addition to the pixels."""
     middle_attention: bool = True
-    """A transformer block, of pixels alone, between the two ResBlocks in the middle."""
+    """A transformer block, over pixels alone, between the two ResBlocks in the middle."""
     middle_feed_forward: bool = True
-    """With a feed-forward layer, as the other blocks have; false: attention alone (MinImagen)."""
+    """That block has a feed-forward layer, like the others; false for attention alone (MinImagen)."""
     memory_efficient: bool = False
     """Change resolution before the ResBlocks of a level, not after them."""
     initial_res_block: bool = False
     """A ResBlock before the first level (memory-efficient models of imagen-pytorch and PaddleFleetX)."""
-    halve: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
-    """Halve by moving pixels into channels, by one strided convolution (MinImagen), or by two of 2 and 4 pixels side
-    by side."""
-    double: Literal["pixel_shuffle", "repeat_conv"] = "pixel_shuffle"
-    """Double by moving channels into pixels, or by repeating pixels before a convolution."""
+    downsample: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
+    """Downsample by moving pixels into channels, by one strided convolution (MinImagen), or by two in parallel with
+    kernels of 2 and 4 pixels."""
+    upsample: Literal["pixel_shuffle", "repeat_conv"] = "pixel_shuffle"
+    """Upsample by moving channels into pixels, or by repeating pixels before a convolution."""
     deepest_widen: Literal["two_convs", "conv"] = "two_convs"
-    """How the deepest level widens without halving: a 3x3 and a 1x1 convolution summed, or a 1x1 alone."""
+    """How the deepest level widens without downsampling: a 3x3 and a 1x1 convolution, summed, or a 1x1 alone."""
     res_block: Literal["norm_first", "conv_first"] = "norm_first"
     """Order of norm, scale and shift, SiLU, and convolution in ResBlocks; conv_first is DALLE2-pytorch's."""
     weight_standardization: bool = False
@@ -75,25 +77,26 @@ class HybridUNetSettings(UNetBaseConfig):
     global_context: bool = True
     """Gate ResBlocks with global context (Cao et al. 2019, arXiv 1904.11492)."""
     final_global_context: bool = True
-    """The same in the last ResBlock, and in initial_res_block."""
+    """Gate the last ResBlock and initial_res_block with it too."""
     norm: Literal["group", "rms"] = "group"
-    """Norm of the ResBlocks: groups of 8, or root mean square."""
+    """Norm of the ResBlocks: group norm with 8 groups, or root mean square."""
     qk_norm: bool = False
     """Attention by cosine similarity."""
     num_fourier_frequencies: int | None = Field(default=8, ge=1)
-    """Learned time embedding; null: fixed sinusoids."""
+    """Number of frequencies of a learned time embedding; null uses fixed sinusoids."""
     sinusoids: Literal["open", "closed"] = "open"
-    """Whether the frequencies of fixed sinusoids, from 1, come short of 1/10000 or reach it (MinImagen)."""
+    """For imported models: the frequencies of fixed sinusoids, from 1, end one step before 1/10000 (open) or at it
+    (closed, MinImagen)."""
     low_res_at_end: bool = True
     """Concatenate the low-resolution image to the input of the last convolution too."""
     scale_skips: bool = True
     """Multiply skip connections by 1/sqrt(2)."""
     init_residual: bool = False
-    """The first convolution's output is concatenated to the last ResBlock's input."""
+    """Concatenate the first convolution's output to the last ResBlock's input."""
     combine_up_features: bool = False
-    """So are the outputs of all levels on the way up, enlarged."""
+    """Concatenate the upsampled outputs of all levels on the way up to it too."""
     out_kernel_size: Literal[1, 3] = 3
-    """Side of the last convolution."""
+    """Kernel side of the last convolution, in pixels."""
 
     @model_validator(mode="after")
     def _check(self) -> "HybridUNetSettings":
@@ -106,7 +109,7 @@ class HybridUNetSettings(UNetBaseConfig):
         if isinstance(self.transformer_depth, tuple) and len(self.transformer_depth) != levels:
             raise ValueError(f"transformer_depth has {len(self.transformer_depth)} entries for {levels} levels")
         if self.transcription is not None:
-            raise ValueError("transcription: Hybrid UNets read none; take family regular or efficient")
+            raise ValueError("transcription: Hybrid UNets read none; use family regular or efficient")
         self.check_inputs()
         self.check_image_size(levels, self.sides_divisor)
         if self.unread_caption_parameters and self.text_dim is not None:
@@ -129,5 +132,5 @@ class HybridUNetSettings(UNetBaseConfig):
 
     @property
     def sides_divisor(self) -> int:
-        """What the sides of an image must be a multiple of."""
+        """Both sides of an image must be multiples of this, in pixels."""
         return 2 ** (len(self.dim_mults) if self.memory_efficient else len(self.dim_mults) - 1)

@@ -1,7 +1,7 @@
 """The Hybrid UNet: the layout of imagen-pytorch, PaddleFleetX Imagen, MinImagen and DALLE2-pytorch's decoder.
 
-A ResBlock, more of them (one kind reads the conditions, one has a global-context gate), then a transformer block: that
-is a level. Between levels pixels are shuffled into channels and back. Conditions are tokens; see `hybrid_text`.
+A level is a ResBlock, more of them (one kind reads the conditions, one has a global-context gate), then a transformer
+block. Between levels pixels are shuffled into channels and back. Conditions are tokens; see `hybrid.conditioning`.
 """
 
 import torch
@@ -21,12 +21,12 @@ from imagen_core.models.hybrid.conditioning import HybridInputs
 from imagen_core.models.hybrid.config import HybridUNetSettings, LevelAttention
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.resblock import RepeatConv, ResBlock
-from imagen_core.models.unet.block import Block, typed
-from imagen_core.models.unet.inputs import check_sides, join_images, run_block
+from imagen_core.models.unet.block import Block, of_type
+from imagen_core.models.unet.inputs import check_sides, concatenate_images, run_block
 
 
 class HybridUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
+    """Predicts from a noisy image, its noise level and the conditioning. The objective decides what it predicts."""
 
     def __init__(self, config: HybridUNetSettings):
         super().__init__()
@@ -43,18 +43,18 @@ class HybridUNet(nn.Module):
         for level in range(last + 1):
             narrow, wide = widths[level], widths[level + 1]
             if config.memory_efficient:
-                self.down.append(self._level(level, wide, before=self._halve(narrow, wide)))
+                self.down.append(self._level(level, wide, before=self._downsample(narrow, wide)))
             else:
-                after = self._halve(narrow, wide) if level < last else self._widen(narrow, wide)
+                after = self._downsample(narrow, wide) if level < last else self._widen(narrow, wide)
                 self.down.append(self._level(level, narrow, after=after))
-            doubles = level > 0 or config.memory_efficient
+            upsamples = level > 0 or config.memory_efficient
             self.up.insert(
                 0,
                 self._level(
                     level,
                     wide,
                     skip_width=wide if config.memory_efficient else narrow,
-                    after=self._double(wide, narrow) if doubles else None,
+                    after=self._upsample(wide, narrow) if upsamples else None,
                 ),
             )
         middle = widths[-1]
@@ -74,15 +74,16 @@ class HybridUNet(nn.Module):
         """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
 
         Raises:
-            ValueError: sides that the levels do not divide, a missing condition, or a caption that is too long.
+            ValueError: the levels do not divide the sides, a condition is missing, or a caption is longer than
+                max_text_tokens.
         """
         check_sides(x, self.config.sides_divisor)
         context, middle_context = self.inputs(c_noise, conditioning)
-        first = h = self.conv_in(join_images(x, conditioning, self.config))
+        first = h = self.conv_in(concatenate_images(x, conditioning, self.config))
         if self.first is not None:
             h = self._run(self.first, h, context)
         skips: list[Tensor] = []
-        for level in typed(self.down, HybridLevel):
+        for level in of_type(self.down, HybridLevel):
             h = h if level.before is None else level.before(h)
             h = self._run(level.first, h, context)
             for block in level.blocks:
@@ -95,7 +96,7 @@ class HybridUNet(nn.Module):
             h = self._run(block, h, middle_context)
         up: list[Tensor] = []
         scale = 0.5**0.5 if self.config.scale_skips else 1.0
-        for level in typed(self.up, HybridLevel):
+        for level in of_type(self.up, HybridLevel):
             for block in (level.first, *level.blocks):
                 h = self._run(block, torch.cat([h, scale * skips.pop()], dim=1), context)
             h = h if level.transformer is None else self._run(level.transformer, h, context)
@@ -123,7 +124,7 @@ class HybridUNet(nn.Module):
         skip_width: int = 0,
         before: nn.Module | None = None,
         after: nn.Module | None = None,
-    ) -> "HybridLevel":
+    ) -> HybridLevel:
         config = self.config
         text, attention = config.cross_attention_levels[level], config.attention_levels[level]
         first_reads = config.conditions_in == "first_block"
@@ -169,10 +170,10 @@ class HybridUNet(nn.Module):
             gate=GlobalContext(out_channels) if gate else None,
         )
 
-    def _halve(self, width: int, out_width: int) -> nn.Module:
-        if self.config.halve == "pixel_unshuffle":
+    def _downsample(self, width: int, out_width: int) -> nn.Module:
+        if self.config.downsample == "pixel_unshuffle":
             return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, out_width, 1))
-        if self.config.halve == "cross_embed":
+        if self.config.downsample == "cross_embed":
             return CrossEmbed(width, out_width, kernels=(2, 4), stride=2)
         return nn.Conv2d(width, out_width, 4, stride=2, padding=1)
 
@@ -181,8 +182,8 @@ class HybridUNet(nn.Module):
             return nn.Conv2d(width, out_width, 1)
         return TwoConvs(width, out_width)
 
-    def _double(self, width: int, out_width: int) -> nn.Module:
-        if self.config.double == "pixel_shuffle":
+    def _upsample(self, width: int, out_width: int) -> nn.Module:
+        if self.config.upsample == "pixel_shuffle":
             return nn.Sequential(nn.Conv2d(width, 4 * out_width, 1), nn.SiLU(), nn.PixelShuffle(2))
         return RepeatConv(width, out_width)
 

@@ -1,4 +1,4 @@
-"""The one attention module. Everything runs on `scaled_dot_product_attention`.
+"""The attention module of all models, on `scaled_dot_product_attention`.
 
 Shapes: b batch, c channels, h w height and width, n = h * w pixels, l tokens of text, d width of a head.
 """
@@ -47,12 +47,14 @@ class Attention(nn.Module):
             dim: width of the queries and of the result.
             linear: instead of softmax(q k) v, softmax(q) (softmax(k) v), over features and over keys: linearly many
                 operations in the number of keys (Shen et al. 2018, arXiv 1812.01243, equation 6).
-            context_bias: bias on the context's keys and values; default `bias`.
-            qk_norm: queries and keys are unit vectors (cosine similarity) with learned gains, times 8; a number:
-                times it, without gains.
-            causal: a query sees the null key and the own keys up to its own only.
-            num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). Default num_heads.
+            context_bias: bias on the context's keys and values; None means `bias`.
+            qk_norm: True for cosine similarity: queries and keys have unit length and learned gains, and logits are
+                scaled by 8. A number scales the logits by it, without gains.
+            causal: a query sees the null key and the sequence's own keys up to its position.
+            num_kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019). None means num_heads.
             null_kv: adds one learned key and value of head_dim each, never masked.
+        Raises:
+            ValueError: cross or fused attention without context_dim.
         """
         super().__init__()
         if kind != "self" and context_dim is None:
@@ -87,10 +89,10 @@ class Attention(nn.Module):
         Args:
             x: (b, n, dim) queries.
             context: (b, l, context_dim), for cross and fused.
-            mask: bool (b, l), true where the context is real; None: everywhere.
-            keys_from: (b, n, dim) for the own keys and values if they are normalised otherwise than the queries.
-            bias: added to the logits of the own keys in self attention; broadcasts to (b, heads, n, n), last axis n.
-            rotary: applied to queries and own keys (b, heads, n, d); for self attention.
+            mask: bool (b, l), true where the context is real; None if it is real everywhere.
+            keys_from: (b, n, dim), the source of the sequence's own keys and values; None means x.
+            bias: added to the logits of self attention; broadcasts to (b, heads, n, n), with a last axis of n.
+            rotary: applied to the queries and the sequence's own keys (b, heads, n, d), in self attention.
         Returns:
             (b, n, dim).
         """
@@ -126,7 +128,7 @@ class Attention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _own_logits(self, q: Tensor, num_keys: int, bias: Tensor | None) -> Tensor | None:
-        """What is added to the logits (..., n, m) of self attention: the bias, and minus infinity ahead."""
+        """Added to the logits (..., n, m) of self attention: the bias, and minus infinity at later positions."""
         if bias is None and not self.causal:
             return None
         num_queries = q.shape[2]
@@ -140,17 +142,17 @@ class Attention(nn.Module):
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int, scale: float | None) -> Tensor:
-    """Attention with a mask on the context, which comes after `num_own` keys that are never masked."""
+    """Attention with a mask on the context, which follows `num_own` keys that are never masked."""
     if num_own:
         full = F.pad(mask, (num_own, 0), value=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=full[:, None, None, :], scale=scale)
-    none_left = ~mask.any(dim=-1, keepdim=True)  # softmax over nothing is not a number: let it see all, then drop it
+    none_left = ~mask.any(dim=-1, keepdim=True)  # softmax over no keys is NaN: attend to all, then zero it
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | none_left)[:, None, None, :], scale=scale)
     return attended.masked_fill(none_left[:, :, None, None], 0)
 
 
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_own: int) -> Tensor:
-    """All (b, heads, n or m, d); the mask is on the context, which comes after `num_own` keys never masked."""
+    """All (b, heads, n or m, d); the mask is on the context, which follows `num_own` keys that are never masked."""
     if mask is not None:
         real = F.pad(mask, (num_own, 0), value=True)[:, None, :, None]
         k, v = k.masked_fill(~real, torch.finfo(k.dtype).min), v.masked_fill(~real, 0)
@@ -167,7 +169,7 @@ class TokenGroupNorm(nn.GroupNorm):
 
 
 class PixelAttention(nn.Module):
-    """Attention over the pixels of an image, normalised, zero at the start, with a residual."""
+    """Attention over the pixels of an image with norms and a residual; a new layer adds zero."""
 
     def __init__(
         self,
@@ -179,7 +181,12 @@ class PixelAttention(nn.Module):
         num_groups: int = 32,
         group_context: bool = False,
     ):
-        """`group_context`: a `TokenGroupNorm` of the context, else a norm of each token."""
+        """
+        Args:
+            group_context: normalise the context by `TokenGroupNorm`; otherwise each token by layer norm.
+        Raises:
+            ValueError: dim is not a multiple of head_dim.
+        """
         super().__init__()
         if dim % head_dim:
             raise ValueError(f"attention: {dim} channels are not a multiple of head_dim {head_dim}")
@@ -196,11 +203,11 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w); context (b, l, context_dim) and its bool mask (b, l)."""
-        keys = None if self.norm_keys is None else to_tokens(self.norm_keys(x))
+        keys = None if self.norm_keys is None else flatten_pixels(self.norm_keys(x))
         if self.norm_context is not None and context is not None:
             context = self.norm_context(context)
-        attended = self.attention(to_tokens(self.norm(x)), context, mask, keys)
-        return x + to_image(attended, x)
+        attended = self.attention(flatten_pixels(self.norm(x)), context, mask, keys)
+        return x + unflatten_pixels(attended, x)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +222,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        return x + to_image(self.contract(self.gated(self.expand(to_tokens(self.norm(x))))), x)
+        return x + unflatten_pixels(self.contract(self.gated(self.expand(flatten_pixels(self.norm(x))))), x)
 
 
 class StackedAttention(nn.Module):
@@ -246,18 +253,18 @@ class StackedAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-def to_tokens(x: Tensor) -> Tensor:
-    """(b, c, h, w) -> (b, h * w, c); free in channels-last memory."""
+def flatten_pixels(x: Tensor) -> Tensor:
+    """(b, c, h, w) -> (b, h * w, c); a contiguous view if x is channels-last."""
     return x.flatten(2).transpose(1, 2)
 
 
-def to_image(tokens: Tensor, like: Tensor) -> Tensor:
+def unflatten_pixels(tokens: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w) with the height and width of `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
 def zero_(module: ModuleT) -> ModuleT:
-    """Sets all parameters of a layer to zero, so that the branch it ends starts silent."""
+    """Sets all parameters of a layer to zero and returns it; a new residual branch that ends with it adds nothing."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()

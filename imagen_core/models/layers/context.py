@@ -1,4 +1,4 @@
-"""The sequence that attention layers read beside the image."""
+"""What the blocks of a UNet read in addition to the image."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every block of a UNet is told.
+    """The conditions, as every block of a UNet receives them.
 
     Attributes:
         time: (b, time_dim), the noise level with pooled text and labels, after its SiLU.
-        tokens: (b, l, cond_dim) for attention, and mask bool (b, l); None without conditions, and mask also if all
-            tokens are real.
-        characters: (b, m, dim), what the transcription's encoder makes of each character, and characters_mask bool
-            (b, m); None for models that read none.
+        tokens: (b, l, cond_dim), the conditions to attend to; None without conditions.
+        mask: bool (b, l), true on real tokens; None if all tokens are real.
+        characters: (b, m, dim), the transcription's encoded characters; None for models that read none.
+        characters_mask: bool (b, m), true on real characters; None for models that read none.
     """
 
     time: Tensor

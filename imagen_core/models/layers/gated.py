@@ -14,6 +14,6 @@ class Gated(nn.Module):
         self.gelu = activation == "geglu"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., 2 d) -> (..., d)."""
+        """float (..., 2 d) -> (..., d)."""
         value, gate = x.chunk(2, dim=-1)
         return value * (F.gelu(gate) if self.gelu else F.silu(gate))

@@ -10,7 +10,12 @@ class SinusoidalEmbedding(nn.Module):
     """Cosines and sines of geometrically spaced frequencies 1 ... 1/10000 (Vaswani et al. 2017, section 3.5)."""
 
     def __init__(self, dim: int, *, closed: bool = False):
-        """`closed`: the last frequency is 1/10000, not the one before it."""
+        """
+        Args:
+            closed: the last frequency is 1/10000; otherwise the series ends one step before it.
+        Raises:
+            ValueError: dim is odd.
+        """
         super().__init__()
         if dim % 2:
             raise ValueError(f"a sinusoidal embedding needs an even width (got {dim})")
@@ -42,19 +47,19 @@ class LearnedFourierEmbedding(nn.Module):
 def level_embedding(
     width: int, num_frequencies: int | None, *, closed: bool = False
 ) -> SinusoidalEmbedding | LearnedFourierEmbedding:
-    """Sinusoids of this width, or learned frequencies where their number is given."""
+    """A sinusoidal embedding of this width, or a learned one if num_frequencies is given."""
     if num_frequencies is None:
         return SinusoidalEmbedding(width, closed=closed)
     return LearnedFourierEmbedding(num_frequencies)
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Whatever the model's precision: bfloat16 cannot tell step 999 from step 1000."""
+    """At least float32, whatever the model's precision: bfloat16 cannot distinguish step 999 from step 1000."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise level -> time vector, through two linear layers.
+    """Noise level -> time vector, by two linear layers on its embedding.
 
     The noise level may be a step index, ln(sigma)/4 or a log-SNR.
     """

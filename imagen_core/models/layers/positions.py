@@ -1,4 +1,4 @@
-"""How transformers over tokens know their order."""
+"""Position information for transformers over tokens."""
 
 import math
 
@@ -19,7 +19,7 @@ class RelativePositionBias(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def forward(self, length: int) -> Tensor:
-        """(num_heads, length, length): row is the query's position, column the key's."""
+        """float (num_heads, length, length): rows are the queries' positions, columns the keys'."""
         positions = torch.arange(length, device=self.embedding.weight.device)
         return self.embedding(self.bucket(positions[None, :] - positions[:, None])).permute(2, 0, 1)
 
@@ -40,21 +40,21 @@ class RelativePositionBias(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Turns pairs of features by angles proportional to the position (Su et al. 2021, arXiv 2104.09864)."""
+    """Rotates pairs of features by angles proportional to the position (Su et al. 2021, arXiv 2104.09864)."""
 
     def __init__(self, width: int):
-        """`width`: how many of the first features are turned; even."""
+        """`width`: number of leading features that are rotated; even."""
         super().__init__()
         frequencies = 10_000 ** (-torch.arange(0, width, 2).double() / width)
         # A parameter that is not trained, as in the published models, which count it.
         self.frequencies = nn.Parameter(frequencies.float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., length, d) -> the same."""
+        """(..., length, d) -> the same shape."""
         positions = torch.arange(x.shape[-2], device=x.device, dtype=self.frequencies.dtype)
         angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (length, width / 2)
         width = 2 * self.frequencies.numel()
         even, odd = x[..., 0:width:2], x[..., 1:width:2]
-        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-        return torch.cat([turned, x[..., width:]], dim=-1)
+        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        return torch.cat([rotated, x[..., width:]], dim=-1)

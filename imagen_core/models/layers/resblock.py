@@ -1,4 +1,4 @@
-"""The one residual block of all UNets, its parts, and the layers that change resolution."""
+"""The residual block of all UNets, its parts, and the layers that change resolution."""
 
 from typing import Literal
 
@@ -42,7 +42,7 @@ class ResBlock(nn.Module):
         Args:
             always_project_skip: a 1x1 convolution on the skip branch even where the widths agree.
             skip_scale: factor on the skip branch; 1/sqrt(2) in Efficient UNets.
-            scale_shift: False: the time vector is only added (DDPM, Ho et al. 2020).
+            scale_shift: False adds the time vector before the second norm (DDPM, Ho et al. 2020).
             resample: average-pool or repeat both branches by 2 between the first norm and convolution; up_learned: a
                 transposed convolution for each branch.
             zero_init: the last convolution starts at zero.
@@ -120,28 +120,29 @@ class StandardizedConv2d(nn.Conv2d):
 
 
 class PixelRMSNorm(nn.Module):
-    """Root-mean-square norm over the channels of each pixel, with a gain (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm over the channels of each pixel, with a learned gain (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> the same."""
+        """(b, c, h, w) -> the same shape."""
         return F.normalize(x, dim=1) * (self.gain * self.gain.numel() ** 0.5)[:, None, None]
 
 
 def resample(x: Tensor, how: Resample) -> Tensor:
-    """Halves (mean of 2 x 2) or doubles (repeat) the sides of (b, c, h, w)."""
+    """(b, c, h, w) -> half the sides by averaging 2 x 2 pixels, or twice the sides by repeating pixels."""
     return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class RepeatConv(nn.Module):
-    """Doubles the sides by repeating pixels, then a 3x3 convolution."""
+    """Upsampling by repeating pixels, then a 3x3 convolution."""
 
     def __init__(self, dim: int, out_dim: int | None = None):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim or dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, dim, h, w) -> (b, out_dim, 2 h, 2 w)."""
         return self.conv(resample(x, "up"))

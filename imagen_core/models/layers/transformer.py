@@ -14,7 +14,7 @@ Activation = Literal["gelu", "geglu", "swiglu"]
 class TransformerLayer(nn.Module):
     """Norm, attention of tokens on themselves (and on a context), norm; then a feed-forward layer.
 
-    Multi-query attention with a learned null key and no biases, as the Hybrid UNets and DALL-E 2's prior have it.
+    Multi-query attention with a learned null key and no biases, as in the Hybrid UNets and DALL-E 2's prior.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class TransformerLayer(nn.Module):
     ):
         """
         Args:
-            ff_mult: width of the feed-forward layer in units of `width`; 0: attention alone.
-            context_dim: width of a context that is attended to beside the own tokens.
+            ff_mult: width of the feed-forward layer in units of `width`; 0 for attention alone.
+            context_dim: width of a context to attend to in addition to the tokens; None without one.
             ff_norm: a norm within the feed-forward layer.
         """
         super().__init__()
@@ -81,7 +81,7 @@ class TransformerLayer(nn.Module):
 def feed_forward(
     dim: int, multiplier: int, activation: Activation = "gelu", *, inner_norm: bool = True, dropout: float = 0.0
 ) -> nn.Sequential:
-    """Norm, linear, activation, norm, linear, without biases, on the last axis."""
+    """Norm, linear, activation, norm, linear, without biases: (..., dim) -> (..., dim)."""
     inner = multiplier * dim
     layers: list[nn.Module] = [nn.LayerNorm(dim, bias=False)]
     if activation == "gelu":

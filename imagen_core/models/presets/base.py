@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""The record of one preset."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from imagen_core.models.unet.regular import RegularUNetConfig
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A configuration and what it builds."""
+    """A published configuration and its number of parameters."""
 
     config: RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig
     parameters: int
     """Exact; a test builds the model and counts."""
     source: str
-    """Where the configuration is from, and what it is called there."""
+    """The system that published the configuration, and its name there."""

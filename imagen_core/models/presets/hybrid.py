@@ -5,7 +5,7 @@ from imagen_core.models.presets.base import Preset
 
 
 def _base(width: int, cond_width: int, text_dim: int = 1024, **more: object) -> HybridUNetConfig:
-    """64 px base models."""
+    """Base models of 64 px."""
     return HybridUNetConfig.model_validate(
         {
             "image_size_px": 64,
@@ -22,7 +22,7 @@ def _base(width: int, cond_width: int, text_dim: int = 1024, **more: object) -> 
 
 
 def _super_resolution(size_px: int, text_dim: int | None, *, attends: bool, **more: object) -> HybridUNetConfig:
-    """Super-resolution models; `attends`: the deepest level has a transformer block."""
+    """Super-resolution models; with `attends` the deepest level has a transformer block."""
     return HybridUNetConfig.model_validate(
         {
             "image_size_px": size_px,
@@ -45,7 +45,7 @@ def _super_resolution(size_px: int, text_dim: int | None, *, attends: bool, **mo
 def _decoder(
     dim: int, dim_mults: tuple[int, ...], cond_dim: int, image_embed_dim: int, text_dim: int | None, **more: object
 ) -> HybridUNetConfig:
-    """DALL-E 2's decoder; attention to captions in the middle only, to image embeddings below the first level."""
+    """DALL-E 2's decoder: attention to captions in the middle only, and to image embeddings below the first level."""
     levels = len(dim_mults)
     return HybridUNetConfig.model_validate(
         {
@@ -86,15 +86,15 @@ MINIMAGEN = {
     "perceiver": False,
     "attend_to_conditions": False,
     "middle_attention": False,
-    "halve": "conv",
-    "double": "repeat_conv",
+    "downsample": "conv",
+    "upsample": "repeat_conv",
     "global_context": False,
     "final_global_context": False,
     "num_fourier_frequencies": None,
     "sinusoids": "closed",
     "low_res_at_end": False,
 }
-"""What MinImagen's UNets have in common."""
+"""Settings that MinImagen's UNets have in common."""
 _PADDLE, _PYTORCH, _MINI, _DALLE2 = "PaddleFleetX Imagen", "imagen-pytorch", "MinImagen", "DALLE2-pytorch"
 _TINY = {
     "dim": 8,
@@ -157,4 +157,4 @@ HYBRID_PRESETS: dict[str, Preset] = {
         f"{_DALLE2} README's second decoder UNet",
     ),
 }
-"""By name. Text is 1024 wide (T5 11B) unless the name or source says otherwise."""
+"""Hybrid UNets by name. Text is 1024 wide (T5 11B) unless the name or source says otherwise."""

@@ -7,13 +7,13 @@ from imagen_core.models.prior import PriorNetworkConfig
 
 @dataclass(frozen=True, slots=True)
 class PriorPreset:
-    """A configuration and what it builds."""
+    """A published configuration and its number of parameters."""
 
     config: PriorNetworkConfig
     parameters: int
     """Exact; a test builds the model and counts."""
     source: str
-    """Where the configuration is from."""
+    """The system that published the configuration."""
 
 
 PRIOR_PRESETS = {
@@ -35,4 +35,4 @@ PRIOR_PRESETS = {
         "DALLE2-pytorch README's prior, CLIP ViT-B/32",
     ),
 }
-"""By name."""
+"""Priors by name."""

@@ -1,6 +1,6 @@
 """Published UNets, each with its exact number of parameters.
 
-The figures are those of the systems' own code; where a published label differs from what the shipped
+The numbers are counts of the systems' own code; where a published label differs from the model that the shipped
 configuration builds, `source` says so.
 """
 
@@ -51,7 +51,7 @@ def _efficient_sr(
     small: bool = False,
     up_narrow: str = "first",
 ) -> EfficientUNetConfig:
-    """NeMo's 600M super-resolution models; `small` the 400M ones of the launcher's first release."""
+    """NeMo's 600M super-resolution models; with `small` the 400M ones of the launcher's first release."""
     return EfficientUNetConfig.model_validate(
         {
             "image_size_px": size_px,
@@ -67,7 +67,9 @@ def _efficient_sr(
     )
 
 
-def _adm(size_px: int, channels: int, mult: tuple[int, ...], blocks: int, attention: tuple[int, ...], **more: object):
+def _adm(
+    size_px: int, channels: int, mult: tuple[int, ...], blocks: int, attention: tuple[int, ...], **more: object
+) -> RegularUNetConfig:
     """Guided diffusion's class-conditional ImageNet models."""
     return RegularUNetConfig.model_validate(
         {
@@ -165,11 +167,11 @@ PRESETS: dict[str, Preset] = {
     ),
     **HYBRID_PRESETS,
 }
-"""By name. Text is 1024 wide (T5 11B) unless the name says otherwise."""
+"""UNets of all families by name. Text is 1024 wide (T5 11B) unless the name says otherwise."""
 
 
 def list_presets() -> list[dict[str, object]]:
-    """One row a preset, for listings; builds no model."""
+    """One row per preset, for listings: kind, name, number of parameters, family and summary. No model is built."""
     return [
         {
             "kind": "unet",

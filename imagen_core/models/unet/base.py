@@ -12,32 +12,33 @@ AttentionType = Literal["self", "cross", "fused", "stacked"]
 
 
 class UNetBaseConfig(Config):
-    """What a UNet reads and gives back."""
+    """A UNet's inputs and outputs."""
 
     image_size_px: int = Field(ge=1)
-    """Side of the images the model is meant for; it runs on any side its levels divide."""
+    """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
     text_dim: int | None = Field(default=1024, ge=1)
-    """Width of the text embeddings; null: not conditioned on text."""
+    """Width of the text embeddings; null disables conditioning on text."""
     image_embed_dim: int | None = Field(default=None, ge=1)
-    """Width of an image encoder's embeddings (DALL-E 2's decoder); null: not conditioned on them."""
+    """Width of an image encoder's embeddings (DALL-E 2's decoder); null disables conditioning on them."""
     num_image_tokens: int = Field(default=4, ge=1)
-    """Tokens that the image embedding becomes, for attention; it is also added to the time vector."""
+    """Number of tokens that the image embedding becomes for attention; it is also added to the time vector."""
     num_classes: int | None = Field(default=None, ge=1)
-    """Class labels, embedded and added to the time vector; a label of -1 is unknown and adds nothing."""
+    """Number of class labels; a label is embedded and added to the time vector, and -1 (unknown) adds nothing. null
+    disables conditioning on labels."""
     transcription: TranscriptionConfig | None = None
-    """How the text to be written in the image is read (Regular and Efficient UNets); null: it is not."""
+    """Encoder of the text to be written in the image (Regular and Efficient UNets); null disables it."""
     in_channels: int = Field(default=3, ge=1)
     """Channels of the noisy image (without the low-resolution one)."""
     out_channels: int = Field(default=3, ge=1)
-    """Channels of the result; twice in_channels for models with learned variance."""
+    """Channels of the output; twice in_channels for models with learned variance."""
     low_res: bool = False
     """Super-resolution: the upsampled low-resolution image is concatenated to the input."""
     low_res_noise: bool = False
-    """The network is told the noise level put on the low-resolution image."""
+    """The network receives the noise level of the low-resolution image."""
     self_conditioning: bool = False
     """An earlier estimate of the clean image is concatenated to the input (Chen et al. 2022, arXiv 2208.04202)."""
     condition_channels: int = Field(default=0, ge=0)
-    """Channels of other images to look at, concatenated to the input (imagen-pytorch: cond_images_channels)."""
+    """Channels of additional conditioning images, concatenated to the input (imagen-pytorch: cond_images_channels)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in ResBlocks."""
     activation_checkpointing: bool = False
@@ -49,7 +50,7 @@ class UNetBaseConfig(Config):
         return self.in_channels * (1 + self.low_res + self.self_conditioning) + self.condition_channels
 
     def check_inputs(self) -> None:
-        """Raises ValueError if options that need each other do not come together."""
+        """Raises ValueError if an option is set without the one it needs."""
         if self.low_res_noise and not self.low_res:
             raise ValueError("low_res_noise needs low_res")
 
@@ -62,7 +63,7 @@ class UNetBaseConfig(Config):
 
 
 class AttentionUNetConfig(UNetBaseConfig):
-    """What Regular and Efficient UNets share: attention by levels, and captions as tokens and as a pooled vector."""
+    """What Regular and Efficient UNets share: levels with attention, and captions as tokens and as a pooled vector."""
 
     embed_dim: int = Field(ge=32)
     """Channels at multiplier 1, and width of the sinusoidal time embedding."""
@@ -78,20 +79,20 @@ class AttentionUNetConfig(UNetBaseConfig):
     pooling: Pooling = "attention"
     """How the caption becomes one vector, added to the time vector."""
     null_token: bool = False
-    """One learned token beside every caption (NeMo: use_null_token)."""
+    """Add one learned token to every caption (NeMo: use_null_token)."""
     padded_tokens: int | None = Field(default=None, ge=1)
-    """Captions are padded with zeros to so many tokens, which their pooling sees, and attention normalises groups of
-    channels over all of them; mean pooling is of the projected tokens (NeMo: token_length). null: padding is never
-    seen, and each token has its own norm."""
+    """Captions are padded with zeros to this number of tokens (NeMo: token_length): pooling includes the padding, mean
+    pooling averages the projected tokens, and attention normalises groups of channels over all tokens. null: padding
+    is always masked, and each token is normalised by itself."""
     dropped_caption: DroppedCaption = "zero_tokens"
-    """What a row without its caption attends to: zero_tokens, as many zeros as the caption has tokens (NeMo); or
-    no_tokens, so that it does not depend on the caption's length either."""
+    """What a row attends to when its caption is dropped: zero_tokens, a zero vector for each of its tokens (NeMo);
+    no_tokens, nothing, so that the result does not depend on the caption's length either."""
     learned_fourier_frequencies: int | None = None
-    """Learned time embedding with so many frequencies; null: fixed sinusoids."""
+    """Number of frequencies of a learned time embedding; null uses fixed sinusoids."""
     init_kernel_size: int = Field(default=3, ge=1)
-    """Side of the first convolution."""
+    """Kernel side of the first convolution, in pixels; odd."""
     scale_shift: bool = True
-    """The time vector scales and shifts the second norm of a ResBlock; false: it is added."""
+    """The time vector scales and shifts the second norm of a ResBlock; false adds it before that norm."""
 
     @property
     def time_dim(self) -> int:
@@ -100,7 +101,7 @@ class AttentionUNetConfig(UNetBaseConfig):
 
     @property
     def sides_divisor(self) -> int:
-        """What the sides of an image must be a multiple of."""
+        """Both sides of an image must be multiples of this, in pixels."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -110,11 +111,11 @@ class AttentionUNetConfig(UNetBaseConfig):
 
     @property
     def sides_px(self) -> list[int]:
-        """Side of each level's images."""
+        """Side in pixels of each level's images, at image_size_px."""
         return [self.image_size_px // 2**level for level in range(len(self.channel_mult))]
 
     def check_conditions(self, *, attends: bool = True) -> None:
-        """Raises ValueError if attention reads conditions that are not there, or if inputs do not fit together."""
+        """Raises ValueError if attention reads conditions that the model lacks, or if sizes do not fit together."""
         self.check_inputs()
         self.check_image_size(len(self.channel_mult), self.sides_divisor)
         if self.init_kernel_size % 2 == 0:
@@ -126,5 +127,5 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")
 
     def head_width(self, width: int) -> int:
-        """Channels of one head, where num_heads counts if given."""
+        """Channels of one attention head at `width` channels; num_heads takes precedence over head_dim."""
         return self.head_dim if self.num_heads is None else width // self.num_heads

@@ -1,4 +1,4 @@
-"""The unit UNets are built of: a ResBlock, then perhaps attention."""
+"""The unit that UNets are built of: a ResBlock, then optional attention."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from imagen_core.models.unet.base import AttentionUNetConfig
 
 
 class Block(nn.Module):
-    """A ResBlock (or a plain layer that changes the resolution), then attention or none, to a transcription too."""
+    """A ResBlock (or a layer that changes the resolution), then optional attention, also to a transcription."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the step to the next one."""
+    """The blocks of one resolution, and the layer that leads to the next one (None at the last)."""
 
     def __init__(self, blocks: Sequence[nn.Module], resample: nn.Module | None):
         super().__init__()
@@ -41,13 +41,13 @@ class Level(nn.Module):
         self.resample = resample
 
 
-def typed(modules: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
-    """The modules of a list that are of a kind, which type checkers then know."""
+def of_type(modules: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
+    """The modules of a list that are instances of `kind`, typed as such for static checkers."""
     return [module for module in modules if isinstance(module, kind)]
 
 
 def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, num_heads: int | None) -> None:
-    """Raises ValueError unless 32 divides every width, and heads divide those of levels that attend."""
+    """Raises ValueError unless 32 divides every width, and heads divide the widths of levels that attend."""
     for width, attending in zip(widths, attends, strict=True):
         if width % 32:
             raise ValueError(f"embed_dim times channel_mult must be multiples of 32 (got {width})")
@@ -68,7 +68,7 @@ def make_attention(config: AttentionUNetConfig, width: int, cond_dim: int) -> nn
 def make_transcription_attention(
     config: AttentionUNetConfig, level: int, width: int, *, up: bool
 ) -> TranscriptionAttention | None:
-    """Attention of `width` channels to a transcription, if this level has it on the way up or down."""
+    """Attention of `width` channels to a transcription; None if this level has none on the way `up`, or down."""
     settings, side = config.transcription, config.sides_px[level]
     if settings is None or side not in settings.resolutions or (settings.up_only and not up):
         return None

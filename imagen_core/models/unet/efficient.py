@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.layers.resblock import ResBlock
+from imagen_core.models.unet.attention_unet import AttentionUNet
 from imagen_core.models.unet.base import AttentionUNetConfig
 from imagen_core.models.unet.block import (
     Block,
@@ -21,9 +22,8 @@ from imagen_core.models.unet.block import (
     check_widths,
     make_attention,
     make_transcription_attention,
-    typed,
+    of_type,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
 
 
 class EfficientUNetConfig(AttentionUNetConfig):
@@ -57,7 +57,7 @@ class EfficientUNetConfig(AttentionUNetConfig):
 
     @property
     def sides_px(self) -> list[int]:
-        """Side of each level's images; all but the last level halve before their blocks."""
+        """Side in pixels of each level's images; all but the last level downsample before their blocks."""
         last = len(self.channel_mult) - 1
         return [self.image_size_px // 2 ** min(level + 1, last) for level in range(last + 1)]
 
@@ -71,51 +71,46 @@ class EfficientUNetConfig(AttentionUNetConfig):
         return EfficientUNet(self)
 
 
-class EfficientUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
+class EfficientUNet(AttentionUNet):
+    """Attention follows the last ResBlock of a level; the output of each level is added to its counterpart's input."""
+
+    config: EfficientUNetConfig
 
     def __init__(self, config: EfficientUNetConfig):
-        super().__init__()
-        self.config = config
+        attends = any(config.attention_levels) and config.attention_type != "self"
+        super().__init__(config, config.context_dim, attends=attends)
         widths = config.widths
         last = len(widths) - 1
-        attends = any(config.attention_levels) and config.attention_type != "self"
-        self.inputs = Inputs(config, config.context_dim, attends=attends)
-        kernel = config.init_kernel_size
-        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             entry, count = widths[max(level - 1, 0)], config.num_res_blocks[level]
-            halve = Block(nn.Conv2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
-            self.down.append(Level(self._blocks(level, [entry] + count * [width], up=False), halve))
+            downsample = Block(nn.Conv2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
+            self.down.append(Level(self._blocks(level, [entry] + count * [width], up=False), downsample))
             narrowing = [width] + count * [entry] if config.up_narrow == "first" else count * [width] + [entry]
-            double = Block(nn.ConvTranspose2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
-            self.up.insert(0, Level(self._blocks(level, narrowing, up=True), double))
+            upsample = Block(nn.ConvTranspose2d(entry, entry, 4, stride=2, padding=1), None) if level < last else None
+            self.up.insert(0, Level(self._blocks(level, narrowing, up=True), upsample))
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 1)
 
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
         """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
 
         Raises:
-            ValueError: sides that the levels do not divide, or a missing condition.
+            ValueError: the levels do not divide the sides, or a condition is missing.
         """
-        check_sides(x, self.config.sides_divisor)
-        recompute = self.config.activation_checkpointing
-        context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_images(x, conditioning, self.config))
+        h, context = self.stem(x, c_noise, conditioning)
         skips: list[Tensor] = []
-        for level in typed(self.down, Level):
+        for level in of_type(self.down, Level):
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
             for block in level.blocks:
-                h = run_block(block, h, context, recompute=recompute)
+                h = self.run(block, h, context)
             skips.append(h)
-        for depth, level in enumerate(typed(self.up, Level)):
+        for depth, level in enumerate(of_type(self.up, Level)):
             h = h + skips.pop() if depth else skips.pop()
             for block in level.blocks:
-                h = run_block(block, h, context, recompute=recompute)
+                h = self.run(block, h, context)
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
         return self.conv_out(h)
 
     def _blocks(self, level: int, widths: list[int], *, up: bool) -> list[nn.Module]:
@@ -136,6 +131,6 @@ class EfficientUNet(nn.Module):
             attention = None
             if last and config.attention_levels[level]:
                 attention = make_attention(config, after, config.context_dim)
-            writing = make_transcription_attention(config, level, after, up=up) if last else None
-            blocks.append(Block(layer, attention, writing))
+            to_transcription = make_transcription_attention(config, level, after, up=up) if last else None
+            blocks.append(Block(layer, attention, to_transcription))
         return blocks

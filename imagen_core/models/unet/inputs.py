@@ -1,4 +1,4 @@
-"""What all UNet families do with their inputs before the first block."""
+"""Conditions and images before the first block of a UNet."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class Inputs(nn.Module):
     """Noise level, caption, transcription, image embedding, class and low-resolution noise level -> `Context`."""
 
     def __init__(self, config: AttentionUNetConfig, cond_dim: int, *, attends: bool):
-        """`attends`: the model has attention to conditions, which are made tokens of width `cond_dim`."""
+        """`attends`: whether the model attends to conditions, which become tokens of width `cond_dim`."""
         super().__init__()
         time_dim = config.time_dim
 
@@ -50,10 +50,10 @@ class Inputs(nn.Module):
             self.transcription = TranscriptionEncoder(config.transcription, time_dim)
 
     def forward(self, c_noise: Tensor, conditioning: Conditioning) -> Context:
-        """c_noise float (b,), in float32 or better where it is a step index.
+        """c_noise float (b,), at least float32 where it is a step index -> what every block reads.
 
         Raises:
-            ValueError: a condition the model reads is missing.
+            ValueError: a condition that the model reads is missing.
         """
         time = self.time(c_noise)
         if self.low_res_time is not None:
@@ -77,14 +77,21 @@ class Inputs(nn.Module):
 
 
 def low_res_noise(conditioning: Conditioning) -> Tensor:
-    """c_noise (b,) of the low-resolution image; ValueError if it is missing."""
+    """c_noise (b,) of the low-resolution image.
+
+    Raises:
+        ValueError: it is missing.
+    """
     if conditioning.low_res_noise is None:
         raise ValueError("conditioning.low_res_noise: this model reads the noise level of the low_res image")
     return conditioning.low_res_noise
 
 
-def join_images(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
-    """Concatenates to the noisy image what else the first convolution reads: (b, input_channels, h, w).
+def concatenate_images(x: Tensor, conditioning: Conditioning, config: UNetBaseConfig) -> Tensor:
+    """Concatenates the noisy image (b, in_channels, h, w) with the other images that the first convolution reads.
+
+    Returns:
+        (b, input_channels, h, w), in the dtype of x.
 
     Raises:
         ValueError: an image is missing or of another size.
@@ -115,7 +122,7 @@ def check_sides(x: Tensor, divisor: int) -> None:
 
 
 def run_block(block: nn.Module, x: Tensor, context: Context, *, recompute: bool) -> Tensor:
-    """Calls a block; `recompute` keeps only its input for the backward pass (activation checkpointing)."""
+    """Runs a block; `recompute` keeps only its input for the backward pass (activation checkpointing)."""
     if recompute and torch.is_grad_enabled():
         result = checkpoint(block, x, context, use_reentrant=False)
         assert isinstance(result, Tensor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.layers.attention import zero_
 from imagen_core.models.layers.resblock import RepeatConv, Resample, ResBlock
+from imagen_core.models.unet.attention_unet import AttentionUNet
 from imagen_core.models.unet.base import AttentionUNetConfig
 from imagen_core.models.unet.block import (
     Block,
@@ -22,9 +23,8 @@ from imagen_core.models.unet.block import (
     check_widths,
     make_attention,
     make_transcription_attention,
-    typed,
+    of_type,
 )
-from imagen_core.models.unet.inputs import Inputs, check_sides, join_images, run_block
 
 
 class RegularUNetConfig(AttentionUNetConfig):
@@ -36,15 +36,15 @@ class RegularUNetConfig(AttentionUNetConfig):
     attention_resolutions: tuple[int, ...] = (8, 16, 32)
     """Sides in pixels at which each ResBlock is followed by attention."""
     cond_dim: int = Field(default=512, ge=1)
-    """Width the text is projected to."""
+    """Width that text tokens are projected to."""
     resblock_updown: bool = False
     """Change resolution in ResBlocks."""
     resblock_upsample: Literal["repeat", "conv_transpose"] = "repeat"
-    """How ResBlocks double: repeat pixels (ADM), or a transposed convolution for each branch (NeMo)."""
+    """How ResBlocks upsample: by repeating pixels (ADM), or by a transposed convolution for each branch (NeMo)."""
     resample_with_conv: bool = True
-    """Halve with a strided convolution; false: average-pool. Not used with resblock_updown."""
+    """Downsample with a strided convolution; false averages 2 x 2 pixels. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
-    """How to double, without resblock_updown."""
+    """How to upsample without resblock_updown."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegularUNetConfig":
@@ -60,7 +60,7 @@ class RegularUNetConfig(AttentionUNetConfig):
 
     @property
     def blocks_per_level(self) -> tuple[int, ...]:
-        """num_res_blocks, one entry a level."""
+        """num_res_blocks, with one entry per level."""
         if isinstance(self.num_res_blocks, tuple):
             return self.num_res_blocks
         return (self.num_res_blocks,) * len(self.channel_mult)
@@ -70,18 +70,15 @@ class RegularUNetConfig(AttentionUNetConfig):
         return RegularUNet(self)
 
 
-class RegularUNet(nn.Module):
-    """Predicts from a noisy image, its noise level and the conditioning; what, the objective decides."""
+class RegularUNet(AttentionUNet):
+    """Every level has ResBlocks; every output on the way down is concatenated to an input on the way up."""
+
+    config: RegularUNetConfig
 
     def __init__(self, config: RegularUNetConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.cond_dim, attends=config.attention_type != "self")
         widths = config.widths
         last = len(widths) - 1
-        self.inputs = Inputs(config, config.cond_dim, attends=config.attention_type != "self")
-        kernel = config.init_kernel_size
-        self.conv_in = nn.Conv2d(config.input_channels, widths[0], kernel, padding=kernel // 2)
-
         skips, width = [widths[0]], widths[0]
         self.down = nn.ModuleList()
         for level, out in enumerate(widths):
@@ -111,30 +108,27 @@ class RegularUNet(nn.Module):
         """x (b, in_channels, h, w), c_noise (b,) -> (b, out_channels, h, w).
 
         Raises:
-            ValueError: sides that the levels do not divide, or a missing condition.
+            ValueError: the levels do not divide the sides, or a condition is missing.
         """
-        check_sides(x, self.config.sides_divisor)
-        recompute = self.config.activation_checkpointing
-        context = self.inputs(c_noise, conditioning)
-        h = self.conv_in(join_images(x, conditioning, self.config))
+        h, context = self.stem(x, c_noise, conditioning)
         skips = [h]
-        for level in typed(self.down, Level):
+        for level in of_type(self.down, Level):
             for block in level.blocks:
-                h = run_block(block, h, context, recompute=recompute)
+                h = self.run(block, h, context)
                 skips.append(h)
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
                 skips.append(h)
         for block in self.middle:
-            h = run_block(block, h, context, recompute=recompute)
-        for level in typed(self.up, Level):
+            h = self.run(block, h, context)
+        for level in of_type(self.up, Level):
             for block in level.blocks:
-                h = run_block(block, torch.cat([h, skips.pop()], dim=1), context, recompute=recompute)
+                h = self.run(block, torch.cat([h, skips.pop()], dim=1), context)
             if level.resample is not None:
-                h = run_block(level.resample, h, context, recompute=recompute)
+                h = self.run(level.resample, h, context)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> "Block":
+    def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> Block:
         attends = self.config.sides_px[level] in self.config.attention_resolutions
         return Block(
             self._res(in_channels, out_channels),
@@ -155,7 +149,7 @@ class RegularUNet(nn.Module):
     def _attention(self, width: int) -> nn.Module:
         return make_attention(self.config, width, self.config.cond_dim)
 
-    def _resample(self, how: Resample, width: int) -> "Block":
+    def _resample(self, how: Resample, width: int) -> Block:
         if self.config.resblock_updown:
             learned = how == "up" and self.config.resblock_upsample == "conv_transpose"
             return Block(self._res(width, width, "up_learned" if learned else how), None)

@@ -1,7 +1,7 @@
 """Digests that bind a row of one file to the sample, caption and encoder it belongs to.
 
-They are 8 bytes a row (xxHash XXH3-64, 3 to 20 GB/s): proof against mistakes, such as rows exchanged or files of
-another run, and not against an attacker. Files are protected by sha256 in the manifest.
+They have 8 bytes per row (xxHash XXH3-64, 3 to 20 GB/s): they detect mistakes, such as swapped rows or files of
+another run, but not an attacker. The sha256 in the manifest protects the files.
 """
 
 import hashlib
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from imagen_core.store.files.ragged import Stored
+from imagen_core.store.files.ragged import StoredEmbedding
 
 DIGEST_DTYPE = np.dtype("<u8")
 
 
-def caption_digest(fingerprint: str, caption: str, stored: Stored) -> int:
-    """Of one row of a text file: the encoder's `fingerprint_digest`, the caption, and its embedding as stored."""
+def caption_digest(fingerprint: str, caption: str, stored: StoredEmbedding) -> int:
+    """The uint64 digest of a row of embeddings: the encoder's `fingerprint_digest`, the caption (or the sample's key)
+    and the embedding as stored."""
     scales = () if stored.scales is None else (stored.scales,)
     return _digest(fingerprint.encode(), caption.encode(), stored.values, *scales)
 
 
 def image_digest(key: str, sha256: str, stored: np.ndarray) -> int:
-    """Of one row of an image file: the sample's key, its original's sha256, and the image as stored."""
+    """The uint64 digest of a row of images: the sample's key, its original's sha256, and the image as stored."""
     return _digest(key.encode(), sha256.encode(), stored)
 
 
@@ -35,7 +36,7 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def _digest(*parts: bytes | np.ndarray) -> int:
-    """The length of each part goes in too, so that no two lists of parts are the same bytes."""
+    """Includes the length of each part, so that different lists of parts never have the same bytes."""
     digest = xxhash.xxh3_64()
     for part in parts:
         data = np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else memoryview(part)

@@ -1,7 +1,7 @@
 """HDF5 files of a store: contiguous datasets, byte-identical for the same rows.
 
-A contiguous dataset is one run of bytes in the file, so a local reader asks h5py only where it starts
-and maps it into memory.
+A contiguous dataset is one run of bytes in the file, so a local reader asks h5py only for its start and maps it into
+memory.
 """
 
 import math
@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 
 from imagen_core.store.codec import Codec
-from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
 from imagen_core.store.layout import StoreDtype
 
 _BLOCK_BYTES = 4 << 20
@@ -27,10 +27,10 @@ _ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeErro
 
 @contextmanager
 def _new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """A new file to fill.
+    """A new file, open for writing.
 
     Raises:
-        OSError: the disk is full, among others.
+        OSError: writing failed, for example because the disk is full.
     """
     with open(path, "w+b", buffering=0) as raw:
         sink = _Sink(raw)
@@ -42,7 +42,7 @@ def _new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
 
 class _Sink:
-    """Lets HDF5 believe that each write succeeds, and keeps the first error: after a failed one HDF5 may crash."""
+    """Reports every write to HDF5 as successful and keeps the first error, as HDF5 may crash after a failed write."""
 
     def __init__(self, file: FileIO) -> None:
         self.error: OSError | None = None
@@ -80,7 +80,8 @@ def _ragged(
 ) -> tuple[h5py.Dataset, Callable[[], None]]:
     """New datasets for rows of different lengths: `name` (total, *row_shape) and "offsets" int64 (n + 1,).
 
-    Returns the first, and what writes the offsets. All datasets before any data: then the metadata stays together.
+    Returns the first dataset, and a function that writes the offsets. All datasets are made before any data is
+    written, which keeps the metadata together.
     """
     offsets = np.zeros(len(lengths) + 1, dtype="<i8")
     np.cumsum(lengths, out=offsets[1:])
@@ -90,10 +91,10 @@ def _ragged(
 
 
 class Hdf5ImageWriter:
-    """Takes stored images, spools them beside the file, and writes them as one dataset at the end.
+    """Spools stored images next to the file, and writes them as one dataset at the end.
 
     Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,);
-    beside them "digests" (n,).
+    "digests" is (n,).
     """
 
     def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
@@ -104,11 +105,13 @@ class Hdf5ImageWriter:
         self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
 
     def append(self, stored: bytes, digest: int) -> None:
+        """Adds an image, as stored, with its digest."""
         self._spool.write(stored)
         self._lengths.append(len(stored))
         self._digests.append(digest)
 
     def finish(self) -> None:
+        """Writes the file and removes the spool."""
         with _new_hdf5(self._path) as file:
             file.attrs["size_px"] = np.int32(self._size_px)
             digests = _dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
@@ -133,13 +136,14 @@ class Hdf5ImageWriter:
             start += len(items)
 
     def abort(self) -> None:
+        """Removes the spool."""
         self._spool.close()
         self._spool_path.unlink(missing_ok=True)
 
 
-def write_text_hdf5(
+def write_embeddings_hdf5(
     path: str | os.PathLike[str],
-    embeddings: Iterable[tuple[Stored, int]],
+    embeddings: Iterable[tuple[StoredEmbedding, int]],
     num_tokens: Sequence[int],
     dim: int,
     dtype: StoreDtype,
@@ -158,7 +162,7 @@ def write_text_hdf5(
         digests_set = _dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
         scales = _dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
         digests: list[int] = []
-        for start, block in _blocks(_noting(digests, embeddings)):
+        for start, block in _blocks(_without_digests(embeddings, digests)):
             stop = start + len(block.values)
             tokens[start:stop] = block.values
             if scales is not None:
@@ -167,16 +171,19 @@ def write_text_hdf5(
         digests_set[...] = np.array(digests, DIGEST_DTYPE)
 
 
-def _noting(digests: list[int], embeddings: Iterable[tuple[Stored, int]]) -> Iterator[Stored]:
+def _without_digests(
+    embeddings: Iterable[tuple[StoredEmbedding, int]], digests: list[int]
+) -> Iterator[StoredEmbedding]:
+    """The embeddings; their digests are appended to a list."""
     for stored, digest in embeddings:
         digests.append(digest)
         yield stored
 
 
-def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
-    """Embeddings joined to blocks of about 4 MiB, each with its first token's number."""
+def _blocks(embeddings: Iterable[StoredEmbedding]) -> Iterator[tuple[int, StoredEmbedding]]:
+    """Embeddings joined to blocks of about 4 MiB, each with the index of its first token."""
     start = num_bytes = 0
-    block: list[Stored] = []
+    block: list[StoredEmbedding] = []
     for stored in embeddings:
         block.append(stored)
         num_bytes += stored.values.nbytes
@@ -189,10 +196,10 @@ def _blocks(embeddings: Iterable[Stored]) -> Iterator[tuple[int, Stored]]:
         yield start, _join(block)
 
 
-def _join(block: list[Stored]) -> Stored:
+def _join(block: list[StoredEmbedding]) -> StoredEmbedding:
     scales = [stored.scales for stored in block if stored.scales is not None]
     values = np.concatenate([stored.values for stored in block])
-    return Stored(values, np.concatenate(scales) if scales else None)
+    return StoredEmbedding(values, np.concatenate(scales) if scales else None)
 
 
 class _Ragged:
@@ -209,11 +216,11 @@ class _Ragged:
 
 
 class Hdf5Images:
-    """Random access to a shard's stored images; `num_rows` of them."""
+    """Random access to the stored images of a shard; `num_rows` is their number."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
         self._name = name
-        with _reading(name):
+        with reading(name, "hdf5", _ERRORS):
             file = _open_hdf5(source)
             what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
             dataset, found_px = file[what], int(file.attrs["size_px"])
@@ -229,7 +236,7 @@ class Hdf5Images:
             else:
                 ragged = _Ragged(file, dataset, source, name)
                 self._offsets, self._values, self.num_rows = ragged.offsets, ragged.values, len(ragged.lengths)
-            self._file = file  # open as long as a dataset of it is read
+            self._file = file  # keeps it open as long as a dataset of it is read
 
     def stored(self, row: int) -> np.ndarray:
         """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
@@ -241,12 +248,12 @@ class Hdf5Images:
             raise unreadable(self._name, "hdf5", error) from error
 
 
-class Hdf5Text:
-    """Random access to a shard's embeddings; see `TextFile`."""
+class Hdf5Embeddings:
+    """Random access to the embeddings of a shard; see `EmbeddingFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
         self._name = name
-        with _reading(name):
+        with reading(name, "hdf5", _ERRORS):
             file = _open_hdf5(source)
             found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
             self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
@@ -260,24 +267,25 @@ class Hdf5Text:
             ragged = _Ragged(file, tokens, source, name)
             self.num_tokens: np.ndarray = ragged.lengths
             self._offsets, self._tokens = ragged.offsets, ragged.values
-            self._file = file  # open as long as a dataset of it is read
+            self._file = file  # keeps it open as long as a dataset of it is read
 
     @property
     def num_rows(self) -> int:
+        """Number of embeddings."""
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> Stored:
-        """One caption's embedding; possibly a read-only view of the file."""
+    def stored(self, row: int) -> StoredEmbedding:
+        """The embedding of a row as stored; possibly a read-only view of the file."""
         try:
             tokens = slice(self._offsets[row], self._offsets[row + 1])
-            return Stored(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
+            return StoredEmbedding(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
         except _ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
 
 
 def hdf5_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with _reading(name), _open_hdf5(source) as file:
+    with reading(name, "hdf5", _ERRORS), _open_hdf5(source) as file:
         return file["digests"][()] if "digests" in file else None
 
 
@@ -286,7 +294,7 @@ def _open_hdf5(source: str | BinaryIO) -> Any:
 
 
 def _map(dataset: Any, source: str | BinaryIO) -> Any:
-    """The dataset as a memory map where it can be one; h5py's file is closed then."""
+    """The dataset as a memory map where possible, which closes h5py's file."""
     offset = dataset.id.get_offset()  # None where it is chunked, or empty
     if not isinstance(source, str) or (offset is None and dataset.size):
         return dataset
@@ -295,14 +303,3 @@ def _map(dataset: Any, source: str | BinaryIO) -> Any:
     if offset is None:
         return np.zeros(shape, dtype)
     return np.memmap(source, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what h5py raises about a bad file into a StoreError that names it."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except _ERRORS as error:
-        raise unreadable(name, "hdf5", error) from error

@@ -8,7 +8,7 @@ import safetensors
 import safetensors.numpy
 
 from imagen_core.store.errors import unreadable
-from imagen_core.store.files.ragged import DISK_DTYPES, Stored, cast_embedding, restore
+from imagen_core.store.files.ragged import DISK_DTYPES, StoredEmbedding, cast_embedding, restore
 from imagen_core.store.layout import NULL_TENSOR, StoreDtype
 
 _DTYPES: dict[str, StoreDtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -47,4 +47,4 @@ def parse_null(data: bytes, file: str) -> tuple[np.ndarray, StoreDtype]:
             raise ValueError(f"shape {values.shape}, not (n_tokens, dim)")
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise unreadable(file, "safetensors", error) from error
-    return restore(Stored(values), dtype), dtype
+    return restore(StoredEmbedding(values), dtype), dtype

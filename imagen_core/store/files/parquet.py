@@ -1,7 +1,7 @@
 """Parquet files of a store: lean and byte-identical for the same rows.
 
-No dictionary, compression, statistics or Arrow schema: an embedding costs 16 bytes beside its payload,
-and the payload lies in the file as it is in memory, so a local reader maps it (see parquet_column.py).
+No dictionary, compression, statistics or Arrow schema: an embedding costs 16 bytes in addition to its
+payload, and the payload is the same in the file as in memory, so a local reader maps it (see parquet_column.py).
 """
 
 import json
@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.codec import Codec
-from imagen_core.store.errors import ADVICE, StoreError, unreadable
+from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored
-from imagen_core.store.layout import ROW_GROUP_BYTES, ImageFacts, SampleRow, StoreDtype
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
+from imagen_core.store.layout import ROW_GROUP_BYTES, ImageInfo, SampleRow, StoreDtype
 
 _ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
@@ -42,7 +42,7 @@ _SAMPLES_SCHEMA = pa.schema(
         _required("input_row", pa.int32()),
     ]
 )
-_OPTIONAL_COLUMNS = (  # in a file in which a row has a value
+_OPTIONAL_COLUMNS = (  # only in files where some row has a value
     pa.field("transcription", pa.string()),
     pa.field("safebox", pa.list_(_required("element", pa.int32()))),
     pa.field("label", pa.int32()),
@@ -60,11 +60,11 @@ def write_samples(
     """Write a shard's `samples` file, which accounts for every row of the shard's input.
 
     Args:
-        num_input_rows: rows of the shard's input; None: the samples and the dropped rows.
-        dropped: input rows that are no samples, by reason.
+        num_input_rows: rows of the shard's input; None means the number of samples and dropped rows.
+        dropped: input rows that did not become samples, by reason.
     Raises:
-        ValueError: a row without captions, or whose captions and caption_ids differ in number; an input row that
-            is neither a sample nor dropped, or is there twice.
+        ValueError: a row has no captions, or not one caption_id per caption; an input row is neither a sample nor
+            dropped, or occurs twice.
     """
     dropped = dropped or {}
     used = Counter(row.input_row for row in rows) + Counter(row for rows in dropped.values() for row in rows)
@@ -77,13 +77,13 @@ def write_samples(
         if not row.captions or len(row.captions) != len(row.caption_ids):
             raise ValueError(
                 f"sample {row.key!r}: {len(row.captions)} captions and {len(row.caption_ids)} caption_ids; "
-                "give one id a caption, and one caption or more"
+                "give one id per caption, and at least one caption"
             )
     used_columns = [c for c in _OPTIONAL_COLUMNS if any(getattr(row, c.name) is not None for row in rows)]
     schema = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
-    facts = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
-    with _new_parquet(path, schema, facts) as writer:
+    metadata = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
+    with _new_parquet(path, schema, metadata) as writer:
         if rows:
             writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
 
@@ -99,20 +99,27 @@ def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
 
 
 class SamplesFile:
-    """A shard's `samples`, held by column; a row is read without pyarrow.
+    """The `samples` file of a shard, in memory by column; reading a row does not call pyarrow.
 
     Attributes:
         num_rows: number of rows, excluded ones included.
         num_input_rows: rows of the shard's input; None in a store of schema 1.
-        dropped: input rows that are no samples, by reason.
+        dropped: input rows that did not become samples, by reason.
     """
 
     def __init__(self, source: str | BinaryIO, name: str) -> None:
-        with _reading(name):
+        """
+        Args:
+            source: path of a local file, or an open remote file.
+            name: of the file, for error messages.
+        Raises:
+            StoreError: it is missing, or not such a file.
+        """
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source)
-            facts = file.metadata.metadata or {}
-            self.num_input_rows = int(facts[b"input_rows"]) if b"input_rows" in facts else None
-            self.dropped: dict[str, list[int]] = json.loads(facts.get(b"dropped", b"{}"))
+            metadata = file.metadata.metadata or {}
+            self.num_input_rows = int(metadata[b"input_rows"]) if b"input_rows" in metadata else None
+            self.dropped: dict[str, list[int]] = json.loads(metadata.get(b"dropped", b"{}"))
             table = file.read(use_threads=False)
             if self.num_input_rows is None:
                 table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
@@ -135,32 +142,36 @@ class SamplesFile:
             self._widths, self._heights, self._input_rows, self._labels = numbers
 
     def key(self, row: int) -> str:
+        """The sample's key."""
         return self._keys[row]
 
     def texts(self, name: str) -> "_Strings":
-        """The key, url ("" where there is none) or sha256 of each row, decoded when asked for."""
+        """The column key, url ("" without one) or sha256; a value is decoded when it is accessed."""
         return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
 
     def transcription(self, row: int) -> str | None:
+        """The text written in the image, "" if there is none, None if unknown."""
         return self._transcriptions[row] if self._has_transcription[row] else None
 
     def label(self, row: int) -> int | None:
+        """The image's class, from 0; None if unknown."""
         return self._labels[row]
 
     def caption(self, row: int, number: int) -> str:
-        """One of a sample's captions, by its place."""
+        """One of a sample's captions, by its index."""
         return self._captions[self._first_caption[row] + number]
 
     def caption_ids(self, row: int) -> list[int]:
+        """Row of each of the sample's captions in the shard's text groups."""
         return self._ids[self._first_id[row] : self._first_id[row + 1]]
 
     def column(self, name: str) -> list[Any]:
-        """One field of `SampleRow`, of all rows."""
+        """One field of `SampleRow` of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
-    def image(self, row: int) -> ImageFacts:
-        """What a crop must know of the original image."""
-        return ImageFacts(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
+    def image(self, row: int) -> ImageInfo:
+        """What a crop needs to know about the original image."""
+        return ImageInfo(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
 
     def fields(self, row: int) -> tuple[Any, ...]:
         """The fields of `SampleRow` in its order."""
@@ -180,17 +191,18 @@ class SamplesFile:
         )
 
     def row(self, row: int) -> SampleRow:
+        """One sample."""
         key, captions, caption_ids, *others = self.fields(row)
         return SampleRow(key, tuple(captions), tuple(caption_ids), *others)
 
 
 def _offsets(lists: pa.ListArray) -> list[int]:
-    """Where each row's items begin in the flattened column, and where the last row's end."""
+    """Where each row's items start in the flattened column, and where the last row's end."""
     return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
 
 
 class _Strings:
-    """A column of strings as pyarrow has it: the bytes of all, and where each begins."""
+    """A column of strings in pyarrow's form: all bytes, and where each string starts."""
 
     def __init__(self, column: pa.StringArray) -> None:
         column = column.cast(pa.string())
@@ -205,7 +217,7 @@ class _Strings:
 
 
 class _RowGroups:
-    """Collects rows, and writes a row group whenever ROW_GROUP_BYTES are full."""
+    """Collects rows, and writes a row group whenever it has ROW_GROUP_BYTES."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
@@ -227,7 +239,7 @@ class _RowGroups:
 
 
 class ParquetImageWriter:
-    """Takes stored images: raw ones become column "pixels", encoded ones "num_bytes" and "picture"."""
+    """Writes stored images: raw ones as column "pixels", encoded ones as "num_bytes" and "picture"; and "digest"."""
 
     def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
         self._is_raw = codec == "raw"
@@ -239,19 +251,22 @@ class ParquetImageWriter:
         self._rows = _RowGroups(self._new.__enter__(), schema)
 
     def append(self, stored: bytes, digest: int) -> None:
+        """Adds an image, as stored, with its digest."""
         self._rows.append((stored, digest) if self._is_raw else (len(stored), stored, digest), len(stored))
 
     def finish(self) -> None:
+        """Writes the last row group and closes the file."""
         self._rows.flush()
         self.abort()
 
     def abort(self) -> None:
+        """Closes the file."""
         self._new.__exit__(None, None, None)
 
 
-def write_text_parquet(
+def write_embeddings_parquet(
     path: str | os.PathLike[str],
-    embeddings: Iterable[tuple[Stored, int]],
+    embeddings: Iterable[tuple[StoredEmbedding, int]],
     dim: int,
     dtype: StoreDtype,
     fingerprint: str,
@@ -275,10 +290,10 @@ def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
 
 
 class ParquetImages:
-    """Random access to a shard's stored images; `num_rows` of them."""
+    """Random access to the stored images of a shard; `num_rows` is their number."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
-        with _reading(name):
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             found_px = int((file.metadata.metadata or {})[b"size_px"])
             if found_px != size_px:
@@ -302,12 +317,12 @@ class ParquetImages:
             raise unreadable(self._name, "parquet", error) from error
 
 
-class ParquetText:
-    """Random access to a shard's embeddings; see `TextFile`."""
+class ParquetEmbeddings:
+    """Random access to the embeddings of a shard; see `EmbeddingFile`."""
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
         self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
-        with _reading(name):
+        with reading(name, "parquet", _ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             meta = file.metadata.metadata or {}
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
@@ -326,20 +341,21 @@ class ParquetText:
 
     @property
     def num_rows(self) -> int:
+        """Number of embeddings."""
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> Stored:
-        """One caption's embedding; possibly a read-only view of the file."""
+    def stored(self, row: int) -> StoredEmbedding:
+        """The embedding of a row as stored; possibly a read-only view of the file."""
         try:
             values = self._values[row].view(self._dtype).reshape(-1, self._dim)
-            return Stored(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+            return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
         except _ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
 
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with _reading(name):
+    with reading(name, "parquet", _ERRORS):
         file = pq.ParquetFile(source)
         if "digest" not in file.schema_arrow.names:
             return None
@@ -358,19 +374,8 @@ def _new_parquet(
         use_dictionary=False,
         write_statistics=False,
         store_schema=False,
-        data_page_size=1 << 30,  # one page a column chunk: its rows lie one after another
+        data_page_size=1 << 30,  # one page per column chunk: its rows are contiguous
     ) as writer:
         if metadata:
             writer.add_key_value_metadata(metadata)
         yield writer
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what pyarrow raises about a bad file into a StoreError that names it."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except _ERRORS as error:
-        raise unreadable(name, "parquet", error) from error

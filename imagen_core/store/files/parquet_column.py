@@ -1,8 +1,8 @@
 """Random access to the byte strings of one parquet column.
 
-A column that is uncompressed, PLAIN, without nulls and with one page a row group has its bytes in the
-file as they are: row lengths are known, so each row's place is. Local files like that are mapped into
-memory and no parquet code runs to read a row. All others are decoded a row group at a time.
+A column that is uncompressed, PLAIN, without nulls and with one page per row group has its bytes in the file as they
+are: the lengths of the rows give the place of each. Such local files are mapped into memory, and no parquet code runs
+to read a row. All others are decoded one row group at a time.
 """
 
 from collections import OrderedDict
@@ -19,9 +19,10 @@ class BlobColumn:
 
     Args:
         source: the path, or the open file, that `file` reads.
-        lengths: bytes in each row.
-        prefix_bytes: what PLAIN puts before each row: 4 for binary, 0 for fixed-size binary.
-        mapped: map the file where that can be done.
+        name: of the column.
+        lengths: int64 (n,), bytes in each row.
+        prefix_bytes: bytes that PLAIN puts before each row: 4 for binary, 0 for fixed-size binary.
+        mapped: map the file into memory where possible.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BlobColumn:
 
     @property
     def is_mapped(self) -> bool:
+        """Whether rows are read from a memory map."""
         return self._bytes is not None
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -94,7 +96,7 @@ class BlobColumn:
 
 
 def _page_bytes(header: bytes) -> int | None:
-    """Size of an uncompressed DATA_PAGE from the first fields of its header, None if it is not one.
+    """Size of an uncompressed DATA_PAGE from the first fields of its header; None for any other page.
 
     parquet.thrift PageHeader in the compact protocol: i32 type, i32 uncompressed size, i32 compressed
     size; each i32 is a field byte 0x15 and a zigzag varint.

@@ -1,7 +1,7 @@
 """Cast token embeddings to the store's dtype and back.
 
 bfloat16 has no numpy type, so its bit patterns are kept as uint16. int8 is symmetric with one scale
-a token: value = q * scale, scale = max|x| / 127.
+per token: value = q * scale, scale = max|x| / 127.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 from imagen_core.store.layout import StoreDtype, check_dtype
 
-# What one element is on disk, little-endian.
+# The type of one element on disk, little-endian.
 DISK_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -20,7 +20,7 @@ DISK_DTYPES: dict[str, np.dtype] = {
 SCALE_DTYPE = np.dtype("<f4")
 
 # Magnitudes from here on round to infinity (half way above the largest finite value, ties to even).
-# An int8 row must fit float16 too: the loader hands it out as float16.
+# An int8 row must fit float16 too, as the loader returns it as float16.
 _OVERFLOW: dict[str, float] = {
     "float16": 65520.0,
     "bfloat16": (2.0 - 2.0**-8) * 2.0**127,
@@ -30,8 +30,8 @@ _OVERFLOW: dict[str, float] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One caption's embedding as it is on disk.
+class StoredEmbedding:
+    """One row's embedding as it is on disk.
 
     `values` is (n_tokens, dim) of float16, uint16 (bfloat16 bits), float32 or int8;
     `scales` is float32 (n_tokens,) for int8 and None otherwise.
@@ -51,8 +51,8 @@ def is_finite_as(x: np.ndarray, dtype: StoreDtype) -> bool:
     return x.size == 0 or bool(max(float(np.max(x)), -float(np.min(x))) < _OVERFLOW[dtype])
 
 
-def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
-    """Cast a float (n_tokens, dim) embedding to what the store keeps; round to nearest even.
+def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> StoredEmbedding:
+    """Cast a float (n_tokens, dim) embedding to its stored form, rounding to nearest even.
 
     Raises:
         ValueError: not two-dimensional, not floating point, or not finite after the cast.
@@ -65,24 +65,24 @@ def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> Stored:
     if dtype == "int8":
         return _quantise(x)
     if dtype == "float32":
-        return Stored(x.astype(DISK_DTYPES[dtype]))
+        return StoredEmbedding(x.astype(DISK_DTYPES[dtype]))
     import torch  # four times as fast as numpy here
 
     if not x.flags.writeable:
         x = x.copy()  # or torch warns
     half = torch.from_numpy(x).to(getattr(torch, dtype))
-    return Stored(half.view(torch.int16).numpy().view(DISK_DTYPES[dtype]))
+    return StoredEmbedding(half.view(torch.int16).numpy().view(DISK_DTYPES[dtype]))
 
 
-def _quantise(x: np.ndarray) -> Stored:
+def _quantise(x: np.ndarray) -> StoredEmbedding:
     scales = (np.abs(x).max(axis=1, initial=0.0) / np.float32(127.0)).astype(SCALE_DTYPE)
     divisors = np.where(scales > 0, scales, np.float32(1.0))
     values = np.clip(np.rint(x / divisors[:, None]), -127, 127)
-    return Stored(values.astype(np.int8), scales)
+    return StoredEmbedding(values.astype(np.int8), scales)
 
 
-def restore(stored: Stored, dtype: StoreDtype) -> np.ndarray:
-    """The embedding as numpy floats: float16 for a float16 store, float32 for all others."""
+def restore(stored: StoredEmbedding, dtype: StoreDtype) -> np.ndarray:
+    """The embedding (n_tokens, dim) as numpy floats: float16 for a float16 store, float32 for all others."""
     values = stored.values
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -92,7 +92,7 @@ def restore(stored: Stored, dtype: StoreDtype) -> np.ndarray:
     return np.array(values, dtype=np.float16 if dtype == "float16" else np.float32)
 
 
-def all_finite(stored: Stored, dtype: StoreDtype) -> bool:
+def all_finite(stored: StoredEmbedding, dtype: StoreDtype) -> bool:
     """Whether no stored value is NaN or infinite."""
     if dtype == "bfloat16":  # all exponent bits set
         return not bool(np.any((stored.values & np.uint16(0x7F80)) == 0x7F80))

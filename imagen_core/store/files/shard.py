@@ -1,6 +1,6 @@
 """Write and open one shard's files, in either format.
 
-Writers write to the exact path they are given: temporary names, fsync and renames are the caller's.
+Writers write to the exact path they are given: temporary names, fsync and renames are up to the caller.
 """
 
 import os
@@ -14,25 +14,33 @@ import numpy as np
 from imagen_core.store.codec import Codec, check_codec, decode, encode
 from imagen_core.store.errors import unreadable
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
-from imagen_core.store.files.hdf5 import Hdf5Images, Hdf5ImageWriter, Hdf5Text, hdf5_digests, write_text_hdf5
+from imagen_core.store.files.hdf5 import (
+    Hdf5Embeddings,
+    Hdf5Images,
+    Hdf5ImageWriter,
+    hdf5_digests,
+    write_embeddings_hdf5,
+)
 from imagen_core.store.files.parquet import (
+    ParquetEmbeddings,
     ParquetImages,
     ParquetImageWriter,
-    ParquetText,
     parquet_digests,
-    write_text_parquet,
+    write_embeddings_parquet,
 )
-from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, Stored, cast_embedding
+from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding, cast_embedding
 from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, StoreFormat, check_dtype, check_format
 from imagen_core.store.records import EmbeddingGroup, ImagesGroup
 
 
 class StoredImages(Protocol):
-    """What both formats know of an image file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
+    """Images in a file of either format: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
 
     num_rows: int
 
-    def stored(self, row: int) -> np.ndarray: ...
+    def stored(self, row: int) -> np.ndarray:
+        """One image, as in the file."""
+        ...
 
 
 class ImageFile:
@@ -45,11 +53,11 @@ class ImageFile:
         self.num_rows = images.num_rows
 
     def stored(self, row: int) -> np.ndarray:
-        """As it is in the file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
+        """The image as it is in the file: uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one."""
         return self._images.stored(row)
 
     def pixels(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3); possibly a read-only view of the file, so that a part of it costs only that part.
+        """uint8 (S, S, 3); possibly a read-only view of the file, so that reading a part costs only that part.
 
         Raises:
             StoreError: the file cannot be read, or the image cannot be decoded.
@@ -63,19 +71,23 @@ class ImageFile:
             raise unreadable(f"{self._name}, row {row}", self._codec, error) from error
 
 
-class TextFile(Protocol):
-    """An open text file of a shard.
+class EmbeddingFile(Protocol):
+    """An open file of embeddings, of a shard's captions or images.
 
-    `num_tokens` has one entry a caption; `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
+    `num_tokens` is int64 (num_rows,); `fingerprint` is the `fingerprint_digest` of the encoder, "" in schema 1.
     """
 
     num_tokens: np.ndarray
     fingerprint: str
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of embeddings."""
+        ...
 
-    def stored(self, row: int) -> Stored: ...
+    def stored(self, row: int) -> StoredEmbedding:
+        """The embedding of one row, as in the file; possibly a read-only view of it."""
+        ...
 
 
 class ImageWriter:
@@ -99,18 +111,29 @@ class ImageWriter:
         self.append_stored(np.frombuffer(encode(pixels, self._codec), np.uint8), key, sha256)
 
     def append_stored(self, stored: np.ndarray, key: str, sha256: str) -> None:
-        """Add an image as a file of the same size and codec has it."""
+        """Add an image as stored in another file of the same size and codec; see `ImageFile.stored`."""
         self._writer.append(stored.tobytes(), image_digest(key, sha256, stored))
         self.num_rows += 1
+
+    def finish(self) -> None:
+        """Complete the file."""
+        self._writer.finish()
+
+    def abort(self) -> None:
+        """Close the file, which stays incomplete."""
+        self._writer.abort()
 
 
 @contextmanager
 def open_image_writer(
     path: str | os.PathLike[str], size_px: int, store_format: StoreFormat, codec: Codec = "raw"
 ) -> Iterator[ImageWriter]:
-    """Open a file for a shard's images; the number of rows need not be known.
+    """Open a file for a shard's images, of any number of rows.
 
-    Memory stays at one row group (512 KiB, or one image). If the body raises, nothing is left behind.
+    Memory stays at one row group (512 KiB, or one image). If the `with` block raises, the file is removed.
+
+    Raises:
+        ValueError: an unknown format or codec, or a size below 1.
     """
     check_format(store_format)
     check_codec(codec)
@@ -120,16 +143,16 @@ def open_image_writer(
     writer = ImageWriter(path, size_px, store_format, codec)
     try:
         yield writer
-        writer._writer.finish()
+        writer.finish()
     except BaseException:
         try:
-            writer._writer.abort()
+            writer.abort()
         finally:
             path.unlink(missing_ok=True)
         raise
 
 
-def write_text_shard(
+def write_embedding_shard(
     path: str | os.PathLike[str],
     embeddings: Sequence[np.ndarray],
     dim: int,
@@ -139,28 +162,28 @@ def write_text_shard(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """Write the embeddings of a shard's distinct captions, row j = caption id j.
+    """Write the embeddings of a shard's distinct captions (row j = caption id j), or of its images (row i = sample i).
 
     Args:
         embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
-        captions: what was encoded, one a row; for embeddings of images, the samples' keys.
+        captions: the encoded captions, one per row; for embeddings of images, the samples' keys.
+        dtype: the stored type, see ragged.py.
         fingerprint: of the encoder, as in the manifest.
-        dtype: what to cast to, see ragged.py.
     Raises:
-        ValueError: a wrong shape, or an embedding that is not finite after the cast (its row is named).
-            Nothing is left behind.
+        ValueError: a wrong shape, or an embedding that is not finite after the cast; the message names its row, and
+            the file is removed.
     """
     check_dtype(dtype)
     num_tokens = [len(embedding) for embedding in embeddings]
     cast = _cast(embeddings, dim, dtype)
-    write_stored_text_shard(
+    write_stored_embeddings(
         path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=fingerprint
     )
 
 
-def write_stored_text_shard(
+def write_stored_embeddings(
     path: str | os.PathLike[str],
-    embeddings: Iterable[Stored],
+    embeddings: Iterable[StoredEmbedding],
     num_tokens: Sequence[int],
     dim: int,
     dtype: StoreDtype,
@@ -169,29 +192,29 @@ def write_stored_text_shard(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """`write_text_shard` of embeddings as a file of the same dim and dtype has them."""
+    """Like `write_embedding_shard`, for embeddings that are in their stored form; num_tokens is the length of each."""
     check_format(store_format)
     encoder = fingerprint_digest(fingerprint)
     rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
     try:
         if store_format == "parquet":
-            write_text_parquet(path, rows, dim, dtype, encoder)
+            write_embeddings_parquet(path, rows, dim, dtype, encoder)
         else:
-            write_text_hdf5(path, rows, num_tokens, dim, dtype, encoder)
+            write_embeddings_hdf5(path, rows, num_tokens, dim, dtype, encoder)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
 
 
-def text_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
-    """Bytes of the file `write_text_shard` would write for captions of so many tokens; within 1 %, either format."""
+def embedding_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
+    """Bytes of the file `write_embedding_shard` would write for these rows; within 1 %, in either format."""
     scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
     payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
     row_groups = -(-payload // ROW_GROUP_BYTES)
     return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
 
 
-def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[Stored]:
+def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[StoredEmbedding]:
     for row, embedding in enumerate(embeddings):
         if embedding.ndim != 2 or embedding.shape[1] != dim:
             raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
@@ -205,7 +228,7 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     """Open an image file: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or images of another size or codec.
+        StoreError: it is not such a file, or has images of another size or codec.
     """
     if group.format == "parquet":
         images: StoredImages = ParquetImages(source, name, group.size_px, group.codec, mapped=mapped)
@@ -214,21 +237,21 @@ def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped
     return ImageFile(images, name, group)
 
 
-def open_text(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> TextFile:
-    """Open a text file: a local path, or an open file of a remote store.
+def open_embeddings(source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> EmbeddingFile:
+    """Open a file of embeddings: a local path, or an open file of a remote store.
 
     Raises:
-        StoreError: not such a file, or another dim or dtype.
+        StoreError: it is not such a file, or has another dim or dtype.
     """
     if group.format == "parquet":
-        return ParquetText(source, name, group.dim, group.dtype, mapped=mapped)
-    return Hdf5Text(source, name, group.dim, group.dtype)
+        return ParquetEmbeddings(source, name, group.dim, group.dtype, mapped=mapped)
+    return Hdf5Embeddings(source, name, group.dim, group.dtype)
 
 
 def read_digests(source: str | BinaryIO, name: str, store_format: StoreFormat) -> np.ndarray | None:
-    """The digest of each row of an image or text file, uint64; None in a store of schema 1.
+    """The digest of each row of a file of images or embeddings, uint64 (n,); None in a store of schema 1.
 
     Raises:
-        StoreError: not such a file.
+        StoreError: it is not such a file.
     """
     return (parquet_digests if store_format == "parquet" else hdf5_digests)(source, name)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from imagen_core.store.layout import ImageFacts
+from imagen_core.store.layout import ImageInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class View(Protocol):
         """The random numbers of the samples with these numbers, (n, d) in [0, 1)."""
         ...
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         """The square of each size for a sample with these random numbers (d,)."""
         ...
 
@@ -67,7 +67,7 @@ class FullImage:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return np.empty((len(numbers), 0))
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         return {size: CropBox(0, 0, stored) for size, (stored, _) in layout.items()}
 
 
@@ -101,7 +101,7 @@ class Crop:
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
         return self.places(numbers)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageFacts) -> dict[int, CropBox]:
+    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         smallest = min(layout)
         top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in drawn[:2])
         return {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from imagen_core.store.files.ragged import Stored, restore
+from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.crop import FullImage, View
 from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.read.reader import StoreReader
@@ -262,11 +262,11 @@ class Loader:
             positions = permute(positions, len(self._samples), derive_key(self._seed, epoch, ORDER))
         return positions + self._samples.start
 
-    def _cut(self, stored: Stored, group: EmbeddingGroup) -> np.ndarray:
+    def _cut(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
         """The first max_tokens of an embedding, (n_tokens, dim), as what the batch has."""
         values = stored.values[: self._max_tokens]
         if stored.scales is not None:
-            return restore(Stored(values, stored.scales[: self._max_tokens]), group.dtype)
+            return restore(StoredEmbedding(values, stored.scales[: self._max_tokens]), group.dtype)
         return values.view(np.int16) if group.dtype == "bfloat16" else values
 
     def _pad(self, embeddings: list[np.ndarray], group: EmbeddingGroup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,7 +288,7 @@ class Loader:
         return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._pin_memory else tensor
 
 
-def _one_vector(stored: Stored, group: str) -> Stored:
+def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:
     """Refuses token embeddings where one vector a caption is read."""
     if len(stored.values) != 1:
         raise ValueError(

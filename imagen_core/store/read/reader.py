@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.parquet import SamplesFile
-from imagen_core.store.files.shard import ImageFile, TextFile, open_images, open_text
+from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddings, open_images
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest
@@ -16,7 +16,7 @@ from imagen_core.store.read.places import Places
 from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import load_removals
 
-_FileT = TypeVar("_FileT", SamplesFile, ImageFile, TextFile)
+_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -33,8 +33,8 @@ class OpenShard:
     def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
         self._folder, self._manifest, self._position = folder, manifest, position
         self.images: dict[int, ImageFile] = _Lazy(self._open_images)
-        self.text: dict[str, TextFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
-        self.image_embeds: dict[str, TextFile] = _Lazy(
+        self.text: dict[str, EmbeddingFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
+        self.image_embeds: dict[str, EmbeddingFile] = _Lazy(
             lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
         )
 
@@ -46,8 +46,8 @@ class OpenShard:
         group = self._manifest.images[size_px]
         return self._file(group.name, lambda source, name: open_images(source, name, group))
 
-    def _open_embeddings(self, group: EmbeddingGroup) -> TextFile:
-        return self._file(group.name, lambda source, name: open_text(source, name, group))
+    def _open_embeddings(self, group: EmbeddingGroup) -> EmbeddingFile:
+        return self._file(group.name, lambda source, name: open_embeddings(source, name, group))
 
     def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
         entry = self._manifest.file(group, self._position)

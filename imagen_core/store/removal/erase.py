@@ -1,8 +1,8 @@
-"""Write one shard's files again without the content of removed samples.
+"""Rewrite one shard's files without the content of removed samples.
 
-Rows stay where they are, so that row i is still the same sample in every group, caption ids stay as they are and every
+Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
 input row is still accounted for. An erased row has a blank key, no URL, a black image and empty captions. A caption
-that a remaining sample of the shard has too stays, with its embedding; others become "" with no tokens.
+that a remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
@@ -13,7 +13,7 @@ import numpy as np
 
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
-from imagen_core.store.files.shard import open_image_writer, open_images, open_text, write_stored_text_shard
+from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_stored_embeddings
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import blank_key
@@ -26,8 +26,11 @@ class ErasedShard:
     """The samples of a shard as they are once the removed ones are erased.
 
     Attributes:
-        captions: the distinct captions by id; "" where only removed samples had it.
-        erased_ids: those ids.
+        samples: all rows; erased ones are blank.
+        captions: the distinct captions by id; "" if only removed samples had it.
+        erased_ids: the ids of these captions.
+        removed: the rows of removed samples.
+        source: the `samples` file they were read from.
     """
 
     samples: list[SampleRow]
@@ -38,7 +41,7 @@ class ErasedShard:
 
     @classmethod
     def of(cls, index: int, source: SamplesFile, removed: Collection[int]) -> "ErasedShard":
-        """Of the shard's `samples`, erased before or not."""
+        """From the `samples` file of shard `index`, and its rows to erase; some may be erased already."""
         rows = [source.row(row) for row in range(source.num_rows)]
         pairs = [(i, c) for row in rows for i, c in zip(row.caption_ids, row.captions, strict=True)]
         alive = {i for number, row in enumerate(rows) if number not in removed for i in row.caption_ids}
@@ -51,7 +54,7 @@ class ErasedShard:
         return cls(samples, captions, frozenset(caption_of.keys() - alive), frozenset(removed), source)
 
     def write(self, group: Group, old: str, new: Path) -> int:
-        """Write the group's file `old` again as `new`; returns its rows. Nothing is left behind if that fails.
+        """Rewrite the group's file `old` as `new`; returns its number of rows. A failure removes `new`.
 
         Raises:
             StoreError: `old` cannot be read.
@@ -77,13 +80,13 @@ class ErasedShard:
                     writer.append_stored(images.stored(row), sample.key, sample.sha256)
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
-        file = open_text(old, old, group)
+        file = open_embeddings(old, old, group)
         of_captions = isinstance(group, TextGroup)
         names = self.captions if of_captions else [sample.key for sample in self.samples]
         erased = self.erased_ids if of_captions else self.removed
         blank = cast_embedding(np.zeros((0 if of_captions else 1, group.dim), np.float32), group.dtype)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
-        write_stored_text_shard(
+        write_stored_embeddings(
             new,
             (blank if row in erased else file.stored(row) for row in range(file.num_rows)),
             num_tokens,
@@ -96,7 +99,7 @@ class ErasedShard:
 
 
 def _blank(index: int, number: int, row: SampleRow, alive: Collection[int], caption_of: dict[int, str]) -> SampleRow:
-    """The row with ids that no other sample needs, so that all ids are still there; or with one that stays."""
+    """The erased row, with its ids that no remaining sample has, so that every id still occurs, or its first."""
     ids = tuple(i for i in row.caption_ids if i not in alive) or row.caption_ids[:1]
     captions = tuple(caption_of[i] for i in ids)
     return SampleRow(blank_key(index, number), captions, ids, None, _NO_SHA256, 0, 0, row.input_row)

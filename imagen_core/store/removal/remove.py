@@ -1,4 +1,4 @@
-"""Take samples out of a store: find them, log the removal, and write the manifest again."""
+"""Remove samples from a store: find them, log the removal, and rewrite the manifest."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,16 +23,16 @@ from imagen_core.store.removal_log import (
 )
 
 Values = Mapping[str, Collection[str]]
-"""Keys, URLs and sha256 asked for, by identifier."""
+"""Requested keys, URLs and sha256, by identifier."""
 
 
 @dataclass(slots=True)
-class Found:
-    """What a store has of some values.
+class RemovalMatches:
+    """The rows of a store that have one of the requested values.
 
     Attributes:
         rows: rows that are not removed yet, by shard index.
-        matched: values that some row has, removed or not.
+        matched: values that some row has, removed or not, by identifier.
     """
 
     rows: dict[int, list[RemovedRow]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Found:
 
 
 def matching_rows(samples: SamplesFile, values: Values) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """Rows that have one of the values, and which they have."""
+    """Rows that have one of the values, each with the (identifier, value) pairs it has."""
     wanted = {name: set(values.get(name, ())) for name in IDENTIFIERS if values.get(name)}
     columns = {name: samples.texts(name) for name in wanted}
     for row in range(samples.num_rows):
@@ -51,9 +51,9 @@ def matching_rows(samples: SamplesFile, values: Values) -> Iterator[tuple[int, l
 
 def find_rows(
     shards: Iterable[tuple[int, SamplesFile, Mapping[int, str]]], removals: Collection[Removal], values: Values
-) -> Found:
-    """Look for the values in all shards: their indices, samples, and excluded rows with the reason of each."""
-    found = Found()
+) -> RemovalMatches:
+    """Look for the values in all shards, given as (index, samples, excluded rows with the reason of each)."""
+    found = RemovalMatches()
     removed = {(shard, row.row) for removal in removals for shard, rows in removal.rows.items() for row in rows}
     for shard, samples, excluded in shards:
         for row, hits in matching_rows(samples, values):
@@ -68,12 +68,12 @@ def find_rows(
 
 
 def add_removal(
-    folder: StoreFolder, removals: list[Removal], found: Found, values: Values, time: str, reason: str
+    folder: StoreFolder, removals: list[Removal], found: RemovalMatches, values: Values, time: str, reason: str
 ) -> Removal | None:
-    """Log a removal, from which moment on readers leave its rows out; None if the log says all of it already.
+    """Log a removal: from then on readers leave its rows out. None if the log has all of it already.
 
     Raises:
-        StoreError: another removal was logged meanwhile.
+        StoreError: another removal was logged in the meantime.
     """
     known = Blocklist(removals)
     if not found.rows and all(known.has(name, value) for name, listed in values.items() for value in listed):
@@ -87,15 +87,21 @@ def add_removal(
 
 
 def removal_entries(removals: Iterable[Removal]) -> list[dict[str, Any]]:
-    """What the manifest's header has as "removals"."""
+    """The value of "removals" in the manifest's header."""
     return [
         {"path": removal_path(number), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for number, data in enumerate((removal.dump() for removal in removals), start=1)
     ]
 
 
-def list_removals(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
-    """Write the manifest again, with all removals and with new files by shard index and group; returns it."""
+def rewrite_manifest(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
+    """Rewrite the manifest with all removals that are logged.
+
+    Args:
+        new_files: files that replace the previous ones, by shard index and group.
+    Returns:
+        The new manifest.
+    """
     manifest = load_manifest(folder)
     removals = load_removals(folder)
     header = {**manifest.header, **({"removals": removal_entries(removals)} if removals else {})}
@@ -105,7 +111,7 @@ def list_removals(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileE
 
 
 def _raw_shard(shard: ShardEntry, new_files: Mapping[tuple[int, str], FileEntry]) -> dict[str, Any]:
-    """As `write_manifest` takes it."""
+    """The shard in the form that `write_manifest` takes."""
     files = {name: new_files.get((shard.index, name), entry) for name, entry in shard.files.items()}
     by_reason: dict[str, list[int]] = {}
     for row, reason in shard.excluded.items():

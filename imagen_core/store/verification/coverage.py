@@ -13,10 +13,10 @@ _MAX_NAMED_SHARDS = 10
 
 
 class Coverage:
-    """Sums over the shards of a store; memory grows with the rows that were tried again, 16 bytes each.
+    """Sums over the shards of a store; memory grows by 16 bytes per row that was tried again.
 
     Attributes:
-        dropped: input rows that are no samples, by the reason of their last try.
+        dropped: number of input rows that did not become samples, by the reason of their last try.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -30,16 +30,16 @@ class Coverage:
 
     @property
     def input_rows(self) -> int:
-        """Rows of the source: as the manifest says, or else the sum of the shards added."""
+        """Rows of the source: as the manifest says, or else the sum over the shards added."""
         return self._first_tries if self._total is None else self._total
 
     @property
     def unaccounted(self) -> int:
-        """Input rows that are neither samples (excluded ones included) nor dropped; negative: too many are."""
+        """Input rows that are neither samples (excluded ones included) nor dropped; negative if some count twice."""
         return self.input_rows - self._accounted
 
     def add(self, shard: ShardEntry, samples: SamplesFile) -> list[str]:
-        """Counts a shard's input rows; what is wrong with them."""
+        """Counts a shard's input rows; returns a message for each kind of wrong ones."""
         total = samples.num_input_rows
         if total is None:
             return ["does not say how many input rows it was made from"]
@@ -68,7 +68,7 @@ class Coverage:
         return problems
 
     def finish(self) -> list[str]:
-        """What is wrong with the whole, once all shards are added."""
+        """Messages about the store as a whole, once all shards are added."""
         problems = []
         unknown = np.setdiff1d(self._retried[:, 0], self._known)
         if len(unknown):

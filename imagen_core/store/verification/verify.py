@@ -14,7 +14,7 @@ from imagen_core.store.files.digest import caption_digest, fingerprint_digest, i
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
-from imagen_core.store.files.shard import open_images, open_text, read_digests
+from imagen_core.store.files.shard import open_embeddings, open_images, read_digests
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, load_manifest
@@ -22,13 +22,12 @@ from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup
 from imagen_core.store.removal_log import removal_path
 from imagen_core.store.verification.coverage import Coverage
 
-_BLOCK_BYTES = 1 << 20
 _MAX_NAMED_KEYS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one file; `file` is relative to the store."""
+    """A problem of one file; `file` is relative to the store."""
 
     file: str
     message: str
@@ -36,18 +35,18 @@ class Problem:
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify_store` found.
+    """The result of `verify_store`.
 
     Attributes:
         ok: no problems; warnings do not count.
-        files_checked, bytes_checked: files read to the end, and their bytes; the manifest included.
+        files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
         input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
             None, with `unaccounted`, in a store of schema 1.
-        num_samples: samples a reader sees.
+        num_samples: samples that a reader sees.
         dropped: rows that did not become samples, by the reason of their last try.
         excluded: samples that readers leave out, by reason.
-        unaccounted: input rows whose fate the store does not tell; 0 in a good one.
-        warnings: hidden and `.tmp` files that the manifest does not know: left by a killed run.
+        unaccounted: input rows that are neither samples nor dropped; 0 in a valid store.
+        warnings: files that the manifest does not know, such as those a killed run left.
     """
 
     ok: bool = False
@@ -68,15 +67,15 @@ def verify_store(
     storage_options: dict[str, Any] | None = None,
     on_file: Callable[[str, int], None] | None = None,
 ) -> VerifyReport:
-    """Read the whole store, one file at a time, and list what is wrong with which file.
+    """Read the complete store, one file at a time, and list the problems of each file.
 
     Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
     images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
     removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
-    the images are those of the samples, and the embeddings those of the captions, by the encoder the manifest
-    names. What removed samples have is not compared, as readers never see it.
-    A damaged manifest is a problem of the report, as nothing else can be judged without it.
-    Memory: one file's rows, and 8 bytes a sample for the keys.
+    images belong to their samples, and embeddings to their captions and to the encoder that the manifest
+    names. The content of removed samples is not compared, as readers never see it.
+    A damaged manifest is reported as the only problem, as nothing else can be checked without it.
+    Memory: one file's rows, and 8 bytes per sample for the keys.
 
     Args:
         on_file: called with the name and size in bytes of each file after it was read.
@@ -108,17 +107,17 @@ def verify_store(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the other files of a shard must agree with."""
+class _ShardRows:
+    """The samples of a shard, which its other files must agree with."""
 
     keys: list[str]
     sha256: list[str]
     captions: list[str]
-    """Distinct ones, by caption id."""
+    """The distinct captions, by caption id."""
     removed: frozenset[int]
-    """Rows that are or will be erased, perhaps not in all files yet."""
+    """Removed rows, which may be erased in all, some or none of the files."""
     removed_ids: frozenset[int]
-    """Caption ids that only those have."""
+    """Caption ids that only removed rows have."""
 
 
 class _Check:
@@ -178,15 +177,13 @@ class _Check:
         if size is None:
             self._bad(entry.path, "missing")
             return False
-        digest = hashlib.sha256()
         with self._folder.open(entry.path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - it has readinto
         self.count(entry.path, size)
         if size != entry.bytes:
             self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
-        elif digest.hexdigest() != entry.sha256:
-            self._bad(entry.path, f"sha256 {digest.hexdigest()}, the manifest says {entry.sha256}")
+        elif digest != entry.sha256:
+            self._bad(entry.path, f"sha256 {digest}, the manifest says {entry.sha256}")
         else:
             return True
         return False
@@ -196,8 +193,8 @@ class _Check:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
         return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _Rows | None:
-        """Check a samples file, note its keys and count its input rows; None if it cannot be read."""
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _ShardRows | None:
+        """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
             samples = SamplesFile(self._source(entry), entry.path)
         except StoreError as error:
@@ -222,9 +219,9 @@ class _Check:
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        return _Rows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+        return _ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
 
-    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _Rows | None) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
@@ -233,15 +230,15 @@ class _Check:
                 image_digest(key, sha256, images.stored(row))
                 for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
             )
-            wrong = "images are not those of their samples"
+            wrong = "images do not belong to their samples"
             self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
 
     def _embeddings(
         self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
     ) -> None:
-        """Check the embeddings of captions or keys; None if the samples cannot be read."""
-        # Not mapped: the parquet decoder checks the places that the mapped reader computes.
-        text = open_text(self._source(entry), entry.path, group, mapped=False)
+        """Check the embeddings of captions or keys `names`, which is None if the samples cannot be read."""
+        # Not mapped: the parquet decoder checks the offsets that the mapped reader computes.
+        text = open_embeddings(self._source(entry), entry.path, group, mapped=False)
         self._count_rows(entry, text.num_rows)
         bad = [row for row in range(text.num_rows) if not all_finite(text.stored(row), group.dtype)]
         if bad:
@@ -260,7 +257,7 @@ class _Check:
         else:
             found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
             whose = "captions" if isinstance(group, TextGroup) else "samples"
-            self._compare_digests(entry, group, found, names, f"embeddings are not those of their {whose}", ignored)
+            self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
     def _compare_digests(
         self,
@@ -299,7 +296,7 @@ class _Check:
             self._bad(group.null.path, "not finite")
 
     def keys(self) -> None:
-        """Report keys that occur twice: equal hashes first, then the keys themselves are compared."""
+        """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""
         if not self._key_hashes:
             return
         hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
@@ -321,7 +318,7 @@ class _Check:
                 yield from ((entry.path, samples.key(int(row))) for row in rows)
 
     def coverage(self) -> None:
-        """Sum up the fate of all input rows; what bad files hide is told of them, and not again of the manifest."""
+        """Sum up all input rows. Rows that damaged files hide are reported for these files only."""
         excluded = Counter(reason for rows in self._manifest.excluded.values() for reason in rows.values())
         self._report.excluded = dict(sorted(excluded.items()))
         if not self._has_digests:
@@ -339,7 +336,7 @@ class _Check:
             self._bytes(FileEntry(**entry, rows=0))
 
     def strays(self) -> None:
-        """Warn of files the manifest does not know: leftovers, or a group that is not finished everywhere."""
+        """Warn of files that the manifest does not know: leftovers, or a group that is not finished for all shards."""
         known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
         known.update(group.null.path for group in self._manifest.texts.values() if group.null)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())

@@ -6,7 +6,6 @@ Tensors are whole and named by parameter, so a checkpoint of any number of proce
 other. state.json names each file's SHA-256.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
+from imagen_core.files import file_digest, fsync_path
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
@@ -76,15 +76,15 @@ def write_checkpoint(
     for name, tensors in files.items():
         path = temporary / f"{name}.safetensors"
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        _sync(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        fsync_path(path)
     text = json.dumps({"format": _FORMAT, "step": step, "files": entries, **state}, indent=1, ensure_ascii=False)
     (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
-    _sync(temporary / _STATE)
-    _sync(temporary)
+    fsync_path(temporary / _STATE)
+    fsync_path(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _sync(folder)
+    fsync_path(folder)
     return final
 
 
@@ -172,7 +172,7 @@ def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, T
     entry = state["files"].get(file.name)
     if entry is None or not file.exists():
         raise CheckpointError(f"{file}: is missing; {_REMEDY}")
-    if _digest(file) != entry["sha256"]:
+    if file_digest(file) != entry["sha256"]:
         raise CheckpointError(f"{file}: its checksum is not the one of {_STATE}; {_REMEDY}")
     try:
         return load_file(file)
@@ -285,16 +285,3 @@ def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
         have = [tuple(side[name].shape) if name in side else None for side in (wanted, found)]
         if have[0] != have[1]:
             raise CheckpointError(f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {_REMEDY}")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """A trained model as one safetensors file that holds its configuration: to share, to draw with, to begin with."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import save_file
 
+from imagen_core.files import file_digest
 from imagen_core.train.errors import CheckpointError
 
 _FACTS = "imagen"  # the entry of the file's metadata
@@ -41,6 +41,4 @@ def read_model(path: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"{path}: its metadata lacks {', '.join(missing)}; give a file of `pipeline export`, or a run folder"
         )
-    with path.open("rb") as file:
-        known = {field: facts[field] for field in _FIELDS}
-        return known, hashlib.file_digest(file, "sha256").hexdigest()
+    return {field: facts[field] for field in _FIELDS}, file_digest(path)

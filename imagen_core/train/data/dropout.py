@@ -34,7 +34,7 @@ def drop_conditions(
         if condition in _RATES and conditioning.has(condition):
             setting, stream = _RATES[condition]
             keep = _kept(stream, getattr(config, setting), counters, config.seed) & keep_any
-            conditioning = conditioning.keeping(condition, keep.to(device))
+            conditioning = conditioning.with_keep(condition, keep.to(device))
     return conditioning
 
 

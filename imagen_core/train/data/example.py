@@ -105,7 +105,7 @@ def whole_conditions(
         _check_labels(raw, network.num_classes)
         if network.transcription is not None:
             texts = raw["transcriptions"] or [""]
-            characters = character_ids(texts, network.transcription.max_characters, cut=True).to(device)
+            characters = character_ids(texts, network.transcription.max_characters, truncate=True).to(device)
 
     def moved(name: str) -> Tensor | None:
         return _one_row(raw[name]).to(device, non_blocking=True) if name in raw else None

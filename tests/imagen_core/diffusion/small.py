@@ -28,7 +28,7 @@ def small_denoiser(*, unet: dict[str, Any] | None = None, **changes: Any) -> Den
 
 
 def small_super_denoiser(*, unet: dict[str, Any] | None = None, **changes: Any) -> Denoiser:
-    """A super-resolution model from 4 to 8 px that is told the noise level of its low-resolution image."""
+    """A super-resolution model from 4 to 8 px that reads the noise level of its low-resolution image."""
     settings = {"low_res_px": 4, "low_res_noise": {"kind": "lognormal"}} | changes
     return small_denoiser(unet={"low_res": True, "low_res_noise": True} | (unet or {}), **settings)
 

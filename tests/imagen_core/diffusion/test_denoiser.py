@@ -12,7 +12,7 @@ SIGMA = torch.tensor([0.1, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v", "edm"])
-def test_it_is_the_table_around_the_network(objective):
+def test_the_denoiser_is_the_table_around_the_network(objective):
     denoiser = small_denoiser(diffusion={"objective": objective})
     network = stub(denoiser, lambda x, c_noise, conditioning: torch.sin(x) + c_noise[:, None, None, None])
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -23,10 +23,10 @@ def images(count: int) -> torch.Tensor:
 
 
 def noise_of(count: int):
-    def draw(step: int) -> torch.Tensor:
+    def noise_at(step: int) -> torch.Tensor:
         return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(9 + step), dtype=torch.float64)
 
-    return draw
+    return noise_at
 
 
 def exact_model(num_steps: int = 1000, **diffusion):
@@ -100,27 +100,27 @@ def test_a_continuous_model_is_measured_on_any_grid():
 
 
 def test_an_images_bits_do_not_depend_on_its_batch():
-    x0, denoiser, draw = images(4), exact_model(), noise_of(4)
+    x0, denoiser, noise_at = images(4), exact_model(), noise_of(4)
     grid = Uniform().sigmas(Discrete(), 20)
-    whole = bits_per_dimension(denoiser, x0, Conditioning(), grid, draw)
+    batched = bits_per_dimension(denoiser, x0, Conditioning(), grid, noise_at)
     order = torch.tensor([2, 0, 3, 1])
-    turned = bits_per_dimension(denoiser, x0[order], Conditioning(), grid, lambda step: draw(step)[order])
-    single = bits_per_dimension(denoiser, x0[2:3], Conditioning(), grid, lambda step: draw(step)[2:3])
+    permuted = bits_per_dimension(denoiser, x0[order], Conditioning(), grid, lambda step: noise_at(step)[order])
+    single = bits_per_dimension(denoiser, x0[2:3], Conditioning(), grid, lambda step: noise_at(step)[2:3])
     for name in ("total", "prior", "bound", "x0_mse", "noise_mse"):
-        torch.testing.assert_close(getattr(turned, name), getattr(whole, name)[order], rtol=1e-12, atol=0)
-        torch.testing.assert_close(getattr(single, name), getattr(whole, name)[2:3], rtol=1e-12, atol=0)
+        torch.testing.assert_close(getattr(permuted, name), getattr(batched, name)[order], rtol=1e-12, atol=0)
+        torch.testing.assert_close(getattr(single, name), getattr(batched, name)[2:3], rtol=1e-12, atol=0)
 
 
 def test_errors_by_step_are_those_of_image_and_noise():
     schedule = Discrete(num_steps=100)
-    x0, denoiser, draw = images(2), exact_model(schedule=schedule), noise_of(2)
-    found = bits_per_dimension(denoiser, x0, Conditioning(), Uniform().sigmas(schedule, 100), draw, clip=False)
+    x0, denoiser, noise_at = images(2), exact_model(schedule=schedule), noise_of(2)
+    found = bits_per_dimension(denoiser, x0, Conditioning(), Uniform().sigmas(schedule, 100), noise_at, clip=False)
     sigma = schedule.sigmas()[70]
-    estimate = STD**2 / (STD**2 + sigma**2) * (x0 + sigma * draw(70))
+    estimate = STD**2 / (STD**2 + sigma**2) * (x0 + sigma * noise_at(70))
     error = (estimate - x0).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(found.x0_mse[:, 70], error)
-    noise = (x0 + sigma * draw(70) - estimate) / sigma
-    torch.testing.assert_close(found.noise_mse[:, 70], (noise - draw(70)).square().mean(dim=(1, 2, 3)))
+    noise = (x0 + sigma * noise_at(70) - estimate) / sigma
+    torch.testing.assert_close(found.noise_mse[:, 70], (noise - noise_at(70)).square().mean(dim=(1, 2, 3)))
 
 
 def test_a_term_is_the_kl_divergence_of_the_two_normal_distributions():

@@ -153,7 +153,7 @@ TABLE = Discrete(num_steps=100).sigmas()
 
 
 def with_variance(**diffusion):
-    """A discrete model whose network says tensors that can be differentiated, and what it is told."""
+    """A discrete model whose network outputs differentiable tensors, and the network's inputs."""
     settings = {"schedule": {"kind": "discrete", "num_steps": 100}, "objective": "eps", "variance": "learned_range"}
     denoiser = small_denoiser(unet={"out_channels": 6}, diffusion=settings | diffusion)
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +173,7 @@ def bound_of(x0, noise, mean, says):
 
 
 def test_a_learned_variance_adds_the_bound_with_the_mean_held_fixed():
-    """L_hybrid of Nichol and Dhariwal 2021, equation 16: the sum over all steps, estimated from the drawn one."""
+    """L_hybrid of Nichol and Dhariwal 2021, equation 16: the sum over all steps, estimated from the sampled one."""
     denoiser, x0, noise, mean, says = with_variance()
     loss = diffusion_loss(denoiser, x0, TABLE[STEPS], noise, Conditioning())
     simple = ((mean - noise) ** 2).mean(dim=(1, 2, 3))
@@ -205,8 +205,8 @@ def test_kl_is_the_bound_alone_and_teaches_mean_and_variance():
     found, expected = (torch.autograd.grad(values.sum(), [mean, says]) for values in (loss, bound))
     torch.testing.assert_close(found, expected)
     assert all(bool((gradient != 0).any()) for gradient in found)
-    whole, *_ = with_variance(loss="rescaled_kl")
-    torch.testing.assert_close(diffusion_loss(whole, x0, TABLE[STEPS], noise, Conditioning()), 100 * loss)
+    rescaled, *_ = with_variance(loss="rescaled_kl")
+    torch.testing.assert_close(diffusion_loss(rescaled, x0, TABLE[STEPS], noise, Conditioning()), 100 * loss)
 
 
 def test_kl_of_a_fixed_variance_teaches_the_mean():

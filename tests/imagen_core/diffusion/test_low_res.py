@@ -66,7 +66,7 @@ def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(obj
         ("bilinear", [-1, -0.875, -0.625, -0.25, 0.25, 0.625, 0.875, 1]),
     ],
 )
-def test_the_low_resolution_image_is_enlarged_as_the_configuration_says(mode, row):
+def test_the_low_resolution_image_is_upsampled_as_configured(mode, row):
     unet = {"low_res": True, "low_res_noise": False}
     denoiser = small_super_denoiser(unet=unet, low_res_noise=None, low_res_upsampling=mode)
     low_res = torch.tensor([-1, -0.5, 0.5, 1], dtype=torch.float64).expand(1, 3, 4, 4)
@@ -99,11 +99,11 @@ def test_sampling_uses_one_fixed_level(settings, level):
     conditioning = denoiser.with_sampling_low_res(Conditioning(), low_res, noise)
     expected = torch.full((2, 3, 8, 8), level / math.sqrt(level**2 + 0.25), dtype=torch.float64)
     torch.testing.assert_close(conditioning.low_res, expected)
-    told = math.log(level) / 4 if settings["kind"] == "lognormal" else -2 * math.log(level)
-    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), told, dtype=torch.float64))
+    c_noise = math.log(level) / 4 if settings["kind"] == "lognormal" else -2 * math.log(level)
+    torch.testing.assert_close(conditioning.low_res_noise, torch.full((2,), c_noise, dtype=torch.float64))
 
 
-def test_no_noise_at_all_in_sampling_is_told_as_the_lowest_level_and_not_as_minus_infinity():
+def test_no_noise_in_sampling_is_read_as_the_lowest_level_and_not_as_minus_infinity():
     conditioning = small_super_denoiser().with_sampling_low_res(
         Conditioning(), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 8, 8), sigma=0.0
     )
@@ -133,7 +133,7 @@ def test_unclipped_an_image_may_overshoot():
     assert float(upsample(checkers, 32, "bicubic_unclipped").abs().max()) > 1.1
 
 
-def test_noise_at_the_small_size_is_enlarged_with_the_image():
+def test_noise_at_the_small_size_is_upsampled_with_the_image():
     config = small_super_denoiser().config.model_dump()
     changes = {"low_res_noise_at": "low_res_px", "low_res_upsampling": "bicubic_unclipped"}
     denoiser = Denoiser(DenoiserConfig.model_validate(config | changes))
@@ -170,6 +170,6 @@ def test_cubic_reflect_is_keys_kernel_on_an_image_reflected_at_its_edges(factor:
     torch.testing.assert_close(upsample(image, factor * width, "cubic_reflect")[0, 0], expected)
 
 
-def test_cubic_reflect_takes_whole_factors_only() -> None:
-    with pytest.raises(ValueError, match="10 is no multiple of 4 x 4 pixels"):
+def test_cubic_reflect_takes_integer_factors_only() -> None:
+    with pytest.raises(ValueError, match="10 is not a multiple of 4 x 4 pixels"):
         upsample(torch.zeros(1, 3, 4, 4), 10, "cubic_reflect")

@@ -59,16 +59,16 @@ def test_sigma_rises_stays_finite_and_is_float64(schedule):
 
 
 @every_schedule
-def test_what_the_network_is_told_is_finite_and_monotonic(schedule):
+def test_c_noise_is_finite_and_monotonic(schedule):
     low, high = sampling_range(schedule)
     levels = torch.logspace(math.log10(low), math.log10(high), 300, dtype=torch.float64)
-    told = schedule.c_noise(levels)
-    steps = told.diff()
-    assert bool(told.isfinite().all())
+    c_noise = schedule.c_noise(levels)
+    steps = c_noise.diff()
+    assert bool(c_noise.isfinite().all())
     assert bool((steps > 0).all()) or bool((steps < 0).all())
 
 
-def test_what_the_network_is_told():
+def test_c_noise_of_each_schedule():
     sigma = exact(0.3, 2.0)
     torch.testing.assert_close(LogSnrLinear().c_noise(sigma), -2 * sigma.log())
     torch.testing.assert_close(LogSnrCosine().c_noise(sigma), -2 * sigma.log())
@@ -79,7 +79,7 @@ def test_what_the_network_is_told():
     assert float(Discrete().c_noise(between[None])[0]) == pytest.approx(10.5)
 
 
-def test_log_normal_draws_a_normal_logarithm():
+def test_log_normal_samples_a_normal_logarithm():
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     logs = LogNormal(mean=-1.2, std=1.2).sigma(uniform).log()
     assert float(logs.mean()) == pytest.approx(-1.2, abs=1e-3)
@@ -89,7 +89,7 @@ def test_log_normal_draws_a_normal_logarithm():
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_uniform_time_draws_every_discrete_step_equally_often(beta):
+def test_a_uniform_time_selects_every_discrete_step_equally_often(beta):
     schedule = Discrete(num_steps=50, beta=beta)
     uniform = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
     steps = schedule.step(schedule.sigma(uniform)).round().long()

@@ -69,7 +69,7 @@ def test_respacing_strings(total, sections, steps):
     assert respaced_steps(total, sections) == steps
 
 
-def test_sections_have_the_steps_asked_for():
+def test_sections_have_the_requested_steps():
     steps = respaced_steps(300, "10,15,25")
     assert [sum(100 * k <= step < 100 * (k + 1) for step in steps) for k in range(3)] == [10, 15, 25]
     sigmas = Respaced(sections="10,15,25").sigmas(Discrete(num_steps=300), 50)
@@ -83,17 +83,17 @@ def test_ddim_strings_start_near_pure_noise_or_are_refused():
         if count in strided:
             assert respaced_steps(1000, f"ddim{count}") == list(range(0, 1000, strided[count]))
         else:
-            with pytest.raises(ValueError, match=f"ddim{count}: no whole stride"):
+            with pytest.raises(ValueError, match=f"ddim{count}: no integer stride"):
                 respaced_steps(1000, f"ddim{count}")
 
 
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ("101", "101 steps asked for of 100"),
-        ("10,60", r"60 steps asked for of 50 \(section 2 of a schedule of 100 steps\)"),
+        ("101", "101 steps requested of 100"),
+        ("10,60", r"60 steps requested of 50 \(section 2 of a schedule of 100 steps\)"),
         ("ddim101", "ddim101: the schedule has 100 steps only"),
-        ("ddim60", "no whole stride takes 60 of the schedule's 100 steps; use ddim50 or 60"),
+        ("ddim60", "no integer stride takes 60 of the schedule's 100 steps; use ddim50 or 60"),
     ],
 )
 def test_more_steps_than_there_are_is_refused_with_both_numbers(sections, words):

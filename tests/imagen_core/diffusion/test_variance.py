@@ -65,37 +65,39 @@ def model(variance: str, says: float, **changes):
 
 
 @pytest.mark.parametrize("variance", get_args(Variance))
-def test_an_ancestral_step_draws_with_the_models_variance(variance):
+def test_an_ancestral_step_samples_with_the_models_variance(variance):
     step, says = 30, 0.3
     sigma, sigma_next = TABLE[step], TABLE[step - 1]
     denoise = guided(model(variance, says), Conditioning(), Guidance(), NONE)
     x = torch.full((1, 3, 8, 8), 2.0, dtype=torch.float64)
-    draws = [Ancestral().step(denoise, x, sigma, sigma_next, lambda k=k: torch.full_like(x, k), None) for k in (0, 1)]
+    samples = [
+        Ancestral().step(denoise, x, sigma, sigma_next, lambda k=k: torch.full_like(x, k), None) for k in (0, 1)
+    ]
     estimate = x / (1 + sigma**2).sqrt() / 2
-    torch.testing.assert_close(draws[0], estimate + (sigma_next / sigma) ** 2 * (x - estimate))
+    torch.testing.assert_close(samples[0], estimate + (sigma_next / sigma) ** 2 * (x - estimate))
     spread = (published(variance, torch.tensor(says, dtype=torch.float64).expand(50))[step] / 2).exp()
-    torch.testing.assert_close(draws[1] - draws[0], (spread / KEPT[step - 1].sqrt()).expand_as(x))
+    torch.testing.assert_close(samples[1] - samples[0], (spread / KEPT[step - 1].sqrt()).expand_as(x))
 
 
 def test_a_sampler_may_take_a_fixed_variance_instead():
-    """Also for a plain function, and fixed_small is what ancestral sampling without a word about it draws."""
+    """Also for a plain function, and fixed_small is the default of ancestral sampling."""
     grid, noise = Uniform().sigmas(DISCRETE, 10), (3, 8, 8)
-    drawn = {}
+    sampled = {}
     for name in ("learned_range", "fixed_small", "fixed_large"):
         denoise = guided(model(name, 0.9), Conditioning(), Guidance(), NONE)
-        drawn[name] = sample(Ancestral(), denoise, grid, SeededNoise([1]), noise, dtype=torch.float64)
+        sampled[name] = sample(Ancestral(), denoise, grid, SeededNoise([1]), noise, dtype=torch.float64)
     learned = guided(model("learned_range", 0.9), Conditioning(), Guidance(), NONE)
     for name in ("fixed_small", "fixed_large"):
         overruled = sample(Ancestral(variance=name), learned, grid, SeededNoise([1]), noise, dtype=torch.float64)
-        assert torch.equal(overruled, drawn[name])
+        assert torch.equal(overruled, sampled[name])
 
     def half(x, sigma):
         return 1 / (1 + sigma**2).sqrt() * x / 2
 
     plain = sample(Ancestral(), half, grid, SeededNoise([1]), noise, dtype=torch.float64)
-    torch.testing.assert_close(plain, drawn["fixed_small"], rtol=1e-12, atol=0)
-    assert not torch.equal(drawn["learned_range"], drawn["fixed_small"])
-    assert not torch.equal(drawn["learned_range"], drawn["fixed_large"])
+    torch.testing.assert_close(plain, sampled["fixed_small"], rtol=1e-12, atol=0)
+    assert not torch.equal(sampled["learned_range"], sampled["fixed_small"])
+    assert not torch.equal(sampled["learned_range"], sampled["fixed_large"])
 
 
 def test_guidance_leaves_the_variance_that_of_all_conditions():
@@ -118,10 +120,10 @@ def test_guidance_leaves_the_variance_that_of_all_conditions():
         assert torch.equal(channels, torch.ones_like(estimate))
 
 
-def test_a_variance_learned_for_whole_steps_is_refused_on_others():
+def test_a_variance_learned_for_the_schedules_steps_is_refused_on_others():
     denoise = guided(model("learned", -3.0), Conditioning(), Guidance(), NONE)
     sample(Ancestral(), denoise, Uniform().sigmas(DISCRETE, 50), SeededNoise([1]), (3, 8, 8))
-    with pytest.raises(ValueError, match=r"variance=learned is of the schedule's 50 steps.*num_steps=50"):
+    with pytest.raises(ValueError, match=r"variance=learned covers the 50 steps of the schedule.*num_steps=50"):
         sample(Ancestral(), denoise, Uniform().sigmas(DISCRETE, 10), SeededNoise([1]), (3, 8, 8))
 
 

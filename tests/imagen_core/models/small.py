@@ -97,12 +97,12 @@ def inputs(
     """x, c_noise and all the conditions the model reads; captions of these lengths in tokens."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     batch = len(lengths)
-    x, c_noise = draw(batch, config.in_channels, side_px, side_px), draw(batch)
-    low_res, low_res_noise = draw(batch, config.in_channels, side_px, side_px), draw(batch)
+    x, c_noise = normal(batch, config.in_channels, side_px, side_px), normal(batch)
+    low_res, low_res_noise = normal(batch, config.in_channels, side_px, side_px), normal(batch)
     text = mask = None
     if config.text_dim is not None:
         text, mask = captions(lengths, padded_to, config.text_dim, dtype=dtype)
@@ -122,15 +122,15 @@ def other_conditions(
     """Conditions that are neither captions nor low-resolution images, as far as the model reads them."""
     generator = torch.Generator().manual_seed(7)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return Conditioning(
         labels=None if config.num_classes is None else torch.arange(batch),
-        image_embed=None if config.image_embed_dim is None else draw(config.image_embed_dim),
+        image_embed=None if config.image_embed_dim is None else normal(config.image_embed_dim),
         image_embed_keep=None if config.image_embed_dim is None else torch.arange(batch) % 2 == 0,
-        images=draw(config.condition_channels, side_px, side_px) if config.condition_channels else None,
-        estimate=draw(config.in_channels, side_px, side_px) if config.self_conditioning else None,
+        images=normal(config.condition_channels, side_px, side_px) if config.condition_channels else None,
+        estimate=normal(config.in_channels, side_px, side_px) if config.self_conditioning else None,
     )
 
 

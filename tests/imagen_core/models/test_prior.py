@@ -32,10 +32,10 @@ def network(**changes: Any) -> PriorNetwork:
 def inputs(model: PriorNetwork, padded_to: int = 6) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    x, c_noise, embed, estimate = draw(2, 16), torch.tensor([3.0, 11.0]).double(), draw(2, 16), draw(2, 16)
+    x, c_noise, embed, estimate = normal(2, 16), torch.tensor([3.0, 11.0]).double(), normal(2, 16), normal(2, 16)
     text = mask = None
     if model.config.text_dim is not None:
         text, mask = captions((3, 5), padded_to, model.config.text_dim, dtype=torch.float64)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.diffusion import DiffusionConfig, Guided
+from imagen_core.diffusion import DiffusionConfig, GuidedDenoiser
 from imagen_core.diffusion.precondition import coefficients
 from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras
@@ -105,7 +105,7 @@ def test_steps_of_ddpm_with_a_learned_range():
         return torch.tanh(x / (1 + sigma**2).sqrt())
 
     settings = DiffusionConfig(schedule=Discrete(), variance="learned_range")
-    model = Guided(lambda x, sigma: (denoise(x, sigma), says(x, sigma)), settings)
+    model = GuidedDenoiser(lambda x, sigma: (denoise(x, sigma), says(x, sigma)), settings)
     sigmas = torch.cat([Discrete().sigmas()[scheduler.timesteps].float(), torch.zeros(1)])
     ours = x = start(float(sigmas[0]))
     alpha = 1 / (1 + sigmas**2).sqrt()

@@ -33,7 +33,7 @@ def write_text(
 ) -> None:
     """Embeddings of captions named by number."""
     captions = [f"caption {i}" for i in range(len(embeddings))]
-    st.write_text_shard(path, embeddings, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT)
+    st.write_embedding_shard(path, embeddings, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT)
 
 
 def file_entry(root: Path, path: str, rows: int) -> dict:
@@ -100,7 +100,7 @@ def make_store(
                     if row not in excluded.get(shard, []):
                         made.images[size].append(pixels)
         files["text-t5"] = st.shard_path("text-t5", shard, store_format)
-        st.write_text_shard(
+        st.write_embedding_shard(
             root / files["text-t5"],
             embeddings,
             DIM,
@@ -165,5 +165,5 @@ def remove(store: Path | str, *, listed: bool = True, **values: list[str]) -> st
     found = st.find_rows(samples_files(folder), removals, values)
     st.add_removal(folder, removals, found, values, REMOVED_AT, "asked for")
     if listed:
-        st.list_removals(folder)
+        st.rewrite_manifest(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The local cache of a store far away: whole files, few bytes, any number of processes."""
+"""The local cache of a remote store: complete files, bounded bytes, any number of processes."""
 
 import multiprocessing
 import os
@@ -98,7 +98,7 @@ def test_a_file_in_use_is_not_removed(far: tuple[str, Made], tmp_path: Path) -> 
         assert os.path.exists(other)
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed"])
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_download_that_is_not_the_manifests_is_refused_and_not_kept(
     far: tuple[str, Made], tmp_path: Path, damage: str
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_download_that_is_not_the_manifests_is_refused_and_not_kept(
     entry = file_of(st.Store.open(url), "images-8", 0)
     data = bytearray(memory.cat(f"{url}/{entry.path}"))
     data[40] ^= 1
-    memory.pipe(f"{url}/{entry.path}", bytes(data[:-7] if damage == "cut" else data))
+    memory.pipe(f"{url}/{entry.path}", bytes(data[:-7] if damage == "truncated" else data))
     store = st.Store.open(url, cache_dir=tmp_path / "cache")
     with pytest.raises(
         st.StoreError, match=r"images-8/00000\.parquet: downloaded \d+ bytes with sha256 \w+, the manif"
@@ -119,14 +119,14 @@ def test_a_download_that_is_not_the_manifests_is_refused_and_not_kept(
     assert store[0].key == "000-000"
 
 
-def test_half_written_and_cut_copies_are_fetched_again(far: tuple[str, Made], tmp_path: Path) -> None:
+def test_half_written_and_truncated_copies_are_fetched_again(far: tuple[str, Made], tmp_path: Path) -> None:
     url, made = far
     cache = tmp_path / "cache"
     cache.mkdir()
     opened = st.Store.open(url)
-    half, cut = file_of(opened, "images-8", 0), file_of(opened, "images-4", 0)
+    half, truncated = file_of(opened, "images-8", 0), file_of(opened, "images-4", 0)
     (cache / f"{half.sha256}.part").write_bytes(b"half")
-    (cache / cut.sha256).write_bytes(bytes(cut.bytes - 1))
+    (cache / truncated.sha256).write_bytes(bytes(truncated.bytes - 1))
     check_equal(st.Store.open(url, cache_dir=cache), made, "float16")
     assert not any(name.endswith(".part") for name in copies(cache))
 

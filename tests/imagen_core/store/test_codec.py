@@ -118,7 +118,7 @@ def test_a_store_of_encoded_images_reads_and_verifies_like_a_raw_one(
 
 
 @pytest.mark.parametrize("codec", ENCODED)
-@pytest.mark.parametrize("damage", ["cut", "another size", "grey", "noise"])
+@pytest.mark.parametrize("damage", ["truncated", "another size", "gray", "noise"])
 def test_an_image_that_does_not_decode_is_named_by_verify_and_reader(
     make: Make, store_format: st.StoreFormat, codec: st.Codec, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,8 +128,8 @@ def test_an_image_that_does_not_decode_is_named_by_verify_and_reader(
     good = smooth(3, 8)
     image = encode(good[1], codec)
     buffer = io.BytesIO()
-    Image.new("L" if damage == "grey" and codec != "webp" else "RGB", (8, 9)).save(buffer, codec)
-    wrong = {"cut": image[: len(image) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
+    Image.new("L" if damage == "gray" and codec != "webp" else "RGB", (8, 9)).save(buffer, codec)
+    wrong = {"truncated": image[: len(image) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
     stored = iter([encode(good[0], codec), wrong, image])
     with monkeypatch.context() as patch:
         patch.setattr("imagen_core.store.files.shard.encode", lambda pixels, codec: next(stored))
@@ -151,7 +151,7 @@ def test_a_file_of_another_codec_than_the_manifest_says_is_refused(
         opened(str(tmp_path / "images"), store_format, said)
 
 
-def test_an_unknown_codec_is_refused_with_those_there_are(tmp_path: Path, store_format: st.StoreFormat) -> None:
+def test_an_unknown_codec_is_refused_with_the_available_ones(tmp_path: Path, store_format: st.StoreFormat) -> None:
     with pytest.raises(ValueError, match="codec 'jpg': use one of raw, png, webp, jpeg"):
         write(tmp_path / "images", smooth(1), store_format, "jpg")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

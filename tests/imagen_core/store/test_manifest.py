@@ -51,7 +51,7 @@ def test_what_was_written_is_loaded(tmp_path: Path) -> None:
     assert entry == st.FileEntry("images-8/123456.h5", 10, digest, 3)
 
 
-def test_it_is_plain_json_with_one_line_a_shard(tmp_path: Path) -> None:
+def test_the_manifest_is_plain_json_with_one_line_per_shard(tmp_path: Path) -> None:
     st.write_manifest(tmp_path / "manifest.json", HEADER, [shard(0), shard(1)])
     text = (tmp_path / "manifest.json").read_text(encoding="utf-8")
     raw = json.loads(text)

@@ -151,7 +151,7 @@ def test_a_file_url_is_a_local_store(make: Make) -> None:
 
 
 @pytest.mark.parametrize("group", ["samples", "images-8", "text-t5"])
-def test_a_missing_or_cut_file_is_named(make: Make, store_format: st.StoreFormat, group: str) -> None:
+def test_a_missing_or_truncated_file_is_named(make: Make, store_format: st.StoreFormat, group: str) -> None:
     made = make(store_format=store_format)
     (path,) = (made.path / group).glob("00001.*")
     data = path.read_bytes()

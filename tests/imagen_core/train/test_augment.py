@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser
-from imagen_core.store import CropBox, ImageFacts, Store
+from imagen_core.store import CropBox, ImageInfo, Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.augment import AugmentConfig, BlurConfig, Flipped, RandomCut, blur, stored_box
 from imagen_core.train.data.example import Example, make_example
@@ -69,7 +69,7 @@ def test_no_cut_divides_a_safebox_or_leaves_the_image_or_enlarges_it() -> None:
         width, height = (int(side) for side in rng.integers(20, 900, 2))
         x, y = (sorted(rng.uniform(-0.1, 1.1, 2) * side) for side in (width, height))
         box = (math.floor(x[0]), math.floor(y[0]), math.ceil(x[1]) + 1, math.ceil(y[1]) + 1)
-        image = ImageFacts(width, height, "text", box)
+        image = ImageInfo(width, height, "text", box)
         cut = cutter(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), image)
         assert 0 <= cut.top <= cut.top + cut.side <= PX
         assert 0 <= cut.left <= cut.left + cut.side <= PX
@@ -93,7 +93,7 @@ def test_no_cut_divides_a_safebox_or_leaves_the_image_or_enlarges_it() -> None:
 def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float, low: int, high: int) -> None:
     cuts = cutter(min_scale=min_scale, max_scale=max_scale)
     numbers = (np.arange(20_000) + 0.5) / 20_000
-    sides = Counter(cuts.square(16, [0.0, u, 0.0, 0.0], ImageFacts(640, 480)).side for u in numbers.tolist())
+    sides = Counter(cuts.square(16, [0.0, u, 0.0, 0.0], ImageInfo(640, 480)).side for u in numbers.tolist())
     assert (min(sides), max(sides)) == (low, high)
     for side, count in sides.items():
         assert abs(count / 20_000 - (2 * side + 1) / ((high + 1) ** 2 - low**2)) <= 1 / 20_000
@@ -102,7 +102,7 @@ def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float
 def test_every_allowed_place_is_as_likely() -> None:
     cuts = cutter(min_scale=(40 / 48) ** 2, max_scale=(40 / 48) ** 2)
     numbers = ((np.arange(900) + 0.5) / 900).tolist()
-    plain, boxed = ImageFacts(480, 480), ImageFacts(480, 480, "x", (50, 0, 420, 10))
+    plain, boxed = ImageInfo(480, 480), ImageInfo(480, 480, "x", (50, 0, 420, 10))
     for image, places in ((plain, range(9)), (boxed, range(2, 6))):
         lefts = Counter(cuts.square(16, [0.0, 0.5, 0.0, u], image).left for u in numbers)
         assert lefts == dict.fromkeys(places, 900 // len(places))
@@ -113,36 +113,36 @@ def test_the_limits_of_detail_and_writing_are_stronger_than_the_largest_scale() 
     small = {"min_scale": 0.01, "max_scale": 0.01}
     ends: list[list[float]] = [[0.0, u, u, u] for u in (0.0, 0.999999)]
     for numbers in ends:
-        assert cutter(**small).square(16, numbers, ImageFacts(500, 500)).side == 16, "no stored pixel is enlarged"
-        assert cutter(**small).square(16, numbers, ImageFacts(24, 30)).side == 32, "nor one of the original, of 24"
-        assert cutter(**small).square(16, numbers, ImageFacts(9, 9)) == CropBox(0, 0, PX)
-        assert cutter(**small, min_px=2).square(16, numbers, ImageFacts(500, 500)).side == 32
-        assert cutter(**small, min_px=0).square(16, numbers, ImageFacts(9, 9)).side == 5
-        wide = ImageFacts(480, 480, "x", (100, 100, 400, 110))
+        assert cutter(**small).square(16, numbers, ImageInfo(500, 500)).side == 16, "no stored pixel is enlarged"
+        assert cutter(**small).square(16, numbers, ImageInfo(24, 30)).side == 32, "nor one of the original, of 24"
+        assert cutter(**small).square(16, numbers, ImageInfo(9, 9)) == CropBox(0, 0, PX)
+        assert cutter(**small, min_px=2).square(16, numbers, ImageInfo(500, 500)).side == 32
+        assert cutter(**small, min_px=0).square(16, numbers, ImageInfo(9, 9)).side == 5
+        wide = ImageInfo(480, 480, "x", (100, 100, 400, 110))
         assert cutter(**small).square(16, numbers, wide).side == 30
 
 
 def test_images_without_writing_have_settings_of_their_own() -> None:
     cuts = cutter(probability=0.5, without_text={"min_scale": 0.25, "max_scale": 0.25})
-    boxed = ImageFacts(480, 480, "x", (0, 0, 1, 1))
+    boxed = ImageInfo(480, 480, "x", (0, 0, 1, 1))
     assert cuts.square(16, [0.49, 0.0, 0.0, 0.0], boxed).side == 42
     assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX), "shown whole"
-    assert cuts.square(16, [0.0, 0.5, 0.5, 0.5], ImageFacts(480, 480, "x")) == CropBox(0, 0, PX), "place not known"
-    for image in (ImageFacts(480, 480, ""), ImageFacts(480, 480), ImageFacts(480, 480, "", (0, 0, 9, 9))):
+    assert cuts.square(16, [0.0, 0.5, 0.5, 0.5], ImageInfo(480, 480, "x")) == CropBox(0, 0, PX), "place not known"
+    for image in (ImageInfo(480, 480, ""), ImageInfo(480, 480), ImageInfo(480, 480, "", (0, 0, 9, 9))):
         assert cuts.square(16, [0.99, 0.0, 0.0, 0.0], image).side == 24
-    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], ImageFacts(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
+    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], ImageInfo(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
 
 
 def test_only_images_without_writing_are_mirrored() -> None:
     mirror = Flipped(cutter(), 0.3, lambda numbers: np.empty((0, 1)))
     for numbers in ([0.29, 0.0, 0.5, 0.5, 0.5], [0.3, 0.0, 0.5, 0.5, 0.5]):
         for image, may in (
-            (ImageFacts(480, 480), True),
-            (ImageFacts(480, 480, ""), True),
-            (ImageFacts(480, 480, "", (1, 2, 3, 4)), True),
-            (ImageFacts(480, 480, "x"), False),
-            (ImageFacts(480, 480, "x", (1, 2, 3, 4)), False),
-            (ImageFacts(480, 480, None, (1, 2, 3, 4)), False),
+            (ImageInfo(480, 480), True),
+            (ImageInfo(480, 480, ""), True),
+            (ImageInfo(480, 480, "", (1, 2, 3, 4)), True),
+            (ImageInfo(480, 480, "x"), False),
+            (ImageInfo(480, 480, "x", (1, 2, 3, 4)), False),
+            (ImageInfo(480, 480, None, (1, 2, 3, 4)), False),
         ):
             for cut in mirror.cut(SIZES, numbers, image).values():
                 assert cut.flipped == (may and numbers[0] < 0.3)
@@ -161,10 +161,10 @@ def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(flipped:
 
 
 def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
-    assert stored_box(ImageFacts(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
-    assert stored_box(ImageFacts(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
-    assert stored_box(ImageFacts(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
-    assert stored_box(ImageFacts(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
+    assert stored_box(ImageInfo(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
+    assert stored_box(ImageInfo(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
+    assert stored_box(ImageInfo(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
+    assert stored_box(ImageInfo(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
 
 
 def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store: Path) -> None:

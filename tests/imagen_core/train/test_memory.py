@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from imagen_core.diffusion import DenoiserConfig
-from imagen_core.models.count import count_parameters
 from imagen_core.train.memory import MemoryEstimate, estimate_memory
+from tests.imagen_core.models.count import count_parameters
 from tests.imagen_core.models.small import inputs, regular
 
 

@@ -142,10 +142,10 @@ def test_weights_and_images_lie_in_memory_as_asked(
 
 def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_path: Path) -> None:
     recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True, "dropout": 0.2}}
-    keeping = BASE | {"unet": BASE_UNET | {"dropout": 0.2}}
+    with_keep = BASE | {"unet": BASE_UNET | {"dropout": 0.2}}
     found = [
         tensors(train(make_config(store, num_steps=3, denoiser=denoiser), tmp_path / name)["checkpoint"])
-        for name, denoiser in (("keeping", keeping), ("recomputing", recomputing))
+        for name, denoiser in (("keeping", with_keep), ("recomputing", recomputing))
     ]
     for key, values in found[0].items():
         torch.testing.assert_close(found[1][key], values, rtol=1e-9, atol=1e-12)

@@ -110,7 +110,7 @@ def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
         ("checkpoint=absent", "checkpoint: absent: has no checkpoint"),
         ("store=absent", "store: "),
         ("num_images=13", "0 + 13 is more than the 11 samples"),
-        ("num_steps=13", "13 steps asked for of 6"),
+        ("num_steps=13", "13 steps requested of 6"),
         ("grid.kind=respaced", "sections"),
         ("weights=ema-0.5", "has no weights 'ema-0.5'"),
     ],

@@ -125,7 +125,7 @@ def rewrite(store: Path, change: Any) -> list[str]:
     captions = [by_id[i] for i in range(len(by_id))]
     file = opened.shard(1).text["t5"]
     embeddings = change(captions, [st.restore(file.stored(i), "float16") for i in range(len(captions))])
-    st.write_text_shard(
+    st.write_embedding_shard(
         store / TEXT,
         [e.astype(np.float32) for e in embeddings],
         group["dim"],

@@ -112,34 +112,34 @@ def build(model: dict[str, Any], nets: Any, precond: Any) -> tuple[nn.Module, di
     return kind(unet=net, **model["preconditioning"], noise_cond_aug=noise), shapes
 
 
-def estimate(model: dict[str, Any], whole: Any, given: dict[str, Tensor], text: Tensor) -> Tensor:
+def estimate(model: dict[str, Any], model_of_nemo: Any, given: dict[str, Tensor], text: Tensor) -> Tensor:
     """The clean images that NeMo makes of noisy ones."""
     low_res = {} if model["unet_type"] == "base" else {"x_low_res": given["low_res"]}
     condition = {"text_embed": text, "text_mask": given["mask"].float(), **low_res}
     if model["preconditioning_type"] == "EDM":
         sigma = torch.tensor(SIGMAS)
-        whole.sample_time = lambda batch_size, device: torch.full((batch_size,), LOW_RES_LEVEL)
-        return whole(x=given["x0"] + sigma[:, None, None, None] * given["noise"], time=sigma, **condition)
+        model_of_nemo.sample_time = lambda batch_size, device: torch.full((batch_size,), LOW_RES_LEVEL)
+        return model_of_nemo(x=given["x0"] + sigma[:, None, None, None] * given["noise"], time=sigma, **condition)
     time = torch.tensor(TIMES)
-    noisy = whole.scheduler.q_sample(given["x0"], time, given["noise"])[0]
-    predicted = whole(x=noisy, time=time, **condition)
-    if whole.pred_objective == "x_start":
+    noisy = model_of_nemo.scheduler.q_sample(given["x0"], time, given["noise"])[0]
+    predicted = model_of_nemo(x=noisy, time=time, **condition)
+    if model_of_nemo.pred_objective == "x_start":
         return predicted
-    return whole.scheduler.predict_start_from_noise(noisy, time, predicted)
+    return model_of_nemo.scheduler.predict_start_from_noise(noisy, time, predicted)
 
 
 def main(root: str) -> None:
     nets, precond = nemo(root)
     cases = {}
     for case, model in CASES.items():
-        whole, shapes = build(model, nets, precond)
+        model_of_nemo, shapes = build(model, nets, precond)
         given = inputs(model)
         side = given["low_res"].shape[-1]
         precond.randn_like = lambda _, generator, part=given["low_res_noise"][..., :side, :side]: part
         with torch.no_grad():
             outputs = {
-                "with_caption": estimate(model, whole, given, given["text"]),
-                "without_caption": estimate(model, whole, given, torch.zeros_like(given["text"])),
+                "with_caption": estimate(model, model_of_nemo, given, given["text"]),
+                "without_caption": estimate(model, model_of_nemo, given, torch.zeros_like(given["text"])),
             }
         rounded = {what: [round(v, 5) for v in sampled(values).tolist()] for what, values in outputs.items()}
         cases[case] = {"model": model, "shapes": shapes, **rounded}

@@ -117,7 +117,7 @@ def test_the_presets_are_nemos_settings_but_for_padding(preset: str) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (changed(EFFICIENT, stride=4), "unet.stride is 4, which has no counterpart here but 2"),
+        (changed(EFFICIENT, stride=4), "unet.stride is 4, but only 2 has a counterpart here"),
         (changed(BASE, init_conv_kernel_size=7), "unet.init_conv_kernel_size is 7"),
         (changed(BASE, depth=2), "unet: depth: not a setting"),
         (changed(BASE, low_res_cond=True), "unet.low_res_cond is True, which no base UNet"),

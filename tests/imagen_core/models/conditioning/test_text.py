@@ -94,7 +94,7 @@ def test_dropping_one_row_leaves_the_others_alone():
     assert not torch.equal(kept[2][1], one_dropped[2][1])
 
 
-def test_the_null_token_is_seen_beside_every_caption():
+def test_the_null_token_is_seen_in_addition_to_every_caption():
     m = module(null_token=True)
     context, mask, _ = m(conditioning((0, 5)))
     assert mask.sum(dim=-1).tolist() == [1, 6]

@@ -13,7 +13,7 @@ from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.models.conditioning.transcription import TranscriptionConfig, TranscriptionEncoder
 from imagen_core.models.conditioning.transcription_attention import TranscriptionAttention
-from imagen_core.models.layers.attention import to_tokens
+from imagen_core.models.layers.attention import flatten_pixels
 from imagen_core.models.layers.context import Context
 from imagen_core.models.presets.hybrid import HYBRID_PRESETS
 from tests.imagen_core.models.small import FAMILIES, NO_EFFECT, inputs, random_weights
@@ -47,10 +47,10 @@ def test_characters_are_the_bytes_of_utf8_plus_one():
     assert character_ids([""], 3).shape == (1, 1)
 
 
-def test_a_text_that_is_too_long_is_refused_or_cut_after_a_whole_character():
+def test_a_text_that_is_too_long_is_refused_or_truncated_after_a_complete_character():
     with pytest.raises(ValueError, match=r"transcription 'aé': 3 bytes in UTF-8, but .* at most 2 .*max_characters"):
         character_ids(["b", "aé"], 2)
-    assert character_ids(["aé"], 2, cut=True).tolist() == [[98]]
+    assert character_ids(["aé"], 2, truncate=True).tolist() == [[98]]
 
 
 @FAMILY
@@ -72,7 +72,7 @@ def test_every_parameter_and_every_character_has_an_effect(family: str, options:
 
 @FAMILY
 @pytest.mark.parametrize("weave", [False, True])
-def test_a_new_model_draws_what_one_without_draws(family: str, weave: bool):
+def test_a_new_model_predicts_what_one_without_transcriptions_predicts(family: str, weave: bool):
     plain = random_weights(FAMILIES[family]().build().double())
     config = FAMILIES[family](transcription=WRITING | {"weave": weave})
     writing = config.build().double()
@@ -80,8 +80,8 @@ def test_a_new_model_draws_what_one_without_draws(family: str, weave: bool):
     assert not unexpected
     assert all("transcription" in name for name in missing)
     x, c_noise, conditioning = inputs(config, dtype=torch.float64)
-    told = replace(conditioning, characters=character_ids(TEXTS, 12))
-    torch.testing.assert_close(writing(x, c_noise, told), plain(x, c_noise, conditioning), rtol=0, atol=0)
+    with_texts = replace(conditioning, characters=character_ids(TEXTS, 12))
+    torch.testing.assert_close(writing(x, c_noise, with_texts), plain(x, c_noise, conditioning), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,11 +119,11 @@ def attention(**options: Any) -> tuple[TranscriptionAttention, Tensor, Context]:
     layer = random_weights(TranscriptionAttention(config, 6, 4, 10).double())
     generator = torch.Generator().manual_seed(1)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    return layer, draw(2, 6, 4, 4), Context(draw(2, 10), None, None, draw(2, 3, 24), mask)
+    return layer, normal(2, 6, 4, 4), Context(normal(2, 10), None, None, normal(2, 3, 24), mask)
 
 
 def test_pixels_attend_as_the_formula_says():
@@ -135,7 +135,7 @@ def test_pixels_attend_as_the_formula_says():
     ).chunk(2, dim=1)
     mean, variance = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), keepdim=True, correction=0)
     normed = (x - mean) / (variance + 1e-5).sqrt() * norm.norm.weight[:, None, None] + norm.norm.bias[:, None, None]
-    queries = (to_tokens(normed * (1 + scale) + shift) @ layer.attention.to_q.weight.T).unflatten(-1, (3, 8))
+    queries = (flatten_pixels(normed * (1 + scale) + shift) @ layer.attention.to_q.weight.T).unflatten(-1, (3, 8))
     assert layer.attention.context_to_kv is not None
     kv = layer.norm_characters(context.characters) @ layer.attention.context_to_kv.weight.T
     k, v = kv.unflatten(-1, (2, 3, 8)).unbind(2)
@@ -154,7 +154,7 @@ def test_weave_lets_characters_see_the_image_first():
     assert weave is not None
     assert context.characters is not None
     changed = weave(context.characters, x, context.time)
-    pixels = to_tokens(weave.norm_pixels(x, context.time))
+    pixels = flatten_pixels(weave.norm_pixels(x, context.time))
     seen = context.characters + weave.gain(weave.attention(weave.norm(context.characters), pixels))
     torch.testing.assert_close(changed, seen + weave.feed_forward_gain(weave.feed_forward(seen)))
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("weave.")})
@@ -165,7 +165,7 @@ def test_weave_lets_characters_see_the_image_first():
     ("options", "gains"), [({}, [0.0]), ({"gain": 3.0, "gain_speed": 200.0}, [3.0]), (
         {"gain": 1e-5, "gain_per_channel": True}, [1e-5] * 6)]
 )  # fmt: skip
-def test_gains_begin_as_configured(options: dict[str, Any], gains: list[float]):
+def test_gains_start_as_configured(options: dict[str, Any], gains: list[float]):
     layer = TranscriptionAttention(TranscriptionConfig.model_validate(WRITING | options), 6, 4, 10)
     assert (layer.gain(torch.ones(layer.gain.factor.shape))).tolist() == pytest.approx(gains)
     weight = layer.attention.to_q.weight  # (24, 6)
@@ -206,7 +206,7 @@ def test_captions_and_transcriptions_reach_the_same_image():
     assert not torch.allclose(result, unet(x, c_noise, conditioning.without("transcription")))
 
 
-def test_it_compiles_as_one_graph():
+def test_the_model_compiles_as_one_graph():
     layer, x, context = attention(weave=True)
     encoder = TranscriptionEncoder(TranscriptionConfig.model_validate(WRITING | {"depth": 1}), 10).double()
     conditioning = Conditioning(characters=character_ids(TEXTS, 12))
@@ -227,7 +227,7 @@ def test_recomputing_activations_does_not_change_gradients():
 
 
 @FAMILY
-def test_it_runs_on_other_sizes_and_in_bfloat16(family: str):
+def test_the_model_runs_on_other_sizes_and_in_bfloat16(family: str):
     unet, x, c_noise, conditioning = build(family, weave=True, side_px=10)
     assert unet(x, c_noise, conditioning).shape == (2, 3, 10, 10)
     unet, conditioning = unet.float(), conditioning.to("cpu", torch.float32)
@@ -261,5 +261,5 @@ def test_missing_and_too_many_characters_are_named():
     unet, x, c_noise, conditioning = build("regular")
     with pytest.raises(ValueError, match=r"conditioning.characters: this model reads transcriptions"):
         unet(x, c_noise, replace(conditioning, characters=None))
-    with pytest.raises(ValueError, match=r"at most 12 bytes a transcription \(got 13\)"):
+    with pytest.raises(ValueError, match=r"at most 12 bytes per transcription \(got 13\)"):
         unet(x, c_noise, replace(conditioning, characters=torch.ones(2, 13, dtype=torch.int64)))

@@ -22,8 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "perceiver": False,
         "attend_to_conditions": False,
         "middle_attention": False,
-        "halve": "conv",
-        "double": "repeat_conv",
+        "downsample": "conv",
+        "upsample": "repeat_conv",
         "global_context": False,
         "final_global_context": False,
         "num_fourier_frequencies": None,
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear_attention": {"attention_levels": (True, "linear"), "cross_attention_levels": (True, "linear")},
     "other_options": {
         "transformer_depth": (1, 2),
-        "halve": "cross_embed",
+        "downsample": "cross_embed",
         "weight_standardization": True,
         "combine_up_features": True,
         "num_classes": 5,
@@ -141,7 +141,7 @@ def test_recomputing_activations_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_every_block_is_computed_again_in_the_backward_pass_where_asked(recomputes: bool) -> None:
+def test_every_block_is_computed_again_in_the_backward_pass_where_configured(recomputes: bool) -> None:
     model = unet(initial_res_block=True, activation_checkpointing=recomputes)
     blocks = [module for module in model.modules() if isinstance(module, Block | TransformerBlock)]
     forward, backward = calls_of(blocks, model, *inputs(model))
@@ -161,19 +161,21 @@ def test_depth_and_linear_attention_are_set_by_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("halve", "kernels_and_strides"),
+    ("downsample", "kernels_and_strides"),
     [("pixel_unshuffle", [(1, 1)]), ("conv", [(4, 2)]), ("cross_embed", [(2, 2), (4, 2)])],
 )
 @pytest.mark.parametrize("before", [False, True])
-def test_levels_halve_by_the_convolutions_asked_for(
-    halve: str, kernels_and_strides: list[tuple[int, int]], before: bool
+def test_levels_downsample_by_the_configured_convolutions(
+    downsample: str, kernels_and_strides: list[tuple[int, int]], before: bool
 ) -> None:
-    model: Any = unet(halve=halve, memory_efficient=before)
+    model: Any = unet(downsample=downsample, memory_efficient=before)
     first = model.down[0]
     changed = (first.after, first.before)[before]
     convs = [module for module in changed.modules() if isinstance(module, nn.Conv2d)]
     assert [(conv.kernel_size[0], conv.stride[0]) for conv in convs] == kernels_and_strides
-    assert any(isinstance(module, nn.PixelUnshuffle) for module in changed.modules()) == (halve == "pixel_unshuffle")
+    assert any(isinstance(module, nn.PixelUnshuffle) for module in changed.modules()) == (
+        downsample == "pixel_unshuffle"
+    )
 
 
 def test_convolutions_of_several_kernels_stand_side_by_side() -> None:
@@ -189,18 +191,18 @@ def test_convolutions_of_several_kernels_stand_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("standardized", [False, True])
-def test_every_resblock_has_standardised_kernels_where_asked(standardized: bool) -> None:
+def test_every_resblock_has_standardised_kernels_where_configured(standardized: bool) -> None:
     blocks = [m for m in unet(weight_standardization=standardized).modules() if isinstance(m, ResBlock)]
     kinds = {type(conv) for block in blocks for conv in (block.conv1, block.conv2)}
     assert kinds == {StandardizedConv2d if standardized else nn.Conv2d}
 
 
-def test_every_resblock_has_the_dropout_asked_for() -> None:
+def test_every_resblock_has_the_configured_dropout() -> None:
     assert {m.dropout.p for m in unet(dropout=0.25).modules() if isinstance(m, ResBlock)} == {0.25}
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_skips_are_scaled_where_asked(scaled: bool) -> None:
+def test_skips_are_scaled_where_configured(scaled: bool) -> None:
     model: Any = unet(scale_skips=scaled)
     made, joined = [], []
     for block in model.down[0].blocks:
@@ -212,7 +214,7 @@ def test_skips_are_scaled_where_asked(scaled: bool) -> None:
 
 @pytest.mark.parametrize("combines", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_last_block_reads_the_first_convolution_and_every_level_where_asked(
+def test_the_last_block_reads_the_first_convolution_and_every_level_where_configured(
     combines: bool, residual: bool
 ) -> None:
     model: Any = unet(combine_up_features=combines, init_residual=residual)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.models.layers.attention import Attention, PixelAttention, StackedAttention, to_image, to_tokens
+from imagen_core.models.layers.attention import (
+    Attention,
+    PixelAttention,
+    StackedAttention,
+    flatten_pixels,
+    unflatten_pixels,
+)
 from tests.imagen_core.models.small import random_weights
 
 DIM, CONTEXT, HEADS, HEAD_DIM = 12, 10, 3, 4
@@ -22,7 +28,7 @@ def attention(kind: str, **options: object) -> Attention:
     return random_weights(module).double()
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -53,18 +59,18 @@ def by_formula(module: Attention, x: Tensor, context: Tensor | None, mask: Tenso
 
 @pytest.mark.parametrize("kind", ["self", "cross", "fused"])
 @pytest.mark.parametrize("options", [{}, {"null_kv": True}, {"num_kv_heads": 1, "bias": False, "context_bias": True}])
-def test_it_is_softmax_attention_over_the_real_keys(kind: str, options: dict[str, object]):
+def test_attention_is_a_softmax_over_the_real_keys(kind: str, options: dict[str, object]):
     module = attention(kind, **options)
-    x = draw(2, 7, DIM)
+    x = normal(2, 7, DIM)
     context, mask = (
-        (None, None) if kind == "self" else (draw(2, 5, CONTEXT, seed=1), torch.arange(5) < torch.tensor([[2], [5]]))
+        (None, None) if kind == "self" else (normal(2, 5, CONTEXT, seed=1), torch.arange(5) < torch.tensor([[2], [5]]))
     )
     torch.testing.assert_close(module(x, context, mask), by_formula(module, x, context, mask), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["cross", "fused"])
 def test_masked_tokens_do_not_matter(kind: str):
-    module, x, context = attention(kind), draw(1, 4, DIM), draw(1, 6, CONTEXT, seed=1)
+    module, x, context = attention(kind), normal(1, 4, DIM), normal(1, 6, CONTEXT, seed=1)
     mask = torch.tensor([[True, True, True, False, False, False]])
     other = context.clone()
     other[:, 3:] = 1e6
@@ -73,7 +79,7 @@ def test_masked_tokens_do_not_matter(kind: str):
 
 
 def test_keys_may_come_from_elsewhere_than_the_queries():
-    module, x, keys = attention("self"), draw(1, 4, DIM), draw(1, 4, DIM, seed=1)
+    module, x, keys = attention("self"), normal(1, 4, DIM), normal(1, 4, DIM, seed=1)
     swapped = [3, 1, 0, 2]
     torch.testing.assert_close(module(x, keys_from=keys), module(x, keys_from=keys[:, swapped]))  # a set of keys
     torch.testing.assert_close(module(x, keys_from=keys)[:, swapped], module(x[:, swapped], keys_from=keys))
@@ -84,7 +90,7 @@ def test_keys_may_come_from_elsewhere_than_the_queries():
 @pytest.mark.parametrize("null_kv", [False, True])
 def test_a_row_without_any_token_is_finite_in_value_and_gradient(dtype: torch.dtype, kind: str, null_kv: bool):
     module = attention(kind, null_kv=null_kv).to(dtype)
-    x, context = (t.to(dtype).requires_grad_() for t in (draw(2, 4, DIM), draw(2, 5, CONTEXT, seed=1)))
+    x, context = (t.to(dtype).requires_grad_() for t in (normal(2, 4, DIM), normal(2, 5, CONTEXT, seed=1)))
     mask = torch.tensor([[False] * 5, [True] * 5])
     result = module(x, context, mask)
     result.float().square().sum().backward()
@@ -98,7 +104,7 @@ def test_a_row_without_any_token_is_finite_in_value_and_gradient(dtype: torch.dt
 
 
 def test_a_row_without_any_token_gets_what_is_left():
-    x, context, none = draw(1, 4, DIM), draw(1, 5, CONTEXT, seed=1), torch.zeros(1, 5, dtype=torch.bool)
+    x, context, none = normal(1, 4, DIM), normal(1, 5, CONTEXT, seed=1), torch.zeros(1, 5, dtype=torch.bool)
     cross = attention("cross")
     torch.testing.assert_close(cross(x, context, none), cross.to_out.bias.expand(1, 4, DIM))
     with_null = attention("cross", null_kv=True)
@@ -114,12 +120,12 @@ def test_a_row_without_any_token_gets_what_is_left():
 
 def test_gradients_are_those_of_finite_differences():
     module, mask = attention("cross"), torch.tensor([[False] * 3, [True, True, False]])
-    x, context = draw(2, 3, DIM).requires_grad_(), draw(2, 3, CONTEXT, seed=1).requires_grad_()
+    x, context = normal(2, 3, DIM).requires_grad_(), normal(2, 3, CONTEXT, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: module(a, b, mask), (x, context))
 
 
 def test_cosine_attention_does_not_see_the_length_of_queries_and_keys():
-    module, x = attention("self", qk_norm=True, bias=False), draw(1, 4, DIM)
+    module, x = attention("self", qk_norm=True, bias=False), normal(1, 4, DIM)
     before = module(x)
     with torch.no_grad():
         module.to_q.weight.mul_(50)
@@ -128,8 +134,8 @@ def test_cosine_attention_does_not_see_the_length_of_queries_and_keys():
 
 @pytest.mark.parametrize("kind", ["self", "cross", "fused"])
 def test_linear_attention_is_softmax_over_features_times_softmax_over_the_real_keys(kind: str):
-    module, x = attention(kind, linear=True, bias=False), draw(1, 7, DIM)
-    context, mask = draw(1, 5, CONTEXT, seed=1), torch.arange(5)[None] < 3
+    module, x = attention(kind, linear=True, bias=False), normal(1, 7, DIM)
+    context, mask = normal(1, 5, CONTEXT, seed=1), torch.arange(5)[None] < 3
     keys = [] if module.to_kv is None else [module.to_kv(x[0])]
     if module.context_to_kv is not None:
         keys.append(module.context_to_kv(context[0, :3]))
@@ -144,13 +150,13 @@ def test_linear_attention_is_softmax_over_features_times_softmax_over_the_real_k
 @pytest.mark.parametrize("kind", ["self", "cross", "fused"])
 def test_attention_over_pixels_starts_as_the_identity(kind: str):
     module = PixelAttention(32, kind=kind, head_dim=16, context_dim=CONTEXT)  # type: ignore[arg-type]
-    x, context = draw(2, 32, 4, 6).float(), draw(2, 5, CONTEXT).float()
+    x, context = normal(2, 32, 4, 6).float(), normal(2, 5, CONTEXT).float()
     assert torch.equal(module(x, context, None), x)
 
 
 def test_stacked_attention_starts_as_the_identity_and_reads_the_text():
     module = StackedAttention(32, head_dim=16, context_dim=CONTEXT)
-    x, context = draw(1, 32, 4, 4).float(), draw(1, 5, CONTEXT).float()
+    x, context = normal(1, 32, 4, 4).float(), normal(1, 5, CONTEXT).float()
     assert torch.equal(module(x, context, None), x)
     random_weights(module)
     assert not torch.allclose(module(x, context, None), module(x, -context, None))
@@ -164,7 +170,7 @@ def test_stacked_attention_starts_as_the_identity_and_reads_the_text():
     ],
 )
 def test_memory_layout_and_autocast_do_not_change_the_result(make):
-    module, x, context = random_weights(make()), draw(2, 32, 4, 6).float(), draw(2, 5, CONTEXT).float()
+    module, x, context = random_weights(make()), normal(2, 32, 4, 6).float(), normal(2, 5, CONTEXT).float()
     mask = torch.arange(5) < torch.tensor([[2], [4]])
     plain = module(x, context, mask)
     torch.testing.assert_close(module(x.to(memory_format=torch.channels_last), context, mask), plain)
@@ -175,9 +181,9 @@ def test_memory_layout_and_autocast_do_not_change_the_result(make):
 
 def test_pixels_are_tokens_in_reading_order():
     x = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
-    tokens = to_tokens(x)
+    tokens = flatten_pixels(x)
     assert tokens[1, 2].tolist() == x[1, :, 1, 0].tolist()
-    assert torch.equal(to_image(tokens, x), x)
+    assert torch.equal(unflatten_pixels(tokens, x), x)
 
 
 def test_impossible_shapes_are_refused():

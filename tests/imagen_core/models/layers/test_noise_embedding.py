@@ -16,7 +16,7 @@ def test_sinusoids_have_geometric_frequencies():
         assert embedded[4 + index].item() == pytest.approx(math.sin(angle), abs=1e-12)
 
 
-def test_learned_fourier_keeps_the_value_beside_its_waves():
+def test_learned_fourier_keeps_the_value_next_to_its_waves():
     module = LearnedFourierEmbedding(2)
     with torch.no_grad():
         module.weight.copy_(torch.tensor([0.25, 1.0]))

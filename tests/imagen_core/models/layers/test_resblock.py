@@ -12,7 +12,7 @@ from tests.imagen_core.models.small import random_weights
 TIME = 16
 
 
-def draw(*shape: int) -> Tensor:
+def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -21,7 +21,7 @@ def block(in_channels: int = 32, out_channels: int = 32, **options) -> ResBlock:
 
 
 def context() -> Context:
-    return Context(draw(2, TIME), None, None)
+    return Context(normal(2, TIME), None, None)
 
 
 def by_formula(b: ResBlock, x: Tensor, time: Tensor, groups: int = 32) -> Tensor:
@@ -34,7 +34,7 @@ def by_formula(b: ResBlock, x: Tensor, time: Tensor, groups: int = 32) -> Tensor
 
 
 def test_a_new_block_is_its_skip_branch():
-    x = draw(2, 32, 4, 4)
+    x = normal(2, 32, 4, 4)
     assert torch.equal(block()(x, context()), x)
     wider = block(32, 64)
     torch.testing.assert_close(wider(x, context()), wider.skip(x))
@@ -45,20 +45,20 @@ def test_a_new_block_is_its_skip_branch():
 
 @pytest.mark.parametrize("groups", [8, 32])
 def test_norm_silu_conv_twice_with_scale_and_shift_on_the_second_norm(groups: int):
-    b, x = random_weights(block(32, 64, num_groups=groups)), draw(2, 32, 4, 4)
+    b, x = random_weights(block(32, 64, num_groups=groups)), normal(2, 32, 4, 4)
     expected = by_formula(b, x, context().time, groups) + b.skip(x)
     torch.testing.assert_close(b(x, context()), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_without_scale_shift_the_time_is_added_before_the_second_norm():
-    b, x = random_weights(block(scale_shift=False)), draw(2, 32, 4, 4)
+    b, x = random_weights(block(scale_shift=False)), normal(2, 32, 4, 4)
     h = b.conv1(F.silu(b.norm1(x))) + b.time(context().time)[..., None, None]
     torch.testing.assert_close(b(x, context()), b.conv2(F.silu(b.norm2(h))) + x)
 
 
 @pytest.mark.parametrize("how", ["down", "up"])
 def test_both_branches_change_resolution(how: str):
-    new, x = block(resample=how), draw(2, 32, 4, 4)
+    new, x = block(resample=how), normal(2, 32, 4, 4)
     assert torch.equal(new(x, context()), resample(x, how))  # type: ignore[arg-type]
     b = random_weights(new)
     h = b.conv1(resample(F.silu(b.norm1(x)), how))  # type: ignore[arg-type]
@@ -75,12 +75,12 @@ def test_resample_averages_or_repeats():
 
 def test_repeat_conv_doubles_the_sides():
     layer = RepeatConv(32, 64)
-    x = draw(1, 32, 3, 3).float()
+    x = normal(1, 32, 3, 3).float()
     torch.testing.assert_close(layer(x), layer.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)))
 
 
 def test_dropout_works_in_training_only():
-    b, x = random_weights(block(dropout=0.5)), draw(2, 32, 4, 4)
+    b, x = random_weights(block(dropout=0.5)), normal(2, 32, 4, 4)
     torch.manual_seed(0)
     assert not torch.equal(b(x, context()), b(x, context()))
     b.eval()
@@ -91,14 +91,14 @@ def test_gate_and_attention_have_their_places():
     """Attention between the convolutions, the gate at the end of the branch, neither on the skip."""
 
     class Double(nn.Module):
-        def forward(self, h: Tensor, told: Context) -> Tensor:
-            assert told.time.shape == (2, TIME)
+        def forward(self, h: Tensor, conditions: Context) -> Tensor:
+            assert conditions.time.shape == (2, TIME)
             return 2 * h
 
     b = random_weights(block(text_attention=Double(), gate=nn.Threshold(0.0, 0.0)))
     plain = random_weights(block())
     plain.load_state_dict(b.state_dict())
-    x = draw(2, 32, 4, 4)
+    x = normal(2, 32, 4, 4)
     with torch.no_grad():
         for parameter in plain.conv1.parameters():
             parameter.mul_(2)
@@ -106,7 +106,7 @@ def test_gate_and_attention_have_their_places():
 
 
 def test_memory_layout_does_not_change_the_result():
-    b, x = random_weights(block(32, 64)), draw(2, 32, 4, 6)
+    b, x = random_weights(block(32, 64)), normal(2, 32, 4, 6)
     strided = x.to(memory_format=torch.channels_last)
     torch.testing.assert_close(b(strided, context()), b(x, context()))
     b = b.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

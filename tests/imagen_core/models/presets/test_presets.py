@@ -7,9 +7,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from imagen_core.models import UNetConfig
-from imagen_core.models.count import build_on_meta
 from imagen_core.models.presets.priors import PRIOR_PRESETS
 from imagen_core.models.presets.unets import PRESETS, list_presets
+from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.presets.published import TABLE
 
 

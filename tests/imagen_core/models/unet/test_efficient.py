@@ -5,11 +5,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from imagen_core.models.count import build_on_meta
 from imagen_core.models.layers.resblock import ResBlock
 from imagen_core.models.presets.unets import PRESETS
-from imagen_core.models.unet.block import Level, typed
+from imagen_core.models.unet.block import Level, of_type
 from imagen_core.models.unet.efficient import EfficientUNet
+from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.small import blocks_of, efficient, inputs, random_weights
 
 SPLITS = {
@@ -47,7 +47,7 @@ def widths(unet: EfficientUNet, levels: nn.ModuleList) -> list[list[tuple[int, i
     """Input and output channels of each ResBlock, a list a level."""
     return [
         [(b.layer.conv1.in_channels, b.layer.conv1.out_channels) for b in blocks_of(level)]
-        for level in typed(levels, Level)
+        for level in of_type(levels, Level)
     ]
 
 
@@ -78,11 +78,11 @@ def test_resolution_changes_before_the_blocks_going_down_and_after_them_going_up
 
 def test_attention_follows_the_last_block_of_a_level():
     unet = efficient(num_res_blocks=(2, 3)).build()
-    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.down, Level)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in of_type(unet.down, Level)] == [
         [False, False],
         [False, False, True],
     ]
-    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.up, Level)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in of_type(unet.up, Level)] == [
         [False, False, True],
         [False, False],
     ]
@@ -91,7 +91,7 @@ def test_attention_follows_the_last_block_of_a_level():
 def test_skips_are_added_not_joined():
     config = efficient(up_narrow="last")
     unet = config.build()
-    assert blocks_of(typed(unet.up, Level)[1])[0].layer.conv1.in_channels == 32
+    assert blocks_of(of_type(unet.up, Level)[1])[0].layer.conv1.in_channels == 32
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -101,7 +101,7 @@ def test_skip_branches_are_projected_and_scaled(scaled: bool):
     assert {b.skip_scale for b in blocks} == {0.5**0.5 if scaled else 1.0}
 
 
-def test_it_needs_no_low_resolution_image_if_so_configured():
+def test_the_model_needs_no_low_resolution_image_if_so_configured():
     config = efficient(low_res=False)
     unet = random_weights(config.build())
     x, c_noise, conditioning = inputs(config)

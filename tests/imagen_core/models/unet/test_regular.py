@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from imagen_core.models.count import build_on_meta
 from imagen_core.models.layers.resblock import RepeatConv, ResBlock
 from imagen_core.models.presets.unets import PRESETS
-from imagen_core.models.unet.block import Block, Level, typed
+from imagen_core.models.unet.block import Block, Level, of_type
 from imagen_core.models.unet.regular import RegularUNet
+from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.small import NO_EFFECT, blocks_of, inputs, random_weights, regular
 
 # time, low-res time, pooling, tokens, pooled text to time, down with the first convolution, middle, up, end
@@ -53,8 +53,8 @@ def test_the_500m_model_has_the_published_blocks():
     assert isinstance(unet, RegularUNet)
     blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
     attentions = [m.attention for m in unet.modules() if isinstance(m, Block) and m.attention is not None]
-    down = [level.resample for level in typed(unet.down, Level) if level.resample is not None]
-    up = [level.resample for level in typed(unet.up, Level) if level.resample is not None]
+    down = [level.resample for level in of_type(unet.down, Level) if level.resample is not None]
+    up = [level.resample for level in of_type(unet.up, Level) if level.resample is not None]
     assert (len(blocks), len(attentions), len(down), len(up)) == (30, 22, 3, 3)
     millions = [size(*group) / 1e6 for group in (blocks, attentions, down, up)]  # type: ignore[arg-type]
     assert millions == [pytest.approx(value, abs=0.005) for value in (407.10, 75.17, 8.26, 30.41)]
@@ -69,12 +69,12 @@ def test_attention_is_at_the_listed_resolutions_and_in_the_middle():
     unet = regular(
         image_size_px=32, channel_mult=(1, 1, 2), num_res_blocks=(1, 2, 1), attention_resolutions=(16,)
     ).build()
-    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.down, Level)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in of_type(unet.down, Level)] == [
         [False],
         [True] * 2,
         [False],
     ]
-    assert [[b.attention is not None for b in blocks_of(level)] for level in typed(unet.up, Level)] == [
+    assert [[b.attention is not None for b in blocks_of(level)] for level in of_type(unet.up, Level)] == [
         [False] * 2,
         [True] * 3,
         [False] * 2,
@@ -111,10 +111,10 @@ def test_ways_to_change_resolution_all_train(options: dict[str, object]):
     ],
     ids=["convolutions", "average", "repeat", "resblocks"],
 )
-def test_resolution_is_changed_by_the_layers_asked_for(options: dict[str, object], halves: type, doubles: type):
+def test_resolution_is_changed_by_the_configured_layers(options: dict[str, object], halves: type, doubles: type):
     unet = regular(**options).build()
-    assert type(typed(unet.down, Level)[0].resample.layer) is halves
-    assert type(typed(unet.up, Level)[0].resample.layer) is doubles
+    assert type(of_type(unet.down, Level)[0].resample.layer) is halves
+    assert type(of_type(unet.up, Level)[0].resample.layer) is doubles
 
 
 def test_low_resolution_changes_halve_and_double():
@@ -132,6 +132,8 @@ def test_low_resolution_changes_halve_and_double():
 def test_all_outputs_on_the_way_down_are_used_on_the_way_up():
     """ADM's skips: first convolution, every block, every step down."""
     config = regular(num_res_blocks=(2, 1))
-    first = [block.layer.conv1.in_channels for level in typed(config.build().up, Level) for block in blocks_of(level)]
+    first = [
+        block.layer.conv1.in_channels for level in of_type(config.build().up, Level) for block in blocks_of(level)
+    ]
     #        deepest: (64 + 64), (64 + 32);   top: (64 + 32), (32 + 32), (32 + 32)
     assert first == [128, 96, 96, 64, 64]

@@ -124,7 +124,7 @@ def test_recomputing_activations_does_not_change_gradients(family: str):
 
 @FAMILY
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_every_block_is_computed_again_in_the_backward_pass_where_asked(family: str, recomputes: bool):
+def test_every_block_is_computed_again_in_the_backward_pass_where_configured(family: str, recomputes: bool):
     config, unet = build(family, activation_checkpointing=recomputes)
     blocks = [module for module in unet.modules() if isinstance(module, Block)]
     forward, backward = calls_of(blocks, unet, *inputs(config))
@@ -147,7 +147,7 @@ def test_heads_are_by_width_or_by_number(family: str, options: dict[str, Any], h
 
 
 @FAMILY
-def test_every_resblock_has_the_dropout_asked_for(family: str):
+def test_every_resblock_has_the_configured_dropout(family: str):
     _, unet = build(family, dropout=0.25)
     assert {module.dropout.p for module in unet.modules() if isinstance(module, ResBlock)} == {0.25}
 
@@ -155,7 +155,7 @@ def test_every_resblock_has_the_dropout_asked_for(family: str):
 @FAMILY
 @pytest.mark.parametrize(("pooling", "kind"), [("attention", AttentionPooling), ("mean", MeanPooling)])
 @pytest.mark.parametrize("null_token", [False, True])
-def test_captions_are_read_as_asked(family: str, pooling: str, kind: type, null_token: bool):
+def test_captions_are_read_as_configured(family: str, pooling: str, kind: type, null_token: bool):
     _, unet = build(family, pooling=pooling, null_token=null_token)
     text = unet.inputs.text
     assert type(text.pool) is kind
@@ -164,7 +164,7 @@ def test_captions_are_read_as_asked(family: str, pooling: str, kind: type, null_
 
 @FAMILY
 @pytest.mark.parametrize("frequencies", [None, 16])
-def test_noise_levels_are_embedded_as_asked(family: str, frequencies: int | None):
+def test_noise_levels_are_embedded_as_configured(family: str, frequencies: int | None):
     options = {"low_res": True, "low_res_noise": True, "learned_fourier_frequencies": frequencies}
     _, unet = build(family, **options)
     for embedding in (unet.inputs.time.embedding, unet.inputs.low_res_time.embedding):
@@ -200,7 +200,7 @@ def test_channels_last_and_bfloat16_give_the_same_image(family: str):
 
 
 @FAMILY
-def test_it_compiles_as_one_graph(family: str):
+def test_the_model_compiles_as_one_graph(family: str):
     config, unet = build(family)
     arguments = inputs(config)
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
@@ -208,7 +208,7 @@ def test_it_compiles_as_one_graph(family: str):
 
 
 @FAMILY
-def test_it_runs_on_crops_and_other_sizes_its_levels_divide(family: str):
+def test_the_model_runs_on_crops_and_other_sizes_its_levels_divide(family: str):
     config, unet = build(family)
     assert config.sides_divisor == 2
     x, c_noise, conditioning = inputs(config, side_px=10)
@@ -261,7 +261,7 @@ def test_wrong_configurations_are_refused_with_the_values(family: str, changes: 
 
 @pytest.mark.parametrize("family", [regular, efficient])
 @pytest.mark.parametrize("kernel", [3, 7])
-def test_the_first_convolution_has_the_kernel_asked_for(family, kernel: int):
+def test_the_first_convolution_has_the_configured_kernel(family, kernel: int):
     config = family(init_kernel_size=kernel)
     assert config.build().conv_in.weight.shape == (32, config.input_channels, kernel, kernel)
     with pytest.raises(ValidationError, match=r"init_kernel_size must be odd \(got 4\)"):
@@ -270,7 +270,7 @@ def test_the_first_convolution_has_the_kernel_asked_for(family, kernel: int):
 
 @pytest.mark.parametrize("family", [regular, efficient])
 @pytest.mark.parametrize("scale_shift", [True, False])
-def test_every_resblock_scales_and_shifts_or_adds_as_asked(family, scale_shift: bool):
+def test_every_resblock_scales_and_shifts_or_adds_as_configured(family, scale_shift: bool):
     blocks = [m for m in family(scale_shift=scale_shift).build().modules() if isinstance(m, ResBlock)]
     assert {b.scale_shift for b in blocks} == {scale_shift}
     assert {b.time.out_features / b.conv1.out_channels for b in blocks} == {1 + scale_shift}

@@ -11,8 +11,8 @@ from hypothesis import strategies as hs
 from hypothesis.extra import numpy as hnp
 
 from imagen_core import store as st
-from imagen_core.store.files.parquet import ParquetImages, ParquetText
-from imagen_core.store.files.shard import open_images, open_text
+from imagen_core.store.files.parquet import ParquetEmbeddings, ParquetImages
+from imagen_core.store.files.shard import open_embeddings, open_images
 from tests.imagen_core.store.handmade_store import write_text
 
 DTYPES: list[st.StoreDtype] = ["float16", "bfloat16", "float32", "int8"]
@@ -95,7 +95,7 @@ def test_text_roundtrip(
     write_text(path, xs, 16, dtype, store_format)
     with open(path, "rb") as remote:
         for source in (str(path), remote):
-            file = open_text(source, "text", text_group(dtype, store_format))
+            file = open_embeddings(source, "text", text_group(dtype, store_format))
             assert file.num_tokens.tolist() == lengths
             for row, x in enumerate(xs):
                 check_restored(x, st.restore(file.stored(row), dtype), dtype)
@@ -109,7 +109,7 @@ def test_text_of_many_row_groups_roundtrips(
     path = tmp_path / "text"
     write_text(path, xs, 512, dtype, store_format)
     for mapped in (True, False):
-        file = open_text(str(path), "text", text_group(dtype, store_format, 512), mapped=mapped)
+        file = open_embeddings(str(path), "text", text_group(dtype, store_format, 512), mapped=mapped)
         for row in [59, 0, *range(60)]:
             check_restored(xs[row], st.restore(file.stored(row), dtype), dtype)
 
@@ -188,7 +188,7 @@ def test_bytes_of_a_text_file_are_known_from_its_token_counts(
     num_tokens = [1 + i % 30 for i in range(300)]
     path = tmp_path / "text"
     write_text(path, [np.zeros((n, dim), np.float32) for n in num_tokens], dim, dtype, store_format)
-    assert st.text_shard_bytes(num_tokens, dim, dtype) == pytest.approx(path.stat().st_size, rel=0.01)
+    assert st.embedding_shard_bytes(num_tokens, dim, dtype) == pytest.approx(path.stat().st_size, rel=0.01)
 
 
 @pytest.mark.parametrize(("size", "rows"), [(4, 0), (4, 1), (64, 100), (256, 7)])
@@ -215,7 +215,7 @@ def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:
             writer.append(np.zeros((64, 64, 3), np.uint8), "key", "sha256")
     write_text(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
     images = ParquetImages(str(tmp_path / "images"), "images", 64, "raw")
-    text = ParquetText(str(tmp_path / "text"), "text", 16, "int8")
+    text = ParquetEmbeddings(str(tmp_path / "text"), "text", 16, "int8")
     assert images._values.is_mapped
     assert text._values.is_mapped
     assert text._scales is not None
@@ -232,7 +232,7 @@ def test_parquet_rewritten_by_others_is_decoded(tmp_path: Path, options: dict) -
     with pq.ParquetWriter(tmp_path / "theirs", pq.read_schema(tmp_path / "ours"), **options) as writer:
         writer.write_table(pq.read_table(tmp_path / "ours"))
         writer.add_key_value_metadata({"dtype": "float16", "dim": "16"})
-    file = ParquetText(str(tmp_path / "theirs"), "theirs", 16, "float16")
+    file = ParquetEmbeddings(str(tmp_path / "theirs"), "theirs", 16, "float16")
     assert not file._values.is_mapped
     for row, x in enumerate(xs):
         check_restored(x, st.restore(file.stored(row), "float16"), "float16")
@@ -279,4 +279,4 @@ def test_another_dtype_or_dim_than_the_manifest_says_is_refused(tmp_path: Path, 
     write_text(path, embeddings([2]), 16, "float16", store_format)
     for group in (text_group("bfloat16", store_format), text_group("float16", store_format, dim=8)):
         with pytest.raises(st.StoreError, match=r"holds \(dtype, dim\) \('float16', 16\)"):
-            open_text(str(path), "text", group)
+            open_embeddings(str(path), "text", group)

@@ -1,4 +1,4 @@
-"""Removed samples: gone for every reader at once, the others as they were, also in a training that goes on."""
+"""Removed samples: gone for every reader at once, all others as they were, also in a training that continues."""
 
 import json
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def test_the_log_has_digests_only_and_the_manifest_proves_it(make: Make) -> None
     assert (problem.file, problem.message) == ("removed/00001.json", "missing")
 
 
-def test_a_removal_asked_for_twice_is_logged_once_and_two_at_once_never_overwrite(make: Make) -> None:
+def test_a_removal_requested_twice_is_logged_once_and_two_at_once_never_overwrite(make: Make) -> None:
     made = make()
     folder = remove(made.path, key=["000-003"])
     remove(made.path, key=["000-003"])
@@ -168,16 +168,16 @@ def test_an_erased_shard_has_the_other_rows_as_they_were(
         data = (made.path / path).read_bytes()
         new[0, name] = st.FileEntry(path, len(data), sha256(data).hexdigest(), rows)
         (made.path / entry.path).unlink()
-    st.list_removals(folder, new)
+    st.rewrite_manifest(folder, new)
     report = st.verify_store(made.path)
     assert report.ok, report.problems
     after = list(st.Store.open(made.path))
     assert [sample.key for sample in after] == ["000-000", "000-002", "000-003"]
     for sample in after:
-        former = next(old for old in before if old.key == sample.key)
-        assert (sample.captions, sample.url, sample.sha256) == (former.captions, former.url, former.sha256)
-        np.testing.assert_array_equal(sample.images[8], former.images[8])
-        for x, y in zip(sample.text["t5"], former.text["t5"], strict=True):
+        previous = next(old for old in before if old.key == sample.key)
+        assert (sample.captions, sample.url, sample.sha256) == (previous.captions, previous.url, previous.sha256)
+        np.testing.assert_array_equal(sample.images[8], previous.images[8])
+        for x, y in zip(sample.text["t5"], previous.text["t5"], strict=True):
             np.testing.assert_array_equal(x, y)
     rows = st.read_samples(made.path / "samples" / "00000.r1.parquet")
     assert [(row.key, row.captions) for row in rows if row.key.startswith("removed")] == [

@@ -13,8 +13,8 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest
-from imagen_core.store.files.hdf5 import write_text_hdf5
-from imagen_core.store.files.parquet import SamplesFile, write_text_parquet
+from imagen_core.store.files.hdf5 import write_embeddings_hdf5
+from imagen_core.store.files.parquet import SamplesFile, write_embeddings_parquet
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest
 
 Make = Callable[..., Made]
@@ -57,7 +57,7 @@ def text_rows(made: Made) -> tuple[list[str], list[np.ndarray]]:
 
 
 def write_text(path: Path, captions: list[str], xs: list[np.ndarray], form: st.StoreFormat, model: str) -> None:
-    st.write_text_shard(path, xs, DIM, "float16", form, captions=captions, fingerprint={"model": model})
+    st.write_embedding_shard(path, xs, DIM, "float16", form, captions=captions, fingerprint={"model": model})
 
 
 @both
@@ -69,7 +69,7 @@ def test_one_flipped_byte_of_a_payload(make: Make, store_format: st.StoreFormat,
     row = made.images[4][2] if group == "images-4" else made.text[2][1].astype(np.float16)
     data[data.index(row.tobytes())] ^= 0x01
     path.write_bytes(data)
-    the_problem(made, sealed, "1 images are not" if group == "images-4" else "1 embeddings are not those", path)
+    the_problem(made, sealed, "1 images do not belong" if group == "images-4" else "1 embeddings do not belong", path)
 
 
 @both
@@ -79,7 +79,7 @@ def test_two_swapped_images(make: Make, store_format: st.StoreFormat, sealed: bo
     with st.open_image_writer(path, 4, store_format) as writer:
         for row in (0, 2, 1, 3):
             writer.append(made.images[4][row], samples[row].key, samples[row].sha256)
-    the_problem(made, sealed, "2 images are not those of their samples, the first in row 1 ('000-001')", path)
+    the_problem(made, sealed, "2 images do not belong to their samples, the first in row 1 ('000-001')", path)
 
 
 @both
@@ -89,7 +89,7 @@ def test_two_swapped_embeddings(make: Make, store_format: st.StoreFormat, sealed
     path = only_file(made, "text-t5")
     write_text(path, captions[::-1], xs[::-1], store_format, "tiny")
     the_problem(
-        made, sealed, "2 embeddings are not those of their captions, the first in row 0 ('caption 0 0 é')", path
+        made, sealed, "2 embeddings do not belong to their captions, the first in row 0 ('caption 0 0 é')", path
     )
 
 
@@ -106,7 +106,7 @@ def test_an_edited_caption(make: Make, store_format: st.StoreFormat, sealed: boo
     rewrite_samples(path, edit)
     where = only_file(made, "text-t5") if sealed else path
     the_problem(
-        made, sealed, "1 embeddings are not those of their captions, the first in row 1 ('caption O I é')", where
+        made, sealed, "1 embeddings do not belong to their captions, the first in row 1 ('caption O I é')", where
     )
 
 
@@ -125,10 +125,10 @@ def test_a_shard_encoded_by_another_model(
         stored = [st.cast_embedding(x, "float16") for x in xs]
         rows = [(s, caption_digest(theirs, c, s)) for s, c in zip(stored, captions, strict=True)]
         if store_format == "parquet":
-            write_text_parquet(path, rows, DIM, "float16", ours)
+            write_embeddings_parquet(path, rows, DIM, "float16", ours)
         else:
-            write_text_hdf5(path, rows, [len(x) for x in xs], DIM, "float16", ours)
-        message = "2 embeddings are not those of their captions"
+            write_embeddings_hdf5(path, rows, [len(x) for x in xs], DIM, "float16", ours)
+        message = "2 embeddings do not belong to their captions"
     the_problem(made, sealed, message, path)
 
 
@@ -139,8 +139,8 @@ def test_a_shard_of_another_place_or_run(make: Make, store_format: st.StoreForma
         shutil.copy(only_file(made, group), other)
     rewrite_manifest(made.path)
     messages = {problem.file.split("/")[0]: problem.message for problem in st.verify_store(made.path).problems}
-    assert messages["images-4"].startswith("4 images are not those of their samples, the first in row 0 ('001-000')")
-    assert messages["text-t5"].startswith("6 embeddings are not those of their captions")
+    assert messages["images-4"].startswith("4 images do not belong to their samples, the first in row 0 ('001-000')")
+    assert messages["text-t5"].startswith("6 embeddings do not belong to their captions")
 
 
 def drop(made: Made, *, reasons: dict[str, list[int]], total: int) -> list[st.SampleRow]:
@@ -152,7 +152,7 @@ def drop(made: Made, *, reasons: dict[str, list[int]], total: int) -> list[st.Sa
     return rows
 
 
-def test_the_fate_of_every_input_row_is_told(make: Make) -> None:
+def test_what_became_of_every_input_row_is_reported(make: Make) -> None:
     made = make(shard_rows=(4, 3), excluded={0: [1], 1: [0, 2]})
     drop(made, reasons={"too_small": [1], "http_404": [0, 5]}, total=7)
     rewrite_manifest(made.path, input_rows=10)

@@ -9,8 +9,8 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest
-from imagen_core.store.files.hdf5 import write_text_hdf5
-from imagen_core.store.files.parquet import write_text_parquet
+from imagen_core.store.files.hdf5 import write_embeddings_hdf5
+from imagen_core.store.files.parquet import write_embeddings_parquet
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest, write_text
 
 Make = Callable[..., Made]
@@ -49,7 +49,7 @@ def test_a_flipped_byte_is_found_in_each_kind_of_file(make: Make, store_format: 
 
 
 @pytest.mark.parametrize("name", ["samples/00001", "images-8/00001", "text-t5/00001", "text-t5/null"])
-def test_a_cut_or_missing_file_is_named(make: Make, store_format: st.StoreFormat, name: str) -> None:
+def test_a_truncated_or_missing_file_is_named(make: Make, store_format: st.StoreFormat, name: str) -> None:
     made = make(store_format=store_format)
     (path,) = made.path.glob(f"{name}.*")
     size = path.stat().st_size
@@ -96,9 +96,9 @@ def test_a_non_finite_embedding_is_found(make: Make, store_format: st.StoreForma
     rows = [(s, caption_digest(encoder, f"caption 0 {i} é", s)) for i, s in enumerate(stored)]
     (path,) = (made.path / "text-t5").glob("00000.*")
     if store_format == "parquet":
-        write_text_parquet(path, rows, DIM, dtype, encoder)
+        write_embeddings_parquet(path, rows, DIM, dtype, encoder)
     else:
-        write_text_hdf5(path, rows, [2, 2], DIM, dtype, encoder)
+        write_embeddings_hdf5(path, rows, [2, 2], DIM, dtype, encoder)
     rewrite_manifest(made.path, lambda shards: None)
     (problem,) = st.verify_store(made.path).problems
     assert problem.file.startswith("text-t5/00000.")
@@ -177,6 +177,6 @@ def test_a_changed_manifest_is_the_one_problem(make: Make) -> None:
     assert "do not match their own sha256" in problem.message
 
 
-def test_what_is_no_store_cannot_be_verified(tmp_path: Path) -> None:
+def test_a_folder_without_a_store_cannot_be_verified(tmp_path: Path) -> None:
     with pytest.raises(st.StoreError, match="not a store"):
         st.verify_store(tmp_path)
