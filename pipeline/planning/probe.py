@@ -2,16 +2,14 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.registry import make_executor
 from pipeline.executors.task import TaskOutcome, TaskRequest
-from pipeline.fingerprint import digest
 from pipeline.plan import Plan
 from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import RunFolder
@@ -124,14 +122,13 @@ def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
 
 
 def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Executor, shard: Shard) -> list[_Timed]:
-    digests = {name: digest(value) for name, value in plan.fingerprints().items()}
     present: set[str] = set()
     timed = []
     for stage in stages:
         wanted = frozenset(group.name for group in stage.groups)
         handed = time.perf_counter()
         executor.submit(
-            stage, TaskRequest(stage.name, shard, wanted, {n: digests[n] for n in wanted}, frozenset(present))
+            stage, TaskRequest(stage.name, shard, wanted, {n: plan.digests[n] for n in wanted}, frozenset(present))
         )
         outcomes: list[TaskOutcome] = []
         while not outcomes:
@@ -150,9 +147,9 @@ def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Ex
 
 def _kept(plan: Plan, tasks: Sequence[_Timed]) -> tuple[float, int]:
     records = [t.outcome.records[plan.row_group] for t in tasks if plan.row_group in t.outcome.records]
-    rows, kept = (sum(int(str(record[key])) for record in records) for key in ("input_rows", "rows"))
+    rows, kept = sum(record.input_rows for record in records), sum(record.rows for record in records)
     if not kept:
-        reasons = sorted({reason for record in records for reason in _mapping(record["drops"])})
+        reasons = sorted({reason for record in records for reason in record.drops})
         raise PipelineError(
             f"--probe: all {rows} sample rows were dropped ({', '.join(reasons)}); "
             "look at the source, or leave --probe out"
@@ -173,9 +170,7 @@ def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
         unit=name,
         cores=sum(o.cpu_s for o in others) / max(sum(seconds), 1e-9),
         bytes={
-            group: _fit(
-                [_number(o.records[group]["rows"]) for o in others], [_bytes(o.records[group]) for o in others]
-            )
+            group: _fit([o.records[group].rows for o in others], [o.records[group].bytes for o in others])
             for group in first.outcome.records
         },
     )
@@ -184,13 +179,7 @@ def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
 def _units(outcome: TaskOutcome, name: str) -> float:
     if name == "rows":
         return float(outcome.request.shard.num_rows)
-    return sum(_number(_mapping(record["counters"]).get(name, 0)) for record in outcome.records.values())
-
-
-def _bytes(record: Mapping[str, object]) -> float:
-    files = record["files"]
-    assert isinstance(files, list)
-    return float(sum(file["bytes"] for file in files))
+    return sum(record.counters.get(name, 0) for record in outcome.records.values())
 
 
 def _fit(x: Sequence[float], y: Sequence[float]) -> LinearCost:
@@ -202,12 +191,3 @@ def _fit(x: Sequence[float], y: Sequence[float]) -> LinearCost:
     if slope <= 0 or fixed < 0:
         return LinearCost(0.0, mean_y / mean_x if mean_x else 0.0)
     return LinearCost(fixed, slope)
-
-
-def _number(value: object) -> float:
-    return float(str(value))
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    assert isinstance(value, dict)
-    return value

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pipeline.executors.base import Executor
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.stage import Stage
+from pipeline.storage.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +139,12 @@ class SimulatedExecutor(Executor):
     def close(self) -> None:
         self.withdraw()
 
-    def records(self, request: TaskRequest) -> dict[str, dict[str, object]]:
-        """What a finished task has committed; nothing is written here."""
-        rows = request.shard.num_rows
+    def records(self, request: TaskRequest) -> dict[str, Record]:
+        """The records of a finished task; nothing is written here."""
+        shard, rows = request.shard, request.shard.num_rows
         return {
-            group: {"group": group, "rows": rows, "drops": {}, "files": [], "counters": {}} for group in request.wanted
+            group: Record(group, shard.index, request.fingerprints[group], shard.digest, input_rows=rows, rows=rows)
+            for group in request.wanted
         }
 
     def _start_waiting(self) -> None:

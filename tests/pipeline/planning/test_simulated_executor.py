@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskRequest
@@ -87,7 +88,7 @@ def simulate(
         SimulatedExecutor(SIMULATED_STAGES, MACHINE, outcome_model=outcome_model, changes=changes),
     )
     log, progress = EventLog(run.storage), Watched(stages)
-    tally = Scheduler(plan, run, executor, log, progress, CONFIG, StopSignals()).execute()
+    tally = Scheduler(RunState(plan, run), executor, log, progress, CONFIG, StopSignals()).execute()
     log.close()
     return executor, tally, progress
 
