@@ -21,8 +21,10 @@ app = typer.Typer(
     name="pipeline",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Precompute text embeddings and image pyramids for Imagen-style training, once, and go on after a kill.",
+    help="Precompute text embeddings and image pyramids for Imagen-style training, once and resumably; train, sample "
+    "and evaluate.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
 app.add_typer(config_app, name="config")
@@ -50,9 +52,20 @@ JobsAddressOrNone = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"pipeline {version('imagen-precompute')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     if debug:
         os.environ["PIPELINE_DEBUG"] = "1"
@@ -350,7 +363,7 @@ def _debugging() -> bool:
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
     try:
-        app()
+        app(prog_name="pipeline")
     except PipelineError as error:
         if _debugging():
             traceback.print_exc()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 
-_SUFFIX = ".yaml"
 _MODELS = "pipeline.models"
 
 
@@ -21,7 +20,7 @@ def list_presets() -> list[dict[str, str]]:
             "path": str(path),
             "summary": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip(),
         }
-        for path in sorted(root.glob(f"*/*{_SUFFIX}"))
+        for path in sorted(root.glob("*/*.yaml"))
     ]
 
 

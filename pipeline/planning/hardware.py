@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.cli.presets import _SUFFIX
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig, usable_cpus
@@ -68,7 +67,7 @@ def this_machine(config: ExecutionConfig) -> Hardware:
 def profiles() -> dict[str, Path]:
     """The shipped hardware profiles, by name."""
     root = Path(str(files("workflows"))) / "profiles"
-    return {path.stem: path for path in sorted(root.glob(f"*{_SUFFIX}"))}
+    return {path.stem: path for path in sorted(root.glob("*.yaml"))}
 
 
 def find_profile(name: str) -> Path:
