@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 
 from pipeline.errors import PipelineError
 from pipeline.executors.base import ExecutionConfig, Executor
@@ -183,11 +184,9 @@ def _units(outcome: TaskOutcome, name: str) -> float:
 
 
 def _fit(x: Sequence[float], y: Sequence[float]) -> LinearCost:
-    """Least squares; a line through the origin where the best one would be below zero somewhere."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
-    fixed = mean_y - slope * mean_x
-    if slope <= 0 or fixed < 0:
-        return LinearCost(0.0, mean_y / mean_x if mean_x else 0.0)
-    return LinearCost(fixed, slope)
+    """Least squares; a line through the origin if the best line has a negative value somewhere."""
+    if len(set(x)) > 1:
+        slope, fixed = linear_regression(x, y)
+        if slope > 0 and fixed >= 0:
+            return LinearCost(fixed, slope)
+    return LinearCost(0.0, sum(y) / sum(x) if any(x) else 0.0)
