@@ -1,7 +1,7 @@
-"""Workflows that are one piece of work and not a stream of shards: training and sampling.
+"""Workflows that are one job and not a stream of shards: training, sampling, evaluation.
 
-They have the same run folder, lock, events, summary and exit codes as the sharded ones; what can be
-resumed is theirs to decide.
+They have the same run folder, lock, events, summary and exit codes as the sharded workflows; each decides by itself
+what can be resumed.
 """
 
 import os
@@ -27,16 +27,16 @@ from pipeline.workflow import Workflow
 
 @dataclass(slots=True)
 class Job:
-    """What a job's work sees of its run."""
+    """The run of a job, as its work sees it."""
 
     run: RunFolder
     options: RunOptions
     lines: Lines
-    """Shows progress to people."""
+    """Shows the progress."""
     signals: StopSignals = field(default_factory=StopSignals)
 
     def should_stop(self) -> bool:
-        """True once the run was told to stop (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
+        """True after a stop signal (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
         return self.signals.received is not None
 
     def working_folder(self) -> AbstractContextManager[Path]:
@@ -62,7 +62,7 @@ class JobWorkflow(Workflow):
     def work(self, job: Job) -> Mapping[str, object]:
         """Does the work; the result is the summary's facts.
 
-        A run that was told to stop returns early; the same command then goes on.
+        After a stop signal it returns early; the same command then resumes.
         """
 
     @abstractmethod
@@ -108,7 +108,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
     storage = run.storage
-    former = {name: storage.read(name) for name in (CONFIG, PLAN, SUMMARY) if storage.size(name) is not None}
+    previous = {name: storage.read(name) for name in (CONFIG, PLAN, SUMMARY) if storage.size(name) is not None}
     storage.delete(SUMMARY)
     storage.write_text(CONFIG, dump_yaml(workflow.config))
     storage.write_json(PLAN, {"workflow": workflow.name, "stages": [], "transient_groups": []})
@@ -120,10 +120,10 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
         outcome = "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
-        if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays what it was
+        if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays unchanged
             for name in (CONFIG, PLAN, SUMMARY):
-                if name in former:
-                    storage.write(name, former[name])
+                if name in previous:
+                    storage.write(name, previous[name])
                 else:
                     storage.delete(name)
         raise

@@ -1,4 +1,4 @@
-"""Configurations that ship with the workflows, found by name."""
+"""The configurations that ship with the workflows, and the model presets, by name."""
 
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -33,7 +33,7 @@ def list_models() -> list[dict[str, object]]:
 
 
 def find_config(workflow: str, name: str) -> Path:
-    """A file as given, or a shipped configuration of this name.
+    """The file of this path, or the shipped configuration of this name.
 
     Raises:
         ConfigError: neither exists.

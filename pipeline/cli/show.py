@@ -20,7 +20,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
 
 
 def show_summary(summary: Mapping[str, Any], next_steps: Sequence[tuple[str, str]]) -> None:
-    """What a run made, what it dropped, and where to look."""
+    """What a run made and dropped, and the next steps."""
     if "facts" in summary:
         show_facts(summary["facts"])
         print(f"{summary['outcome']}: {summary['seconds']:.1f} s")
@@ -55,8 +55,8 @@ def _show_next_steps(next_steps: Sequence[tuple[str, str]]) -> None:
 
 
 def show_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values; the name's ending tells the unit (`_bytes`)."""
-    show_table(["what", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
+    """Names and values; the suffix of a name gives the unit (`_bytes`)."""
+    show_table(["name", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
 
 
 _MOST_SHOWN = 12
@@ -81,7 +81,7 @@ def _human(name: str, value: object) -> str:
 
 
 def show_preview(result: Mapping[str, Any]) -> None:
-    """Shards x stages, what would be skipped, bytes; for a job its sizes and needs."""
+    """Shards and bytes of each stage, done and to do; for a job its sizes and needs."""
     if "facts" in result:
         show_facts(result["facts"])
         return
@@ -130,7 +130,7 @@ def _show_estimate(estimate: Mapping[str, Any]) -> None:
 
 
 def show_status(result: Mapping[str, Any]) -> None:
-    """How far a run is."""
+    """Progress of a run."""
     rows = [
         [name, group["shards"], group["rows"], ", ".join(f"{r} {c}" for r, c in group["drops"].items()) or "-"]
         for name, group in result["groups"].items()
@@ -144,5 +144,5 @@ def show_status(result: Mapping[str, Any]) -> None:
 
 
 def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
-    """Results of the doctor."""
+    """Results of `pipeline doctor`."""
     show_table(["", "check", "found"], [[c["status"], c["name"], c["message"]] for c in checks])

@@ -6,7 +6,7 @@ import re
 from pipeline.errors import ConfigError
 
 _LOGIN = re.compile(r"([^:/]+://)[^/?#]*@")
-"""All up to the last @ before the path, as RFC 3986 has it: a password may hold an @ itself."""
+"""Everything up to the last @ of the authority (RFC 3986): a password may contain an @ itself."""
 
 
 def check_no_credentials(url: str, field: str) -> None:
