@@ -109,9 +109,9 @@ def comings_and_goings(seconds: float) -> list[NodeEvent]:
 class Cluster(SimulatedExecutor):
     """Takes the time of the simulation itself; writes, if given a folder, what real workers write there."""
 
-    def __init__(self, *, failing: bool = False, changes: Sequence[NodeEvent] = (), writes: Path | None = None):
+    def __init__(self, *, failing: bool = False, node_events: Sequence[NodeEvent] = (), writes: Path | None = None):
         machine = SimulatedCluster({"cpus": CPUS, "gpus": GPUS}, CPUS, 2 * (CPUS + GPUS), NODES)
-        super().__init__(SIMULATED_STAGES, machine, outcome_model=Drawn(failing=failing), changes=changes)
+        super().__init__(SIMULATED_STAGES, machine, outcome_model=Drawn(failing=failing), node_events=node_events)
         self.writes = writes
         self.own_s = 0.0
         self.tasks = 0
@@ -179,7 +179,7 @@ def scenario(name: str, shards: int, folder: Path) -> dict[str, float]:
     cluster = {
         "calm": lambda: Cluster(),
         "1% failing": lambda: Cluster(failing=True),
-        "nodes come and go, 1% failing": lambda: Cluster(failing=True, changes=comings_and_goings(2 * calm_s)),
+        "nodes come and go, 1% failing": lambda: Cluster(failing=True, node_events=comings_and_goings(2 * calm_s)),
         "calm, files written": lambda: Cluster(writes=folder),
         "all finished": lambda: Cluster(),
     }[name]()

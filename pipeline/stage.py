@@ -66,7 +66,7 @@ class Group:
 
     name: str
     config: Mapping[str, object]
-    """Everything its bytes depend on beside the input rows; a change is refused with a diff."""
+    """Everything that its bytes depend on in addition to the input rows; a change is refused with a diff."""
     transient: bool = False
     """True for intermediate files, deleted once no stage of the shard needs them."""
     aligned_with: tuple[str, ...] = ()
@@ -232,7 +232,7 @@ class Stage(ABC):
         """Writes the wanted groups of one shard.
 
         Must be a pure function of the config and the input rows. A bad sample is a `Drop`, never an
-        exception; an exception means the whole shard failed and is retried.
+        exception; an exception means that the shard failed and is retried.
         """
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:

@@ -26,15 +26,15 @@ class SimulatedShard:
 
 
 def simulate(
-    simulated_stages: Sequence[SimulatedStage], jobs: Sequence[SimulatedShard], cluster: SimulatedCluster
+    simulated_stages: Sequence[SimulatedStage], shards: Sequence[SimulatedShard], cluster: SimulatedCluster
 ) -> SimulationResult:
     """Runs the shards through the simulated stages."""
     executor = SimulatedExecutor(simulated_stages, cluster)
     names = {simulated.name for simulated in simulated_stages}
     stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
-    plan = Plan(stages, lambda: _shards(jobs), lambda *_: {})
+    plan = Plan(stages, lambda: _shards(shards), lambda *_: {})
     with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
-        run = _Simulated(folder, plan, jobs)
+        run = _SimulatedRun(folder, plan, shards)
         events = EventLog(run.storage)
         try:
             progress, config = Progress(plan.stages, quiet=True), ExecutionConfig()
@@ -57,21 +57,21 @@ class _Counted(Stage):
         raise AssertionError("simulated, not run")
 
 
-def _shards(jobs: Sequence[SimulatedShard]) -> Iterator[Shard]:
-    return (Shard(index, None, job.rows) for index, job in enumerate(jobs))
+def _shards(shards: Sequence[SimulatedShard]) -> Iterator[Shard]:
+    return (Shard(index, None, shard.rows) for index, shard in enumerate(shards))
 
 
-class _Simulated(RunFolder):
+class _SimulatedRun(RunFolder):
     """A run folder in which each shard has the groups that it does not need."""
 
-    def __init__(self, folder: str, plan: Plan, jobs: Sequence[SimulatedShard]):
+    def __init__(self, folder: str, plan: Plan, shards: Sequence[SimulatedShard]):
         super().__init__(folder)
-        self.jobs = jobs
+        self.shards = shards
         self.digests = plan.digests
 
     def read_record(self, group: str, shard: str) -> Record | None:
-        job = self.jobs[int(shard)]
-        if group in job.needs:
+        simulated = self.shards[int(shard)]
+        if group in simulated.needs:
             return None
-        rows = job.rows
+        rows = simulated.rows
         return Record(group, int(shard), self.digests[group], Shard(0, None, 0).digest, input_rows=rows, rows=rows)

@@ -85,7 +85,7 @@ def test_a_stage_that_fails_ends_the_probe_with_its_reason(tmp_path: Path) -> No
 def test_a_sample_without_one_good_row_is_refused(tmp_path: Path) -> None:
     state = opened(toy(num_shards=1, rows=8), tmp_path)
     sevens = [Shard(shard.index, [7, 17], 2) for shard in survey(state).samples]
-    with pytest.raises(PipelineError, match=r"all 2 sample rows were dropped \(ends_in_seven\); look at the source"):
+    with pytest.raises(PipelineError, match=r"all 2 sample rows were dropped \(ends_in_seven\); check the source"):
         probe(state.plan, state.plan.stages, sevens, "inline", ExecutionConfig())
 
 
