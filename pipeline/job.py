@@ -60,13 +60,13 @@ class JobWorkflow(Workflow):
 
     @abstractmethod
     def work(self, job: Job) -> Mapping[str, object]:
-        """Does the work; the result is the summary's facts.
+        """Does the work and returns its results, for the summary.
 
         After a stop signal it returns early; the same command then resumes.
         """
 
     @abstractmethod
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         """What the run would do: sizes and needs. Cheap, writes nothing."""
 
     def run(self, out: str, options: RunOptions) -> Summary:
@@ -75,7 +75,7 @@ class JobWorkflow(Workflow):
     def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
         if options != PlanOptions(executor=options.executor):
             raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
-        return {"workflow": self.name, "out": str(out), "facts": dict(self.facts())}
+        return {"workflow": self.name, "out": str(out), "summary": dict(self.dry_run())}
 
 
 def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
@@ -97,8 +97,8 @@ def _run(workflow: JobWorkflow, job: Job) -> Summary:
     options = job.options
     if int(os.environ.get("RANK", "0")) > 0:
         job.lines.quiet = True
-        facts = _work(workflow, job)
-        return {"workflow": workflow.name, "outcome": "finished", "facts": dict(facts), "seconds": 0.0}
+        results = _work(workflow, job)
+        return {"workflow": workflow.name, "outcome": "finished", "summary": dict(results), "seconds": 0.0}
     with job.run.lock(take_over=options.take_over):
         return _execute(workflow, job)
 
@@ -116,7 +116,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     events.write("run_started", workflow=workflow.name, executor=job.options.executor)
     outcome = "interrupted"
     try:
-        facts = _work(workflow, job)
+        results = _work(workflow, job)
         outcome = "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
@@ -135,7 +135,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
         "outcome": outcome,
         "executor": job.options.executor,
         "seconds": round(time.perf_counter() - started, 3),
-        "facts": dict(facts),
+        "summary": dict(results),
     }
     storage.write_json(SUMMARY, summary)
     return summary
@@ -143,7 +143,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
 
 def _work(workflow: JobWorkflow, job: Job) -> Mapping[str, object]:
     with job.signals:
-        facts = workflow.work(job)
+        results = workflow.work(job)
     if job.should_stop():
         job.signals.raise_stop()
-    return facts
+    return results

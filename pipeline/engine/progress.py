@@ -107,7 +107,7 @@ class Progress:
         self._plain()
 
     def task_failed(self, outcome: TaskOutcome) -> None:
-        """A shard failed for good."""
+        """A shard failed after all tries."""
         self.message(f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}")
 
     def message(self, text: str) -> None:

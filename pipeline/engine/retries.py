@@ -33,7 +33,7 @@ class Retries:
     def __init__(self, plan: Plan, run: RunFolder):
         """
         Args:
-            plan: its shards are those of the source alone.
+            plan: its shards come from the source alone.
         """
         self.plan = plan
         self.run = run

@@ -42,7 +42,7 @@ def run_status(place: str) -> dict[str, object]:
 
 
 def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:
-    """The last of the lines in `metrics.jsonl`, which a training writes; a line that is being written is none yet."""
+    """The last complete line of `metrics.jsonl`, which a training writes."""
     if run.storage.size(METRICS) is None:
         return None
     for line in reversed(run.storage.read(METRICS).splitlines()):

@@ -130,7 +130,7 @@ class ObjectStorage(Storage):
 
         path = f"{self._root}/{name}" if name else self._root
 
-        def tell(state: RetryCallState) -> None:
+        def warn(state: RetryCallState) -> None:
             if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
                 error = state.outcome.exception()
                 what = without_secrets(first_line(error)) if error else ""
@@ -140,7 +140,7 @@ class ObjectStorage(Storage):
             retry=retry_if_exception(_is_transient),
             stop=stop_after_delay(_PATIENCE_S),
             wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
-            before_sleep=tell,
+            before_sleep=warn,
             reraise=True,
         )
         try:
