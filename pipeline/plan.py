@@ -83,7 +83,7 @@ class Plan:
         return frozenset(name for name, group in self.groups.items() if group.transient)
 
     def needed(self, present: Set[str]) -> list[Stage]:
-        """Stages to run on a shard with these groups: those that make a missing lasting group, and the stages they need."""
+        """Stages to run on a shard with these groups: makers of missing lasting groups, and the stages before them."""
         needed: list[Stage] = []
         wanted_inputs: set[str] = set()
         for stage in reversed(self.stages):
