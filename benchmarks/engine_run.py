@@ -12,7 +12,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.ledger import Ledger
 from pipeline.executors.task import TaskRequest, run_task
 from pipeline.options import RunOptions, WorkflowConfig
 from pipeline.plan import Plan
@@ -153,7 +152,7 @@ def windowed(
 
 def count_fsyncs(executor: str, workers: int, tasks: int, folder: Path) -> dict[str, float]:
     run = RunFolder(folder)
-    fingerprints = Ledger(TinyWorkflow.of(tasks, workers).plan(run), run).fingerprints
+    fingerprints = TinyWorkflow.of(tasks, workers).plan(run).digests
     fsync, spent = os.fsync, []
 
     def timed(descriptor: int) -> None:

@@ -136,14 +136,13 @@ def plain(workers: int, images: Path, run: Path) -> float:
 
 
 def _do_part(part: int, parts: int, images: Path, place: Path, ready: Barrier) -> None:
-    from pipeline.engine.ledger import Ledger
     from pipeline.executors.task import TaskRequest, run_task
     from pipeline.storage.run_folder import RunFolder
 
     run = RunFolder(place)
     plan = workflow_of(images, 1).plan(run)
     run.transient_groups = plan.transient_groups
-    fingerprints = Ledger(plan, run).fingerprints
+    fingerprints = plan.digests
     shards = list(plan.shards())[part::parts]
     for number, shard in enumerate(shards):
         if number == WARM_UP // parts:

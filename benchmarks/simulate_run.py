@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engine_run import peak_mib
-from pipeline.engine.ledger import check_groups
 from pipeline.engine.progress import TrainingProgress
 from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.state import RunState
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.plan import Plan
@@ -31,6 +31,7 @@ from pipeline.planning.simulated_executor import (
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
+from pipeline.storage.record import CommittedFile, Record
 from pipeline.storage.run_folder import RunFolder
 
 # ---- the cluster and its stages ----
@@ -108,9 +109,9 @@ def comings_and_goings(seconds: float) -> list[NodeEvent]:
 class Cluster(SimulatedExecutor):
     """Takes the time of the simulation itself; writes, if given a folder, what real workers write there."""
 
-    def __init__(self, *, failing: bool = False, changes: Sequence[NodeEvent] = (), writes: Path | None = None):
+    def __init__(self, *, failing: bool = False, node_events: Sequence[NodeEvent] = (), writes: Path | None = None):
         machine = SimulatedCluster({"cpus": CPUS, "gpus": GPUS}, CPUS, 2 * (CPUS + GPUS), NODES)
-        super().__init__(SIMULATED_STAGES, machine, outcome_model=Drawn(failing=failing), changes=changes)
+        super().__init__(SIMULATED_STAGES, machine, outcome_model=Drawn(failing=failing), node_events=node_events)
         self.writes = writes
         self.own_s = 0.0
         self.tasks = 0
@@ -127,27 +128,28 @@ class Cluster(SimulatedExecutor):
         self.own_s += time.perf_counter() - began
         return outcomes
 
-    def records(self, request: TaskRequest) -> dict[str, dict[str, object]]:
+    def records(self, request: TaskRequest) -> dict[str, Record]:
         return {group: self._record(request, group) for group in sorted(request.wanted)}
 
-    def _record(self, request: TaskRequest, group: str) -> dict[str, object]:
+    def _record(self, request: TaskRequest, group: str) -> Record:
         shard = request.shard
         folder = "staging" if group == "originals" else "store"
         path = f"{folder}/{group}/{shard.name}.parquet"
-        record: dict[str, object] = {
-            "group": group,
-            "shard": shard.index,
-            "fingerprint": request.fingerprints[group],
-            "input": shard.digest,
-            "input_rows": ROWS,
-            "rows": ROWS,
-            "drops": {},
-            "files": [{"path": path, "bytes": 0, "sha256": "0" * 64}],
-            "counters": {"captions": ROWS, "tokens": 16 * ROWS},
-            "info": {},
-        }
+        record = Record(
+            group=group,
+            shard=shard.index,
+            fingerprint=request.fingerprints[group],
+            input=shard.digest,
+            input_rows=ROWS,
+            rows=ROWS,
+            files=(CommittedFile(path, 0, "0" * 64),),
+            counters={"captions": ROWS, "tokens": 16 * ROWS},
+        )
         if self.writes is not None:
-            for name, text in ((path, ""), (f"state/{group}/{shard.name}.json", json.dumps(record, indent=1))):
+            for name, text in (
+                (path, ""),
+                (f"state/{group}/{shard.name}.json", json.dumps(record.to_json(), indent=1)),
+            ):
                 try:
                     (self.writes / name).write_text(text)
                 except FileNotFoundError:
@@ -165,7 +167,7 @@ class Finished(TrainingProgress):
         self.times = array("d")
 
     def finish(self, shard: Shard) -> None:
-        self.times.append(self.cluster.played.seconds)
+        self.times.append(self.cluster.simulation.seconds)
         super().finish(shard)
 
 
@@ -177,16 +179,17 @@ def scenario(name: str, shards: int, folder: Path) -> dict[str, float]:
     cluster = {
         "calm": lambda: Cluster(),
         "1% failing": lambda: Cluster(failing=True),
-        "nodes come and go, 1% failing": lambda: Cluster(failing=True, changes=comings_and_goings(2 * calm_s)),
+        "nodes come and go, 1% failing": lambda: Cluster(failing=True, node_events=comings_and_goings(2 * calm_s)),
         "calm, files written": lambda: Cluster(writes=folder),
         "all finished": lambda: Cluster(),
     }[name]()
     run, plan = RunFolder(folder, frozenset(["originals"])), plan_of(shards)
     folder.mkdir(exist_ok=True)
-    check_groups(plan, run, restart=False)
+    state = RunState(plan, run)
+    state.ledger.check_groups()
     events, progress = EventLog(run.storage), Finished(plan, cluster)
     before_mib, began, began_cpu = peak_mib(), time.perf_counter(), time.process_time()
-    tally = Scheduler(plan, run, cluster, events, progress, CONFIG, StopSignals()).execute()
+    tally = Scheduler(state, cluster, events, progress, CONFIG, StopSignals()).execute()
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     events.close()
     scheduling_s = cpu_s * (1 - cluster.own_s / seconds)

@@ -1,4 +1,4 @@
-"""What a reading command returns to the command line."""
+"""The result that a command of the stages returns to the command line."""
 
 CommandResult = tuple[dict[str, object], list[str], int]
-"""JSON-able result, lines for people, exit code."""
+"""The result as a JSON value, the lines to print, the exit code."""

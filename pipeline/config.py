@@ -39,7 +39,7 @@ def load_config(config_class: type[ConfigT], path: Path | None = None, overrides
         section = tree.get(name)
         kind = getattr(field.default, "kind", None)
         if kind is not None and isinstance(section, dict):
-            section.setdefault("kind", kind)  # `source.seed=1` alone changes the default source
+            section.setdefault("kind", kind)  # so that `source.seed=1` alone changes the default source
     for name, value in _leaves(tree):
         if isinstance(value, str):
             check_no_credentials(value, name)  # the configuration is written into the run folder
@@ -83,7 +83,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def _seed_default_list(config_class: type[Config], tree: Tree, override: str) -> None:
-    """Lets `encoders.0.max_tokens=64` change an item of a list that is not in the file, but a default."""
+    """Lets `encoders.0.max_tokens=64` change an item of a default list that is not in the file."""
     parts = override.partition("=")[0].strip().split(".")
     field = config_class.model_fields.get(parts[0])
     if field is not None and parts[0] not in tree and len(parts) > 1 and parts[1].isdigit():
@@ -116,14 +116,14 @@ def _apply_override(tree: Tree, override: str) -> None:
                     node[part] = {}
                 node = node[part]
         else:
-            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a plain value, not a group")
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a plain value, not a mapping")
 
 
 _GLOB_STARTS = ("*", "{", "?", "%")
 
 
 def _parse_value(override: str, text: str) -> object:
-    """The value as YAML; paths such as `*.csv` and `{00..09}.tar`, which YAML cannot read, as they are."""
+    """The value as YAML; paths that are not valid YAML, such as `*.csv` and `{00..09}.tar`, stay as they are."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -138,7 +138,7 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
     deeper = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
     for item in items:
         if item["type"] == "too_short" and item["loc"] in deeper:
-            continue  # what a bad item leaves of its list
+            continue  # only because the list lost its bad items
         parts, owner = _walk(config_class, item["loc"])
         path = ".".join(parts) or "config"
         value = item.get("input")
@@ -175,7 +175,7 @@ def _of_kind(parts: Sequence[str], owner: type[BaseModel] | None) -> str:
 def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
     """Turns an error's location into the key path of the file, and finds the model that holds the key.
 
-    pydantic puts the tag of a discriminated union into the location; it is no key, so it is left out.
+    pydantic puts the tag of a discriminated union into the location; it is not a key, so it is omitted.
     """
     parts: list[str] = []
     owner: type[BaseModel] | None = None

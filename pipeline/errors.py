@@ -1,4 +1,4 @@
-"""Errors a user can meet. Each says what is wrong, the value, and what to do; each has an exit code."""
+"""Errors that a user can meet. Each names the problem, the value and the remedy, and has an exit code."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ class LockedError(MachineError):
 
 
 class RunError(PipelineError):
-    """The run came to its end, but not as wished; `summary` says what it made."""
+    """The run ended, but not as requested; `summary` says what it made."""
 
     def __init__(self, message: str, summary: Mapping[str, object]):
         super().__init__(message)
@@ -48,7 +48,7 @@ class RunError(PipelineError):
 
 
 class ShardError(RunError):
-    """Some shards failed after every try and are set aside; the other shards are finished."""
+    """Some shards failed after all tries; the other shards are finished."""
 
     exit_code = EXIT_INCOMPLETE
 
@@ -60,7 +60,7 @@ class DropLimitError(RunError):
 
 
 class PreemptedError(PipelineError):
-    """The run was told to stop (SIGTERM, SIGHUP); the same command goes on from here."""
+    """The run was stopped (SIGTERM, SIGHUP); the same command resumes it."""
 
     exit_code = EXIT_PREEMPTED
 

@@ -1,4 +1,4 @@
-"""Fingerprints: what a file depends on, as canonical JSON and its digest, with readable differences."""
+"""Fingerprints: everything that a file depends on, as canonical JSON and its digest, with readable differences."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ def text_digest(text: str) -> str:
 
 
 def differences(old: object, new: object, path: str = "") -> list[str]:
-    """One line for each leaf that differs: `path: old -> new`; groups in lists of one length go by number."""
-    if _are_groups(old) and _are_groups(new) and len(old) == len(new):
+    """One line per leaf that differs: `path: old -> new`; mappings in lists of equal length are compared by index."""
+    if _are_mappings(old) and _are_mappings(new) and len(old) == len(new):
         old, new = ({str(number): group for number, group in enumerate(groups)} for groups in (old, new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
@@ -36,7 +36,7 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
     return [f"{path}: {_shown(old)} -> {_shown(new)}"]
 
 
-def _are_groups(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
+def _are_mappings(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Mapping) for item in value)
 
 

@@ -1,7 +1,7 @@
-"""Workflows that are one piece of work and not a stream of shards: training and sampling.
+"""Workflows that are one job and not a stream of shards: training, sampling, evaluation.
 
-They have the same run folder, lock, events, summary and exit codes as the sharded ones; what can be
-resumed is theirs to decide.
+They have the same run folder, lock, events, summary and exit codes as the sharded workflows; each decides by itself
+what can be resumed.
 """
 
 import os
@@ -27,16 +27,16 @@ from pipeline.workflow import Workflow
 
 @dataclass(slots=True)
 class Job:
-    """What a job's work sees of its run."""
+    """The run of a job, as its work sees it."""
 
     run: RunFolder
     options: RunOptions
     lines: Lines
-    """Shows progress to people."""
+    """Shows the progress."""
     signals: StopSignals = field(default_factory=StopSignals)
 
     def should_stop(self) -> bool:
-        """True once the run was told to stop (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
+        """True after a stop signal (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
         return self.signals.received is not None
 
     def working_folder(self) -> AbstractContextManager[Path]:
@@ -60,13 +60,13 @@ class JobWorkflow(Workflow):
 
     @abstractmethod
     def work(self, job: Job) -> Mapping[str, object]:
-        """Does the work; the result is the summary's facts.
+        """Does the work and returns its results, for the summary.
 
-        A run that was told to stop returns early; the same command then goes on.
+        After a stop signal it returns early; the same command then resumes.
         """
 
     @abstractmethod
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         """What the run would do: sizes and needs. Cheap, writes nothing."""
 
     def run(self, out: str, options: RunOptions) -> Summary:
@@ -75,7 +75,7 @@ class JobWorkflow(Workflow):
     def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
         if options != PlanOptions(executor=options.executor):
             raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
-        return {"workflow": self.name, "out": str(out), "facts": dict(self.facts())}
+        return {"workflow": self.name, "out": str(out), "summary": dict(self.dry_run())}
 
 
 def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
@@ -97,8 +97,8 @@ def _run(workflow: JobWorkflow, job: Job) -> Summary:
     options = job.options
     if int(os.environ.get("RANK", "0")) > 0:
         job.lines.quiet = True
-        facts = _work(workflow, job)
-        return {"workflow": workflow.name, "outcome": "finished", "facts": dict(facts), "seconds": 0.0}
+        results = _work(workflow, job)
+        return {"workflow": workflow.name, "outcome": "finished", "summary": dict(results), "seconds": 0.0}
     with job.run.lock(take_over=options.take_over):
         return _execute(workflow, job)
 
@@ -108,7 +108,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
     storage = run.storage
-    former = {name: storage.read(name) for name in (CONFIG, PLAN, SUMMARY) if storage.size(name) is not None}
+    previous = {name: storage.read(name) for name in (CONFIG, PLAN, SUMMARY) if storage.size(name) is not None}
     storage.delete(SUMMARY)
     storage.write_text(CONFIG, dump_yaml(workflow.config))
     storage.write_json(PLAN, {"workflow": workflow.name, "stages": [], "transient_groups": []})
@@ -116,14 +116,14 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     events.write("run_started", workflow=workflow.name, executor=job.options.executor)
     outcome = "interrupted"
     try:
-        facts = _work(workflow, job)
+        results = _work(workflow, job)
         outcome = "finished"
     except BaseException as error:
         outcome = f"stopped: {type(error).__name__}"
-        if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays what it was
+        if isinstance(error, ConfigError | StaleOutputError):  # refused: the folder stays unchanged
             for name in (CONFIG, PLAN, SUMMARY):
-                if name in former:
-                    storage.write(name, former[name])
+                if name in previous:
+                    storage.write(name, previous[name])
                 else:
                     storage.delete(name)
         raise
@@ -135,7 +135,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
         "outcome": outcome,
         "executor": job.options.executor,
         "seconds": round(time.perf_counter() - started, 3),
-        "facts": dict(facts),
+        "summary": dict(results),
     }
     storage.write_json(SUMMARY, summary)
     return summary
@@ -143,7 +143,7 @@ def _execute(workflow: JobWorkflow, job: Job) -> Summary:
 
 def _work(workflow: JobWorkflow, job: Job) -> Mapping[str, object]:
     with job.signals:
-        facts = workflow.work(job)
+        results = workflow.work(job)
     if job.should_stop():
         job.signals.raise_stop()
-    return facts
+    return results

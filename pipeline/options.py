@@ -1,4 +1,4 @@
-"""What the command line gives a workflow beside its configuration."""
+"""The options of the command line that a workflow receives in addition to its configuration."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from pipeline.executors.base import ExecutionConfig
 
 
 class WorkflowConfig(Config):
-    """What every workflow's configuration has."""
+    """The keys that the configurations of all workflows share."""
 
     execution: ExecutionConfig = ExecutionConfig()
-    """How much runs at once."""
+    """Parallelism, retries and stopping."""
 
 
 Summary = dict[str, object]
@@ -18,7 +18,7 @@ Summary = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The command line's part of a run; none of it changes the result."""
+    """Options of `pipeline run`; none of them changes the result."""
 
     executor: str = "ray"
     address: str | None = None
@@ -27,20 +27,20 @@ class RunOptions:
     """Drop reasons to try again, or `all`."""
     quiet: bool = False
     take_over: bool = False
-    """Take the folder from a run that is dead, without waiting for its lease to end."""
+    """Take over the folder of a dead run, without waiting for its lease to expire."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What `pipeline plan` is to find out beside what is known without running anything."""
+    """Options of `pipeline plan`."""
 
     probe: bool = False
-    """Run the stages on some of the input's rows, here, to learn what they cost."""
+    """Run the stages on some rows of the input, on this machine, to measure their cost."""
     profile: str | None = None
     """Plan for this hardware instead of this machine: a shipped name or a YAML file."""
     rows: int | None = None
-    """Plan for so many rows like those of the input."""
+    """Plan for this number of rows like the rows of the input."""
     executor: str | None = None
-    """What the run would use; for the probe."""
+    """The executor that the run would use; for the probe."""
     save: bool = False
     """Write the plan into the run folder, for the report."""

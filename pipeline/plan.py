@@ -14,25 +14,25 @@ class Input(Protocol):
     """An input that may grow from one run to the next."""
 
     def shards(self) -> Iterator[Shard]:
-        """Those of earlier runs, as they were, then those of what is new.
+        """The shards of earlier runs, unchanged, then the shards of new input.
 
         Raises:
-            StaleOutputError: something of earlier runs is gone, or has changed.
+            StaleOutputError: input of earlier runs is missing or has changed.
         """
         ...
 
     def has_new_input(self) -> bool:
-        """True if there is something that no run has noted yet."""
+        """True if there is input that no run has recorded yet."""
         ...
 
     def record(self, *, restart: bool) -> None:
-        """Notes what is new, so that every later run makes the same shards of it.
+        """Records the new input, so that every later run makes the same shards of it.
 
         Args:
-            restart: notes anew what is gone or has changed, instead of refusing it.
+            restart: records input again that is missing or has changed, instead of refusing it.
 
         Raises:
-            StaleOutputError: something of earlier runs is gone, or has changed.
+            StaleOutputError: input of earlier runs is missing or has changed.
         """
         ...
 
@@ -42,28 +42,28 @@ class Plan:
     """What a run will do."""
 
     stages: tuple[Stage, ...]
-    """In an order in which every group is made before it is read."""
+    """In topological order: every group is made before it is read."""
     shards: Callable[[], Iterator[Shard]]
-    """Starts the stream of shards afresh; the whole input is never held in memory."""
+    """Starts the stream of shards again; the input is never held in memory as a whole."""
     finalize: Callable[[RunFolder, int, Sequence[int]], dict[str, object]]
-    """Called at the end, with the number of input rows and the indices of failed shards; returns facts for the
+    """Called at the end, with the number of input rows and the indices of failed shards; returns entries for the
     summary."""
     input: Input | None = None
-    """Where `shards` come from, if it may grow."""
+    """The input behind `shards`, if it may grow."""
     final_file: str | None = None
-    """What `finalize` writes, relative to the run folder; removed before finished work is, so that it never
-    speaks of files that are gone."""
+    """The file that `finalize` writes, relative to the run folder; it is deleted before finished work is, so that it
+    never lists missing files."""
     estimated_shards: int | None = None
-    """About how many shards there are, for the progress display; None if unknown."""
+    """Approximate number of shards, for the progress display; None if unknown."""
     row_group: str = ""
     """The group that decides which rows are samples; its drops are the dropped samples."""
     max_drop_fraction: float = 1.0
     keep: frozenset[str] = frozenset()
-    """Transient groups whose files are to be kept."""
+    """Transient groups whose files are kept."""
     shard_size: int | None = None
-    """Rows of a full shard; None: as large as the largest there is."""
+    """Rows of a full shard; None means that the largest shard is a full one."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
-    """The captions of each row of a shard, for `Stage.workload`; reads no more of the rows than it must."""
+    """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
 
     def __post_init__(self) -> None:
         made: set[str] = set()
@@ -83,7 +83,7 @@ class Plan:
         return frozenset(name for name, group in self.groups.items() if group.transient)
 
     def needed(self, present: Set[str]) -> list[Stage]:
-        """Stages to run on a shard that has these groups: those with a missing lasting one, and what feeds them."""
+        """Stages to run on a shard with these groups: makers of missing lasting groups, and the stages before them."""
         needed: list[Stage] = []
         wanted_inputs: set[str] = set()
         for stage in reversed(self.stages):
@@ -95,7 +95,7 @@ class Plan:
         return needed[::-1]
 
     def dependencies(self) -> dict[str, tuple[str, ...]]:
-        """For each group, the lasting groups that must be remade before it; in order of making."""
+        """For each group, the lasting groups that must be made before it; in topological order."""
         transient = self.transient_groups
         return {
             group.name: tuple(n for n in (*stage.inputs, *group.aligned_with) if n not in transient)
@@ -103,19 +103,25 @@ class Plan:
             for group in stage.groups
         }
 
+    @cached_property
     def fingerprints(self) -> dict[str, dict[str, object]]:
-        """For each group, all that its bytes depend on beside the rows of the shard."""
+        """For each group, everything that its bytes depend on in addition to the rows of the shard."""
         result: dict[str, dict[str, object]] = {}
         for stage in self.stages:
             for group in stage.groups:
                 inputs = {name: digest(result[name]) for name in (*stage.inputs, *group.aligned_with)}
                 result[group.name] = {
-                    "stage": type(stage).__name__,
+                    "stage": stage.identity,
                     "version": stage.version,
                     "config": dict(group.config),
                     "inputs": inputs,
                 }
         return result
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digest of each group's fingerprint."""
+        return {name: digest(fingerprint) for name, fingerprint in self.fingerprints.items()}
 
     def describe(self, workflow: str) -> dict[str, object]:
         """The plan as JSON: stages, groups and what they depend on."""
@@ -133,6 +139,6 @@ class Plan:
                 for stage in self.stages
             ],
             "transient_groups": sorted(self.transient_groups),
-            "fingerprints": self.fingerprints(),
+            "fingerprints": self.fingerprints,
             "max_drop_fraction": self.max_drop_fraction,
         }

@@ -1,4 +1,4 @@
-"""Stopping on request: the first signal asks the work to end well, the second one ends it at once."""
+"""Stopping a run: after the first signal running work finishes, the second one ends it at once."""
 
 import os
 import signal
@@ -14,38 +14,38 @@ _ALL = (signal.SIGINT, *_PREEMPTING)
 
 
 class StopSignals:
-    """Within this block the first Ctrl-C, SIGTERM or SIGHUP is noted; the second one raises.
+    """Within this block the first Ctrl-C, SIGTERM or SIGHUP is recorded; the second one raises.
 
     Signals that the process was started to ignore (nohup) stay ignored.
 
     Args:
-        grace_s: seconds from the first signal after which a second one is sent; None: never.
+        grace_s: seconds after the first signal until a second one is sent; None disables this.
     """
 
     def __init__(self, grace_s: float | None = None):
         self.grace_s = grace_s
         self.received: int | None = None
         """The first signal."""
-        self._former: dict[int, object] = {}
+        self._previous: dict[int, object] = {}
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         for number in _ALL:
-            former = signal.getsignal(number)
-            if former is signal.SIG_IGN:
+            previous = signal.getsignal(number)
+            if previous is signal.SIG_IGN:
                 continue
             try:
-                signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever owns it handles signals
+                signal.signal(number, self._record)
+            except ValueError:  # not in the main thread, which handles signals
                 break
-            self._former[number] = former
+            self._previous[number] = previous
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
     def raise_stop(self) -> NoReturn:
-        """Raises what the first signal means.
+        """Raises the exception of the first signal.
 
         Raises:
             KeyboardInterrupt: Ctrl-C.
@@ -56,7 +56,7 @@ class StopSignals:
             raise KeyboardInterrupt
         raise_preempted(self.received)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _record(self, number: int, frame: object) -> None:
         if self.received is not None:
             self._restore()
             self.raise_stop()
@@ -69,30 +69,30 @@ class StopSignals:
     def _restore(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for number, handler in self._former.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._former = {}
+        self._previous = {}
 
 
 def raise_when_preempted() -> None:
-    """From now on SIGTERM and SIGHUP raise `PreemptedError`, wherever the program is."""
+    """From now on SIGTERM and SIGHUP raise `PreemptedError` at any point of the program."""
     for number in _PREEMPTING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, raise_preempted)
 
 
 def raise_preempted(number: int, frame: object = None) -> NoReturn:
-    raise PreemptedError(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+    raise PreemptedError(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
 
 
 @contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """Holds the signals back, for this thread, until the end of the block, and for ever from processes started in it.
+    """Blocks the signals: for this thread until the end of the block, and permanently for processes started in it.
 
-    So workers live and die with the driver, also when a terminal signals its whole process group.
+    So only the driver ends its workers, even if a terminal signals the process group.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,7 +1,7 @@
 """What a step of the pipeline is: a `Stage` turns one `Shard` into files of one or more `Group`s.
 
-A group is a column of the result (`samples`, `images-64`, `text-t5`): one or more files a shard. Each
-(group, shard) is committed on its own, so a group added later leaves the others untouched.
+A group is a column of the result (`samples`, `images-64`, `text-t5`): one or more files per shard. Each
+(group, shard) is committed separately, so a group added later leaves the others untouched.
 """
 
 import json
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.fingerprint import canonical_json, text_digest
+from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
 
 
 class Shard:
     """The unit of work, retry, commit and resume: a few hundred or thousand input rows.
 
-    Rows are kept packed. A large cluster has a thousand shards in flight, and the URLs and captions of a row take some
-    450 bytes as objects of Python, a fifth of that packed.
+    Rows are kept compressed. A large cluster has a thousand shards in flight, and the URLs and captions of a row take
+    some 450 bytes as Python objects, and a fifth of that compressed.
     """
 
     __slots__ = ("_packed", "digest", "files", "index", "num_rows")
@@ -29,26 +30,26 @@ class Shard:
         """
         Args:
             index: position in the source, from 0.
-            rows: what the source needs to read these rows; JSON-able.
-            num_rows: how many they are.
-            files: where the files are that the rows name; no part of the digest, so that data may be moved.
+            rows: what the source needs to read these rows; a JSON value.
+            num_rows: their number.
+            files: paths of the files that the rows name; not part of the digest, so that data may be moved.
         """
         text = canonical_json(rows)
         self.index = index
         self.num_rows = num_rows
         self.files = files or {}
         self.digest = text_digest(text)
-        """The input's fingerprint."""
+        """Fingerprint of the input rows."""
         self._packed = zlib.compress(text.encode("utf-8", "surrogatepass"), level=1)
 
     @property
     def rows(self) -> Any:
-        """Unpacked anew on each call."""
+        """Decompressed on each call."""
         return json.loads(zlib.decompress(self._packed).decode("utf-8", "surrogatepass"))
 
     @property
     def name(self) -> str:
-        return f"{self.index:05d}"
+        return shard_name(self.index)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Shard):
@@ -65,13 +66,13 @@ class Group:
 
     name: str
     config: Mapping[str, object]
-    """Everything its bytes depend on beside the input rows; a change is refused with a diff."""
+    """Everything that its bytes depend on in addition to the input rows; a change is refused with a diff."""
     transient: bool = False
     """True for intermediate files, deleted once no stage of the shard needs them."""
     aligned_with: tuple[str, ...] = ()
-    """Groups of the same stage that decide its rows: if they are made anew, so is this one."""
+    """Groups of the same stage that decide its rows: if they are made again, so is this one."""
     shared_files: tuple[str, ...] = ()
-    """Files of the whole group, beside those of its shards; `setup` writes the ones that are missing."""
+    """Files of the group that belong to no shard; `setup` writes the missing ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +81,30 @@ class Resources:
 
     num_cpus: float = 1.0
     num_gpus: float | None = 0.0
-    """None: one GPU if there are any, else none."""
+    """None means one GPU on a machine with GPUs, and none elsewhere."""
     custom: Mapping[str, float] = field(default_factory=dict)
-    """Further resources that a Ray cluster's nodes declare."""
+    """Custom resources of a Ray cluster's nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a stage would have to do, counted without doing it."""
+    """The work that a stage would have, counted without doing it."""
 
     counter: str
-    """The counter of `GroupResult` that counts the same work when it is done."""
+    """The counter of `GroupResult` that counts the same work once it is done."""
     units: float
-    """How much of it there is."""
+    """Amount of work, in units of the counter."""
     flops: float
-    """Floating-point operations, a multiply-add being two."""
+    """Floating-point operations; a multiply-add counts as two."""
     dtype: str
-    """Their type, `bfloat16` or `float32`."""
+    """Type of these operations, `bfloat16` or `float32`."""
     bytes: Mapping[str, int]
-    """Of each group, on disk."""
+    """Bytes on disk, by group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A sample left out, and why."""
+    """A dropped sample, and the reason."""
 
     row: int
     key: str
@@ -122,19 +123,19 @@ def rows_by_reason(drops: Iterable[Drop]) -> dict[str, list[int]]:
 
 @dataclass(slots=True)
 class GroupResult:
-    """What a stage says of one group of one shard when it has written its files."""
+    """What a stage reports about one group of one shard once it has written its files."""
 
     rows: int
     drops: list[Drop] = field(default_factory=list)
     counters: Mapping[str, float] = field(default_factory=dict)
     """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...); of those that end in
-    `_min` or `_max` the least or the greatest is kept."""
+    `_min` or `_max` the minimum or maximum is kept."""
     info: Mapping[str, object] = field(default_factory=dict)
-    """Further facts for the record (`excluded_rows` by reason, ...)."""
+    """Further entries of the record (`excluded_rows` by reason, ...)."""
 
 
 class Task:
-    """What a stage sees of one shard: paths to read, paths to write, and which groups are wanted.
+    """One shard as a stage sees it: paths to read, paths to write, and which groups are wanted.
 
     A stage writes only to `output`, and calls `done` for every wanted group.
     """
@@ -152,9 +153,9 @@ class Task:
         self.wanted = wanted
         self.present = present
         self.retried_rows = retried_rows
-        """Rows tried again elsewhere; here they are dropped as `retried`."""
+        """Rows that a retry round tries again; this shard drops them as `retried`."""
         self.waited_s = 0.0
-        """Time in which other tasks of the same worker had what this one needed; not counted as its own."""
+        """Seconds spent waiting for other tasks of the same worker; not counted as this task's own."""
         self.results: dict[str, GroupResult] = {}
         self._outputs: dict[str, dict[str, Path]] = {}
         self._copies: dict[str, Path] = {}
@@ -196,9 +197,11 @@ class Task:
 
 
 class Stage(ABC):
-    """One step. Cheap to build and to pickle; heavy things are loaded by `setup`, in the worker."""
+    """One step. Cheap to build and to pickle; `setup` loads models in the worker."""
 
     name: str
+    identity: ClassVar[str]
+    """Names the stage in fingerprints, so that its class may be renamed; the class's name if it is not set."""
     version: ClassVar[int] = 1
     """Raised when the code changes what it writes for the same config and input."""
     inputs: tuple[str, ...] = ()
@@ -207,16 +210,21 @@ class Stage(ABC):
     """Groups it writes."""
     resources: Resources = Resources()
     max_workers: int | None = None
-    """None: stateless tasks. A number: at most so many long-lived workers that keep what `setup` loaded."""
+    """None means stateless tasks; a number is the maximum of long-lived workers that keep what `setup` loaded."""
     tasks_per_worker: int = 1
-    """Tasks that a long-lived worker may run at once, in threads, where the executor can: while one computes, another
-    one reads or writes. `process` must be safe for that."""
+    """Tasks that a long-lived worker may run at once, in threads, if the executor supports it: while one computes,
+    another reads or writes. `process` must then be thread-safe."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "identity" not in cls.__dict__:
+            cls.identity = cls.__name__
 
     def setup(self, run: RunFolder) -> None:  # noqa: B027
         """Loads models; called once in each worker, before the first `process`.
 
         Raises:
-            PipelineError: nothing can work (model files missing, package absent); ends the run.
+            PipelineError: no shard can succeed (model files or a package are missing); ends the run.
         """
 
     @abstractmethod
@@ -224,13 +232,13 @@ class Stage(ABC):
         """Writes the wanted groups of one shard.
 
         Must be a pure function of the config and the input rows. A bad sample is a `Drop`, never an
-        exception; an exception means the whole shard failed and is retried.
+        exception; an exception means that the shard failed and is retried.
         """
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
-        """Bytes the group will take on disk for so many rows; None where it cannot be known before."""
+        """Bytes on disk of the group for this number of rows; None if it is not known in advance."""
         return None
 
     def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload | None:
-        """Counts the work on a shard whose rows have these captions; None where only doing it would tell."""
+        """Counts the work on a shard whose rows have these captions; None if it cannot be counted."""
         return None

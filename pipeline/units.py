@@ -1,4 +1,4 @@
-"""Numbers for people: bytes and seconds with their units."""
+"""Formats bytes and seconds with their units."""
 
 
 def human_bytes(count: float) -> str:

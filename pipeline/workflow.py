@@ -26,19 +26,19 @@ class Workflow(ABC):
 
     @abstractmethod
     def run(self, out: str, options: RunOptions) -> Summary:
-        """Runs, or goes on with, the workflow in folder `out`; see `run_workflow` and `run_job`."""
+        """Runs, or resumes, the workflow in folder `out`; see `run_workflow` and `run_job`."""
 
     @abstractmethod
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
-        """What a run would do, as JSON; writes nothing unless asked to `save`."""
+        """What a run would do, as JSON; writes nothing unless `save` is set."""
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
-        """Label and path of what the user should look at after a run."""
+        """Label and path, or command, of what to look at after a run."""
         return []
 
 
 class ShardedWorkflow(Workflow):
-    """Turns a configuration into a plan: stages over shards, each committed on its own."""
+    """Turns a configuration into a plan: stages over shards, each committed separately."""
 
     default_executor = "ray"
 

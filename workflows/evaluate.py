@@ -21,7 +21,7 @@ class Evaluate(JobWorkflow):
     def work(self, job: Job) -> Mapping[str, object]:
         return evaluate(self.config, job)
 
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         drawing = {} if self.config.draw is None else sampling_facts(self.config.draw)
         return {**drawing, "guidance": list(self.config.guidance), "times_drawn": max(1, len(self.config.guidance))}
 

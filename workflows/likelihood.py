@@ -18,7 +18,7 @@ class Likelihood(JobWorkflow):
     def work(self, job: Job) -> Mapping[str, object]:
         return measure(self.config, job)
 
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         return likelihood_facts(self.config)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:

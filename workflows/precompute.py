@@ -35,29 +35,29 @@ class StoreConfig(Config):
     format: Literal["parquet", "hdf5"] = "parquet"
     """hdf5 is the fastest to read at random on a local disk; parquet is read everywhere."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """Type of the stored embeddings; int8 keeps one scale a token."""
+    """Type of the stored embeddings; int8 keeps one scale per token."""
     min_cosine: float = Field(default=0.99, ge=0, lt=1)
-    """int8 only: a caption with a token whose cosine to its float32 embedding is less is dropped
-    (`quantisation_error`)."""
+    """int8 only: a caption is dropped (`quantisation_error`) if a token's cosine similarity to its float32 embedding
+    is less."""
 
 
 class PrecomputeConfig(WorkflowConfig):
-    """Everything of a precompute run."""
+    """The configuration of a precompute run."""
 
     source: AnySource = SyntheticConfig()
-    """Where samples come from."""
+    """The source of the samples."""
     shard_size: int = Field(default=1000, ge=1)
-    """Input rows a shard: the unit of work, retry and resume."""
+    """Input rows per shard, the unit of work, retry and resume."""
     images: ImagesConfig = ImagesConfig()
     """The images to store."""
     encoders: tuple[AnyTextEmbedding, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
     image_encoders: tuple[AnyImageEmbedding, ...] = ()
-    """Image encoders; each looks at a stored size, and makes its own group."""
+    """Image encoders; each encodes the images of a stored size, and makes its own group."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """If more of the input is dropped, the run ends with exit code 3."""
+    """The run ends with exit code 3 if a larger fraction of the input is dropped."""
     keep_originals: bool = False
     """Keep the fetched originals as webdataset tars in RUN/staging/originals (needed to add sizes later
     without fetching again)."""
@@ -89,7 +89,7 @@ class PrecomputeConfig(WorkflowConfig):
             elif encoder.from_px not in self.images.sizes_px:
                 raise ValueError(
                     f"image_encoders.{encoder.name}.from_px is {encoder.from_px}, but images.sizes_px is "
-                    f"{list(self.images.sizes_px)}; add the size, or look at one of these"
+                    f"{list(self.images.sizes_px)}; add the size, or choose one of these"
                 )
         return self
 

@@ -20,7 +20,7 @@ class Sample(JobWorkflow):
     def work(self, job: Job) -> Mapping[str, object]:
         return draw(self.config, job)
 
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         return sampling_facts(self.config)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:

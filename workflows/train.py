@@ -37,7 +37,7 @@ class Train(JobWorkflow):
     def work(self, job: Job) -> Mapping[str, object]:
         return run_training(self.config.training(), self.config.workers, job, self.config.online_encoder)
 
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         return training_facts(self.config.training(), online=self.config.online_encoder is not None)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:

@@ -84,6 +84,11 @@ def _encoder_name(encoder: str) -> str:
     return encoder
 
 
+def shard_name(index: int) -> str:
+    """The name of a shard in file names and messages: its index, with at least five digits."""
+    return f"{index:05d}"
+
+
 def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", revision: int = 0) -> str:
     """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`.
 
@@ -94,7 +99,7 @@ def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", re
         ValueError: an unknown format.
     """
     mark = f".r{revision}" if revision else ""
-    return f"{group}/{index:05d}{mark}.{SUFFIXES[check_format(store_format)]}"
+    return f"{group}/{shard_name(index)}{mark}.{SUFFIXES[check_format(store_format)]}"
 
 
 def revision_of(path: str) -> int:

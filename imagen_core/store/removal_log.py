@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from imagen_core.store.errors import ADVICE, ManifestError
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import REMOVED
+from imagen_core.store.layout import REMOVED, shard_name
 
 IDENTIFIERS = ("key", "url", "sha256")
 """The fields by which a removal can name a sample."""
@@ -60,7 +60,7 @@ class Removal:
 
     def dump(self) -> bytes:
         """The removal as JSON; the same removal gives the same bytes."""
-        rows = {f"{shard:05d}": [asdict(row) for row in self.rows[shard]] for shard in sorted(self.rows)}
+        rows = {shard_name(shard): [asdict(row) for row in self.rows[shard]] for shard in sorted(self.rows)}
         value = {"time": self.time, "reason": self.reason, "blocked": dict(self.blocked), "rows": rows}
         return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
@@ -134,7 +134,7 @@ class Blocklist:
 
 def blank_key(shard: int, row: int) -> str:
     """The key of a row whose content was erased."""
-    return f"{REMOVED}/{shard:05d}/{row}"
+    return f"{REMOVED}/{shard_name(shard)}/{row}"
 
 
 def removed_rows(removals: Iterable[Removal], shard: int, samples: SamplesFile) -> dict[int, RemovedRow]:

@@ -1,4 +1,4 @@
-"""Checks the machine for what a run needs; each finding says what to do."""
+"""Checks whether the machine has what a run needs; each finding says what to do."""
 
 import importlib.metadata
 import importlib.util
@@ -43,7 +43,7 @@ def _python() -> Check:
 
 
 def _packages() -> list[Check]:
-    """Every requirement of the installed distribution against what is installed."""
+    """Compares the requirements of the distribution with the installed packages."""
     checks = []
     for text in importlib.metadata.requires(_DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -61,7 +61,7 @@ def _packages() -> list[Check]:
 
 
 def _torchvision() -> Check:
-    """A torchvision built for CUDA beside a CPU torch breaks transformers (pytorch/vision#9077)."""
+    """A torchvision built for CUDA next to a CPU torch breaks transformers (pytorch/vision#9077)."""
     if importlib.util.find_spec("torchvision") is None:
         return _check("torchvision", "ok", "absent, as it should be")
     try:

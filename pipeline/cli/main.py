@@ -21,8 +21,10 @@ app = typer.Typer(
     name="pipeline",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Precompute text embeddings and image pyramids for Imagen-style training, once, and go on after a kill.",
+    help="Precompute text embeddings and image pyramids for Imagen-style training, once and resumably; train, sample "
+    "and evaluate.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
 app.add_typer(config_app, name="config")
@@ -36,23 +38,34 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
 ]
-Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...); runs/WORKFLOW if not given.")]
+Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...). Default: runs/WORKFLOW.")]
 ExecutorName = Annotated[
     str | None,
-    typer.Option(help="ray, local or inline (this process); default ray for precompute, local for the others."),
+    typer.Option(help="ray, local or inline (this process). Default: ray for precompute, local for the others."),
 ]
 JobsAddress = Annotated[
     str,
     typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's head, like http://HEAD:8265."),
 ]
 JobsAddressOrNone = Annotated[
-    str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show a job of it.")
+    str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show one of its jobs.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"pipeline {version('imagen-precompute')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     if debug:
         os.environ["PIPELINE_DEBUG"] = "1"
@@ -73,15 +86,15 @@ def run(
     restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
     retry_dropped: Annotated[
         str | None,
-        typer.Option(metavar="REASONS", help="Try dropped samples again: reasons with commas between, or all."),
+        typer.Option(metavar="REASONS", help="Try dropped samples again: comma-separated drop reasons, or all."),
     ] = None,
     take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take the run folder from a run that is dead but seems alive.")
+        bool, typer.Option("--take-over", help="Take over the run folder of a run that is dead but still seems alive.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a workflow. The same command again goes on where it stopped."""
+    """Run a workflow. The same command again resumes it."""
     if dry_run:
         plan(workflow, overrides, config, out, executor, as_json=as_json)
         return
@@ -121,7 +134,7 @@ def plan(
         typer.Option(
             "--probe",
             help="Predict the time: run the stages for some seconds on rows spread over the input, in a temporary "
-            "folder. Downloads those rows; loads the models.",
+            "folder. Downloads these rows and loads the models.",
         ),
     ] = False,
     profile: Annotated[
@@ -131,15 +144,17 @@ def plan(
             "Needs no weights. With --probe, what runs no model is measured here."
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Plan for so many rows like those of the input.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Plan for this number of rows like the rows of the input.")
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Write RUN/estimate.json; `report` will compare the run with it.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: shards, stages, what is finished, bytes; with --probe or --profile time and cost.
+    """Show what a run would do: shards, stages, finished work, bytes; with --probe or --profile also time and cost.
 
-    Writes nothing but what --save says.
+    Writes nothing, except for --save.
     """
     from pipeline.cli.show import show_preview
     from pipeline.options import PlanOptions
@@ -161,14 +176,14 @@ def submit(
         str | None, typer.Option(metavar="REASONS", help="Try dropped samples again, as in `run`.")
     ] = None,
     code: Annotated[
-        bool, typer.Option("--code/--no-code", help="Ship this installation's code, or use that of the nodes.")
+        bool, typer.Option("--code/--no-code", help="Ship this installation's code, or use the code on the nodes.")
     ] = True,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or only start it.")
+        bool, typer.Option("--wait/--no-wait", help="Follow the job until it ends, or only start it.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Run a workflow on a Ray cluster. Shows its progress and ends with its exit code."""
+    """Run a workflow on a Ray cluster. Shows its progress and exits with its exit code."""
     from pipeline.deploy.submit import RayJobs, check_shared
 
     check_shared(out)
@@ -187,10 +202,10 @@ def submit(
 def status(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder; or, with --address, a job.")],
     address: JobsAddressOrNone = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Follow the job to its end, as `submit` does.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the job until it ends, as `submit` does.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a run or a submitted job is."""
+    """Show the progress of a run or of a submitted job."""
     if address is not None:
         from pipeline.cli.show import show_job
         from pipeline.deploy.submit import RayJobs
@@ -217,7 +232,7 @@ def stop(
     address: JobsAddress,
     as_json: AsJson = False,
 ) -> None:
-    """Stop a submitted job. The same `submit` again goes on where it stopped."""
+    """Stop a submitted job. The same `submit` again resumes it."""
     from pipeline.cli.show import show_job
     from pipeline.deploy.submit import RayJobs
 
@@ -245,18 +260,18 @@ def schedule(
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
-    out: Annotated[str | None, typer.Option("--out", help="Run folder; runs/WORKFLOW if not given.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Run folder. Default: runs/WORKFLOW.")] = None,
     at: Annotated[
-        str | None, typer.Option(metavar="CRON", help="When: minute hour day month weekday; default '0 3 * * *'.")
+        str | None, typer.Option(metavar="CRON", help="When: minute hour day month weekday. Default: '0 3 * * *'.")
     ] = None,
-    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Of --at; default UTC.")] = None,
+    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Time zone of --at. Default: UTC.")] = None,
     image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     write_to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the files here, and say how to install them.")
+        Path | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
-    """Print the files that make a scheduler run a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
     from pipeline.deploy.schedule import Schedule, install_command, render, write_files
 
     _build(workflow, config, overrides)
@@ -275,7 +290,7 @@ def schedule(
 
 @config_app.command("ls")
 def config_ls(as_json: AsJson = False) -> None:
-    """List the shipped configurations, and the model presets with their exact numbers of parameters."""
+    """List the shipped configurations, and the model presets with their exact parameter counts."""
     from pipeline.cli.presets import list_models, list_presets
     from pipeline.cli.show import show_table
 
@@ -283,9 +298,9 @@ def config_ls(as_json: AsJson = False) -> None:
     if as_json:
         print_json([*presets, *models])
     else:
-        show_table(["workflow", "name", "what"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
+        show_table(["workflow", "name", "description"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
         show_table(
-            ["model", "parameters", "what"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
+            ["model", "parameters", "description"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
         )
 
 
@@ -302,7 +317,7 @@ def config_show(
 
 @config_app.command("schema")
 def config_schema(workflow: WorkflowArg) -> None:
-    """Print the JSON schema of a workflow's configuration, with a text for each field."""
+    """Print the JSON schema of a workflow's configuration, with a description of each field."""
     from pipeline.workflow import load_workflow
 
     print_json(load_workflow(workflow).config_class.model_json_schema())
@@ -312,7 +327,7 @@ def config_schema(workflow: WorkflowArg) -> None:
 def config_validate(
     workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
 ) -> None:
-    """Check a configuration. Exit 2 with one line for each problem."""
+    """Check a configuration. Exits with 2 and prints one line per problem if it is invalid."""
     _build(workflow, config, overrides)
     print_json({"valid": True}) if as_json else typer.echo("valid")
 
@@ -328,7 +343,7 @@ def _build(name: str, config: str | None, overrides: list[str] | None):
 
 
 def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
-    """Shows the job's output until it ends; exits with its code. Ctrl-C leaves the job alone."""
+    """Shows the job's output until it ends; exits with its code. Ctrl-C does not stop the job."""
     from pipeline.cli.show import show_job
 
     try:
@@ -336,7 +351,8 @@ def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:
     except KeyboardInterrupt:
         again = f"{job} --address {jobs.address}"
         typer.echo(
-            f"the job goes on; pipeline status {again} --follow shows it, pipeline stop {again} stops it", err=True
+            f"the job keeps running; pipeline status {again} --follow shows it, pipeline stop {again} stops it",
+            err=True,
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     print_json(result) if as_json else show_job({**result, "last_line": ""})
@@ -350,7 +366,7 @@ def _debugging() -> bool:
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
     try:
-        app()
+        app(prog_name="pipeline")
     except PipelineError as error:
         if _debugging():
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Configurations that ship with the workflows, found by name."""
+"""The configurations that ship with the workflows, and the model presets, by name."""
 
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 
-_SUFFIX = ".yaml"
 _MODELS = "pipeline.models"
 
 
@@ -21,7 +20,7 @@ def list_presets() -> list[dict[str, str]]:
             "path": str(path),
             "summary": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip(),
         }
-        for path in sorted(root.glob(f"*/*{_SUFFIX}"))
+        for path in sorted(root.glob("*/*.yaml"))
     ]
 
 
@@ -34,7 +33,7 @@ def list_models() -> list[dict[str, object]]:
 
 
 def find_config(workflow: str, name: str) -> Path:
-    """A file as given, or a shipped configuration of this name.
+    """The file of this path, or the shipped configuration of this name.
 
     Raises:
         ConfigError: neither exists.

@@ -1,4 +1,4 @@
-"""Renders results for people, on standard output."""
+"""Prints results as text on standard output."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
 
 
 def show_summary(summary: Mapping[str, Any], next_steps: Sequence[tuple[str, str]]) -> None:
-    """What a run made, what it dropped, and where to look."""
-    if "facts" in summary:
-        show_facts(summary["facts"])
+    """What a run made and dropped, and the next steps."""
+    if "summary" in summary:
+        show_values(summary["summary"])
         print(f"{summary['outcome']}: {summary['seconds']:.1f} s")
         _show_next_steps(next_steps)
         return
@@ -54,9 +54,9 @@ def _show_next_steps(next_steps: Sequence[tuple[str, str]]) -> None:
         print(f"{label:<7} {path}")
 
 
-def show_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values; the name's ending tells the unit (`_bytes`)."""
-    show_table(["what", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in facts.items()])
+def show_values(values: Mapping[str, Any]) -> None:
+    """Names and values; the suffix of a name gives the unit (`_bytes`)."""
+    show_table(["name", "value"], [[name.replace("_", " "), _human(name, value)] for name, value in values.items()])
 
 
 _MOST_SHOWN = 12
@@ -81,9 +81,9 @@ def _human(name: str, value: object) -> str:
 
 
 def show_preview(result: Mapping[str, Any]) -> None:
-    """Shards x stages, what would be skipped, bytes; for a job its sizes and needs."""
-    if "facts" in result:
-        show_facts(result["facts"])
+    """Shards and bytes of each stage, done and to do; for a job its sizes and needs."""
+    if "summary" in result:
+        show_values(result["summary"])
         return
     makers = {group: stage for stage in result["stages"] for group in stage["groups"]}
     rows = []
@@ -130,7 +130,7 @@ def _show_estimate(estimate: Mapping[str, Any]) -> None:
 
 
 def show_status(result: Mapping[str, Any]) -> None:
-    """How far a run is."""
+    """Progress of a run."""
     rows = [
         [name, group["shards"], group["rows"], ", ".join(f"{r} {c}" for r, c in group["drops"].items()) or "-"]
         for name, group in result["groups"].items()
@@ -138,11 +138,11 @@ def show_status(result: Mapping[str, Any]) -> None:
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
     if result["metrics"] is not None:
-        show_facts(result["metrics"])
+        show_values(result["metrics"])
     state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"
     print(f"{result['workflow']}: {state}")
 
 
 def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
-    """Results of the doctor."""
+    """Results of `pipeline doctor`."""
     show_table(["", "check", "found"], [[c["status"], c["name"], c["message"]] for c in checks])

@@ -1,4 +1,4 @@
-"""The commands that stages offer, about stores and trained models; the stages are imported when they run."""
+"""The commands of the stages, for stores and trained models; the stages are imported when a command runs."""
 
 import json
 from typing import Annotated, Literal
@@ -17,26 +17,29 @@ def verify(
         float | None,
         typer.Option(min=0, max=1, help="Also encode this fraction of the captions again, at least one; e.g. 0.001."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which captions --reencode takes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of captions for --reencode.")] = 0,
     encoder_model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=MODEL", help="Where an encoder's model is now, if not where its name says."),
+        typer.Option(metavar="NAME=MODEL", help="Path or hub id of an encoder's model, if it has moved."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every checksum, every row's place, the fate of every input row. Names each bad file; exit 1 if any."""
+    """Check all checksums, the alignment of all rows, and that every input row is accounted for. Names each bad file;
+    exits with 1 if there is one."""
     _stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
 
 
 @stage_commands.command()
 def inspect(
     store: StoreArg,
-    key: Annotated[str | None, typer.Option(help="Show the sample with this key, and what was made of it.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Show the sample with this key, and everything made from it.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Show the samples of this URL.")] = None,
     sha256: Annotated[str | None, typer.Option(help="Show the samples made from the file with this sha256.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a store holds: samples, groups, bytes, encoder fingerprints; or all about one sample."""
+    """Show the content of a store: samples, groups, bytes, encoder fingerprints; or the details of one sample."""
     _stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
 
 
@@ -44,20 +47,22 @@ def inspect(
 def remove(
     run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE", help="Run folder, store folder or URL.")],
     key: Annotated[
-        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="Keys: a file, one a line; or a key.")
+        list[str] | None,
+        typer.Option(metavar="FILE_OR_VALUE", help="Keys: a file with one per line, or a single key."),
     ] = None,
-    url: Annotated[list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="URLs, likewise.")] = None,
+    url: Annotated[list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="URLs, in the same way.")] = None,
     sha256: Annotated[
-        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="sha256 of original files, likewise.")
+        list[str] | None, typer.Option(metavar="FILE_OR_VALUE", help="sha256 of original files, in the same way.")
     ] = None,
-    reason: Annotated[str, typer.Option(help="Goes into the log of removals.")] = "",
+    reason: Annotated[str, typer.Option(help="Reason for the log of removals.")] = "",
     compact: Annotated[
-        bool, typer.Option("--compact", help="Also erase all removed samples from the files, not only from view.")
+        bool,
+        typer.Option("--compact", help="Also erase all removed samples from the files, instead of only hiding them."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove samples, for good: readers leave them out at once, and later runs do not store them again."""
+    """Remove samples permanently: readers omit them at once, and later runs do not store them again."""
     values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
     _stage_command("remove", run_or_store, as_json, **values, reason=reason, compact_files=compact, dry_run=dry_run)
 
@@ -67,7 +72,7 @@ def report(
     run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE")],
     as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
+    """Write a self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
     _stage_command("report", run_or_store, as_json)
 
 
@@ -91,20 +96,20 @@ def import_(
 @stage_commands.command()
 def export(
     training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
-    out: Annotated[str, typer.Option(help="New .safetensors file.")],
+    out: Annotated[str, typer.Option(help="The .safetensors file to write.")],
     weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999; the slowest average if not given.")
+        str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model and its configuration as one file; `checkpoint` and `init_from` take it."""
+    """Write a trained model and its configuration to one file, for `checkpoint` and `init_from`."""
     _stage_command("export", training, as_json, out=out, weights=weights)
 
 
 def _stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
-    """Runs a command that a stage offers through the `pipeline.commands` entry points.
+    """Runs a command of the stages, found through the `pipeline.commands` entry points.
 
-    It returns (JSON-able result, lines for people, exit code).
+    It returns the result as a JSON value, the lines to print, and the exit code.
     """
     from pipeline.workflow import load_command
 
@@ -119,5 +124,5 @@ def _stage_command(name: str, path: str | list[str], as_json: bool, **options: o
 
 
 def print_json(value: object) -> None:
-    """As every command prints it with --json."""
+    """Prints a JSON value, as every command does with --json."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """Cron expressions: checked, and written as systemd's calendar events.
 
-Only what cron, Kubernetes and Airflow all read: five fields of numbers, names, ranges, lists and steps.
+Only what cron, Kubernetes and Airflow read alike: five fields of numbers, names, ranges, lists and steps.
 """
 
 import re
@@ -24,7 +24,7 @@ _ITEM = re.compile(rf"{_SPAN}|(?P<one>{_VALUE})")
 
 @dataclass(frozen=True, slots=True)
 class Cron:
-    """The values at which each field of an expression holds, sorted; None for `*`."""
+    """The sorted values of each field of an expression; None for `*`."""
 
     minutes: tuple[int, ...] | None
     hours: tuple[int, ...] | None
@@ -50,7 +50,7 @@ def parse_cron(text: str) -> Cron:
     """Reads five fields: minute, hour, day of month, month, day of week.
 
     Raises:
-        ConfigError: not such an expression.
+        ConfigError: not a cron expression, or one that schedulers read in different ways.
     """
     parts = text.split()
     if len(parts) != len(_FIELDS):
@@ -58,7 +58,13 @@ def parse_cron(text: str) -> Cron:
             f"--at {text!r}: needs five fields (minute, hour, day of month, month, day of week), got {len(parts)}; "
             "for example '0 3 * * *', daily at 3:00"
         )
-    return Cron(*(_values(text, part, *field) for part, field in zip(parts, _FIELDS, strict=True)))
+    cron = Cron(*(_values(text, part, *field) for part, field in zip(parts, _FIELDS, strict=True)))
+    if cron.days is not None and cron.weekdays is not None and "*" in (parts[2][0], parts[4][0]):
+        raise ConfigError(
+            f"--at {text!r}: day of month is {parts[2]!r} and weekday {parts[4]!r}; cron takes days that both name, "
+            "Kubernetes days that either names. Write the steps out, as 1-31/2, or leave one as *"
+        )
+    return cron
 
 
 def _values(text: str, part: str, field: str, low: int, high: int, names: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -81,7 +87,7 @@ def _values(text: str, part: str, field: str, low: int, high: int, names: tuple[
 
 
 def _number(text: str, low: int, names: tuple[str, ...]) -> int:
-    """The value of a number or name; -1 if it is none."""
+    """The value of a number or name; -1 if it is neither."""
     if text.isdigit():
         return int(text)
     return low + names.index(text.upper()) if text.upper() in names else -1

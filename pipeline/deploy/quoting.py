@@ -1,6 +1,6 @@
-"""Values of the user inside files of other languages: shell, crontab, systemd, YAML, Python, JSON.
+"""Quotes values from the user for files in other languages: shell, crontab, systemd, YAML, Python, JSON.
 
-All are for text without control characters.
+All filters expect text without control characters.
 """
 
 import json
@@ -14,7 +14,7 @@ _ONE_LINE = 1_000_000  # characters
 
 
 def crontab(command: str) -> str:
-    """A shell command on a line of a crontab, where a plain % ends it (crontab(5))."""
+    """A shell command on a line of a crontab, where an unescaped % ends it (crontab(5))."""
     return command.replace("%", "\\%")
 
 
@@ -24,7 +24,7 @@ def systemd_value(text: str) -> str:
 
 
 def systemd_command(words: Sequence[str]) -> str:
-    """Arguments for an `Exec` setting that begins with `:`, so that $ is a plain character (systemd.service(5))."""
+    """Arguments for an `Exec` setting that begins with `:`, so that $ has no special meaning (systemd.service(5))."""
     escaped = (systemd_value(word).replace("\\", "\\\\").replace('"', '\\"') for word in words)
     return " ".join(f'"{word}"' for word in escaped)
 
@@ -35,7 +35,7 @@ def yaml_value(text: str) -> str:
 
 
 def yaml_block(text: str, indent: int) -> str:
-    """A text as a block of lines where YAML can write it so; `indent` is that of its key."""
+    """A text as a YAML block scalar where possible; `indent` is the indentation of its key."""
     block = yaml.safe_dump(text, default_style="|", width=_ONE_LINE, allow_unicode=True)
     return block.rstrip("\n").replace("\n", "\n" + " " * indent)
 

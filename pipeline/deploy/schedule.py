@@ -1,6 +1,6 @@
-"""Files that make a scheduler run a workflow: crontab, systemd, KubeRay, Airflow, Slurm, Docker.
+"""Files with which a scheduler runs a workflow: crontab, systemd, KubeRay, Airflow, Slurm, Docker.
 
-The templates are in `workflows/deploy/`; each value of the user goes through a filter of `quoting.py`.
+The templates are in `workflows/deploy/`; each value from the user goes through a filter of `quoting.py`.
 """
 
 import os
@@ -27,7 +27,7 @@ from pipeline.errors import (
 )
 
 FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
-"""Codes after which the same command at once would end the same way; after any other it goes on."""
+"""Exit codes after which a retry would end the same way; after any other code the same command resumes."""
 
 _CONFIG_FOLDER = "/etc/pipeline"
 _NAME_LENGTH = 40  # KubeRay allows 47
@@ -35,7 +35,7 @@ _NAME_LENGTH = 40  # KubeRay allows 47
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What is to be run, and when. `config` is the name of a shipped configuration or an existing file."""
+    """What to run, and when. `config` is the name of a shipped configuration or an existing file."""
 
     kind: str
     workflow: str
@@ -52,11 +52,11 @@ class Schedule:
     address: str | None = None
     """Ray cluster to join."""
     folder: Path = Path()
-    """The command runs here, so that relative paths keep their meaning."""
+    """The working folder of the command, so that relative paths keep their meaning."""
 
     @property
     def name(self) -> str:
-        """Of units, jobs and files: the workflow and the run folder, in lower case, digits and dashes."""
+        """Name of units, jobs and files: the workflow and the run folder, in lower case, digits and dashes."""
         words = f"{self.workflow}-{self.out.rstrip('/').rpartition('/')[2]}" if self.out else self.workflow
         return re.sub(r"[^a-z0-9]+", "-", words.lower())[:_NAME_LENGTH].strip("-")
 
@@ -64,15 +64,15 @@ class Schedule:
 @dataclass(frozen=True, slots=True)
 class _Kind:
     templates: Mapping[str, str]
-    """Template and the name of the file it makes."""
+    """Templates and the names of their files."""
     install: str
-    """What to do with the files."""
+    """The shell command that installs the files."""
     uses: frozenset[str] = frozenset()
-    """Those of `_OPTIONS` it can use."""
+    """The options of `_OPTIONS` that it supports."""
     needs: frozenset[str] = frozenset()
-    """Options that must be given."""
+    """Required options."""
     on_this_machine: bool = True
-    """Runs with the paths and packages of this machine."""
+    """Whether it runs with the paths and packages of this machine."""
 
 
 _OPTIONS = ("at", "timezone", "image", "address")
@@ -115,7 +115,7 @@ def render(schedule: Schedule) -> dict[str, str]:
     """The files of a schedule: name and text.
 
     Raises:
-        ConfigError: an unknown kind, an option it cannot use or lacks, or a value that cannot be put into its files.
+        ConfigError: an unknown kind, an unsupported or missing option, or a value that the files cannot hold.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -138,7 +138,7 @@ def render(schedule: Schedule) -> dict[str, str]:
 
 
 def install_command(schedule: Schedule, paths: Sequence[str]) -> str:
-    """The shell command that hands the files at `paths` to the scheduler."""
+    """The shell command that installs the files at `paths`."""
     image = schedule.image or schedule.name
     mounts = [path for path in (_local_file(schedule.config), _local_folder(schedule.out)) if path]
     docker_run = ["docker", "run", "--rm", "--gpus", "all", *(f"--volume={path}:{path}" for path in mounts), image]
@@ -189,7 +189,7 @@ def _check(schedule: Schedule) -> _Kind:
 
 
 def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
-    """What the templates may use."""
+    """The variables of the templates."""
     if schedule.timezone is not None:
         _check_timezone(schedule.timezone)
     timezone = schedule.timezone or "UTC"
@@ -242,7 +242,7 @@ def _check_timezone(name: str) -> None:
 
 
 def _local_file(config: str | None) -> str | None:
-    """The configuration's absolute path, if it is a file and not the name of a shipped one."""
+    """The configuration's absolute path if it is a file, None if it is the name of a shipped one."""
     return str(Path(config).absolute()) if config and Path(config).is_file() else None
 
 
@@ -251,6 +251,6 @@ def _local_folder(out: str | None) -> str | None:
 
 
 def _is_shallow(out: str | None) -> bool:
-    """A local path that is relative or has no folder to mount storage at."""
+    """Whether a local path is relative, or has no parent folder to mount storage at."""
     local = _local_folder(out)
     return local is not None and (not Path(local).is_absolute() or len(Path(local).parts) < 3)

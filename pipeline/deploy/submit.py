@@ -1,4 +1,4 @@
-"""Runs workflows on a cluster through Ray Jobs: ships configuration and code, follows the job, asks, stops it."""
+"""Runs workflows on a cluster through Ray Jobs: ships configuration and code, follows and stops jobs."""
 
 import asyncio
 import logging
@@ -37,17 +37,17 @@ class RayJobs:
         """Connects; `address` is like `http://HEAD:8265`.
 
         Raises:
-            ConfigError: it is no such address.
-            MachineError: nobody answers, or the token is wrong.
+            ConfigError: it is not such an address.
+            MachineError: no answer, or a wrong token.
         """
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"--address {address}: must be the head's HTTP address, like http://HEAD:8265")
         self.address = address
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take these instead
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer these
             os.environ.pop(name, None)
         if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        with self._asking():
+        with self._errors_explained():
             probe(address)
             from ray.job_submission import JobSubmissionClient
 
@@ -59,13 +59,13 @@ class RayJobs:
         """Starts `pipeline run WORKFLOW` on the cluster; returns the job's id.
 
         Args:
-            out: the run folder, as every node finds it.
+            out: the run folder, under a path or URL that every node can access.
             options: further options of `pipeline run`.
-            with_code: ship this installation's code; else the nodes have their own.
+            with_code: ship this installation's code, instead of using the code on the nodes.
         """
         words = ["python", "-m", "pipeline", "run", workflow, "-c", _CONFIG_FILE, "--out", out]
         words += ["--executor", "ray", "--address", "auto", *options]
-        with tempfile.TemporaryDirectory() as folder, self._asking():
+        with tempfile.TemporaryDirectory() as folder, self._errors_explained():
             (Path(folder) / _CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
             if with_code:
                 pack_code(Path(folder))
@@ -88,7 +88,7 @@ class RayJobs:
             except (RuntimeError, OSError) as error:  # the connection was lost; the job is not
                 logging.getLogger(__name__).debug("%s: %s", job, error)
             if status["exit_code"] is not None:
-                with self._asking():
+                with self._errors_explained():
                     show(self.client.get_job_logs(job)[shown:])
                 return status
             time.sleep(_POLL_S)
@@ -103,11 +103,11 @@ class RayJobs:
 
     def status(self, job: str) -> dict[str, object]:
         """What is known of a job: `status` as Ray says, `exit_code` of the run once it has ended, its last words."""
-        with self._asking():
+        with self._errors_explained():
             details = self.client.get_job_info(job)
             words = self.client.get_job_logs(job).splitlines()
         if details.driver_exit_code is None and details.message and details.status.is_terminal():
-            words = [first_line(RuntimeError(details.message))]  # it never began, or was stopped
+            words = [first_line(RuntimeError(details.message))]  # it never started, or was stopped
         return {
             "job": job,
             "status": str(details.status.value),
@@ -118,8 +118,8 @@ class RayJobs:
         }
 
     def stop(self, job: str) -> dict[str, object]:
-        """Tells the job to stop (SIGTERM), waits until it has, and returns its status."""
-        with self._asking():
+        """Stops the job with SIGTERM, waits for its end, and returns its status."""
+        with self._errors_explained():
             self.client.stop_job(job)
         while True:
             status = self.status(job)
@@ -128,8 +128,8 @@ class RayJobs:
             time.sleep(_POLL_S)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Turns what Ray raises into errors with a remedy."""
+    def _errors_explained(self) -> Iterator[None]:
+        """Turns Ray's exceptions into errors with a remedy."""
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -138,7 +138,7 @@ class RayJobs:
                 raise ConfigError(f"--address {self.address}: {reason.partition(': ')[2] or reason}") from error
             raise MachineError(
                 f"--address {self.address}: {reason}; check the address, and that RAY_AUTH_MODE and "
-                "RAY_AUTH_TOKEN_PATH are those of the cluster"
+                "RAY_AUTH_TOKEN_PATH match the cluster"
             ) from error
         except Exception as error:
             if type(error).__name__ != "AuthenticationError":
@@ -150,30 +150,32 @@ class RayJobs:
 
 
 def check_shared(out: str) -> None:
-    """Refuses a run folder that other machines cannot find.
+    """Refuses a run folder that other machines cannot access.
 
     Raises:
         ConfigError: `out` is a relative path.
     """
     if "://" not in out and not PurePosixPath(out).is_absolute():
-        raise ConfigError(f"--out {out}: every node must find it; give a URL, or an absolute path that all share")
+        raise ConfigError(
+            f"--out {out}: every node must access it; give a URL, or an absolute path that all nodes share"
+        )
 
 
 def _exit_code(details: Any) -> int | None:
-    """The exit code of the run; None while it goes on."""
+    """The exit code of the run; None while it is running."""
     if not details.status.is_terminal():
         return None
     if details.status.value == "SUCCEEDED":
         return EXIT_OK
     if details.status.value == "STOPPED":
         return EXIT_PREEMPTED
-    if details.driver_exit_code is None:  # it never began: no such package, no node
+    if details.driver_exit_code is None:  # it never started: a missing package, no node
         return MachineError.exit_code
     return details.driver_exit_code if details.driver_exit_code > 0 else EXIT_FAILED
 
 
 def pack_code(folder: Path) -> None:
-    """Copies the packages that hold workflows and commands, and what makes them found there."""
+    """Copies the packages of the workflows and commands, with the metadata of their entry points."""
     found = [entry for group in _ENTRY_POINTS for entry in entry_points(group=group)]
     for package in sorted({"pipeline", *(entry.module.partition(".")[0] for entry in found)}):
         spec = find_spec(package)

@@ -1,4 +1,4 @@
-"""Shows a run while it goes: rich bars on a terminal, one plain line every 10 s elsewhere."""
+"""Shows the progress of a run: rich bars on a terminal, one plain line every 10 s elsewhere."""
 
 import sys
 import time
@@ -46,7 +46,7 @@ class Lines:
 
 
 class Progress:
-    """Counts finished tasks by stage. Holds a few numbers only, whatever the number of shards."""
+    """Counts finished tasks by stage. Its size does not depend on the number of shards."""
 
     def __init__(self, stages: Sequence[Stage], total_shards: int | None = None, *, quiet: bool = False):
         self.counts = {stage.name: _StageCount() for stage in stages}
@@ -101,22 +101,21 @@ class Progress:
         count = self.counts[outcome.request.stage]
         count.shards += 1
         count.seconds += outcome.seconds
-        count.rows += max((int(str(r["rows"])) for r in outcome.records.values()), default=0)
-        drops = [r["drops"] for r in outcome.records.values()]
-        count.drops += max((sum(d.values()) for d in drops if isinstance(d, dict)), default=0)
+        count.rows += max((record.rows for record in outcome.records.values()), default=0)
+        count.drops += max((sum(record.drops.values()) for record in outcome.records.values()), default=0)
         self._advance(outcome.request.stage)
         self._plain()
 
     def task_failed(self, outcome: TaskOutcome) -> None:
-        """A shard failed for good."""
-        self.note(f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}")
+        """A shard failed after all tries."""
+        self.message(f"{outcome.request.stage} {outcome.request.shard.name} failed: {outcome.error}")
 
-    def note(self, message: str) -> None:
-        """Says something that is not a number."""
+    def message(self, text: str) -> None:
+        """Shows a message."""
         if self._bars is not None:
-            self._bars.console.print(message, markup=False)
+            self._bars.console.print(text, markup=False)
         elif not self.quiet:
-            print(message, file=sys.stderr)
+            print(text, file=sys.stderr)
 
     def finish(self, shard: Shard) -> None:
         """A shard is complete."""

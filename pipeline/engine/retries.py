@@ -2,13 +2,14 @@
 
 Each round copies the source rows of the chosen drops into RUN/retries/ROUND.jsonl and appends them to the stream
 as further shards, numbered from ROUND x 10,000,000. So finished files stay as they are, and the rows of all
-groups stay aligned. A row's last try counts: what is retried leaves the counts of the shard it came from.
+groups stay aligned. A row's last try counts: a retried row no longer counts in the shard it came from.
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,88 +18,107 @@ from pipeline.engine.ledger import changed_input
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.plan import Plan
 from pipeline.stage import Shard
+from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
 
 _FIRST_INDEX = 10_000_000
 _FOLDER = "retries"
 ALL = "all"
-REMOVED = "removed"  # the drop reason of what was taken out of the store: never tried again
+REMOVED = "removed"  # the drop reason of what was removed from the store: never tried again
 
 
-def with_retries(plan: Plan, run: RunFolder) -> Plan:
-    """The plan, its stream of shards followed by the shards of earlier retry rounds."""
-    base = plan.shards
-    return replace(plan, shards=lambda: chain(base(), _retry_shards(run)))
+class Retries:
+    """The retry rounds of a run."""
 
+    def __init__(self, plan: Plan, run: RunFolder):
+        """
+        Args:
+            plan: its shards come from the source alone.
+        """
+        self.plan = plan
+        self.run = run
 
-def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[str]:
-    """Collects the rows dropped for one of `reasons` (or `all`, but `removed`) and not retried yet, as a new round.
+    def all_shards(self) -> Iterator[Shard]:
+        """The shards of the source, followed by the shards of the retry rounds."""
+        return chain(self.plan.shards(), _retry_shards(self.run))
 
-    Returns:
-        How many rows will be tried again, by reason.
+    @cached_property
+    def rows(self) -> dict[int, set[int]]:
+        """Shard index -> rows that a later round tries again."""
+        return retried_rows(self.run)
 
-    Raises:
-        StaleOutputError: the source has changed since the drops were recorded.
-        ConfigError: no dropped sample has one of the reasons.
-    """
-    retried = retried_rows(run)
-    wanted: Callable[[str], bool] = lambda r: r != REMOVED and (r in reasons or ALL in reasons)  # noqa: E731
-    chosen: Counter[str] = Counter()
-    lines: list[str] = []
-    others: set[str] = set()
-    shard_size = 1
-    for shard in plan.shards():
-        shard_size = max(shard_size, shard.num_rows)
-        record = run.read_record(plan.row_group, shard.name)
-        if record is not None and record["input"] != shard.digest:
-            raise StaleOutputError(changed_input(run, shard, plan.row_group, record))
-        drops = list(_drops(run, plan.row_group, shard.name))
-        rows = shard.rows if drops else []
-        for drop in drops:
-            row, reason = drop["row"], drop["reason"]
-            if row not in retried[shard.index]:
+    def begin_round(self, reasons: Sequence[str]) -> Counter[str]:
+        """Makes a round of the rows dropped for one of `reasons` (or `all`, except `removed`) and not retried yet.
+
+        Returns:
+            How many rows will be tried again, by reason.
+
+        Raises:
+            StaleOutputError: the source has changed since the drops were recorded.
+            ConfigError: no dropped sample has one of the reasons.
+        """
+        chosen: Counter[str] = Counter()
+        lines: list[str] = []
+        others: set[str] = set()
+        shard_size = 1
+        for shard in self.all_shards():
+            shard_size = max(shard_size, shard.num_rows)
+            self._refuse_changed(shard)
+            drops = [drop for drop in self._drops(shard.name) if drop["row"] not in self.rows.get(shard.index, ())]
+            rows = shard.rows if drops else []
+            for drop in drops:
+                row, reason = drop["row"], drop["reason"]
                 others.add(reason)
-            if wanted(reason) and row not in retried[shard.index]:
-                chosen[reason] += 1
-                line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
-                files = {name: path for name, path in shard.files.items() if name in rows[row]}
-                lines.append(json.dumps({**line, "files": files} if files else line))
-    if not lines and ALL not in reasons:
-        there_are = ", ".join(sorted(others)) or "none"
-        raise ConfigError(
-            f"--retry-dropped {','.join(reasons)}: no dropped sample has it; reasons there are: {there_are}"
+                if reason != REMOVED and (reason in reasons or ALL in reasons):
+                    chosen[reason] += 1
+                    line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
+                    files = {name: path for name, path in shard.files.items() if name in rows[row]}
+                    lines.append(json.dumps({**line, "files": files} if files else line))
+        if not lines and ALL not in reasons:
+            available = ", ".join(sorted(others)) or "none"
+            raise ConfigError(
+                f"--retry-dropped {','.join(reasons)}: no dropped sample has it; available reasons: {available}"
+            )
+        if lines:
+            number = len(_round_files(self.run)) + 1
+            self.run.storage.write_text(f"{_FOLDER}/{number:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
+            del self.rows
+        return chosen
+
+    def _refuse_changed(self, shard: Shard) -> None:
+        record = self.run.read_record(self.plan.row_group, shard.name)
+        if record is not None and record.input != shard.digest:
+            raise StaleOutputError(changed_input(self.run, shard, record))
+
+    def drops(self) -> Counter[str]:
+        """Recorded drops that a later round has tried again, by reason; they no longer count where they happened."""
+        return Counter(
+            drop["reason"]
+            for index, rows in self.rows.items()
+            for drop in self._drops(shard_name(index))
+            if drop["row"] in rows
         )
-    if lines:
-        rounds = _round_files(run)
-        run.storage.write_text(f"{_FOLDER}/{len(rounds) + 1:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
-    return chosen
 
+    def fit(self) -> bool:
+        """True if the rows of all rounds still come from the shards that the source has now."""
+        return not self.rows or all(self._fits(shard) for shard in self.all_shards() if shard.index in self.rows)
 
-def retried_drops(plan: Plan, run: RunFolder) -> Counter[str]:
-    """Recorded drops that a later round has tried again, by reason; they no longer count where they happened."""
-    return Counter(
-        drop["reason"]
-        for index, rows in retried_rows(run).items()
-        for drop in _drops(run, plan.row_group, f"{index:05d}")
-        if drop["row"] in rows
-    )
+    def _fits(self, shard: Shard) -> bool:
+        record = self.run.read_record(self.plan.row_group, shard.name)
+        return record is None or record.input == shard.digest
 
+    def delete(self) -> None:
+        """Deletes all rounds and what was made from them."""
+        for shard in _retry_shards(self.run):
+            for group in self.plan.groups:
+                self.run.delete_shard(group, shard.name)
+        self.run.storage.delete_folder(_FOLDER)
+        self.rows = {}
 
-def rounds_fit(plan: Plan, run: RunFolder) -> bool:
-    """True if the rows of all rounds still come from the shards the source has now."""
-    retried = retried_rows(run)
-    if not retried:
-        return True
-    shards = (shard for shard in plan.shards() if shard.index in retried)
-    return all(_record_fits(run, plan.row_group, shard) for shard in shards)
-
-
-def delete_retries(plan: Plan, run: RunFolder) -> None:
-    """Removes all rounds and what was made of them."""
-    for shard in _retry_shards(run):
-        for group in plan.groups:
-            run.delete_shard(group, shard.name)
-    run.storage.delete_folder(_FOLDER)
+    def _drops(self, shard: str) -> Iterator[dict[str, Any]]:
+        name = self.run.drops_name(self.plan.row_group, shard)
+        if self.run.storage.size(name) is not None:
+            yield from _read(self.run, name)
 
 
 def _retry_shards(run: RunFolder) -> Iterator[Shard]:
@@ -113,7 +133,7 @@ def _retry_shards(run: RunFolder) -> Iterator[Shard]:
 
 
 def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
-    """Shard index -> rows that a later round has taken over."""
+    """Shard index -> rows that a later round tries again."""
     result: defaultdict[int, set[int]] = defaultdict(set)
     for file in _round_files(run):
         for line in _read(run, file):
@@ -131,17 +151,6 @@ def retry_origins(run: RunFolder) -> dict[int, list[tuple[int, int]]]:
     return result
 
 
-def _record_fits(run: RunFolder, group: str, shard: Shard) -> bool:
-    record = run.read_record(group, shard.name)
-    return record is None or record["input"] == shard.digest
-
-
-def _drops(run: RunFolder, group: str, shard: str) -> Iterator[dict[str, Any]]:
-    name = run.drops_name(group, shard)
-    if run.storage.size(name) is not None:
-        yield from _read(run, name)
-
-
 def _round_files(run: RunFolder) -> list[str]:
     return sorted(f"{_FOLDER}/{name}" for name in run.storage.names(_FOLDER) if name.endswith(".jsonl"))
 
@@ -153,11 +162,11 @@ def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
 def redact_retries(
     run: RunFolder, removed: Mapping[int, Collection[int]], is_removed: Callable[[object], bool]
 ) -> None:
-    """Takes captions and URLs of removed rows out of the rounds, and tells the records of those shards.
+    """Deletes captions and URLs of removed rows from the rounds, and updates the records of their shards.
 
     Args:
         removed: rows by shard index.
-        is_removed: whether a source row is to go too.
+        is_removed: whether a source row must be removed too.
     """
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
@@ -174,7 +183,7 @@ def redact_retries(
             for group in run.started_groups():
                 record = run.read_record(group, shard.name)
                 if record is not None:
-                    run.storage.write_json(run.record_name(group, shard.name), {**record, "input": shard.digest})
+                    run.write_record(replace(record, input=shard.digest))
 
 
 def _without_content(row: object) -> object:

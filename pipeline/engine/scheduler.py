@@ -11,19 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from pipeline.engine.ledger import Ledger
 from pipeline.engine.progress import Progress
-from pipeline.engine.retries import retried_rows
+from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
 from pipeline.errors import PipelineError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.task import TaskOutcome, TaskRequest
-from pipeline.plan import Plan
 from pipeline.signals import StopSignals
 from pipeline.stage import Shard, Stage
 from pipeline.storage import BackgroundTasks
 from pipeline.storage.events import EventLog
-from pipeline.storage.run_folder import RunFolder
 
 
 @dataclass(slots=True)
@@ -36,7 +33,7 @@ class _AdmittedShard:
     present: set[str]
     """Groups committed so far."""
     running: int = 0
-    """Tasks handed over, or waiting for their next try."""
+    """Tasks submitted, or waiting for their next try."""
     failed: bool = False
     losses: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By stage and kind: how often the worker or the node was lost."""
@@ -44,38 +41,35 @@ class _AdmittedShard:
 
 _MAX_LISTED_FAILURES = 20
 _POLL_S = 1.0
-_MAX_NODE_LOSSES = 20  # of one task; then it is the task that brings nodes down
+_MAX_NODE_LOSSES = 20  # of one task; after that the task itself is assumed to crash nodes
 
 
 class Scheduler:
-    """Runs a plan to its end on an executor."""
+    """Runs a plan on an executor until every shard is finished or has failed."""
 
     def __init__(
         self,
-        plan: Plan,
-        run: RunFolder,
+        state: RunState,
         executor: Executor,
         events: EventLog,
         progress: Progress,
         config: ExecutionConfig,
         stop: StopSignals,
-        *,
-        restart: bool = False,
     ):
-        self.plan = plan
-        self.run = run
+        self.plan = state.plan
+        self.run = state.run
+        self.ledger = state.ledger
+        self.retried_rows = state.retries.rows
         self.executor = executor
         self.events = events
         self.progress = progress
         self.config = config
         self.stop = stop
-        self.background = BackgroundTasks(run.storage)
-        self.ledger = Ledger(plan, run, restart=restart)
-        self.retried_rows = retried_rows(run)
+        self.background = BackgroundTasks(self.run.storage)
         self.tally = Tally()
-        self.jobs: dict[int, _AdmittedShard] = {}
+        self.admitted: dict[int, _AdmittedShard] = {}
         self.later: list[tuple[float, Stage, _AdmittedShard, int]] = []
-        """Further tries: when (monotonic clock), and which."""
+        """Further tries: time (monotonic clock), stage, shard, attempt."""
         self.failed_shards: list[int] = []
         self.failures: Counter[str] = Counter()
         """Stage -> shards it failed on."""
@@ -84,27 +78,27 @@ class Scheduler:
     def execute(self) -> Tally:
         """Runs every shard that is not finished.
 
-        A failing shard is retried, then set aside with its traceback; the others go on. Once told to stop, it lets
-        running tasks finish and begins nothing more.
+        A failing shard is retried, then skipped and its traceback recorded; the others continue. After a stop signal
+        running tasks finish and no other task starts.
 
         Raises:
             PipelineError: no shard can succeed, the inputs changed, or another run has taken the folder over.
-            KeyboardInterrupt, PreemptedError: told to stop.
+            KeyboardInterrupt, PreemptedError: stopped by a signal.
         """
         shards = self._unfinished()
         exhausted = False
-        while self.jobs or not exhausted:
+        while self.admitted or not exhausted:
             if self.stop.received:
                 self._finish_running(self.stop.received)
-            while not exhausted and not self.stop.received and len(self.jobs) < self.executor.window:
+            while not exhausted and not self.stop.received and len(self.admitted) < self.executor.window:
                 job = next(shards, None)
                 if job is None:
                     exhausted = True
                     break
-                self.jobs[job.shard.index] = job
+                self.admitted[job.shard.index] = job
                 self._submit_ready(job)
             self._submit_due()
-            if self.jobs:
+            if self.admitted:
                 self._wait()
         self.background.finish()
         self.ledger.check_leftovers()
@@ -114,16 +108,16 @@ class Scheduler:
 
     def _finish_running(self, signal_number: int) -> NoReturn:
         self.executor.withdraw()
-        self.progress.note(
+        self.progress.message(
             f"{signal.Signals(signal_number).name}: finishing {self.executor.num_tasks} running tasks, "
-            f"for at most {self.config.grace_s:g} s; once more to stop at once"
+            f"for at most {self.config.grace_s:g} s; send it again to stop at once"
         )
         while self.executor.num_tasks:
             self._wait()
         self.stop.raise_stop()
 
     def _wait(self) -> None:
-        """Handles what has finished; returns soon, to look after signals and further tries."""
+        """Handles finished tasks; returns soon, so that signals and further tries are handled too."""
         now = time.monotonic()
         timeout_s = min([_POLL_S, *(max(0.0, due - now) for due, *_ in self.later)])
         if not self.executor.num_tasks:
@@ -135,7 +129,7 @@ class Scheduler:
             self.run.lease.check()
 
     def _unfinished(self) -> Iterator[_AdmittedShard]:
-        """Streams the shards that still need work; counts those that do not."""
+        """Streams the shards that still need work; counts the finished ones."""
         for shard, finished in self.ledger.finished(self.plan.shards()):
             self.tally.shards += 1
             self.tally.input_rows += shard.num_rows
@@ -169,7 +163,7 @@ class Scheduler:
 
     def _submit(self, stage: Stage, job: _AdmittedShard, attempt: int) -> None:
         wanted = frozenset(group.name for group in stage.groups if group.name not in job.present)
-        fingerprints = {name: self.ledger.fingerprints[name] for name in wanted}
+        fingerprints = {name: self.plan.digests[name] for name in wanted}
         retried = frozenset(self.retried_rows.get(job.shard.index, ()))
         alone = job.losses[stage.name, "worker"] > 0
         request = TaskRequest(
@@ -179,7 +173,7 @@ class Scheduler:
 
     def _handle(self, outcome: TaskOutcome) -> None:
         request = outcome.request
-        job = self.jobs[request.shard.index]
+        job = self.admitted[request.shard.index]
         job.running -= 1
         if outcome.error is None:
             self._succeed(job, outcome)
@@ -187,7 +181,7 @@ class Scheduler:
             self._fail(job, outcome)
         if not job.running and not self.stop.received:
             self._drop_transient(job.shard)
-            del self.jobs[job.shard.index]
+            del self.admitted[job.shard.index]
             self.progress.finish(job.shard)
 
     def _succeed(self, job: _AdmittedShard, outcome: TaskOutcome) -> None:
@@ -205,7 +199,7 @@ class Scheduler:
             setup_s=round(outcome.setup_s, 4),
             cpu_s=round(outcome.cpu_s, 4),
             **({"node": outcome.node} if outcome.node else {}),
-            groups={n: {"rows": r["rows"], "drops": r["drops"]} for n, r in outcome.records.items()},
+            groups={n: {"rows": r.rows, "drops": dict(r.drops)} for n, r in outcome.records.items()},
         )
         self.progress.task_done(outcome)
         self._submit_ready(job)
@@ -224,7 +218,7 @@ class Scheduler:
             error = PipelineError(outcome.error)
             error.exit_code = outcome.fatal_exit_code
             raise error
-        if self._again(job, outcome):
+        if self._may_retry(job, outcome):
             stage = next(s for s in self.plan.stages if s.name == request.stage)
             delay_s = 0.0 if outcome.lost == "node" else self.config.retry_delay_s * 2 ** (request.attempt - 1)
             due = time.monotonic() + delay_s
@@ -253,11 +247,11 @@ class Scheduler:
             raise PipelineError(
                 f"{request.stage} failed on each of its first {self.failures[request.stage]} shards "
                 f"(execution.give_up_after_shards), so the others are not tried. Last: {outcome.error}\n"
-                f"Tracebacks: {self.run.url}/{self.run.failures}. Mend the cause and run the same command again."
+                f"Tracebacks: {self.run.url}/{self.run.failures}. Fix the cause and run the same command again."
             )
 
-    def _again(self, job: _AdmittedShard, outcome: TaskOutcome) -> bool:
-        """Whether to try once more. Errors and dead workers each have `max_attempts`."""
+    def _may_retry(self, job: _AdmittedShard, outcome: TaskOutcome) -> bool:
+        """Whether to try again. Errors and lost workers each have `max_attempts`."""
         if not outcome.lost:
             return outcome.request.attempt < self.config.max_attempts
         loss = (outcome.request.stage, outcome.lost)

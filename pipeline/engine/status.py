@@ -26,10 +26,8 @@ def run_status(place: str) -> dict[str, object]:
             shards = rows = 0
             drops: dict[str, int] = {}
             for record in run.records(name):
-                shards, rows = shards + 1, rows + int(str(record["rows"]))
-                reasons = record["drops"]
-                assert isinstance(reasons, dict)
-                for reason, count in reasons.items():
+                shards, rows = shards + 1, rows + record.rows
+                for reason, count in record.drops.items():
                     drops[reason] = drops.get(reason, 0) + count
             groups[name] = {"shards": shards, "rows": rows, "drops": drops}
     summary = run.storage.read_json(SUMMARY)
@@ -44,7 +42,7 @@ def run_status(place: str) -> dict[str, object]:
 
 
 def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:
-    """The last of the lines in `metrics.jsonl`, which a training writes; a line that is being written is none yet."""
+    """The last complete line of `metrics.jsonl`, which a training writes."""
     if run.storage.size(METRICS) is None:
         return None
     for line in reversed(run.storage.read(METRICS).splitlines()):

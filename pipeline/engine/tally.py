@@ -4,7 +4,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.storage.run_folder import Record
+from pipeline.storage.record import Record
 
 
 @dataclass(slots=True)
@@ -20,11 +20,10 @@ class Tally:
     """The first few failed tasks: shard, stage, error."""
 
     def add(self, record: Record) -> None:
-        tally = self.groups.setdefault(str(record["group"]), GroupTally())
-        tally.add(record)
+        self.groups.setdefault(record.group, GroupTally()).add(record)
 
-    def leave_out(self, group: str, drops: Mapping[str, int]) -> None:
-        """Takes back drops of rows that were tried again: they are counted where they were tried last."""
+    def subtract_retried(self, group: str, drops: Mapping[str, int]) -> None:
+        """Subtracts drops of rows that were tried again: they count in the shard that tried them last."""
         self.input_rows -= sum(drops.values())
         counted = self.groups[group].drops if group in self.groups else {}
         for reason, count in drops.items():
@@ -44,15 +43,11 @@ class GroupTally:
     counters: dict[str, float] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        files, drops, counters = record["files"], record["drops"], record["counters"]
-        assert isinstance(files, list)
-        assert isinstance(drops, dict)
-        assert isinstance(counters, dict)
         self.shards += 1
-        self.rows += int(str(record["rows"]))
-        self.bytes += sum(file["bytes"] for file in files)
-        for reason, count in drops.items():
+        self.rows += record.rows
+        self.bytes += record.bytes
+        for reason, count in record.drops.items():
             self.drops[reason] = self.drops.get(reason, 0) + count
-        for name, value in counters.items():
+        for name, value in record.counters.items():
             merge = min if name.endswith("_min") else max if name.endswith("_max") else operator.add
             self.counters[name] = merge(self.counters[name], value) if name in self.counters else value

@@ -1,4 +1,4 @@
-"""The executor interface: runs tasks somewhere and reports them back. It decides nothing else."""
+"""The executor interface: runs tasks and returns their outcomes. The scheduler decides everything else."""
 
 import os
 from abc import ABC, abstractmethod
@@ -12,26 +12,26 @@ from pipeline.stage import Stage
 
 
 class ExecutionConfig(Config):
-    """How much runs at once. Changes nothing in the result."""
+    """Parallelism, retries and stopping. Changes nothing in the result."""
 
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs to use on this machine; default all. Ignored when joining a cluster with --address."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Ray resources of the cluster that each task off the GPU asks for beside its CPUs, as `{cpu_node: 0.001}`: puts
-    them on the nodes that have it. Ignored without --address."""
+    """Custom Ray resources that each task without a GPU requests in addition to its CPUs, as `{cpu_node: 0.001}`:
+    places these tasks on the nodes that declare them. Ignored without --address."""
     idle_release_s: float = Field(default=300.0, gt=0)
-    """A Ray worker that has had no task for so long is ended, and its GPU given back; made anew when needed."""
+    """A Ray worker without a task for this long is stopped and its GPU released; it starts again when needed."""
     max_in_flight_shards: int | None = Field(default=None, ge=1)
     """Shards admitted at once (backpressure); default twice the workers, at least 4."""
     max_attempts: int = Field(default=3, ge=1)
-    """Tries of a failing shard before it is set aside with its traceback; deaths of its worker count apart, and the
-    loss of a node does not count."""
+    """Tries of a failing shard before it is skipped and its traceback recorded; deaths of its worker are counted
+    separately, and the loss of a node does not count."""
     retry_delay_s: float = Field(default=5.0, ge=0)
-    """Seconds before the second try; twice as many before each further one."""
+    """Seconds before the second try; doubled for each further try."""
     give_up_after_shards: int = Field(default=8, ge=1)
-    """The run ends if a stage fails on so many shards and has not succeeded on any: the cause is not in the data."""
+    """The run ends if a stage fails on this many shards without a success: the cause is not in the data."""
     grace_s: float = Field(default=10.0, ge=0)
-    """Seconds that running tasks get to finish after Ctrl-C, SIGTERM or SIGHUP; a second signal ends them at once."""
+    """Seconds in which running tasks may finish after Ctrl-C, SIGTERM or SIGHUP; a second signal ends them at once."""
 
 
 class Executor(ABC):
@@ -51,11 +51,11 @@ class Executor(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float) -> list[TaskOutcome]:
-        """Blocks until at least one task has finished or the time is over; returns those that have."""
+        """Blocks until at least one task has finished or the timeout has passed; returns the finished tasks."""
 
     @abstractmethod
     def withdraw(self) -> None:
-        """Forgets tasks that have not started yet, as far as it can tell."""
+        """Drops tasks that have not started yet, as far as this is known."""
 
     @abstractmethod
     def close(self) -> None:
@@ -63,5 +63,5 @@ class Executor(ABC):
 
 
 def usable_cpus() -> int:
-    """CPUs this process may run on."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

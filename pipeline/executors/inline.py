@@ -9,7 +9,7 @@ from pipeline.storage.run_folder import RunFolder
 
 
 class InlineExecutor(Executor):
-    """No parallelism, no other process; same tasks, same results."""
+    """No parallelism and no other process; the same tasks give the same results."""
 
     window = 1
 

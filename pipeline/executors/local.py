@@ -20,7 +20,7 @@ from pipeline.storage.run_folder import RunFolder
 
 
 class LocalExecutor(Executor):
-    """Workers of one process and one task each, so that a death is the fault of the task that it ends."""
+    """Each worker has one process and one task, so the death of a worker is attributed to its task."""
 
     def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig):
         self.run = run
@@ -33,7 +33,7 @@ class LocalExecutor(Executor):
         self.running: dict[Future[TaskOutcome], tuple[_Pool, _Worker, TaskRequest]] = {}
 
     def _own_pool(self, stage: Stage) -> "_Pool":
-        """One worker for each GPU, or part of a GPU, and tasks that keep models."""
+        """One worker per GPU, or fraction of a GPU, for a stage whose workers keep their models."""
         num_gpus = stage.resources.num_gpus
         slots = [None] if not self.gpus or num_gpus == 0 else self.gpus * max(1, int(1 / (num_gpus or 1)))
         count = stage.max_workers or len(slots)
@@ -49,7 +49,7 @@ class LocalExecutor(Executor):
         self._feed(pool)
 
     def _feed(self, pool: "_Pool") -> None:
-        """Hands waiting tasks to idle workers, those that have started first."""
+        """Hands waiting tasks to idle workers; workers with a running process come first."""
         while pool.waiting and pool.idle:
             worker = max(pool.idle, key=lambda worker: worker.process is not None)
             pool.idle.remove(worker)
@@ -83,7 +83,7 @@ class LocalExecutor(Executor):
 
 @dataclass(eq=False)
 class _Pool:
-    """Workers, and what waits for one of them."""
+    """Workers, and the tasks that wait for one of them."""
 
     workers: list["_Worker"]
     waiting: deque[tuple[Stage, TaskRequest]] = field(default_factory=deque)
@@ -93,7 +93,7 @@ class _Pool:
 
 
 class _Worker:
-    """A process that is started for its first task, and again after its death."""
+    """A process that starts with its first task, and again after its death."""
 
     def __init__(self, gpu: str | None):
         self.gpu = gpu
@@ -103,10 +103,10 @@ class _Worker:
         if self.process is not None:
             try:
                 return self.process.submit(run_task, stage, run, request)
-            except BrokenProcessPool:  # it was killed while it had nothing to do
+            except BrokenProcessPool:  # it was killed while it was idle
                 self.stop()
         with stop_signals_held():
-            resource_tracker.ensure_running()  # it lets some of the signals through again when it starts
+            resource_tracker.ensure_running()  # its start unblocks some of the signals
         with stop_signals_held():
             self.process = ProcessPoolExecutor(
                 1,
@@ -117,7 +117,7 @@ class _Worker:
             return self.process.submit(run_task, stage, run, request)
 
     def stop(self) -> None:
-        """Kills the process; what it has half-written is under temporary names."""
+        """Kills the process; its unfinished files have temporary names."""
         if self.process is None:
             return
         processes = list((self.process._processes or {}).values())
@@ -130,7 +130,7 @@ class _Worker:
 
 
 def _start_worker(gpu: str | None) -> None:
-    """Pins the worker to its GPU, and ends it when the driver is gone, however it died."""
+    """Pins the worker to its GPU, and ends it when the driver has ended for any reason."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     parent = multiprocessing.parent_process()
@@ -144,7 +144,7 @@ def _start_worker(gpu: str | None) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """GPU ids as CUDA_VISIBLE_DEVICES takes them; the driver itself never loads CUDA."""
+    """GPU ids in the form of CUDA_VISIBLE_DEVICES; the driver itself never loads CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]

@@ -1,6 +1,6 @@
 """Runs tasks on Ray: plain Ray tasks for stateless stages, actors for stages that keep a model.
 
-Ray schedules and places; this file hands over tasks, collects results, and follows the cluster as it changes.
+Ray schedules and places; this file submits tasks, collects results, and follows changes of the cluster.
 """
 
 import logging
@@ -18,13 +18,13 @@ from pipeline.storage.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 10.0  # between looks at the cluster
-_STARVED_S = 30.0  # then the user is told what others hold
+_REFRESH_S = 10.0  # between checks of the cluster
+_STARVED_S = 30.0  # after this the user is informed of busy resources
 _REPEAT_S = 300.0
 
 
 class RayExecutor(Executor):
-    """Joins the cluster at `address`, or starts Ray on this machine for the length of the run."""
+    """Joins the cluster at `address`, or starts Ray on this machine for the duration of the run."""
 
     def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig, address: str | None):
         self.stages = {stage.name: stage for stage in stages}
@@ -33,12 +33,12 @@ class RayExecutor(Executor):
         self.address = address
         self.started = False
         self.nodes: list[ClusterNode] = []
-        self.looked = 0.0
-        self.told: dict[str, float] = {}
+        self.refreshed = 0.0
+        self.warned: dict[str, float] = {}
         self.running: dict[Any, tuple[WorkerPool | None, RayWorker | None, TaskRequest | None]] = {}
         self.pools: dict[str, WorkerPool] = {}
         self.demands: dict[str, Demand] = {}
-        # Before Ray is up only this machine is known; `_look` sets the cluster's window.
+        # Before Ray is up only this machine is known; `_refresh` sets the cluster's window.
         self.window = config.max_in_flight_shards or 4
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
@@ -50,7 +50,7 @@ class RayExecutor(Executor):
             self.running[reference] = (None, None, request)
         else:
             pool.waiting.append(request)
-            self._note(pool, pool.feed())
+            self._track(pool, pool.feed())
 
     @property
     def num_tasks(self) -> int:
@@ -60,13 +60,13 @@ class RayExecutor(Executor):
     def wait(self, timeout_s: float) -> list[TaskOutcome]:
         import ray
 
-        if time.monotonic() - self.looked > _LOOK_S:
-            self._look(living_nodes())
+        if time.monotonic() - self.refreshed > _REFRESH_S:
+            self._refresh(living_nodes())
         try:
             ready, _ = ray.wait(list(self.running), num_returns=1, timeout=timeout_s)
-            if ready:  # take all that are ready by now, in one go
+            if ready:  # take all ready ones at once
                 ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-        except SystemError as error:  # how Ray's C++ hands on what a signal handler raised
+        except SystemError as error:  # how Ray's C++ passes on what a signal handler raised
             raise error.__cause__ or error from None
         outcomes = [self._collect(reference) for reference in ready]
         return [outcome for outcome in outcomes if outcome is not None]
@@ -86,7 +86,7 @@ class RayExecutor(Executor):
         ray.shutdown()
         self.started = False
 
-    def _note(self, pool: WorkerPool, started: list[Started]) -> None:
+    def _track(self, pool: WorkerPool, started: list[Started]) -> None:
         for reference, worker, request in started:
             self.running[reference] = (pool, worker, request)
 
@@ -113,13 +113,13 @@ class RayExecutor(Executor):
                 pool.start_failed(failure)
             if failure is not None:
                 if isinstance(failure, ActorUnavailableError):
-                    worker.node = ""  # nobody knows; it is no fault of its other tasks
+                    worker.node = ""  # unknown; its other tasks are not to blame
                 pool.drop(worker)
-            self._note(pool, pool.feed())
+            self._track(pool, pool.feed())
         return outcome
 
     def _lost(self, request: TaskRequest, error: Exception, worker: RayWorker | None) -> TaskOutcome:
-        """The outcome of a task that Ray could not bring to its end: was it the node, or the worker alone?"""
+        """The outcome of a task that Ray could not finish: was the node lost, or only the worker?"""
         from ray.exceptions import (
             ActorUnavailableError,
             NodeDiedError,
@@ -147,7 +147,7 @@ class RayExecutor(Executor):
         self.remote_task, self.stage_refs = {}, {}
         for name, stage in self.stages.items():
             demand = self.demands[name] = self._demand(stage, nodes)
-            # The scheduler tries again, not Ray: it knows whose fault it was, and Ray retries without end for memory.
+            # The scheduler retries, not Ray: it knows the cause, and Ray retries out-of-memory kills without end.
             placement = {
                 "num_cpus": demand.get("CPU", 0),
                 "num_gpus": demand.get("GPU", 0),
@@ -159,41 +159,41 @@ class RayExecutor(Executor):
             else:
                 actor = ray.remote(StageActor).options(max_concurrency=stage.tasks_per_worker, **placement)
                 self.pools[name] = WorkerPool(stage, self.run, demand, actor, self.stage_refs[name])
-        self._look(nodes)
+        self._refresh(nodes)
 
     def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
-        """What a task or worker of the stage asks of a node. Off the cluster it never exceeds this machine."""
+        """Resources that a task or worker of the stage requests; without a cluster at most those of this machine."""
         wanted, joined = stage.resources, self.address is not None
         gpus = wanted.num_gpus
         if gpus is None or not joined:
             gpus = min(1.0 if gpus is None else gpus, total(nodes, "GPU"))
-        # Workers live as long as there is work. Off the GPU they reserve no CPU: they would starve the tasks.
+        # Workers live as long as there is work. Without a GPU they reserve no CPU: they would starve the tasks.
         cpus = 0.0 if stage.max_workers is not None and not gpus else wanted.num_cpus
         largest = max((node.resources.get("CPU", 0.0) for node in nodes), default=0.0)
         own = wanted.custom or ({} if gpus else self.config.resources)
         demand = {"CPU": min(cpus, largest or cpus), "GPU": gpus, **(own if joined else {})}
         return {name: amount for name, amount in demand.items() if amount}
 
-    def _look(self, nodes: list[ClusterNode]) -> None:
-        """Follows the cluster: window and number of workers, workers to end, tasks that no node can take."""
-        self.nodes, self.looked = nodes, time.monotonic()
+    def _refresh(self, nodes: list[ClusterNode]) -> None:
+        """Follows the cluster: window, number of workers, idle workers, tasks that no node can run."""
+        self.nodes, self.refreshed = nodes, time.monotonic()
         for pool in self.pools.values():
             pool.resize(nodes)
             pool.release_idle(self.config.idle_release_s)
-            self._note(pool, pool.feed())
+            self._track(pool, pool.feed())
         workers = max(1.0, total(nodes, "CPU")) + sum(pool.limit for pool in self.pools.values())
         self.window = self.config.max_in_flight_shards or max(4, 2 * int(workers))
         for name in {request.stage for _, _, request in self.running.values() if request} | set(self.pools):
-            self._tell_missing(name)
+            self._warn_missing(name)
 
-    def _tell_missing(self, name: str) -> None:
-        """Says what a stage waits for, if no node has it, or if none has had it free for long."""
+    def _warn_missing(self, name: str) -> None:
+        """Warns about the resources that a stage waits for, if no node has them or they have been busy for long."""
         demand, pool = self.demands[name], self.pools.get(name)
         starved = pool.starved_s() if pool else 0.0
         possible = not demand or any(node.room(demand) for node in self.nodes)
         idle = pool is not None and not pool.waiting
-        if idle or (possible and starved < _STARVED_S) or time.monotonic() < self.told.get(name, 0.0):
+        if idle or (possible and starved < _STARVED_S) or time.monotonic() < self.warned.get(name, 0.0):
             return
-        self.told[name] = time.monotonic() + _REPEAT_S
+        self.warned[name] = time.monotonic() + _REPEAT_S
         why = "all that have it are busy" if possible else "none has it"
         log.warning("%s waits for a node with %s: of %d nodes %s", name, describe(demand), len(self.nodes), why)

@@ -1,4 +1,4 @@
-"""The Ray cluster: joins or starts one, and says what its nodes have."""
+"""The Ray cluster: joins or starts one, and reads the resources of its nodes."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from pipeline.executors.base import usable_cpus
 log = logging.getLogger(__name__)
 
 Demand = Mapping[str, float]
-"""Ray resources that a task or worker occupies: CPU, GPU, and names of the cluster's own."""
+"""Ray resources that a task or worker occupies: CPU, GPU and custom ones."""
 
 _PROBE_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
@@ -29,7 +29,7 @@ class ClusterNode:
     resources: Demand
 
     def room(self, demand: Demand) -> int:
-        """Workers of this demand that the node holds when it is empty; a worker's part of a GPU is on one GPU."""
+        """Workers of this demand that fit on the empty node; a worker's fraction of a GPU is on one GPU."""
         return min(_times(name, self.resources.get(name, 0.0), amount) for name, amount in demand.items())
 
 
@@ -47,7 +47,7 @@ def living_nodes() -> list[ClusterNode]:
 
 
 def total(nodes: Iterable[ClusterNode], name: str) -> float:
-    """How much of a resource the nodes have together."""
+    """Amount of a resource on all nodes together."""
     return sum(node.resources.get(name, 0.0) for node in nodes)
 
 

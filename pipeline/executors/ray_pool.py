@@ -1,4 +1,4 @@
-"""Long-lived Ray workers of one stage: made while tasks wait, ended when idle, replaced when they die."""
+"""Long-lived Ray workers of one stage: started while tasks wait, stopped when idle, replaced when they die."""
 
 import contextlib
 import time
@@ -12,30 +12,30 @@ from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
 
-_PREFETCH = 1  # tasks that wait in a worker, beside those it runs
+_PREFETCH = 1  # tasks that wait in a worker, in addition to those that it runs
 _MAX_FAILED_STARTS = 3
 
 
 @dataclass(slots=True, eq=False)
 class RayWorker:
-    """An actor; it gets tasks once it has told its node."""
+    """An actor; it receives tasks once its node is known."""
 
     actor: Any
     node: str = ""
     num_running: int = 0
     alone: bool = False
-    """It runs a task that must have no other beside it."""
+    """It runs a task that must run without others."""
     since: float = field(default_factory=time.monotonic)
-    """Start of what it does now: waiting for a node, or for a task."""
+    """Start of its present wait, for a node or for a task (monotonic clock)."""
 
 
 Started = tuple[Any, RayWorker, TaskRequest | None]
-"""An object reference to wait for, its worker, and the task; no task: the start of the worker itself."""
+"""An object reference to wait for, its worker, and the task; None stands for the start of the worker itself."""
 
 
 class WorkerPool:
-    """Hands tasks to workers. More workers are asked of Ray only while tasks wait: pending ones are the demand that
-    an autoscaler sees."""
+    """Hands tasks to workers. More workers are requested from Ray only while tasks wait: an autoscaler sees the
+    pending ones as demand."""
 
     def __init__(self, stage: Stage, run: RunFolder, demand: Demand, actor_class: Any, stage_ref: Any):
         self.stage = stage
@@ -49,7 +49,7 @@ class WorkerPool:
         self.waiting: deque[TaskRequest] = deque()
 
     def resize(self, nodes: list[ClusterNode]) -> None:
-        """Sets how many workers there may be: as the stage says, else what the nodes' GPUs hold."""
+        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs."""
         room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
         self.limit = self.stage.max_workers or max(1, room)
 
@@ -88,14 +88,14 @@ class WorkerPool:
         """A worker could not be started.
 
         Raises:
-            MachineError: nor could those before it.
+            MachineError: nor could the previous ones.
         """
         self.failed_starts += 1
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise MachineError(f"{self.stage.name}: its workers cannot be started on Ray: {first_line(error)}")
 
     def drop(self, worker: RayWorker) -> None:
-        """Ends a worker; `feed` makes another one if there is need."""
+        """Stops a worker; `feed` starts another one if it is needed."""
         import ray
         from ray.exceptions import RayError
 
@@ -104,14 +104,14 @@ class WorkerPool:
             ray.kill(worker.actor)
 
     def release_idle(self, idle_s: float) -> None:
-        """Ends workers that have had nothing to do for so long, so that their node can be given back."""
+        """Stops workers that have been idle for this long, so that their node can be released."""
         if not self.waiting:
             for worker in self.workers:
                 if not worker.num_running and time.monotonic() - worker.since > idle_s:
                     self.drop(worker)
 
     def starved_s(self) -> float:
-        """Seconds for which tasks have waited for a worker that Ray has found no place for."""
+        """Seconds for which tasks have waited for a worker that Ray could not place."""
         if not self.waiting:
             return 0.0
         return max((time.monotonic() - worker.since for worker in self.workers if not worker.node), default=0.0)
@@ -125,7 +125,7 @@ class StageActor:
         self.run = run
 
     def node(self) -> str:
-        """Id of the node it is on."""
+        """Id of its node."""
         return node_id()
 
     def process(self, request: TaskRequest) -> TaskOutcome:
@@ -133,7 +133,7 @@ class StageActor:
 
 
 def run_here(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
-    """Runs the task in this Ray process and notes the node."""
+    """Runs the task in this Ray process and records the node."""
     outcome = run_task(stage, run, request)
     outcome.node = node_id()
     return outcome

@@ -16,7 +16,7 @@ def make_executor(
     """Builds the executor of this name.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no such executor.
     """
     if kind not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {kind!r})")

@@ -1,7 +1,7 @@
 """Runs one task in a worker: the stage, then the commit protocol.
 
 Files are written under temporary names or on local scratch, made durable and published; then the quarantine list; last
-the completion record. A process killed at any point leaves either a whole (group, shard) or none.
+the completion record. A process that is killed at any point leaves a (group, shard) either complete or absent.
 """
 
 import json
@@ -19,6 +19,7 @@ from pipeline.stage import GroupResult, Shard, Stage, Task
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
+from pipeline.storage.record import CommittedFile, Record
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -34,30 +35,30 @@ class TaskRequest:
     present: frozenset[str] = frozenset()
     """Groups committed for this shard when the request was made."""
     retried_rows: frozenset[int] = frozenset()
-    """Rows that a retry round has taken over; the shard they came from leaves them out."""
+    """Rows that a retry round tries again; the shard they came from leaves them out."""
     attempt: int = 1
     alone: bool = False
-    """A worker died of it, or beside it: nothing else may run in its worker."""
+    """A worker died while it ran this task: no other task may run in its worker at the same time."""
 
 
 @dataclass(slots=True)
 class TaskOutcome:
-    """What the driver learns of a finished task."""
+    """What a worker reports about a finished task."""
 
     request: TaskRequest
     seconds: float = 0.0
     setup_s: float = 0.0
-    """Of `seconds`, what a worker spends once: loading packages and models."""
+    """Part of `seconds` that a worker spends once: loading packages and models."""
     cpu_s: float = 0.0
-    """Processor time of all threads of the worker, without `setup_s`."""
-    records: dict[str, dict[str, object]] = field(default_factory=dict)
+    """CPU time of all threads of the worker, without `setup_s`."""
+    records: dict[str, Record] = field(default_factory=dict)
     error: str | None = None
     """Message of the failure, or None."""
     traceback: str = ""
     lost: Literal["", "worker", "node"] = ""
-    """The task did not fail: the worker that ran it died, or its whole node."""
+    """The task did not fail: the worker that ran it died, or its node was lost."""
     node: str = ""
-    """Ray's id of the node it ran on."""
+    """Ray's id of the node that ran it."""
     fatal_exit_code: int | None = None
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 
@@ -91,7 +92,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
 
 
 def _prepare(stage: Stage, run: RunFolder) -> Stage:
-    """The stage with its models loaded; once in a process."""
+    """The stage with its models loaded; loads them once per process."""
     key = digest([run.url, stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
     with _prepare_lock:
         if key not in _prepared:
@@ -101,12 +102,12 @@ def _prepare(stage: Stage, run: RunFolder) -> Stage:
 
 
 def release_stages() -> None:
-    """Lets go of the models this process has loaded."""
+    """Releases the models that this process has loaded."""
     with _prepare_lock:
         _prepared.clear()
 
 
-def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[str, object]]:
+def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, Record]:
     missing = request.wanted - task.results.keys()
     assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
     if run.lease is not None and not isinstance(run.storage, LocalStorage):
@@ -114,26 +115,26 @@ def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, dict[
     return {group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)}
 
 
-def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> dict[str, object]:
+def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> Record:
     result = task.results[group]
     files = []
     for name, local in task.outputs(group).items():
-        files.append({"path": name, "bytes": os.path.getsize(local), "sha256": file_digest(local)})
+        files.append(CommittedFile(name, os.path.getsize(local), file_digest(local)))
         run.storage.publish(local, name)
     _write_quarantine(run, task.shard, group, result)
-    record: dict[str, object] = {
-        "group": group,
-        "shard": task.shard.index,
-        "fingerprint": fingerprint,
-        "input": task.shard.digest,
-        "input_rows": task.shard.num_rows,
-        "rows": result.rows,
-        "drops": dict(sorted(Counter(drop.reason for drop in result.drops).items())),
-        "files": files,
-        "counters": dict(result.counters),
-        "info": dict(result.info),
-    }
-    run.storage.write_json(run.record_name(group, task.shard.name), record)
+    record = Record(
+        group=group,
+        shard=task.shard.index,
+        fingerprint=fingerprint,
+        input=task.shard.digest,
+        input_rows=task.shard.num_rows,
+        rows=result.rows,
+        drops=dict(sorted(Counter(drop.reason for drop in result.drops).items())),
+        files=tuple(files),
+        counters=dict(result.counters),
+        info=dict(result.info),
+    )
+    run.write_record(record)
     return record
 
 

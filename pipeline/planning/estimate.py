@@ -13,24 +13,24 @@ from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedStag
 from pipeline.planning.survey import Counted, Survey
 from pipeline.stage import Stage
 
-_PLAYED_SHARDS = 400
+_SIMULATED_SHARDS = 400
 _TB = 1e12
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a prediction rests on."""
+    """The basis of a prediction."""
 
     survey: Survey
     counted: Mapping[str, Counted]
-    """Work by stage, an input row."""
+    """Work per input row, by stage."""
     measured: Measured | None = None
     hardware: Hardware | None = None
     executor: str = "ray"
     window: int | None = None
     """`execution.max_in_flight_shards`."""
     profile: str | None = None
-    """None: the measured machine itself."""
+    """Name of the hardware profile; None means this machine."""
 
     @property
     def kept(self) -> float:
@@ -38,18 +38,18 @@ class Basis:
 
 
 def expected_bytes(plan: Plan, basis: Basis) -> dict[str, int | None]:
-    """Bytes still to write of each lasting group; None where nothing is known."""
+    """Bytes still to write of each lasting group; None if unknown."""
     result: dict[str, int | None] = {}
     makers = {group.name: stage for stage in plan.stages for group in stage.groups}
     for name, group in basis.survey.groups.items():
-        line = _bytes_line(makers[name], name, basis)
+        cost = _bytes_cost(makers[name], name, basis)
         rows = group.rows_to_do * basis.kept
-        result[name] = None if line is None else round(group.shards_to_do * line.fixed + rows * line.slope)
+        result[name] = None if cost is None else round(group.shards_to_do * cost.fixed + rows * cost.slope)
     return {n: 0 if not basis.survey.groups[n].shards_to_do else b for n, b in result.items()}
 
 
-def _bytes_line(stage: Stage, group: str, basis: Basis) -> LinearCost | None:
-    """By rows that are kept: counted, else measured, else what the stage knows by itself."""
+def _bytes_cost(stage: Stage, group: str, basis: Basis) -> LinearCost | None:
+    """Bytes by kept rows: counted, else measured, else the stage's own estimate; None if unknown."""
     if stage.name in basis.counted:
         return LinearCost(0.0, basis.counted[stage.name].bytes[group])
     if basis.measured and stage.name in basis.measured.stages:
@@ -59,7 +59,7 @@ def _bytes_line(stage: Stage, group: str, basis: Basis) -> LinearCost | None:
 
 
 def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> dict[str, Any]:
-    """The whole prediction, as JSON; of the stages that still have something to do.
+    """The prediction as JSON, of the stages that still have work to do.
 
     Raises:
         ConfigError: the profile lacks a number.
@@ -70,9 +70,9 @@ def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> 
     simulated_stages = [
         _simulated_stage(plan, stage, basis, hardware) for stage in plan.stages if stage.name in needed
     ]
-    machine = _machine(simulated_stages, basis, hardware)
+    cluster = _cluster(simulated_stages, basis, hardware)
     batches = [(SimulatedShard(b.needs, b.rows), b.count) for b in basis.survey.work if b.needs]
-    simulation = _simulate(simulated_stages, batches, machine)
+    simulation = _simulate(simulated_stages, batches, cluster)
     start_s = basis.measured.run_start_s if basis.measured and basis.profile is None else 0.0
     seconds = simulation.seconds + start_s if batches else 0.0
     stages = [_stage(plan, s, basis, hardware, simulation, batches, bytes_to_do) for s in simulated_stages]
@@ -81,7 +81,7 @@ def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> 
         "seconds": round(seconds, 1),
         "run_start_s": round(start_s, 1),
         "kept": round(basis.kept, 4),
-        "bottleneck": _bottleneck(simulated_stages, machine, simulation, seconds),
+        "bottleneck": _bottleneck(simulated_stages, cluster, simulation, seconds),
         "stages": stages,
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
         "usd_compute": None if hardware.usd_per_hour is None else hardware.usd_per_hour * seconds / 3600,
@@ -131,7 +131,7 @@ def _simulated_stage(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware)
 
 
 def _workers(stage: Stage, hardware: Hardware) -> tuple[int | None, float]:
-    """Workers of its own (None: none), and GPUs of each."""
+    """Number of its own workers (None means the shared processes), and GPUs per worker."""
     if stage.max_workers is None:
         return None, 0.0
     wanted = 1.0 if stage.resources.num_gpus is None else stage.resources.num_gpus
@@ -145,7 +145,7 @@ def _tflops(hardware: Hardware, dtype: str) -> float:
     return hardware.tflops[dtype]
 
 
-def _machine(simulated_stages: Sequence[SimulatedStage], basis: Basis, hardware: Hardware) -> SimulatedCluster:
+def _cluster(simulated_stages: Sequence[SimulatedStage], basis: Basis, hardware: Hardware) -> SimulatedCluster:
     capacity = {"cpus": float(hardware.num_cpus)}
     if hardware.num_gpus:
         capacity["gpus"] = float(hardware.num_gpus)
@@ -160,15 +160,15 @@ def _machine(simulated_stages: Sequence[SimulatedStage], basis: Basis, hardware:
 def _simulate(
     simulated_stages: Sequence[SimulatedStage],
     batches: Sequence[tuple[SimulatedShard, int]],
-    machine: SimulatedCluster,
+    cluster: SimulatedCluster,
 ) -> SimulationResult:
-    """Plays all shards, or so many of a large run that its pace is known."""
+    """Simulates all shards, or of a large run enough of them to extrapolate."""
     total = sum(count for _, count in batches)
-    most = max(_PLAYED_SHARDS, 8 * machine.window)
+    most = max(_SIMULATED_SHARDS, 8 * cluster.window)
     if total <= most:
-        return simulate(simulated_stages, _spread(batches, total), machine)
-    short, long = (simulate(simulated_stages, _spread(batches, n), machine) for n in (most // 2, most))
-    further = (total - most) / (most - most // 2)  # times what the second half of those played has added
+        return simulate(simulated_stages, _spread(batches, total), cluster)
+    short, long = (simulate(simulated_stages, _spread(batches, n), cluster) for n in (most // 2, most))
+    further = (total - most) / (most - most // 2)  # in multiples of the second half of the simulated shards
     return SimulationResult(
         seconds=long.seconds + further * (long.seconds - short.seconds),
         busy_s={name: value + further * (value - short.busy_s[name]) for name, value in long.busy_s.items()},
@@ -177,7 +177,7 @@ def _simulate(
 
 
 def _spread(batches: Sequence[tuple[SimulatedShard, int]], count: int) -> list[SimulatedShard]:
-    """So many of the jobs, evenly spread, in order."""
+    """This number of shards, evenly spread over the batches, in order."""
     total = sum(n for _, n in batches)
     jobs: list[SimulatedShard] = []
     seen = 0
@@ -217,7 +217,7 @@ def _stage(
 
 
 def _parallel(simulated: SimulatedStage, hardware: Hardware) -> float:
-    """Tasks that run at once at full speed where no other stage is at work."""
+    """Tasks that run concurrently at full speed if no other stage runs."""
     limits = [simulated.workers or hardware.num_cpus / simulated.slots]
     capacity = {"cpus": hardware.num_cpus, "gpus": hardware.num_gpus, "network": hardware.network_gbit_per_s}
     limits += [have / simulated.uses[name] for name, have in capacity.items() if have and simulated.uses.get(name)]
@@ -225,12 +225,12 @@ def _parallel(simulated: SimulatedStage, hardware: Hardware) -> float:
 
 
 def _bottleneck(
-    simulated_stages: Sequence[SimulatedStage], machine: SimulatedCluster, simulation: SimulationResult, seconds: float
+    simulated_stages: Sequence[SimulatedStage], cluster: SimulatedCluster, simulation: SimulationResult, seconds: float
 ) -> dict[str, object]:
-    """What is busy for the largest part of the time: a resource of the machine, or the workers of a stage."""
+    """The resource of the machine, or the workers of a stage, with the largest busy fraction of the time."""
     if not seconds:
         return {"name": "nothing to do", "busy": 0.0}
-    busy = {name: used / machine.capacity[name] / seconds for name, used in simulation.used.items()}
+    busy = {name: used / cluster.capacity[name] / seconds for name, used in simulation.used.items()}
     for simulated in simulated_stages:
         if simulated.workers is not None:
             busy[f"workers of {simulated.name}"] = simulation.busy_s[simulated.name] / simulated.workers / seconds

@@ -1,48 +1,47 @@
-"""The machine a plan is for: this one, or one described by a profile."""
+"""The machine that a plan is for: this one, or one described by a profile."""
 
 from importlib.resources import files
 from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.cli.presets import _SUFFIX
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig, usable_cpus
 
 
 class Hardware(Config):
-    """A machine, and what it costs."""
+    """A machine and its prices."""
 
     num_gpus: int = Field(ge=0)
     """GPUs of the machine."""
     num_cpus: int = Field(ge=1)
     """CPUs, as the operating system counts them."""
     tflops: dict[str, float] = Field(default_factory=dict)
-    """Dense matrix products a second by type (`bfloat16`, `float32`), in 10^12 FLOP: of one GPU; without GPUs, of all
-    CPUs together."""
+    """Dense matrix multiplication by type (`bfloat16`, `float32`), in 10^12 FLOP per second: of one GPU; without GPUs,
+    of all CPUs together."""
     utilisation: float = Field(default=1.0, gt=0, le=1)
-    """Part of that rate an encoder reaches."""
+    """Fraction of this rate that an encoder reaches."""
     cpu_s_per_row: dict[str, float] = Field(default_factory=dict)
-    """CPU seconds a row of each stage that runs no model; `--probe` measures them instead."""
+    """CPU seconds per row of each stage that runs no model; `--probe` measures them instead."""
     original_bytes: int = Field(default=0, ge=0)
-    """Size of an image as fetched; `--probe` measures it instead."""
+    """Bytes of an original image; `--probe` measures them instead."""
     network_gbit_per_s: float | None = Field(default=None, gt=0)
-    """What all fetching together can reach; null: never the limit."""
+    """Download rate of all fetching together; null means that it is never the limit."""
     model_start_s: float = Field(default=0.0, ge=0)
-    """Before a worker's first batch: packages, and the model's weights from disk."""
+    """Seconds before a worker's first batch: loading packages, and the model's weights from disk."""
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
-    """Price of a GPU with its share of the machine; null: not known."""
+    """Price of a GPU with its share of the machine; null means unknown."""
     usd_per_cpu_hour: float | None = Field(default=None, ge=0)
-    """Price of a CPU of a machine without GPUs; null: not known."""
+    """Price of a CPU of a machine without GPUs; null means unknown."""
     usd_per_tb_month: float = Field(default=23.0, ge=0)
-    """Object store, 10^12 bytes for a month. Default: list price of Amazon S3 Standard, first 50 TB."""
+    """Price of 10^12 bytes in an object store for a month. Default: list price of Amazon S3 Standard, first 50 TB."""
     usd_per_million_puts: float = Field(default=5.0, ge=0)
-    """Object store, writing a million files. Default: list price of Amazon S3 Standard."""
+    """Price of writing a million files to an object store. Default: list price of Amazon S3 Standard."""
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of the whole machine."""
+        """Price of the machine; None if unknown."""
         count, price = (
             (self.num_gpus, self.usd_per_gpu_hour) if self.num_gpus else (self.num_cpus, self.usd_per_cpu_hour)
         )
@@ -53,13 +52,13 @@ def load_profile(name: str) -> Hardware:
     """A shipped profile, or a YAML file.
 
     Raises:
-        ConfigError: there is none, or it is not valid.
+        ConfigError: it does not exist, or it is not valid.
     """
     return load_config(Hardware, find_profile(name))
 
 
 def this_machine(config: ExecutionConfig) -> Hardware:
-    """What a run here may use; no prices but the object store's."""
+    """The resources that a run may use here; without prices, except for the object store."""
     from pipeline.executors.local import visible_gpus
 
     return Hardware(num_gpus=len(visible_gpus()), num_cpus=config.num_cpus or usable_cpus())
@@ -68,11 +67,11 @@ def this_machine(config: ExecutionConfig) -> Hardware:
 def profiles() -> dict[str, Path]:
     """The shipped hardware profiles, by name."""
     root = Path(str(files("workflows"))) / "profiles"
-    return {path.stem: path for path in sorted(root.glob(f"*{_SUFFIX}"))}
+    return {path.stem: path for path in sorted(root.glob("*.yaml"))}
 
 
 def find_profile(name: str) -> Path:
-    """A hardware profile's file as given, or a shipped one of this name.
+    """The hardware profile's file of this path, or the shipped one of this name.
 
     Raises:
         ConfigError: neither exists.

@@ -1,10 +1,9 @@
-"""Looks at a plan and at a run folder: `pipeline plan` and `pipeline status`."""
+"""What a run would do: `pipeline plan`."""
 
 import time
 from collections.abc import Callable
 
-from pipeline.engine.ledger import check_groups
-from pipeline.engine.retries import with_retries
+from pipeline.engine.state import RunState
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig
 from pipeline.options import PlanOptions, WorkflowConfig
@@ -20,7 +19,7 @@ from pipeline.storage.run_folder import ESTIMATE, RunFolder
 def preview(
     workflow: str, config: WorkflowConfig, make_plan: Callable[[RunFolder], Plan], out: str, options: PlanOptions
 ) -> dict[str, object]:
-    """Counts shards, rows and bytes of the plan, and what the run folder already has; predicts time if asked to.
+    """Counts shards, rows and bytes of the plan, and what the run folder already has; predicts the time if requested.
 
     Raises:
         ConfigError: unusable configuration, input or profile.
@@ -30,12 +29,12 @@ def preview(
     if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():
         raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
     if options.save and options.rows is not None:
-        raise ConfigError(f"--save: a plan for --rows {options.rows} is none of the run in {out}; leave one out")
-    plan = with_retries(make_plan(run), run)
-    run.transient_groups = plan.transient_groups
+        raise ConfigError(f"--save: a plan for --rows {options.rows} is not one for the run in {out}; leave one out")
+    state = RunState(make_plan(run), run)
+    plan = state.plan
     hardware = load_profile(options.profile) if options.profile else this_machine(config.execution)
-    check_groups(plan, run, restart=False, write=False)
-    found = survey(plan, run)
+    state.ledger.check_groups(write=False)
+    found = survey(state)
     if options.rows is not None:
         found = found.scaled(options.rows, plan)
     basis = _basis(config.execution, plan, found, hardware, options)
@@ -62,7 +61,7 @@ def preview(
 
 
 def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:
-    """With a profile only stages that cannot be counted are probed: the others are computed, without their models."""
+    """With a profile only stages that cannot be counted are probed; the others need no models."""
     counted = count_work(plan, found.samples)
     executor = options.executor or "ray"
     measured = None

@@ -1,17 +1,16 @@
-"""Measures what the stages cost on this machine: runs them on a few real input rows, in a temporary run folder."""
+"""Measures the cost of the stages on this machine: runs them on a few input rows, in a temporary run folder."""
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import linear_regression
 
 from pipeline.errors import PipelineError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.registry import make_executor
 from pipeline.executors.task import TaskOutcome, TaskRequest
-from pipeline.fingerprint import digest
 from pipeline.plan import Plan
 from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import RunFolder
@@ -23,7 +22,7 @@ _POLL_S = 10.0
 
 @dataclass(slots=True)
 class LinearCost:
-    """y = fixed + slope x, neither below zero."""
+    """y = fixed + slope * x, neither negative."""
 
     fixed: float = 0.0
     slope: float = 0.0
@@ -34,46 +33,46 @@ class LinearCost:
 
 @dataclass(slots=True)
 class StageCost:
-    """What a stage takes while it has the machine to itself."""
+    """The cost of a stage that has the machine to itself."""
 
     start_s: float
-    """Once in each worker: process start, packages, models."""
+    """Seconds once per worker: process start, packages, models."""
     seconds: LinearCost
-    """Of a shard, by its units."""
+    """Seconds of a shard, by its units."""
     unit: str
     """`rows`, or the counter of the stage's `Workload`."""
     cores: float
-    """CPUs it keeps busy."""
+    """Number of CPUs that it keeps busy."""
     bytes: dict[str, LinearCost] = field(default_factory=dict)
-    """Of each group, by its rows."""
+    """Bytes of each group, by its rows."""
 
 
 @dataclass(slots=True)
 class Measured:
-    """What the probe found."""
+    """The measurements of a probe."""
 
     stages: dict[str, StageCost]
     run_start_s: float
-    """From nothing to the first worker, and from the last task to the end: Ray's start and stop."""
+    """Seconds to the first worker and after the last task: start and stop of Ray."""
     kept: float
-    """Part of the input rows that become samples."""
+    """Fraction of the input rows that become samples."""
     rows: int
-    """Input rows it ran."""
+    """Input rows that were run."""
     seconds: float
-    """How long the probe took."""
+    """Duration of the probe."""
 
 
 def probe(
     plan: Plan, stages: Sequence[Stage], samples: Sequence[Shard], kind: str, config: ExecutionConfig
 ) -> Measured:
-    """Runs `stages` on rows of `samples`, one task at a time, in shards that grow until some seconds are spent.
+    """Runs `stages` on rows of `samples`, one task at a time, in growing shards, for some seconds.
 
-    Fetches the rows from where they are (a URL list: downloads them). Nothing but a temporary folder is written.
+    Fetches these rows from the source (downloads them from a URL list). Writes a temporary folder only.
 
     Raises:
         PipelineError: a stage fails, or no row becomes a sample.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     tasks: list[_Timed] = []
     with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
         run = RunFolder(Path(folder) / "run", plan.transient_groups)
@@ -97,7 +96,7 @@ def probe(
         run_start_s=tasks[0].latency + closing,
         kept=kept,
         rows=rows,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -105,11 +104,11 @@ def probe(
 class _Timed:
     outcome: TaskOutcome
     latency: float
-    """Seconds between handing over and hearing of the end, without those of the task itself."""
+    """Seconds from submission to the outcome, without the seconds of the task itself."""
 
 
 def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
-    """Shards of 16, 16, 32, 64 ... rows, taken from the samples in turn; none larger than a sample."""
+    """Shards of 16, 16, 32, 64 ... rows, taken from the sample shards in turn; none larger than a sample shard."""
     size, used = _FIRST_ROWS, [0] * len(samples)
     index = 0
     while any(start < sample.num_rows for start, sample in zip(used, samples, strict=True)):
@@ -124,14 +123,13 @@ def _growing(samples: Sequence[Shard]) -> Iterator[Shard]:
 
 
 def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Executor, shard: Shard) -> list[_Timed]:
-    digests = {name: digest(value) for name, value in plan.fingerprints().items()}
     present: set[str] = set()
     timed = []
     for stage in stages:
         wanted = frozenset(group.name for group in stage.groups)
-        handed = time.perf_counter()
+        submitted = time.perf_counter()
         executor.submit(
-            stage, TaskRequest(stage.name, shard, wanted, {n: digests[n] for n in wanted}, frozenset(present))
+            stage, TaskRequest(stage.name, shard, wanted, {n: plan.digests[n] for n in wanted}, frozenset(present))
         )
         outcomes: list[TaskOutcome] = []
         while not outcomes:
@@ -141,7 +139,7 @@ def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Ex
             error = PipelineError(f"--probe: {stage.name} failed on sample rows of the input: {outcome.error}")
             error.exit_code = outcome.fatal_exit_code or error.exit_code
             raise error
-        timed.append(_Timed(outcome, max(0.0, time.perf_counter() - handed - outcome.seconds)))
+        timed.append(_Timed(outcome, max(0.0, time.perf_counter() - submitted - outcome.seconds)))
         present |= wanted
     for group in plan.transient_groups:
         run.delete_shard(group, shard.name)
@@ -150,18 +148,18 @@ def _run_shard(plan: Plan, stages: Sequence[Stage], run: RunFolder, executor: Ex
 
 def _kept(plan: Plan, tasks: Sequence[_Timed]) -> tuple[float, int]:
     records = [t.outcome.records[plan.row_group] for t in tasks if plan.row_group in t.outcome.records]
-    rows, kept = (sum(int(str(record[key])) for record in records) for key in ("input_rows", "rows"))
+    rows, kept = sum(record.input_rows for record in records), sum(record.rows for record in records)
     if not kept:
-        reasons = sorted({reason for record in records for reason in _mapping(record["drops"])})
+        reasons = sorted({reason for record in records for reason in record.drops})
         raise PipelineError(
             f"--probe: all {rows} sample rows were dropped ({', '.join(reasons)}); "
-            "look at the source, or leave --probe out"
+            "check the source, or leave --probe out"
         )
     return kept / rows, rows
 
 
 def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
-    """The first task bears what happens once; it is left out of the rest where there are others."""
+    """The first task includes the costs that occur once; it is ignored otherwise if there are others."""
     first = tasks[0]
     others = [t.outcome for t in tasks[1:]] or [first.outcome]
     unit = stage.workload([()])
@@ -173,9 +171,7 @@ def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
         unit=name,
         cores=sum(o.cpu_s for o in others) / max(sum(seconds), 1e-9),
         bytes={
-            group: _fit(
-                [_number(o.records[group]["rows"]) for o in others], [_bytes(o.records[group]) for o in others]
-            )
+            group: _fit([o.records[group].rows for o in others], [o.records[group].bytes for o in others])
             for group in first.outcome.records
         },
     )
@@ -184,30 +180,13 @@ def _cost(plan: Plan, stage: Stage, tasks: Sequence[_Timed]) -> StageCost:
 def _units(outcome: TaskOutcome, name: str) -> float:
     if name == "rows":
         return float(outcome.request.shard.num_rows)
-    return sum(_number(_mapping(record["counters"]).get(name, 0)) for record in outcome.records.values())
-
-
-def _bytes(record: Mapping[str, object]) -> float:
-    files = record["files"]
-    assert isinstance(files, list)
-    return float(sum(file["bytes"] for file in files))
+    return sum(record.counters.get(name, 0) for record in outcome.records.values())
 
 
 def _fit(x: Sequence[float], y: Sequence[float]) -> LinearCost:
-    """Least squares; a line through the origin where the best one would be below zero somewhere."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
-    fixed = mean_y - slope * mean_x
-    if slope <= 0 or fixed < 0:
-        return LinearCost(0.0, mean_y / mean_x if mean_x else 0.0)
-    return LinearCost(fixed, slope)
-
-
-def _number(value: object) -> float:
-    return float(str(value))
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    assert isinstance(value, dict)
-    return value
+    """Least squares; a line through the origin if the best line has a negative value somewhere."""
+    if len(set(x)) > 1:
+        slope, fixed = linear_regression(x, y)
+        if slope > 0 and fixed >= 0:
+            return LinearCost(fixed, slope)
+    return LinearCost(0.0, sum(y) / sum(x) if any(x) else 0.0)

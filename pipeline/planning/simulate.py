@@ -1,19 +1,20 @@
-"""Predicts how long shards take to pass the stages: the real scheduler, driven on a clock that does not wait."""
+"""Predicts how long a run takes: the real scheduler, on a simulated clock."""
 
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from pipeline.engine.ledger import Ledger
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.state import RunState
 from pipeline.executors.base import ExecutionConfig
 from pipeline.plan import Plan
 from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedExecutor, SimulatedStage, SimulationResult
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
-from pipeline.storage.run_folder import Record, RunFolder
+from pipeline.storage.record import Record
+from pipeline.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +26,26 @@ class SimulatedShard:
 
 
 def simulate(
-    simulated_stages: Sequence[SimulatedStage], jobs: Sequence[SimulatedShard], machine: SimulatedCluster
+    simulated_stages: Sequence[SimulatedStage], shards: Sequence[SimulatedShard], cluster: SimulatedCluster
 ) -> SimulationResult:
-    """Runs the jobs through the stations."""
-    executor = SimulatedExecutor(simulated_stages, machine)
+    """Runs the shards through the simulated stages."""
+    executor = SimulatedExecutor(simulated_stages, cluster)
     names = {simulated.name for simulated in simulated_stages}
     stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
-    plan = Plan(stages, lambda: _shards(jobs), lambda *_: {})
+    plan = Plan(stages, lambda: _shards(shards), lambda *_: {})
     with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
-        run = _Simulated(folder, plan, jobs)
+        run = _SimulatedRun(folder, plan, shards)
         events = EventLog(run.storage)
         try:
             progress, config = Progress(plan.stages, quiet=True), ExecutionConfig()
-            Scheduler(plan, run, executor, events, progress, config, StopSignals()).execute()
+            Scheduler(RunState(plan, run), executor, events, progress, config, StopSignals()).execute()
         finally:
             events.close()
     return executor.simulation
 
 
 class _Counted(Stage):
-    """A stage that is only counted; its one group has its name."""
+    """A stage that is only counted; its only group has the stage's name."""
 
     def __init__(self, simulated: SimulatedStage, names: Set[str]):
         self.name = simulated.name
@@ -53,32 +54,24 @@ class _Counted(Stage):
         self.max_workers = simulated.workers
 
     def process(self, task: Task) -> None:
-        raise AssertionError("played, not run")
+        raise AssertionError("simulated, not run")
 
 
-def _shards(jobs: Sequence[SimulatedShard]) -> Iterator[Shard]:
-    return (Shard(index, None, job.rows) for index, job in enumerate(jobs))
+def _shards(shards: Sequence[SimulatedShard]) -> Iterator[Shard]:
+    return (Shard(index, None, shard.rows) for index, shard in enumerate(shards))
 
 
-class _Simulated(RunFolder):
-    """A run folder in which each job has what it does not need."""
+class _SimulatedRun(RunFolder):
+    """A run folder in which each shard has the groups that it does not need."""
 
-    def __init__(self, folder: str, plan: Plan, jobs: Sequence[SimulatedShard]):
+    def __init__(self, folder: str, plan: Plan, shards: Sequence[SimulatedShard]):
         super().__init__(folder)
-        self.jobs = jobs
-        self.fingerprints = Ledger(plan, RunFolder(folder)).fingerprints
+        self.shards = shards
+        self.digests = plan.digests
 
     def read_record(self, group: str, shard: str) -> Record | None:
-        job = self.jobs[int(shard)]
-        if group in job.needs:
+        simulated = self.shards[int(shard)]
+        if group in simulated.needs:
             return None
-        return {
-            "group": group,
-            "fingerprint": self.fingerprints[group],
-            "input": Shard(0, None, 0).digest,
-            "rows": job.rows,
-            "drops": {},
-            "files": [],
-            "counters": {},
-            "info": {},
-        }
+        rows = simulated.rows
+        return Record(group, int(shard), self.digests[group], Shard(0, None, 0).digest, input_rows=rows, rows=rows)

@@ -1,7 +1,8 @@
-"""Runs tasks on a clock that does not wait: the scheduler is real, the work is only counted.
+"""Runs tasks on a simulated clock: the scheduler is real, the work is only counted.
 
-Stages have processes or workers of their own, and each loads first. Tasks that together ask for more of a resource
-(CPUs, GPUs, network) than there is slow each other down. Nodes may go and come, and tasks may fail.
+Stages run in shared processes or in their own workers, and each process loads a stage before its first task. Tasks
+that together need more of a resource (CPUs, GPUs, network) than is available slow each other down. Nodes may be lost
+and come back, and tasks may fail.
 """
 
 import heapq
@@ -12,27 +13,28 @@ from dataclasses import dataclass, field
 from pipeline.executors.base import Executor
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.stage import Stage
+from pipeline.storage.record import Record
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedStage:
-    """A stage as the clock sees it."""
+    """The costs of a stage."""
 
     name: str
     after: tuple[str, ...]
     """Stages whose groups it reads."""
     start_s: float
-    """What a worker needs before its first task: process start, packages, models."""
+    """Seconds before a worker's first task: process start, packages, models."""
     shard_s: float
-    """What a task takes at least, with the machine to itself."""
+    """Fixed seconds of a task that has the machine to itself."""
     row_s: float
-    """What each row adds."""
+    """Seconds per row, in addition."""
     uses: Mapping[str, float]
-    """How much of each resource a running task asks for, e.g. `cpus` 1.9."""
+    """Amount of each resource that a running task uses, e.g. `cpus` 1.9."""
     workers: int | None = None
-    """Workers of its own; None: it runs in the shared processes."""
+    """Number of its own workers; None means that it runs in the shared processes."""
     slots: float = 1.0
-    """Shared processes that a task takes."""
+    """Shared processes that a task occupies."""
 
     def seconds(self, rows: float) -> float:
         return self.shard_s + rows * self.row_s
@@ -40,21 +42,21 @@ class SimulatedStage:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedCluster:
-    """What the stations share."""
+    """What the stages share."""
 
     capacity: Mapping[str, float]
-    """Of each resource."""
+    """Amount of each resource."""
     processes: float
-    """Shared processes."""
+    """Number of shared processes."""
     window: int
     """Shards in flight."""
     nodes: int = 1
-    """Equal parts that all this is spread over, and that can go and come."""
+    """Number of equal nodes that all this is spread over."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeEvent:
-    """A node goes, with all it runs, or comes back."""
+    """A node is lost, with all tasks that it runs, or comes back."""
 
     at_s: float
     node: int
@@ -63,53 +65,53 @@ class NodeEvent:
 
 @dataclass(frozen=True, slots=True)
 class TaskOutcomeModel:
-    """How one task differs from the others of its stage."""
+    """How one task deviates from its stage's costs."""
 
     stretch: float = 1.0
-    """Its time, in times of what the station says."""
+    """Factor on its seconds."""
     error: str | None = None
-    """It fails with this, at the end of that time."""
+    """It fails with this message at the end of its time; None means that it succeeds."""
 
 
 @dataclass(slots=True)
 class SimulationResult:
-    """What came out."""
+    """Times and resources of the simulated run."""
 
     seconds: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)
-    """Worker seconds of each stage, start-up left out."""
+    """Worker seconds of each stage, without start-up."""
     lost_s: dict[str, float] = field(default_factory=dict)
-    """Of them, in tasks that failed or went with their node."""
+    """The part of `busy_s` spent in tasks that failed or were lost with their node."""
     offered_s: dict[str, float] = field(default_factory=dict)
-    """Worker seconds there were for each stage with workers of its own, and for the shared processes: ``""``."""
+    """Available worker seconds of each stage with its own workers, and of the shared processes: ``""``."""
     used: dict[str, float] = field(default_factory=dict)
     """Resource -> amount x seconds."""
 
 
 class SimulatedExecutor(Executor):
-    """Finishes tasks in the order in which they would end. The same input gives the same result."""
+    """Finishes tasks in the order in which they would end. Deterministic."""
 
     def __init__(
         self,
         simulated_stages: Sequence[SimulatedStage],
-        machine: SimulatedCluster,
+        cluster: SimulatedCluster,
         *,
         outcome_model: Callable[[TaskRequest], TaskOutcomeModel] = lambda _: TaskOutcomeModel(),
-        changes: Sequence[NodeEvent] = (),
+        node_events: Sequence[NodeEvent] = (),
     ):
         self.simulated_stages = {simulated.name: simulated for simulated in simulated_stages}
-        self.machine = machine
+        self.cluster = cluster
         self.outcome_model = outcome_model
-        self.changes = deque(sorted(changes, key=lambda change: change.at_s))
-        self.window = machine.window
-        self._owners = {_owner(simulated): simulated.workers or machine.processes for simulated in simulated_stages}
+        self.node_events = deque(sorted(node_events, key=lambda event: event.at_s))
+        self.window = cluster.window
+        self._owners = {_owner(simulated): simulated.workers or cluster.processes for simulated in simulated_stages}
         self.simulation = SimulationResult(
             busy_s=dict.fromkeys(self.simulated_stages, 0.0),
             lost_s=dict.fromkeys(self.simulated_stages, 0.0),
             offered_s=dict.fromkeys(self._owners, 0.0),
-            used=dict.fromkeys(machine.capacity, 0.0),
+            used=dict.fromkeys(cluster.capacity, 0.0),
         )
-        self._nodes = [_SimulatedNode(number, machine.nodes, self._owners) for number in range(machine.nodes)]
+        self._nodes = [_SimulatedNode(number, cluster.nodes, self._owners) for number in range(cluster.nodes)]
         self._starting = {name: _Lane(_CPU_START) for name in self.simulated_stages}
         self._working = {name: _Lane(simulated.uses) for name, simulated in self.simulated_stages.items()}
         self._waiting: dict[str, deque[tuple[int, TaskRequest]]] = {name: deque() for name in self.simulated_stages}
@@ -124,7 +126,7 @@ class SimulatedExecutor(Executor):
         return sum(map(len, self._waiting.values())) + sum(len(lane.heap) for lane in self._lanes())
 
     def wait(self, timeout_s: float) -> list[TaskOutcome]:
-        """Until the next task has finished on the simulated clock; the real one stands still."""
+        """Advances the simulated clock until the next task has finished; takes no real time."""
         outcomes: list[TaskOutcome] = []
         while not outcomes:
             self._start_waiting()
@@ -138,15 +140,16 @@ class SimulatedExecutor(Executor):
     def close(self) -> None:
         self.withdraw()
 
-    def records(self, request: TaskRequest) -> dict[str, dict[str, object]]:
-        """What a finished task has committed; nothing is written here."""
-        rows = request.shard.num_rows
+    def records(self, request: TaskRequest) -> dict[str, Record]:
+        """The records of a finished task; nothing is written here."""
+        shard, rows = request.shard, request.shard.num_rows
         return {
-            group: {"group": group, "rows": rows, "drops": {}, "files": [], "counters": {}} for group in request.wanted
+            group: Record(group, shard.index, request.fingerprints[group], shard.digest, input_rows=rows, rows=rows)
+            for group in request.wanted
         }
 
     def _start_waiting(self) -> None:
-        """Starts what waits, first come first served, as far as there are processes for it."""
+        """Starts waiting tasks, first come first served, as far as processes are free."""
         full: set[str] = set()
         while True:
             heads = [(queue[0][0], name) for name, queue in self._waiting.items() if queue and name not in full]
@@ -182,33 +185,33 @@ class SimulatedExecutor(Executor):
         yield from self._working.values()
 
     def _step(self) -> list[TaskOutcome]:
-        """Goes on to the next moment at which something ends or changes; returns the tasks that ended."""
+        """Advances the clock to the next end of a task or change of a node; returns the tasks that ended."""
         up = sum(node.up for node in self._nodes) / len(self._nodes)
         busy = [lane for lane in self._lanes() if lane.heap]
         self._share(busy, up)
         step, first = min(((lane.left() / lane.rate, i) for i, lane in enumerate(busy)), default=(_NEVER, -1))
-        change_in = self.changes[0].at_s - self.simulation.seconds if self.changes else _NEVER
-        assert min(step, change_in) < _NEVER, "tasks wait, nothing runs, and no node comes"
-        if change_in < step:
-            self._pass(busy, max(0.0, change_in), up)
-            return self._change(self.changes.popleft())
+        event_in = self.node_events[0].at_s - self.simulation.seconds if self.node_events else _NEVER
+        assert min(step, event_in) < _NEVER, "tasks wait, nothing runs, and no node comes back"
+        if event_in < step:
+            self._pass(busy, max(0.0, event_in), up)
+            return self._apply(self.node_events.popleft())
         self._pass(busy, step, up)
-        busy[first].done = busy[first].heap[0][0]  # not a rounding error before its end
+        busy[first].done = busy[first].heap[0][0]  # exactly its end, without a rounding error
         for lane in self._starting.values():
             for task in lane.ended():
                 self._put(self._working, task, task.work_s)
         return [self._end(task) for lane in self._working.values() for task in lane.ended()]
 
     def _share(self, busy: Sequence["_Lane"], up: float) -> None:
-        """Sets the speed of each lane: a resource asked for twice over makes the time spent on it twice as long."""
+        """Sets the speed of each lane: using a resource that is requested twice over takes twice as long."""
         slow = {}
-        for name, capacity in self.machine.capacity.items():
-            asked = sum(len(lane.heap) * lane.uses.get(name, 0.0) for lane in busy)
-            slow[name] = max(1.0, asked / (capacity * up)) if capacity * up else 1.0
+        for name, capacity in self.cluster.capacity.items():
+            requested = sum(len(lane.heap) * lane.uses.get(name, 0.0) for lane in busy)
+            slow[name] = max(1.0, requested / (capacity * up)) if capacity * up else 1.0
         for lane in busy:
             stretch = 1.0
             for name, amount in lane.uses.items():
-                part = min(1.0, amount) if name == "cpus" else 1.0  # the rest of its time it waits for something else
+                part = min(1.0, amount) if name == "cpus" else 1.0  # in the rest of its time it waits
                 stretch = max(stretch, 1 - part + part * slow.get(name, 1.0))
             lane.rate = 1.0 / stretch
 
@@ -234,10 +237,10 @@ class SimulatedExecutor(Executor):
             self.simulation.lost_s[name] += task.work_s
         return outcome
 
-    def _change(self, change: NodeEvent) -> list[TaskOutcome]:
-        assert self._nodes[change.node].up != change.comes, f"node {change.node} changes to what it is"
-        self._nodes[change.node] = node = _SimulatedNode(change.node, len(self._nodes), self._owners, up=change.comes)
-        if change.comes:
+    def _apply(self, event: NodeEvent) -> list[TaskOutcome]:
+        assert self._nodes[event.node].up != event.comes, f"node {event.node} is in this state already"
+        self._nodes[event.node] = node = _SimulatedNode(event.node, len(self._nodes), self._owners, up=event.comes)
+        if event.comes:
             return []
         lost = [task for lane in self._starting.values() for _, task in lane.without(node.number)]
         for name, lane in self._working.items():
@@ -248,7 +251,7 @@ class SimulatedExecutor(Executor):
         return [TaskOutcome(task.request, error=f"node {node.number} was lost", lost="node") for task in lost]
 
 
-_CPU_START = {"cpus": 1.0}  # importing and loading are one thread's work
+_CPU_START = {"cpus": 1.0}  # importing and loading use one thread
 _NEVER = float("inf")
 
 
@@ -258,7 +261,7 @@ class _SimulatedTask:
     request: TaskRequest
     node: "_SimulatedNode"
     loaded: frozenset[str]
-    """Stages that its process has loaded, its own included."""
+    """Stages that its process has loaded, including its own."""
     error: str | None
     start_s: float
     work_s: float = 0.0
@@ -266,11 +269,11 @@ class _SimulatedTask:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """Running tasks that are alike, and therefore equally fast: of one stage, all starting or all working."""
+    """Running tasks of equal speed: of one stage, all starting or all working."""
 
     uses: Mapping[str, float]
     done: float = 0.0
-    """Work that a task would have done that runs since the beginning."""
+    """Seconds of work that a task running since the beginning would have done."""
     rate: float = 1.0
     heap: list[tuple[float, int, _SimulatedTask]] = field(default_factory=list)
     """Value of `done` at which each task ends."""
@@ -283,7 +286,7 @@ class _Lane:
             yield heapq.heappop(self.heap)[2]
 
     def without(self, node: int) -> list[tuple[float, _SimulatedTask]]:
-        """Takes out the tasks of a node; with what each had left."""
+        """Removes the tasks of a node; returns each with its remaining seconds."""
         gone = [(end - self.done, task) for end, _, task in self.heap if task.node.number == node]
         self.heap = [entry for entry in self.heap if entry[2].node.number != node]
         heapq.heapify(self.heap)
@@ -291,7 +294,7 @@ class _Lane:
 
 
 class _SimulatedNode:
-    """Processes of one node, by owner: a stage with workers of its own, or ``""`` for the shared ones."""
+    """Processes of one node, by owner: a stage with its own workers, or ``""`` for the shared ones."""
 
     def __init__(self, number: int, nodes: int, owners: Mapping[str, float], *, up: bool = True):
         self.number = number
@@ -301,14 +304,14 @@ class _SimulatedNode:
             for owner, count in owners.items()
         }
         self.idle: dict[str, Counter[frozenset[str]]] = {owner: Counter() for owner in owners}
-        """Processes that wait: how many have loaded which stages."""
+        """Idle processes: number by the stages they have loaded."""
 
     def room(self, simulated: SimulatedStage) -> float:
-        """Processes left after one more task of the station; negative if it does not fit."""
+        """Free processes after one more task of the stage; negative if it does not fit."""
         return self.free[_owner(simulated)] - _slots(simulated) + 1e-9
 
     def take(self, simulated: SimulatedStage) -> frozenset[str]:
-        """Takes a process, one that has loaded the stage if there is one; what it has loaded."""
+        """Takes a process, preferably one that has loaded the stage; returns the stages it has loaded."""
         self.free[_owner(simulated)] -= _slots(simulated)
         idle = self.idle[_owner(simulated)]
         loaded = max(idle, key=lambda stages: (simulated.name in stages, len(stages), sorted(stages)), default=None)

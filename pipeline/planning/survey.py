@@ -1,11 +1,10 @@
-"""Goes through a plan's shards once: what is done, what is left, and a few shards spread over the input."""
+"""One pass over a plan's shards: the finished work, the remaining work, and a few shards spread over the input."""
 
 from dataclasses import dataclass, field
 
-from pipeline.engine.ledger import Ledger
+from pipeline.engine.state import RunState
 from pipeline.plan import Plan
 from pipeline.stage import Shard, Workload
-from pipeline.storage.run_folder import RunFolder
 
 _SAMPLE_ROWS = 4096
 _LEAST_SAMPLES = 4
@@ -23,23 +22,24 @@ class GroupSurvey:
 
 @dataclass(slots=True)
 class ShardBatch:
-    """Shards that follow each other and are alike."""
+    """Consecutive shards with the same stages to run and the same number of rows."""
 
     needs: tuple[str, ...]
     """Stages still to run; empty for finished shards."""
     rows: int
-    """Of each shard."""
+    """Rows of each shard."""
     count: int = 0
 
 
 @dataclass(slots=True)
 class Survey:
-    """What there is to do. Its size does not grow with the number of shards, beside changes from one to the next."""
+    """The work of a run. Its size grows with the number of changes from one shard to the next, not with the number of
+    shards."""
 
     groups: dict[str, GroupSurvey]
     work: list[ShardBatch] = field(default_factory=list)
     samples: list[Shard] = field(default_factory=list)
-    """Whole shards, evenly spread over the input: some thousand rows."""
+    """Complete shards, evenly spread over the input: some thousand rows."""
 
     @property
     def shards(self) -> int:
@@ -50,7 +50,7 @@ class Survey:
         return sum(batch.rows * batch.count for batch in self.work)
 
     def scaled(self, rows: int, plan: Plan) -> "Survey":
-        """The same input with another number of rows, nothing of it done."""
+        """The same input with another number of rows, and no finished work."""
         size = plan.shard_size or max(batch.rows for batch in self.work)
         needs = tuple(stage.name for stage in plan.needed(frozenset()))
         work = [ShardBatch(needs, size, rows // size), ShardBatch(needs, rows % size, 1)]
@@ -59,22 +59,20 @@ class Survey:
         return Survey({name: GroupSurvey(0, 0, shards, rows) for name in self.groups}, work, self.samples)
 
 
-def survey(plan: Plan, run: RunFolder) -> Survey:
+def survey(state: RunState) -> Survey:
     """Streams the shards; writes nothing."""
-    ledger = Ledger(plan, run, read_only=True)
+    plan = state.plan
     result = Survey({name: GroupSurvey() for name in plan.groups if name not in plan.transient_groups})
     stride = 1
-    for index, (shard, finished) in enumerate(ledger.finished(plan.shards())):
+    for index, (shard, finished) in enumerate(state.ledger.finished(plan.shards(), read_only=True)):
         for name, group in result.groups.items():
             record = finished.get(name)
             if record is None:
                 group.shards_to_do += 1
                 group.rows_to_do += shard.num_rows
                 continue
-            files = record["files"]
-            assert isinstance(files, list)
             group.shards_done += 1
-            group.bytes_done += sum(file["bytes"] for file in files)
+            group.bytes_done += record.bytes
         needs = tuple(stage.name for stage in plan.needed(finished.keys()))
         if not result.work or (result.work[-1].needs, result.work[-1].rows) != (needs, shard.num_rows):
             result.work.append(ShardBatch(needs, shard.num_rows))
@@ -88,7 +86,7 @@ def survey(plan: Plan, run: RunFolder) -> Survey:
 
 @dataclass(slots=True)
 class Counted:
-    """The work of one stage on an average input row, and which unit it is counted in."""
+    """The work of one stage on an average input row, and the unit in which it is counted."""
 
     counter: str
     units: float
@@ -98,7 +96,7 @@ class Counted:
 
 
 def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
-    """Work by stage, for those that can tell it from captions."""
+    """Work by stage, of the stages that can count it from captions."""
     if plan.captions is None or not samples:
         return {}
     rows = sum(shard.num_rows for shard in samples)

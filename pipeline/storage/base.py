@@ -1,7 +1,7 @@
-"""What every place for a run's files offers.
+"""The interface to the place where a run's files are: a local folder or an object store.
 
-A file is whole or absent, on each. Stages see local paths only: they read copies, and write files that are published
-when they are finished.
+On each, a file is either complete or absent. Stages see local paths only: they read copies, and write files that are
+published when they are finished.
 """
 
 import json
@@ -21,19 +21,19 @@ class Storage(ABC):
     """Files by names such as `state/samples/00000.json`. Picklable: workers get a copy.
 
     Raises, on every call:
-        FileNotFoundError: there is no file of this name.
+        FileNotFoundError: there is no such file.
         MachineError: the object store cannot be reached, or refuses, also after retries.
     """
 
     url: str
-    """Path or URL, for people."""
+    """Path or URL, for messages."""
     parallel: int = 1
-    """Requests worth having under way at once."""
+    """Number of concurrent requests that is worthwhile."""
 
     @property
     @abstractmethod
     def local(self) -> Path:
-        """The folder of this machine that files are written to, at least on their way."""
+        """The folder of this machine that files are written to, at least temporarily."""
 
     @abstractmethod
     def read(self, name: str) -> bytes: ...
@@ -44,15 +44,15 @@ class Storage(ABC):
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Creates a small file; False if there is one, which then stays as it is."""
+        """Creates a small file; False if it exists, and then it stays unchanged."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None if there is none."""
+        """Size of a file in bytes, None if there is none."""
 
     @abstractmethod
     def names(self, folder: str) -> Iterator[str]:
-        """Names of the files right in a folder, without the folder, in no order."""
+        """Names of the files directly in a folder, without the folder, in no order."""
 
     @abstractmethod
     def walk(self) -> Iterator[str]:
@@ -60,7 +60,7 @@ class Storage(ABC):
 
     @abstractmethod
     def write_file(self, name: str, local: Path) -> None:
-        """Creates or replaces a file with the content of a local one, which stays.
+        """Creates or replaces a file with the content of a local file, which stays.
 
         Raises:
             FileNotFoundError: there is no such local file.
@@ -68,19 +68,19 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Removes a file if it is there."""
+        """Deletes a file if it exists."""
 
     @abstractmethod
     def delete_folder(self, name: str) -> None:
-        """Removes a folder with all in it, if it is there."""
+        """Deletes a folder with its content, if it exists."""
 
     @abstractmethod
     def copy(self, name: str) -> Path:
-        """A local path to read the file from; give it back with `release`."""
+        """A local path to read the file from; to be released with `release`."""
 
     @abstractmethod
     def release(self, copy: Path) -> None:
-        """Frees what `copy` took."""
+        """Releases a path from `copy`."""
 
     @abstractmethod
     def new_file(self, name: str) -> Path:
@@ -88,15 +88,15 @@ class Storage(ABC):
 
     @abstractmethod
     def publish(self, local: Path, name: str) -> None:
-        """Makes a finished file from `new_file` visible under its name, durably and at once."""
+        """Makes a finished file from `new_file` visible under its name, durably and atomically."""
 
     @abstractmethod
     def new_folder(self) -> Path:
-        """An empty local folder for temporary files; the caller removes it."""
+        """An empty local folder for temporary files; the caller deletes it."""
 
     @abstractmethod
     def clean(self) -> int:
-        """Removes what killed processes left half-written; returns how many files."""
+        """Deletes unfinished files of killed processes; returns their number."""
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -131,7 +131,7 @@ class Storage(ABC):
         self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function` of each item, in order; on an object store many are under way at once, a bounded number."""
+        """`function` of each item, in order; on an object store a bounded number of calls runs concurrently."""
         if self.parallel == 1:
             yield from map(function, items)
             return
@@ -150,9 +150,9 @@ class Storage(ABC):
 
 
 class BackgroundTasks:
-    """Small work that nobody waits for, such as deletions: at once on a local folder, aside on an object store.
+    """Small tasks without a result, such as deletions: run at once on a local folder, in threads on an object store.
 
-    An error ends the next `do` or `finish`.
+    The error of a task is raised by a later `do` or `finish`.
     """
 
     def __init__(self, storage: Storage):
@@ -171,6 +171,6 @@ class BackgroundTasks:
                 return
 
     def finish(self) -> None:
-        """Waits for all of it."""
+        """Waits for all tasks."""
         while self._pending:
             self._pending.popleft().result()

@@ -1,4 +1,4 @@
-"""Recognises a file system that takes no more data, and says which one it is and what to do."""
+"""Recognises a file system that is full or read-only, names it and says what to do."""
 
 import errno
 import os
@@ -13,17 +13,17 @@ _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def takes_no_data(error: BaseException) -> bool:
-    """Whether a disk is full, over its quota or read-only; some libraries say so in the text of an error alone."""
+    """Whether a disk is full, over its quota or read-only; some libraries say so only in the text of an error."""
     if getattr(error, "errno", None) in _NUMBERS:
         return True
     return any(os.strerror(number) in str(error) or f"errno = {number}," in str(error) for number in _NUMBERS)
 
 
 def disk_message(error: BaseException, folder: Path) -> str:
-    """Names the file system, the room on it, and the remedy.
+    """Names the file system, its free space, and the remedy.
 
     Args:
-        folder: what was being written to, if the error does not say.
+        folder: the folder that was written to, if the error does not name a file.
     """
     from pipeline.units import human_bytes
 
@@ -37,13 +37,13 @@ def disk_message(error: BaseException, folder: Path) -> str:
     return (
         f"{path}: {type(error).__name__}: {error}\n"
         f"{human_bytes(usage.free)} of {human_bytes(usage.total)} are free on the file system at {mount}. Make room "
-        "there, or make it writable, and run the same command again: it goes on from here."
+        "there, or make it writable, and run the same command again: it resumes."
     )
 
 
 @contextmanager
 def disk_errors_explained(folder: Path) -> Iterator[None]:
-    """Turns what a full or read-only disk raises within the block into an error that says so.
+    """Turns errors of a full or read-only disk within the block into one that names it.
 
     Raises:
         MachineError: the disk takes no more data.

@@ -1,7 +1,7 @@
-"""events.jsonl: what happened in a run folder, one JSON line an event, over all its runs.
+"""events.jsonl: what happened in a run folder, one JSON line per event, over all its runs.
 
-An object cannot be appended to: on an object store the lines are gathered, and written every few seconds as a file of
-their own below events/.
+An object cannot be appended to: on an object store the lines are collected, and written every 10 s as a separate file
+below events/.
 """
 
 import io
@@ -21,7 +21,7 @@ _GATHER_S = 10.0
 
 
 class EventLog:
-    """Appends events. A killed driver loses none locally, and those of the last 10 s on an object store."""
+    """Appends events. A killed driver loses none on a local folder, and the last 10 s of them on an object store."""
 
     def __init__(self, storage: Storage):
         self._storage = storage
@@ -64,12 +64,12 @@ def _append(file: io.FileIO, data: bytes) -> None:
         while data:
             data = data[file.write(data) :]
     except OSError:
-        file.truncate(end)  # no half a line on a full disk
+        file.truncate(end)  # no partial line on a full disk
         raise
 
 
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
-    """The events of all runs of the folder; empty for a line that a killed run left unfinished."""
+    """The events of all runs of the folder; an empty dict for a line that a killed run left unfinished."""
     for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(storage.names(EVENTS_FOLDER)))]:
         if storage.size(name) is None:
             continue

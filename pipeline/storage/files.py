@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write under a temporary name, fsync, rename."""
+"""Files that are either complete or absent: write under a temporary name, fsync, rename."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ TEMPORARY_MARK = ".tmp-"
 
 
 def temporary_name(final: Path) -> Path:
-    """A unique sibling of `final`; it keeps the suffix, since some writers look at it."""
+    """A unique sibling of `final`; it keeps the suffix, which some writers depend on."""
     return final.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}-{final.name}")
 
 
@@ -54,7 +54,7 @@ def file_digest(path: Path) -> str:
 
 
 def remove_temporaries(folder: Path) -> int:
-    """Deletes what a killed process left half-written anywhere under `folder`; returns how many."""
+    """Deletes unfinished files of killed processes anywhere under `folder`; returns their number."""
     leftovers = list(_temporaries(folder)) if folder.is_dir() else []
     for path in leftovers:
         if path.is_dir():

@@ -76,7 +76,7 @@ class LocalStorage(Storage):
 
     def copy(self, name: str) -> Path:
         if not (self.root / name).is_file():
-            raise FileNotFoundError(f"{self.root / name} is not there")
+            raise FileNotFoundError(f"{self.root / name} does not exist")
         return self.root / name
 
     def release(self, copy: Path) -> None:

@@ -1,8 +1,8 @@
 """One run at a time in a run folder.
 
-The owner writes a lease, `.lease.json`, and renews it as long as it lives; a lease that was not renewed for a while is
-that of a dead run, and is taken over. On a local folder a file lock says so at once for processes of this machine; the
-lease is for other machines that share the folder. Clocks must agree within a minute.
+The owner writes a lease, `.lease.json`, and renews it every 15 s; a lease that was not renewed for 120 s belongs to a
+dead run, and is taken over. On a local folder a file lock detects dead processes of this machine at once; the lease is
+for other machines that share the folder. Clocks must agree within a minute.
 """
 
 import getpass
@@ -43,8 +43,8 @@ class Lease:
         found = self.storage.read_json(LEASE)
         if found is None or found["owner"] != self.owner:
             raise LockedError(
-                f"--out {self.storage.url}: this run lost its right to the folder to {describe(found)}; it stops, and "
-                "what it has finished stays"
+                f"--out {self.storage.url}: this run lost the folder to {describe(found)}; it stops, and its finished "
+                "work stays"
             )
 
 
@@ -55,7 +55,7 @@ class RunLock:
         lease: the right to write; valid inside the context.
 
     Raises, on entering:
-        LockedError: another run holds the folder; says which, and since when.
+        LockedError: another run holds the folder; names its process, and since when.
         ConfigError: the folder cannot be made.
     """
 
@@ -120,7 +120,7 @@ class RunLock:
             raise self._refusal(self.storage.read_json(LEASE))
 
     def _is_dead(self, lease: dict[str, Any]) -> bool:
-        """Locally the file lock is ours: a lease of this machine is that of a process that is gone."""
+        """With the file lock held here, a lease of this machine belongs to a process that has ended."""
         if self._file_lock is not None and lease["host"] == socket.gethostname():
             return True
         return time.time() - lease["renewed"] > EXPIRE_S
@@ -145,12 +145,12 @@ class RunLock:
                 self.lease.lost = True
                 return
             except (PipelineError, OSError, ValueError) as error:
-                log.warning("the lease could not be renewed, it is tried again: %s", error)
+                log.warning("the lease could not be renewed, trying again: %s", error)
 
     def _refusal(self, lease: dict[str, Any] | None) -> LockedError:
         return LockedError(
             f"--out {self.storage.url}: another run is working in this folder: {describe(lease)}. Wait for it, or "
-            f"choose another folder. If it is dead, its right ends {EXPIRE_S:.0f} s after its last sign of life; "
+            f"choose another folder. If it is dead, its lease expires {EXPIRE_S:.0f} s after its last renewal; "
             "--take-over does not wait for that"
         )
 
@@ -182,6 +182,6 @@ def describe(lease: dict[str, Any] | None) -> str:
         return "an unknown process"
     now = time.time()
     return (
-        f"process {lease['pid']} of {lease['user']} on {lease['host']}, begun {now - lease['since']:.0f} s ago, last "
-        f"sign of life {now - lease['renewed']:.0f} s ago"
+        f"process {lease['pid']} of {lease['user']} on {lease['host']}, started {now - lease['since']:.0f} s ago, "
+        f"last renewal {now - lease['renewed']:.0f} s ago"
     )

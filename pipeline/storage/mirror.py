@@ -1,7 +1,7 @@
-"""Work that needs a local folder, in a run folder on an object store: a local copy whose changes are sent back.
+"""A local copy of a run folder on an object store, whose changes are sent back; for work that needs a local folder.
 
-Files named in `LAST` say that those beside them are whole: they are sent after them, and removed before them. So a
-reader of the object store, and a run that goes on from it, never takes a half-sent folder for a whole one.
+Files named in `LAST` mark the files next to them as complete: they are sent after them, and deleted before them. So a
+reader of the object store, and a run that resumes from it, never takes a partly sent folder for a complete one.
 """
 
 import logging
@@ -24,11 +24,11 @@ LAST = ("state.json",)
 _ENGINE_FILES = (LEASE, CONFIG, PLAN, SUMMARY)
 SEND_EVERY_S = 30.0
 _Version = tuple[int, int]
-"""Size in bytes and time of change in ns."""
+"""Size in bytes and modification time in ns."""
 
 
 class Mirror:
-    """A local copy of an object store's folder, without what the engine itself keeps there."""
+    """A local copy of a folder on an object store, without the engine's own files."""
 
     def __init__(self, storage: Storage, folder: Path):
         self.storage = storage
@@ -47,7 +47,7 @@ class Mirror:
             self._sent[name] = _version(local)
 
     def send(self) -> None:
-        """Sends what is new or changed since, and removes what was removed."""
+        """Sends new and changed files, and deletes what was deleted locally."""
         found = self._walk()
         for name in sorted(self._sent.keys() - found.keys(), key=_goes_last, reverse=True):
             self.storage.delete(name)
@@ -56,13 +56,13 @@ class Mirror:
             if self._sent.get(name) != found[name]:
                 try:
                     self.storage.write_file(name, self.folder / name)
-                except FileNotFoundError:  # removed since; the next round removes it there
+                except FileNotFoundError:  # deleted meanwhile; the next round deletes it there
                     continue
                 self._sent[name] = found[name]
 
     @contextmanager
     def kept_equal(self) -> Iterator[Path]:
-        """The local folder, fetched; sent every half minute while the block runs, and at its end, however it ends."""
+        """The local folder, fetched; changes are sent every 30 s while the block runs, and at its end in any case."""
         self.fetch()
         ended = threading.Event()
         sender = threading.Thread(target=self._send_now_and_then, args=(ended,), daemon=True, name="mirror")
@@ -79,7 +79,7 @@ class Mirror:
             try:
                 self.send()
             except (PipelineError, OSError) as error:
-                log.warning("not sent, it is tried again: %s", error)
+                log.warning("not sent, trying again: %s", error)
 
     def _walk(self) -> dict[str, _Version]:
         found: dict[str, _Version] = {}
@@ -97,7 +97,7 @@ class Mirror:
 
 @contextmanager
 def working_folder(storage: Storage, *, sends: bool = True) -> Iterator[Path]:
-    """The run's folder, if it is local; else a local copy of it for as long as the block runs.
+    """The run's folder if it is local, else a local copy of it while the block runs.
 
     Args:
         sends: send changes back; False for all but one of several processes.

@@ -22,8 +22,9 @@ R = TypeVar("R")
 class ObjectStorage(Storage):
     """A prefix of an object store, through fsspec. Credentials come from the environment of each process.
 
-    An upload replaces the object at once when it ends, so a reader sees the former one or the new one; large files go
-    up in parts. What may pass (5xx, timeouts, broken connections, slow-down) is tried again with growing pauses.
+    An upload replaces the object atomically when it ends, so a reader sees the previous or the new one; large files
+    are uploaded in parts. Transient errors (5xx, timeouts, broken connections, slow-down) are retried with growing
+    pauses.
     """
 
     parallel = 32
@@ -61,7 +62,7 @@ class ObjectStorage(Storage):
         try:
             self._call("written", name, lambda path: self._fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
-            return self.read(name) == data  # a first try may have got through though its answer did not
+            return self.read(name) == data  # the first try may have succeeded without its response arriving
         return True
 
     def size(self, name: str) -> int | None:
@@ -116,7 +117,7 @@ class ObjectStorage(Storage):
         return Path(tempfile.mkdtemp(dir=_scratch()))
 
     def clean(self) -> int:
-        """Objects are never half-written; removes local files of processes of this machine that are gone."""
+        """Objects are never partly written; deletes local files of ended processes of this machine."""
         count = 0
         for folder in _scratch().parent.iterdir():
             if folder.name.isdigit() and not Path(f"/proc/{folder.name}").exists():
@@ -129,17 +130,17 @@ class ObjectStorage(Storage):
 
         path = f"{self._root}/{name}" if name else self._root
 
-        def tell(state: RetryCallState) -> None:
+        def warn(state: RetryCallState) -> None:
             if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
                 error = state.outcome.exception()
                 what = without_secrets(first_line(error)) if error else ""
-                log.warning("%s/%s: not %s: %s; tried again for %g s", self.url, name, done, what, _PATIENCE_S)
+                log.warning("%s/%s: not %s: %s; trying again for %g s", self.url, name, done, what, _PATIENCE_S)
 
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(_is_transient),
             stop=stop_after_delay(_PATIENCE_S),
             wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
-            before_sleep=tell,
+            before_sleep=warn,
             reraise=True,
         )
         try:
@@ -156,10 +157,10 @@ class ObjectStorage(Storage):
             ) from error
 
 
-_PATIENCE_S = 300.0  # an outage of a night is often shorter
+_PATIENCE_S = 300.0  # most outages are shorter
 _LONGEST_PAUSE_S = 20.0
 _QUIET_TRIES = 5
-_HOPELESS = (
+_LASTING = (
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -170,23 +171,23 @@ _HOPELESS = (
 )
 
 
-def _may_pass(error: BaseException) -> bool:
-    lasting = isinstance(error, _HOPELESS) or "redential" in type(error).__name__
+def _is_transient(error: BaseException) -> bool:
+    lasting = isinstance(error, _LASTING) or "redential" in type(error).__name__
     return isinstance(error, Exception) and not lasting
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """Options of the file system that the user's fsspec configuration does not set."""
+    """Options of the file system, except those that the user's fsspec configuration sets."""
     from fsspec.config import conf
 
-    options: dict[str, Any] = {"use_listings_cache": False}  # others write here too
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write here too
     if protocol in ("s3", "s3a"):
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
     return {key: value for key, value in options.items() if key not in conf.get(protocol, {})}
 
 
 def _scratch() -> Path:
-    """This process's folder for files on their way; TMPDIR says where."""
+    """This process's folder for files before upload and after download, below TMPDIR."""
     folder = Path(tempfile.gettempdir()) / f"imagen-precompute-{os.getuid()}" / str(os.getpid())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder

@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage import LocalStorage, Storage
 from pipeline.storage.lock import Lease, RunLock
 from pipeline.storage.open import open_storage
+from pipeline.storage.record import Record, shard_name
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -21,8 +22,6 @@ METRICS = "metrics.jsonl"
 ESTIMATE = "estimate.json"
 STORE = "store"
 QUARANTINE = "quarantine"
-
-Record = dict[str, object]
 
 
 class RunFolder:
@@ -55,7 +54,7 @@ class RunFolder:
 
     @property
     def failures(self) -> str:
-        """Folder of the tracebacks of the shards that the last run set aside."""
+        """Folder with the tracebacks of the shards that failed in the last run."""
         return f"{QUARANTINE}/failed"
 
     def group_folder(self, group: str) -> str:
@@ -71,11 +70,16 @@ class RunFolder:
 
     def read_record(self, group: str, shard: str) -> Record | None:
         """The completion record, or None if this (group, shard) is not finished."""
-        return self.storage.read_json(self.record_name(group, shard))
+        value = self.storage.read_json(self.record_name(group, shard))
+        return None if value is None else Record.from_json(value)
+
+    def write_record(self, record: Record) -> None:
+        """Declares a (group, shard) finished."""
+        self.storage.write_json(self.record_name(record.group, shard_name(record.shard)), record.to_json())
 
     def records(self, group: str) -> Iterator[Record]:
         """All completion records of a group in shard order, a few at a time."""
-        names = (f"{index:05d}" for index in sorted(self.recorded_shards(group)))
+        names = map(shard_name, sorted(self.recorded_shards(group)))
         for record in self.storage.map(lambda name: self.read_record(group, name), names):
             if record is not None:
                 yield record
@@ -86,31 +90,26 @@ class RunFolder:
         yield from (int(name.removesuffix(".json")) for name in names if name[0].isdigit())
 
     def started_groups(self) -> list[str]:
-        """Groups that any run of the folder has begun, sorted."""
+        """Groups that any run of the folder has started, sorted."""
         return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
 
     def committed_file(self, group: str, shard: str) -> str:
-        """Name of the one file of a committed (group, shard)."""
+        """Name of the only file of a committed (group, shard)."""
         record = self.read_record(group, shard)
         if record is None:
             raise FileNotFoundError(f"{group}/{shard} is not committed in {self.url}")
-        files = record["files"]
-        assert isinstance(files, list)
-        assert len(files) == 1
-        return files[0]["path"]
+        return record.file.path
 
     def delete_shard(self, group: str, shard: str) -> None:
-        """Removes a (group, shard): the record first, so that a kill in between loses no truth."""
+        """Deletes a (group, shard): the record first, so that after a kill no record names a missing file."""
         record = self.read_record(group, shard)
         self.storage.delete(self.record_name(group, shard))
         self.storage.delete(self.drops_name(group, shard))
-        files = record["files"] if record else []
-        assert isinstance(files, list)
-        for file in files:
-            self.storage.delete(file["path"])
+        for file in record.files if record else ():
+            self.storage.delete(file.path)
 
     def delete_group(self, group: str) -> None:
-        """Removes a whole group, records first."""
+        """Deletes all of a group, records first."""
         for folder in (f"state/{group}", f"{QUARANTINE}/{group}", self.group_folder(group)):
             self.storage.delete_folder(folder)
 

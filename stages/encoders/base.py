@@ -195,7 +195,7 @@ class EncoderConfig(FrozenModelConfig):
         Raises:
             MachineError: the model cannot be found, or its tokenizer not be read.
         """
-        from stages.encoders.tokens import load_tokenizer, tokenize
+        from stages.encoders.batches.tokens import load_tokenizer, tokenize
 
         with self.located() as files, reading(self):
             token_ids, _ = tokenize(load_tokenizer(files), captions, self.max_tokens)

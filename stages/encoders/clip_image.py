@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from stages.encoders.base import Encoded, FloatArray, FrozenModelConfig, reading, refuse_kind
+from stages.encoders.batches.memory import run_batches
 from stages.encoders.loading import load_weights, place
-from stages.encoders.memory import run_batches
 from stages.encoders.model_files import ModelFiles, hf_config
 from stages.images.resample import resize_square
 

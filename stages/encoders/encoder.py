@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, reading
-from stages.encoders.batching import token_budget_batches
+from stages.encoders.batches.batching import token_budget_batches
+from stages.encoders.batches.memory import run_batches
+from stages.encoders.batches.tokens import load_tokenizer, tokenize
 from stages.encoders.loading import place
-from stages.encoders.memory import run_batches
 from stages.encoders.model_files import ModelFiles
-from stages.encoders.tokens import load_tokenizer, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor

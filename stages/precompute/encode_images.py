@@ -24,6 +24,8 @@ from stages.precompute.resize import ImagesConfig
 class EncodeImagesStage(Stage):
     """`images-SIZE` -> `image-embed-NAME`: one embedding a row. Workers keep the model."""
 
+    identity = "EncodePicturesStage"
+
     def __init__(self, encoder: ClipImageConfig, images: ImagesConfig, store_format: StoreFormat, dtype: StoreDtype):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)

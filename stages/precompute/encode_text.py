@@ -26,6 +26,7 @@ from stages.precompute.quantisation import quantisation_facts, storable
 class EncodeStage(Stage):
     """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model."""
 
+    identity = "EncodeStage"
     version = 3
     inputs = (SAMPLES,)
     tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)

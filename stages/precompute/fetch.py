@@ -23,6 +23,7 @@ class FetchStage(Stage):
     What was removed from the store is not stored again: it is the drop `removed`.
     """
 
+    identity = "FetchStage"
     name = "fetch"
     resources = Resources(num_cpus=_FETCH_CPUS)
 

@@ -39,6 +39,7 @@ class PrecomputedEmbeddingsStage(Stage):
     they have from any frozen encoder; one that has another is dropped (`other_embedding`).
     """
 
+    identity = "TakeGivenStage"
     inputs = (SAMPLES,)
 
     def __init__(

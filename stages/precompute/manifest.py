@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 import imagen_core.store as store_format
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.engine.retries import retry_origins
-from pipeline.storage.run_folder import STORE, Record, RunFolder
+from pipeline.storage.record import Record, shard_name
+from pipeline.storage.run_folder import STORE, RunFolder
 from stages.precompute.fetch import ORIGINALS, SAMPLES
 
 _WRITER = "imagen-precompute"
@@ -92,22 +93,20 @@ def _shards(
 ) -> Iterator[dict[str, object]]:
     origins = retry_origins(run)
     touched = {shard for removal in removals for shard in removal.rows}
-    read = lambda shard: {group: run.read_record(group, f"{shard:05d}") for group in groups}  # noqa: E731
+    read = lambda shard: {group: run.read_record(group, shard_name(shard)) for group in groups}  # noqa: E731
     for records in run.storage.map(read, sorted(set(run.recorded_shards(SAMPLES)) - failed)):
         samples = records[SAMPLES]
         assert samples is not None
-        shard = int(str(samples["shard"]))
+        shard = samples.shard
         files: dict[str, object] = {}
         excluded = _removed(run, shard, removals) if shard in touched else {}
         for group, record in records.items():
             assert record is not None
-            info = record["info"]
-            assert isinstance(info, dict)
-            for reason, listed in info.get("excluded_rows", {}).items():
+            for reason, listed in record.info.get("excluded_rows", {}).items():
                 for row in listed:
                     excluded.setdefault(row, reason)
-            files[group] = _record_entry(record, info.get("captions"))
-        rows = int(str(samples["rows"]))
+            files[group] = _record_entry(record)
+        rows = samples.rows
         totals["num_samples"] += rows - len(excluded)
         by_reason = {reason: sorted(r for r in excluded if excluded[r] == reason) for reason in excluded.values()}
         retry_of = {"retry_of": origins[shard]} if shard in origins else {}
@@ -115,7 +114,7 @@ def _shards(
 
 
 def _removed(run: RunFolder, shard: int, removals: list[store_format.Removal]) -> dict[int, str]:
-    name = run.committed_file(SAMPLES, f"{shard:05d}")
+    name = run.committed_file(SAMPLES, shard_name(shard))
     copy = run.storage.copy(name)
     try:
         removed = store_format.removed_rows(removals, shard, store_format.SamplesFile(str(copy), name))
@@ -124,15 +123,12 @@ def _removed(run: RunFolder, shard: int, removals: list[store_format.Removal]) -
     return {row: entry.excluded for row, entry in removed.items()}
 
 
-def _record_entry(record: Record, captions: object) -> dict[str, object]:
-    files = record["files"]
-    assert isinstance(files, list)
-    file = files[0]
+def _record_entry(record: Record) -> dict[str, object]:
     return {
-        "path": file["path"].removeprefix(f"{STORE}/"),
-        "bytes": file["bytes"],
-        "sha256": file["sha256"],
-        "rows": record["rows"] if captions is None else captions,
+        "path": record.file.path.removeprefix(f"{STORE}/"),
+        "bytes": record.file.bytes,
+        "sha256": record.file.sha256,
+        "rows": record.info.get("captions", record.rows),
     }
 
 

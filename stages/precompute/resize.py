@@ -93,6 +93,7 @@ class ResizeStage(Stage):
     the rows as they are: a row that can no longer be made is excluded, and the others keep their places.
     """
 
+    identity = "ResizeStage"
     name = "resize"
     version = 2
     inputs = (ORIGINALS,)

@@ -6,7 +6,7 @@ command again does the rest.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ from imagen_core.store import (
 from pipeline.engine.retries import redact_retries
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
-from pipeline.storage.run_folder import STORE, Record, RunFolder
+from pipeline.storage.record import CommittedFile, Record, shard_name
+from pipeline.storage.run_folder import STORE, RunFolder
 from stages.precompute.fetch import ORIGINALS
 from stages.precompute.manifest import run_group
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
@@ -114,14 +115,12 @@ class _RunFiles(_StoreFiles):
         self.groups = {name: parse_group(name, run_group(run, name)) for name in names}
 
     def entries(self, shard: int) -> Mapping[str, FileEntry]:
-        records = {name: self._run.read_record(name, f"{shard:05d}") for name in self.groups}
+        records = {name: self._run.read_record(name, shard_name(shard)) for name in self.groups}
         return {name: self._entry(record) for name, record in records.items() if record is not None}
 
     def _entry(self, record: Record) -> FileEntry:
-        (file,) = record["files"]  # type: ignore[misc]
-        path = file["path"].removeprefix(f"{STORE}/")
-        rows = record["info"].get("captions", record["rows"])  # type: ignore[attr-defined]
-        return FileEntry(path, file["bytes"], file["sha256"], rows)
+        file, rows = record.file, record.info.get("captions", record.rows)
+        return FileEntry(file.path.removeprefix(f"{STORE}/"), file.bytes, file.sha256, rows)
 
     def replace(self, shard: int, new: Mapping[str, FileEntry]) -> None:
         for name, entry in new.items():
@@ -162,15 +161,14 @@ def _erase_shard(
 
 def _replace_file(run: RunFolder, group: str, shard: int, name: str, entry: FileEntry) -> None:
     """Changes the record of a finished (group, shard) to another file."""
-    record = run.read_record(group, f"{shard:05d}")
+    record = run.read_record(group, shard_name(shard))
     assert record is not None
-    file = {"path": name, "bytes": entry.bytes, "sha256": entry.sha256}
-    run.storage.write_json(run.record_name(group, f"{shard:05d}"), {**record, "files": [file]})
+    run.write_record(replace(record, files=(CommittedFile(name, entry.bytes, entry.sha256),)))
 
 
 def _delete_others(path: Path, shard: int) -> None:
     """Deletes the files of a shard that another one has taken the place of."""
-    for other in path.parent.glob(f"{shard:05d}.*"):
+    for other in path.parent.glob(f"{shard_name(shard)}.*"):
         if other != path:
             other.unlink()
 
@@ -178,13 +176,13 @@ def _delete_others(path: Path, shard: int) -> None:
 def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, result: Compacted) -> None:
     """Erases images, captions and URLs from the fetched originals that the run keeps."""
     for record in run.records(ORIGINALS):
-        shard = int(str(record["shard"]))
-        path = run.root / run.committed_file(ORIGINALS, f"{shard:05d}")
+        shard = record.shard
+        path = run.root / record.file.path
         gone = result.removed_inputs.get(shard, set())
         with OriginalsReader(path) as old:
             rows = set(_blocked_originals(old, blocklist, gone))
             if rows:
-                final = path.with_name(f"{shard:05d}.r{revision}{path.suffix}")
+                final = path.with_name(f"{shard_name(shard)}.r{revision}{path.suffix}")
                 temporary = temporary_name(final)
                 try:
                     _copy_originals(old, temporary, rows)

@@ -17,6 +17,7 @@ from imagen_core.store import (
 )
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import QUARANTINE, RunFolder
 
 _ANNOTATIONS = ("transcription", "safebox", "label")
@@ -138,7 +139,7 @@ def _dropped(run: RunFolder, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(entry: dict[str, Any]) -> list[str]:
-    where = f"shard {entry['shard']:05d}" if "shard" in entry else ""
+    where = f"shard {shard_name(entry['shard'])}" if "shard" in entry else ""
     if "removal" in entry:
         removal = entry["removal"]
         because = f": {removal['reason']}" if removal["reason"] else ""
@@ -156,7 +157,7 @@ def _lines(entry: dict[str, Any]) -> list[str]:
     lines.append(f"  original   {entry['width']} x {entry['height']} px, input row {entry['input_row']}")
     if entry["retry_of"]:
         lines.append(
-            f"  tried      before in shard {entry['retry_of']['shard']:05d}, input row "
+            f"  tried      before in shard {shard_name(entry['retry_of']['shard'])}, input row "
             f"{entry['retry_of']['input_row']}"
         )
     lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]

@@ -82,13 +82,13 @@ def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
     """
     if run is not None and not folder.exists(MANIFEST_NAME):
         for record in run.records(SAMPLES_GROUP):
-            name = run.committed_file(SAMPLES_GROUP, f"{record['shard']:05d}")
+            name = record.file.path
             copy = run.storage.copy(name)
             try:
                 samples = SamplesFile(str(copy), name)
             finally:
                 run.storage.release(copy)
-            yield int(str(record["shard"])), samples, {}
+            yield record.shard, samples, {}
         return
     manifest = load_manifest(folder)
     for position in range(manifest.num_shards):

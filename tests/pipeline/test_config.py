@@ -117,7 +117,7 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("a..b=1", "override 'a..b=1': write KEY=VALUE"),
         ("count=[1", "override 'count=[1': the value is not valid YAML"),
         ("items.2.size_px=1", "override 'items.2.size_px=1': items has items 0..1, got '2'"),
-        ("items.0.name.x=1", "override 'items.0.name.x=1': items.0.name is a plain value, not a group"),
+        ("items.0.name.x=1", "override 'items.0.name.x=1': items.0.name is a plain value, not a mapping"),
         ("cuont=1", "cuont: unknown key (got 1); did you mean 'count'?"),
         ("zzz=1", "zzz: unknown key (got 1); known keys: count, extra, inner, items, label, shape"),
         ("inner.flga=true", "inner.flga: unknown key (got True); did you mean 'flag'?"),

@@ -124,7 +124,7 @@ class Toy(ShardedWorkflow):
         return Plan(
             stages=stages,
             shards=lambda: toy_shards(options),
-            finalize=lambda run, *_: {"num_samples": sum(int(str(r["rows"])) for r in run.records("squares"))},
+            finalize=lambda run, *_: {"num_samples": sum(record.rows for record in run.records("squares"))},
             row_group="squares",
             keep=frozenset(["raw"]) if options.keep else frozenset(),
         )

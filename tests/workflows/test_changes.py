@@ -168,7 +168,7 @@ def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(images
         workflow = Precompute(load_config(PrecomputeConfig, None, arguments(images)))
         workflow.run(out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
 
-    with pytest.raises(ConfigError, match="reasons there are: too_small"):
+    with pytest.raises(ConfigError, match="available reasons: too_small"):
         retry("http_404")
     (images / "2.txt").write_text("changed")
     with pytest.raises(StaleOutputError):

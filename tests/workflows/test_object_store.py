@@ -192,6 +192,6 @@ def test_a_worker_of_a_run_that_lost_the_folder_commits_nothing(data: Data, s3: 
             "run", "precompute", "--out", url, "--executor", "inline", "--quiet", f"source.path={data.url}", *SETTINGS
         )
     assert lost.code == 4
-    assert "lost its right to the folder" in lost.err
+    assert "this run lost the folder to" in lost.err
     assert not s3.keys("lost/staging/")
     assert not s3.keys("lost/state/samples/")

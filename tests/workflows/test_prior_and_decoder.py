@@ -76,7 +76,7 @@ def pixels(out: Path) -> list[np.ndarray]:
 def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Path) -> None:
     result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
     assert result.code == 0, result.err
-    assert set(json.loads(result.out)["facts"]["seconds_per_image"]) == {"prior", "16"}
+    assert set(json.loads(result.out)["summary"]["seconds_per_image"]) == {"prior", "16"}
     first, second = pixels(tmp_path / "two")
     assert first.shape == (16, 16, 3)
     assert not np.array_equal(first, second)

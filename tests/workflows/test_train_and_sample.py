@@ -41,7 +41,7 @@ def weights(out: Path) -> dict[str, np.ndarray]:
 def test_training_leaves_checkpoints_metrics_and_a_summary(work: Path) -> None:
     out = work / "base"
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
-    facts = json.loads((out / "summary.json").read_text())["facts"]
+    facts = json.loads((out / "summary.json").read_text())["summary"]
     assert (facts["steps"], facts["samples"]) == (6, 23)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -53,9 +53,9 @@ def test_training_leaves_checkpoints_metrics_and_a_summary(work: Path) -> None:
 
 def test_the_same_command_again_trains_no_step(work: Path) -> None:
     before = weights(work / "base")
-    facts = json.loads((work / "base" / "summary.json").read_text())["facts"]
+    facts = json.loads((work / "base" / "summary.json").read_text())["summary"]
     assert train(work, "base", work / "base").code == 0
-    again = json.loads((work / "base" / "summary.json").read_text())["facts"]
+    again = json.loads((work / "base" / "summary.json").read_text())["summary"]
     assert {name: again[name] for name in ("loss", "images_per_s")} == {
         name: facts[name] for name in ("loss", "images_per_s")
     }
@@ -72,7 +72,7 @@ def test_more_steps_go_on_from_the_checkpoint(work: Path, tmp_path: Path) -> Non
 
 def test_dry_run_says_parameters_memory_and_data(work: Path) -> None:
     result = call("run", "train", "-c", str(work / "sr.yaml"), "--dry-run", "--json")
-    facts = json.loads(result.out)["facts"]
+    facts = json.loads(result.out)["summary"]
     assert facts["parameters"] == sum(value.size for value in weights(work / "sr").values())
     assert facts["optimizer_bytes"] == 8 * facts["parameters"]
     assert facts["memory_bytes"] > 20 * facts["parameters"]
@@ -80,7 +80,7 @@ def test_dry_run_says_parameters_memory_and_data(work: Path) -> None:
     assert facts["samples_seen"] == 24
     assert facts["store_now"].startswith("23 samples: 1.0 epochs")
     wider = call("run", "train", "-c", str(work / "sr.yaml"), "--dry-run", "--json", "denoiser.unet.text_dim=32")
-    assert "text_dim is 32" in json.loads(wider.out)["facts"]["store_now"]
+    assert "text_dim is 32" in json.loads(wider.out)["summary"]["store_now"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> N
     record = json.loads((tmp_path / "s" / "images.json").read_text())
     assert [p["seed"] for p in record["images"]] == [5, 6, 7, 8]
     assert (tmp_path / "s" / "grid.png").exists()
-    assert json.loads(result.out)["facts"]["drawn_now"] == 4
+    assert json.loads(result.out)["summary"]["drawn_now"] == 4
 
 
 def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, t
         assert np.abs(a - b).max() <= 1
     (one / "images-32" / "00001.png").unlink()
     again = sample(work, one, prompts, "batch_size=3")
-    assert json.loads(again.out)["facts"]["drawn_now"] == 1
+    assert json.loads(again.out)["summary"]["drawn_now"] == 1
     other = sample(work, one, "prompts=[a triangle]")
     assert other.code == 2
     assert "holds images of other settings" in other.err
@@ -266,7 +266,7 @@ def test_ray_train_gives_the_same_model(work: Path, tmp_path: Path) -> None:
     arguments = ["run", "train", "-c", str(work / "base.yaml"), *exact, str(tmp_path / "ray")]
     result = call_process(*arguments, "--executor", "ray", "workers.num_workers=2", cwd=REPOSITORY, timeout_s=280)
     assert result.code == 0, result.err
-    facts = [json.loads((tmp_path / name / "summary.json").read_text())["facts"] for name in ("ray", "alone")]
+    facts = [json.loads((tmp_path / name / "summary.json").read_text())["summary"] for name in ("ray", "alone")]
     assert facts[0]["steps"] == facts[1]["steps"] == 6
     assert facts[0]["loss"] == pytest.approx(facts[1]["loss"])
     ray, alone = weights(tmp_path / "ray"), weights(tmp_path / "alone")
@@ -285,7 +285,7 @@ def test_ray_train_ends_well_on_an_object_store(work: Path) -> None:
         arguments = ["run", "train", "-c", str(work / "base.yaml"), "--quiet", "--out", f"{s3.url}/ray"]
         result = call_process(*arguments, "--executor", "ray", "workers.num_workers=2", cwd=REPOSITORY, timeout_s=280)
         assert result.code == 0, result.err
-        facts = open_storage(f"{s3.url}/ray").read_json("summary.json")["facts"]
+        facts = open_storage(f"{s3.url}/ray").read_json("summary.json")["summary"]
         assert facts.get("checkpoint") == f"{s3.url}/ray/checkpoints/step-00000006", facts
         assert "step-00000006/model.safetensors" in s3.keys("ray/checkpoints/")
 
@@ -315,7 +315,7 @@ def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Pat
         found = s3.keys("train/checkpoints/")
         expected = work / "base/checkpoints/step-00000006"
         assert found["step-00000006/model.safetensors"] == (expected / "model.safetensors").read_bytes()
-        assert open_storage(f"{s3.url}/train").read_json("summary.json")["facts"]["checkpoint"] == (
+        assert open_storage(f"{s3.url}/train").read_json("summary.json")["summary"]["checkpoint"] == (
             f"{s3.url}/train/checkpoints/step-00000006"
         )
         stages = [{"checkpoint": f"{s3.url}/train", "sampling": {"num_steps": 2}}]

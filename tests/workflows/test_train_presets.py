@@ -79,7 +79,7 @@ def test_shipped_sampling_configurations_load() -> None:
 
 
 def test_dry_run_of_a_published_model_needs_no_store_and_no_memory() -> None:
-    facts = Train(load_config(TrainWorkflowConfig, find_config("train", "nemo-sr1024-600m"))).facts()
+    facts = Train(load_config(TrainWorkflowConfig, find_config("train", "nemo-sr1024-600m"))).dry_run()
     assert facts["parameters"] == TABLE["600m_res_1024"]
     assert facts["store_groups_needed"] == ["images-1024", "images-256", "text-t5"]
     assert facts["store_now"] == "not there yet"
@@ -88,4 +88,4 @@ def test_dry_run_of_a_published_model_needs_no_store_and_no_memory() -> None:
 @pytest.mark.parametrize(("num_steps", "highest"), [(40, 40e-8), (20_000, 1e-4)])
 def test_dry_run_says_how_high_the_learning_rate_gets(num_steps: int, highest: float) -> None:
     config = load_config(TrainWorkflowConfig, find_config("train", "nemo-base64-500m"), [f"num_steps={num_steps}"])
-    assert Train(config).facts()["highest_learning_rate"] == pytest.approx(highest)
+    assert Train(config).dry_run()["highest_learning_rate"] == pytest.approx(highest)

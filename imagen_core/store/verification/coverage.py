@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from imagen_core.store.files.parquet import SamplesFile
-from imagen_core.store.layout import RETRIED
+from imagen_core.store.layout import RETRIED, shard_name
 from imagen_core.store.manifest import Manifest
 from imagen_core.store.records import ShardEntry
 
@@ -74,7 +74,7 @@ class Coverage:
         if len(unknown):
             problems.append(f"rows of shard {unknown[0]} were tried again, but there is no such shard")
         if self._first_tries != self.input_rows:
-            named = ", ".join(f"{index:05d}" for index in self._failed[:_MAX_NAMED_SHARDS])
+            named = ", ".join(map(shard_name, self._failed[:_MAX_NAMED_SHARDS]))
             more = ", ..." if len(self._failed) > _MAX_NAMED_SHARDS else ""
             why = f"{len(self._failed)} shards failed ({named}{more})" if named else "some are missing"
             problems.append(

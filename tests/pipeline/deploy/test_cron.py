@@ -38,6 +38,8 @@ def test_the_five_fields_are_read(text: str, expected: Cron) -> None:
         ("*-3 * * * *", "minute is '*-3'"),
         ("² * * * *", "minute is '²'"),
         ("$(id) * * * *", "minute is '$(id)'"),
+        ("0 0 */2 * MON", "cron takes days that both name, Kubernetes days that either names"),
+        ("0 0 13 * */2", "Write the steps out, as 1-31/2, or leave one as *"),
     ],
 )
 def test_what_not_every_scheduler_reads_is_refused(text: str, says: str) -> None:
@@ -53,6 +55,7 @@ def test_what_not_every_scheduler_reads_is_refused(text: str, says: str) -> None
         ("0 3 * * *", ["*-*-* 03:00:00 UTC"]),
         ("*/30 * * 2 *", ["*-02-* *:00,30:00 UTC"]),
         ("15 6 * * 1-3", ["Mon,Tue,Wed *-*-* 06:15:00 UTC"]),
+        ("0 0 */10 * *", ["*-*-01,11,21,31 00:00:00 UTC"]),
         ("0 0 1 * SUN", ["Sun *-*-* 00:00:00 UTC", "*-*-01 00:00:00 UTC"]),  # cron takes either day
     ],
 )

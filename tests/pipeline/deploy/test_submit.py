@@ -121,7 +121,7 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(tmp_path: Path
     assert "images.sizes: unknown key" in result.err
     result = call(*arguments, "--out", "runs/one")
     assert result.code == 2
-    assert "--out runs/one: every node must find it" in result.err
+    assert "--out runs/one: every node must access it" in result.err
     result = call("submit", "precompute", "--address", "head:8265", "--out", "/shared/run")
     assert result.code == 2
     assert "--address head:8265: must be the head's HTTP address" in result.err

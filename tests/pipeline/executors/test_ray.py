@@ -142,18 +142,18 @@ def test_the_user_is_told_which_resource_no_node_has(tmp_path: Path, caplog: pyt
     made.demands["fetch"] = made._demand(fetch, [CPU_NODE])
     made.running[mock.Mock()] = (None, None, TaskRequest("fetch", Shard(0, [], 0), frozenset(), {}))
     with caplog.at_level(logging.WARNING):
-        made._look([CPU_NODE, GPU_NODE])
+        made._refresh([CPU_NODE, GPU_NODE])
         assert not caplog.messages
-        made._look([GPU_NODE])
-        made._look([GPU_NODE])
+        made._refresh([GPU_NODE])
+        made._refresh([GPU_NODE])
     assert caplog.messages == ["fetch waits for a node with CPU 1, cpu_node 0.001: of 1 nodes none has it"]
 
 
 def test_the_window_grows_with_the_cluster(tmp_path: Path) -> None:
     made = executor(tmp_path)
-    made._look([CPU_NODE])
+    made._refresh([CPU_NODE])
     assert made.window == 16
-    made._look([CPU_NODE, CPU_NODE, GPU_NODE])
+    made._refresh([CPU_NODE, CPU_NODE, GPU_NODE])
     assert made.window == 40
 
 

@@ -135,7 +135,7 @@ def test_a_plan_of_another_configuration_is_not_compared(tmp_path: Path) -> None
     [
         (["--profile", "h300"], "--profile h300: no such file or shipped profile; shipped: a100x8, cpu16"),
         (["--profile", "no.yaml"], "config file no.yaml: cannot be read"),
-        (["--save", "--rows", "9"], "--save: a plan for --rows 9 is none of the run"),
+        (["--save", "--rows", "9"], "--save: a plan for --rows 9 is not one for the run"),
         (["--profile", "{machine}", "encoders.0.compute_dtype=float32"], "tflops has no float32, the compute_dtype"),
         (["--profile", "{bare}"], "cpu_s_per_row has no fetch; add it, or measure it with --probe"),
     ],

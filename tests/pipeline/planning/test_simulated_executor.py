@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.task import TaskRequest
@@ -77,17 +78,17 @@ class Watched(Progress):
 
 
 def simulate(
-    folder: Path, outcome_model: Callable[[TaskRequest], TaskOutcomeModel], changes: Sequence[NodeEvent] = ()
+    folder: Path, outcome_model: Callable[[TaskRequest], TaskOutcomeModel], node_events: Sequence[NodeEvent] = ()
 ) -> tuple[SimulatedExecutor, Tally, Watched]:
     stages = tuple(Counted(simulated) for simulated in SIMULATED_STAGES)
     plan = Plan(stages, lambda: (Shard(i, i, 1000) for i in range(SHARDS)), lambda *_: {})
     folder.mkdir(exist_ok=True)
     run, executor = (
         RunFolder(folder),
-        SimulatedExecutor(SIMULATED_STAGES, MACHINE, outcome_model=outcome_model, changes=changes),
+        SimulatedExecutor(SIMULATED_STAGES, MACHINE, outcome_model=outcome_model, node_events=node_events),
     )
     log, progress = EventLog(run.storage), Watched(stages)
-    tally = Scheduler(plan, run, executor, log, progress, CONFIG, StopSignals()).execute()
+    tally = Scheduler(RunState(plan, run), executor, log, progress, CONFIG, StopSignals()).execute()
     log.close()
     return executor, tally, progress
 

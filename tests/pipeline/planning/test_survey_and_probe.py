@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.state import RunState
 from pipeline.errors import PipelineError
 from pipeline.executors.base import ExecutionConfig
 from pipeline.options import RunOptions
-from pipeline.plan import Plan
 from pipeline.planning.estimate import Basis, expected_bytes, predict
 from pipeline.planning.hardware import Hardware
 from pipeline.planning.probe import LinearCost, Measured, StageCost, probe
 from pipeline.planning.survey import ShardBatch, Survey, survey
 from pipeline.stage import Shard
-from pipeline.storage.run_folder import RunFolder
 from tests.pipeline.toy import Toy, ToyConfig, ToyOptions
 
 
@@ -23,22 +22,19 @@ def toy(**options: object) -> Toy:
     return Toy(ToyConfig(toy=ToyOptions.model_validate(options)))
 
 
-def plan_of(workflow: Toy, out: Path) -> tuple[Plan, RunFolder]:
-    run = RunFolder(out)
-    plan = workflow.plan(run)
-    run.transient_groups = plan.transient_groups
-    return plan, run
+def opened(workflow: Toy, out: Path) -> RunState:
+    return RunState.open(str(out), workflow.plan)
 
 
 def test_like_shards_are_one_batch(tmp_path: Path) -> None:
-    found = survey(*plan_of(toy(num_shards=500), tmp_path))
+    found = survey(opened(toy(num_shards=500), tmp_path))
     assert found.work == [ShardBatch(("fetch", "square"), rows=4, count=500)]
     assert (found.shards, found.rows) == (500, 2000)
 
 
 def test_an_added_group_needs_only_its_stage(tmp_path: Path) -> None:
     toy().run(tmp_path, RunOptions("inline", quiet=True))
-    found = survey(*plan_of(toy(add_cubes=True), tmp_path))
+    found = survey(opened(toy(add_cubes=True), tmp_path))
     assert found.work == [ShardBatch(("cube",), rows=4, count=5)]
     assert (found.groups["squares"].shards_done, found.groups["cubes"].rows_to_do) == (5, 20)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "store/squares").iterdir())
@@ -46,7 +42,7 @@ def test_an_added_group_needs_only_its_stage(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_spread_evenly_and_bounded(tmp_path: Path) -> None:
-    found = survey(*plan_of(toy(num_shards=5000), tmp_path))
+    found = survey(opened(toy(num_shards=5000), tmp_path))
     indices = [shard.index for shard in found.samples]
     steps = {b - a for a, b in pairwise(indices)}
     assert len(steps) == 1
@@ -56,15 +52,15 @@ def test_the_sample_is_spread_evenly_and_bounded(tmp_path: Path) -> None:
 
 def test_another_number_of_rows_is_all_to_do(tmp_path: Path) -> None:
     toy().run(tmp_path, RunOptions("inline", quiet=True))
-    plan, run = plan_of(toy(), tmp_path)
-    found = survey(plan, run).scaled(1001, plan)
+    state = opened(toy(), tmp_path)
+    found = survey(state).scaled(1001, state.plan)
     assert found.work == [ShardBatch(("fetch", "square"), 4, 250), ShardBatch(("fetch", "square"), 1, 1)]
     assert (found.groups["squares"].shards_to_do, found.groups["squares"].rows_to_do) == (251, 1001)
 
 
 def measure(workflow: Toy, out: Path) -> Measured:
-    plan, run = plan_of(workflow, out)
-    return probe(plan, plan.stages, survey(plan, run).samples, "inline", ExecutionConfig())
+    state = opened(workflow, out)
+    return probe(state.plan, state.plan.stages, survey(state).samples, "inline", ExecutionConfig())
 
 
 def test_the_probe_measures_every_stage_and_leaves_the_run_folder_alone(tmp_path: Path) -> None:
@@ -87,10 +83,10 @@ def test_a_stage_that_fails_ends_the_probe_with_its_reason(tmp_path: Path) -> No
 
 
 def test_a_sample_without_one_good_row_is_refused(tmp_path: Path) -> None:
-    plan, run = plan_of(toy(num_shards=1, rows=8), tmp_path)
-    sevens = [Shard(shard.index, [7, 17], 2) for shard in survey(plan, run).samples]
-    with pytest.raises(PipelineError, match=r"all 2 sample rows were dropped \(ends_in_seven\); look at the source"):
-        probe(plan, plan.stages, sevens, "inline", ExecutionConfig())
+    state = opened(toy(num_shards=1, rows=8), tmp_path)
+    sevens = [Shard(shard.index, [7, 17], 2) for shard in survey(state).samples]
+    with pytest.raises(PipelineError, match=r"all 2 sample rows were dropped \(ends_in_seven\); check the source"):
+        probe(state.plan, state.plan.stages, sevens, "inline", ExecutionConfig())
 
 
 def basis(found: Survey, **changes: object) -> Basis:
@@ -103,11 +99,11 @@ def basis(found: Survey, **changes: object) -> Basis:
 
 
 def test_a_long_run_takes_the_work_by_the_cpus(tmp_path: Path) -> None:
-    plan, run = plan_of(toy(), tmp_path)
-    given = basis(survey(plan, run).scaled(40_000_000, plan))
-    sizes = expected_bytes(plan, given)
+    state = opened(toy(), tmp_path)
+    given = basis(survey(state).scaled(40_000_000, state.plan))
+    sizes = expected_bytes(state.plan, given)
     assert sizes == {"squares": 10_000_000 * 10 + 40_000_000 * 0.5 * 100}
-    predicted = predict(plan, given, sizes)
+    predicted = predict(state.plan, given, sizes)
     assert predicted["seconds"] == pytest.approx(40_000_000 * 0.004 / 4, rel=0.001)
     assert predicted["bottleneck"] == {"name": "cpus", "busy": 1.0, "mostly": "square"}
     assert [stage["alone_s"] for stage in predicted["stages"]] == [10_000, 30_000]
@@ -115,13 +111,13 @@ def test_a_long_run_takes_the_work_by_the_cpus(tmp_path: Path) -> None:
 
 
 def test_a_slow_network_is_the_bottleneck_and_is_named(tmp_path: Path) -> None:
-    plan, run = plan_of(toy(), tmp_path)
+    state = opened(toy(), tmp_path)
     given = basis(
-        survey(plan, run).scaled(1_000_000, plan),
+        survey(state).scaled(1_000_000, state.plan),
         hardware=Hardware(num_gpus=0, num_cpus=4, network_gbit_per_s=1.0, usd_per_cpu_hour=0.5),
         profile="mine",
     )
-    predicted = predict(plan, given, expected_bytes(plan, given))
+    predicted = predict(state.plan, given, expected_bytes(state.plan, given))
     network_s = 1_000_000 * 1e6 * 8 / 1e9
     assert network_s < predicted["seconds"] < 1.1 * network_s
     assert (predicted["bottleneck"]["name"], predicted["bottleneck"]["mostly"]) == ("network", "fetch")
@@ -130,8 +126,8 @@ def test_a_slow_network_is_the_bottleneck_and_is_named(tmp_path: Path) -> None:
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
     toy().run(tmp_path, RunOptions("inline", quiet=True))
-    plan, run = plan_of(toy(), tmp_path)
-    given = basis(survey(plan, run))
-    predicted = predict(plan, given, expected_bytes(plan, given))
+    state = opened(toy(), tmp_path)
+    given = basis(survey(state))
+    predicted = predict(state.plan, given, expected_bytes(state.plan, given))
     assert (predicted["seconds"], predicted["object_store"]["bytes"]) == (0.0, 0)
     assert predicted["bottleneck"]["name"] == "nothing to do"

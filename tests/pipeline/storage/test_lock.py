@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_with_the_owner_and_its_age(run: RunFolder) -> N
     with pytest.raises(LockedError) as caught, run.lock():
         pass
     assert re.search(
-        r"another run is working in this folder: process 7 of ann on node-3, begun 50\d\d s ago, last sign of life "
+        r"another run is working in this folder: process 7 of ann on node-3, started 50\d\d s ago, last renewal "
         r"3\d s ago\. .*--take-over",
         str(caught.value),
     )
@@ -76,7 +76,7 @@ def test_a_live_run_can_be_taken_over_on_request_and_then_knows_it(run: RunFolde
     with run.lock(take_over=True) as lease:
         lease.check()
         lease_of(run, host="node-4", renewed_s_ago=1)
-        with pytest.raises(LockedError, match="lost its right to the folder to process 7 of ann on node-4"):
+        with pytest.raises(LockedError, match="lost the folder to process 7 of ann on node-4"):
             lease.check()
     assert run.storage.read_json(LEASE)["host"] == "node-4"  # the other one's lease stays
 

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.encoders.batching import token_budget_batches
+from stages.encoders.batches.batching import token_budget_batches
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=200)
 BUDGETS = st.integers(1, 5000)

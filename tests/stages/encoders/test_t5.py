@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pipeline.errors import MachineError
+from stages.encoders.batches.tokens import tokenize
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
-from stages.encoders.tokens import tokenize
 
 CAPTIONS = [
     "a red circle above a blue square",

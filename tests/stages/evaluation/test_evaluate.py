@@ -35,7 +35,7 @@ def evaluate(out: Path, *overrides: str, **config: object) -> Result:
 
 def facts(result: Result) -> dict:
     assert result.code == 0, result.err
-    return json.loads(result.out)["facts"]
+    return json.loads(result.out)["summary"]
 
 
 def sweep(cascade: Path, clip: Path) -> dict[str, object]:
@@ -63,7 +63,7 @@ def finished(cascade: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def judged(out: Path) -> dict:
-    return json.loads((out / "summary.json").read_text())["facts"]
+    return json.loads((out / "summary.json").read_text())["summary"]
 
 
 def numbers(row: dict) -> list[float]:
@@ -283,8 +283,8 @@ def test_a_dry_run_says_how_much_is_drawn(cascade: Path, clip: Path, tmp_path: P
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(sweep(cascade, clip)))
     found = json.loads(call("plan", "evaluate", "-c", str(path), "--json", "draw.part={index: 1, count: 2}").out)
-    assert (found["facts"]["images"], found["facts"]["images_of_this_process"]) == (3, 1)
-    assert (found["facts"]["times_drawn"], found["facts"]["sizes_px"]) == (2, [16])
+    assert (found["summary"]["images"], found["summary"]["images_of_this_process"]) == (3, 1)
+    assert (found["summary"]["times_drawn"], found["summary"]["sizes_px"]) == (2, [16])
 
 
 def test_the_shipped_protocol_is_nemos() -> None:

@@ -38,7 +38,7 @@ def measure(work: Path, out: Path, *more: str, model: str = "base"):
 
 def facts(result) -> dict:
     assert result.code == 0, result.err
-    return json.loads(result.out)["facts"]
+    return json.loads(result.out)["summary"]
 
 
 def by_key(out: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ def test_a_continuous_super_resolution_model_is_measured_on_a_grid(work: Path, t
 
 def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
     result = measure(work, tmp_path, "--dry-run", "batch_size=2")
-    found = json.loads(result.out)["facts"]
+    found = json.loads(result.out)["summary"]
     assert (found["steps"], found["network_calls"], found["images"]) == (6, 18, 5)
     assert not list(tmp_path.iterdir())
 

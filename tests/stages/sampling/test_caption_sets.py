@@ -23,7 +23,7 @@ def sample(cascade: Path, out: Path, *more: str) -> Result:
 
 def facts(result: Result) -> dict:
     assert result.code == 0, result.err
-    return json.loads(result.out)["facts"]
+    return json.loads(result.out)["summary"]
 
 
 def images(out: Path) -> dict[str, np.ndarray]:

@@ -76,7 +76,7 @@ def test_an_online_run_goes_on_also_from_cached_embeddings_of_the_encoder(work: 
 
 
 def test_online_encoding_reads_captions_only(work: Path) -> None:
-    facts = {name: json.loads(dry_run(work, name).out)["facts"] for name in ("cached", "online")}
+    facts = {name: json.loads(dry_run(work, name).out)["summary"] for name in ("cached", "online")}
     assert facts["cached"]["store_groups_needed"] == ["images-16", "text-t5"]
     assert facts["online"]["store_groups_needed"] == ["images-16"]
     assert facts["online"]["store_now"].startswith("11 samples")
