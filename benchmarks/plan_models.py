@@ -1,6 +1,6 @@
 """What do 100 million captions cost with each encoder? `pipeline plan --profile`, for models that are not here.
 
-    python -m benchmarks.plan_models --docs docs/planning.md
+    python -m benchmarks.plan_models --docs docs/how-to/planning.md
 
 Each model folder has the real config.json's numbers, no weights, and a tokenizer made of the captions' own words: a
 stand-in, whose counts differ from the real one's. Captions: PartiPrompts. Nothing is timed.

@@ -1,6 +1,6 @@
 """What do 400 million pairs need? Bytes, files, time, requests, cost, and what the driver carries.
 
-    python -m benchmarks.scale --docs docs/scale.md
+    python -m benchmarks.scale --docs docs/explanation/scale.md
 
 Time and bytes are those of `pipeline plan --profile`; requests are counted in a real run on an object store in memory;
 the manifest and the URL list are synthetic, of full size or read in part, and measured here.
