@@ -11,32 +11,9 @@ import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
+from tests.documents import DOCUMENTS, blocks
 from tests.runs import REPOSITORY, pipeline, precompute
 from workflows.precompute import PrecomputeConfig
-
-DOCUMENTS = [
-    REPOSITORY / "README.md",
-    REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").rglob("*.md")),
-]
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of this language in all documents."""
-    found: list[str] = []
-    for document in DOCUMENTS:
-        inside: tuple[str, list[str]] | None = None
-        for line in document.read_text("utf-8").splitlines():
-            if not line.startswith("```"):
-                if inside is not None:
-                    inside[1].append(line)
-            elif inside is None:
-                inside = (line.removeprefix("```"), [])
-            else:
-                if inside[0] == language:
-                    found.append("\n".join(inside[1]))
-                inside = None
-    return found
 
 
 @pytest.fixture(scope="module")
