@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
-from tests.documents import DOCUMENTS, blocks
-from tests.runs import REPOSITORY, pipeline, precompute
+from tests.commands import call
+from tests.documents import DOCUMENTS, blocks, python_blocks
+from tests.runs import REPOSITORY, precompute
 from workflows.precompute import PrecomputeConfig
+
+TUTORIAL = REPOSITORY / "docs" / "tutorial" / "first-model.md"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +29,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_python_examples_run(run_folder: Path) -> None:
-    examples = blocks("python")
-    assert len(examples) >= 2
+    examples = blocks("python", [document for document in DOCUMENTS if document != TUTORIAL])
+    assert len(examples) >= 5
     for example in examples:
         subprocess.run([sys.executable, "-c", example], cwd=run_folder.parent, check=True)
 
@@ -44,8 +49,8 @@ def test_the_yaml_examples_are_valid_configurations(tmp_path: Path) -> None:
         assert config.source.kind == settings.get("source", {"kind": "synthetic"})["kind"]
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("")).replace("\\\n", " ").splitlines()
+def commands(documents: Iterable[Path] = DOCUMENTS) -> list[list[str]]:
+    lines = "\n".join(blocks("", documents)).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("pipeline ")]
 
 
@@ -56,7 +61,7 @@ def test_every_command_shown_exists_with_its_options() -> None:
     for words in shown:
         name = tuple(words[1:3]) if words[1] == "config" else (words[1],)
         if name not in helps:
-            helps[name] = pipeline(*name, "--help").stdout
+            helps[name] = call(*name, "--help").out
         options = [word for word in words if word.startswith("-")]
         assert all(option in helps[name] for option in options), words
 
@@ -73,3 +78,53 @@ def test_links_to_files_resolve() -> None:
     for document in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text("utf-8")):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_tutorials_commands_go_from_a_folder_of_images_to_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them as shown, but for the numbers of steps."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = python_blocks(TUTORIAL)
+    exec(program, {})
+    assert len(list(Path("shapes").glob("*.txt"))) == len(list(Path("shapes").glob("*.png"))) == 512
+    shown = commands([TUTORIAL])
+    assert [words[1] for words in shown] == ["doctor", "run", "verify", "inspect", "report", "run", "run", "run"]
+    for words in shown[1:]:
+        result = call(*(re.sub(r"^num_steps=\d+$", "num_steps=2", word) for word in words[1:]))
+        assert result.code == 0, f"{words}\n{result.out}\n{result.err}"
+    assert sorted(path.name for path in Path("samples/images-64").glob("*.png")) == ["00000.png", "00001.png"]
+    assert Path("samples/grid.png").is_file()
+
+
+def test_the_tree_in_readme_names_every_folder_of_the_packages_that_has_a_line() -> None:
+    (tree,) = (block for block in blocks("text", [REPOSITORY / "README.md"]) if block.startswith("pipeline/"))
+    named, package = [], ""
+    for line in tree.splitlines():
+        folder = line.split()[0]
+        package = package if line.startswith(" ") else folder
+        named.append(folder if folder == package else package + folder)
+    assert [name for name in named if not (REPOSITORY / name).is_dir()] == []
+    packages = [REPOSITORY / name for name in ("pipeline", "stages", "imagen_core")]
+    folders = [
+        f"{path.parent.relative_to(REPOSITORY)}/" for package in packages for path in package.glob("*/__init__.py")
+    ]
+    assert sorted(set(folders) - set(named)) == []
+
+
+def test_every_page_is_in_the_sites_navigation_and_in_the_index() -> None:
+    folder = REPOSITORY / "docs"
+    navigation = (REPOSITORY / "mkdocs.yml").read_text("utf-8")
+    index = (folder / "index.md").read_text("utf-8")
+    pages = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.md"))]
+    assert [page for page in pages if f"- {page}\n" not in navigation] == []
+    assert [
+        page for page in pages if f"]({page})" not in index and not page.startswith(("index", "reference/api/"))
+    ] == []
+
+
+def test_the_changelog_has_a_dated_section_for_the_packages_version() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    first = re.search(r"(?m)^## \[([^\]]+)\] - (\d{4}-\d{2}-\d{2})$", (REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
+    assert first is not None
+    assert first[1] == version
