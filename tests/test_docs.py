@@ -97,7 +97,7 @@ def test_the_tutorials_commands_go_from_a_folder_of_images_to_samples(
     assert Path("samples/grid.png").is_file()
 
 
-def test_the_tree_in_readme_names_every_folder_of_the_packages_that_has_a_line() -> None:
+def test_the_tree_in_readme_names_every_folder_of_the_packages() -> None:
     (tree,) = (block for block in blocks("text", [REPOSITORY / "README.md"]) if block.startswith("pipeline/"))
     named, package = [], ""
     for line in tree.splitlines():
