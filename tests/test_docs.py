@@ -128,3 +128,10 @@ def test_the_changelog_has_a_dated_section_for_the_packages_version() -> None:
     first = re.search(r"(?m)^## \[([^\]]+)\] - (\d{4}-\d{2}-\d{2})$", (REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     assert first is not None
     assert first[1] == version
+
+
+def test_the_tour_of_the_code_names_files_and_folders_that_exist() -> None:
+    table = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8").partition("## How to add")[0]
+    named = [path for row in re.findall(r"(?m)^\| `.*", table) for path in re.findall(r"`([\w/]+(?:/|\.py))`", row)]
+    assert len(named) > 30
+    assert [path for path in named if "/" in path and not (REPOSITORY / path).exists()] == []
