@@ -80,6 +80,7 @@ def test_links_to_files_resolve() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+@pytest.mark.slow
 def test_the_tutorials_commands_go_from_a_folder_of_images_to_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
