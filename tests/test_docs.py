@@ -1,12 +1,15 @@
 """What the documents show works as shown."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -124,11 +127,28 @@ def test_every_page_is_in_the_sites_navigation_and_in_the_index() -> None:
     ] == []
 
 
+def test_the_site_shows_a_link_to_a_file_of_the_repository_as_its_path_and_keeps_links_to_pages() -> None:
+    spec = importlib.util.spec_from_file_location("site_links", REPOSITORY / "docs" / "site_links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = SimpleNamespace(file=SimpleNamespace(src_path="reference/coverage.md"))
+    text = "[loop](../../imagen_core/samplers/loop.py), [train](../how-to/train.md#keys), ![grid](../cascade.png)"
+    shown = hook.on_page_markdown(text, page=page, config=None, files=None)
+    assert shown == "`imagen_core/samplers/loop.py`, [train](../how-to/train.md#keys), ![grid](../cascade.png)"
+
+
+def test_pipeline_version_prints_the_installed_version() -> None:
+    result = call("--version")
+    assert (result.code, result.out.strip()) == (0, version("imagen-precompute"))
+
+
 def test_the_changelog_has_a_dated_section_for_the_packages_version() -> None:
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
     first = re.search(r"(?m)^## \[([^\]]+)\] - (\d{4}-\d{2}-\d{2})$", (REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     assert first is not None
-    assert first[1] == version
+    assert first[1] == project["version"]
 
 
 def test_the_tour_of_the_code_names_files_and_folders_that_exist() -> None:
