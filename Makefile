@@ -3,13 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
 
-.PHONY: demo test test-slow check bench evidence clean
+.PHONY: demo test test-slow check docs bench evidence clean
 
-demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, draw
+demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, sample
 	$(BIN)/pipeline run precompute -c demo --out $(DEMO)
 	$(BIN)/pipeline verify $(DEMO)/store
 	$(BIN)/pipeline report $(DEMO)
-	@echo "A short training: it gets colours and places right, shapes only partly. make evidence trains to the end."
+	@echo "A short training: it gets colours and positions right, shapes only partly. make evidence trains to the end."
 	$(BIN)/pipeline run train -c demo-base --out $(DEMO)/base num_steps=1200
 	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=400
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/images
@@ -25,6 +25,9 @@ check: $(VENV)/.dev  ## style, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs  ## build the documents as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.resize --out benchmarks/results/resize.json
@@ -51,7 +54,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(DEMO) evidence-run .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) site evidence-run .pytest_cache .ruff_cache
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,4 +63,8 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@

@@ -1,6 +1,6 @@
 """What do 100 million captions cost with each encoder? `pipeline plan --profile`, for models that are not here.
 
-    python -m benchmarks.plan_models --docs docs/planning.md
+    python -m benchmarks.plan_models --docs docs/how-to/planning.md
 
 Each model folder has the real config.json's numbers, no weights, and a tokenizer made of the captions' own words: a
 stand-in, whose counts differ from the real one's. Captions: PartiPrompts. Nothing is timed.
@@ -128,11 +128,11 @@ def fill(docs: Path, rows: list[dict[str, Any]]) -> None:
         "encoder": "encoder",
         "width": "width",
         "parameters_b": "10^9 weights in layers",
-        "tokens_per_caption": "tokens a caption",
-        "bytes_per_caption": "bytes a caption",
-        "gflop_per_caption": "GFLOP a caption",
+        "tokens_per_caption": "tokens per caption",
+        "bytes_per_caption": "bytes per caption",
+        "gflop_per_caption": "GFLOP per caption",
         "text_tb": "text, TB",
-        "text_usd_per_month": "text, $ a month",
+        "text_usd_per_month": "text, $ per month",
         "machine": "machine",
         "gpu_hours": "GPU-hours",
         "run_h": "run, hours",

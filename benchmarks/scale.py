@@ -1,6 +1,6 @@
 """What do 400 million pairs need? Bytes, files, time, requests, cost, and what the driver carries.
 
-    python -m benchmarks.scale --docs docs/scale.md
+    python -m benchmarks.scale --docs docs/explanation/scale.md
 
 Time and bytes are those of `pipeline plan --profile`; requests are counted in a real run on an object store in memory;
 the manifest and the URL list are synthetic, of full size or read in part, and measured here.
@@ -104,7 +104,7 @@ def plan_row(gpu: str, plan: dict[str, Any], original_bytes: int) -> dict[str, A
         "machines, $": estimate["usd_compute"],
         **{f"{name}, TB": value for name, value in terabytes.items()},
         "store, TB": total,
-        "store, $ a month": estimate["object_store"]["usd_per_month"],
+        "store, $ per month": estimate["object_store"]["usd_per_month"],
         "store, $ out once": total * USD_PER_TB_OUT,
         "downloaded, TB": ROWS * original_bytes / 1e12,
     }
@@ -114,18 +114,18 @@ def plan_row(gpu: str, plan: dict[str, Any], original_bytes: int) -> dict[str, A
 
 
 def requests(shards: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """Requests a shard, of a run and of the same command again, and what they cost."""
+    """Requests per shard, of a run and of the same command again, and what they cost."""
     run, again, driver = requests_a_shard()
     sizes = [value * 1e12 / shards for name, value in plan.items() if name.endswith(", TB") and "-" in name]
     run["PUT"] += sum(1 + -(-size // PART_BYTES) for size in sizes if size > 2 * PART_BYTES)
     return {
         "what": "object store",
         "shards": shards,
-        "rows a shard": ROWS // shards,
-        **{f"{kind} a shard": run[kind] for kind in USD_PER_MILLION},
+        "rows per shard": ROWS // shards,
+        **{f"{kind} per shard": run[kind] for kind in USD_PER_MILLION},
         "run, $": shards * cost(run),
-        "of them the driver's, a shard": driver,
-        "resumed: requests a shard": sum(again.values()),
+        "of them the driver's, per shard": driver,
+        "resumed: requests per shard": sum(again.values()),
         "resumed, $": shards * cost(again),
     }
 
@@ -194,11 +194,11 @@ def source(size: int, folder: Path) -> dict[str, float]:
     seconds = time.process_time() - began
     bytes_a_row = sum(len(pickle.dumps(shard)) for shard in window) / rows
     return {
-        "rows a shard": size,
-        "us a row, to read, digest and pack": seconds / rows * 1e6,
+        "rows per shard": size,
+        "us per row, to read, digest and pack": seconds / rows * 1e6,
         "all rows, minutes": ROWS * seconds / rows / 60,
-        "bytes a row, packed": bytes_a_row,
-        "bytes a row, as objects": objects_bytes(window[0].rows) / size,
+        "bytes per row, packed": bytes_a_row,
+        "bytes per row, as objects": objects_bytes(window[0].rows) / size,
         "window of 1,024 shards, MiB": 1024 * size * bytes_a_row / 2**20,
     }
 

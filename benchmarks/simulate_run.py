@@ -1,7 +1,7 @@
 """One scenario of simulate.py, in a process of its own: NAME SHARDS FOLDER; prints JSON.
 
 The scheduler, its ledger, tally, progress and event log are the real ones. The executor is simulated; its stage times
-are those of `--profile l4x1` and of T5 v1.1 XXL in docs/planning.md, with a tail that is an assumption.
+are those of `--profile l4x1` and of T5 v1.1 XXL in docs/how-to/planning.md, with a tail that is an assumption.
 """
 
 import json
@@ -39,7 +39,7 @@ from pipeline.storage.run_folder import RunFolder
 ROWS = 4000  # 100,000 such shards are 400 million pairs
 NODES, CPUS, GPUS = 8, 448, 64
 PROFILE = load_profile("l4x1")
-ENCODE_FLOP = 144e9  # a caption: docs/planning.md, T5 v1.1 XXL
+ENCODE_FLOP = 144e9  # a caption: docs/how-to/planning.md, T5 v1.1 XXL
 FETCH_SLOTS = 0.5  # as FetchStage: half of its time it waits
 SIGMA = {"fetch": 0.6, "resize": 0.15, "encode": 0.15}  # assumption: lognormal, of mean 1
 FAILING = 0.01  # attempts

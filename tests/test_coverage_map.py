@@ -1,4 +1,4 @@
-"""docs/coverage.md has every ability of the five systems, with code, tests and commands that exist."""
+"""docs/reference/coverage.md has every ability of the five systems, with code, tests and commands that exist."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from tests.commands import call
 from tests.named_tests import missing_tests, named_tests
 from tests.runs import REPOSITORY
 
-DOCUMENT = REPOSITORY / "docs" / "coverage.md"
+DOCUMENT = REPOSITORY / "docs" / "reference" / "coverage.md"
 ABILITIES = {"N": 32, "P": 14, "D": 12, "M": 9, "G": 12}
 """How many each system has: NeMo Imagen, PaddleFleetX Imagen, DALLE2-pytorch, MinImagen, improved-diffusion."""
 

@@ -1,42 +1,27 @@
 """What the documents show works as shown."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
-from tests.runs import REPOSITORY, pipeline, precompute
+from tests.commands import call
+from tests.documents import DOCUMENTS, blocks, python_blocks
+from tests.runs import REPOSITORY, precompute
 from workflows.precompute import PrecomputeConfig
 
-DOCUMENTS = [
-    REPOSITORY / "README.md",
-    REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
-]
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of this language in all documents."""
-    found: list[str] = []
-    for document in DOCUMENTS:
-        inside: tuple[str, list[str]] | None = None
-        for line in document.read_text("utf-8").splitlines():
-            if not line.startswith("```"):
-                if inside is not None:
-                    inside[1].append(line)
-            elif inside is None:
-                inside = (line.removeprefix("```"), [])
-            else:
-                if inside[0] == language:
-                    found.append("\n".join(inside[1]))
-                inside = None
-    return found
+TUTORIAL = REPOSITORY / "docs" / "tutorial" / "first-model.md"
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +32,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_python_examples_run(run_folder: Path) -> None:
-    examples = blocks("python")
-    assert len(examples) >= 2
+    examples = blocks("python", [document for document in DOCUMENTS if document != TUTORIAL])
+    assert len(examples) >= 5
     for example in examples:
         subprocess.run([sys.executable, "-c", example], cwd=run_folder.parent, check=True)
 
@@ -67,8 +52,8 @@ def test_the_yaml_examples_are_valid_configurations(tmp_path: Path) -> None:
         assert config.source.kind == settings.get("source", {"kind": "synthetic"})["kind"]
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("")).replace("\\\n", " ").splitlines()
+def commands(documents: Iterable[Path] = DOCUMENTS) -> list[list[str]]:
+    lines = "\n".join(blocks("", documents)).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("pipeline ")]
 
 
@@ -79,7 +64,7 @@ def test_every_command_shown_exists_with_its_options() -> None:
     for words in shown:
         name = tuple(words[1:3]) if words[1] == "config" else (words[1],)
         if name not in helps:
-            helps[name] = pipeline(*name, "--help").stdout
+            helps[name] = call(*name, "--help").out
         options = [word for word in words if word.startswith("-")]
         assert all(option in helps[name] for option in options), words
 
@@ -96,3 +81,78 @@ def test_links_to_files_resolve() -> None:
     for document in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text("utf-8")):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+@pytest.mark.slow
+def test_the_tutorials_commands_go_from_a_folder_of_images_to_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them as shown, but for the numbers of steps."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = python_blocks(TUTORIAL)
+    exec(program, {})
+    assert len(list(Path("shapes").glob("*.txt"))) == len(list(Path("shapes").glob("*.png"))) == 512
+    shown = commands([TUTORIAL])
+    assert [words[1] for words in shown] == ["doctor", "run", "verify", "inspect", "report", "run", "run", "run"]
+    for words in shown[1:]:
+        result = call(*(re.sub(r"^num_steps=\d+$", "num_steps=2", word) for word in words[1:]))
+        assert result.code == 0, f"{words}\n{result.out}\n{result.err}"
+    assert sorted(path.name for path in Path("samples/images-64").glob("*.png")) == ["00000.png", "00001.png"]
+    assert Path("samples/grid.png").is_file()
+
+
+def test_the_tree_in_readme_names_every_folder_of_the_packages() -> None:
+    (tree,) = (block for block in blocks("text", [REPOSITORY / "README.md"]) if block.startswith("pipeline/"))
+    named, package = [], ""
+    for line in tree.splitlines():
+        folder = line.split()[0]
+        package = package if line.startswith(" ") else folder
+        named.append(folder if folder == package else package + folder)
+    assert [name for name in named if not (REPOSITORY / name).is_dir()] == []
+    packages = [REPOSITORY / name for name in ("pipeline", "stages", "imagen_core")]
+    folders = [
+        f"{path.parent.relative_to(REPOSITORY)}/" for package in packages for path in package.glob("*/__init__.py")
+    ]
+    assert sorted(set(folders) - set(named)) == []
+
+
+def test_every_page_is_in_the_sites_navigation_and_in_the_index() -> None:
+    folder = REPOSITORY / "docs"
+    navigation = (REPOSITORY / "mkdocs.yml").read_text("utf-8")
+    index = (folder / "index.md").read_text("utf-8")
+    pages = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.md"))]
+    assert [page for page in pages if f"- {page}\n" not in navigation] == []
+    assert [
+        page for page in pages if f"]({page})" not in index and not page.startswith(("index", "reference/api/"))
+    ] == []
+
+
+def test_the_site_shows_a_link_to_a_file_of_the_repository_as_its_path_and_keeps_links_to_pages() -> None:
+    spec = importlib.util.spec_from_file_location("site_links", REPOSITORY / "docs" / "site_links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = SimpleNamespace(file=SimpleNamespace(src_path="reference/coverage.md"))
+    text = "[loop](../../imagen_core/samplers/loop.py), [train](../how-to/train.md#keys), ![grid](../cascade.png)"
+    shown = hook.on_page_markdown(text, page=page, config=None, files=None)
+    assert shown == "`imagen_core/samplers/loop.py`, [train](../how-to/train.md#keys), ![grid](../cascade.png)"
+
+
+def test_pipeline_version_prints_the_installed_version() -> None:
+    result = call("--version")
+    assert (result.code, result.out.strip()) == (0, version("imagen-precompute"))
+
+
+def test_the_changelog_has_a_dated_section_for_the_packages_version() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    first = re.search(r"(?m)^## \[([^\]]+)\] - (\d{4}-\d{2}-\d{2})$", (REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
+    assert first is not None
+    assert first[1] == project["version"]
+
+
+def test_the_tour_of_the_code_names_files_and_folders_that_exist() -> None:
+    table = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8").partition("## How to add")[0]
+    named = [path for row in re.findall(r"(?m)^\| `.*", table) for path in re.findall(r"`([\w/]+(?:/|\.py))`", row)]
+    assert len(named) > 30
+    assert [path for path in named if "/" in path and not (REPOSITORY / path).exists()] == []

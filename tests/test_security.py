@@ -1,4 +1,4 @@
-"""Untrusted files run no code, and the table in docs/security.md names tests that exist."""
+"""Untrusted files run no code, and the table in docs/explanation/security.md names tests that exist."""
 
 import ast
 import io
@@ -162,6 +162,6 @@ def test_the_proof_is_touched_by_who_unpickles(tmp_path: Path) -> None:
 
 
 def test_every_test_named_in_the_security_table_exists() -> None:
-    text = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "explanation" / "security.md").read_text(encoding="utf-8")
     assert not missing_tests(text)
     assert sum(bool(test) for _, test in named_tests(text)) > 40

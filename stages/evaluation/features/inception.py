@@ -19,7 +19,7 @@ class InceptionFeatures(Config):
 
     kind: Literal["inception"] = "inception"
     path: str
-    """Weights in .safetensors, by torchvision's names; docs/evaluation.md converts those of pytorch-fid."""
+    """Weights in .safetensors, by torchvision's names; docs/how-to/evaluation.md converts those of pytorch-fid."""
     batch_size: int = Field(default=64, ge=1)
     """Images in one batch of the network; all are of one size."""
 

@@ -18,8 +18,8 @@ class LpipsDistance(Config):
     """The perceptual distance."""
 
     path: str
-    """Weights in .safetensors: the features of torchvision's AlexNet or VGG-16 and LPIPS's own; docs/evaluation.md
-    converts them."""
+    """Weights in .safetensors: the features of torchvision's AlexNet or VGG-16 and LPIPS's own;
+    docs/how-to/evaluation.md converts them."""
     batch_size: int = Field(default=32, ge=1)
     """Pairs in one batch of the network."""
 

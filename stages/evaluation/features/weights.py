@@ -22,8 +22,8 @@ def weights_digest(field: str, path: str) -> str:
     """
     if Path(path).suffix != ".safetensors":
         raise ConfigError(
-            f"{field}: {path}: give weights in .safetensors (docs/evaluation.md converts .pth); TorchScript archives "
-            "are not read, as loading one runs code from the file"
+            f"{field}: {path}: give weights in .safetensors (docs/how-to/evaluation.md converts .pth); TorchScript "
+            "archives are not read, as loading one runs code from the file"
         )
     try:
         return file_digest(Path(path))
@@ -43,4 +43,6 @@ def load_weights(field: str, path: str, make: "Callable[[Mapping[str, Tensor]], 
     try:
         return make(load_file(path))
     except (SafetensorError, ValueError) as error:
-        raise MachineError(f"{field}: {path}: {error}; docs/evaluation.md says where the weights are from") from error
+        raise MachineError(
+            f"{field}: {path}: {error}; docs/how-to/evaluation.md says where the weights are from"
+        ) from error
