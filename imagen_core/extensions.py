@@ -44,12 +44,12 @@ class Kinds:
             known = ", ".join(sorted({*classes, *_names(self.group)}))
             raise ValueError(f"{_TAG} {kind!r}: no installed package defines it; the available ones: {known}")
         if kind in classes or len(entries) > 1:
-            owners = ["this toolkit"] * (kind in classes) + [_described(entry, self.group) for entry in entries]
+            owners = ["this toolkit"] * (kind in classes) + [_described(entry) for entry in entries]
             raise ValueError(f"{_TAG} {kind!r} is defined by {' and by '.join(owners)}; uninstall one of the packages")
         return self._load(entries[0])
 
     def _load(self, entry: EntryPoint) -> type[BaseModel]:
-        where = f"{_TAG} {entry.name!r} of {_described(entry, self.group)}"
+        where = f"{_TAG} {entry.name!r} of {_described(entry)}"
         try:
             found = entry.load()
         except Exception as error:
@@ -133,6 +133,6 @@ def _entries(group: str, kind: str) -> list[EntryPoint]:
     return list(_installed(group).select(name=kind))
 
 
-def _described(entry: EntryPoint, group: str) -> str:
+def _described(entry: EntryPoint) -> str:
     package = "an unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
-    return f"{package} (entry point `{entry.name} = {entry.value}` in {group})"
+    return f"{package} (entry point `{entry.name} = {entry.value}` in {entry.group})"
