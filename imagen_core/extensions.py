@@ -94,12 +94,10 @@ class Kinds:
         result = handler(schema)
         for kind in sorted(_names(self.group)):
             try:
-                found = handler(self.member((), kind).__pydantic_core_schema__)
+                choice = handler(self.member((), kind).__pydantic_core_schema__)
             except ValueError as error:
-                result["oneOf"].append({"properties": {_TAG: {"const": kind}}, "description": str(error)})
-                continue
-            result["oneOf"].append(found)
-            result["discriminator"]["mapping"].setdefault(kind, found["$ref"])
+                choice = {"properties": {_TAG: {"const": kind}}, "description": str(error)}
+            result["oneOf"].append(choice)
         return result
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from imagen_core import extensions
 from imagen_core.store import Store, verify_store
 from imagen_core.train import load_checkpoint
+from pipeline.errors import ConfigError
 from stages.encoders.prompts import encode_prompts
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
@@ -185,21 +186,23 @@ def test_an_added_workflow_runs(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_schema_lists_the_kinds_of_installed_packages(installed: Path) -> None:
-    schema = json.loads(call("config", "schema", "precompute").out)
-    source = schema["properties"]["source"]
-    assert source["discriminator"]["mapping"]["solid"] == "#/$defs/SolidConfig"
-    assert {"$ref": "#/$defs/SolidConfig"} in source["oneOf"]
-    assert schema["$defs"]["SolidConfig"]["properties"]["num_samples"]["description"] == "Number of images."
-    for name in ("encoders", "filters"):
-        added = {"encoders": "WordVectorsConfig", "filters": "MaxWords"}[name]
-        assert {"$ref": f"#/$defs/{added}"} in schema["properties"][name]["items"]["oneOf"]
+    properties = json.loads(call("config", "schema", "precompute").out)["properties"]
+    choices = {
+        "source": properties["source"]["oneOf"],
+        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters")},
+    }
+    added = {name: choice[-1] for name, choice in choices.items()}
+    kinds = {name: choice["properties"]["kind"]["const"] for name, choice in added.items()}
+    assert kinds == {"source": "solid", "encoders": "word_vectors", "filters": "max_words"}
+    assert added["source"]["properties"]["num_samples"]["description"] == "Number of images."
+    assert {"$ref": "#/$defs/FolderConfig"} in choices["source"]
 
 
 def test_a_wrong_value_of_an_added_kind_is_refused_with_its_path(installed: Path) -> None:
     result = call("config", "validate", "precompute", "source={kind: solid, num_samples: many, size: 3}")
     assert result.code == 2
     assert "source.num_samples: input should be a valid integer" in result.err
-    assert "source.size: unknown key (got 3)" in result.err
+    assert "source.size: unknown key (got 3); remove it" in result.err
 
 
 def test_an_unknown_kind_lists_the_built_in_and_the_added_ones(installed: Path) -> None:
@@ -301,8 +304,8 @@ def test_a_broken_workflow_or_import_and_two_of_one_name_are_refused(other: Path
 
 
 def test_a_checkpoint_whose_encoder_is_not_installed_says_so() -> None:
-    made_by = {"name": "words", "dim": 64, "dtype": "float32", "fingerprint": {"kind": "word_vectors"}}
-    with pytest.raises(Exception, match="encoder words: kind 'word_vectors': no installed package defines it"):
+    made_by = {"name": "words", "dim": 64, "dtype": "float32", "fingerprint": {"kind": "vectors"}}
+    with pytest.raises(ConfigError, match="encoder words: kind 'vectors': no installed package defines it"):
         encode_prompts(["red"], made_by, use_gpu=False)
 
 
