@@ -194,6 +194,8 @@ def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str],
             owner = annotation
             field = annotation.model_fields.get(str(part))
             annotation = field.annotation if field else None
+        elif isinstance(part, str) and _is_union(annotation):
+            annotation = owner = None  # of a kind that another package adds
         else:
             annotation = members[0] if members else None
     return parts, owner
