@@ -22,6 +22,7 @@ from imagen_core.store import Store, verify_store
 from imagen_core.train import load_checkpoint
 from pipeline.errors import ConfigError
 from stages.encoders.prompts import encode_prompts
+from stages.encoders.registry import AnyEncoder, AnyImageEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.encoders.tokens import load_tokenizer, tokenize
@@ -326,6 +327,14 @@ def test_the_fingerprints_of_the_built_in_text_encoders_have_these_settings() ->
         **hashes,
     }
     assert all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in hashes.values())
+
+
+def test_the_fields_that_decide_the_embeddings_of_built_in_kinds_are_those_of_existing_stores() -> None:
+    text = {"compute_dtype", "output", "max_tokens"}
+    for kind in ("t5", "clip", "auto"):
+        assert extensions.member_of(AnyEncoder, kind).embedding_fields() == text, kind
+    image = {"compute_dtype", "output", "from_px"}
+    assert extensions.member_of(AnyImageEmbedding, "clip").embedding_fields() == image
 
 
 def test_the_groups_of_entry_points_are_those_that_the_guide_names() -> None:
