@@ -94,7 +94,7 @@ def resize_heavy() -> list[str]:
         f"source.path={EMOJI}",
         "shard_size=100",
         "images.sizes_px=[64,256,1024]",
-        "images.too_small=upscale",
+        "filters=[{kind: too_small, action: upscale}]",
     ]
 
 

@@ -145,9 +145,8 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             known = sorted(owner.model_fields) if owner else []
             close = difflib.get_close_matches(parts[-1], known, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"known keys{_of_kind(parts, owner)}: {', '.join(known)}"
-            )
+            choice = f"known keys{_of_kind(parts, owner)}: {', '.join(known)}" if known else "remove it"
+            hint = f"did you mean {close[0]!r}?" if close else choice
             lines.append(f"{path}: unknown key (got {value!r}); {hint}")
         elif item["type"] == "missing":
             lines.append(f"{path}: needed, but not given; set it in the file or as {path}=VALUE")
@@ -195,6 +194,8 @@ def _walk(annotation: object, location: Sequence[int | str]) -> tuple[list[str],
             owner = annotation
             field = annotation.model_fields.get(str(part))
             annotation = field.annotation if field else None
+        elif isinstance(part, str) and _is_union(annotation):
+            annotation = owner = None  # of a kind that another package adds
         else:
             annotation = members[0] if members else None
     return parts, owner

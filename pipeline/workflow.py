@@ -59,24 +59,51 @@ class ShardedWorkflow(Workflow):
 
 _WORKFLOWS = "pipeline.workflows"
 _COMMANDS = "pipeline.commands"
+_IMPORTS = "pipeline.imports"
 
 
 def load_workflow(name: str) -> type[Workflow]:
     """Finds a workflow by name.
 
     Raises:
-        ConfigError: no such workflow; lists those there are.
+        ConfigError: no such workflow, which lists the available ones; or its package is broken.
     """
-    return cast(type[Workflow], _find(_WORKFLOWS, name, "workflow").load())
+    return cast(type[Workflow], _load(_WORKFLOWS, name, "workflow"))
 
 
 def load_command(name: str) -> Any:
-    """Finds the function behind a reading command (verify, inspect, report)."""
-    return _find(_COMMANDS, name, "command").load()
+    """Finds the function behind a command that a stage offers (verify, inspect, report)."""
+    return _load(_COMMANDS, name, "command")
 
 
-def _find(group: str, name: str, kind: str) -> EntryPoint:
-    found = {entry.name: entry for entry in entry_points(group=group)}
-    if name not in found:
-        raise ConfigError(f"{kind} {name!r}: there is none of this name; choose from {', '.join(sorted(found))}")
-    return found[name]
+def load_import(kind: str) -> Any:
+    """Finds the function that makes checkpoints of another system's models; ConfigError as of `load_workflow`."""
+    return _load(_IMPORTS, kind, "import")
+
+
+def _load(group: str, name: str, what: str) -> Any:
+    """What an entry point names.
+
+    Raises:
+        ConfigError: there is none of this name, two packages have one, or it cannot be loaded; with the remedy.
+    """
+    found = entry_points(group=group)
+    named = list(found.select(name=name))
+    if not named:
+        choices = ", ".join(sorted(found.names))
+        raise ConfigError(f"{what} {name!r}: there is none of this name; choose from {choices}")
+    owners = " and by ".join(_described(entry) for entry in named)
+    if len(named) > 1:
+        raise ConfigError(f"{what} {name!r} is defined by {owners}; uninstall one of the packages")
+    try:
+        return named[0].load()
+    except Exception as error:
+        raise ConfigError(
+            f"{what} {name!r} of {owners} cannot be loaded ({type(error).__name__}: {error}); "
+            "repair or uninstall the package"
+        ) from error
+
+
+def _described(entry: EntryPoint) -> str:
+    package = "an unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
+    return f"{package} (entry point `{entry.name} = {entry.value}` in {entry.group})"

@@ -15,6 +15,7 @@ from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
+from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -50,6 +51,9 @@ class PrecomputeConfig(WorkflowConfig):
     """Input rows per shard, the unit of work, retry and resume."""
     images: ImagesConfig = ImagesConfig()
     """The images to store."""
+    filters: AnyFilters = ALWAYS
+    """Rules that drop rows, in this order; max_pixels and too_small are applied first, with their defaults unless they
+    are named."""
     encoders: tuple[AnyTextEmbedding, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
     image_encoders: tuple[AnyImageEmbedding, ...] = ()
@@ -111,7 +115,7 @@ class Precompute(ShardedWorkflow):
         return Plan(
             stages=(
                 FetchStage(source, config.source.kind),
-                ResizeStage(config.images, config.store.format),
+                ResizeStage(config.images, config.store.format, config.filters),
                 *(self._text_stage(encoder, source) for encoder in config.encoders),
                 *(self._image_stage(encoder, source) for encoder in config.image_encoders),
             ),

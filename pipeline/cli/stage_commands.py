@@ -1,7 +1,8 @@
 """The commands of the stages, for stores and trained models; the stages are imported when a command runs."""
 
 import json
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -78,19 +79,18 @@ def report(
 
 @stage_commands.command("import")
 def import_(
-    kind: Annotated[Literal["minimagen", "nemo"], typer.Argument(help="Whose model it is.")],
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="MinImagen: the training directory. NeMo: a .nemo or .ckpt a stage."),
-    ],
+    kind: Annotated[str, typer.Argument(help="Which system's model it is; an unknown KIND lists the available ones.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="The model's folder, or its files.")],
     out: Annotated[str, typer.Option(help="New folder for a checkpoint of each stage, and sample.yaml.")],
     encoder_model: Annotated[
         str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make checkpoints of another system's trained model; `pipeline run sample` draws with them."""
-    _stage_command(f"import-{kind}", paths, as_json, out=out, encoder_model=encoder_model)
+    """Make checkpoints of another system's trained model; `pipeline run sample` samples from them."""
+    from pipeline.workflow import load_import
+
+    _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
 
 
 @stage_commands.command()
@@ -106,14 +106,16 @@ def export(
     _stage_command("export", training, as_json, out=out, weights=weights)
 
 
-def _stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
-    """Runs a command of the stages, found through the `pipeline.commands` entry points.
-
-    It returns the result as a JSON value, the lines to print, and the exit code.
-    """
+def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
+    """Runs a command that a stage offers through the `pipeline.commands` entry points."""
     from pipeline.workflow import load_command
 
-    result, lines, exit_code = load_command(name)(path, **options)
+    _show(load_command(name), path, as_json, **options)
+
+
+def _show(command: Callable[..., Any], path: str | list[str], as_json: bool, **options: object) -> None:
+    """Calls a function that returns a `CommandResult`, prints the result, and exits with its code."""
+    result, lines, exit_code = command(path, **options)
     if as_json:
         print_json(result)
     else:

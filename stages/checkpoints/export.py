@@ -14,7 +14,7 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
     """Writes the weights of a training, or one of their averages, with the model's configuration as one file.
 
     Raises:
-        ConfigError: there is no such checkpoint, or `out` is no new .safetensors file.
+        ConfigError: there is no such checkpoint, or `out` is not a new .safetensors file.
     """
     target = Path(out)
     if target.suffix != _ONE_FILE or target.exists():
@@ -29,5 +29,5 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
     size = target.stat().st_size
     facts = {"file": str(target), "bytes": size, "step": model.step, "weights": model.weights}
     lines = [f"{model.weights} of step {model.step} -> {target} ({human_bytes(size)})"]
-    lines.append(f"draw: pipeline run sample 'stages=[{{checkpoint: {target}}}]' 'prompts=[...]'")
+    lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {target}}}]' 'prompts=[...]'")
     return facts, lines, EXIT_OK

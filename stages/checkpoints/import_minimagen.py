@@ -1,4 +1,4 @@
-"""`pipeline import minimagen`: a training directory of MinImagen becomes a checkpoint a stage.
+"""`pipeline import minimagen`: a training directory of MinImagen becomes a checkpoint per stage.
 
 DIR/parameters/unet_0_params_*.json ... imagen_params_*.json    settings
 DIR/state_dicts/unet_0_state_*.pth ...                          best weights; DIR/tmp/ where there are none
@@ -20,21 +20,21 @@ MODELS = {
     **{f"t5_{size}": f"t5-{size}" for size in ("small", "base", "large", "3b", "11b")},
     **{f"{size}1.1": f"google/t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")},
 }
-"""MinImagen's names of text encoders, and theirs on the hub."""
+"""MinImagen's names of text encoders, and their names on the hub."""
 _MAX_TOKENS = 256
 _READ = {"text_encoder_name", "image_sizes", "timesteps", "channels", "loss_type", "lowres_sample_noise_level"}
 _READ |= {"text_embed_dim", "dynamic_thresholding_percentile"}
-_NOT_READ = {"cond_drop_prob", "auto_normalize_img", "only_train_unet_number"}  # of training
+_NOT_READ = {"cond_drop_prob", "auto_normalize_img", "only_train_unet_number"}  # they concern training only
 
 
 def import_minimagen(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
-    """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, MinImagen's way to draw.
+    """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, MinImagen's way to sample.
 
     Args:
         paths: the training directory.
         encoder_model: where its text encoder is (hub id or folder), if not on the hub under its name.
     Raises:
-        ConfigError: the directory is not complete, or has a setting without a counterpart here.
+        ConfigError: the directory is incomplete, or has a setting without a counterpart here.
         MachineError: the text encoder cannot be found.
     """
     if len(paths) != 1:
@@ -82,7 +82,7 @@ def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"{folder}: needs one {pattern} (found {names}); leave the one to import")
+        raise ConfigError(f"{folder}: needs one {pattern} (found {names}); leave only the one to import")
     return found[0]
 
 
@@ -125,7 +125,7 @@ def _denoiser(index: int, settings: Mapping[str, Any], imagen: Mapping[str, Any]
 
 
 def _sampling(imagen: Mapping[str, Any]) -> dict[str, Any]:
-    """MinImagen's: ancestral sampling in all steps, dynamic thresholding."""
+    """MinImagen's sampling: ancestral in all steps, dynamic thresholding."""
     return {
         "sampler": {"kind": "ancestral"},
         "grid": {"kind": "uniform"},

@@ -1,7 +1,7 @@
-"""`pipeline import nemo`: checkpoints of NVIDIA NeMo's Imagen become checkpoints of ours.
+"""`pipeline import nemo`: checkpoints of NVIDIA NeMo's Imagen become checkpoints of this toolkit.
 
 base.nemo    a tar with model_config.yaml and model_weights.ckpt
-base.ckpt    Lightning's, with state_dict; the settings in base.yaml beside it, else in its hyper_parameters
+base.ckpt    Lightning's, with state_dict; the settings in base.yaml next to it, else in its hyper_parameters
 """
 
 import tarfile
@@ -20,16 +20,16 @@ from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder,
 ENCODER = "google-t5/t5-11b"
 """NeMo's text encoder."""
 _ENCODED_TOKENS = 512
-"""Tokens it encodes of a caption, before they are cut to token_length."""
+"""Tokens of a caption that it encodes, before they are truncated to token_length."""
 _EDM_STEPS = 50
 _SETTINGS, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
 
 def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
-    """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, NeMo's way to draw.
+    """Writes `OUT/unet-0`, `OUT/unet-1` ... with a checkpoint each, and `OUT/sample.yaml`, NeMo's way to sample.
 
     Args:
-        paths: a .nemo or .ckpt of each stage, in any order.
+        paths: one .nemo or .ckpt per stage, in any order.
         encoder_model: where its text encoder is (hub id or folder), if it is not T5-11B from the hub.
     Raises:
         ConfigError: a file cannot be read, or has a setting without a counterpart here.
@@ -39,7 +39,7 @@ def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = N
     stages = sorted((_stage(Path(path)) for path in paths), key=lambda stage: stage.config.size_px)
     sizes = [stage.config.size_px for stage in stages]
     if len(set(sizes)) != len(sizes):
-        raise ConfigError(f"the models draw {sizes} pixels; give one of each size")
+        raise ConfigError(f"the models generate images of {sizes} pixels; give one of each size")
     widths = {stage.config.unet.text_dim for stage in stages}
     if len(widths) != 1:
         raise ConfigError(f"the models read embeddings of different widths ({widths}), so not of one text encoder")
@@ -62,7 +62,7 @@ def _stage(path: Path) -> ImportedStage:
 
 
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """NeMo's: Heun's method of EDM, or DDPM's ancestral steps down to the lowest level and one to 0."""
+    """NeMo's sampling: Heun's method of EDM, or DDPM's ancestral steps down to the lowest level and one to 0."""
     threshold = {"kind": "dynamic", "percentile": 0.995}
     if settings["kind"] == "EDM":
         session = {"sampler": {"kind": "heun"}, "grid": {"kind": "karras", "rho": 7.0}, "num_steps": _EDM_STEPS}
@@ -118,7 +118,7 @@ def _settings_of_ckpt(path: Path) -> Mapping[str, Any]:
 
 
 def _model(settings: Any, where: str) -> Mapping[str, Any]:
-    """The model's part of a configuration."""
+    """The part of a configuration that describes the model."""
     for name in ("cfg", "model"):
         if isinstance(settings, dict) and name in settings:
             settings = settings[name]
@@ -145,18 +145,18 @@ _INERT = (
     *("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str", "builtins.bool"),
     "collections.defaultdict",
 )
-"""What settings that omegaconf pickled name; none of it is imported."""
+"""Classes that settings pickled by omegaconf name; none of them is imported."""
 
 
 class Inert:
-    """In the place of an object of omegaconf: what it was pickled with, as attributes."""
+    """Stands in for an object of omegaconf; its attributes are the pickled state."""
 
     def __init__(self, *_: object):
         pass
 
 
 def plain(settings: Any) -> Any:
-    """Dicts, lists and values of settings that omegaconf pickled."""
+    """Settings pickled by omegaconf as plain dicts, lists and values."""
     if isinstance(settings, Inert):
         content = vars(settings)
         settings = content.get("_content", content.get("_val"))

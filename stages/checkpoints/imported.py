@@ -1,4 +1,4 @@
-"""What the imports of other systems' models share: a checkpoint a stage, and files to draw and to train on with."""
+"""What the imports of other systems' models share: a checkpoint per stage, and files to sample and to train with."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,11 @@ class ImportedStage:
     """One stage of a cascade.
 
     Attributes:
-        source: what it was read from.
+        source: the file or folder it was read from.
         config: the denoiser.
-        sampling: how it draws.
-        max_tokens: its captions are cut to.
-        network: reads the network's tensors by name; ConfigError where they do not fit.
+        sampling: how to sample from it.
+        max_tokens: captions are truncated to this length.
+        network: reads the network's tensors by name; ConfigError if they do not fit.
     """
 
     source: str
@@ -41,7 +41,7 @@ class ImportedStage:
 
 
 def new_folder(out: str) -> Path:
-    """The folder of --out; ConfigError if something is in it."""
+    """The folder of --out; ConfigError if it is not empty."""
     target = Path(out)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"--out {out}: is not empty; give a new folder")
@@ -52,7 +52,7 @@ def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
     """Name, dim, dtype and fingerprint of a text encoder, as of a store's text group.
 
     Args:
-        dim: width of the embeddings the network reads, if it says so.
+        dim: width of the embeddings that the network reads, if it is known.
     Raises:
         ConfigError: the encoder has another width.
         MachineError: it cannot be found.
@@ -68,9 +68,9 @@ def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
 
 
 def load_tensors(file: Path | BinaryIO, name: str) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain data only; nothing of the file runs.
+    """The content of a file of `torch.save`, if it is only tensors and plain data; no code from the file runs.
 
-    Of a file on disk only the tensors that are used come into memory, not an optimizer's beside them.
+    Of a file on disk only the tensors that are used are read into memory, not an optimizer's next to them.
 
     Raises:
         ConfigError: it is something else, or cannot be read.
@@ -78,14 +78,14 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
     import torch
 
     try:
-        mapped = isinstance(file, Path) and is_zipfile(file)  # torch maps no file of its older format
+        mapped = isinstance(file, Path) and is_zipfile(file)  # torch cannot map a file of its older format
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
 
 
 def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
-    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, where the
+    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, if the
     tensors of a stage do not fit."""
     session, rows = [], []
     for index, stage in enumerate(stages):
@@ -107,13 +107,13 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
         rows.append({"stage": index, "weights": stage.source, "checkpoint": str(path)})
     _write_yaml(target / "sample.yaml", {"stages": session})
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
-    lines.append(f"draw: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
+    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
     lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
     return {"stages": rows, "sample": str(target / "sample.yaml")}, lines, EXIT_OK
 
 
 def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any]) -> Path:
-    """In a folder like that of a training."""
+    """Writes into a folder laid out like a training's."""
     from imagen_core.train.checkpoints.checkpoint import write_checkpoint
 
     facts = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}

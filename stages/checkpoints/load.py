@@ -1,4 +1,4 @@
-"""Loads trained stages from local folders and from object stores, and writes one as one file (`pipeline export`)."""
+"""Loads trained stages from local folders and from object stores."""
 
 import shutil
 from pathlib import Path

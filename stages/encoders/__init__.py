@@ -1,1 +1,1 @@
-"""Frozen encoders: a list of captions in, a list of unpadded (num_tokens, dim) arrays out."""
+"""Frozen encoders: they take a list of captions or images and return unpadded (num_tokens, dim) arrays."""

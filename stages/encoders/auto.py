@@ -1,4 +1,4 @@
-"""Any other text encoder that transformers knows: DeBERTa, BERT, RoBERTa, XLM-R, T5Gemma ... or a language model."""
+"""Any other text encoder of transformers: DeBERTa, BERT, RoBERTa, XLM-R, T5Gemma ... or a language model."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,7 +13,7 @@ class AutoEncoderConfig(EncoderConfig):
 
     kind: Literal["auto"] = "auto"
     output: Literal["last_hidden_state", "penultimate"] = "last_hidden_state"
-    """The states of the last layer, or those before it."""
+    """The states of the last layer, or of the layer before it."""
 
     def dim(self, files: ModelFiles) -> int:
         config = hf_config(files)
@@ -30,7 +30,7 @@ class AutoEncoderConfig(EncoderConfig):
 
         is_encoder = type(hf_config(files)) in AutoModelForTextEncoding._model_mapping
         model = load_weights(AutoModelForTextEncoding if is_encoder else AutoModel, files, dtype, device)
-        if model.config.is_encoder_decoder and not is_encoder:  # BART and its like
+        if model.config.is_encoder_decoder and not is_encoder:  # BART and similar models
             model = model.get_encoder()
         return PaddedModel(model, self.output)
 

@@ -1,12 +1,13 @@
-"""What a text encoder is, and the settings that all of them share."""
+"""What an encoder is: the settings that all encoders share, those of text encoders, and those of image encoders."""
 
+import json
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field
@@ -18,12 +19,16 @@ from pipeline.fingerprint import differences
 from stages.captions import NORMALISATION
 from stages.encoders.model_files import ModelFiles, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+from stages.images.resample import resize_square
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 POOLED = ("pooled", "projected")
-"""Outputs of one vector a caption."""
+"""Outputs of one vector per caption."""
+
+_IDENTITY = frozenset(("name", "kind", "model", "revision"))
+"""Fields that say which encoder it is."""
 
 FloatArray = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
@@ -36,14 +41,14 @@ class Encoded:
     """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output or an image,
     and differs by caption."""
     num_truncated: int = 0
-    """Captions longer than max_tokens; they were cut and keep their end-of-sequence token."""
+    """Captions longer than max_tokens; they were truncated and keep their end-of-sequence token."""
     waited_s: float = 0.0
-    """Seconds spent waiting for another thread to be done with the model."""
+    """Seconds spent waiting for another thread to finish with the model."""
     oom_halvings: int = 0
-    """How often a batch did not fit into memory; each time the size of a batch was halved."""
+    """How often a batch did not fit into memory; each time the batch size was halved."""
 
     def oom_counter(self) -> dict[str, float]:
-        """For the record, of a shard where a batch did not fit."""
+        """For the record of a shard in which a batch did not fit."""
         return {"oom_halvings": self.oom_halvings} if self.oom_halvings else {}
 
 
@@ -54,19 +59,19 @@ class EncoderWorkload:
     tokens: list[int]
     """Rows of each caption as they would be stored: its tokens, or 1 for a pooled output."""
     flops: float
-    """Of the matrix products, without padding; a multiply-add is two."""
+    """FLOPs of the matrix products, without padding; a multiply-add is two."""
 
 
 class TokenModel(Protocol):
-    """A loaded model behind one interface: captions laid end to end in, states laid end to end out."""
+    """A loaded text model: takes captions concatenated into one row, returns their states concatenated."""
 
     padded: bool
-    """Whether a batch costs its longest caption times its captions."""
+    """Whether a batch costs as much as if each of its captions were as long as the longest."""
     pooled: bool
-    """Whether a caption has one row in the result, instead of one a token."""
+    """Whether a caption has one row in the result, instead of one per token."""
 
     def __call__(self, ids: "Tensor", lengths: Sequence[int]) -> "Tensor":
-        """int64 (total,) and the tokens of each caption -> (rows, dim)."""
+        """int64 (total,) and the number of tokens of each caption -> (rows, dim)."""
         ...
 
 
@@ -76,11 +81,20 @@ class EncoderIdentity:
 
     dim: int
     fingerprint: dict[str, object]
-    """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, length, dtype."""
+    """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, and the settings of the
+    configuration that do."""
 
 
 class FrozenModelConfig(Config):
-    """A frozen model that workers keep: where it is, and what a worker may use."""
+    """A frozen model that workers keep: where it is, and what a worker may use.
+
+    Every field that a subclass adds is part of the fingerprint, unless `machine_fields` names it.
+    """
+
+    machine_fields: ClassVar[frozenset[str]] = frozenset(
+        ("num_gpus", "num_cpus", "workers", "resources", "cpu_threads")
+    )
+    """Fields that change where and how fast the model runs, but not its embeddings."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the store's group."""
@@ -99,10 +113,10 @@ class FrozenModelConfig(Config):
     workers: int | None = Field(default=None, ge=1)
     """Workers that hold the model; null: one for each GPU, or one."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Ray resources of the cluster that a worker asks for beside CPU and GPU, as `{"accelerator_type:H100": 0.001}`:
-    puts it on the nodes that have it. Ignored without --address."""
+    """Ray resources of the cluster that a worker requests in addition to CPU and GPU, as
+    `{"accelerator_type:H100": 0.001}`: puts it on the nodes that have it. Ignored without --address."""
     cpu_threads: int | None = Field(default=None, ge=1)
-    """Threads of a worker that runs on the CPU; null: all CPUs divided by the workers."""
+    """Threads of a worker that runs on the CPU; null: the number of CPUs divided by the number of workers."""
 
     @abstractmethod
     def dim(self, files: ModelFiles) -> int:
@@ -113,8 +127,30 @@ class FrozenModelConfig(Config):
         """
 
     @abstractmethod
-    def settings(self, files: ModelFiles) -> dict[str, object]:
-        """What decides the embeddings beside the model, its type and output; for the fingerprint."""
+    def input_settings(self, files: ModelFiles) -> dict[str, object]:
+        """How captions or images become the model's input, as its files say; for the fingerprint."""
+
+    @classmethod
+    def embedding_fields(cls) -> frozenset[str]:
+        """Fields that decide the embeddings, in addition to the model."""
+        return frozenset(cls.model_fields) - cls.machine_fields - _IDENTITY
+
+    @classmethod
+    def from_fingerprint(
+        cls, name: str, fingerprint: Mapping[str, Any], *, model: str | None = None, **machine: object
+    ) -> Self:
+        """The configuration that a fingerprint was made from.
+
+        Args:
+            model: where the model is now (hub id or folder), if not where its name says.
+            machine: values of `machine_fields`; a fingerprint has none of them.
+        """
+        found = {
+            "model": model or fingerprint["model"],
+            "revision": None if model else fingerprint["revision"],
+            **{field: fingerprint[field] for field in cls.embedding_fields() if field in fingerprint},
+        }
+        return cls.model_validate({"name": name, "kind": fingerprint["kind"], **found, **machine})
 
     def identify(self) -> EncoderIdentity:
         """Finds the model and its hashes without loading it.
@@ -128,20 +164,19 @@ class FrozenModelConfig(Config):
                 fingerprint={
                     **files.identity,
                     "kind": self.kind,
-                    "compute_dtype": self.compute_dtype,
-                    "output": self.output,
-                    **self.settings(files),
+                    **self.model_dump(mode="json", include=set(self.embedding_fields())),
+                    **self.input_settings(files),
                 },
             )
 
     def pinned(self, identity: EncoderIdentity) -> Self:
-        """The same model for any worker: a local folder by its full path, a hub model by its commit."""
+        """The same model for any worker: a local folder by its absolute path, a hub model by its commit."""
         if Path(self.model).is_dir():
             return self.model_copy(update={"model": str(Path(self.model).absolute())})
         return self.model_copy(update={"revision": identity.fingerprint["revision"]})
 
     def check_unchanged(self, planned: Mapping[str, object]) -> None:
-        """The worker must see the model that the driver has seen: another node, or a later moment, may not.
+        """Checks in the worker that it finds the driver's model: on another node, or later, it may be another one.
 
         Raises:
             MachineError: with the differences.
@@ -149,7 +184,7 @@ class FrozenModelConfig(Config):
         changes = differences(dict(planned), self.identify().fingerprint)
         if changes:
             raise MachineError(
-                f"encoders.{self.name}: this worker finds another model than the run began with: "
+                f"encoders.{self.name}: this worker finds another model than the run started with: "
                 f"{'; '.join(changes)}; put the same files on every node, or start a new run"
             )
 
@@ -172,8 +207,10 @@ class FrozenModelConfig(Config):
 class EncoderConfig(FrozenModelConfig):
     """Settings of a text encoder, whatever its kind."""
 
+    machine_fields = FrozenModelConfig.machine_fields | {"tokens_per_batch"}
+
     max_tokens: int = Field(default=128, ge=2)
-    """Longest caption in tokens, start and end tokens included; longer ones are cut and counted."""
+    """Longest caption in tokens, start and end tokens included; longer ones are truncated and counted."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Tokens in one batch of the model; null: 4096 on a CPU (512 is as fast within 10 %), 16384 on a GPU."""
 
@@ -187,7 +224,7 @@ class EncoderConfig(FrozenModelConfig):
 
     @abstractmethod
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
-        """FLOPs of captions of so many tokens each, without padding, from config.json; a multiply-add is two."""
+        """FLOPs of captions with these numbers of tokens, without padding, from config.json; a multiply-add is two."""
 
     def workload(self, captions: Sequence[str]) -> EncoderWorkload:
         """Counts tokens and FLOPs with the tokenizer and config.json alone; no weights are read.
@@ -204,16 +241,12 @@ class EncoderConfig(FrozenModelConfig):
                 [1] * len(lengths) if self.output in POOLED else lengths, self.flops(files, lengths)
             )
 
-    def settings(self, files: ModelFiles) -> dict[str, object]:
+    def input_settings(self, files: ModelFiles) -> dict[str, object]:
         if files.tokenizer_sha256 is None:
             raise MachineError(
-                f"encoders.model: {self.model}: no tokenizer files (tokenizer.json or spiece.model) beside the model"
+                f"encoders.model: {self.model}: no tokenizer files (tokenizer.json or spiece.model) next to the model"
             )
-        return {
-            "tokenizer_sha256": files.tokenizer_sha256,
-            "max_tokens": self.max_tokens,
-            "text_normalisation": NORMALISATION,
-        }
+        return {"tokenizer_sha256": files.tokenizer_sha256, "text_normalisation": NORMALISATION}
 
     def check_positions(self, positions: int | None) -> None:
         """Refuses captions longer than the model's table of positions.
@@ -228,6 +261,63 @@ class EncoderConfig(FrozenModelConfig):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """The images a model was trained on: side in pixels, mean and standard deviation of the channels in [0, 1]."""
+
+    size_px: int
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def read(cls, path: Path, size_px: int) -> "Preprocessing":
+        """What a preprocessor_config.json says; CLIP's values if there is none."""
+        if not path.is_file():
+            return cls(size_px)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        named = {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+        return cls(size_px, **{name: tuple(value) for name, value in named.items() if value is not None})
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 RGB (side, side, 3) -> float32 (3, size_px, size_px), as the model expects it."""
+        if len(pixels) != self.size_px:
+            pixels = resize_square(pixels, self.size_px)
+        scaled = pixels.astype(np.float32) / 255
+        return ((scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).transpose(2, 0, 1)
+
+
+class ImageModelConfig(FrozenModelConfig):
+    """Settings of a model of images, whatever its kind."""
+
+    machine_fields = FrozenModelConfig.machine_fields | {"batch_size"}
+
+    batch_size: int = Field(default=64, ge=1)
+    """Images in one batch of the model."""
+
+    @abstractmethod
+    def preprocessing(self, files: ModelFiles) -> Preprocessing:
+        """How the model expects its images."""
+
+    @abstractmethod
+    def build(self, files: ModelFiles, dtype: Any, device: Any) -> "Callable[[Tensor], Tensor]":
+        """Loads the weights; the result maps prepared images (batch, 3, size_px, size_px) to (batch, dim).
+
+        Raises:
+            MachineError: they cannot be read, or some are missing.
+        """
+
+    def input_settings(self, files: ModelFiles) -> dict[str, object]:
+        preprocessing = self.preprocessing(files)
+        return {"image_px": preprocessing.size_px, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
+
+
+class ImageEncoderConfig(ImageModelConfig):
+    """Settings of an image encoder that is applied to images of the store, whatever its kind."""
+
+    from_px: int = Field(ge=1)
+    """Size of the stored images that it encodes; nothing is lost if it is the model's own (224 for ViT-L/14)."""
+
+
 @contextmanager
 def reading(config: FrozenModelConfig) -> Iterator[None]:
     """Turns whatever the loaders raise for damaged files, which is almost anything, into a MachineError."""
@@ -240,6 +330,6 @@ def reading(config: FrozenModelConfig) -> Iterator[None]:
 
 
 def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> MachineError:
-    """The error for a model of another kind than asked for."""
+    """The error for a model of another kind than configured."""
     found = files.config.get("model_type")
     return MachineError(f"encoders.model: {model} is no {wanted} (model_type {found!r} in config.json); {remedy}")

@@ -18,10 +18,10 @@ class ClipTextConfig(EncoderConfig):
 
     kind: Literal["clip"] = "clip"
     max_tokens: int = Field(default=77, ge=2)
-    """Longest caption in tokens, start and end tokens included; CLIP was made for 77."""
+    """Longest caption in tokens, start and end tokens included; CLIP was trained with 77."""
     output: Literal["last_hidden_state", "penultimate", "pooled", "projected"] = "last_hidden_state"
-    """Token states after the final norm; those before the last layer, without a norm; the end token's state; or that
-    projected into the space shared with images (one vector a caption, not normalised)."""
+    """Token states after the final norm; token states before the last layer, without a norm; the end token's state; or
+    this state projected into the space shared with images (one vector per caption, not normalised)."""
 
     def dim(self, files: ModelFiles) -> int:
         if files.config.get("model_type") not in ("clip", "clip_text_model"):

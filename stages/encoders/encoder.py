@@ -1,13 +1,14 @@
-"""A loaded text encoder: tokenizer, model, and the batches that go through it."""
+"""Loaded encoders of captions and of images: the model, and the batches that go through it."""
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from stages.encoders.base import Encoded, EncoderConfig, FloatArray, reading
+from stages.encoders.base import Encoded, EncoderConfig, FloatArray, ImageModelConfig, reading
 from stages.encoders.batches.batching import token_budget_batches
 from stages.encoders.batches.memory import run_batches
 from stages.encoders.batches.tokens import load_tokenizer, tokenize
@@ -21,10 +22,10 @@ _TOKENS_ON_CPU, _TOKENS_ON_GPU = 4096, 16384
 
 
 class TextEncoder:
-    """An encoder on the GPU if there is one, else on the CPU.
+    """An encoder of captions, on the GPU if there is one, else on the CPU.
 
-    Several threads may encode at once: the model is used by one at a time, so that one can read and tokenise and
-    another one cast and write meanwhile.
+    Several threads may encode at once: the model is used by one at a time, while another one reads and tokenises and
+    a third one casts and writes.
     """
 
     def __init__(self, config: EncoderConfig, files: ModelFiles, num_threads: int):
@@ -41,7 +42,7 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.
 
-        The result does not depend on which captions come together, beyond rounding. A batch that does not fit into
+        The result does not depend on the batches, beyond rounding. A batch that does not fit into
         memory halves `tokens_per_batch`, for as long as the encoder lives.
 
         Raises:
@@ -74,7 +75,7 @@ class TextEncoder:
         return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s, batches.halvings)
 
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
-        """One batch: float32 (rows, dim) on the CPU; from a GPU it may still be on its way."""
+        """One batch: float32 (rows, dim) on the CPU; the copy from a GPU may not be complete yet."""
         import torch
 
         on_gpu = self.device.type == "cuda"
@@ -87,15 +88,63 @@ class TextEncoder:
             return copied.copy_(states, non_blocking=True)
 
     def _wait(self) -> None:
-        """The only wait for the GPU in a shard: the copies back were started batch by batch."""
+        """The only wait for the GPU in a shard: the copies to the CPU were started batch by batch."""
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()
 
 
-def load_encoder(config: EncoderConfig, num_threads: int) -> TextEncoder:
-    """Loads tokenizer and weights.
+class ImageEncoder:
+    """An encoder of images, on the GPU if there is one, else on the CPU."""
+
+    def __init__(self, config: ImageModelConfig, files: ModelFiles, num_threads: int):
+        self.dim, self._preprocessing = config.dim(files), config.preprocessing(files)
+        self.device, self._dtype = place(config, num_threads)
+        self.batch_size = config.batch_size
+        with reading(config):
+            self._model = config.build(files, self._dtype, self.device)
+
+    def encode(self, images: Iterable[np.ndarray]) -> Encoded:
+        """uint8 RGB (side, side, 3) each -> float32 (1, dim) each; does not depend on the batches beyond rounding.
+
+        A batch that does not fit into memory halves `batch_size`, for as long as the encoder lives.
+
+        Raises:
+            MemoryError: not even one image fits.
+        """
+        rows: list[FloatArray] = []
+        halvings = 0
+        prepared = map(self._preprocessing.prepare, images)
+        while part := list(islice(prepared, self.batch_size)):
+            batches = run_batches(
+                range(len(part)),
+                self.batch_size,
+                lambda rest, size: [list(rest[i : i + size]) for i in range(0, len(rest), size)],
+                lambda batch: self._forward(np.stack([part[i] for i in batch])),
+            )
+            self.batch_size, halvings = batches.limit, halvings + batches.halvings
+            rows += [row[None] for _, values in batches.results for row in values.numpy()]
+        return Encoded(rows, oom_halvings=halvings)
+
+    def _forward(self, pixels: np.ndarray) -> "Tensor":
+        """float32 (batch, 3, size_px, size_px) -> float32 (batch, dim) on the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            return self._model(torch.from_numpy(pixels).to(self.device, self._dtype)).float().cpu()
+
+
+@overload
+def load_encoder(config: EncoderConfig, num_threads: int) -> TextEncoder: ...
+
+
+@overload
+def load_encoder(config: ImageModelConfig, num_threads: int) -> ImageEncoder: ...
+
+
+def load_encoder(config: EncoderConfig | ImageModelConfig, num_threads: int) -> TextEncoder | ImageEncoder:
+    """Loads the weights, and the tokenizer of a text encoder.
 
     Args:
         num_threads: CPU threads of the model where it runs on the CPU.
@@ -103,4 +152,6 @@ def load_encoder(config: EncoderConfig, num_threads: int) -> TextEncoder:
         MachineError: the model cannot be found or read.
     """
     with config.located() as files:
-        return TextEncoder(config, files, num_threads)
+        if isinstance(config, EncoderConfig):
+            return TextEncoder(config, files, num_threads)
+        return ImageEncoder(config, files, num_threads)

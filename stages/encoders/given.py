@@ -1,4 +1,4 @@
-"""Embeddings that nothing here encodes: they came with the data."""
+"""Precomputed embeddings, which come with the data."""
 
 import hashlib
 from typing import Any, Literal, cast
@@ -16,7 +16,7 @@ KIND = "given"
 
 
 class PrecomputedEmbeddingsConfig(Config):
-    """Takes the arrays that the source hands over, instead of running a model."""
+    """Uses the arrays that come with the source, instead of running a model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the store's group."""
@@ -24,14 +24,14 @@ class PrecomputedEmbeddingsConfig(Config):
     array: str
     """Name of the array in `source.arrays`."""
     model: str
-    """What made the embeddings, as far as you know, such as `openai/clip-vit-large-patch14`. It is noted in the
-    fingerprint, which trainers compare, and never loaded."""
+    """The model that made the embeddings, as far as you know, such as `openai/clip-vit-large-patch14`. It is recorded
+    in the fingerprint, which trainers compare, and never loaded."""
     revision: str | None = None
-    """Commit or version of the model, likewise."""
+    """Commit or version of the model; recorded likewise."""
     dim: int = Field(ge=1)
     """Width of the embeddings; other widths are refused."""
     null: str | None = None
-    """Captions only: a .npy of the encoding of the empty caption, (dim,) or (tokens, dim); without, the store has
+    """Captions only: a .npy of the encoding of the empty caption, (dim,) or (tokens, dim); without it, the store has
     none."""
 
     def null_embedding(self) -> np.ndarray | None:
@@ -50,7 +50,7 @@ class PrecomputedEmbeddingsConfig(Config):
             raise ConfigError(f"{where} cannot be read: {error}; give a .npy file") from error
 
     def fingerprint(self, array: dict[str, object]) -> dict[str, object]:
-        """What is known of the embeddings; `array` says how they were found."""
+        """Everything known about the embeddings; `array` says how they were found."""
         null = self.null_embedding()
         digest = None if null is None else hashlib.sha256(null.tobytes()).hexdigest()
         return {
@@ -71,11 +71,11 @@ def as_tokens(array: np.ndarray, dim: int, where: str) -> np.ndarray:
     tokens = array[None] if array.ndim == 1 else array
     if tokens.ndim != 2 or tokens.shape[1] != dim:
         raise ConfigError(f"{where}: shape {array.shape}, which is not ({dim},) or (tokens, {dim}); check the dim")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is dropped as such
+    with np.errstate(over="ignore"):  # values out of float32's range become infinite, and are dropped as such
         return tokens.astype(np.float32)
 
 
 def without_padding(tokens: np.ndarray) -> np.ndarray:
-    """(tokens, dim) without the rows of zeros at its end."""
+    """(tokens, dim) without the rows of zeros at the end."""
     (used,) = np.nonzero(tokens.any(axis=1))
     return tokens[: used[-1] + 1 if len(used) else 0]

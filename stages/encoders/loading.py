@@ -1,4 +1,4 @@
-"""Loads the weights of a model through transformers, and refuses to make up the missing ones."""
+"""Loads the weights of a model through transformers, and refuses a model with missing weights."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,11 @@ from stages.encoders.model_files import ModelFiles
 if TYPE_CHECKING:
     import torch
 
-_UNUSED = ("pooler.",)  # never read here, and absent from many checkpoints
+_UNUSED = ("pooler.",)  # never used here, and absent from many checkpoints
 
 
 def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, torch.dtype]":
-    """Where the model runs, on the GPU if there is one, and its type; quietens transformers."""
+    """The device the model runs on, the GPU if there is one, and its dtype; silences transformers."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -28,8 +28,8 @@ def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, t
 
 
 def threads_of_process() -> int:
-    """Threads for a model that shares this process with others: torch's own number, which heeds OMP_NUM_THREADS, but
-    not more than the CPUs that may be used.
+    """Threads for a model that shares this process with others: torch's own number, which respects OMP_NUM_THREADS,
+    but not more than the CPUs that may be used.
     """
     import torch
 
@@ -40,20 +40,20 @@ def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -
     """`model_class.from_pretrained`, ready for inference.
 
     Raises:
-        MachineError: weights are missing; transformers would go on with random numbers in their place.
+        MachineError: weights are missing; transformers would continue with random numbers in their place.
     """
     model, report = model_class.from_pretrained(
         files.model,
         revision=files.revision or "main",
         dtype=dtype,
         output_loading_info=True,
-        weights_only=True,  # of a pickled checkpoint tensors alone
+        weights_only=True,  # only the tensors of a pickled checkpoint
         trust_remote_code=False,
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(_UNUSED))
     if missing:
         raise MachineError(
             f"encoders.model: {files.model} lacks {len(missing)} weights of a {type(model).__name__} "
-            f"({', '.join(missing[:3])} ...); give a folder with the whole encoder"
+            f"({', '.join(missing[:3])} ...); give a folder with the complete encoder"
         )
     return model.to(device).eval().requires_grad_(False)

@@ -22,24 +22,24 @@ _SMALL_FILES = ("*.json", "*.model", "vocab.txt", "merges.txt")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model as found: how to name it to transformers, and what it is."""
+    """A model that was found: its name for transformers, and its identity."""
 
     model: str
     """Hub id, or local folder."""
     revision: str | None
     """Commit on the hub; None for a local folder."""
     folder: Path
-    """Where its small files are: config.json, tokenizer, preprocessor_config.json."""
+    """The folder of its small files: config.json, tokenizer, preprocessor_config.json."""
     config: dict[str, object]
     """The config.json."""
     identity: dict[str, object]
-    """Name, revision, and SHA-256 of the weights; free of paths."""
+    """Name, revision, and SHA-256 of the weights; without paths."""
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer files; None if there are none."""
 
 
 def hf_config(files: ModelFiles) -> Any:
-    """The model's config.json as transformers understands it, with its defaults.
+    """The model's config.json as a configuration of transformers, with its defaults.
 
     Raises:
         MachineError: transformers knows no such model_type.
@@ -52,7 +52,7 @@ def hf_config(files: ModelFiles) -> Any:
     except (KeyError, ValueError) as error:
         raise MachineError(
             f"encoders.model: {files.model}: transformers knows no model_type {files.config.get('model_type')!r}; "
-            "give a model that it knows"
+            "give a model that it supports"
         ) from error
 
 
@@ -102,7 +102,7 @@ def _hub(model: str, revision: str | None) -> ModelFiles:
         _weight_names([path.name for path in cached.iterdir()], model)
         return _local(cached, model, cached.name, model)
     except (LocalEntryNotFoundError, MachineError, OSError, ValueError):
-        pass  # not in the cache, or not whole: ask the hub
+        pass  # not in the cache, or incomplete: ask the hub
     try:
         return _online(model, revision)
     except MachineError:
@@ -115,7 +115,7 @@ def _hub(model: str, revision: str | None) -> ModelFiles:
 
 
 def _online(model: str, revision: str | None) -> ModelFiles:
-    """Asks the hub for the weights' hashes, and downloads the small files only; workers load the weights."""
+    """Requests the weights' hashes from the hub, and downloads only the small files; workers load the weights."""
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(model, revision=revision, files_metadata=True)
@@ -156,9 +156,9 @@ def _tokenizer_digest(folder: Path) -> str | None:
 
 
 def _content_digest(path: Path) -> str:
-    """SHA-256 of a file; large files are hashed once and remembered by path, size and time of change.
+    """SHA-256 of a file; large files are hashed once, and the hash is cached by path, size and time of change.
 
-    The hub's cache names large files by their SHA-256, which saves even that.
+    The hub's cache names large files by their SHA-256, so they need no hashing.
     """
     real = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", real.name):

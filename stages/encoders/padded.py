@@ -1,4 +1,4 @@
-"""Any encoder of transformers over batches padded to their longest caption."""
+"""Runs any encoder of transformers on batches padded to their longest caption."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from stages.encoders.base import POOLED
 
 
 class PaddedModel:
-    """A model that takes `input_ids` and `attention_mask`; padding is masked, and taken out of the result.
+    """A model that takes `input_ids` and `attention_mask`; padding is masked, and removed from the result.
 
     Args:
         output: `last_hidden_state`; `penultimate`, the states before the last layer, without a final norm;
-            `pooled` or `projected`, one vector a caption: CLIP's state of the end token, and its projection.
+            `pooled` or `projected`, one vector per caption: CLIP's state of the end token, and its projection.
     """
 
     padded = True

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
-from pydantic import TypeAdapter
 
+from imagen_core.extensions import member_of
 from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
@@ -29,7 +29,7 @@ def encode_prompts(
     """Loads the encoder of a checkpoint and encodes prompts with it.
 
     Args:
-        prompts: texts of any length; cut at the encoder's max_tokens like captions.
+        prompts: texts of any length; truncated to the encoder's max_tokens like captions.
         trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on.
         model: where the model is now (hub id or folder), if not where its name says.
         option: the key of `model`, for messages.
@@ -52,21 +52,21 @@ def encode_prompts(
 
 
 def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_gpu: bool, option: str) -> TextEncoder:
-    """Loads the encoder that made a text group, once it is proved to be the one.
+    """Loads the encoder that made a text group, after a check that it is the same one.
 
     Args:
         made_by: `name`, `dim`, `dtype` and `fingerprint` of the group.
         model: where the model is now (hub id or folder), if not where its name says.
         option: how the user names `model`, for the message.
     Raises:
-        ConfigError: the encoder found is another one; names each field. Or nothing encoded them: they were given.
+        ConfigError: the encoder found is another one; names each field. Or the embeddings came with the data.
         MachineError: the model cannot be found.
     """
     if made_by["fingerprint"]["kind"] == GIVEN:
         raise ConfigError(
             f"encoder {made_by['name']}: its embeddings came with the data (made by "
-            f"{made_by['fingerprint']['model']}, as their owner says), so nothing here encodes other texts alike; to "
-            "sample, have the captions encoded by `pipeline run precompute`, and train on those"
+            f"{made_by['fingerprint']['model']}, as their owner says), so no encoder here can encode other texts; to "
+            "sample, encode the captions with `pipeline run precompute`, and train on these embeddings"
         )
     config = encoder_of(made_by, model, use_gpu=use_gpu)
     changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
@@ -81,19 +81,18 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
 
 
 def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:
-    """The configuration of the encoder that made a text group."""
+    """The configuration of the encoder that made a text group.
+
+    Raises:
+        ConfigError: it is of a kind that no installed package defines.
+    """
     fingerprint = trained_on["fingerprint"]
-    return TypeAdapter(AnyEncoder).validate_python(
-        {
-            "name": trained_on["name"],
-            "kind": fingerprint["kind"],
-            "model": model or fingerprint["model"],
-            "revision": None if model else fingerprint["revision"],
-            "max_tokens": fingerprint["max_tokens"],
-            "compute_dtype": fingerprint["compute_dtype"],
-            "output": fingerprint["output"],
-            "num_gpus": None if use_gpu else 0,
-        }
+    try:
+        encoder_class = member_of(AnyEncoder, fingerprint["kind"])
+    except ValueError as error:
+        raise ConfigError(f"encoder {trained_on['name']}: {error}") from error
+    return encoder_class.from_fingerprint(
+        trained_on["name"], fingerprint, model=model, num_gpus=None if use_gpu else 0
     )
 
 

@@ -1,33 +1,30 @@
-"""The registry of encoders, picked by `kind`."""
+"""Every encoder, picked by `kind`."""
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
-
+from imagen_core.extensions import Kinds
 from stages.encoders.auto import AutoEncoderConfig
+from stages.encoders.base import EncoderConfig, ImageEncoderConfig
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.t5 import T5EncoderConfig
 
+_TextEncoder = (
+    T5EncoderConfig  # one line for each
+    | ClipTextConfig
+    | AutoEncoderConfig
+)
+_ImageEncoder = ClipImageConfig
 
-def _by_default(kind: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: {"kind": kind, **value} if isinstance(value, dict) else value)
+_TEXT_KINDS = Kinds("pipeline.encoders", EncoderConfig, default="t5")
+_IMAGE_KINDS = Kinds("pipeline.image_encoders", ImageEncoderConfig, default="clip")
 
+AnyEncoder = Annotated[_TextEncoder, _TEXT_KINDS]
+"""A model that encodes text; other packages add kinds by entry points in `pipeline.encoders`."""
 
-AnyEncoder = Annotated[
-    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig, Field(discriminator="kind"), _by_default("t5")
-]
-"""A model that encodes text."""
-
-AnyTextEmbedding = Annotated[
-    T5EncoderConfig | ClipTextConfig | AutoEncoderConfig | PrecomputedEmbeddingsConfig,
-    Field(discriminator="kind"),
-    _by_default("t5"),
-]
+AnyTextEmbedding = Annotated[_TextEncoder | PrecomputedEmbeddingsConfig, _TEXT_KINDS]
 """Where embeddings of captions come from."""
 
-AnyImageEmbedding = Annotated[
-    ClipImageConfig | PrecomputedEmbeddingsConfig, Field(discriminator="kind"), _by_default("clip")
-]
-"""Where embeddings of images come from."""
+AnyImageEmbedding = Annotated[_ImageEncoder | PrecomputedEmbeddingsConfig, _IMAGE_KINDS]
+"""Where embeddings of images come from; other packages add kinds by entry points in `pipeline.image_encoders`."""

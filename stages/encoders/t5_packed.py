@@ -1,8 +1,8 @@
-"""T5's encoder over captions laid end to end, so that no matrix product ever sees padding.
+"""T5's encoder over concatenated captions, so that no matrix product contains padding.
 
-Everything in a transformer but attention works on tokens alone, and does not care which caption a token belongs to.
-So the captions of a batch are one long row of tokens; only attention takes them apart, a call for all captions of the
-same length. The weights are those of a model that transformers has loaded; the architecture is Raffel et al. 2020
+Everything in a transformer except attention works on single tokens, whichever caption a token belongs to. So the
+captions of a batch are one long row of tokens; only attention separates them, with one call for all captions of the
+same length. The weights come from a model that transformers has loaded; the architecture is Raffel et al. 2020
 (arXiv 1910.10683): pre-norm, RMS norm, relative position bias, no scaling of the scores, plain or gated feed-forward.
 """
 
@@ -24,7 +24,7 @@ class _Block:
     qkv: Tensor
     out: Tensor
     relative: Any
-    """The attention that has a table of position biases; that of the first layer where a layer has none."""
+    """The attention that has a table of position biases; the first layer's where a layer has none."""
     ff_norm: Any
     ff_in: Tensor
     ff_out: Tensor
@@ -33,7 +33,7 @@ class _Block:
 class PackedT5:
     """The encoder of a `T5EncoderModel` (T5, v1.1, mT5, ByT5, umT5) without padding.
 
-    Takes the model apart: weights that are joined here are removed there, so that none is in memory twice.
+    Takes the model apart: weights that are joined here are removed from it, so that none is in memory twice.
     """
 
     padded = pooled = False
@@ -68,9 +68,9 @@ class PackedT5:
 
         Args:
             ids: int64 (total,), the tokens of all captions one after another.
-            lengths: tokens of each caption; equal ones should follow each other, they are attended together.
+            lengths: number of tokens of each caption; equal lengths should be adjacent, to share a call of attention.
         Returns:
-            (total, dim), in the type of the weights.
+            (total, dim), in the dtype of the weights.
         """
         groups = [(length, len(list(same))) for length, same in groupby(lengths)]
         x = self._embed(ids)
@@ -98,9 +98,9 @@ class PackedT5:
         return qkv[:, :inner]
 
     def _bias(self, relative: Any, length: int) -> Tensor:
-        """(1, heads, >= length, >= length). A bias depends on the distance alone: the longest holds all others.
+        """(1, heads, >= length, >= length). A bias depends only on the distance: the largest table has all others.
 
-        A multiple of 8, as fast kernels want their masks' rows to be.
+        Its sides are a multiple of 8, which fast kernels require of a mask's rows.
         """
         known = self._biases.get(id(relative))
         if known is None or known.shape[-1] < length:
@@ -116,7 +116,7 @@ class PackedT5:
 
 
 def _joined(module: Any, *names: str) -> Tensor:
-    """The weights of several linear layers as those of one; they are removed from the module."""
+    """The weights of several linear layers as one matrix; they are removed from the module."""
     weight = torch.cat([getattr(module, name).weight for name in names])
     for name in names:
         delattr(module, name)
@@ -124,7 +124,7 @@ def _joined(module: Any, *names: str) -> Tensor:
 
 
 def _normalised(x: Tensor, norm: Any) -> Tensor:
-    """RMS norm; the mean of squares in float32, as T5 does it."""
+    """RMS norm; the mean of squares in float32, as in T5."""
     return F.rms_norm(x, (x.shape[-1],), None, norm.variance_epsilon).mul_(norm.weight)
 
 

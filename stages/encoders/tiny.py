@@ -1,7 +1,7 @@
 """`tiny-random-t5`: a small T5 encoder with seeded random weights, for runs without a download.
 
 It is written as an ordinary model folder and loaded like any other T5, so that it exercises the real code.
-Its embeddings tell words apart but know nothing of language.
+Its embeddings distinguish words but carry no meaning.
 """
 
 import json
@@ -87,7 +87,7 @@ def _weights(vocabulary: int) -> dict[str, np.ndarray]:
 
 
 def _tokenizer_json() -> str:
-    """A T5-like unigram tokenizer: the words of the synthetic captions whole, all else letters and bytes."""
+    """A T5-like unigram tokenizer: a token for each word of the synthetic captions, letters and bytes for the rest."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     from stages.sources.synthetic.scenes import VOCABULARY

@@ -16,7 +16,8 @@ from imagen_core.store import (
 )
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
-from stages.encoders.clip_image import ClipImageConfig, ClipImageEncoder
+from stages.encoders.base import ImageEncoderConfig
+from stages.encoders.encoder import ImageEncoder, load_encoder
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.resize import ImagesConfig
 
@@ -26,7 +27,9 @@ class EncodeImagesStage(Stage):
 
     identity = "EncodePicturesStage"
 
-    def __init__(self, encoder: ClipImageConfig, images: ImagesConfig, store_format: StoreFormat, dtype: StoreDtype):
+    def __init__(
+        self, encoder: ImageEncoderConfig, images: ImagesConfig, store_format: StoreFormat, dtype: StoreDtype
+    ):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)
         self.store_format: StoreFormat = store_format
@@ -54,11 +57,11 @@ class EncodeImagesStage(Stage):
                 },
             ),
         )
-        self._model: ClipImageEncoder | None = None
+        self._model: ImageEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
         self.encoder.check_unchanged(self.fingerprint)
-        self._model = self.encoder.load(self.encoder.threads())
+        self._model = load_encoder(self.encoder, self.encoder.threads())
 
     def process(self, task: Task) -> None:
         assert self._model is not None

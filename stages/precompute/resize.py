@@ -1,13 +1,13 @@
 """Turns originals into samples and their images at every size, each straight from the original."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from imagen_core.store import (
     Codec,
@@ -23,6 +23,9 @@ from imagen_core.store import (
 from pipeline.config import Config
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
+from stages.filters.base import Filter, FilterRow
+from stages.filters.registry import ALWAYS
+from stages.filters.size import MaxPixels, TooSmall
 from stages.images import ImageRejected, center_square, decode_rgb, pyramid
 from stages.precompute.fetch import ORIGINALS, SAMPLES
 from stages.precompute.originals import OriginalsReader, StoredOriginal
@@ -39,10 +42,6 @@ class ImagesConfig(Config):
     codec: Codec | dict[int, Codec] = "raw"
     """How images are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
     {1024: webp}, where sizes that are not named are raw."""
-    too_small: Literal["drop", "upscale"] = "drop"
-    """What to do with images whose short side is less than the largest size."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    """Images of more pixels are dropped unread (`too_many_pixels`): a guard against decompression bombs."""
 
     @field_validator("sizes_px")
     @classmethod
@@ -67,7 +66,7 @@ class ImagesConfig(Config):
 
 
 class _Unusable(Exception):
-    """A row that cannot become a sample, beside images that cannot be decoded."""
+    """A row that cannot become a sample, for another reason than an image that cannot be decoded."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -87,7 +86,7 @@ class _Made:
 
 
 class ResizeStage(Stage):
-    """`originals` -> `samples` and one `images-SIZE` group a size.
+    """`originals` -> `samples` and one `images-SIZE` group per size.
 
     The first time a shard is seen, this stage decides which rows are samples. A size added later follows
     the rows as they are: a row that can no longer be made is excluded, and the others keep their places.
@@ -98,12 +97,13 @@ class ResizeStage(Stage):
     version = 2
     inputs = (ORIGINALS,)
 
-    def __init__(self, images: ImagesConfig, store_format: StoreFormat):
+    def __init__(self, images: ImagesConfig, store_format: StoreFormat, filters: Sequence[Filter] = ALWAYS):
         self.images = images
         self.store_format: StoreFormat = store_format
-        rules = {"max_pixels": images.max_pixels, "too_small": images.too_small}
+        self.filters = tuple(filters)
+        self.max_pixels = min(filter.max for filter in filters if isinstance(filter, MaxPixels))
         self.groups = (
-            Group(SAMPLES, {"kind": "samples", **rules}),
+            Group(SAMPLES, {"kind": "samples", **_filter_settings(filters)}),
             *(
                 Group(
                     image_group(size),
@@ -194,27 +194,41 @@ class ResizeStage(Stage):
         """Hashes and decodes an original, and makes its images.
 
         Raises:
-            _Unusable: the row was not fetched, or the image is too small.
+            _Unusable: the row was not fetched, or a filter rejects it.
             ImageRejected: the image cannot be decoded.
         """
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
         data = originals.data(entry)
-        if not sizes:
-            return _Made(hashlib.sha256(data).hexdigest() if data else "", 0, 0, {})
-        decoded = decode_rgb(data, max_pixels=self.images.max_pixels)
-        short = min(decoded.width, decoded.height)
-        if short < max(sizes) and self.images.too_small == "drop":
-            raise _Unusable("too_small", f"{decoded.width} x {decoded.height} px, {max(sizes)} needed")
-        square = center_square(decoded.pixels)
-        images = {image_group(s): p for s, p in pyramid(square, sizes, self.images.filter).items()}
-        return _Made(hashlib.sha256(data).hexdigest(), decoded.width, decoded.height, images)
+        pixels = decode_rgb(data, max_pixels=self.max_pixels).pixels if sizes else None
+        row = FilterRow(entry.key, entry.url, entry.captions, data, sizes, pixels, entry.annotations)
+        for filter in self.filters:
+            rejection = filter.reject(row)
+            if rejection is not None:
+                raise _Unusable(rejection.reason, rejection.detail)
+        images = {} if pixels is None else pyramid(center_square(pixels), sizes, self.images.filter)
+        sha256 = hashlib.sha256(data).hexdigest() if data else ""
+        return _Made(sha256, row.width, row.height, {image_group(size): image for size, image in images.items()})
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}
         if group not in sizes:
             return num_rows * 200
         return num_rows * sizes[group] ** 2 * 3 if self.images.codec_of(sizes[group]) == "raw" else None
+
+
+def _filter_settings(filters: Sequence[Filter]) -> dict[str, object]:
+    """The filters in the fingerprint of the samples."""
+    settings: dict[str, object] = {}
+    others = []
+    for filter in filters:
+        if isinstance(filter, MaxPixels):
+            settings["max_pixels"] = filter.max
+        elif isinstance(filter, TooSmall):
+            settings["too_small"] = filter.action
+        else:
+            others.append(filter.model_dump(mode="json"))
+    return {**settings, "filters": others} if others else settings
 
 
 class _ImageWriters:

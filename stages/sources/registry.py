@@ -1,9 +1,9 @@
-"""The union of all sources, picked by `source.kind`."""
+"""Every source, picked by `source.kind`."""
 
 from typing import Annotated
 
-from pydantic import Field
-
+from imagen_core.extensions import Kinds
+from pipeline.config import Config
 from stages.sources.folder import FolderConfig
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.parquet import ParquetConfig
@@ -13,6 +13,13 @@ from stages.sources.tsv import TsvConfig
 from stages.sources.urls import UrlsConfig
 
 AnySource = Annotated[
-    SyntheticConfig | UrlsConfig | FolderConfig | WebdatasetConfig | ParquetConfig | TsvConfig | HuggingfaceConfig,
-    Field(discriminator="kind"),
+    SyntheticConfig  # one line for each
+    | UrlsConfig
+    | FolderConfig
+    | WebdatasetConfig
+    | ParquetConfig
+    | TsvConfig
+    | HuggingfaceConfig,
+    Kinds("pipeline.sources", Config),
 ]
+"""A source; other packages add kinds by entry points in `pipeline.sources`."""

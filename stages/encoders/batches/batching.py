@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 
 def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int, *, padded: bool = False) -> list[list[int]]:
-    """Cuts captions, sorted by length, into batches of at most `tokens_per_batch` tokens.
+    """Splits captions, sorted by length, into batches of at most `tokens_per_batch` tokens.
 
     Args:
-        lengths: tokens of each caption.
-        tokens_per_batch: sum of the lengths of a batch; a longer caption gets a batch of its own.
-        padded: every caption counts as long as the longest of its batch.
+        lengths: number of tokens of each caption.
+        tokens_per_batch: limit for the sum of the lengths of a batch; a longer caption is a batch by itself.
+        padded: every caption counts as if it were as long as the longest of its batch.
 
     Returns:
-        Indices into `lengths`, batch by batch, longest captions first (memory peaks at once). Depends on
-        nothing but the arguments.
+        Indices into `lengths`, batch by batch, longest captions first (memory peaks in the first batch). Depends
+        only on the arguments.
     """
     batches: list[list[int]] = []
     room = 0

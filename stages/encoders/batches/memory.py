@@ -1,4 +1,4 @@
-"""Goes on with smaller batches when one does not fit into memory."""
+"""Continues with smaller batches when one does not fit into memory."""
 
 import gc
 import logging
@@ -19,14 +19,14 @@ _PHRASES = ("can't allocate memory", "not enough memory", "CUDA error: out of me
 
 @dataclass(slots=True)
 class MemoryBoundBatches:
-    """What a model made of some items, batch by batch."""
+    """The results of a model, batch by batch."""
 
     limit: int
-    """The most that a batch may hold, in the unit of `split`: half as much after each halving."""
+    """The largest batch, in the unit of `split`; halved each time a batch did not fit."""
     halvings: int = 0
     """How often a batch did not fit into memory."""
     results: "list[tuple[list[int], Tensor]]" = field(default_factory=list)
-    """The items of each batch and what `forward` made of them."""
+    """The items of each batch and the result of `forward` for them."""
 
 
 def run_batches(
@@ -35,10 +35,10 @@ def run_batches(
     split: Callable[[Sequence[int], int], list[list[int]]],
     forward: "Callable[[list[int]], Tensor]",
 ) -> MemoryBoundBatches:
-    """Runs `forward` on `split(items, limit)`; when a batch does not fit into memory, goes on with half the limit.
+    """Runs `forward` on `split(items, limit)`; when a batch does not fit into memory, continues with half the limit.
 
     Args:
-        split: cuts items into batches within a limit; an item over the limit is a batch of its own.
+        split: divides items into batches within a limit; an item over the limit is a batch by itself.
 
     Raises:
         MemoryError: not even one item fits.
@@ -72,7 +72,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _release() -> None:
-    """Gives back what the allocator keeps for later."""
+    """Releases the memory that the allocator caches."""
     import torch
 
     gc.collect()

@@ -14,12 +14,12 @@ def load_tokenizer(files: ModelFiles) -> Any:
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Token ids with start and end tokens, at most max_tokens each; and how many captions were cut."""
+    """Token ids with start and end tokens, at most max_tokens each; and how many captions were truncated."""
     if not captions:
         return [], 0
     all_ids: list[list[int]] = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
     long = [i for i, ids in enumerate(all_ids) if len(ids) > max_tokens]
-    if long:  # the tokenizer knows which of its tokens must stay at the end
+    if long:  # the tokenizer knows which tokens must stay at the end
         cut = tokenizer([captions[i] for i in long], truncation=True, max_length=max_tokens)["input_ids"]
         for i, ids in zip(long, cut, strict=True):
             all_ids[i] = ids

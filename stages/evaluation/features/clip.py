@@ -53,7 +53,7 @@ class ClipFeatures(Config):
         self._captions().identify()
 
     def extract(self, images: Iterable[np.ndarray]) -> Extracted:
-        encoder = self._images().load(threads_of_process())
+        encoder = load_encoder(self._images(), threads_of_process())
         rows = encoder.encode(center_square(pixels) for pixels in images).embeddings
         return Extracted({"features": np.concatenate(rows)})
 

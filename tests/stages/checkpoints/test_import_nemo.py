@@ -224,7 +224,7 @@ def test_what_cannot_be_imported_exactly_is_refused(base: Path, tmp_path: Path) 
 
     refused("unet.init_conv_kernel_size is 7", nemo(changed(BASE, init_conv_kernel_size=7)))
     refused("the weights do not fit the settings", nemo(changed(BASE, cond_dim=32)))
-    refused("the models draw [4, 4] pixels", base, nemo(BASE))
+    refused("the models generate images of [4, 4] pixels", base, nemo(BASE))
     narrow = nemo(changed(SUPER, "conditioning", embed_dim=32), STATES["super"])
     refused("embeddings of different widths", base, narrow)
     refused("the network reads 32-wide embeddings, but tiny-random-t5 is 64 wide", narrow)

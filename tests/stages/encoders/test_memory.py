@@ -75,7 +75,7 @@ class Small:
 def test_images_that_do_not_fit_together_are_encoded_in_smaller_batches(tmp_path: Path) -> None:
     folder = tiny_models.write(tiny_models.clip, tmp_path / "clip")
     settings = {"name": "clip", "model": str(folder), "from_px": 32, "compute_dtype": "float32", "num_gpus": 0}
-    encoder = ClipImageConfig.model_validate({**settings, "batch_size": 16}).load(1)
+    encoder = load_encoder(ClipImageConfig.model_validate({**settings, "batch_size": 16}), 1)
     images = np.random.default_rng(0).integers(0, 256, (21, 32, 32, 3), dtype=np.uint8)
     expected = encoder.encode(images).embeddings
     failures: list[int] = []

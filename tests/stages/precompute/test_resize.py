@@ -50,7 +50,7 @@ def test_images_smaller_than_the_largest_size_are_dropped_or_upscaled_as_configu
         "source.kind=folder",
         f"source.path={images}",
         "images.sizes_px=[64]",
-        "images.too_small=upscale",
+        "filters=[{kind: too_small, action: upscale}]",
     )
     assert upscaled["num_samples"] == 4
     assert (Store.open(tmp_path / "up" / "store")[0].images[64] == 10).all()

@@ -1,0 +1,37 @@
+"""Filters by the size of the image."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.filters.base import Filter, FilterRow, Rejection
+
+
+class MaxPixels(Filter):
+    """Drops images with too many pixels (`too_many_pixels`): a guard against decompression bombs.
+
+    It is always active. The decoder applies it to the size in the file's header, before any pixel is decoded.
+    """
+
+    kind: Literal["max_pixels"] = "max_pixels"
+    max: int = Field(default=100_000_000, ge=1)
+    """Largest width times height."""
+
+    def reject(self, row: FilterRow) -> Rejection | None:
+        if row.width * row.height <= self.max:
+            return None
+        return Rejection("too_many_pixels", f"{row.width} x {row.height} is over {self.max} pixels")
+
+
+class TooSmall(Filter):
+    """Decides about images whose short side is less than the largest size of images.sizes_px (`too_small`)."""
+
+    kind: Literal["too_small"] = "too_small"
+    action: Literal["drop", "upscale"] = "drop"
+    """upscale: they are stored, upsampled."""
+
+    def reject(self, row: FilterRow) -> Rejection | None:
+        needed = max(row.sizes_px, default=0)
+        if self.action == "upscale" or min(row.width, row.height) >= needed:
+            return None
+        return Rejection("too_small", f"{row.width} x {row.height} px, {needed} needed")

@@ -1,0 +1,1 @@
+"""One of each extension, as another package adds it."""
