@@ -24,8 +24,9 @@ from imagen_core.train.evaluation import sample_grid, validation_loss
 from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
+from stages.evaluation.run import with_guidance
 from stages.sampling.config import SampleConfig
-from stages.sampling.session import prepare
+from stages.sampling.run import prepare
 from tests.commands import call, drops
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
@@ -162,7 +163,10 @@ def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
         return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
     config = SampleConfig.model_validate({"stages": [{"checkpoint": str(tmp_path / "model")}], "labels": [0]})
-    swept = prepare(config).with_guidance(3.0, "all").cascade.stages[0].sampling.guidance
+    _, session = prepare(config)
+    swept = with_guidance(config.stages, session.cascade, 3.0, "all")
+    assert session.with_stages(swept).cascade.stages[0].sampling == swept[0].sampling
+    swept = swept[0].sampling.guidance
     assert (swept.labels, swept.text) == (3, 1)
 
     images = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")

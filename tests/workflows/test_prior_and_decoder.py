@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagen_core.train import load_checkpoint
 from stages.sampling import prior as sample_prior
-from stages.sampling.config import SampleConfig, SamplePriorConfig
+from stages.sampling.config import SamplePriorConfig
 from tests.commands import call, precompute
 from tests.stages.encoders import tiny_models
 from tests.trained import COMMON, UNET, train
@@ -127,7 +127,7 @@ def test_a_checkpoint_names_the_encoders_of_captions_and_images(work: Path) -> N
     ("more", "message"),
     [
         (["prior=null"], "the stages read image embeddings of 'clip'; give prior.checkpoint"),
-        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model draws images"),
+        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model generates images"),
         (["stages.0.checkpoint={work}/prior"], "it is a prior, which draws embeddings"),
     ],
 )
@@ -193,10 +193,10 @@ def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeyp
     for encoder in (loaded.encoder, other):
         monkeypatch.setattr(sample_prior, "load_checkpoint_from", lambda *_, e=encoder: replace(loaded, encoder=e))
         monkeypatch.setattr(
-            sample_prior, "Embeddings", lambda *_, **more: found.append((more["option"], more["model"]))
+            sample_prior, "PromptEmbeddings", lambda *_, **more: found.append((more["option"], more["model"]))
         )
-        prior = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
-        config = SampleConfig(stages=({"checkpoint": "s"},), prior=prior, encoder_model="T5")  # type: ignore[arg-type]
-        sample_prior.PriorSampler(config, prior, torch.device("cpu"))
+        settings = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
+        cpu = torch.device("cpu")
+        sample_prior.PriorSampler(settings, store=None, encoder_model="T5", device=cpu, autocast=None)
     own = ("prior.encoder_model", "CLIP")
     assert found == [own, own, own, ("encoder_model", "T5")]
