@@ -80,14 +80,14 @@ def test_seeds_and_captions_matter(cascade: Cascade) -> None:
     assert not torch.equal(first, other_caption)
 
 
-def test_captions_are_cut_as_in_training(cascade: Cascade) -> None:
+def test_captions_are_truncated_as_in_training(cascade: Cascade) -> None:
     cut = Cascade([replace(stage, max_tokens=3) for stage in cascade.stages], ENCODER)
     short = cascade.sample([caption(9)[:3]], [0], dtype=torch.float64)
     for size, image in cut.sample([caption(9)], [0], dtype=torch.float64).items():
         torch.testing.assert_close(image, short[size])
 
 
-def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
+def test_a_cascade_stops_early_and_continues_from_there(cascade: Cascade) -> None:
     whole = draw(cascade, [0, 1])
     base = draw(cascade, [0, 1], stop_stage=1)
     assert list(base) == [8]
@@ -96,7 +96,7 @@ def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
     torch.testing.assert_close(rest[32], whole[32])
 
 
-def test_it_enlarges_an_image_of_any_size(cascade: Cascade) -> None:
+def test_a_cascade_super_resolves_an_image_of_any_size(cascade: Cascade) -> None:
     image = torch.rand(1, 3, 11, 11, dtype=torch.float64) * 2 - 1
     upsampled = draw(cascade, [0], start_stage=1, stop_stage=2, low_res=image)
     assert upsampled[16].shape == (1, 3, 16, 16)
@@ -215,7 +215,7 @@ def test_text_is_padded_with_zeros() -> None:
         pad_text([np.zeros((3, 5))], 1, DIM)
 
 
-def test_images_that_are_not_kept_are_not_enlarged_and_the_others_are_the_same(cascade: Cascade) -> None:
+def test_images_that_are_not_kept_are_not_super_resolved_and_the_others_are_the_same(cascade: Cascade) -> None:
     every, asked = draw(cascade, [0, 1, 2, 3]), []
 
     def keep(number: int, images: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def test_transcriptions_reach_the_stages_that_read_them() -> None:
     assert Cascade(both, ENCODER).max_characters == 4
 
 
-def test_the_transcription_has_a_weight_of_its_own() -> None:
+def test_the_transcription_has_its_own_weight() -> None:
     cascades = [
         Cascade([stage(8, writing=WRITING, guidance={"text": 0.0, "transcription": weight})], ENCODER)
         for weight in (0.0, 1.0, 4.0)
@@ -312,7 +312,7 @@ def test_a_noise_level_for_a_stage_trained_without_is_refused() -> None:
         Cascade([stage(8), quiet], ENCODER)
 
 
-def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_drawn() -> None:
+def test_settings_that_do_not_fit_a_stage_are_refused_before_sampling() -> None:
     with pytest.raises(ValueError, match=r"the 8 px stage: guidance.image_embed is 3, .* it reads text: leave it out"):
         Cascade([stage(8, guidance={"image_embed": 3})], ENCODER)
     with pytest.raises(ValueError, match=r"the 16 px stage: guidance.labels is 0, .* it reads low_res, text"):

@@ -43,7 +43,7 @@ def test_an_embedding_does_not_depend_on_its_batch() -> None:
 
 
 @torch.no_grad()
-def test_estimates_are_brought_to_the_length_of_the_embeddings_where_asked() -> None:
+def test_estimates_are_scaled_to_the_length_of_the_embeddings_if_configured() -> None:
     x, sigma, told = 3 * rows(2), torch.tensor(0.7, dtype=torch.float64), Conditioning(text_embed=rows(2, seed=1))
     lengths = torch.full((2,), 5.0, dtype=torch.float64)
     assert PriorConfig.model_validate({"kind": "prior", "network": NETWORK}).length == DIM**0.5

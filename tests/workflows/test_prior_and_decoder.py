@@ -73,7 +73,7 @@ def pixels(out: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
 
-def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Path) -> None:
+def test_a_prior_and_a_decoder_generate_images_from_prompts(work: Path, tmp_path: Path) -> None:
     result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
     assert result.code == 0, result.err
     assert set(json.loads(result.out)["facts"]["seconds_per_image"]) == {"prior", "16"}
@@ -86,7 +86,7 @@ def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Pa
     assert [stage["step"] for stage in record["stages"]] == [4, 4]
 
 
-def test_the_prior_draws_in_the_precision_asked_for(
+def test_the_prior_samples_in_the_requested_precision(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

@@ -139,7 +139,7 @@ def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> N
     assert json.loads(result.out)["facts"]["generated_now"] == 4
 
 
-def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_batch_and_are_not_generated_twice(work: Path, tmp_path: Path) -> None:
     prompts = "prompts=[a small red circle,a large blue square on the right,a star]"
     one, three = tmp_path / "one", tmp_path / "three"
     assert sample(work, one, prompts, "batch_size=1").code == 0
@@ -158,7 +158,7 @@ def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, t
     assert [p.name for p in (one / "images-32").iterdir()] == ["00000.png"]
 
 
-def test_an_image_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> None:
+def test_an_image_is_super_resolved_without_the_base(work: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "in.png")
     result = sample(work, tmp_path / "up", f"low_res=[{tmp_path}/in.png]", "prompts=[a red image]", stages=("sr",))
     assert result.code == 0, result.err
@@ -191,7 +191,9 @@ def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, 
     assert "Traceback" not in result.err
 
 
-def test_images_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content(work: Path, tmp_path: Path) -> None:
+def test_images_to_super_resolve_do_not_depend_on_the_batch_and_are_identified_by_content(
+    work: Path, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for name, size in (("small", 16), ("large", 64)):
         Image.fromarray(noise[:size, : size + 8]).save(tmp_path / f"{name}.png")

@@ -70,7 +70,7 @@ def test_the_words_of_the_images_come_with_them(work: Path) -> None:
         assert not is_held_out_word(each.transcription)
 
 
-def test_words_are_drawn_from_lists_files_and_stores_alike(work: Path, tmp_path: Path) -> None:
+def test_words_come_alike_from_lists_files_and_stores(work: Path, tmp_path: Path) -> None:
     prompts = ["prompts=[a,b]", "transcriptions=[AB,C]"]
     assert sample(work, tmp_path / "list", *prompts).code == 0
     (tmp_path / "prompts.txt").write_text("a\tAB\n\nb\tC\n")
@@ -88,7 +88,7 @@ def test_words_are_drawn_from_lists_files_and_stores_alike(work: Path, tmp_path:
     assert [each["transcription"] for each in record["images"]] == [written[e["key"]] for e in record["images"]]
 
 
-def test_other_words_are_another_drawing(work: Path, tmp_path: Path) -> None:
+def test_other_words_are_another_sampling(work: Path, tmp_path: Path) -> None:
     assert sample(work, tmp_path / "out", "transcriptions=[AB]").code == 0
     changed = sample(work, tmp_path / "out", "transcriptions=[CD]")
     assert changed.code == 2

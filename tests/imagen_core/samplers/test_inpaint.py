@@ -46,7 +46,7 @@ def inpainted_law(sampler, resample_times, known=0.9, num_steps=20):
     return float(mean[1]), float(covariance[1, 1])
 
 
-def test_the_drawn_part_comes_to_fit_the_kept_one_with_resampling():
+def test_the_generated_part_fits_the_kept_part_after_resampling():
     wanted_mean = float(MEAN[1]) + CORRELATION * (0.9 - float(MEAN[0]))
     wanted_variance = STD**2 * (1 - CORRELATION**2)
     errors = {times: abs(inpainted_law(Ancestral(), times)[0] - wanted_mean) for times in (1, 3, 10)}
@@ -93,7 +93,7 @@ def test_one_image_and_mask_serve_a_whole_batch_and_do_not_tie_it_together():
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_every_step_but_the_last_is_taken_as_often_as_asked(times):
+def test_every_inpainting_step_but_the_last_is_repeated_as_often_as_configured(times):
     calls = 0
 
     def denoise(x, sigma):

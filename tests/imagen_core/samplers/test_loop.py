@@ -43,7 +43,7 @@ def test_one_step_is_the_denoised_image(sampler):
 
 
 @every_sampler
-def test_any_number_of_steps_draws_finite_images(sampler):
+def test_any_number_of_steps_generates_finite_images(sampler):
     for num_steps in (2, 3, 4, 5, 17):
         sigmas = Karras().sigmas(LogNormal(), num_steps)
         drawn = sample(sampler, Gaussian().denoise, sigmas, SeededNoise(range(4)), SHAPE)
@@ -80,7 +80,7 @@ def test_more_steps_than_a_discrete_schedule_has_are_refused_with_both_numbers(s
     ],
     ids=lambda value: repr(value) if isinstance(value, Threshold) else "",
 )
-def test_the_threshold_asked_for_is_the_one_used(sampler, threshold, expected):
+def test_the_configured_threshold_is_the_one_used(sampler, threshold, expected):
     """One published EDM sampler replaced whatever it was given by dynamic thresholding."""
     image = torch.tensor([3.0, -0.5], dtype=torch.float64).reshape(1, 1, 1, 2)
     drawn = sample(
@@ -106,7 +106,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
     assert float((batch[1] - batch[2]).abs().max()) > 0.1
 
 
-def test_nor_does_it_with_a_network_guidance_and_dynamic_thresholding():
+def test_an_image_of_a_network_with_guidance_and_dynamic_thresholding_does_not_depend_on_its_batch():
     denoiser = with_random_weights(small_denoiser(), seed=0).double()
     text = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seeds = [11, 12, 13, 14, 15]
