@@ -26,12 +26,12 @@ def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def read_image(path: str | Path, size_px: int | None = None) -> np.ndarray:
-    """An RGB image, turned by its EXIF orientation: uint8 (h, w, 3).
+    """Reads an RGB image, rotated by its EXIF orientation: uint8 (h, w, 3).
 
     Args:
-        size_px: cut the centre square and resize it (bicubic, antialiased) to this size; None keeps the image.
+        size_px: crop the centre square and resize it (bicubic, antialiased) to this size; None keeps the image.
     Raises:
-        ValueError: the file is no image that can be read.
+        ValueError: the file cannot be read as an image.
     """
     try:
         with Image.open(path) as opened:
@@ -55,7 +55,7 @@ def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndar
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 (h, w, 3) as PNG; the file appears whole or not at all."""
+    """Writes uint8 (h, w, 3) as PNG; the file appears in full or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     Image.fromarray(pixels).save(temporary, format="PNG")

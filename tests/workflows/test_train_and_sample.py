@@ -191,9 +191,7 @@ def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, 
     assert "Traceback" not in result.err
 
 
-def test_images_to_super_resolve_do_not_depend_on_the_batch_and_are_identified_by_content(
-    work: Path, tmp_path: Path
-) -> None:
+def test_low_res_images_do_not_depend_on_the_batch_and_are_identified_by_content(work: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for name, size in (("small", 16), ("large", 64)):
         Image.fromarray(noise[:size, : size + 8]).save(tmp_path / f"{name}.png")

@@ -61,7 +61,7 @@ def test_sampled_images_have_the_mean_and_variance_of_the_exact_law():
         def __len__(self):
             return self._count
 
-        def draw(self, shape, device, dtype):
+        def normal(self, shape, device, dtype):
             return torch.randn(self._count, *shape, generator=self._generator, dtype=dtype)
 
     for sampler in (Ancestral(), Heun(churn=0.3)):

@@ -109,7 +109,7 @@ def test_the_dry_run_of_a_likelihood_says_how_many_network_calls_it_takes(work: 
     [
         ("checkpoint=absent", "checkpoint: absent: has no checkpoint"),
         ("store=absent", "store: "),
-        ("num_images=13", "0 + 13 is more than the 11 samples"),
+        ("num_images=13", "0 + 13 exceeds the 11 samples"),
         ("num_steps=13", "13 steps asked for of 6"),
         ("grid.kind=respaced", "sections"),
         ("weights=ema-0.5", "has no weights 'ema-0.5'"),
