@@ -1,4 +1,4 @@
-"""Class labels: from a source to the store, to a training that leaves some out, and to images drawn by class."""
+"""Class labels: from a source to the store, to a training that leaves some out, and to images sampled by class."""
 
 import io
 import json
@@ -155,7 +155,7 @@ def test_a_trained_model_samples_by_class(store: Path, tmp_path: Path) -> None:
     labels = next(value for name, value in weights.items() if "labels.embedding" in name)
     assert labels.shape[0] == 3
 
-    def drawn(name: str, *options: str) -> list[np.ndarray]:
+    def sampled(name: str, *options: str) -> list[np.ndarray]:
         out = tmp_path / name
         stage = json.dumps([{"checkpoint": str(tmp_path / "model"), "weights": "model", "sampling": {"num_steps": 4}}])
         result = call("run", "sample", "--out", str(out), "--quiet", "device=cpu", f"stages={stage}", *options)
@@ -169,13 +169,13 @@ def test_a_trained_model_samples_by_class(store: Path, tmp_path: Path) -> None:
     swept = swept[0].sampling.guidance
     assert (swept.labels, swept.text) == (3, 1)
 
-    images = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
+    images = sampled("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
     assert not np.array_equal(images[0], images[1])
-    assert np.array_equal(drawn("b", "prompts=[any]", "seeds=[4]")[0], images[2]), "no label is an unknown one"
+    assert np.array_equal(sampled("b", "prompts=[any]", "seeds=[4]")[0], images[2]), "no label is an unknown one"
     record = json.loads((tmp_path / "a/images.json").read_text())
     assert [image["label"] for image in record["images"]] == [0, 1, -1]
     captions = ["captions.kind=store", f"captions.path={store}", "captions.num_captions=4", "seeds=[4,4,4,4]"]
-    of_store = drawn("c", *captions)
+    of_store = sampled("c", *captions)
     kinds = [p["label"] for p in json.loads((tmp_path / "c/images.json").read_text())["images"]]
     assert len(set(kinds)) > 1
     for label, image in zip(kinds, of_store, strict=True):

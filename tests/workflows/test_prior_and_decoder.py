@@ -90,11 +90,11 @@ def test_the_prior_samples_in_the_requested_precision(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    draw = sample_prior.generate_embeddings
+    generate = sample_prior.generate_embeddings
 
     def seeing(*arguments, **options):
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return draw(*arguments, **options)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(sample_prior, "generate_embeddings", seeing)
     for precision in ("float32", "bfloat16"):

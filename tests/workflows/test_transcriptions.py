@@ -57,7 +57,7 @@ def sample(work: Path, out: Path, *more: str, guidance: float = 3.0) -> Result:
     return call("run", "sample", "-c", str(out.with_suffix(".yaml")), "--out", str(out), "--quiet", *more)
 
 
-def drawn(out: Path) -> list[bytes]:
+def sampled(out: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((out / "images-16").iterdir())]
 
 
@@ -77,8 +77,8 @@ def test_words_come_alike_from_lists_files_and_stores(work: Path, tmp_path: Path
     assert sample(work, tmp_path / "file", f"prompts_file={tmp_path}/prompts.txt").code == 0
     assert sample(work, tmp_path / "alone", "transcriptions=[AB,C]").code == 0
     assert sample(work, tmp_path / "none", "prompts=[a,b]").code == 0
-    assert drawn(tmp_path / "list") == drawn(tmp_path / "file") == drawn(tmp_path / "alone")
-    assert all(a != b for a, b in zip(drawn(tmp_path / "list"), drawn(tmp_path / "none"), strict=True))
+    assert sampled(tmp_path / "list") == sampled(tmp_path / "file") == sampled(tmp_path / "alone")
+    assert all(a != b for a, b in zip(sampled(tmp_path / "list"), sampled(tmp_path / "none"), strict=True))
     record = json.loads((tmp_path / "file" / "images.json").read_text())
     assert [(each["prompt"], each["transcription"]) for each in record["images"]] == [("a", "AB"), ("b", "C")]
     captions = [f"captions.path={work}/run", "captions.kind=store", "captions.num_captions=2"]

@@ -53,9 +53,7 @@ def test_the_generated_part_fits_the_kept_part_after_resampling():
     assert errors[10] < errors[3] < errors[1]
     mean, variance = inpainted_law(Ancestral(), 10, num_steps=50)
     assert mean == pytest.approx(wanted_mean, abs=0.02)
-    assert variance == pytest.approx(
-        wanted_variance, rel=0.25
-    )  # the variance of a pixel sampled alone is 5 times as large
+    assert variance == pytest.approx(wanted_variance, rel=0.25)  # a pixel sampled alone has 5 times as much
 
 
 @pytest.mark.parametrize(
