@@ -1,7 +1,7 @@
-"""A cascade of diffusion models: a base that draws small images, and super-resolution stages.
+"""A cascade of diffusion models: a base that generates small images, and super-resolution stages.
 
-Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 pixels, each stage told the
-caption, each super-resolution stage also the image of the stage before it, with a little noise on it.
+Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 pixels. Each stage reads the
+caption, and each super-resolution stage also the image of the previous stage, with a little noise on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +29,12 @@ OnStep = Callable[[int, int, int, Tensor], None]
 
 
 Keep = Callable[[int, Tensor], Tensor]
-"""Called after each stage but the last as (stage, its images (b, c, h, w) in [-1, 1]) -> bool (b,): those that go on
-to the next stage."""
+"""Called after each stage but the last as (stage, its images (b, c, h, w) in [-1, 1]) -> bool (b,): the images that
+continue to the next stage."""
 
 
 class SamplingConfig(Config):
-    """How one stage draws."""
+    """How one stage samples."""
 
     sampler: AnySampler = DpmSolverPP2M()
     """The solver."""
@@ -43,7 +43,7 @@ class SamplingConfig(Config):
     num_steps: int = Field(default=30, ge=1)
     """Noise levels to visit."""
     guidance: Guidance = Guidance()
-    """Classifier-free guidance weights; 1 is none."""
+    """Classifier-free guidance weights; 1 means no guidance."""
     threshold: Threshold = Threshold()
     """Clipping of the estimated image at each step."""
     low_res_sigma: float | None = Field(default=None, ge=0)
@@ -52,18 +52,18 @@ class SamplingConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class CascadeStage:
-    """A denoiser and how to draw with it."""
+    """A denoiser and how to sample with it."""
 
     denoiser: Denoiser
     sampling: SamplingConfig
     max_tokens: int | None = None
-    """Longer captions are cut, as they were in training; None: never."""
+    """Longer captions are truncated, as they were in training; None means never."""
 
     @property
     def config(self) -> DenoiserConfig:
         """The denoiser's configuration; ValueError if it is a prior's."""
         if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise ValueError("a stage of a cascade draws images; this checkpoint is a prior: give it as `prior`")
+            raise ValueError("a stage of a cascade generates images; this checkpoint is a prior: give it as `prior`")
         return self.denoiser.config
 
     @property
@@ -83,7 +83,7 @@ class CascadeStage:
 
     @property
     def conditions(self) -> frozenset[Condition]:
-        """What its network reads beside the noisy image."""
+        """What its network reads in addition to the noisy image."""
         unet = self.config.unet
         found: dict[Condition, object] = {
             "text": unet.text_dim,
@@ -95,7 +95,7 @@ class CascadeStage:
         return frozenset(condition for condition, value in found.items() if value is not None)
 
     def check(self) -> None:
-        """Raises ValueError if a setting of how it draws does not fit its model, or would have no effect."""
+        """Raises ValueError if a sampling setting does not fit its model, or would have no effect."""
         settings, prefix = self.sampling, f"stages: the {self.size_px} px stage:"
         if settings.low_res_sigma is not None and self.config.low_res_noise is None:
             raise ValueError(
@@ -125,7 +125,7 @@ class CascadeStage:
 
 
 class Cascade:
-    """Stages in the order they draw; each one's size is larger than the one before."""
+    """Stages in the order they run; each one generates larger images than the previous one."""
 
     def __init__(self, stages: Sequence[CascadeStage], encoder: dict[str, Any] | None = None):
         """`encoder` describes the text encoder all stages were trained on; None if none reads captions.
@@ -181,24 +181,24 @@ class Cascade:
         on_step: OnStep | None = None,
         keep: Keep | None = None,
     ) -> dict[int, Tensor]:
-        """Draw one image a seed. An image depends on its own seed and caption alone, not on its batch.
+        """Samples one image per seed. An image depends on its own seed and caption alone, not on its batch.
 
         Args:
-            text: one (num_tokens, text_dim) array an image; None draws without captions.
-            image_embed: (b, dim), embeddings of the images to draw, for stages that read them: drawn by a prior, or
-                of images one has. Only their direction counts.
-            transcriptions: the text to be written in each image; None, or an empty one: none.
-            labels: the class of each image, from 0; -1: unknown. None: all unknown.
+            text: one (num_tokens, text_dim) array per image; None samples without captions.
+            image_embed: (b, dim), embeddings of the images to generate, for stages that read them: generated by a
+                prior, or computed from existing images. Only their direction counts.
+            transcriptions: the text to be written in each image; None, or an empty text, means no text.
+            labels: the class of each image, from 0; -1 means unknown. None means that all are unknown.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
-                of the stage before it: super-resolution of an image you have.
+                of the previous stage: super-resolution of an existing image.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
-            init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it and not from pure
+            init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it instead of pure
                 noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
             strength: in [0, 1], how much of the way init_image is sent back into noise.
             inpaint: image and mask of the part to keep, in any size; each stage keeps it.
             autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
-            keep: chooses after each stage which images the next one enlarges; when none is left, the rest of the
-                stages does not run.
+            keep: chooses after each stage which images the next one super-resolves; when none is left, the other
+                stages do not run.
         Returns:
             Images of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1]; with `keep` fewer
             from stage to stage, in the same order.
@@ -214,15 +214,7 @@ class Cascade:
                 "or start at a base stage"
             )
         _check_image_embed(stages, image_embed, len(seeds))
-        embeddings, mask = pad_text(text, len(seeds), self.text_dim)
-        directions = None if image_embed is None else unit_variance(image_embed)
-        conditioning = Conditioning(
-            text=embeddings,
-            text_mask=mask,
-            characters=self._characters(transcriptions, len(seeds)),
-            labels=self._labels(labels, len(seeds)),
-            image_embed=directions,
-        ).to(device, dtype)
+        conditioning = self._conditioning(text, image_embed, transcriptions, labels, len(seeds)).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
         images: dict[int, Tensor] = {}
@@ -230,7 +222,7 @@ class Cascade:
         for number, stage in enumerate(stages, start_stage):
             stage.denoiser.to(device=device, dtype=dtype).eval()
             with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-                current = _draw(
+                current = _sample_stage(
                     stage,
                     conditioning,
                     SeededNoise(kept, stream=number),
@@ -243,17 +235,31 @@ class Cascade:
             stage.denoiser.to("cpu")  # the next stage needs the room
             images[stage.size_px] = current.clamp(-1, 1)
             if keep is not None and number < last:
-                rows = keep(number, images[stage.size_px]).to(current.device)
-                if rows.shape != (len(kept),) or rows.dtype != torch.bool:
-                    raise ValueError(
-                        f"keep: give one bool for each of {len(kept)} images (got {rows.dtype} {tuple(rows.shape)})"
-                    )
-                kept = [seed for seed, goes_on in zip(kept, rows.tolist(), strict=True) if goes_on]
+                rows = _kept_rows(keep(number, images[stage.size_px]), len(kept)).to(current.device)
+                kept = [seed for seed, is_kept in zip(kept, rows.tolist(), strict=True) if is_kept]
                 if not kept:
                     break
                 current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
                 inpaint = None if inpaint is None else inpaint.rows(rows)
         return images
+
+    def _conditioning(
+        self,
+        text: Sequence[np.ndarray | Tensor] | None,
+        image_embed: Tensor | None,
+        transcriptions: Sequence[str] | None,
+        labels: Sequence[int] | None,
+        batch: int,
+    ) -> Conditioning:
+        """All conditions but the low-resolution image, on the CPU."""
+        embeddings, mask = pad_text(text, batch, self.text_dim)
+        return Conditioning(
+            text=embeddings,
+            text_mask=mask,
+            characters=self._characters(transcriptions, batch),
+            labels=self._labels(labels, batch),
+            image_embed=None if image_embed is None else unit_variance(image_embed),
+        )
 
     def _characters(self, transcriptions: Sequence[str] | None, batch: int) -> Tensor | None:
         if self.max_characters is None:
@@ -263,7 +269,7 @@ class Cascade:
         if transcriptions is None:
             transcriptions = [""] * batch
         if len(transcriptions) != batch:
-            raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} images; give one an image")
+            raise ValueError(f"transcriptions: {len(transcriptions)} for {batch} images; give one per image")
         return character_ids(transcriptions, self.max_characters)
 
     def _labels(self, labels: Sequence[int] | None, batch: int) -> Tensor | None:
@@ -274,13 +280,13 @@ class Cascade:
         if labels is None:
             labels = [-1] * batch
         if len(labels) != batch:
-            raise ValueError(f"labels: {len(labels)} for {batch} images; give one an image")
+            raise ValueError(f"labels: {len(labels)} for {batch} images; give one per image")
         if wrong := [label for label in labels if not -1 <= label < self.num_classes]:
             raise ValueError(f"labels: {wrong[0]} is none of 0 to {self.num_classes - 1}, nor -1 for an unknown class")
         return torch.tensor(list(labels), dtype=torch.long)
 
 
-def _draw(
+def _sample_stage(
     stage: CascadeStage,
     conditioning: Conditioning,
     noise: SeededNoise,
@@ -304,7 +310,7 @@ def _draw(
         )
     if low_res is not None:
         conditioning = denoiser.with_sampling_low_res(
-            conditioning, low_res, noise.draw(shape, weight.device, weight.dtype), settings.low_res_sigma
+            conditioning, low_res, noise.normal(shape, weight.device, weight.dtype), settings.low_res_sigma
         )
     return sample(
         settings.sampler,
@@ -322,20 +328,27 @@ def _draw(
     )
 
 
+def _kept_rows(rows: Tensor, count: int) -> Tensor:
+    """The answer of `keep`; ValueError unless it is bool (count,)."""
+    if rows.shape != (count,) or rows.dtype != torch.bool:
+        raise ValueError(f"keep: give one bool for each of {count} images (got {rows.dtype} {tuple(rows.shape)})")
+    return rows
+
+
 def _check_image_embed(stages: Sequence[CascadeStage], image_embed: Tensor | None, count: int) -> None:
-    """Refuses missing embeddings, and those of another width or number."""
+    """Refuses missing embeddings, and embeddings of another width or number."""
     for stage in stages:
         dim = stage.image_embed_dim
         if dim is not None and (image_embed is None or tuple(image_embed.shape) != (count, dim)):
             found = None if image_embed is None else tuple(image_embed.shape)
             raise ValueError(
                 f"image_embed: the {stage.size_px} px stage reads image embeddings ({count}, {dim}) (got {found}); "
-                "draw them with a prior"
+                "generate them with a prior"
             )
 
 
 def _resized(inpaint: Inpaint, size_px: int) -> Inpaint:
-    """The same for images of another size; a pixel is kept where most of it was."""
+    """Image and mask in another size; a pixel is kept where more than half of it was."""
     keep = F.interpolate(inpaint.keep.float(), size=(size_px, size_px), mode="area") > 0.5
     return Inpaint(upsample(inpaint.image, size_px), keep, inpaint.resample_times)
 
@@ -353,7 +366,7 @@ def pad_text(
     if text is None:
         text = [np.zeros((0, text_dim), np.float32)] * batch
     if len(text) != batch:
-        raise ValueError(f"text: {len(text)} captions for {batch} images; give one an image")
+        raise ValueError(f"text: {len(text)} captions for {batch} images; give one per image")
     rows = [torch.as_tensor(np.asarray(t, dtype=np.float32)) for t in text]
     wrong = [tuple(row.shape) for row in rows if row.ndim != 2 or row.shape[1] != text_dim]
     if wrong:

@@ -183,7 +183,7 @@ def test_an_added_workflow_runs(run_folder: Path, tmp_path: Path) -> None:
     result = call("run", "word-counts", "--out", str(tmp_path), "--quiet", f"store={run_folder / 'store'}")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "words.json").read_text()) == {"red": 2, "a": 2, "green": 2, "image": 2}
-    assert summary(tmp_path)["facts"] == {"words": 8, "distinct_words": 4}
+    assert summary(tmp_path)["summary"] == {"words": 8, "distinct_words": 4}
 
 
 def test_the_schema_lists_the_kinds_of_installed_packages(installed: Path) -> None:

@@ -1,17 +1,17 @@
-"""likelihood: store and a trained stage -> bits a dimension of the store's images."""
+"""likelihood: store and a trained stage -> bits per dimension of the store's images."""
 
 from collections.abc import Mapping
 
 from pipeline.job import Job, JobWorkflow
 from pipeline.storage.run_folder import RunFolder
-from stages.evaluation.likelihood import LikelihoodConfig, likelihood_facts, measure
+from stages.evaluation.likelihood import LikelihoodConfig, likelihood_plan, measure
 
 
 class Likelihood(JobWorkflow):
-    """Measures how likely a trained stage finds stored images."""
+    """Measures how likely stored images are under a trained stage."""
 
     name = "likelihood"
-    summary = "bits a dimension of a store's images under a trained stage"
+    summary = "bits per dimension of a store's images under a trained stage"
     config_class = LikelihoodConfig
     config: LikelihoodConfig
 
@@ -19,7 +19,7 @@ class Likelihood(JobWorkflow):
         return measure(self.config, job)
 
     def dry_run(self) -> Mapping[str, object]:
-        return likelihood_facts(self.config)
+        return likelihood_plan(self.config)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("by image", f"{run.url}/batches")]

@@ -1,4 +1,4 @@
-"""How good drawn images are, from features of any model: no model is loaded here."""
+"""Metrics of generated images, from features of any model: no model is loaded here."""
 
 from imagen_core.evaluation.clip_score import ClipScore, clip_score
 from imagen_core.evaluation.frechet import FrechetDistance, frechet_distance

@@ -1,10 +1,10 @@
-"""What all metrics refuse."""
+"""Checks of features that all metrics share."""
 
 import numpy as np
 
 
 def check_rows(name: str, values: np.ndarray, min_rows: int = 1) -> None:
-    """Refuses what is no (n, d) array of finite numbers.
+    """Refuses anything but an (n, d) array of finite numbers.
 
     Raises:
         ValueError: with the shape, or the first row that is not finite.
@@ -17,7 +17,7 @@ def check_rows(name: str, values: np.ndarray, min_rows: int = 1) -> None:
 
 
 def check_pair(a: np.ndarray, b: np.ndarray) -> None:
-    """Refuses two sets of features that are not of one model.
+    """Refuses two sets of features of different widths, which cannot be from one model.
 
     Raises:
         ValueError: with both widths.

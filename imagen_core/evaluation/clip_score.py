@@ -9,15 +9,15 @@ from imagen_core.evaluation.checks import check_pair, check_rows
 
 @dataclass(frozen=True, slots=True)
 class ClipScore:
-    """Mean over the images, of 100."""
+    """Mean over the images, on a scale of 100."""
 
     mean: float
     standard_error: float
-    """Of the mean: the deviation over images by the root of their number."""
+    """Of the mean: the deviation over the images, divided by the root of their number."""
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
-    """Mean of max(100 cos, 0) over pairs of rows of image and text embeddings (n, d), normalised here.
+    """Mean of max(100 cos, 0) over pairs of rows of image and text embeddings (n, d), which are normalised here.
 
     Raises:
         ValueError: other shapes, rows that are not finite or zero.
@@ -26,7 +26,7 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
     check_rows("text embeddings", texts)
     check_pair(images, texts)
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} image and {len(texts)} text embeddings; give one text an image")
+        raise ValueError(f"{len(images)} image and {len(texts)} text embeddings; give one text per image")
     cosines = (_normalised("image", images) * _normalised("text", texts)).sum(axis=1)
     scores = (100 * cosines).clip(min=0)
     return ClipScore(float(scores.mean()), float(scores.std() / np.sqrt(len(scores))))

@@ -1,7 +1,7 @@
 """Frechet distance of two sets of features, as Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6).
 
-With the features of the Inception network it is known as FID; with others, it is not: distances of different
-features cannot be compared.
+With the features of the Inception network it is known as FID; with other features it is not, and distances of
+different features cannot be compared.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class FrechetDistance:
 
     distance: float
     mean_term: float
-    """|m1 - m2|^2; the rest is the covariances'."""
+    """|m1 - m2|^2; the rest comes from the covariances."""
     warning: str | None
     """Why the number is biased: too few samples; None if there are enough."""
 

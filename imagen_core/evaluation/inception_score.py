@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016, arXiv 1606.03498): how sure a classifier is, and how varied its answers."""
+"""Inception score (Salimans et al. 2016, arXiv 1606.03498): how certain and how varied a classifier's answers are."""
 
 from dataclasses import dataclass
 
@@ -35,5 +35,5 @@ def _mutual_information(logits: np.ndarray) -> float:
     shifted = np.asarray(logits, np.float64) - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # (n, classes)
     marginal = np.exp(log_p).mean(axis=0)
-    present = marginal > 0  # what underflowed in every row adds nothing
+    present = marginal > 0  # a class that underflowed in every row adds nothing
     return float((np.exp(log_p) * (log_p - np.log(np.where(present, marginal, 1)))).sum(axis=1).mean())

@@ -19,16 +19,16 @@ class KernelDistance:
 
     mean: float
     std: float | None
-    """None where both sets have just so many rows as a subset: all subsets are the same."""
+    """None where both sets have exactly as many rows as a subset, as all subsets are the same."""
     num_subsets: int
     subset_size: int
-    """Rows of each subset; fewer than asked for where a set has fewer."""
+    """Rows of each subset; fewer than requested if a set has fewer."""
 
 
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """The distance of features (n, d) and (m, d), over subsets drawn without replacement.
+    """The distance of features (n, d) and (m, d), over subsets sampled without replacement.
 
     Raises:
         ValueError: features of different widths, that are not finite, or fewer than two rows.

@@ -24,14 +24,14 @@ class Lpips(nn.Module):
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> "Lpips":
-        """The network that weights are of, with them; those of a classifier are left aside.
+        """The network that the weights belong to, with these weights; a classifier's are ignored.
 
         Raises:
             ValueError: some are missing, unknown, or of another shape.
         """
         first = weights.get("features.0.weight")
         own = cls("alex" if first is not None and first.shape[-1] == 11 else "vgg")
-        given = {
+        weights = {
             name.replace(".model.1.", "."): value
             for name, value in weights.items()
             if not name.startswith("classifier.")
@@ -39,12 +39,12 @@ class Lpips(nn.Module):
         expected = own.state_dict()
         wrong = sorted(
             name
-            for name in expected.keys() | given.keys()
-            if name not in given or name not in expected or given[name].shape != expected[name].shape
+            for name in expected.keys() | weights.keys()
+            if name not in weights or name not in expected or weights[name].shape != expected[name].shape
         )
         if wrong:
             raise ValueError(f"{len(wrong)} weights are missing, unknown or of another shape ({', '.join(wrong[:3])})")
-        own.load_state_dict(given)
+        own.load_state_dict(weights)
         return own
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Lpips(nn.Module):
         return distance
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """Outputs of five layers, each place's channels at length 1."""
+        """Outputs of five layers, with the channels of each position normalised to length 1."""
         x = (x - x.new_tensor(_SHIFT).view(3, 1, 1)) / x.new_tensor(_SCALE).view(3, 1, 1)
         found = []
         for index, layer in enumerate(self.features):

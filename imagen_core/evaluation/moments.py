@@ -8,7 +8,7 @@ _ROWS_AT_ONCE = 1024
 
 
 class Moments:
-    """Mean and covariance of the rows given so far: the memory is one d x d matrix, whatever their number.
+    """Mean and covariance of the rows added so far, in the memory of one d x d matrix, whatever their number.
 
     Sums of squares are kept about the mean (Chan, Golub and LeVeque 1983), so that nothing cancels.
     """
@@ -55,7 +55,7 @@ class Moments:
             self._merge(len(rows), mean, (rows - mean).T @ (rows - mean))
 
     def merge(self, other: "Moments") -> None:
-        """Adds the rows another one was given."""
+        """Adds the rows that were added to `other`."""
         self._merge(other.count, other.mean, other._scatter)
 
     def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:

@@ -11,17 +11,17 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class PrecisionRecall:
-    """Parts in [0, 1]."""
+    """Fractions in [0, 1]."""
 
     precision: float
-    """Of the drawn images, those that lie among real ones."""
+    """Fraction of the generated images that lie among the real ones."""
     recall: float
-    """Of the real images, those that lie among drawn ones."""
+    """Fraction of the real images that lie among the generated ones."""
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, *, num_neighbours: int = 3) -> PrecisionRecall:
     """From features (n, d) and (m, d). A row lies among a set if it is no farther from one of its rows than that row's
-    `num_neighbours`-th neighbour in the set is. Takes time with (n + m)^2.
+    `num_neighbours`-th neighbour in the set is. The time grows with (n + m)^2.
 
     Raises:
         ValueError: features of different widths, that are not finite, or not more rows than neighbours.
@@ -31,8 +31,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, *, num_neighbours:
     check_pair(generated, real)
     generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     return PrecisionRecall(
-        _part_among(generated, real, _squared_radii(real, num_neighbours)),
-        _part_among(real, generated, _squared_radii(generated, num_neighbours)),
+        _fraction_among(generated, real, _squared_radii(real, num_neighbours)),
+        _fraction_among(real, generated, _squared_radii(generated, num_neighbours)),
     )
 
 
@@ -42,7 +42,7 @@ def _squared_radii(rows: np.ndarray, num_neighbours: int) -> np.ndarray:
     return np.concatenate([np.partition(block, num_neighbours, axis=1)[:, num_neighbours] for block in blocks])
 
 
-def _part_among(rows: np.ndarray, others: np.ndarray, squared_radii: np.ndarray) -> float:
+def _fraction_among(rows: np.ndarray, others: np.ndarray, squared_radii: np.ndarray) -> float:
     blocks = (_squared_distances(rows[start : start + _ROWS_AT_ONCE], others) for start in _starts(rows))
     return float(np.concatenate([(block <= squared_radii).any(axis=1) for block in blocks]).mean())
 

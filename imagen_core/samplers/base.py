@@ -1,4 +1,4 @@
-"""What a sampler is: a rule that takes an image from one noise level to the next lower one."""
+"""The interface of samplers: a rule that takes an image from one noise level to the next lower one."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class History:
     """What multistep samplers remember between steps; new for every image.
 
     Attributes:
-        num_steps: steps taken so far (counted by those who need it).
-        total: steps in all.
+        num_steps: steps taken so far (counted by the samplers that need it).
+        total: number of all steps.
         derivatives: noise estimates (x - D) / sigma of the last steps, at most four, oldest first.
-        estimate: D of the step before, and sigma its noise level.
-        middle: the noise level half-way between two others, by the schedule's time if there is a schedule.
+        estimate: D of the previous step, and sigma its noise level.
+        middle: the noise level half-way between two others, in the schedule's time if there is a schedule.
     """
 
     num_steps: int = 0

@@ -2,7 +2,7 @@
 
 Song et al. 2021 (arXiv 2010.02502), equations 12 and 16; Ho et al. 2020 (arXiv 2006.11239), equation 7. In the
 coordinate x = x0 + sigma n the posterior has mean D + (sigma_next / sigma)^2 (x - D) and variance
-u^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2; DDIM draws eta^2 u^2 of it and keeps the rest in (x - D).
+u^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2; DDIM samples eta^2 u^2 of it and keeps the rest in (x - D).
 """
 
 from typing import Literal
@@ -29,7 +29,8 @@ class Ddim(Sampler):
 
 
 class Ancestral(Sampler):
-    """DDPM's own sampler: a draw from p(x_next | x) at every step; with fixed_small variance DDIM with eta 1."""
+    """DDPM's own sampler: x_next is sampled from p(x_next | x) at every step; with fixed_small variance it is DDIM
+    with eta 1."""
 
     kind: Literal["ancestral"] = "ancestral"
     variance: Literal["fixed_small", "fixed_large"] | None = None

@@ -1,8 +1,8 @@
-"""DPM-Solver++ (2M): second order with one network call a step.
+"""DPM-Solver++ (2M): second order with one network call per step.
 
 Lu et al. 2022 (arXiv 2211.01095), algorithm 2. In the coordinate x = x0 + sigma n the exponential integrator over
 h = ln(sigma / sigma_next) is x_next = (sigma_next / sigma) x + (1 - sigma_next / sigma) D, with D extrapolated
-from the step before to the middle of this one.
+from the previous step to the middle of this one.
 """
 
 from typing import Literal

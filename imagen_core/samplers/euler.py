@@ -15,7 +15,7 @@ from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
 
 
 class Euler(Sampler):
-    """First order: one network call a step. Without churn it is DDIM."""
+    """First order: one network call per step. Without churn it is DDIM."""
 
     kind: Literal["euler"] = "euler"
     churn: float = Field(default=0.0, ge=0, le=math.sqrt(2) - 1)
@@ -41,7 +41,7 @@ class Euler(Sampler):
 
 
 class Heun(Euler):
-    """Second order: two network calls a step, but one at the last."""
+    """Second order: two network calls per step, but one at the last step."""
 
     kind: Literal["heun"] = "heun"  # type: ignore[assignment]
 

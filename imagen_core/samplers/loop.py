@@ -22,8 +22,8 @@ class Inpaint:
     Attributes:
         image: (b or 1, c, h, w) in [-1, 1].
         keep: bool (b or 1, 1, h, w), true where the image is kept.
-        resample_times: how often each step is taken: after it the image is put back to the noise before and
-            the step repeated, so that the drawn part comes to fit the kept one.
+        resample_times: how often each step is taken: after it the image is put back to the previous noise level and
+            the step repeated, so that the generated part comes to fit the kept part.
     """
 
     image: Tensor
@@ -35,7 +35,7 @@ class Inpaint:
             raise ValueError(f"resample_times must be at least 1 (got {self.resample_times})")
 
     def rows(self, rows: Tensor) -> "Inpaint":
-        """The same for the images of a batch chosen by bool (b,)."""
+        """Image and mask of the rows of a batch chosen by bool (b,)."""
         image, keep = (t[rows.to(t.device)] if len(t) > 1 else t for t in (self.image, self.keep))
         return replace(self, image=image, keep=keep)
 
@@ -57,14 +57,14 @@ def sample(
     schedule: NoiseSchedule | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw one image for each seed of `noise`.
+    """Samples one image for each seed of `noise`.
 
     Args:
         sigmas: float64 (steps + 1,), falling, the last one 0.
         shape: (c, h, w) of an image, or (dim,) of an embedding.
         init_image: (b, c, h, w) in [-1, 1] to start from (SDEdit, Meng et al. 2022, arXiv 2108.01073).
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
-        latent: (b, c, h, w), standard normal, what to begin with instead of a draw: of `encode`.
+        latent: (b, c, h, w), standard normal, to start from instead of random noise; `encode` computes it.
         schedule: lets samplers that look between two levels (prk) take the middle in its time.
     Returns:
         (b, c, h, w), about in [-1, 1].
@@ -75,28 +75,28 @@ def sample(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1] (got {strength})")
     if latent is not None and init_image is not None:
-        raise ValueError("latent and init_image both say what to begin with; give one")
+        raise ValueError("latent and init_image both say what to start from; give one")
 
-    def draw() -> Tensor:
-        return noise.draw(shape, device, dtype)
+    def normal() -> Tensor:
+        return noise.normal(shape, device, dtype)
 
     if init_image is None or strength == 1:
         first = 0
-        x = float(sigmas[0]) * (draw() if latent is None else latent.to(device, dtype))
+        x = float(sigmas[0]) * (normal() if latent is None else latent.to(device, dtype))
     else:
         first = len(sigmas) - 1 - round(strength * (len(sigmas) - 1))
         x = init_image.to(device, dtype).expand(len(noise), *shape)
         if first < len(sigmas) - 1:
-            x = x + float(sigmas[first]) * draw()
+            x = x + float(sigmas[first]) * normal()
     levels = sigmas.to(device=device, dtype=dtype)
     total = len(sigmas) - 1 - first
     history = new_history(schedule, total)
     for index in range(first, len(sigmas) - 1):
         sigma, sigma_next = levels[index], levels[index + 1]
         if inpaint is None:
-            x = sampler.step(denoise, x, sigma, sigma_next, draw, history)
+            x = sampler.step(denoise, x, sigma, sigma_next, normal, history)
         else:
-            x = _inpaint_step(sampler, denoise, x, sigma, sigma_next, draw, inpaint, new_history(schedule, total))
+            x = _inpaint_step(sampler, denoise, x, sigma, sigma_next, normal, inpaint, new_history(schedule, total))
         if on_step is not None:
             on_step(index + 1 - first, total, x)
     return x
@@ -108,23 +108,26 @@ def _inpaint_step(
     x: Tensor,
     sigma: Tensor,
     sigma_next: Tensor,
-    draw: Callable[[], Tensor],
+    normal: Callable[[], Tensor],
     inpaint: Inpaint,
     history: History,
 ) -> Tensor:
-    """Algorithm 1 of the paper, with a jump length of one step. Each step is taken as a first one: history is new."""
+    """Algorithm 1 of the paper, with a jump length of one step.
+
+    Each step is taken like a first step, without the derivatives of previous ones.
+    """
     image, keep = inpaint.image.to(x), inpaint.keep.to(x.device)
     times = inpaint.resample_times if sigma_next > 0 else 1
     for repeat in range(times):
         if repeat:
-            x = x + (sigma**2 - sigma_next**2).sqrt() * draw()
-        x = torch.where(keep, image + sigma * draw(), x)
-        x = sampler.step(denoise, x, sigma, sigma_next, draw, replace(history, derivatives=[]))
-    return torch.where(keep, image + (sigma_next * draw() if sigma_next > 0 else 0), x)
+            x = x + (sigma**2 - sigma_next**2).sqrt() * normal()
+        x = torch.where(keep, image + sigma * normal(), x)
+        x = sampler.step(denoise, x, sigma, sigma_next, normal, replace(history, derivatives=[]))
+    return torch.where(keep, image + (sigma_next * normal() if sigma_next > 0 else 0), x)
 
 
 def new_history(schedule: NoiseSchedule | None, total: int) -> History:
-    """The history of an image not yet begun, for `total` steps."""
+    """The history before the first of `total` steps."""
     if schedule is None:
         return History(total=total)
 

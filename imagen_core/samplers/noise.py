@@ -1,4 +1,4 @@
-"""Random numbers of sampling: one generator an image, so that an image does not depend on its batch."""
+"""Random numbers of sampling: one generator per image, so that an image does not depend on its batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 class Noise(Protocol):
-    """Where samplers take their standard normal numbers from."""
+    """The source of a sampler's standard normal numbers."""
 
     def __len__(self) -> int: ...
-    def draw(
+    def normal(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor: ...
 
 
 class SeededNoise:
-    """RandomNumbers standard normal numbers; image i's depend on seeds[i], the stream and the draws before, only.
+    """Standard normal numbers; the numbers of image i depend only on seeds[i], the stream and the previous calls.
 
     Numbers are made on the CPU, so a seed means the same image on every device.
     """
 
     def __init__(self, seeds: Sequence[int], stream: int = 0):
-        """`stream` keeps draws for different purposes (the stages of a cascade) independent."""
+        """`stream` keeps numbers for different purposes (the stages of a cascade) independent."""
         self._generators = [torch.Generator().manual_seed(_mix(seed, stream)) for seed in seeds]
 
     def __len__(self) -> int:
         return len(self._generators)
 
-    def draw(
+    def normal(
         self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """(b, *shape): standard normal, drawn in float64 and rounded to `dtype`."""
+        """(b, *shape): standard normal, sampled in float64 and rounded to `dtype`."""
         rows = [torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for generator in self._generators]
         return torch.stack(rows).to(device=device, dtype=dtype)
 

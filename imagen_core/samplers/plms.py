@@ -23,7 +23,7 @@ _ADAMS_BASHFORTH = {
 
 
 class _Multistep(Sampler):
-    """What both share: DDIM steps at the ends, where the noise estimate changes fast."""
+    """Base of both: DDIM steps at the ends, where the noise estimate changes fast."""
 
     ddim_first_steps: int = Field(default=0, ge=0)
     """DDIM steps at the start; the estimates made there are remembered."""
@@ -31,7 +31,7 @@ class _Multistep(Sampler):
     """DDIM steps at the end."""
 
     def _counted(self, history: History, slope: Tensor) -> bool:
-        """Remembers a step's first slope; whether it is to be a DDIM step."""
+        """Records a step's first slope; returns whether it must be a DDIM step."""
         history.derivatives.append(slope)
         del history.derivatives[:-4]
         history.num_steps += 1
@@ -40,9 +40,9 @@ class _Multistep(Sampler):
 
 
 class Plms(_Multistep):
-    """Linear multistep, one network call a step; the first step takes two (improved Euler).
+    """Linear multistep, one network call per step; the first step takes two (improved Euler).
 
-    The weights are those for equal steps: on a grid that is uneven in sigma the order of convergence falls to two.
+    The weights assume equal steps: on a grid that is uneven in sigma the order of convergence falls to two.
     """
 
     kind: Literal["plms"] = "plms"
@@ -62,11 +62,11 @@ class Plms(_Multistep):
 
 
 class Prk(_Multistep):
-    """Pseudo Runge-Kutta of fourth order: four network calls a step; then PLMS if `num_steps` is given."""
+    """Pseudo Runge-Kutta of fourth order: four network calls per step; then PLMS if `num_steps` is given."""
 
     kind: Literal["prk"] = "prk"
     num_steps: int | None = Field(default=None, ge=1)
-    """Runge-Kutta steps at the start before PLMS goes on (3 in the paper); null: all."""
+    """Runge-Kutta steps at the start, before PLMS continues (3 in the paper); null: all steps."""
 
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History

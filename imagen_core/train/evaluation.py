@@ -100,7 +100,7 @@ def sample_grid(
     if settings.low_res_px is not None:
         low_res = in_range(raw["images"][settings.low_res_px].to(world.device), dtype)
         low_res = grayscale(low_res) if config.low_res_grayscale == 1 else low_res
-        noise = SeededNoise(range(count), stream=1).draw(shape, world.device, dtype)
+        noise = SeededNoise(range(count), stream=1).normal(shape, world.device, dtype)
         conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
     guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))
     half = autocast_dtype(config.precision)

@@ -1,4 +1,4 @@
-"""Bits a dimension of stored images under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
+"""Bits per dimension of stored images under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
 
 import hashlib
 import math
@@ -31,7 +31,7 @@ from stages.checkpoints.load import load_checkpoint_from
 from stages.device import choose_device
 
 _CHANGES_NOTHING = {"device"}
-_BY_STEP = ("bound_bits", "x0_mse", "noise_mse")
+_PER_STEP = ("bound_bits", "x0_mse", "noise_mse")
 
 
 class LikelihoodConfig(Config):
@@ -44,27 +44,27 @@ class LikelihoodConfig(Config):
     store: str
     """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
     first_image: int = Field(default=0, ge=0)
-    """Where in the store's order to begin; a training keeps its last num_validation_samples out."""
+    """First image, in the store's order; a training does not use its last num_validation_samples."""
     num_images: int = Field(default=64, ge=1)
     """How many images."""
     grid: AnyGrid = Uniform()
     """Steps of the bound."""
     num_steps: int | None = Field(default=None, ge=2)
-    """How many; null: all steps of the model's discrete schedule."""
+    """How many steps; null: all steps of the model's discrete schedule."""
     clip: bool = True
     """Clip the estimated images to [-1, 1], as sampling does."""
     seed: int = Field(default=0, ge=0)
-    """Decides the noise; an image's depends on its key too, and on nothing else."""
+    """Decides the noise, together with the image's key and nothing else."""
     batch_size: int = Field(default=16, ge=1)
-    """Images measured at once, and kept together when the run goes on."""
+    """Images measured at once; an interrupted run continues after the last finished batch."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type the network computes in."""
+    """Type in which the network computes."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
 
 
-def likelihood_facts(config: LikelihoodConfig) -> Mapping[str, object]:
-    """What a run would do."""
+def likelihood_plan(config: LikelihoodConfig) -> Mapping[str, object]:
+    """What a run would measure, and how many network calls it would take."""
     loaded, store, sigmas = _open(config)
     return {
         "images": config.num_images,
@@ -79,7 +79,7 @@ def likelihood_facts(config: LikelihoodConfig) -> Mapping[str, object]:
 def measure(config: LikelihoodConfig, job: Job) -> Mapping[str, object]:
     """Measures every batch that is not in the run folder yet; the means over all images.
 
-    `batches/START.json` has the bits of each image, by key, and sums by step.
+    `batches/START.json` has the bits of each image, by key, and sums per step.
 
     Raises:
         ConfigError: checkpoint, store and settings do not fit together.
@@ -114,7 +114,7 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
 def _measure_batch(
     config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, samples: range, sigmas: Tensor, job: Job
 ) -> dict[str, Any]:
-    """Bits of each image, and sums by step from the lowest noise up."""
+    """Bits of each image, and sums per step, from the lowest noise level up."""
     settings = loaded.stage
     weight = next(loaded.denoiser.parameters())
     device, dtype = weight.device, weight.dtype
@@ -133,13 +133,13 @@ def _measure_batch(
     raw = next(iter(loader))
     keys: list[str] = raw["keys"]
     if not keys:  # all removed from the store
-        return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _BY_STEP}}
+        return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _PER_STEP}}
     images = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
     x0 = images[settings.size_px]
-    seeds = [_seed(config.seed, key) for key in keys]
+    seeds = [_noise_seed(config.seed, key) for key in keys]
 
     def noise(step: int) -> Tensor:
-        return SeededNoise(seeds, stream=step).draw(x0.shape[1:], device, dtype)
+        return SeededNoise(seeds, stream=step).normal(x0.shape[1:], device, dtype)
 
     try:
         conditioning = whole_conditions(raw, settings.unet, device, dtype)
@@ -177,16 +177,16 @@ def _means(results: list[dict[str, Any]]) -> dict[str, object]:
         raise ConfigError("first_image, num_images: all these samples were removed from the store; choose others")
     mean = math.fsum(totals) / count
     spread = math.sqrt(math.fsum((bits - mean) ** 2 for bits in totals) / max(1, count - 1) / count)
-    by_step = {
+    per_step = {
         name: [math.fsum(values) / count for values in zip(*(result[name] for result in results), strict=True)]
-        for name in _BY_STEP
+        for name in _PER_STEP
     }
     return {
         "images": count,
         "bits_per_dimension": mean,
         "standard_error": spread,
         "prior_bits": math.fsum(bits for result in results for bits in result["prior_bits"]) / count,
-        **by_step,
+        **per_step,
     }
 
 
@@ -208,7 +208,7 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
     if config.first_image + config.num_images > len(store):
         raise ConfigError(
-            f"num_images: {config.first_image} + {config.num_images} is more than the {len(store)} samples of "
+            f"num_images: {config.first_image} + {config.num_images} exceeds the {len(store)} samples of "
             f"{config.store}"
         )
     schedule = settings.diffusion.schedule
@@ -227,7 +227,7 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
 def _check_encoder(
     config: LikelihoodConfig, what: str, trained_on: Mapping[str, Any] | None, groups: Mapping[str, EmbeddingGroup]
 ) -> None:
-    """Refuses a store without the embeddings the model reads, or with those of another encoder."""
+    """Refuses a store without the embeddings the model reads, or with embeddings by another encoder."""
     if trained_on is None:
         return
     name = trained_on["name"]
@@ -249,12 +249,12 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
     }
     path = root / "likelihood.json"
     measured = sorted((root / "batches").glob("*.json"))
-    former = read_json(path) if measured else None
-    changes = [] if former is None else differences(former, record)
+    previous = read_json(path) if measured else None
+    changes = [] if previous is None else differences(previous, record)
     if changes and not job.options.restart:
         raise StaleOutputError(
             f"{job.run.url}: holds measurements of other settings: {'; '.join(changes[:5])}; "
-            "use another --out, or --restart to measure anew"
+            "use another --out, or --restart to measure again"
         )
     if changes:
         for batch in measured:
@@ -262,6 +262,6 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
     write_json(path, record)
 
 
-def _seed(seed: int, key: str) -> int:
-    """Of an image's noise."""
+def _noise_seed(seed: int, key: str) -> int:
+    """The seed of an image's noise."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

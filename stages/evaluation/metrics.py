@@ -1,4 +1,4 @@
-"""All metrics that can be had from the features there are."""
+"""All metrics that can be computed from the available features."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from stages.evaluation.features.gather import FeatureSet
 def compute_metrics(
     generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig
 ) -> Mapping[str, object]:
-    """One row of the table; what cannot be had is not in it.
+    """One row of the table, with the metrics that can be computed.
 
     Raises:
-        ConfigError: features that do not fit together, or nothing to judge by.
+        ConfigError: features that do not fit together, or no metric can be computed.
     """
     labels = set() if reference is None else {generated.label, reference.label} - {None}
     if len(labels) > 1:
@@ -28,10 +28,10 @@ def compute_metrics(
         raise ConfigError(f"generated and reference: {error}") from error
     if not row:
         raise ConfigError(
-            "nothing to judge by: give reference and features (distances), clip and captions (CLIP score), lpips, or "
-            "logits (Inception score)"
+            "no metric can be computed: give reference and features (distances), clip and captions (CLIP score), "
+            "lpips, or logits (Inception score)"
         )
-    return {**row, **generated.facts}
+    return {**row, **generated.counts}
 
 
 def _distances(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig) -> dict[str, object]:

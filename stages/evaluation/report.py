@@ -17,25 +17,25 @@ _COLUMNS = (
 )
 
 
-def write_report(root: Path, facts: Mapping[str, Any]) -> list[str]:
-    """Writes the report; the names of its files.
+def write_report(root: Path, results: Mapping[str, Any]) -> list[str]:
+    """Writes the report; returns the names of its files.
 
     Args:
-        facts: `features_model`, `clip_model` (labels) and `rows`, each with a `name` and metrics.
+        results: `features_model`, `clip_model` (labels) and `rows`, each with a `name` and metrics.
     """
-    rows = facts["rows"]
-    write_json(root / RESULTS, facts)
-    write_text(root / TABLE, _table(rows, facts["features_model"], facts["clip_model"]))
+    rows = results["rows"]
+    write_json(root / RESULTS, results)
+    write_text(root / TABLE, _table(rows, results["features_model"], results["clip_model"]))
     points = [row for row in rows if "frechet_distance" in row and "clip_score" in row]
     if len(points) < 2:
         (root / PLOT).unlink(missing_ok=True)
         return [RESULTS, TABLE]
-    _plot(root / PLOT, points, facts["features_model"], facts["clip_model"])
+    _plot(root / PLOT, points, results["features_model"], results["clip_model"])
     return [RESULTS, TABLE, PLOT]
 
 
 def distance_name(model: str | None) -> str:
-    """What the Frechet distance of a model's features is called: FID is that of the Inception network alone."""
+    """Name of the Frechet distance of a model's features; only with the Inception network it is called FID."""
     return f"FD ({model or 'features of unknown origin'})"
 
 
@@ -48,8 +48,8 @@ def _table(rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_m
         *([row["name"], f"{row['images']:,}", *(_cell(row, *column) for column in columns)] for row in rows),
     ]
     notes = [f"- {row['name']}: {row['warning']}" for row in rows if "warning" in row]
-    cut = {row["captions_cut"] for row in rows if row.get("captions_cut")}
-    notes += [f"- {count:,} captions are longer than the CLIP model takes, and were cut" for count in cut]
+    truncated = {row["captions_truncated"] for row in rows if row.get("captions_truncated")}
+    notes += [f"- {count:,} captions are longer than the CLIP model takes, and were truncated" for count in truncated]
     notes += [f"- CLIP score: 100 cos, by {clip_model}"] if clip_model else []
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
@@ -63,7 +63,7 @@ def _cell(row: Mapping[str, Any], key: str, title: str, form: str, error: str | 
 
 
 def _plot(path: Path, rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> None:
-    """The distance against the CLIP score, a labelled point a row."""
+    """The distance against the CLIP score, with a labelled point per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")

@@ -1,9 +1,11 @@
-"""Judges images: draws them first, if asked, with one guidance weight or several."""
+"""Evaluates images: samples them first if the configuration says so, with one guidance weight or several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
+from imagen_core.cascade import Cascade
 from pipeline.errors import ConfigError
 from pipeline.job import Job
 from stages.evaluation.config import EvaluateConfig
@@ -18,17 +20,20 @@ from stages.evaluation.features.image_sets import (
 from stages.evaluation.metrics import compute_metrics
 from stages.evaluation.report import write_report
 from stages.sampling.caption_sets import StoreCaptions
-from stages.sampling.config import SampleConfig
-from stages.sampling.requests import my_part
-from stages.sampling.run import generate_into
-from stages.sampling.session import SamplingSession, prepare
+from stages.sampling.config import SampleConfig, SampleStageConfig
+from stages.sampling.outputs import ImageFolder
+from stages.sampling.requests import ImageRequest, process_share
+from stages.sampling.run import prepare, sample_into
+
+_SWEPT = frozenset({"text", "labels", "image_embed"})
 
 
 def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
-    """Draws what is not there yet, then writes `results.json`, `results.md` and, of several weights, a plot.
+    """Samples what is missing, then writes `results.json`, `results.md` and, for several weights, a plot.
 
-    Images are in `drawn/`, or in `guidance-WEIGHT/` each, as `pipeline run sample` writes them; features are kept in
-    `features/`. Of several processes all draw, and the first one judges once all images are there.
+    Images are in `generated/`, or in one `guidance-WEIGHT/` per weight, as `pipeline run sample` writes them; features
+    are kept in `features/`. Of several processes all sample, and the first one computes the metrics once all images
+    are there.
 
     Raises:
         ConfigError: unusable settings, images or checkpoints.
@@ -39,70 +44,121 @@ def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
         return _evaluate(config, job, root)
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Images to evaluate, by name, and the images that LPIPS compares each of them with."""
+
+    sets: Mapping[str, AnyImageSet | ImageSet]
+    originals: ImageSet | None
+
+
 def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, object]:
-    facts: dict[str, object] = {}
-    fingerprints = _fingerprints(config)  # a model that cannot be had is found before anything is drawn
-    if config.draw is not None:
+    fingerprints = _fingerprints(config)  # a missing model is found before any image is generated
+    summary: dict[str, object] = {}
+    if config.sample is not None:
         if config.clip is not None:
             config.clip.check_captions()
-        sessions = _sessions(config, config.draw)
-        drawn = {name: generate_into(root / name, each, job, name) for name, each in sessions.items()}
-        missing = sum(int(str(one["missing"])) for one in drawn.values())
-        facts = {"drawn": drawn, "missing": missing}
-        if missing or job.should_stop() or not _computes_metrics(config.draw):
-            return facts
-        sets = {name: _generated_images(root / name, each, config) for name, each in sessions.items()}
-        originals = None if config.lpips is None else _originals(next(iter(sessions.values())), config)
+        folders, summary = _sample(config, config.sample, job, root)
+        if summary["missing"] or job.should_stop() or not _computes_metrics(config.sample):
+            return summary
+        compared = _compared_folders(folders, config, config.sample)
     else:
         assert config.generated is not None
-        sets = {"generated": config.generated}
         originals = None if config.lpips is None else _opened("reference", config.reference)
+        compared = _Compared({"generated": config.generated}, originals)
     cache = FeatureCache(root / "features")
     reference = None if config.reference is None else _feature_set("reference", config.reference, config, cache)
     rows: list[Mapping[str, object]] = []
     features = None
-    for number, (name, images) in enumerate(sets.items()):
+    for number, (name, images) in enumerate(compared.sets.items()):
         if job.should_stop():
-            return facts
+            return summary
         job.lines.show(f"{name}: features")
-        features = _feature_set(name, images, config, cache, originals)
+        features = _feature_set(name, images, config, cache, compared.originals)
         weight = {"guidance": config.guidance[number]} if config.guidance else {}
         rows.append({"name": name, **weight, **compute_metrics(features, reference, config)})
     label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
     clip = None if config.clip is None else config.clip.label
     results = {"features_model": label, "clip_model": clip, "fingerprints": fingerprints, "rows": rows}
-    return {**facts, **results, "files": write_report(root, results)}
+    return {**summary, **results, "files": write_report(root, results)}
 
 
-def _sessions(config: EvaluateConfig, draw: SampleConfig) -> dict[str, SamplingSession]:
-    """What to draw, by folder; checkpoints are loaded and prompts encoded once."""
-    session = prepare(draw)
-    if config.size_px not in (None, *session.sizes_px):
-        raise ConfigError(f"size_px: {config.size_px} px is not drawn; the stages draw {session.sizes_px}")
-    if not config.guidance:
-        return {"drawn": session}
-    return {f"guidance-{w:g}": session.with_guidance(w, config.guidance_of) for w in config.guidance}
+def _sample(
+    config: EvaluateConfig, sample: SampleConfig, job: Job, root: Path
+) -> tuple[dict[str, ImageFolder], dict[str, object]]:
+    """Samples into a folder per guidance weight, or into one; checkpoints are loaded and prompts encoded once.
+
+    Returns:
+        The folders by name, and the summary.
+    """
+    requests, session = prepare(sample)
+    sizes = sample.output.written_px(session.cascade.sizes_px)
+    if config.size_px not in (None, *sizes):
+        raise ConfigError(f"size_px: no images of {config.size_px} px are generated; the stages generate {sizes}")
+    settings = {"generated": sample}
+    if config.guidance:
+        settings = {
+            f"guidance-{weight:g}": sample.model_copy(
+                update={"stages": with_guidance(sample.stages, session.cascade, weight, config.guidance_of)}
+            )
+            for weight in config.guidance
+        }
+    folders = {name: ImageFolder(root / name, requests, sizes) for name in settings}
+    summaries = {
+        name: sample_into(folders[name], each, session.with_stages(each.stages), job, name)
+        for name, each in settings.items()
+    }
+    missing = sum(len(folder.missing()) for folder in folders.values())
+    return folders, {"sampled": summaries, "missing": missing}
 
 
-def _computes_metrics(draw: SampleConfig) -> bool:
-    """Whether this process is to judge: of those that draw at the same time, the first."""
-    return draw.part is not None or my_part(draw)[0] == 0
+def with_guidance(
+    stages: Sequence[SampleStageConfig], cascade: Cascade, weight: float, of: Literal["all", "first"]
+) -> tuple[SampleStageConfig, ...]:
+    """The stages with another weight of captions, labels and image embeddings: `all` that read them, or the `first`.
+
+    Raises:
+        ConfigError: no stage reads any of them.
+    """
+    chosen = cascade.stages if of == "all" else cascade.stages[:1]
+    if not any(stage.conditions & _SWEPT for stage in chosen):
+        raise ConfigError("guidance: no stage reads captions, labels or image embeddings; leave it out")
+    changed = list(stages)
+    for number, stage in enumerate(chosen):
+        sampling = changed[number].sampling
+        guidance = sampling.guidance.model_copy(update=dict.fromkeys(_SWEPT & stage.conditions, weight))
+        sampling = sampling.model_copy(update={"guidance": guidance})
+        changed[number] = changed[number].model_copy(update={"sampling": sampling})
+    return tuple(changed)
 
 
-def _generated_images(root: Path, session: SamplingSession, config: EvaluateConfig) -> ImageSet:
-    size = config.size_px or session.sizes_px[-1]
-    files = [root / f"images-{size}" / image.name for image in session.images]
-    return image_files(files, lambda: [image.prompt for image in session.images])
+def _computes_metrics(sample: SampleConfig) -> bool:
+    """Whether this process computes the metrics: of those that sample at the same time, the first."""
+    return sample.part is not None or process_share(sample.part)[0] == 0
 
 
-def _originals(session: SamplingSession, config: EvaluateConfig) -> ImageSet:
-    """The store's images that the captions are of, in the size that is judged."""
-    captions = session.config.captions
-    assert isinstance(captions, StoreCaptions)
-    samples = [image.caption.sample for image in session.images]
-    assert None not in samples
-    size = config.size_px or session.sizes_px[-1]
-    return image_samples(captions.store, captions.path, size, cast(list[int], samples), "draw.captions")
+def _compared_folders(folders: Mapping[str, ImageFolder], config: EvaluateConfig, sample: SampleConfig) -> _Compared:
+    """The images of the folders, and for LPIPS the store's images of their captions."""
+    first = next(iter(folders.values()))
+    size = config.size_px or first.sizes_px[-1]
+    sets = {name: _generated_images(folder, size) for name, folder in folders.items()}
+    originals = None
+    if config.lpips is not None:
+        assert isinstance(sample.captions, StoreCaptions)
+        originals = _originals(sample.captions, first.requests, size)
+    return _Compared(sets, originals)
+
+
+def _generated_images(folder: ImageFolder, size_px: int) -> ImageSet:
+    files = [folder.path(request, size_px) for request in folder.requests]
+    return image_files(files, lambda: [request.prompt for request in folder.requests])
+
+
+def _originals(captions: StoreCaptions, requests: Sequence[ImageRequest], size_px: int) -> ImageSet:
+    """The store's images of the captions."""
+    samples = [request.caption.sample for request in requests if request.caption.sample is not None]
+    assert len(samples) == len(requests)
+    return image_samples(captions.store, captions.path, size_px, samples, "sample.captions")
 
 
 def _opened(name: str, images: AnyImageSet | ImageSet | None) -> ImageSet | None:

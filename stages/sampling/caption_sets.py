@@ -1,4 +1,4 @@
-"""Captions to draw images of: those of a store's samples or of a file, all or a seeded selection."""
+"""Captions to sample images from: those of a store's samples or of a file, all or a seeded selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class Caption:
 
     text: str
     key: str | None = None
-    """Key of the sample it is of, in a store."""
+    """Key of the sample it belongs to, in a store."""
     sample: int | None = None
     """Index of that sample."""
     number: int = 0
     """Which of the sample's captions it is."""
     transcription: str | None = None
-    """The text to be written in the image; None: not known."""
+    """The text to be written in the image; None if not known."""
     label: int | None = None
-    """The image's class, from 0; None: not known."""
+    """The image's class, from 0; None if not known."""
 
 
 class _CaptionSet(Config):
@@ -48,7 +48,7 @@ class _CaptionSet(Config):
 
 
 class StoreCaptions(_CaptionSet):
-    """Captions of a store's samples: one of each sample. The store's embeddings are used if its encoder is the
+    """Captions of a store's samples: one per sample. The store's embeddings are used if its encoder is the
     cascade's."""
 
     kind: Literal["store"] = "store"
@@ -63,7 +63,7 @@ class StoreCaptions(_CaptionSet):
         """Where a sample has several captions, a hash of the seed and its index chooses one.
 
         Raises:
-            ConfigError: the store cannot be read, or has fewer samples than captions are wanted.
+            ConfigError: the store cannot be read, or has fewer samples than captions are requested.
         """
         chosen = self._chosen(len(self.store))
         hashes = choices(np.asarray(chosen, np.int64), derive_key(self.seed, CAPTION))
@@ -82,7 +82,7 @@ class StoreCaptions(_CaptionSet):
 
 
 class FileCaptions(_CaptionSet):
-    """Captions of a file: txt with one a line, or a column of csv, tsv, jsonl or parquet."""
+    """Captions of a file: txt with one per line, or a column of csv, tsv, jsonl or parquet."""
 
     kind: Literal["file"] = "file"
     path: str
@@ -94,7 +94,7 @@ class FileCaptions(_CaptionSet):
         """Empty lines are left out.
 
         Raises:
-            ConfigError: the file cannot be read, has no such column, or has fewer captions than wanted.
+            ConfigError: the file cannot be read, has no such column, or has fewer captions than requested.
         """
         texts = [clean_caption(text) for text in self._read()]
         texts = [text for text in texts if text]
@@ -129,12 +129,18 @@ class FileCaptions(_CaptionSet):
 AnyCaptions = Annotated[StoreCaptions | FileCaptions, Field(discriminator="kind")]
 
 
-def selection(count: int, wanted: int, seed: int, what: str) -> list[int]:
-    """`wanted` of range(count) without replacement; fewer are the first ones of more, whatever the numpy version.
+def store_of(captions: StoreCaptions | FileCaptions | None) -> Store | None:
+    """The store whose captions these are; None if they are not a store's."""
+    return captions.store if isinstance(captions, StoreCaptions) else None
+
+
+def selection(count: int, size: int, seed: int, what: str) -> list[int]:
+    """`size` numbers of range(count) without replacement; a smaller selection is the beginning of a larger one, with
+    every version of numpy.
 
     Raises:
-        ConfigError: there are fewer; begins with `what`.
+        ConfigError: there are fewer than `size`; the message begins with `what`.
     """
-    if wanted > count:
-        raise ConfigError(f"{what}: {wanted} wanted, but there are {count}; ask for at most {count}")
-    return permute(np.arange(wanted), count, derive_key(seed, ORDER)).tolist()
+    if size > count:
+        raise ConfigError(f"{what}: {size} requested, but there are {count}; request at most {count}")
+    return permute(np.arange(size), count, derive_key(seed, ORDER)).tolist()

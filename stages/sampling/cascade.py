@@ -1,4 +1,4 @@
-"""Loads the trained stages of a cascade, and says where it runs."""
+"""Loads the trained stages of a cascade."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
-from stages.sampling.config import SampleConfig
+from stages.sampling.config import SampleStageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class LoadedCascade:
         return [{"step": c.step, "weights": c.weights, "sha256": c.sha256} for c in self.checkpoints]
 
 
-def load_cascade(config: SampleConfig) -> LoadedCascade:
-    """The cascade a configuration names.
+def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None) -> LoadedCascade:
+    """The cascade of these checkpoints, up to the stage of `last_px`; None means all stages.
 
     Raises:
         ConfigError: a checkpoint is missing, damaged, or was trained with another encoder than the others.
     """
-    stages: list[CascadeStage] = []
+    built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
     encoder: Mapping[str, object] | None = None
-    for number, stage in enumerate(config.stages):
-        if config.output_px is not None and stages and stages[-1].size_px == config.output_px:
+    for number, stage in enumerate(stages):
+        if last_px is not None and built and built[-1].size_px == last_px:
             break
         try:
             loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
@@ -49,12 +49,12 @@ def load_cascade(config: SampleConfig) -> LoadedCascade:
                     f"{'; '.join(changes)}; take stages trained on one encoder"
                 )
         encoder = encoder or loaded.encoder
-        stages.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
+        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
         checkpoints.append(loaded)
-    if config.output_px not in (None, stages[-1].size_px):
-        sizes = [stage.size_px for stage in stages]
-        raise ConfigError(f"output_px: no stage draws {config.output_px} px; the stages draw {sizes}")
+    if last_px not in (None, built[-1].size_px):
+        sizes = [stage.size_px for stage in built]
+        raise ConfigError(f"output.size_px: no stage generates {last_px} px; the stages generate {sizes}")
     try:
-        return LoadedCascade(Cascade(stages, None if encoder is None else dict(encoder)), checkpoints)
+        return LoadedCascade(Cascade(built, None if encoder is None else dict(encoder)), checkpoints)
     except ValueError as error:
         raise ConfigError(str(error)) from error

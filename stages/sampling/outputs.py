@@ -1,48 +1,108 @@
-"""The output folder of a sampling: refusals, captions beside images, the grid."""
+"""The output folder of a sampling: refusals, captions next to images, the grid."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from imagen_core.images import read_image, tile, write_png
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
 from pipeline.storage.files import file_digest, read_json, write_json, write_text
-from stages.sampling.config import SampleConfig
+from stages.sampling.config import InpaintConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.session import SamplingSession
 
-_CHANGES_NOTHING = {
-    *("batch_size", "device", "encoder_model", "part", "save_all_sizes", "save_text"),
-    *("captions", "transcriptions", "labels"),  # the texts and numbers themselves are recorded
-}
+
+@dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """Where the images are: `images-SIZE/INDEX.png` is image INDEX after the stage of that size."""
+
+    root: Path
+    requests: Sequence[ImageRequest]
+    """The images of all processes."""
+    sizes_px: Sequence[int]
+    """Sizes that are written."""
+
+    def path(self, request: ImageRequest, size_px: int) -> Path:
+        return self.root / f"images-{size_px}" / request.name
+
+    def missing(self) -> list[ImageRequest]:
+        """Images that the folder does not have in all sizes."""
+        return [each for each in self.requests if not all(path.exists() for path in self._paths(each))]
+
+    def write_images(self, requests: Sequence[ImageRequest], pixels: Mapping[int, np.ndarray]) -> None:
+        """Writes a batch of uint8 (b, size, size, 3) by size; each file appears in full or not at all."""
+        for row, request in enumerate(requests):
+            for size in self.sizes_px:
+                write_png(self.path(request, size), pixels[size][row])
+
+    def write_texts(self, requests: Sequence[ImageRequest]) -> None:
+        """Writes each prompt next to its images."""
+        for request in requests:
+            for path in self._paths(request):
+                if not path.with_suffix(".txt").exists():
+                    write_text(path.with_suffix(".txt"), request.prompt + "\n")
+
+    def write_grid(self) -> None:
+        """Writes `grid.png`: the first 64 images of the last stage."""
+        shown = [read_image(self.path(request, self.sizes_px[-1])) for request in self.requests[:64]]
+        write_png(self.root / "grid.png", tile(shown, columns=math.ceil(math.sqrt(len(shown)))))
+
+    def claim(self, record: Mapping[str, Any], url: str, *, restart: bool, alone: bool) -> None:
+        """Writes `images.json` and makes the folders; with `restart` deletes images of other settings.
+
+        Args:
+            record: from `sampling_record`.
+            url: names the folder in messages.
+            alone: whether this is the only process that samples into the folder.
+        Raises:
+            StaleOutputError: the folder holds images of other settings.
+        """
+        path = self.root / "images.json"
+        previous = read_json(path) if any(self.root.glob("images-*/*.png")) else None
+        changes = [] if previous is None else differences(_by_file(previous), _by_file(record))
+        if changes and not (restart and alone):
+            remedy = "use another --out, or --restart to sample again"
+            remedy += "" if alone else " (in one process, at first)"
+            raise StaleOutputError(f"{url}: holds images of other settings: {'; '.join(changes[:5])}; {remedy}")
+        if changes:
+            for file in self.root.glob("images-*/*"):
+                file.unlink()
+        write_json(path, record)
+        for size in self.sizes_px:
+            (self.root / f"images-{size}").mkdir(exist_ok=True)
+
+    def _paths(self, request: ImageRequest) -> Iterator[Path]:
+        return (self.path(request, size) for size in self.sizes_px)
 
 
-def _check_folder(root: Path, url: str, session: SamplingSession, *, restart: bool, alone: bool) -> None:
-    """Refuses a folder with images of other settings; with --restart removes them."""
-    record = {
-        "settings": session.config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
+def sampling_record(
+    settings: Mapping[str, object],
+    session: SamplingSession,
+    requests: Sequence[ImageRequest],
+    inpaint: InpaintConfig | None,
+) -> dict[str, Any]:
+    """Everything that decides the images: `settings`, checkpoints, images that are read, prompts and seeds.
+
+    Raises:
+        ConfigError: an image to read is missing.
+    """
+    reads_text, reads_labels = session.cascade.max_characters is not None, session.cascade.num_classes is not None
+    return {
+        "settings": settings,
         "stages": session.origins,
-        "sources": _digests(session.config),
+        "sources": _digests(requests, inpaint),
         "images": [
-            {"file": p.name, "prompt": p.prompt, "seed": p.seed, "key": p.caption.key}
-            | ({} if session.cascade.max_characters is None else {"transcription": p.transcription})
-            | ({} if session.cascade.num_classes is None else {"label": p.label})
-            for p in session.images
+            {"file": each.name, "prompt": each.prompt, "seed": each.seed, "key": each.caption.key}
+            | ({"transcription": each.transcription} if reads_text else {})
+            | ({"label": each.label} if reads_labels else {})
+            for each in requests
         ],
     }
-    path = root / "images.json"
-    drawn = any(root.glob("images-*/*.png"))
-    former = read_json(path) if drawn else None
-    changes = [] if former is None else differences(_by_file(former), _by_file(record))
-    if changes and not (restart and alone):
-        remedy = "use another --out, or --restart to draw them anew" + ("" if alone else " (in one process, at first)")
-        raise StaleOutputError(f"{url}: holds images of other settings: {'; '.join(changes[:5])}; {remedy}")
-    if changes:
-        for file in root.glob("images-*/*"):
-            file.unlink()
-    write_json(path, record)
 
 
 def _by_file(record: Mapping[str, Any]) -> dict[str, object]:
@@ -50,25 +110,14 @@ def _by_file(record: Mapping[str, Any]) -> dict[str, object]:
     return {**record, "images": {image["file"]: image for image in record["images"]}}
 
 
-def _write_texts(root: Path, session: SamplingSession, images: Sequence[ImageRequest]) -> None:
-    for image in images:
-        for _, path in session.files(root, image):
-            if not path.with_suffix(".txt").exists():
-                write_text(path.with_suffix(".txt"), image.prompt + "\n")
-
-
-def _digests(config: SampleConfig) -> dict[str, str]:
+def _digests(requests: Sequence[ImageRequest], inpaint: InpaintConfig | None) -> dict[str, str]:
     """SHA-256 of each image that is read, by its path."""
-    single = (config.inpaint_image, config.inpaint_mask)
-    paths = {*config.low_res, *config.init_image, *(path for path in single if path is not None)}
+    paths = {path for request in requests for path in (request.low_res, request.init_image) if path is not None}
+    if inpaint is not None:
+        paths |= {inpaint.image, inpaint.mask}
     try:
         return {path: file_digest(Path(path)) for path in sorted(paths)}
     except OSError as error:
         raise ConfigError(
             f"{error.filename}: cannot be read as an image ({error.strerror}); check the path"
         ) from error
-
-
-def _write_grid(root: Path, images: Sequence[ImageRequest], size: int) -> None:
-    shown = [read_image(root / f"images-{size}" / image.name) for image in images[:64]]
-    write_png(root / "grid.png", tile(shown, columns=math.ceil(math.sqrt(len(shown)))))

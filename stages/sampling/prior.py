@@ -1,4 +1,4 @@
-"""Draws the image embeddings that a decoder reads, from prompts, with a prior."""
+"""Generates the image embeddings that a decoder reads, from prompts, with a prior."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +10,30 @@ from imagen_core.cascade import pad_text
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.prior import generate_embeddings
+from imagen_core.store import Store
 from imagen_core.train import LoadedDenoiser, TrainError
-from imagen_core.train.parallel.precision import autocast_dtype
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
-from stages.sampling.config import SampleConfig, SamplePriorConfig
+from stages.sampling.config import SamplePriorConfig
 from stages.sampling.requests import ImageRequest
-from stages.sampling.text_embeddings import Embeddings
+from stages.sampling.text_embeddings import PromptEmbeddings
 
 
 class PriorSampler:
     """A trained prior, and the encoders of the captions it reads."""
 
-    def __init__(self, config: SampleConfig, settings: SamplePriorConfig, device: torch.device):
-        """
+    def __init__(
+        self,
+        settings: SamplePriorConfig,
+        *,
+        store: Store | None,
+        encoder_model: str | None,
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ):
+        """`store` holds the captions, if they are a store's; `encoder_model` is where the stages' text encoder is.
+
         Raises:
             ConfigError: the checkpoint is missing, damaged, or no prior.
         """
@@ -33,16 +42,17 @@ class PriorSampler:
         except TrainError as error:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):
-            raise ConfigError("prior.checkpoint: its model draws images; give a training with denoiser.kind: prior")
-        self._settings, self._device, self._config = settings, device, config
+            raise ConfigError(
+                "prior.checkpoint: its model generates images; give a training with denoiser.kind: prior"
+            )
+        self._settings, self._device, self._autocast = settings, device, autocast
         use_gpu = device.type == "cuda"
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
-        own = "prior.encoder_model"
-        self._vectors = Embeddings(config, vector, model=settings.encoder_model, use_gpu=use_gpu, option=own)
-        model, option = settings.encoder_model, own
+        model, option = settings.encoder_model, "prior.encoder_model"
+        self._vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
         if not _same_model(tokens, vector):
-            model, option = config.encoder_model, "encoder_model"
-        self._tokens = Embeddings(config, tokens, model=model, use_gpu=use_gpu, option=option)
+            model, option = encoder_model, "encoder_model"
+        self._tokens = PromptEmbeddings(tokens, store, model=model, use_gpu=use_gpu, option=option)
 
     @property
     def origin(self) -> dict[str, object]:
@@ -50,7 +60,7 @@ class PriorSampler:
         return {"step": self._loaded.step, "weights": self._loaded.weights, "sha256": self._loaded.sha256}
 
     def check_decoder(self, trained_on: Mapping[str, Any] | None) -> None:
-        """Refuses a decoder that was trained on other embeddings than this prior draws.
+        """Refuses a decoder that was trained on other embeddings than this prior generates.
 
         Raises:
             ConfigError: names each field that differs.
@@ -61,56 +71,64 @@ class PriorSampler:
         changes = differences(dict(trained_on["fingerprint"]), dict(mine["fingerprint"]))
         if changes:
             raise ConfigError(
-                f"prior.checkpoint: draws embeddings of another image encoder than the stages read: "
+                f"prior.checkpoint: generates embeddings of another image encoder than the stages read: "
                 f"{'; '.join(changes)}; train both on one store"
             )
 
-    def prepare(self, images: Sequence[ImageRequest]) -> None:
-        """Encodes the prompts of images to be drawn."""
-        self._vectors.prepare(images)
-        self._tokens.prepare(images)
+    def encode(self, requests: Sequence[ImageRequest]) -> None:
+        """Encodes the prompts that `generate` will need."""
+        self._vectors.encode(requests)
+        self._tokens.encode(requests)
 
-    def of(self, images: Sequence[ImageRequest]) -> Tensor:
+    def generate(self, requests: Sequence[ImageRequest]) -> Tensor:
         """(b, dim) unit vectors, float32 on the CPU; each depends on its prompt and seed alone."""
-        vectors, tokens = self._vectors.of(images), self._tokens.of(images)
+        vectors, tokens = self._vectors.of(requests), self._tokens.of(requests)
         assert vectors is not None
         network = self._loaded.denoiser.config.network
-        embeds, _ = pad_text(vectors, len(images), self._loaded.embed_encoders["text_embed"]["dim"])
-        text, mask = pad_text(tokens, len(images), network.text_dim)
+        embeds, _ = pad_text(vectors, len(requests), self._loaded.embed_encoders["text_embed"]["dim"])
+        text, mask = pad_text(tokens, len(requests), network.text_dim)
         assert embeds is not None
-        cut = slice(self._loaded.max_tokens)
+        kept = slice(self._loaded.max_tokens)
         conditioning = Conditioning(
-            text=None if text is None else text[:, cut],
-            text_mask=None if mask is None else mask[:, cut],
+            text=None if text is None else text[:, kept],
+            text_mask=None if mask is None else mask[:, kept],
             text_embed=unit_variance(embeds[:, 0]),
         ).to(self._device)
         denoiser = self._loaded.denoiser.to(self._device)
-        half = autocast_dtype(self._config.precision)
-        with torch.autocast(self._device.type, half, enabled=half is not None):
-            drawn = generate_embeddings(denoiser, conditioning, [p.seed for p in images], self._settings.sampling)
+        seeds = [request.seed for request in requests]
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            generated = generate_embeddings(denoiser, conditioning, seeds, self._settings.sampling)
         denoiser.to("cpu")  # the cascade needs the room
-        return drawn.cpu()
+        return generated.cpu()
 
 
 def _same_model(tokens: Mapping[str, Any] | None, vector: Mapping[str, Any]) -> bool:
     return tokens is not None and tokens["fingerprint"].get("model") == vector["fingerprint"].get("model")
 
 
-def load_prior(config: SampleConfig, stages: Sequence[LoadedDenoiser], device: torch.device) -> PriorSampler | None:
-    """The prior of a configuration, fitting the stages; None if no stage needs one.
+def load_prior(
+    settings: SamplePriorConfig | None,
+    stages: Sequence[LoadedDenoiser],
+    *,
+    store: Store | None,
+    encoder_model: str | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> PriorSampler | None:
+    """The prior that fits the stages; None if no stage needs one. The arguments are those of `PriorSampler`.
 
     Raises:
         ConfigError: one is missing, not needed, or does not fit.
     """
     readers = [stage.embed_encoders["image_embed"] for stage in stages if "image_embed" in stage.embed_encoders]
-    if config.prior is None:
+    if settings is None:
         if readers:
             raise ConfigError(
                 f"prior: the stages read image embeddings of {readers[0]['name']!r}; give prior.checkpoint, a "
                 "training with denoiser.kind: prior"
             )
         return None
-    prior = PriorSampler(config, config.prior, device)
+    prior = PriorSampler(settings, store=store, encoder_model=encoder_model, device=device, autocast=autocast)
     prior.check_decoder(readers[0] if readers else None)
     for reader in readers[1:]:
         prior.check_decoder(reader)

@@ -1,23 +1,29 @@
-"""Which images a sampling draws, and which of them are this process's."""
+"""Which images a sampling generates, and which of them are this process's."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from imagen_core.cascade import Cascade
+from imagen_core.models.conditioning.characters import character_ids
 from pipeline.errors import ConfigError
+from stages.captions import is_valid_text
 from stages.sampling.caption_sets import Caption
-from stages.sampling.config import SampleConfig
+from stages.sampling.config import PartConfig, RequestConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One image to draw."""
+    """One image to generate."""
 
     index: int
     caption: Caption
     seed: int
-    source: int
-    """Which prompt, low_res and init_image it is drawn from."""
+    low_res: str | None = None
+    """Path of the image to super-resolve."""
+    init_image: str | None = None
+    """Path of the image to start from."""
 
     @property
     def prompt(self) -> str:
@@ -37,41 +43,108 @@ class ImageRequest:
         return f"{self.index:05d}.png"
 
 
-def resolve_requests(config: SampleConfig) -> list[ImageRequest]:
-    """Prompts times images a prompt, with their seeds; those of all processes.
+def resolve_requests(config: RequestConfig) -> list[ImageRequest]:
+    """The images of all processes: `num_images_per_prompt` per prompt, each with its seed.
 
     Raises:
         ConfigError: no prompt, an unreadable file, or the wrong number of seeds.
     """
-    captions, each = _captions(config), config.num_images_per_prompt
-    count = len(captions) * each
+    captions, per_prompt = _captions(config), config.num_images_per_prompt
+    count = len(captions) * per_prompt
     seeds = config.seeds or tuple(range(config.seed, config.seed + count))
     if len(seeds) != count:
-        raise ConfigError(f"seeds: {len(seeds)} given for {count} images; give one an image, or `seed`")
-    return [ImageRequest(index, captions[index // each], seed, index // each) for index, seed in enumerate(seeds)]
+        raise ConfigError(f"seeds: {len(seeds)} given for {count} images; give one per image, or `seed`")
+    low_res = config.low_res or (None,) * len(captions)
+    init_images = (None,) * len(captions) if config.init is None else config.init.images
+    return [
+        ImageRequest(index, captions[prompt], seed, low_res[prompt], init_images[prompt])
+        for index, seed in enumerate(seeds)
+        for prompt in [index // per_prompt]
+    ]
 
 
-def my_part(config: SampleConfig) -> tuple[int, int]:
-    """Which part of how many this process draws: `part`, or RANK of WORLD_SIZE, or the whole."""
-    if config.part is not None:
-        return config.part.index, config.part.count
+def process_share(part: PartConfig | None) -> tuple[int, int]:
+    """Which share of how many this process generates: `part`, or RANK of WORLD_SIZE, or 0 of 1."""
+    if part is not None:
+        return part.index, part.count
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _captions(config: SampleConfig) -> list[Caption]:
-    if config.captions is not None:
-        captions = config.captions.captions()
-    else:
-        captions = _prompts(config)
-    given = {name: getattr(config, name) for name in ("low_res", "init_image", "transcriptions", "labels")}
+def check_requests(requests: Sequence[ImageRequest], cascade: Cascade) -> None:
+    """Refuses requests that the cascade cannot serve.
+
+    Raises:
+        ConfigError: low-resolution images, transcriptions or labels that are missing, unusable, or read by no stage.
+    """
+    first, size_px = cascade.stages[0], cascade.sizes_px[0]
+    has_low_res = any(request.low_res is not None for request in requests)
+    if first.is_super_resolution and not has_low_res:
+        raise ConfigError(
+            f"low_res: the first stage ({size_px} px) needs a low-resolution image; give one per prompt, "
+            "or start with a base stage"
+        )
+    if has_low_res and not first.is_super_resolution:
+        raise ConfigError(
+            f"low_res: the first stage ({size_px} px) is a base model and reads no image; leave base "
+            "stages out of `stages`, or use init.images"
+        )
+    _check_transcriptions(requests, cascade.max_characters)
+    _check_labels(requests, cascade.num_classes)
+
+
+def _check_transcriptions(requests: Sequence[ImageRequest], max_characters: int | None) -> None:
+    """Raises ConfigError if some are too long, are no text, or were given by the user and no stage reads them."""
+    if max_characters is None:
+        texts = [request.transcription for request in _without_store(requests)]
+        if any(texts):
+            raise ConfigError(
+                f"transcriptions: no stage reads them (got {max(texts)!r}); leave them out, or give the checkpoint of "
+                "a model with denoiser.unet.transcription"
+            )
+        return
+    texts = [request.transcription for request in requests]
+    bad = next((text for text in texts if not is_valid_text(text)), None)
+    if bad is not None:
+        raise ConfigError(f"transcriptions: {bad!r} is not valid text; write it in UTF-8")
+    try:
+        character_ids(texts, max_characters)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_labels(requests: Sequence[ImageRequest], num_classes: int | None) -> None:
+    """Raises ConfigError if some are no classes, or were given by the user and no stage reads them."""
+    if num_classes is None:
+        labels = [each.label for each in _without_store(requests) if each.caption.label is not None]
+        if labels:
+            raise ConfigError(
+                f"labels: no stage reads them (got {labels[0]}); leave them out, or give the checkpoint of a "
+                "model with denoiser.unet.num_classes"
+            )
+        return
+    wrong = [request.label for request in requests if not -1 <= request.label < num_classes]
+    if wrong:
+        raise ConfigError(
+            f"labels: {wrong[0]} is no class; the stages know 0 to {num_classes - 1}, and -1 for unknown ones"
+        )
+
+
+def _without_store(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+    """Requests the user wrote; what comes with a store's captions may stay unread."""
+    return [request for request in requests if request.caption.sample is None]
+
+
+def _captions(config: RequestConfig) -> list[Caption]:
+    captions = _prompts(config) if config.captions is None else config.captions.captions()
+    lists = config.lists()
     if not captions:
-        images = max(len(each) for each in given.values()) or int(config.inpaint_image is not None)
+        images = max(map(len, lists.values())) or int(config.inpaint is not None)
         if not images:
             raise ConfigError("prompts: none given; use prompts='[a small red circle]' or prompts_file=FILE")
         captions = [Caption("")] * images
-    for name, each in given.items():
-        if each and len(each) != len(captions):
-            raise ConfigError(f"{name}: {len(each)} given for {len(captions)} prompts; give one each")
+    for name, entries in lists.items():
+        if entries and len(entries) != len(captions):
+            raise ConfigError(f"{name}: {len(entries)} given for {len(captions)} prompts; give one each")
     if config.transcriptions:
         texts = zip(captions, config.transcriptions, strict=True)
         captions = [replace(caption, transcription=text) for caption, text in texts]
@@ -80,7 +153,7 @@ def _captions(config: SampleConfig) -> list[Caption]:
     return captions
 
 
-def _prompts(config: SampleConfig) -> list[Caption]:
+def _prompts(config: RequestConfig) -> list[Caption]:
     if config.prompts_file is None:
         return [Caption(prompt) for prompt in config.prompts]
     try:

@@ -1,104 +1,118 @@
-"""Draws images from prompts with a trained cascade, or enlarges images one has."""
+"""Samples images from prompts with a trained cascade, or super-resolves given images."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from imagen_core.images import to_pixels, write_png
-from imagen_core.train.parallel.precision import autocast_dtype
+from imagen_core.images import to_pixels
 from pipeline.job import Job
+from stages.sampling.caption_sets import store_of
 from stages.sampling.config import SampleConfig
-from stages.sampling.inputs import _inpaint, _read_sources
-from stages.sampling.outputs import _check_folder, _write_grid, _write_texts
-from stages.sampling.requests import my_part
-from stages.sampling.session import SamplingSession, prepare
+from stages.sampling.inputs import read_inpaint
+from stages.sampling.outputs import ImageFolder, sampling_record
+from stages.sampling.requests import ImageRequest, check_requests, process_share, resolve_requests
+from stages.sampling.session import SamplingSession, load_session
 from stages.sampling.timing import StageTimes
 
 
-def draw(config: SampleConfig, job: Job) -> Mapping[str, object]:
-    """Draws every image that is not in the run folder yet; the facts of the run. See `generate_into`.
+def sample(config: SampleConfig, job: Job) -> Mapping[str, object]:
+    """Generates every image that is not in the run folder yet; returns the summary. See `sample_into`.
 
     Raises:
         ConfigError: unusable prompts, images or checkpoints.
         StaleOutputError: the folder holds images of other settings.
     """
     with job.working_folder() as root:
-        return generate_into(root, prepare(config), job)
+        requests, session = prepare(config)
+        folder = ImageFolder(root, requests, config.output.written_px(session.cascade.sizes_px))
+        return sample_into(folder, config, session, job)
 
 
-def generate_into(root: Path, session: SamplingSession, job: Job, name: str = "") -> Mapping[str, object]:
-    """Draws this process's part of the images, without those that are in the folder already.
+def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
+    """Which images to generate, and the models, loaded.
+
+    Raises:
+        ConfigError: unusable prompts or checkpoints.
+    """
+    requests = resolve_requests(config)
+    session = load_session(
+        config.stages,
+        config.prior,
+        last_px=config.output.size_px,
+        store=store_of(config.captions),
+        encoder_model=config.encoder_model,
+        precision=config.precision,
+        device=config.device,
+    )
+    check_requests(requests, session.cascade)
+    return requests, session
+
+
+def sample_into(
+    folder: ImageFolder, config: SampleConfig, session: SamplingSession, job: Job, name: str = ""
+) -> Mapping[str, object]:
+    """Generates this process's share of the images, without those that are in the folder already.
 
     `images-SIZE/INDEX.png` is image INDEX after the stage of that size, `grid.png` shows the last stage,
-    `images.json` says which prompt and seed each was drawn from.
+    `images.json` says from which prompt and seed each was generated.
 
     Args:
-        name: of the folder in the run folder, where it is not the run folder itself.
+        name: of the folder in the run folder, if it is not the run folder itself.
     Raises:
         ConfigError: unusable images, or an encoder that is not the cascade's.
         StaleOutputError: the folder holds images of other settings.
     """
-    config, sizes = session.config, session.cascade.sizes_px
-    label = f"{name}: " if name else ""
-    index, count = my_part(config)
-    _check_folder(root, f"{job.run.url}/{name}".rstrip("/"), session, restart=job.options.restart, alone=count == 1)
-    for size in session.sizes_px:
-        (root / f"images-{size}").mkdir(exist_ok=True)
-    if config.save_text:
-        _write_texts(root, session, session.images[index::count])
-    todo = [image for image in session.missing(root) if image.index % count == index]
-    inpaint = _inpaint(config)
-    session.embeddings.prepare(todo)
-    if session.prior is not None:
-        session.prior.prepare(todo)
-    times, done = StageTimes(session.device), 0
+    share, num_shares = process_share(config.part)
+    record = sampling_record(config.recorded(), session, folder.requests, config.inpaint)
+    url = f"{job.run.url}/{name}".rstrip("/")
+    folder.claim(record, url, restart=job.options.restart, alone=num_shares == 1)
+    if config.output.text:
+        folder.write_texts(folder.requests[share::num_shares])
+    todo = [request for request in folder.missing() if request.index % num_shares == share]
+    times = _generate(todo, folder, config, session, job, f"{name}: " if name else "")
+    num_missing = len(folder.missing())
+    if not num_missing:
+        folder.write_grid()
+    return {
+        "images": len(folder.requests),
+        "generated_now": times.num_images,
+        "missing": num_missing,
+        "sizes_px": list(folder.sizes_px),
+        "device": str(session.device),
+        "embeddings": session.embeddings.origin,
+        "seconds_per_image": times.seconds_per_image(),
+    }
+
+
+def _generate(
+    todo: Sequence[ImageRequest],
+    folder: ImageFolder,
+    config: SampleConfig,
+    session: SamplingSession,
+    job: Job,
+    label: str,
+) -> StageTimes:
+    """Generates and writes the images batch by batch until the run is stopped; counts and times them."""
+    sizes, times = session.cascade.sizes_px, StageTimes(session.device)
+    inpaint = None if config.inpaint is None else read_inpaint(config.inpaint)
+    strength = 1.0 if config.init is None else config.init.strength
+    session.encode(todo)
+    start = 0
 
     def on_step(stage: int, step: int, steps: int, _: torch.Tensor) -> None:
         if step == steps:
             times.done(str(sizes[stage]))
-        job.lines.show(f"{label}image {done} of {len(todo)}, {sizes[stage]} px, step {step}/{steps}")
+        job.lines.show(f"{label}image {start} of {len(todo)}, {sizes[stage]} px, step {step}/{steps}")
 
     for start in range(0, len(todo), config.batch_size):
         if job.should_stop():
             break
         batch = todo[start : start + config.batch_size]
-        embeddings = session.embeddings.of(batch)
+        text = session.embeddings.of(batch)
         times.start(len(batch))
-        image_embed = None
-        if session.prior is not None:
-            image_embed = session.prior.of(batch)
+        image_embed = session.image_embeds(batch)
+        if image_embed is not None:
             times.done("prior")
-        result = session.cascade.sample(
-            embeddings,
-            [image.seed for image in batch],
-            image_embed=image_embed,
-            transcriptions=None
-            if session.cascade.max_characters is None
-            else [image.transcription for image in batch],
-            labels=None if session.cascade.num_classes is None else [image.label for image in batch],
-            low_res=_read_sources(config.low_res, batch, session.cascade.stages[0].config.low_res_px),
-            init_image=_read_sources(config.init_image, batch, sizes[0]),
-            strength=config.strength,
-            inpaint=inpaint,
-            device=session.device,
-            autocast=autocast_dtype(config.precision),
-            on_step=on_step,
-        )
-        pixels = {size: to_pixels(result[size]) for size in session.sizes_px}
-        for number, image in enumerate(batch):
-            for size, path in session.files(root, image):
-                write_png(path, pixels[size][number])
-        done += len(batch)
-    left = len(session.missing(root))
-    if not left:
-        _write_grid(root, session.images, sizes[-1])
-    return {
-        "images": len(session.images),
-        "drawn_now": done,
-        "missing": left,
-        "sizes_px": session.sizes_px,
-        "device": str(session.device),
-        "embeddings": session.embeddings.origin,
-        "seconds_per_image": times.seconds_per_image(),
-    }
+        images = session.generate(batch, text, image_embed, strength=strength, inpaint=inpaint, on_step=on_step)
+        folder.write_images(batch, {size: to_pixels(images[size]) for size in folder.sizes_px})
+    return times

@@ -1,134 +1,118 @@
-"""A sampling with its models loaded."""
+"""The models of a sampling, loaded once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from imagen_core.cascade import Cascade
-from imagen_core.models.conditioning.characters import character_ids
-from pipeline.errors import ConfigError
-from stages.captions import is_valid_text
+from imagen_core.cascade import Cascade, OnStep
+from imagen_core.samplers import Inpaint
+from imagen_core.store import Store
+from imagen_core.train.parallel.precision import autocast_dtype
 from stages.device import choose_device
 from stages.sampling.cascade import load_cascade
-from stages.sampling.config import SampleConfig
+from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConfig
+from stages.sampling.inputs import read_squares
 from stages.sampling.prior import PriorSampler, load_prior
-from stages.sampling.requests import ImageRequest, resolve_requests
-from stages.sampling.text_embeddings import Embeddings
-
-_SWEPT = frozenset({"text", "labels", "image_embed"})
+from stages.sampling.requests import ImageRequest
+from stages.sampling.text_embeddings import PromptEmbeddings
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSession:
-    """What is loaded once, to draw into one folder or several."""
+    """Loaded models, to sample into one folder or several."""
 
-    config: SampleConfig
-    images: list[ImageRequest]
-    """Those of all processes."""
     cascade: Cascade
-    origins: list[dict[str, object]]
-    """Of each stage, which checkpoint it is from."""
-    embeddings: Embeddings
+    origins: list[dict[str, Any]]
+    """The checkpoint of each stage, and of the prior."""
+    embeddings: PromptEmbeddings
     prior: PriorSampler | None
     device: torch.device
+    autocast: torch.dtype | None
+    """Type of the networks' matrix products; None means float32."""
 
-    @property
-    def sizes_px(self) -> list[int]:
-        """Sizes of the images that are kept."""
-        return self.cascade.sizes_px if self.config.save_all_sizes else self.cascade.sizes_px[-1:]
+    def with_stages(self, stages: Sequence[SampleStageConfig]) -> "SamplingSession":
+        """The same models with other settings of how the stages sample."""
+        pairs = zip(self.cascade.stages, stages, strict=False)  # output.size_px leaves out the last stages
+        changed = [replace(stage, sampling=new.sampling) for stage, new in pairs]
+        return replace(self, cascade=Cascade(changed, self.cascade.encoder))
 
-    def files(self, root: Path, image: ImageRequest) -> Iterator[tuple[int, Path]]:
-        """Size and path of each file of an image."""
-        return ((size, root / f"images-{size}" / image.name) for size in self.sizes_px)
-
-    def missing(self, root: Path) -> list[ImageRequest]:
-        """Images that the folder has not in all sizes."""
-        return [p for p in self.images if not all(path.exists() for _, path in self.files(root, p))]
-
-    def with_guidance(self, weight: float, stages: Literal["all", "first"]) -> "SamplingSession":
-        """The same with another weight of captions, labels and image embeddings, at all stages that read them or at
-        the first.
+    def encode(self, requests: Sequence[ImageRequest]) -> None:
+        """Encodes the prompts of images that will be generated; the encoders are loaded for it, and not kept.
 
         Raises:
-            ConfigError: no stage reads any of them.
+            ConfigError: an encoder is not the one that a model was trained with.
+            MachineError: it cannot be found.
         """
-        session = list(self.cascade.stages)
-        chosen = session if stages == "all" else session[:1]
-        if not any(stage.conditions & _SWEPT for stage in chosen):
-            raise ConfigError("guidance: no stage reads captions, labels or image embeddings; leave it out")
-        for number, stage in enumerate(chosen):
-            weights: dict[str, float] = dict.fromkeys(_SWEPT & stage.conditions, weight)
-            guidance = stage.sampling.guidance.model_copy(update=weights)
-            session[number] = replace(stage, sampling=stage.sampling.model_copy(update={"guidance": guidance}))
-        configs = list(self.config.stages)
-        for number, stage in enumerate(session):  # output_px leaves out the last
-            configs[number] = configs[number].model_copy(update={"sampling": stage.sampling})
-        config = self.config.model_copy(update={"stages": tuple(configs)})
-        return replace(self, config=config, cascade=Cascade(session, self.cascade.encoder))
+        self.embeddings.encode(requests)
+        if self.prior is not None:
+            self.prior.encode(requests)
+
+    def image_embeds(self, requests: Sequence[ImageRequest]) -> Tensor | None:
+        """(b, dim), generated by the prior; None without a prior."""
+        return None if self.prior is None else self.prior.generate(requests)
+
+    def generate(
+        self,
+        requests: Sequence[ImageRequest],
+        text: Sequence[np.ndarray] | None,
+        image_embed: Tensor | None,
+        *,
+        strength: float,
+        inpaint: Inpaint | None,
+        on_step: OnStep,
+    ) -> dict[int, Tensor]:
+        """One batch of images, by size in pixels: (b, 3, size, size) in [-1, 1]; see `Cascade.sample`.
+
+        Args:
+            text: from `embeddings.of`.
+            image_embed: from `image_embeds`.
+        """
+        cascade = self.cascade
+        return cascade.sample(
+            text,
+            [request.seed for request in requests],
+            image_embed=image_embed,
+            transcriptions=None if cascade.max_characters is None else [each.transcription for each in requests],
+            labels=None if cascade.num_classes is None else [each.label for each in requests],
+            low_res=read_squares([each.low_res for each in requests], cascade.stages[0].config.low_res_px),
+            init_image=read_squares([each.init_image for each in requests], cascade.sizes_px[0]),
+            strength=strength,
+            inpaint=inpaint,
+            device=self.device,
+            autocast=self.autocast,
+            on_step=on_step,
+        )
 
 
-def prepare(config: SampleConfig) -> SamplingSession:
-    """Loads the cascade and finds out what to draw.
+def load_session(
+    stages: Sequence[SampleStageConfig],
+    prior: SamplePriorConfig | None,
+    *,
+    last_px: int | None,
+    store: Store | None,
+    encoder_model: str | None,
+    precision: Precision,
+    device: str,
+) -> SamplingSession:
+    """Loads the cascade and the prior; encoders are loaded when prompts are encoded.
 
+    Args:
+        last_px: size of the last stage to load; None means all stages.
+        store: the store whose captions are the prompts; its embeddings are used where they fit.
+        encoder_model: where the text encoder is, if not where it was in training.
     Raises:
-        ConfigError: unusable prompts or checkpoints.
+        ConfigError: checkpoints that are missing, damaged, or do not fit together.
     """
-    images = resolve_requests(config)
-    loaded = load_cascade(config)
-    cascade, origins = loaded.cascade, loaded.origins
-    if cascade.stages[0].is_super_resolution and not config.low_res:
-        raise ConfigError(
-            f"low_res: the first stage ({cascade.sizes_px[0]} px) needs a low-resolution image; give one a prompt, "
-            "or begin with a base stage"
-        )
-    if config.low_res and not cascade.stages[0].is_super_resolution:
-        raise ConfigError(
-            f"low_res: the first stage ({cascade.sizes_px[0]} px) is a base model and reads no image; leave base "
-            "stages out of `stages`, or use init_image"
-        )
-    _check_transcriptions(config, images, cascade)
-    _check_labels(config, images, cascade)
-    device = choose_device(config.device)
-    prior = load_prior(config, loaded.checkpoints, device)
-    if prior is not None:
-        origins = [*origins, prior.origin]
-    embeddings = Embeddings(config, cascade.encoder, model=config.encoder_model, use_gpu=device.type == "cuda")
-    return SamplingSession(config, images, cascade, origins, embeddings, prior, device)
-
-
-def _check_transcriptions(config: SampleConfig, images: Sequence[ImageRequest], cascade: Cascade) -> None:
-    """Raises ConfigError if some are too long, are no text, or were asked for and no stage reads them."""
-    texts = [image.transcription for image in images]
-    if cascade.max_characters is None:
-        if config.captions is None and any(texts):
-            raise ConfigError(
-                f"transcriptions: no stage reads them (got {max(texts)!r}); leave them out, or give the checkpoint of "
-                "a model with denoiser.unet.transcription"
-            )
-        return
-    bad = next((text for text in texts if not is_valid_text(text)), None)
-    if bad is not None:
-        raise ConfigError(f"transcriptions: {bad!r} is not valid text; write it in UTF-8")
-    try:
-        character_ids(texts, cascade.max_characters)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _check_labels(config: SampleConfig, images: Sequence[ImageRequest], cascade: Cascade) -> None:
-    """Raises ConfigError if some are no classes, or were asked for and no stage reads them."""
-    if cascade.num_classes is None:
-        if config.labels:
-            raise ConfigError(
-                f"labels: no stage reads them (got {config.labels[0]}); leave them out, or give the checkpoint of a "
-                "model with denoiser.unet.num_classes"
-            )
-        return
-    wrong = [image.label for image in images if not -1 <= image.label < cascade.num_classes]
-    if wrong:
-        raise ConfigError(
-            f"labels: {wrong[0]} is no class; the stages know 0 to {cascade.num_classes - 1}, and -1 for unknown ones"
-        )
+    loaded = load_cascade(stages, last_px)
+    on = choose_device(device)
+    autocast = autocast_dtype(precision)
+    embeddings = PromptEmbeddings(loaded.cascade.encoder, store, model=encoder_model, use_gpu=on.type == "cuda")
+    sampler = load_prior(
+        prior, loaded.checkpoints, store=store, encoder_model=encoder_model, device=on, autocast=autocast
+    )
+    origins = [*loaded.origins, *([] if sampler is None else [sampler.origin])]
+    return SamplingSession(loaded.cascade, origins, embeddings, sampler, on, autocast)

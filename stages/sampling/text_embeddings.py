@@ -1,4 +1,4 @@
-"""Embeddings of the prompts: from the store they are captions of, or from the text encoder."""
+"""Embeddings of the prompts: from the store whose captions they are, or from the text encoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,38 +9,41 @@ from imagen_core.store import Store, StoreError, restore
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
 from stages.encoders.prompts import encode_prompts
-from stages.sampling.caption_sets import StoreCaptions
-from stages.sampling.config import SampleConfig
 from stages.sampling.requests import ImageRequest
 
 
-class Embeddings:
+class PromptEmbeddings:
     """Embeddings of prompts as the cascade was trained on; each prompt is encoded once."""
 
     def __init__(
         self,
-        config: SampleConfig,
         encoder: Mapping[str, Any] | None,
+        store: Store | None,
         *,
         model: str | None,
         use_gpu: bool,
         option: str = "encoder_model",
     ):
-        """`encoder` describes the one the model was trained on, None if it reads no captions; it is found at `model`,
-        if that is given; `option` is its key, for messages."""
+        """
+        Args:
+            encoder: describes the text encoder the model was trained with; None if the model reads no captions.
+            store: holds the captions, if the prompts are a store's; None means that prompts are encoded.
+            model: where the encoder is, if not where it was in training.
+            option: the key of `model`, for messages.
+        """
         self._encoder, self._model, self._use_gpu, self._option = encoder, model, use_gpu, option
-        self._stored = None if encoder is None else _stored_group(config, encoder)
+        self._stored = None if encoder is None or store is None else _stored_group(store, encoder)
         self._encoded: dict[str, np.ndarray] = {}
 
     @property
     def origin(self) -> str | None:
-        """Where they are from."""
+        """Where the embeddings come from; None if the model reads no captions."""
         if self._encoder is None:
             return None
         return "encoder" if self._stored is None else f"store, text-{self._stored[1]}"
 
-    def prepare(self, images: Sequence[ImageRequest]) -> None:
-        """Encodes what `of` will be asked for; the encoder is loaded for that, and not kept.
+    def encode(self, requests: Sequence[ImageRequest]) -> None:
+        """Encodes the prompts that `of` will need; the encoder is loaded for it, and not kept.
 
         Raises:
             ConfigError: the encoder found is not the one of the cascade.
@@ -48,39 +51,36 @@ class Embeddings:
         """
         if self._encoder is None or self._stored is not None:
             return
-        prompts = sorted({image.prompt for image in images} - self._encoded.keys())
+        prompts = sorted({request.prompt for request in requests} - self._encoded.keys())
         if prompts:
             embeddings = encode_prompts(
                 prompts, self._encoder, model=self._model, use_gpu=self._use_gpu, option=self._option
             )
             self._encoded.update(zip(prompts, embeddings, strict=True))
 
-    def of(self, images: Sequence[ImageRequest]) -> list[np.ndarray] | None:
-        """One (num_tokens, dim) array an image; None if no stage reads captions."""
+    def of(self, requests: Sequence[ImageRequest]) -> list[np.ndarray] | None:
+        """One (num_tokens, dim) array per image; None if the model reads no captions."""
         if self._encoder is None:
             return None
         if self._stored is None:
-            return [self._encoded[image.prompt] for image in images]
+            return [self._encoded[request.prompt] for request in requests]
         store, name = self._stored
         try:
-            return [_read(store, name, image) for image in images]
+            return [_read(store, name, request) for request in requests]
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
 
 
-def _stored_group(config: SampleConfig, encoder: Mapping[str, Any]) -> tuple[Store, str] | None:
-    """The store's embeddings by the very encoder, of the very type; None if there are none."""
-    if not isinstance(config.captions, StoreCaptions):
-        return None
-    store = config.captions.store
+def _stored_group(store: Store, encoder: Mapping[str, Any]) -> tuple[Store, str] | None:
+    """The store's embeddings by the same encoder, of the same dtype; None if there are none."""
     for name, group in store.manifest.texts.items():
         if group.dtype == encoder["dtype"] and not differences(dict(encoder["fingerprint"]), group.fingerprint):
             return store, name
     return None
 
 
-def _read(store: Store, name: str, image: ImageRequest) -> np.ndarray:
-    caption = image.caption
+def _read(store: Store, name: str, request: ImageRequest) -> np.ndarray:
+    caption = request.caption
     assert caption.sample is not None
     shard, row = store.locate(caption.sample)
     files = store.shard(shard)

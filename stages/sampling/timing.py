@@ -1,4 +1,4 @@
-"""Seconds that a prior and each stage of a cascade take for an image."""
+"""Seconds that a prior and each stage of a cascade take per image."""
 
 import time
 from collections import defaultdict
@@ -12,23 +12,24 @@ class StageTimes:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
-        self._images = 0
+        self.num_images = 0
+        """Images sampled so far."""
         self._last = 0.0
 
     def start(self, images: int) -> None:
-        """A batch of so many images begins."""
-        self._images += images
+        """A batch of this many images begins."""
+        self.num_images += images
         self._last = self._now()
 
     def done(self, part: str) -> None:
-        """The prior, or the stage of so many pixels, has drawn the batch."""
+        """The prior, or the stage of this size in pixels, has finished the batch."""
         now = self._now()
         self._seconds[part] += now - self._last
         self._last = now
 
     def seconds_per_image(self) -> dict[str, float]:
-        """Of the prior and by size in pixels, with the stage's move to the device; empty if nothing was drawn."""
-        return {part: round(seconds / self._images, 4) for part, seconds in self._seconds.items()}
+        """By part: `prior`, or a stage's size in pixels, its move to the device included; empty if nothing ran."""
+        return {part: round(seconds / self.num_images, 4) for part, seconds in self._seconds.items()}
 
     def _now(self) -> float:
         if self._on_gpu:

@@ -1,4 +1,4 @@
-"""A cascade of small, untrained stages with the weights of every layer drawn at random."""
+"""A cascade of small, untrained stages with the weights of every layer sampled at random."""
 
 from dataclasses import replace
 
@@ -52,13 +52,13 @@ def caption(index: int) -> np.ndarray:
     return np.random.default_rng(index).standard_normal((2 + index, DIM)).astype(np.float16)
 
 
-def draw(cascade: Cascade, indices: list[int], **more: object) -> dict[int, Tensor]:
+def generate(cascade: Cascade, indices: list[int], **more: object) -> dict[int, Tensor]:
     arguments = {"dtype": torch.float64} | more
     return cascade.sample([caption(i) for i in indices], [100 + i for i in indices], **arguments)  # type: ignore[arg-type]
 
 
 def test_all_stages_are_returned_in_range(cascade: Cascade) -> None:
-    images = draw(cascade, [0, 1])
+    images = generate(cascade, [0, 1])
     assert {size: tuple(p.shape) for size, p in images.items()} == {
         8: (2, 3, 8, 8),
         16: (2, 3, 16, 16),
@@ -68,7 +68,7 @@ def test_all_stages_are_returned_in_range(cascade: Cascade) -> None:
 
 
 def test_an_image_does_not_depend_on_its_batch(cascade: Cascade) -> None:
-    alone, together = draw(cascade, [3]), draw(cascade, [1, 3, 5])
+    alone, together = generate(cascade, [3]), generate(cascade, [1, 3, 5])
     for size in cascade.sizes_px:
         torch.testing.assert_close(together[size][1], alone[size][0], rtol=0, atol=1e-8)
 
@@ -80,43 +80,43 @@ def test_seeds_and_captions_matter(cascade: Cascade) -> None:
     assert not torch.equal(first, other_caption)
 
 
-def test_captions_are_cut_as_in_training(cascade: Cascade) -> None:
+def test_captions_are_truncated_as_in_training(cascade: Cascade) -> None:
     cut = Cascade([replace(stage, max_tokens=3) for stage in cascade.stages], ENCODER)
     short = cascade.sample([caption(9)[:3]], [0], dtype=torch.float64)
     for size, image in cut.sample([caption(9)], [0], dtype=torch.float64).items():
         torch.testing.assert_close(image, short[size])
 
 
-def test_it_stops_early_and_goes_on_from_there(cascade: Cascade) -> None:
-    whole = draw(cascade, [0, 1])
-    base = draw(cascade, [0, 1], stop_stage=1)
+def test_a_cascade_stops_early_and_continues_from_there(cascade: Cascade) -> None:
+    whole = generate(cascade, [0, 1])
+    base = generate(cascade, [0, 1], stop_stage=1)
     assert list(base) == [8]
-    rest = draw(cascade, [0, 1], start_stage=1, low_res=base[8])
+    rest = generate(cascade, [0, 1], start_stage=1, low_res=base[8])
     assert list(rest) == [16, 32]
     torch.testing.assert_close(rest[32], whole[32])
 
 
-def test_it_enlarges_an_image_of_any_size(cascade: Cascade) -> None:
+def test_a_cascade_super_resolves_an_image_of_any_size(cascade: Cascade) -> None:
     image = torch.rand(1, 3, 11, 11, dtype=torch.float64) * 2 - 1
-    upsampled = draw(cascade, [0], start_stage=1, stop_stage=2, low_res=image)
+    upsampled = generate(cascade, [0], start_stage=1, stop_stage=2, low_res=image)
     assert upsampled[16].shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="needs a low-resolution image"):
-        draw(cascade, [0], start_stage=1)
+        generate(cascade, [0], start_stage=1)
 
 
 def test_image_to_image_keeps_the_image_at_strength_0() -> None:
     base = Cascade([stage(8)], ENCODER)
     image = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    kept = draw(base, [0], init_image=image, strength=0.0)
+    kept = generate(base, [0], init_image=image, strength=0.0)
     torch.testing.assert_close(kept[8], image)
-    assert not torch.equal(draw(base, [0], init_image=image, strength=0.7)[8], image)
+    assert not torch.equal(generate(base, [0], init_image=image, strength=0.7)[8], image)
 
 
 def test_inpainting_keeps_the_kept_part_at_every_stage(cascade: Cascade) -> None:
     start = torch.full((1, 3, 32, 32), 0.25, dtype=torch.float64)
     keep = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     keep[..., :16] = True
-    images = draw(cascade, [0], inpaint=Inpaint(start, keep, 2))
+    images = generate(cascade, [0], inpaint=Inpaint(start, keep, 2))
     for size, image in images.items():
         torch.testing.assert_close(image[..., : size // 2], torch.full_like(image[..., : size // 2], 0.25))
 
@@ -143,10 +143,10 @@ def test_without_captions_guidance_has_no_effect() -> None:
     ids=str,
 )
 def test_each_stage_has_its_own_settings(cascade: Cascade, setting: dict[str, object]) -> None:
-    base, enlarging = cascade.stages[:2]
-    settings = SamplingConfig.model_validate(enlarging.sampling.model_dump() | setting)
-    plain = draw(Cascade([base, enlarging], ENCODER), [0])
-    changed = draw(Cascade([base, replace(enlarging, sampling=settings)], ENCODER), [0])
+    base, upsampling = cascade.stages[:2]
+    settings = SamplingConfig.model_validate(upsampling.sampling.model_dump() | setting)
+    plain = generate(Cascade([base, upsampling], ENCODER), [0])
+    changed = generate(Cascade([base, replace(upsampling, sampling=settings)], ENCODER), [0])
     torch.testing.assert_close(changed[8], plain[8], rtol=0, atol=0)
     assert not torch.allclose(changed[16], plain[16], rtol=1e-3, atol=1e-3)
 
@@ -166,7 +166,7 @@ def test_each_stage_visits_the_levels_of_its_own_schedule(monkeypatch: pytest.Mo
         return network(self, x, sigma, conditioning)
 
     monkeypatch.setattr(Denoiser, "network", note)
-    draw(Cascade(stages, ENCODER), [0])
+    generate(Cascade(stages, ENCODER), [0])
     for levels, schedule in zip(seen.values(), schedules, strict=True):
         assert levels == pytest.approx(schedule.sigmas().flip(0).tolist(), rel=1e-9)
 
@@ -183,7 +183,7 @@ def test_one_stage_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         return move(self, device=device, dtype=dtype)
 
     monkeypatch.setattr(Denoiser, "to", note)
-    draw(two, [0], device="cpu:0", on_step=lambda index, done, total, x: events.append((index, f"step {done}")))
+    generate(two, [0], device="cpu:0", on_step=lambda index, done, total, x: events.append((index, f"step {done}")))
     steps = [f"step {done}" for done in (1, 2, 3)]
     assert events == [(index, event) for index in (0, 1) for event in ("cpu:0", *steps, "cpu")]
 
@@ -191,7 +191,7 @@ def test_one_stage_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
 def test_steps_are_reported() -> None:
     seen: list[tuple[int, int, int]] = []
     two = Cascade([stage(8), stage(16, 8, num_steps=2)], ENCODER)
-    draw(two, [0], on_step=lambda number, done, total, x: seen.append((number, done, total)))
+    generate(two, [0], on_step=lambda number, done, total, x: seen.append((number, done, total)))
     assert seen == [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 2), (1, 2, 2)]
 
 
@@ -215,36 +215,36 @@ def test_text_is_padded_with_zeros() -> None:
         pad_text([np.zeros((3, 5))], 1, DIM)
 
 
-def test_images_that_are_not_kept_are_not_enlarged_and_the_others_are_the_same(cascade: Cascade) -> None:
-    every, asked = draw(cascade, [0, 1, 2, 3]), []
+def test_images_that_are_not_kept_are_not_super_resolved_and_the_others_are_the_same(cascade: Cascade) -> None:
+    every, seen = generate(cascade, [0, 1, 2, 3]), []
 
     def keep(number: int, images: Tensor) -> Tensor:
-        asked.append((number, images.clone()))
+        seen.append((number, images.clone()))
         return torch.tensor([True, False, True, True] if number == 0 else [False, True, True])
 
-    kept = draw(cascade, [0, 1, 2, 3], keep=keep)
+    kept = generate(cascade, [0, 1, 2, 3], keep=keep)
     rows = {8: [0, 1, 2, 3], 16: [0, 2, 3], 32: [2, 3]}
     for size, images in kept.items():
         torch.testing.assert_close(images, every[size][rows[size]], rtol=1e-9, atol=1e-9)
-    assert [number for number, _ in asked] == [0, 1]
-    torch.testing.assert_close(asked[1][1], every[16][[0, 2, 3]], rtol=1e-9, atol=1e-9)
+    assert [number for number, _ in seen] == [0, 1]
+    torch.testing.assert_close(seen[1][1], every[16][[0, 2, 3]], rtol=1e-9, atol=1e-9)
 
 
 def test_the_kept_part_of_an_image_stays_with_its_row(cascade: Cascade) -> None:
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     inpaint = Inpaint(images, torch.ones(1, 1, 32, 32, dtype=torch.bool), resample_times=1)
-    kept = draw(cascade, [0, 1, 2], inpaint=inpaint, keep=lambda number, p: torch.arange(len(p)) > 0)
+    kept = generate(cascade, [0, 1, 2], inpaint=inpaint, keep=lambda number, p: torch.arange(len(p)) > 0)
     torch.testing.assert_close(kept[32], images[2:])
 
 
 def test_when_nothing_is_kept_the_rest_does_not_run(cascade: Cascade) -> None:
-    assert list(draw(cascade, [0, 1], keep=lambda number, p: torch.zeros(2, dtype=torch.bool))) == [8]
+    assert list(generate(cascade, [0, 1], keep=lambda number, p: torch.zeros(2, dtype=torch.bool))) == [8]
 
 
 def test_keep_must_answer_for_every_image(cascade: Cascade) -> None:
     for answer in (torch.ones(1, dtype=torch.bool), torch.ones(2)):
         with pytest.raises(ValueError, match="one bool for each of 2 images"):
-            draw(cascade, [0, 1], keep=lambda number, p, answer=answer: answer)
+            generate(cascade, [0, 1], keep=lambda number, p, answer=answer: answer)
 
 
 WRITING: dict[str, object] = {
@@ -260,22 +260,22 @@ WRITING: dict[str, object] = {
 def test_transcriptions_reach_the_stages_that_read_them() -> None:
     reading = Cascade([stage(8, writing=WRITING | {"max_characters": 5}), stage(16, 8)], ENCODER)
     assert reading.max_characters == 5
-    told = draw(reading, [0, 1], transcriptions=["AB", ""])
-    other, none = draw(reading, [0, 1], transcriptions=["BA", ""]), draw(reading, [0, 1])
-    assert not torch.equal(told[8][0], other[8][0])
-    torch.testing.assert_close(told[16][1], other[16][1], rtol=0, atol=1e-8)
-    torch.testing.assert_close(told[16][1], none[16][1], rtol=0, atol=1e-8)
+    with_text = generate(reading, [0, 1], transcriptions=["AB", ""])
+    other, none = generate(reading, [0, 1], transcriptions=["BA", ""]), generate(reading, [0, 1])
+    assert not torch.equal(with_text[8][0], other[8][0])
+    torch.testing.assert_close(with_text[16][1], other[16][1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(with_text[16][1], none[16][1], rtol=0, atol=1e-8)
     both = [reading.stages[0], stage(16, 8, writing=WRITING | {"resolutions": [8]})]
     assert Cascade(both, ENCODER).max_characters == 4
 
 
-def test_the_transcription_has_a_weight_of_its_own() -> None:
+def test_the_transcription_has_its_own_weight() -> None:
     cascades = [
         Cascade([stage(8, writing=WRITING, guidance={"text": 0.0, "transcription": weight})], ENCODER)
         for weight in (0.0, 1.0, 4.0)
     ]
-    ignored, plain, stressed = (draw(cascade, [0, 0], transcriptions=["AB", "CD"])[8] for cascade in cascades)
-    none = draw(cascades[1], [0, 0])[8]
+    ignored, plain, stressed = (generate(cascade, [0, 0], transcriptions=["AB", "CD"])[8] for cascade in cascades)
+    none = generate(cascades[1], [0, 0])[8]
     torch.testing.assert_close(ignored, none, rtol=0, atol=1e-8)
     assert not torch.allclose(plain, none)
     assert not torch.allclose(plain, stressed)
@@ -284,11 +284,11 @@ def test_the_transcription_has_a_weight_of_its_own() -> None:
 def test_wrong_transcriptions_are_named(cascade: Cascade) -> None:
     reading = Cascade([stage(8, writing=WRITING)], ENCODER)
     with pytest.raises(ValueError, match="transcriptions: no stage reads them"):
-        draw(cascade, [0], transcriptions=["A"])
+        generate(cascade, [0], transcriptions=["A"])
     with pytest.raises(ValueError, match="transcriptions: 1 for 2 images"):
-        draw(reading, [0, 1], transcriptions=["A"])
+        generate(reading, [0, 1], transcriptions=["A"])
     with pytest.raises(ValueError, match="transcription 'ABCDE': 5 bytes in UTF-8, but the model reads at most 4"):
-        draw(reading, [0], transcriptions=["ABCDE"])
+        generate(reading, [0], transcriptions=["ABCDE"])
 
 
 def test_a_stage_that_reads_image_embeddings_reads_their_direction_and_refuses_to_do_without() -> None:
@@ -297,11 +297,11 @@ def test_a_stage_that_reads_image_embeddings_reads_their_direction_and_refuses_t
     config = plain.config.model_copy(update={"unet": unet})
     decoder = Cascade([CascadeStage(random_weights(Denoiser(config).double()).eval(), plain.sampling)], ENCODER)
     embed = torch.randn(1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    image = draw(decoder, [0], image_embed=embed)[8]
-    torch.testing.assert_close(draw(decoder, [0], image_embed=3 * embed)[8], image)
-    assert not torch.allclose(draw(decoder, [0], image_embed=-embed)[8], image)
+    image = generate(decoder, [0], image_embed=embed)[8]
+    torch.testing.assert_close(generate(decoder, [0], image_embed=3 * embed)[8], image)
+    assert not torch.allclose(generate(decoder, [0], image_embed=-embed)[8], image)
     with pytest.raises(ValueError, match=r"image_embed: the 8 px stage reads image embeddings \(1, 6\) \(got None"):
-        draw(decoder, [0])
+        generate(decoder, [0])
 
 
 def test_a_noise_level_for_a_stage_trained_without_is_refused() -> None:
@@ -312,7 +312,7 @@ def test_a_noise_level_for_a_stage_trained_without_is_refused() -> None:
         Cascade([stage(8), quiet], ENCODER)
 
 
-def test_settings_that_do_not_fit_a_stage_are_refused_before_anything_is_drawn() -> None:
+def test_settings_that_do_not_fit_a_stage_are_refused_before_sampling() -> None:
     with pytest.raises(ValueError, match=r"the 8 px stage: guidance.image_embed is 3, .* it reads text: leave it out"):
         Cascade([stage(8, guidance={"image_embed": 3})], ENCODER)
     with pytest.raises(ValueError, match=r"the 16 px stage: guidance.labels is 0, .* it reads low_res, text"):

@@ -22,7 +22,7 @@ def test_values_out_of_range_are_clipped() -> None:
     assert to_pixels(torch.full((1, 3, 1, 1), -1.7)).min() == 0
 
 
-def test_images_are_read_turned_and_cut_to_the_centre_square(tmp_path: Path) -> None:
+def test_images_are_read_rotated_and_cropped_to_the_centre_square(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 0, 255), (10, 0, 30, 20))
     exif = image.getexif()

@@ -1,4 +1,4 @@
-"""Class labels: from a source to the store, to a training that leaves some out, and to images drawn by class."""
+"""Class labels: from a source to the store, to a training that leaves some out, and to images sampled by class."""
 
 import io
 import json
@@ -24,8 +24,9 @@ from imagen_core.train.evaluation import sample_grid, validation_loss
 from imagen_core.train.parallel.world import World
 from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
+from stages.evaluation.run import with_guidance
 from stages.sampling.config import SampleConfig
-from stages.sampling.session import prepare
+from stages.sampling.run import prepare
 from tests.commands import call, drops
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
@@ -146,7 +147,7 @@ def test_what_does_not_fit_is_refused(store: Path, tmp_path: Path) -> None:
         train(few, tmp_path / "run")
 
 
-def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
+def test_a_trained_model_samples_by_class(store: Path, tmp_path: Path) -> None:
     unet = BASE_UNET | {"num_classes": 3, "text_dim": None, "attention_type": "self"}
     settings = make_config(store, denoiser=BASE | {"unet": unet}, text=None, num_steps=3, precision="float32")
     train(settings, tmp_path / "model")
@@ -154,7 +155,7 @@ def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
     labels = next(value for name, value in weights.items() if "labels.embedding" in name)
     assert labels.shape[0] == 3
 
-    def drawn(name: str, *options: str) -> list[np.ndarray]:
+    def sampled(name: str, *options: str) -> list[np.ndarray]:
         out = tmp_path / name
         stage = json.dumps([{"checkpoint": str(tmp_path / "model"), "weights": "model", "sampling": {"num_steps": 4}}])
         result = call("run", "sample", "--out", str(out), "--quiet", "device=cpu", f"stages={stage}", *options)
@@ -162,16 +163,19 @@ def test_a_trained_model_draws_by_class(store: Path, tmp_path: Path) -> None:
         return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
     config = SampleConfig.model_validate({"stages": [{"checkpoint": str(tmp_path / "model")}], "labels": [0]})
-    swept = prepare(config).with_guidance(3.0, "all").cascade.stages[0].sampling.guidance
+    _, session = prepare(config)
+    swept = with_guidance(config.stages, session.cascade, 3.0, "all")
+    assert session.with_stages(swept).cascade.stages[0].sampling == swept[0].sampling
+    swept = swept[0].sampling.guidance
     assert (swept.labels, swept.text) == (3, 1)
 
-    images = drawn("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
+    images = sampled("a", "labels=[0,1,-1]", "seeds=[4,4,4]")
     assert not np.array_equal(images[0], images[1])
-    assert np.array_equal(drawn("b", "prompts=[any]", "seeds=[4]")[0], images[2]), "no label is an unknown one"
+    assert np.array_equal(sampled("b", "prompts=[any]", "seeds=[4]")[0], images[2]), "no label is an unknown one"
     record = json.loads((tmp_path / "a/images.json").read_text())
     assert [image["label"] for image in record["images"]] == [0, 1, -1]
     captions = ["captions.kind=store", f"captions.path={store}", "captions.num_captions=4", "seeds=[4,4,4,4]"]
-    of_store = drawn("c", *captions)
+    of_store = sampled("c", *captions)
     kinds = [p["label"] for p in json.loads((tmp_path / "c/images.json").read_text())["images"]]
     assert len(set(kinds)) > 1
     for label, image in zip(kinds, of_store, strict=True):

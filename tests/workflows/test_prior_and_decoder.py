@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagen_core.train import load_checkpoint
 from stages.sampling import prior as sample_prior
-from stages.sampling.config import SampleConfig, SamplePriorConfig
+from stages.sampling.config import SamplePriorConfig
 from tests.commands import call, precompute
 from tests.stages.encoders import tiny_models
 from tests.trained import COMMON, UNET, train
@@ -73,7 +73,7 @@ def pixels(out: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
 
-def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Path) -> None:
+def test_a_prior_and_a_decoder_generate_images_from_prompts(work: Path, tmp_path: Path) -> None:
     result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
     assert result.code == 0, result.err
     assert set(json.loads(result.out)["summary"]["seconds_per_image"]) == {"prior", "16"}
@@ -86,15 +86,15 @@ def test_a_prior_and_a_decoder_draw_images_from_prompts(work: Path, tmp_path: Pa
     assert [stage["step"] for stage in record["stages"]] == [4, 4]
 
 
-def test_the_prior_draws_in_the_precision_asked_for(
+def test_the_prior_samples_in_the_requested_precision(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    draw = sample_prior.generate_embeddings
+    generate = sample_prior.generate_embeddings
 
     def seeing(*arguments, **options):
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return draw(*arguments, **options)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(sample_prior, "generate_embeddings", seeing)
     for precision in ("float32", "bfloat16"):
@@ -127,7 +127,7 @@ def test_a_checkpoint_names_the_encoders_of_captions_and_images(work: Path) -> N
     ("more", "message"),
     [
         (["prior=null"], "the stages read image embeddings of 'clip'; give prior.checkpoint"),
-        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model draws images"),
+        (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model generates images"),
         (["stages.0.checkpoint={work}/prior"], "it is a prior, which draws embeddings"),
     ],
 )
@@ -193,10 +193,10 @@ def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeyp
     for encoder in (loaded.encoder, other):
         monkeypatch.setattr(sample_prior, "load_checkpoint_from", lambda *_, e=encoder: replace(loaded, encoder=e))
         monkeypatch.setattr(
-            sample_prior, "Embeddings", lambda *_, **more: found.append((more["option"], more["model"]))
+            sample_prior, "PromptEmbeddings", lambda *_, **more: found.append((more["option"], more["model"]))
         )
-        prior = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
-        config = SampleConfig(stages=({"checkpoint": "s"},), prior=prior, encoder_model="T5")  # type: ignore[arg-type]
-        sample_prior.PriorSampler(config, prior, torch.device("cpu"))
+        settings = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
+        cpu = torch.device("cpu")
+        sample_prior.PriorSampler(settings, store=None, encoder_model="T5", device=cpu, autocast=None)
     own = ("prior.encoder_model", "CLIP")
     assert found == [own, own, own, ("encoder_model", "T5")]

@@ -136,10 +136,10 @@ def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> N
     record = json.loads((tmp_path / "s" / "images.json").read_text())
     assert [p["seed"] for p in record["images"]] == [5, 6, 7, 8]
     assert (tmp_path / "s" / "grid.png").exists()
-    assert json.loads(result.out)["summary"]["drawn_now"] == 4
+    assert json.loads(result.out)["summary"]["generated_now"] == 4
 
 
-def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_batch_and_are_not_generated_twice(work: Path, tmp_path: Path) -> None:
     prompts = "prompts=[a small red circle,a large blue square on the right,a star]"
     one, three = tmp_path / "one", tmp_path / "three"
     assert sample(work, one, prompts, "batch_size=1").code == 0
@@ -149,7 +149,7 @@ def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, t
         assert np.abs(a - b).max() <= 1
     (one / "images-32" / "00001.png").unlink()
     again = sample(work, one, prompts, "batch_size=3")
-    assert json.loads(again.out)["summary"]["drawn_now"] == 1
+    assert json.loads(again.out)["summary"]["generated_now"] == 1
     other = sample(work, one, "prompts=[a triangle]")
     assert other.code == 2
     assert "holds images of other settings" in other.err
@@ -158,7 +158,7 @@ def test_images_do_not_depend_on_the_batch_and_are_not_drawn_twice(work: Path, t
     assert [p.name for p in (one / "images-32").iterdir()] == ["00000.png"]
 
 
-def test_an_image_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> None:
+def test_an_image_is_super_resolved_without_the_base(work: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "in.png")
     result = sample(work, tmp_path / "up", f"low_res=[{tmp_path}/in.png]", "prompts=[a red image]", stages=("sr",))
     assert result.code == 0, result.err
@@ -180,7 +180,7 @@ def test_an_image_is_enlarged_without_the_base(work: Path, tmp_path: Path) -> No
         ("device=gpu9", "device: 'gpu9'"),
         ("device=cuda:64", "device: 'cuda:64' is not there"),
         ("low_res=[absent.png]", "low_res: the first stage (16 px) is a base model"),
-        ("init_image=[absent.png]", "absent.png: cannot be read"),
+        ("init.images=[absent.png]", "absent.png: cannot be read"),
     ],
 )
 def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, words: str) -> None:
@@ -191,7 +191,7 @@ def test_bad_sampling_input_is_named(work: Path, tmp_path: Path, override: str, 
     assert "Traceback" not in result.err
 
 
-def test_images_to_enlarge_do_not_depend_on_the_batch_and_are_known_by_content(work: Path, tmp_path: Path) -> None:
+def test_low_res_images_do_not_depend_on_the_batch_and_are_identified_by_content(work: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     for name, size in (("small", 16), ("large", 64)):
         Image.fromarray(noise[:size, : size + 8]).save(tmp_path / f"{name}.png")
@@ -211,7 +211,7 @@ def test_the_centre_square_of_a_wide_image_is_kept_and_not_squashed(work: Path, 
     wide = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
     Image.fromarray(wide).save(tmp_path / "in.png")
     Image.new("RGB", (40, 16), (255, 255, 255)).save(tmp_path / "mask.png")
-    arguments = (f"inpaint_image={tmp_path}/in.png", f"inpaint_mask={tmp_path}/mask.png", "prompts=[a]")
+    arguments = (f"inpaint.image={tmp_path}/in.png", f"inpaint.mask={tmp_path}/mask.png", "prompts=[a]")
     assert sample(work, tmp_path / "s", *arguments, stages=("base",)).code == 0
     drawn = np.asarray(Image.open(tmp_path / "s/images-16/00000.png")).astype(int)
     assert np.abs(drawn - wide[:, 12:28]).max() <= 1

@@ -57,7 +57,7 @@ def sample(work: Path, out: Path, *more: str, guidance: float = 3.0) -> Result:
     return call("run", "sample", "-c", str(out.with_suffix(".yaml")), "--out", str(out), "--quiet", *more)
 
 
-def drawn(out: Path) -> list[bytes]:
+def sampled(out: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((out / "images-16").iterdir())]
 
 
@@ -70,15 +70,15 @@ def test_the_words_of_the_images_come_with_them(work: Path) -> None:
         assert not is_held_out_word(each.transcription)
 
 
-def test_words_are_drawn_from_lists_files_and_stores_alike(work: Path, tmp_path: Path) -> None:
+def test_words_come_alike_from_lists_files_and_stores(work: Path, tmp_path: Path) -> None:
     prompts = ["prompts=[a,b]", "transcriptions=[AB,C]"]
     assert sample(work, tmp_path / "list", *prompts).code == 0
     (tmp_path / "prompts.txt").write_text("a\tAB\n\nb\tC\n")
     assert sample(work, tmp_path / "file", f"prompts_file={tmp_path}/prompts.txt").code == 0
     assert sample(work, tmp_path / "alone", "transcriptions=[AB,C]").code == 0
     assert sample(work, tmp_path / "none", "prompts=[a,b]").code == 0
-    assert drawn(tmp_path / "list") == drawn(tmp_path / "file") == drawn(tmp_path / "alone")
-    assert all(a != b for a, b in zip(drawn(tmp_path / "list"), drawn(tmp_path / "none"), strict=True))
+    assert sampled(tmp_path / "list") == sampled(tmp_path / "file") == sampled(tmp_path / "alone")
+    assert all(a != b for a, b in zip(sampled(tmp_path / "list"), sampled(tmp_path / "none"), strict=True))
     record = json.loads((tmp_path / "file" / "images.json").read_text())
     assert [(each["prompt"], each["transcription"]) for each in record["images"]] == [("a", "AB"), ("b", "C")]
     captions = [f"captions.path={work}/run", "captions.kind=store", "captions.num_captions=2"]
@@ -88,7 +88,7 @@ def test_words_are_drawn_from_lists_files_and_stores_alike(work: Path, tmp_path:
     assert [each["transcription"] for each in record["images"]] == [written[e["key"]] for e in record["images"]]
 
 
-def test_other_words_are_another_drawing(work: Path, tmp_path: Path) -> None:
+def test_other_words_are_another_sampling(work: Path, tmp_path: Path) -> None:
     assert sample(work, tmp_path / "out", "transcriptions=[AB]").code == 0
     changed = sample(work, tmp_path / "out", "transcriptions=[CD]")
     assert changed.code == 2

@@ -13,8 +13,8 @@ class Extracted:
 
     arrays: Mapping[str, np.ndarray]
     """`features` float32 (n, d), and `logits` (n, classes) if the model is a classifier."""
-    facts: Mapping[str, int] = field(default_factory=dict)
-    """Counts to be told with the result."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Counts to report with the metrics, such as truncated captions."""
 
 
 class Named(Protocol):
@@ -29,16 +29,16 @@ class Named(Protocol):
         """Everything that decides the features; found without loading the model.
 
         Raises:
-            MachineError: the model cannot be found, or is of another kind.
+            MachineError: the model cannot be found, or has another kind.
         """
         ...
 
 
 class FeatureModel(Named, Protocol):
-    """The settings of one that looks at images."""
+    """The settings of a model that extracts features of images."""
 
     def extract(self, images: Iterable[np.ndarray]) -> Extracted:
-        """Loads the model and looks at uint8 RGB (h, w, 3) images, at the centre square of each.
+        """Loads the model and extracts the features of uint8 RGB (h, w, 3) images, of the centre square of each.
 
         Raises:
             MachineError: the model cannot be read.

@@ -32,7 +32,7 @@ class ClipFeatures(Config):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     max_tokens: int = Field(default=77, ge=2)
-    """Longest caption in tokens; longer ones are cut and counted."""
+    """Longest caption in tokens; longer ones are truncated and counted."""
     batch_size: int = Field(default=64, ge=1)
     """Images in one batch of the model."""
 
@@ -61,7 +61,9 @@ class ClipFeatures(Config):
         config = self._captions()
         config.identify()
         encoded = load_encoder(config, threads_of_process()).encode([clean_caption(caption) for caption in captions])
-        return Extracted({"features": np.concatenate(encoded.embeddings)}, {"captions_cut": encoded.num_truncated})
+        return Extracted(
+            {"features": np.concatenate(encoded.embeddings)}, {"captions_truncated": encoded.num_truncated}
+        )
 
     def _captions(self) -> ClipTextConfig:
         return ClipTextConfig(

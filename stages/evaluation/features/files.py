@@ -15,12 +15,12 @@ from stages.evaluation.features.base import Extracted
 from stages.sources.arrays.npy import map_file
 from stages.sources.files import Damaged
 
-_TENSOR, _LABEL, _FACTS = "features", "label", "facts"
+_TENSOR, _LABEL, _COUNTS = "features", "label", "counts"
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureFile:
-    """One array with a row for each image."""
+    """One array with a row per image."""
 
     rows: np.ndarray
     label: str | None
@@ -28,19 +28,19 @@ class FeatureFile:
 
 
 def write_features(path: Path, extracted: Extracted, label: str) -> None:
-    """Writes what a model gave as .safetensors; the file appears whole or not at all."""
+    """Writes extracted features as .safetensors; the file appears in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
-    save_file(arrays, temporary, metadata={_LABEL: label, _FACTS: json.dumps(dict(extracted.facts))})
+    save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: json.dumps(dict(extracted.counts))})
     commit_file(temporary, path)
 
 
 def read_extracted(path: Path) -> Extracted:
-    """What `write_features` wrote."""
+    """Reads a file of `write_features`."""
     with safe_open(path, framework="np") as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
-        return Extracted(arrays, json.loads(opened.metadata()[_FACTS]))
+        return Extracted(arrays, json.loads(opened.metadata()[_COUNTS]))
 
 
 def read_features(path: str | Path, field: str) -> FeatureFile:
@@ -49,7 +49,7 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
     Args:
         field: how the user names the file, for messages.
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: it cannot be read, or contains something else.
     """
     file = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""All that the metrics need to know of some images: computed once, and kept beside the run."""
+"""The features that metrics are computed from: extracted once, and kept in the run folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,17 +19,18 @@ from stages.evaluation.features.lpips import LpipsDistance
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Rows of features of the same images; None where they are not known."""
+    """Features with one row per image, all of the same images; None where they are not known."""
 
     label: str | None
-    """The model that `features` are from."""
+    """The model that extracted `features`."""
     features: np.ndarray | None = None
     logits: np.ndarray | None = None
     clip_images: np.ndarray | None = None
     clip_texts: np.ndarray | None = None
     lpips: np.ndarray | None = None
     """(n, 1), the distance of each image to the one it should look like."""
-    facts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Counts to report with the metrics."""
 
     @cached_property
     def moments(self) -> Moments:
@@ -39,20 +40,20 @@ class FeatureSet:
 
 
 class FeatureCache:
-    """Features in a folder, in a file for each set of images and model; an earlier one of that name is replaced."""
+    """Features in a folder, one file per set of images and model; an earlier file of the same name is replaced."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def get(self, name: str, identity: object, model: Named, extract: Callable[[], Extracted]) -> Extracted:
-        """What `extract` gives, or gave before for the same identity and model."""
+        """The result of `extract`, from the file if it is already there for the same identity and model."""
         stem = f"{name}-{digest(model.fingerprint())[:8]}"
         path = self._folder / f"{stem}-{digest(identity)[:16]}.safetensors"
         if path.exists():
             return read_extracted(path)
         extracted = extract()
-        for former in self._folder.glob(f"{stem}-*.safetensors"):
-            former.unlink()
+        for previous in self._folder.glob(f"{stem}-*.safetensors"):
+            previous.unlink()
         write_features(path, extracted, model.label)
         return extracted
 
@@ -74,10 +75,10 @@ def gather(
         ConfigError: an image cannot be read, or there are no captions for `clip`.
     """
 
-    def look(model: FeatureModel) -> Extracted:
+    def extract(model: FeatureModel) -> Extracted:
         return cache.get(name, images.identity, model, lambda: model.extract(images.read()))
 
-    looked = Extracted({}) if model is None else look(model)
+    extracted = Extracted({}) if model is None else extract(model)
     image_features, texts = None, Extracted({})
     if clip is not None:
         captions = images.captions()
@@ -85,7 +86,7 @@ def gather(
             raise ConfigError(
                 f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
             )
-        image_features = look(clip).arrays["features"]
+        image_features = extract(clip).arrays["features"]
         texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
     distances = None
     if lpips is not None and originals is not None:
@@ -94,12 +95,12 @@ def gather(
         distances = found.arrays["features"]
     return FeatureSet(
         None if model is None else model.label,
-        looked.arrays.get("features"),
-        looked.arrays.get("logits"),
+        extracted.arrays.get("features"),
+        extracted.arrays.get("logits"),
         image_features,
         texts.arrays.get("features"),
         distances,
-        {**looked.facts, **texts.facts},
+        {**extracted.counts, **texts.counts},
     )
 
 

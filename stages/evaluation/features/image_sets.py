@@ -1,4 +1,4 @@
-"""Where the images to judge come from: a folder or a store; or only their features, from files."""
+"""Where the images to evaluate come from: a folder or a store; or only their features, from files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,34 +25,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Some images in an order."""
+    """A sequence of images."""
 
     identity: Mapping[str, object]
     """Changes when an image or the order does."""
     count: int
     read: Callable[[], Iterator[np.ndarray]]
-    """uint8 RGB (h, w, 3) each."""
+    """uint8 RGB (h, w, 3) per image."""
     captions: Callable[[], Sequence[str] | None]
-    """One each; None if there are none."""
+    """One per image; None if there are none."""
 
 
 class ImageFolder(Config):
-    """Images of a folder and the folders in it, by name."""
+    """Images of a folder and its subfolders, ordered by name."""
 
     kind: Literal["folder"] = "folder"
     path: str
-    """The folder. Captions, for the CLIP score, are read from NAME.txt beside NAME.png."""
+    """The folder. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
 
     def open(self, field: str) -> ImageSet:
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise ConfigError(f"{field}.path: {self.path} holds no images; give a folder with at least one")
-        return image_files(files, partial(_beside, files))
+        return image_files(files, partial(_texts_next_to, files))
 
 
 class StoreImageSet(Config):
-    """Images of a store; captions are the first of each sample."""
+    """Images of a store, each with the first caption of its sample."""
 
     kind: Literal["store"] = "store"
     path: str
@@ -75,10 +75,10 @@ class StoreImageSet(Config):
 
 
 def image_samples(store: Store, path: str, size_px: int, samples: Sequence[int], field: str) -> ImageSet:
-    """Images of these samples of a store, in this order; captions are the first of each.
+    """Images of these samples of a store, in this order, each with the first caption of its sample.
 
     Raises:
-        ConfigError: the store has none of the size.
+        ConfigError: the store has no images of this size.
     """
     if size_px not in store.image_sizes:
         raise ConfigError(f"{field}.size_px: {path} has no images of {size_px} px; it has {store.image_sizes}")
@@ -97,13 +97,13 @@ def image_samples(store: Store, path: str, size_px: int, samples: Sequence[int],
 
 
 class FeatureFiles(Config):
-    """Features computed elsewhere, a row for each image: .npy, or .safetensors with one tensor."""
+    """Features computed elsewhere, a row per image: .npy, or .safetensors with one tensor."""
 
     kind: Literal["features"] = "features"
     path: str | None = None
     """For distances."""
     model: str | None = None
-    """The model they are from, for tables; null: as the file says."""
+    """The model that extracted them, for tables; null: as the file says."""
     logits: str | None = None
     """Of a classifier, for the Inception score."""
     clip_images: str | None = None
@@ -116,7 +116,7 @@ AnyImageSet = Annotated[ImageFolder | StoreImageSet | FeatureFiles, Field(discri
 
 
 def image_files(files: Sequence[Path], captions: Callable[[], Sequence[str] | None]) -> ImageSet:
-    """Images of these files; known by their content."""
+    """Images of these files, identified by their content."""
     identity = {"files": [file_digest(path) for path in files]}
     return ImageSet(identity, len(files), partial(_file_pixels, files), captions)
 
@@ -129,14 +129,16 @@ def _file_pixels(files: Sequence[Path]) -> Iterator[np.ndarray]:
             raise ConfigError(str(error)) from error
 
 
-def _beside(files: Sequence[Path]) -> list[str] | None:
-    """The texts beside images; None if there is none."""
+def _texts_next_to(files: Sequence[Path]) -> list[str] | None:
+    """The texts next to images; None if there are none."""
     texts = [path.with_suffix(".txt") for path in files]
     missing = [text for text in texts if not text.exists()]
     if len(missing) == len(texts):
         return None
     if missing:
-        raise ConfigError(f"{missing[0]}: is not there, as {len(missing)} of {len(texts)}; give each image a caption")
+        raise ConfigError(
+            f"{missing[0]}: is missing, as {len(missing)} of {len(texts)} are; give each image a caption"
+        )
     return [text.read_text("utf-8").strip() for text in texts]
 
 

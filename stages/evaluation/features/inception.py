@@ -53,7 +53,7 @@ class InceptionFeatures(Config):
         return Extracted({"features": np.concatenate(features), "logits": np.concatenate(logits)})
 
     def _batches(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Centre squares of one size; images of another size begin a new batch."""
+        """Centre squares of one size; an image of another size starts a new batch."""
         squares = map(center_square, images)
         held: list[np.ndarray] = []
         for square in squares:

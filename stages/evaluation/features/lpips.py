@@ -1,4 +1,4 @@
-"""LPIPS between images and those they should look like, from a file of weights."""
+"""LPIPS between images and the ones they should look like, from a file of weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -40,7 +40,7 @@ class LpipsDistance(Config):
 
         Raises:
             MachineError: the weights cannot be read.
-            ConfigError: a pair of other sizes, or images that are too small.
+            ConfigError: a pair with different sizes, or images that are too small.
         """
         import torch
 
@@ -68,7 +68,7 @@ class LpipsDistance(Config):
             a, b = map(center_square, pair)
             if a.shape != b.shape:
                 raise ConfigError(
-                    f"lpips: image {number} is {len(a)} px and the one it is compared with {len(b)} px; take "
+                    f"lpips: image {number} is {len(a)} px and the one it is compared with {len(b)} px; give "
                     "equal sizes"
                 )
             if held and (len(held) == self.batch_size or a.shape != held[0][0].shape):

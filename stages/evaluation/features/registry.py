@@ -1,6 +1,6 @@
 """The kinds of feature models.
 
-TorchScript archives, in which some feature networks are published, are none of them: loading one runs code from the
+TorchScript archives, in which some feature networks are published, are not supported: loading one runs code from the
 file.
 """
 

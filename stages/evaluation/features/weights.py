@@ -1,4 +1,4 @@
-"""Files of weights: .safetensors only, as others run code when they are loaded."""
+"""Files of weights: .safetensors only, as other formats run code when they are loaded."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def weights_digest(field: str, path: str) -> str:
     """SHA-256 of the file that `field` of the configuration names.
 
     Raises:
-        ConfigError: it is of another format.
+        ConfigError: it has another format.
         MachineError: it cannot be read.
     """
     if Path(path).suffix != ".safetensors":
@@ -32,7 +32,7 @@ def weights_digest(field: str, path: str) -> str:
 
 
 def load_weights(field: str, path: str, make: "Callable[[Mapping[str, Tensor]], T]") -> T:
-    """What `make` makes of the file's tensors; it raises ValueError if they do not fit.
+    """Calls `make` with the file's tensors; `make` raises ValueError if they do not fit.
 
     Raises:
         MachineError: the file cannot be read, or does not fit.

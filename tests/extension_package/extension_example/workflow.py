@@ -29,5 +29,5 @@ class WordCounts(JobWorkflow):
         job.run.storage.write_json("words.json", dict(counts))
         return {"words": sum(counts.values()), "distinct_words": len(counts)}
 
-    def facts(self) -> Mapping[str, object]:
+    def dry_run(self) -> Mapping[str, object]:
         return {"samples": len(Store.open(self.config.store))}

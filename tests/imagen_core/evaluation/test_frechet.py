@@ -34,7 +34,7 @@ def test_a_set_has_distance_0_to_itself_also_with_fewer_samples_than_dimensions(
         assert abs(frechet_distance(moments, moments).distance) < 1e-9 * np.trace(moments.covariance)
 
 
-def test_it_is_what_scipys_matrix_root_gives() -> None:
+def test_the_frechet_distance_is_what_scipys_matrix_root_gives() -> None:
     linalg = pytest.importorskip("scipy.linalg")
     a, b = correlated(1, 200), correlated(2, 300)
     root = linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False))
@@ -52,7 +52,7 @@ def test_too_few_samples_are_a_warning_in_the_result() -> None:
     assert frechet_distance(Moments.of(correlated(1, 13)), Moments.of(correlated(2, 300))).warning is None
 
 
-def test_moments_do_not_depend_on_order_batches_or_who_counted_what() -> None:
+def test_moments_do_not_depend_on_order_batches_or_merging() -> None:
     rows = correlated(3, 2500).astype(np.float32) + 1000
     exact = rows.astype(np.float64)
     orders = np.random.default_rng(0).permutation(len(rows))
@@ -65,7 +65,7 @@ def test_moments_do_not_depend_on_order_batches_or_who_counted_what() -> None:
         np.testing.assert_allclose(moments.covariance, np.cov(exact, rowvar=False), rtol=1e-10, atol=1e-9)
 
 
-def test_a_memory_map_is_read_in_parts(tmp_path: Path) -> None:
+def test_features_in_a_memory_map_are_read_in_parts(tmp_path: Path) -> None:
     rows = correlated(3, 3000).astype(np.float16)
     np.save(tmp_path / "rows.npy", rows)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")

@@ -17,7 +17,7 @@ def network() -> FidInception:
     return network.requires_grad_(False)
 
 
-def test_it_has_the_parameters_of_inception_v3_with_1008_classes(network: FidInception) -> None:
+def test_the_network_of_fid_has_the_parameters_of_inception_v3_with_1008_classes(network: FidInception) -> None:
     """torchvision's, without the auxiliary classifier and with 1,000 classes, has 23,834,568."""
     assert sum(p.numel() for p in network.parameters()) == 23_834_568 + 8 * (2048 + 1)
 

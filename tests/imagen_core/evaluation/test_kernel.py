@@ -51,7 +51,7 @@ def test_the_seed_decides_the_subsets() -> None:
     assert kernel_distance(a, b, **settings, seed=4) != first
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_the_kernel_distance_refuses_features_that_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="features of 5 and of 4 dimensions"):
         kernel_distance(rows(1, 9), rows(2, 9)[:, :4])
     with pytest.raises(ValueError, match="n at least 2"):

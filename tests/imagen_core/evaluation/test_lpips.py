@@ -28,7 +28,7 @@ def test_the_networks_have_their_published_sizes(name: str, size: int) -> None:
     assert sum(p.numel() for p in Lpips(name).features.parameters()) == size
 
 
-def test_it_is_the_formula_of_the_paper(network: Lpips) -> None:
+def test_lpips_is_the_formula_of_the_paper(network: Lpips) -> None:
     a, b = pairs()
     weights = network.state_dict()
     names = [name for name in weights if name.startswith("features") and name.endswith("weight")]
@@ -67,7 +67,7 @@ def test_equal_images_have_distance_0_and_order_does_not_matter(network: Lpips) 
     torch.testing.assert_close(network(a[1:], b[1:]), network(a, b)[1:])
 
 
-def test_published_names_are_taken_and_what_does_not_fit_is_named(network: Lpips) -> None:
+def test_lpips_takes_weights_by_their_published_names_and_names_those_that_do_not_fit(network: Lpips) -> None:
     published = {
         name.replace(".weight", ".model.1.weight") if name.startswith("lin") else name: value.clone()
         for name, value in network.state_dict().items()

@@ -67,7 +67,7 @@ def test_precision_and_recall_are_what_neighbours_one_by_one_give() -> None:
     assert found.precision > found.recall, "half the width: inside the real ones, and covers few of them"
 
 
-def test_a_set_lies_among_itself_and_not_among_one_far_away() -> None:
+def test_a_set_of_features_lies_among_itself_and_not_among_one_far_away() -> None:
     rows = np.random.default_rng(0).standard_normal((20, 3))
     same, far = precision_recall(rows, rows), precision_recall(rows, rows + 100)
     assert (same.precision, same.recall, far.precision, far.recall) == (1, 1, 0, 0)

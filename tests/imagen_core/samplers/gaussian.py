@@ -1,7 +1,7 @@
 """Gaussian images: their denoiser in closed form, and the exact law of what a sampler makes of it.
 
-With this denoiser every step of every sampler is affine in the noise drawn, so the law of the result is Gaussian and
-its mean and variance follow exactly: run the sampler once with all draws 0 and once for each draw set to 1.
+With this denoiser every step of every sampler is affine in the noise, so the law of the result is Gaussian and
+its mean and variance follow exactly: run the sampler once with all noise 0 and once for each number set to 1.
 """
 
 from dataclasses import dataclass
@@ -30,22 +30,22 @@ class Gaussian:
 
 
 class UnitNoise:
-    """Noise for `sample`: row 0 of the batch gets zeros, row k + 1 the k-th unit vector of all numbers drawn."""
+    """Noise for `sample`: row 0 of the batch gets zeros, row k + 1 the k-th unit vector of all numbers sampled."""
 
     def __init__(self, rows: int):
         self._rows = rows
-        self.drawn = 0
+        self.sampled = 0
 
     def __len__(self) -> int:
         return self._rows
 
-    def draw(self, shape: tuple[int, ...], device: object = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    def normal(self, shape: tuple[int, ...], device: object = None, dtype: torch.dtype = torch.float64) -> Tensor:
         size = int(torch.tensor(shape).prod())
         flat = torch.zeros(self._rows, size, dtype=dtype)
         for pixel in range(size):
-            if self.drawn + pixel + 1 < self._rows:
-                flat[self.drawn + pixel + 1, pixel] = 1
-        self.drawn += size
+            if self.sampled + pixel + 1 < self._rows:
+                flat[self.sampled + pixel + 1, pixel] = 1
+        self.sampled += size
         return flat.reshape(self._rows, *shape)
 
 
@@ -53,7 +53,7 @@ def law(sampler: Sampler, denoise, sigmas: Tensor, shape=(1, 1, 1), **options) -
     """Exact mean (pixels,) and covariance (pixels, pixels) of the sampler's images, for an affine denoiser."""
     counter = UnitNoise(1)
     sample(sampler, denoise, sigmas, counter, shape, dtype=torch.float64, **options)
-    draws = UnitNoise(counter.drawn + 1)
-    rows = sample(sampler, denoise, sigmas, draws, shape, dtype=torch.float64, **options).flatten(1)
+    noise = UnitNoise(counter.sampled + 1)
+    rows = sample(sampler, denoise, sigmas, noise, shape, dtype=torch.float64, **options).flatten(1)
     effects = rows[1:] - rows[:1]
     return rows[0], effects.T @ effects

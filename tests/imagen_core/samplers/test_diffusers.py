@@ -54,7 +54,7 @@ def vp_steps(scheduler, **options) -> tuple[Tensor, list[Tensor]]:
     level = ((1 - kept) / kept).sqrt().float()
     x = start(float(level[scheduler.timesteps[0]])) / (1 + level[scheduler.timesteps[0]] ** 2).sqrt()
     generator, states = torch.Generator().manual_seed(1), []
-    if options.pop("draws", False):
+    if options.pop("adds_noise", False):
         options["generator"] = generator
     for timestep in scheduler.timesteps:
         sigma = level[timestep]
@@ -71,16 +71,16 @@ def vp_steps(scheduler, **options) -> tuple[Tensor, list[Tensor]]:
         (
             Ancestral(),
             diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_small", clip_sample=False),
-            {"draws": True},
+            {"adds_noise": True},
         ),
         (
             Ancestral(variance="fixed_large"),
             diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_large", clip_sample=False),
-            {"draws": True},
+            {"adds_noise": True},
         ),
         (Ddim(), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {}),
-        (Ddim(eta=0.5), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 0.5, "draws": True}),
-        (Ddim(eta=1.0), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 1.0, "draws": True}),
+        (Ddim(eta=0.5), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 0.5, "adds_noise": True}),
+        (Ddim(eta=1.0), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 1.0, "adds_noise": True}),
         (Plms(), diffusers.PNDMScheduler(**LINEAR, skip_prk_steps=True, set_alpha_to_one=True), {}),
     ],
     ids=["ddpm", "ddpm fixed_large", "ddim eta 0", "ddim eta 0.5", "ddim eta 1", "plms"],
@@ -135,7 +135,7 @@ def test_steps_of_pseudo_runge_kutta_followed_by_plms():
         def __len__(self):
             return SHAPE[0]
 
-        def draw(self, *_):
+        def normal(self, *_):
             return start(1.0)
 
     sample(

@@ -75,12 +75,12 @@ def test_ddims_reverse_is_equation_12_with_the_next_level_above():
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Ddim(eta=0.5), Euler(churn=0.2)], ids=repr)
-def test_a_sampler_that_draws_noise_has_no_way_back(sampler):
-    with pytest.raises(ValueError, match="draws noise, so it has no way back"):
+def test_a_sampler_that_adds_noise_cannot_encode(sampler):
+    with pytest.raises(ValueError, match="adds noise, so it cannot encode"):
         encode(sampler, Gaussian().denoise, Karras().sigmas(LogNormal(), 5), image())
 
 
-def test_progress_is_told_and_a_bad_grid_refused():
+def test_encoding_reports_progress_and_refuses_a_bad_grid():
     seen = []
     encode(
         Ddim(),
@@ -94,14 +94,14 @@ def test_progress_is_told_and_a_bad_grid_refused():
         encode(Ddim(), Gaussian().denoise, torch.tensor([1.0, 2.0, 0.0]), image())
 
 
-def test_a_latent_is_begun_with_in_place_of_a_draw():
+def test_sampling_starts_from_a_latent_instead_of_random_noise():
     sigmas = Karras().sigmas(LogNormal(), 6)
-    latent = SeededNoise([3, 4]).draw(SHAPE[1:], dtype=torch.float64)
-    drawn, given = (
+    latent = SeededNoise([3, 4]).normal(SHAPE[1:], dtype=torch.float64)
+    sampled, given = (
         sample(Heun(), Gaussian().denoise, sigmas, SeededNoise(seeds), SHAPE[1:], dtype=torch.float64, latent=latent)
         for seeds in ([3, 4], [8, 9])
     )
-    assert torch.equal(given, drawn)
+    assert torch.equal(given, sampled)
     noise = SeededNoise([1, 2])
     with pytest.raises(ValueError, match="latent and init_image"):
         sample(Heun(), Gaussian().denoise, sigmas, noise, SHAPE[1:], latent=latent, init_image=latent)

@@ -43,14 +43,14 @@ def test_a_gaussian_is_reached_in_mean_and_variance(name):
 
 @pytest.mark.parametrize("schedule", [LogSnrLinear(), LogSnrCosine(), Discrete(num_steps=2000)], ids=lambda s: s.kind)
 @pytest.mark.parametrize("name", ["ancestral", "ddim_0", "heun", "dpmpp_2m", "plms"])
-def test_it_is_reached_on_the_steps_of_every_schedule(name, schedule):
+def test_a_gaussian_is_reached_on_the_steps_of_every_schedule(name, schedule):
     sampler, _ = SAMPLERS[name]
     mean_error, variance_error = relative_errors(sampler, Uniform().sigmas(schedule, 2000), Gaussian())
     assert mean_error < 0.01
     assert variance_error < 0.01
 
 
-def test_drawn_images_have_the_mean_and_variance_that_the_exact_law_says():
+def test_sampled_images_have_the_mean_and_variance_of_the_exact_law():
     data, sigmas = Gaussian(), Karras().sigmas(LogNormal(), 8)
 
     class OneGenerator:
@@ -61,7 +61,7 @@ def test_drawn_images_have_the_mean_and_variance_that_the_exact_law_says():
         def __len__(self):
             return self._count
 
-        def draw(self, shape, device, dtype):
+        def normal(self, shape, device, dtype):
             return torch.randn(self._count, *shape, generator=self._generator, dtype=dtype)
 
     for sampler in (Ancestral(), Heun(churn=0.3)):

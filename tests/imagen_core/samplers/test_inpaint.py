@@ -1,4 +1,4 @@
-"""Inpainting keeps what it is told to keep, and draws the rest to fit it."""
+"""Inpainting keeps the masked part of an image, and generates the rest to fit it."""
 
 import pytest
 import torch
@@ -46,14 +46,14 @@ def inpainted_law(sampler, resample_times, known=0.9, num_steps=20):
     return float(mean[1]), float(covariance[1, 1])
 
 
-def test_the_drawn_part_comes_to_fit_the_kept_one_with_resampling():
+def test_the_generated_part_fits_the_kept_part_after_resampling():
     wanted_mean = float(MEAN[1]) + CORRELATION * (0.9 - float(MEAN[0]))
     wanted_variance = STD**2 * (1 - CORRELATION**2)
     errors = {times: abs(inpainted_law(Ancestral(), times)[0] - wanted_mean) for times in (1, 3, 10)}
     assert errors[10] < errors[3] < errors[1]
     mean, variance = inpainted_law(Ancestral(), 10, num_steps=50)
     assert mean == pytest.approx(wanted_mean, abs=0.02)
-    assert variance == pytest.approx(wanted_variance, rel=0.25)  # that of a pixel drawn alone is 5 times as large
+    assert variance == pytest.approx(wanted_variance, rel=0.25)  # a pixel sampled alone has 5 times as much
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_kept_pixels_are_exactly_those_of_the_image(sampler):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(3, 2, 4, 4, generator=generator) * 2 - 1
     keep = torch.rand(3, 1, 4, 4, generator=generator) < 0.5
-    drawn = sample(
+    generated = sample(
         sampler,
         Gaussian().denoise,
         Karras().sigmas(LogNormal(), 6),
@@ -72,14 +72,14 @@ def test_kept_pixels_are_exactly_those_of_the_image(sampler):
         inpaint=Inpaint(image, keep, resample_times=2),
     )
     kept = keep.expand_as(image)
-    assert torch.equal(drawn[kept], image[kept])
-    assert not bool((drawn[~kept] == image[~kept]).any())
+    assert torch.equal(generated[kept], image[kept])
+    assert not bool((generated[~kept] == image[~kept]).any())
 
 
 def test_one_image_and_mask_serve_a_whole_batch_and_do_not_tie_it_together():
     image, keep = torch.zeros(1, 1, 2, 2), torch.eye(2, dtype=torch.bool).reshape(1, 1, 2, 2)
 
-    def draw(seeds):
+    def generate(seeds):
         return sample(
             Ancestral(),
             Gaussian().denoise,
@@ -89,11 +89,11 @@ def test_one_image_and_mask_serve_a_whole_batch_and_do_not_tie_it_together():
             inpaint=Inpaint(image, keep, resample_times=3),
         )
 
-    torch.testing.assert_close(draw([7]), draw([5, 6, 7])[2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(generate([7]), generate([5, 6, 7])[2:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_every_step_but_the_last_is_taken_as_often_as_asked(times):
+def test_every_inpainting_step_but_the_last_is_repeated_as_often_as_configured(times):
     calls = 0
 
     def denoise(x, sigma):

@@ -36,21 +36,21 @@ SHAPE = (1, 2, 2)
 def test_one_step_is_the_denoised_image(sampler):
     sampler = sampler.model_copy(update={"churn": 0.0}) if isinstance(sampler, Euler) else sampler
     sigmas = Karras().sigmas(LogNormal(), 1)
-    noise = SeededNoise([4]).draw(SHAPE, dtype=torch.float64)
+    noise = SeededNoise([4]).normal(SHAPE, dtype=torch.float64)
     expected = Gaussian().denoise(80.0 * noise, torch.tensor(80.0, dtype=torch.float64))
-    drawn = sample(sampler, Gaussian().denoise, sigmas, SeededNoise([4]), SHAPE, dtype=torch.float64)
-    torch.testing.assert_close(drawn, expected)
+    generated = sample(sampler, Gaussian().denoise, sigmas, SeededNoise([4]), SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(generated, expected)
 
 
 @every_sampler
-def test_any_number_of_steps_draws_finite_images(sampler):
+def test_any_number_of_steps_generates_finite_images(sampler):
     for num_steps in (2, 3, 4, 5, 17):
         sigmas = Karras().sigmas(LogNormal(), num_steps)
-        drawn = sample(sampler, Gaussian().denoise, sigmas, SeededNoise(range(4)), SHAPE)
-        assert drawn.dtype == torch.float32
-        assert drawn.shape == (4, *SHAPE)
-        assert bool(drawn.isfinite().all())
-    assert float((drawn - 0.5).abs().max()) < 4 * 0.4
+        generated = sample(sampler, Gaussian().denoise, sigmas, SeededNoise(range(4)), SHAPE)
+        assert generated.dtype == torch.float32
+        assert generated.shape == (4, *SHAPE)
+        assert bool(generated.isfinite().all())
+    assert float((generated - 0.5).abs().max()) < 4 * 0.4
 
 
 @every_sampler
@@ -80,10 +80,10 @@ def test_more_steps_than_a_discrete_schedule_has_are_refused_with_both_numbers(s
     ],
     ids=lambda value: repr(value) if isinstance(value, Threshold) else "",
 )
-def test_the_threshold_asked_for_is_the_one_used(sampler, threshold, expected):
+def test_the_configured_threshold_is_the_one_used(sampler, threshold, expected):
     """One published EDM sampler replaced whatever it was given by dynamic thresholding."""
     image = torch.tensor([3.0, -0.5], dtype=torch.float64).reshape(1, 1, 1, 2)
-    drawn = sample(
+    generated = sample(
         sampler,
         lambda x, sigma: threshold(image.expand_as(x)),
         Karras().sigmas(LogNormal(), 4),
@@ -91,34 +91,34 @@ def test_the_threshold_asked_for_is_the_one_used(sampler, threshold, expected):
         (1, 1, 2),
         dtype=torch.float64,
     )
-    torch.testing.assert_close(drawn.flatten(), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(generated.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
 @every_sampler
 def test_an_image_does_not_depend_on_its_batch(sampler):
-    def draw(seeds):
+    def generate(seeds):
         sigmas = Karras().sigmas(LogNormal(), 6)
         return sample(sampler, Gaussian().denoise, sigmas, SeededNoise(seeds), SHAPE, dtype=torch.float64)
 
-    batch = draw([11, 12, 13, 14, 15])
-    torch.testing.assert_close(draw([13]), batch[2:3], rtol=0, atol=1e-12)
-    torch.testing.assert_close(draw([15, 13]), batch[[4, 2]], rtol=0, atol=1e-12)
+    batch = generate([11, 12, 13, 14, 15])
+    torch.testing.assert_close(generate([13]), batch[2:3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(generate([15, 13]), batch[[4, 2]], rtol=0, atol=1e-12)
     assert float((batch[1] - batch[2]).abs().max()) > 0.1
 
 
-def test_nor_does_it_with_a_network_guidance_and_dynamic_thresholding():
+def test_an_image_of_a_network_with_guidance_and_dynamic_thresholding_does_not_depend_on_its_batch():
     denoiser = with_random_weights(small_denoiser(), seed=0).double()
     text = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seeds = [11, 12, 13, 14, 15]
 
-    def draw(rows):
+    def generate(rows):
         conditioning = Conditioning(text=text[rows], text_mask=torch.ones(len(rows), 3, dtype=torch.bool))
         denoise = guided(denoiser, conditioning, Guidance(text=3.0), Threshold(kind="dynamic", percentile=0.9))
         noise = SeededNoise([seeds[row] for row in rows])
         grid = Karras().sigmas(LogNormal(), 3)
         return sample(Ancestral(), denoise, grid, noise, (3, 8, 8), dtype=torch.float64)
 
-    batch, alone, mixed = draw([0, 1, 2, 3, 4]), draw([2]), draw([4, 2])
+    batch, alone, mixed = generate([0, 1, 2, 3, 4]), generate([2]), generate([4, 2])
     torch.testing.assert_close(alone[0], batch[2], rtol=0, atol=1e-6)
     torch.testing.assert_close(mixed, batch[[4, 2]], rtol=0, atol=1e-6)
     assert float((batch[1] - batch[2]).abs().max()) > 0.1
@@ -129,22 +129,24 @@ def test_strength_0_returns_the_image_and_strength_1_ignores_it(sampler):
     image = torch.rand(2, *SHAPE, dtype=torch.float64) * 2 - 1
     sigmas = Karras().sigmas(LogNormal(), 8)
 
-    def draw(**options):
+    def generate(**options):
         noise = SeededNoise([1, 2])
         return sample(sampler, Gaussian().denoise, sigmas, noise, SHAPE, dtype=torch.float64, **options)
 
-    assert torch.equal(draw(init_image=image, strength=0), image)
-    assert torch.equal(draw(init_image=image, strength=1), draw())
+    assert torch.equal(generate(init_image=image, strength=0), image)
+    assert torch.equal(generate(init_image=image, strength=1), generate())
 
 
 def test_a_start_image_is_kept_as_far_as_the_exact_flow_keeps_it():
     data, image, noise = Gaussian(), torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64), SeededNoise([3])
     sigmas = Karras().sigmas(LogNormal(), 200)
     first = sigmas[100]
-    start = image + first * SeededNoise([3]).draw((1, 1, 1), dtype=torch.float64)
+    start = image + first * SeededNoise([3]).normal((1, 1, 1), dtype=torch.float64)
     expected = data.flow(start, first, torch.zeros((), dtype=torch.float64))
-    drawn = sample(Heun(), data.denoise, sigmas, noise, (1, 1, 1), dtype=torch.float64, init_image=image, strength=0.5)
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+    generated = sample(
+        Heun(), data.denoise, sigmas, noise, (1, 1, 1), dtype=torch.float64, init_image=image, strength=0.5
+    )
+    torch.testing.assert_close(generated, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5])
@@ -240,7 +242,7 @@ def test_the_first_and_last_steps_of_multistep_samplers_may_be_ddims(sampler, ca
         states.append(x)
         counted.append(0)
 
-    start = sigmas[0] * SeededNoise([4]).draw(SHAPE, dtype=torch.float64)
+    start = sigmas[0] * SeededNoise([4]).normal(SHAPE, dtype=torch.float64)
     sample(sampler, denoise, sigmas, SeededNoise([4]), SHAPE, dtype=torch.float64, on_step=on_step)
     assert counted[:-1] == calls
     for index, (x, result) in enumerate(zip([start, *states], states, strict=False)):

@@ -1,4 +1,4 @@
-"""Evaluation from the command line: a guidance sweep, resumed and in shares, and metrics of what is there already."""
+"""Evaluation from the command line: a guidance sweep, resumed and in shares, and metrics of existing images."""
 
 import json
 import shutil
@@ -33,15 +33,15 @@ def evaluate(out: Path, *overrides: str, **config: object) -> Result:
     return call("run", "evaluate", "-c", str(path), "--out", str(out), "--quiet", "--json", *overrides)
 
 
-def facts(result: Result) -> dict:
+def summary(result: Result) -> dict:
     assert result.code == 0, result.err
     return json.loads(result.out)["summary"]
 
 
 def sweep(cascade: Path, clip: Path) -> dict[str, object]:
-    """Three captions, drawn at 16 px with two guidance weights."""
+    """Three captions, sampled at 16 px with two guidance weights."""
     return {
-        "draw": {
+        "sample": {
             "stages": [{"checkpoint": str(cascade / "base"), "sampling": {"num_steps": 2}}],
             "captions": {"kind": "store", "path": str(cascade / "run"), "num_captions": 3},
             "device": "cpu",
@@ -58,11 +58,11 @@ def sweep(cascade: Path, clip: Path) -> dict[str, object]:
 def finished(cascade: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep; tests must not change it."""
     out = tmp_path_factory.mktemp("finished") / "sweep"
-    facts(evaluate(out, **sweep(cascade, clip)))
+    summary(evaluate(out, **sweep(cascade, clip)))
     return out
 
 
-def judged(out: Path) -> dict:
+def evaluated(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())["summary"]
 
 
@@ -72,7 +72,7 @@ def numbers(row: dict) -> list[float]:
 
 def test_a_guidance_sweep_has_a_folder_a_row_and_a_point_for_each_weight(finished: Path) -> None:
     out = finished
-    one, two = judged(out)["rows"]
+    one, two = evaluated(out)["rows"]
     assert [(row["name"], row["guidance"], row["images"]) for row in (one, two)] == [
         ("guidance-1", 1, 3),
         ("guidance-2.5", 2.5, 3),
@@ -95,44 +95,44 @@ def test_a_guidance_sweep_has_a_folder_a_row_and_a_point_for_each_weight(finishe
     assert results["fingerprints"]["clip"]["output"] == "projected"
 
 
-def test_an_interrupted_sweep_goes_on_and_gives_the_same_numbers(
+def test_an_interrupted_sweep_continues_and_gives_the_same_numbers(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:
-    out, whole = tmp_path / "sweep", judged(finished)
+    out, whole = tmp_path / "sweep", evaluated(finished)
     shutil.copytree(finished, out)
     kept = {name: (out / name).stat().st_mtime_ns for name in tree(out) if name.startswith("features/guidance-1-")}
     (out / "guidance-2.5/images-16/00001.png").unlink()
-    again = facts(evaluate(out, **sweep(cascade, clip)))
-    assert [again["drawn"][name]["drawn_now"] for name in ("guidance-1", "guidance-2.5")] == [0, 1]
+    again = summary(evaluate(out, **sweep(cascade, clip)))
+    assert [again["sampled"][name]["generated_now"] for name in ("guidance-1", "guidance-2.5")] == [0, 1]
     for before, after in zip(whole["rows"], again["rows"], strict=True):
         assert numbers(after) == pytest.approx(numbers(before), abs=0.02), "one level of rounding"
     assert kept
     assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
-def test_a_folder_of_other_settings_is_refused_by_name(
+def test_a_sweep_refuses_a_folder_of_other_settings_by_name(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
     shutil.copytree(finished, out)
-    result = evaluate(out, "draw.seed=7", **sweep(cascade, clip))
+    result = evaluate(out, "sample.seed=7", **sweep(cascade, clip))
     assert result.code == 2
     assert "sweep/guidance-1: holds images of other settings: images.00000.png.seed: 0 -> 7" in result.err
 
 
-def test_shares_draw_what_one_process_draws_and_the_last_one_judges(
+def test_shares_sample_what_one_process_samples_and_the_last_one_computes_the_metrics(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:
     config = sweep(cascade, clip)
-    first = facts(evaluate(tmp_path / "parts", "draw.part={index: 0, count: 2}", **config))
+    first = summary(evaluate(tmp_path / "parts", "sample.part={index: 0, count: 2}", **config))
     assert (first["missing"], "rows" in first) == (2, False)
     assert not (tmp_path / "parts/results.json").exists()
-    last = facts(evaluate(tmp_path / "parts", "draw.part={index: 1, count: 2}", **config))
-    for part, row in zip(last["rows"], judged(finished)["rows"], strict=True):
+    last = summary(evaluate(tmp_path / "parts", "sample.part={index: 1, count: 2}", **config))
+    for part, row in zip(last["rows"], evaluated(finished)["rows"], strict=True):
         assert numbers(part) == pytest.approx(numbers(row), abs=0.02)
 
 
-def test_a_folder_has_distance_0_to_itself_and_the_images_may_be_those_of_a_store(
+def test_a_folder_has_distance_0_to_itself_and_to_a_store_of_the_same_images(
     cascade: Path, clip: Path, tmp_path: Path
 ) -> None:
     store = Store.open(cascade / "run/store")
@@ -143,7 +143,7 @@ def test_a_folder_has_distance_0_to_itself_and_the_images_may_be_those_of_a_stor
     itself = {"kind": "folder", "path": str(folder)}
     stored = {"kind": "store", "path": str(cascade / "run/store")}
     for reference in (itself, stored):
-        [row] = facts(
+        [row] = summary(
             evaluate(
                 tmp_path / "out",
                 generated=itself,
@@ -160,9 +160,9 @@ def test_a_folder_has_distance_0_to_itself_and_the_images_may_be_those_of_a_stor
 
 def test_features_computed_here_may_be_used_again_as_files(finished: Path, tmp_path: Path) -> None:
     """And the CLIP score is the mean cosine of the files' rows."""
-    out, found = finished, judged(finished)
+    out, found = finished, evaluated(finished)
     files = {name.rsplit("-", 2)[0]: str(out / name) for name in tree(out) if name.startswith("features/")}
-    again = facts(
+    again = summary(
         evaluate(
             tmp_path / "files",
             generated={
@@ -182,7 +182,7 @@ def test_features_computed_here_may_be_used_again_as_files(finished: Path, tmp_p
     assert found["rows"][0]["clip_score"] == pytest.approx(np.mean([max(0, 100 * c) for c in cosines]), rel=1e-5)
 
 
-def test_captions_beside_images_are_scored(cascade: Path, clip: Path, tmp_path: Path) -> None:
+def test_captions_next_to_images_are_scored(cascade: Path, clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for number, sample in enumerate(Store.open(cascade / "run/store")[:3]):
@@ -191,23 +191,23 @@ def test_captions_beside_images_are_scored(cascade: Path, clip: Path, tmp_path: 
     generated = {"kind": "folder", "path": str(folder)}
     stored = {"kind": "store", "path": str(cascade / "run")}
     rows = [
-        facts(evaluate(tmp_path / "out", generated=images, clip={"model": str(clip)}))["rows"][0]
+        summary(evaluate(tmp_path / "out", generated=images, clip={"model": str(clip)}))["rows"][0]
         for images in (generated, {**stored, "num_images": 23})
     ]
     assert [row["images"] for row in rows] == [3, 23]
     (folder / "1.txt").unlink()
     refused = evaluate(tmp_path / "out", generated=generated, clip={"model": str(clip)})
     assert refused.code == 2
-    assert "1.txt: is not there, as 1 of 3" in refused.err
+    assert "1.txt: is missing, as 1 of 3" in refused.err
 
 
-def test_features_of_any_model_and_logits_are_judged_from_files(tmp_path: Path) -> None:
+def test_metrics_are_computed_from_files_of_features_of_any_model_and_of_logits(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows = {name: random.standard_normal((40, 4)) + shift for name, shift in (("a", 0.0), ("b", 3.0))}
     np.save(tmp_path / "a.npy", rows["a"])
     save_file({"rows": rows["b"].astype(np.float32)}, tmp_path / "b.safetensors")
     np.save(tmp_path / "logits.npy", np.tile(50.0 * np.eye(4), (10, 1)))
-    [row] = facts(
+    [row] = summary(
         evaluate(
             tmp_path / "out",
             generated={
@@ -228,27 +228,27 @@ def test_features_of_any_model_and_logits_are_judged_from_files(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "give one of draw and generated"),
-        ({"generated": {"kind": "folder", "path": "absent"}, "guidance": [1]}, "guidance is for images to draw"),
+        ({}, "give one of sample and generated"),
+        ({"generated": {"kind": "folder", "path": "absent"}, "guidance": [1]}, "guidance is for images to generate"),
         (
             {"generated": {"kind": "folder", "path": "a"}, "reference": {"kind": "folder", "path": "b"}},
-            "features: needed to look at the images of generated",
+            "features: needed to extract features of the images of generated",
         ),
         ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent holds no images"),
         ({"generated": {"kind": "features", "path": "a.pt"}}, "suffix '.pt' is not supported"),
         ({"generated": {"kind": "features", "path": "a.npy"}}, "generated.path: a.npy cannot be read"),
-        ({"generated": {"kind": "features"}}, "nothing to judge by"),
+        ({"generated": {"kind": "features"}}, "no metric can be computed"),
         ({"generated": {"kind": "features"}, "clip": {"model": "x", "output": "pooled"}}, "clip.output"),
     ],
 )
-def test_what_cannot_be_judged_is_named(tmp_path: Path, config: dict, words: str) -> None:
+def test_images_that_cannot_be_evaluated_are_named(tmp_path: Path, config: dict, words: str) -> None:
     result = evaluate(tmp_path / "out", **config)
     assert result.code == 2
     assert words in result.err
     assert "Traceback" not in result.err
 
 
-def test_what_is_wrong_with_the_judge_is_found_before_anything_is_drawn(
+def test_a_wrong_metric_model_is_found_before_any_image_is_generated(
     cascade: Path, clip: Path, tmp_path: Path
 ) -> None:
     result = evaluate(tmp_path / "out", "clip.max_tokens=900", **sweep(cascade, clip))
@@ -279,21 +279,21 @@ def test_features_of_two_models_are_not_compared(tmp_path: Path) -> None:
     assert "features of different models: A and B" in result.err
 
 
-def test_a_dry_run_says_how_much_is_drawn(cascade: Path, clip: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_how_many_images_are_generated(cascade: Path, clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(sweep(cascade, clip)))
-    found = json.loads(call("plan", "evaluate", "-c", str(path), "--json", "draw.part={index: 1, count: 2}").out)
+    found = json.loads(call("plan", "evaluate", "-c", str(path), "--json", "sample.part={index: 1, count: 2}").out)
     assert (found["summary"]["images"], found["summary"]["images_of_this_process"]) == (3, 1)
-    assert (found["summary"]["times_drawn"], found["summary"]["sizes_px"]) == (2, [16])
+    assert (found["summary"]["samplings"], found["summary"]["sizes_px"]) == (2, [16])
 
 
-def test_the_shipped_protocol_is_nemos() -> None:
+def test_the_shipped_evaluation_protocol_is_nemos() -> None:
     config = load_config(EvaluateConfig, find_config("evaluate", "coco-30k"))
     assert config.guidance == (1, 1.5, 2, 3, 4, 5, 6, 7)
-    assert config.draw is not None
-    assert config.draw.captions is not None
-    assert config.draw.captions.num_captions == 30_000
-    assert [stage.sampling.num_steps for stage in config.draw.stages] == [30, 20]
+    assert config.sample is not None
+    assert config.sample.captions is not None
+    assert config.sample.captions.num_captions == 30_000
+    assert [stage.sampling.num_steps for stage in config.sample.stages] == [30, 20]
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_lpips_is_the_mean_over_pairs_of_images_in_their_order(lpips: Path, tmp_
             (tmp_path / name).mkdir(exist_ok=True)
             write_png(tmp_path / name / f"{number}.png", rng.integers(0, 256, (64, 64, 3), np.uint8))
     a, b = ({"kind": "folder", "path": str(tmp_path / name)} for name in ("a", "b"))
-    [row] = facts(evaluate(tmp_path / "out", generated=a, reference=b, lpips={"path": str(lpips), "batch_size": 2}))[
+    [row] = summary(evaluate(tmp_path / "out", generated=a, reference=b, lpips={"path": str(lpips), "batch_size": 2}))[
         "rows"
     ]
     stacks = [from_pixels(np.stack([read_image(p) for p in sorted((tmp_path / name).iterdir())])) for name in "ab"]
@@ -330,19 +330,19 @@ def test_lpips_is_the_mean_over_pairs_of_images_in_their_order(lpips: Path, tmp_
     assert "lpips: needs images in generated and as many in reference" in result.err
 
 
-def test_drawn_images_are_compared_with_those_their_captions_are_of(
+def test_sampled_images_are_compared_by_lpips_with_the_originals_of_their_captions(
     cascade: Path, lpips: Path, tmp_path: Path
 ) -> None:
-    draw = {
+    sample = {
         "stages": [{"checkpoint": str(cascade / name), "sampling": {"num_steps": 2}} for name in ("base", "sr")],
         "captions": {"kind": "store", "path": str(cascade / "run"), "num_captions": 3, "seed": 5},
         "device": "cpu",
     }
-    [row] = facts(evaluate(tmp_path / "out", draw=draw, lpips={"path": str(lpips)}))["rows"]
+    [row] = summary(evaluate(tmp_path / "out", sample=sample, lpips={"path": str(lpips)}))["rows"]
     store = Store.open(cascade / "run/store")
-    record = json.loads((tmp_path / "out/drawn/images.json").read_text())["images"]
-    originals = {sample.key: sample.images[32] for sample in store}
-    drawn = [read_image(tmp_path / "out/drawn/images-32" / image["file"]) for image in record]
-    pair = [from_pixels(np.stack(side)) for side in (drawn, [originals[image["key"]] for image in record])]
+    record = json.loads((tmp_path / "out/generated/images.json").read_text())["images"]
+    originals = {each.key: each.images[32] for each in store}
+    generated = [read_image(tmp_path / "out/generated/images-32" / image["file"]) for image in record]
+    pair = [from_pixels(np.stack(side)) for side in (generated, [originals[image["key"]] for image in record])]
     with torch.inference_mode():
         assert row["lpips"] == pytest.approx(float(Lpips.of(load_torch(lpips))(*pair).mean()), rel=1e-4)

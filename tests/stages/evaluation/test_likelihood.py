@@ -49,7 +49,7 @@ def by_key(out: Path) -> dict[str, float]:
     return found
 
 
-def test_the_summary_has_bits_and_errors_by_step(work: Path, tmp_path: Path) -> None:
+def test_the_summary_has_bits_and_errors_per_step(work: Path, tmp_path: Path) -> None:
     found = facts(measure(work, tmp_path / "out"))
     assert (found["images"], found["steps"]) == (5, 6)
     assert all(len(found[name]) == 6 for name in ("bound_bits", "x0_mse", "noise_mse"))
@@ -74,7 +74,7 @@ def test_an_images_bits_do_not_depend_on_batch_or_place(work: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_batches_that_are_there_are_not_measured_again(work: Path, tmp_path: Path) -> None:
+def test_finished_batches_are_not_measured_again(work: Path, tmp_path: Path) -> None:
     first = facts(measure(work, tmp_path, "batch_size=2"))
     batches = sorted((tmp_path / "batches").glob("*.json"))
     assert [path.name for path in batches] == ["00000000.json", "00000002.json", "00000004.json"]
@@ -97,7 +97,7 @@ def test_a_continuous_super_resolution_model_is_measured_on_a_grid(work: Path, t
     assert "num_steps: give it; the model's schedule (log_normal) is continuous" in missing.err
 
 
-def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
+def test_the_dry_run_of_a_likelihood_says_how_many_network_calls_it_takes(work: Path, tmp_path: Path) -> None:
     result = measure(work, tmp_path, "--dry-run", "batch_size=2")
     found = json.loads(result.out)["summary"]
     assert (found["steps"], found["network_calls"], found["images"]) == (6, 18, 5)
@@ -109,7 +109,7 @@ def test_dry_run_says_what_it_takes(work: Path, tmp_path: Path) -> None:
     [
         ("checkpoint=absent", "checkpoint: absent: has no checkpoint"),
         ("store=absent", "store: "),
-        ("num_images=13", "0 + 13 is more than the 11 samples"),
+        ("num_images=13", "0 + 13 exceeds the 11 samples"),
         ("num_steps=13", "13 steps requested of 6"),
         ("grid.kind=respaced", "sections"),
         ("weights=ema-0.5", "has no weights 'ema-0.5'"),

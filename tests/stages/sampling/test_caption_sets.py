@@ -21,7 +21,7 @@ def sample(cascade: Path, out: Path, *more: str) -> Result:
     return call("run", "sample", "-c", str(path), "--out", str(out), "--quiet", "--json", *more)
 
 
-def facts(result: Result) -> dict:
+def summary(result: Result) -> dict:
     assert result.code == 0, result.err
     return json.loads(result.out)["summary"]
 
@@ -36,10 +36,10 @@ def prompts(out: Path) -> list[tuple[str, int, str | None]]:
     return [(p["prompt"], p["seed"], p["key"]) for p in record["images"]]
 
 
-def test_a_selection_of_captions_is_seeded_without_replacement_and_begins_like_a_larger_one(
+def test_a_selection_of_captions_is_seeded_without_replacement_and_starts_like_a_larger_one(
     cascade: Path, tmp_path: Path
 ) -> None:
-    captions = ["captions.kind=store", f"captions.path={cascade}/run", "output_px=16"]
+    captions = ["captions.kind=store", f"captions.path={cascade}/run", "output.size_px=16"]
     for name, more in {"all": [], "ten": ["captions.num_captions=10"], "four": ["captions.num_captions=4"],
                        "other": ["captions.num_captions=10", "captions.seed=1"]}.items():  # fmt: skip
         assert sample(cascade, tmp_path / name, *captions, *more).code == 0
@@ -55,17 +55,17 @@ def test_a_selection_of_captions_is_seeded_without_replacement_and_begins_like_a
     refused = sample(cascade, tmp_path / "many", *captions, "captions.num_captions=99")
     assert refused.code == 2
     assert "captions.num_captions" in refused.err
-    assert "99 wanted, but there are 23" in refused.err
+    assert "99 requested, but there are 23" in refused.err
 
 
 def test_captions_of_a_store_need_no_encoder_and_give_the_same_images(cascade: Path, tmp_path: Path) -> None:
     captions = ["captions.kind=store", f"captions.path={cascade}/run/store", "captions.num_captions=3"]
     stored = sample(cascade, tmp_path / "stored", *captions, "encoder_model=absent/model")
-    assert facts(stored)["embeddings"] == "store, text-t5"
+    assert summary(stored)["embeddings"] == "store, text-t5"
     lines = "\n".join(text for text, _, _ in prompts(tmp_path / "stored"))
     (tmp_path / "captions.txt").write_text(lines + "\n\n")
     encoded = sample(cascade, tmp_path / "encoded", "captions.kind=file", f"captions.path={tmp_path}/captions.txt")
-    assert facts(encoded)["embeddings"] == "encoder"
+    assert summary(encoded)["embeddings"] == "encoder"
     a, b = images(tmp_path / "stored"), images(tmp_path / "encoded")
     assert len(a) == 3
     assert all(np.abs(a[name] - b[name]).max() <= 1 for name in a)
@@ -73,7 +73,7 @@ def test_captions_of_a_store_need_no_encoder_and_give_the_same_images(cascade: P
 
 def test_a_captions_file_may_be_a_table(cascade: Path, tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text('image,caption\n1,"a star, red"\n2,a ring\n')
-    table = ["captions.kind=file", f"captions.path={tmp_path}/c.csv", "output_px=16"]
+    table = ["captions.kind=file", f"captions.path={tmp_path}/c.csv", "output.size_px=16"]
     assert sample(cascade, tmp_path / "s", *table).code == 0
     assert [text for text, _, _ in prompts(tmp_path / "s")] == ["a star, red", "a ring"]
     wrong = sample(cascade, tmp_path / "w", *table, "captions.caption_column=text")
@@ -86,20 +86,20 @@ def test_a_captions_file_may_be_a_table(cascade: Path, tmp_path: Path) -> None:
     assert "give one of prompts, prompts_file and captions" in both.err
 
 
-def test_shares_add_up_to_the_whole_in_one_folder_or_in_several(
+def test_shares_add_up_to_all_images_in_one_folder_or_in_several(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert facts(sample(cascade, tmp_path / "whole", PROMPTS))["missing"] == 0
+    assert summary(sample(cascade, tmp_path / "whole", PROMPTS))["missing"] == 0
     whole = images(tmp_path / "whole")
     assert len(whole) == 5
-    first = facts(sample(cascade, tmp_path / "one", PROMPTS, "part={index: 0, count: 2}"))
-    assert (first["images"], first["drawn_now"], first["missing"]) == (5, 3, 2)
+    first = summary(sample(cascade, tmp_path / "one", PROMPTS, "part={index: 0, count: 2}"))
+    assert (first["images"], first["generated_now"], first["missing"]) == (5, 3, 2)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert facts(sample(cascade, tmp_path / "one", PROMPTS))["drawn_now"] == 2
+    assert summary(sample(cascade, tmp_path / "one", PROMPTS))["generated_now"] == 2
     monkeypatch.undo()
-    again = facts(sample(cascade, tmp_path / "one", PROMPTS))
-    assert (again["drawn_now"], again["missing"]) == (0, 0)
+    again = summary(sample(cascade, tmp_path / "one", PROMPTS))
+    assert (again["generated_now"], again["missing"]) == (0, 0)
     for index in range(3):
         assert sample(cascade, tmp_path / f"part{index}", PROMPTS, f"part={{index: {index}, count: 3}}").code == 0
     parts = [images(tmp_path / f"part{index}") for index in range(3)]
@@ -111,7 +111,7 @@ def test_shares_add_up_to_the_whole_in_one_folder_or_in_several(
     assert "index 2 of 2 parts: the last one is 1" in wrong.err
 
 
-def test_shares_do_not_throw_away_what_others_draw(cascade: Path, tmp_path: Path) -> None:
+def test_shares_do_not_delete_what_others_generate(cascade: Path, tmp_path: Path) -> None:
     assert sample(cascade, tmp_path / "s", "prompts=[a star]").code == 0
     refused = sample(cascade, tmp_path / "s", "prompts=[a ring]", "part={index: 0, count: 2}", "--restart")
     assert refused.code == 2
@@ -119,27 +119,29 @@ def test_shares_do_not_throw_away_what_others_draw(cascade: Path, tmp_path: Path
     assert "in one process, at first" in refused.err
 
 
-def test_output_px_stops_early_and_loads_no_stage_behind(cascade: Path, tmp_path: Path) -> None:
-    result = sample(cascade, tmp_path / "s", "prompts=[a star]", "output_px=16", "stages.1.checkpoint=absent")
-    assert facts(result)["sizes_px"] == [16]
+def test_output_size_stops_early_and_loads_no_stage_behind(cascade: Path, tmp_path: Path) -> None:
+    result = sample(cascade, tmp_path / "s", "prompts=[a star]", "output.size_px=16", "stages.1.checkpoint=absent")
+    assert summary(result)["sizes_px"] == [16]
     assert [path.name for path in (tmp_path / "s").glob("images-*")] == ["images-16"]
-    wrong = sample(cascade, tmp_path / "w", "prompts=[a star]", "output_px=64")
-    assert "output_px: no stage draws 64 px; the stages draw [16, 32]" in wrong.err
+    wrong = sample(cascade, tmp_path / "w", "prompts=[a star]", "output.size_px=64")
+    assert "output.size_px: no stage generates 64 px; the stages generate [16, 32]" in wrong.err
 
 
-def test_texts_beside_images_sizes_to_keep_and_seconds_of_each_stage(cascade: Path, tmp_path: Path) -> None:
-    found = facts(sample(cascade, tmp_path / "s", "prompts=[a star,a ring]", "save_text=true", "save_all_sizes=false"))
+def test_texts_next_to_images_sizes_to_write_and_seconds_of_each_stage(cascade: Path, tmp_path: Path) -> None:
+    found = summary(
+        sample(cascade, tmp_path / "s", "prompts=[a star,a ring]", "output.text=true", "output.all_sizes=false")
+    )
     assert set(found["seconds_per_image"]) == {"16", "32"}
     assert all(seconds > 0 for seconds in found["seconds_per_image"].values())
     files = {name for name in tree(tmp_path / "s") if name.startswith("images-")}
     assert files == {f"images-32/0000{index}.{suffix}" for index in (0, 1) for suffix in ("png", "txt")}
     assert (tmp_path / "s/images-32/00001.txt").read_text() == "a ring\n"
-    more = facts(sample(cascade, tmp_path / "s", "prompts=[a star,a ring]"))
-    assert (more["drawn_now"], more["sizes_px"]) == (2, [16, 32]), "a size kept later is drawn later"
+    more = summary(sample(cascade, tmp_path / "s", "prompts=[a star,a ring]"))
+    assert (more["generated_now"], more["sizes_px"]) == (2, [16, 32]), "a size written later is generated later"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_draws_about_the_same_image(cascade: Path, tmp_path: Path, precision: str) -> None:
+def test_half_precision_generates_about_the_same_image(cascade: Path, tmp_path: Path, precision: str) -> None:
     for name in ("float32", precision):
         assert sample(cascade, tmp_path / name, "prompts=[a star]", f"precision={name}").code == 0
     exact, half = images(tmp_path / "float32"), images(tmp_path / precision)

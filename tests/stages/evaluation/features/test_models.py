@@ -31,12 +31,12 @@ def test_clip_features_are_the_embeddings_of_the_centre_squares(tmp_path: Path) 
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_captions_have_one_vector_in_the_space_of_the_images_and_cut_ones_are_counted(tmp_path: Path) -> None:
+def test_captions_have_one_vector_in_the_space_of_the_images_and_truncated_ones_are_counted(tmp_path: Path) -> None:
     folder = tiny_models.write(tiny_models.clip, tmp_path / "clip")
     model = ClipFeatures(model=str(folder), max_tokens=8)
     found = model.extract_captions(["a star", "a ring " * 20])
     assert found.arrays["features"].shape == (2, 16)
-    assert found.facts == {"captions_cut": 1}
+    assert found.counts == {"captions_truncated": 1}
     assert model.label == "CLIP clip"
 
 
