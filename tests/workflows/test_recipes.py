@@ -52,11 +52,11 @@ def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "denoiser.size_px": small,
         "denoiser.unet.image_size_px": small,
-        "num_validation_samples": 0,
+        "validation": {"num_samples": 0},
         "batch_size": 2,
         "denoiser.unet.num_res_blocks": 1 if isinstance(unet.num_res_blocks, int) else [1] * len(unet.num_res_blocks),
-        "checkpoint_every_steps": 1,
-        "log_every_steps": 1,
+        "checkpoints": {"every_steps": 1},
+        "logging": {"every_steps": 1},
     }
     if low is not None:
         changes["denoiser.low_res_px"] = small * low // size

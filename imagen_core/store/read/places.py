@@ -10,11 +10,11 @@ class Places:
     """The rows of all shards, one after another, without the excluded ones; `len` of them."""
 
     def __init__(self, rows: np.ndarray, excluded: Mapping[int, Collection[int]]) -> None:
-        """`rows` of each shard; `excluded`: by shard position, excluded rows by rising row."""
+        """`rows` of each shard; `excluded`: by shard position, its excluded rows in rising order."""
         valid = rows.copy()
-        for shard, gone in excluded.items():
-            valid[shard] -= len(gone)
-        self._ends: list[int] = np.cumsum(valid).tolist()  # samples up to and with each shard
+        for shard, rows_excluded in excluded.items():
+            valid[shard] -= len(rows_excluded)
+        self._ends: list[int] = np.cumsum(valid).tolist()  # samples up to and including each shard
         self._excluded = excluded
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ def train_split(store: Path, folder: Path, runs: dict[str, dict[str, Any]], **ch
             time.sleep(0.02)
         for rank in range(2):
             (split / f"rank-{rank}.json").rename(split / f"first-{rank}.json")
-        run(job(store, split, **changes | {"num_steps": 8, "parallel": "ddp"}), 0)
+        run(job(store, split, **changes | {"num_steps": 8, "parallel": {"kind": "ddp"}}), 0)
         (split / "rank-0.json").rename(split / "second-0.json")
         go.touch()
 

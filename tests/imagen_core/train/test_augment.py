@@ -13,11 +13,12 @@ from PIL import Image
 from imagen_core.diffusion import Denoiser
 from imagen_core.store import CropBox, ImageFacts, Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.augment import AugmentConfig, BlurConfig, Flipped, RandomCut, blur, stored_box
+from imagen_core.train.augment import BlurConfig, Flipped, RandomResizedCrop, ResizedCropConfig, blur, stored_box
+from imagen_core.train.components import ViewsConfig
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.stream import Batch, BatchStream, full_images, open_store
 from imagen_core.train.parallel.world import World
-from tests.imagen_core.train.small import BASE, SUPER, make_config, make_store
+from tests.imagen_core.train.small import BASE, SUPER, changed, make_config, make_store
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -43,8 +44,10 @@ def written_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.getbasetemp() / "written", large_px=PX, facts=writing)
 
 
-def cutter(**settings: Any) -> RandomCut:
-    return RandomCut(AugmentConfig.model_validate({"from_px": PX, **settings}), lambda numbers: np.empty((0, 4)))
+def cutter(**settings: Any) -> RandomResizedCrop:
+    return RandomResizedCrop(
+        ResizedCropConfig.model_validate({"from_px": PX, **settings}), lambda numbers: np.empty((0, 4))
+    )
 
 
 def drawn(count: int, seed: int = 0) -> np.ndarray:
@@ -144,7 +147,7 @@ def test_only_images_without_writing_are_mirrored() -> None:
             (ImageFacts(480, 480, "x", (1, 2, 3, 4)), False),
             (ImageFacts(480, 480, None, (1, 2, 3, 4)), False),
         ):
-            for cut in mirror.cut(SIZES, numbers, image).values():
+            for cut in mirror.boxes(SIZES, numbers, image).values():
                 assert cut.flipped == (may and numbers[0] < 0.3)
 
 
@@ -169,7 +172,7 @@ def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
 
 def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store: Path) -> None:
     whole = {"from_px": PX, "min_scale": 1, "max_scale": 1}
-    config = make_config(written_store, denoiser=BASE | {"size_px": PX}, augment=whole)
+    config = make_config(written_store, denoiser=BASE | {"size_px": PX}, views={"resized_crop": whole})
     plain = make_config(written_store, denoiser=BASE | {"size_px": PX})
     for a, b in zip(read(config, 5), read(plain, 5), strict=True):
         assert torch.equal(a.images[PX], b.images[PX])
@@ -178,7 +181,7 @@ def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store:
 def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(written_store: Path) -> None:
     """Which cut it was is found by trying all there are."""
     augment = {"from_px": PX, "min_scale": 0.7, "without_text": {"min_scale": 0.8, "max_scale": 0.9}}
-    config = make_config(written_store, denoiser=PLAIN_SUPER, augment=augment, horizontal_flip=True)
+    config = make_config(written_store, denoiser=PLAIN_SUPER, views={"resized_crop": augment, "horizontal_flip": True})
     images = {sample.key: sample for sample in Store.open(written_store)}
     cuts = [
         CropBox(top, left, side, flipped)
@@ -209,9 +212,15 @@ def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(writte
 
 
 def test_views_do_not_depend_on_batches_processes_or_restarts(written_store: Path) -> None:
-    augment = {"from_px": PX, "min_scale": 0.2}
-    settings: dict[str, Any] = {"denoiser": PLAIN_SUPER, "augment": augment, "horizontal_flip": 0.5, "seed": 3}
-    settings |= {"low_res_blur": {"probability": 0.5, "sigma": [0.4, 0.6], "kernel": 5}}
+    settings: dict[str, Any] = {
+        "denoiser": PLAIN_SUPER,
+        "views": {
+            "resized_crop": {"from_px": PX, "min_scale": 0.2},
+            "horizontal_flip": 0.5,
+            "low_res_blur": {"probability": 0.5, "sigma": [0.4, 0.6], "kernel": 5},
+        },
+        "seed": 3,
+    }
     config = make_config(written_store, batch_size=6, **settings)
     whole = read(config, 14)  # two epochs, with short batches at their ends
     one_by_one = read(config.model_copy(update={"batch_size": 1}), 80)
@@ -231,7 +240,9 @@ def test_views_do_not_depend_on_batches_processes_or_restarts(written_store: Pat
 
 
 def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None:
-    config = make_config(written_store, denoiser=PLAIN_SUPER, augment={"from_px": PX, "min_scale": 0.2})
+    config = make_config(
+        written_store, denoiser=PLAIN_SUPER, views={"resized_crop": {"from_px": PX, "min_scale": 0.2}}
+    )
     loader = Store.open(written_store).loader(3, [16], shuffle=False, crop=full_images(config))
     for row, pixels in enumerate(next(iter(loader))["images"][16]):
         stored = Image.fromarray(Store.open(written_store)[row].images[PX])
@@ -242,14 +253,11 @@ def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None
 def test_a_training_on_cuts_goes_on_after_a_stop_as_if_it_had_not_stopped(written_store: Path, tmp_path: Path) -> None:
     config = make_config(
         written_store,
-        augment={"from_px": PX, "without_text": {"min_scale": 0.2}},
-        horizontal_flip=0.5,
+        views={"resized_crop": {"from_px": PX, "without_text": {"min_scale": 0.2}}, "horizontal_flip": 0.5},
         batch_size=2,
         num_steps=2,
-        num_validation_samples=2,
-        grid_every_steps=2,
-        num_grid_images=1,
-        grid_num_steps=1,
+        validation={"num_samples": 2},
+        grid={"every_steps": 2, "num_images": 1, "num_steps": 1},
     )
     straight = train(config, tmp_path / "straight")
     train(config.model_copy(update={"num_steps": 1}), tmp_path / "cut")
@@ -276,7 +284,9 @@ def test_blur_is_a_gaussian_of_the_stated_width_on_the_stated_part() -> None:
 
 def test_the_low_resolution_image_alone_is_blurred_in_training_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
-    config = make_config(written_store, denoiser=plain.denoiser, batch_size=40, low_res_blur={"probability": 0.3})
+    config = make_config(
+        written_store, denoiser=plain.denoiser, batch_size=40, views={"low_res_blur": {"probability": 0.3}}
+    )
     blurred = 0
     for batch in read(plain, 10):
         a, b = example(plain, batch), example(config, batch)
@@ -290,7 +300,7 @@ def test_the_low_resolution_image_alone_is_blurred_in_training_at_the_stated_rat
 
 def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
-    config = plain.model_copy(update={"low_res_grayscale": 0.3})
+    config = changed(plain, views={"low_res_grayscale": 0.3})
     greys = 0
     for batch in read(plain, 10):
         a, b = example(plain, batch), example(config, batch)
@@ -309,25 +319,31 @@ def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(wri
 
 
 def test_true_mirrors_half_and_a_number_that_part() -> None:
-    assert [make_config(Path("s"), horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)] == [
-        0.5,
-        0.0,
-        0.25,
-    ]
+    found = [ViewsConfig(horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)]
+    assert found == [0.5, 0.0, 0.25]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augment": {"from_px": 8}}, "augment.from_px 8 is smaller than denoiser.size_px 16"),
-        ({"augment": {"from_px": 48, "min_scale": 0.9, "max_scale": 0.8}}, "min_scale 0.9 is larger than max_scale"),
-        ({"augment": {"from_px": 48, "without_text": {"min_scale": 0}}}, "without_text.min_scale"),
-        ({"denoiser": SUPER, "crop_px": 16, "augment": {"from_px": 48}}, "two ways to cut an image"),
-        ({"low_res_blur": {}}, "low_res_blur is for super-resolution"),
-        ({"denoiser": SUPER, "low_res_blur": {"kernel": 4}}, r"kernel: must be odd \(got 4\)"),
-        ({"denoiser": SUPER, "low_res_blur": {"sigma": [0.6, 0.4]}}, r"sigma: must be above 0 and not fall"),
-        ({"horizontal_flip": 1.5}, "horizontal_flip"),
-        ({"low_res_grayscale": 0.5}, "low_res_grayscale is for super-resolution"),
+        (
+            {"views": {"resized_crop": {"from_px": 8}}},
+            r"resized_crop\.from_px 8 is smaller than denoiser.size_px 16",
+        ),
+        (
+            {"views": {"resized_crop": {"from_px": 48, "min_scale": 0.9, "max_scale": 0.8}}},
+            "min_scale 0.9 is larger than max_scale",
+        ),
+        ({"views": {"resized_crop": {"from_px": 48, "without_text": {"min_scale": 0}}}}, "without_text.min_scale"),
+        ({"denoiser": SUPER, "views": {"crop_px": 16, "resized_crop": {"from_px": 48}}}, "two ways to crop an image"),
+        ({"views": {"low_res_blur": {}}}, r"views\.low_res_blur is for super-resolution"),
+        ({"denoiser": SUPER, "views": {"low_res_blur": {"kernel": 4}}}, r"kernel: must be odd \(got 4\)"),
+        (
+            {"denoiser": SUPER, "views": {"low_res_blur": {"sigma": [0.6, 0.4]}}},
+            r"sigma: must be above 0 and not fall",
+        ),
+        ({"views": {"horizontal_flip": 1.5}}, "horizontal_flip"),
+        ({"views": {"low_res_grayscale": 0.5}}, r"views\.low_res_grayscale is for super-resolution"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -336,5 +352,5 @@ def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: 
 
 
 def test_a_store_without_the_size_to_cut_is_refused(written_store: Path) -> None:
-    with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*augment.from_px"):
-        open_store(make_config(written_store, augment={"from_px": 96}))
+    with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*views\.resized_crop\.from_px"):
+        open_store(make_config(written_store, views={"resized_crop": {"from_px": 96}}))

@@ -13,8 +13,11 @@ from tests.commands import Result, call, precompute
 from tests.trained import BASE, train
 
 ENCODER = {"name": "t5", "kind": "t5", "model": "tiny-random-t5", "compute_dtype": "float32"}
-CHECKS = {"num_validation_samples": 4, "validate_every_steps": 6, "grid_every_steps": 6, "num_grid_images": 2}
-CHECKS |= {"log_every_steps": 1, "grid_num_steps": 2}
+CHECKS = {
+    "validation": {"num_samples": 4, "every_steps": 6},
+    "grid": {"every_steps": 6, "num_images": 2, "num_steps": 2},
+}
+CHECKS |= {"logging": {"every_steps": 1}}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """Loader: right tensors, each sample once, and the same order however it is run."""
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from imagen_core import store as st
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.order import WindowedOrder, choices, permute
 from tests.imagen_core.store.handmade_store import DIM, Made
 
@@ -390,3 +393,16 @@ def test_a_batch_that_is_kept_never_changes(make: Make) -> None:
     pointers = {batch["images"][8].data_ptr() for batch in kept} | {batch["text"].data_ptr() for batch in kept}
     assert len(pointers) == 2 * len(kept)
     assert all(torch.equal(batch[name], copy[name]) for batch, copy in zip(kept, copies, strict=True) for name in copy)
+
+
+def test_the_arguments_of_store_loader_are_the_fields_of_its_options() -> None:
+    parameters = list(inspect.signature(st.Store.loader).parameters.values())[1:]
+    assert [(p.name, p.default) for p in parameters if p.default is not p.empty] == [
+        (field.name, field.default) for field in fields(LoaderOptions) if field.name != "batch_size"
+    ]
+    assert parameters[0].name == "batch_size"
+
+
+def test_an_unknown_loader_option_is_named(make: Make) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'imags'"):
+        st.Store.open(make().path).loader(batch_size=2, imags=[4])

@@ -152,7 +152,7 @@ def test_another_encoder_is_refused_by_field(trained: Path, tmp_path: Path) -> N
     copied(trained, tmp_path)
     with pytest.raises(
         CheckpointMismatchError,
-        match=r'another encoder: fingerprint.model: "tiny" -> "large"; train on the store it began with',
+        match=r'another encoder: fingerprint.model: "tiny" -> "large"; train on the store it started with',
     ):
         train(make_config(other, num_steps=5), tmp_path)
 
@@ -186,7 +186,7 @@ def test_a_setting_newer_than_the_checkpoint_counts_as_its_default(trained: Path
     ("changes", "message"),
     [
         ({"seed": 9}, "loader state has seed 0, this loader has 9"),
-        ({"num_validation_samples": 5}, "num_samples 40, this loader has 35"),
+        ({"validation": {"num_samples": 5}}, "num_samples 40, this loader has 35"),
     ],
 )
 def test_another_order_of_samples_is_refused(

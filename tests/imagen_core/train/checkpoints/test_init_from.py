@@ -23,7 +23,9 @@ def source(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_begins_with_the_weights_of_another(
     source: Path, store: Path, tmp_path: Path, weights: str | None, taken: str
 ) -> None:
-    config = make_config(store, num_steps=1, optimizer=FROZEN, seed=7, init_from=str(source), init_weights=weights)
+    config = make_config(
+        store, num_steps=1, optimizer=FROZEN, seed=7, init_from={"path": str(source), "weights": weights}
+    )
     begun = tensors(train(config, tmp_path)["checkpoint"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
     names = [name.removeprefix("model/") for name in begun if name.startswith("model/")]
@@ -37,7 +39,7 @@ def test_it_begins_with_the_weights_of_another(
 
 def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
     other = make_config(
-        store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from=str(source), init_mismatch="skip"
+        store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from={"path": str(source), "mismatch": "skip"}
     )
     begun = tensors(train(other, tmp_path)["checkpoint"])
     told = json.loads((tmp_path / "start.json").read_text())
@@ -52,19 +54,19 @@ def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_
 
 def test_what_does_not_fit_is_refused_unless_told_to_skip(source: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_mismatch=skip"
+        TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_from\.mismatch=skip"
     ):
-        train(make_config(store, denoiser=SUPER, init_from=str(source)), tmp_path)
+        train(make_config(store, denoiser=SUPER, init_from={"path": str(source)}), tmp_path)
     fewer = BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}
-    with pytest.raises(TrainError, match="init_mismatch=skip"):
-        train(make_config(store, denoiser=fewer, text=None, init_from=str(source)), tmp_path)
-    with pytest.raises(TrainError, match=r"init_from: .*absent: has no checkpoint"):
-        train(make_config(store, init_from=str(tmp_path / "absent")), tmp_path)
+    with pytest.raises(TrainError, match=r"init_from\.mismatch=skip"):
+        train(make_config(store, denoiser=fewer, text=None, init_from={"path": str(source)}), tmp_path)
+    with pytest.raises(TrainError, match=r"init_from\.path: .*absent: has no checkpoint"):
+        train(make_config(store, init_from={"path": str(tmp_path / "absent")}), tmp_path)
     assert not (tmp_path / "start.json").exists()
 
 
 def test_a_run_that_goes_on_does_not_begin_again(source: Path, store: Path, tmp_path: Path) -> None:
-    straight = train(make_config(store, num_steps=4, init_from=str(source)), tmp_path / "a")
-    train(make_config(store, num_steps=2, init_from=str(source)), tmp_path / "b")
-    resumed = train(make_config(store, num_steps=4, init_from=str(tmp_path / "gone")), tmp_path / "b")
+    straight = train(make_config(store, num_steps=4, init_from={"path": str(source)}), tmp_path / "a")
+    train(make_config(store, num_steps=2, init_from={"path": str(source)}), tmp_path / "b")
+    resumed = train(make_config(store, num_steps=4, init_from={"path": str(tmp_path / "gone")}), tmp_path / "b")
     assert files(resumed["checkpoint"]) == files(straight["checkpoint"])

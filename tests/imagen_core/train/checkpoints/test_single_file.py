@@ -35,7 +35,7 @@ def test_a_file_brings_weights_configuration_and_encoder(run: Path, tmp_path: Pa
 def test_a_training_begins_with_it(run: Path, store: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", load_checkpoint(run))
     begun = [
-        tensors(train(make_config(store, num_steps=1, init_from=str(source)), tmp_path / name)["checkpoint"])
+        tensors(train(make_config(store, num_steps=1, init_from={"path": str(source)}), tmp_path / name)["checkpoint"])
         for source, name in ((run, "a"), (tmp_path / "model.safetensors", "b"))
     ]
     assert begun[0].keys() == begun[1].keys()

@@ -20,9 +20,9 @@ from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ONE: dict[str, dict[str, Any]] = {
-    "base": {"num_steps": 4, "grid_every_steps": 2, "grid_num_steps": 2, "num_grid_images": 4},
-    "super": {"num_steps": 2, "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
-    "uneven": {"num_steps": 6, "num_validation_samples": 7, "validate_every_steps": 3},
+    "base": {"num_steps": 4, "grid": {"every_steps": 2, "num_steps": 2, "num_images": 4}},
+    "super": {"num_steps": 2, "denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
+    "uneven": {"num_steps": 6, "validation": {"num_samples": 7, "every_steps": 3}},
     "split": {"num_steps": 13},
 }
 SHARDED: dict[str, dict[str, Any]] = {
@@ -45,8 +45,10 @@ def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, sharded over two processes; the one named split is unsharded in one process in the middle."""
     folder = tmp_path_factory.mktemp("two")
     half = {"num_steps": 2, "precision": "bfloat16", "text": None, "denoiser": WITHOUT_TEXT}
-    runs = {name: changes | {"parallel": "fsdp2"} for name, changes in (SHARDED | {"bfloat16": half}).items()}
-    train_split(store, folder, runs, parallel="fsdp2")
+    runs = {
+        name: changes | {"parallel": {"kind": "fsdp2"}} for name, changes in (SHARDED | {"bfloat16": half}).items()
+    }
+    train_split(store, folder, runs, parallel={"kind": "fsdp2"})
     return folder
 
 
