@@ -169,7 +169,7 @@ def stored_box(image: ImageFacts, stored_px: int) -> tuple[int, int, int, int]:
 
 
 def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> int:
-    """Where a crop begins that contains [first, last), if that is not empty."""
+    """Start of a crop that contains [first, last), if that is not empty."""
     low, high = (max(0, last - side), min(first, stored_px - side)) if last > first else (0, stored_px - side)
     return low + int(uniform * (high - low + 1))
 

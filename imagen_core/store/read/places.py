@@ -29,7 +29,7 @@ class Places:
         return shard, row
 
     def bounds(self, samples: range) -> np.ndarray:
-        """Where the shards of some samples begin and end, int64, rising from samples.start to samples.stop."""
+        """Where the shards of some samples start and end, int64, rising from samples.start to samples.stop."""
         ends = np.array(self._ends, dtype=np.int64)
         inside = ends[(ends > samples.start) & (ends < samples.stop)]
         return np.unique(np.concatenate([[samples.start], inside, [samples.stop]]))
