@@ -238,7 +238,7 @@ def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(
     work: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     arguments = ["run", "train", "-c", str(work / "base.yaml"), "num_steps=60", "checkpoints.every_steps=1000"]

@@ -65,7 +65,7 @@ def example(config: TrainConfig, batch: Batch) -> Example:
     return make_example(batch, config, Denoiser(config.denoiser), CPU, 0)
 
 
-def test_no_cut_divides_a_safebox_or_leaves_the_image_or_enlarges_it() -> None:
+def test_no_crop_divides_a_safebox_or_leaves_the_image_or_upsamples_it() -> None:
     rng = np.random.default_rng(1)
     moved = 0
     for numbers in drawn(4000):
@@ -136,7 +136,7 @@ def test_images_without_writing_have_settings_of_their_own() -> None:
     assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], ImageFacts(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
 
 
-def test_only_images_without_writing_are_mirrored() -> None:
+def test_only_images_without_writing_are_flipped() -> None:
     mirror = Flipped(cutter(), 0.3, lambda numbers: np.empty((0, 1)))
     for numbers in ([0.29, 0.0, 0.5, 0.5, 0.5], [0.3, 0.0, 0.5, 0.5, 0.5]):
         for image, may in (
@@ -152,7 +152,7 @@ def test_only_images_without_writing_are_mirrored() -> None:
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(flipped: bool) -> None:
+def test_a_crop_is_resized_as_pillow_does_and_unchanged_at_its_own_size(flipped: bool) -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
     part = Image.fromarray(pixels).crop((7, 3, 47, 43))
     turned = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else part
@@ -170,7 +170,7 @@ def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
     assert stored_box(ImageFacts(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
 
 
-def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store: Path) -> None:
+def test_a_full_image_at_its_own_size_has_the_stored_pixels(written_store: Path) -> None:
     whole = {"from_px": PX, "min_scale": 1, "max_scale": 1}
     config = make_config(written_store, denoiser=BASE | {"size_px": PX}, views={"resized_crop": whole})
     plain = make_config(written_store, denoiser=BASE | {"size_px": PX})
@@ -178,7 +178,7 @@ def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store:
         assert torch.equal(a.images[PX], b.images[PX])
 
 
-def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(written_store: Path) -> None:
+def test_both_images_of_super_resolution_show_one_crop_of_the_larger_image(written_store: Path) -> None:
     """Which cut it was is found by trying all there are."""
     augment = {"from_px": PX, "min_scale": 0.7, "without_text": {"min_scale": 0.8, "max_scale": 0.9}}
     config = make_config(written_store, denoiser=PLAIN_SUPER, views={"resized_crop": augment, "horizontal_flip": True})
@@ -239,7 +239,7 @@ def test_views_do_not_depend_on_batches_processes_or_restarts(written_store: Pat
     assert torch.equal(torch.cat(low_res), torch.cat(alone))  # type: ignore[arg-type]
 
 
-def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None:
+def test_grids_are_sampled_from_full_images(written_store: Path) -> None:
     config = make_config(
         written_store, denoiser=PLAIN_SUPER, views={"resized_crop": {"from_px": PX, "min_scale": 0.2}}
     )
@@ -250,7 +250,9 @@ def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None
         assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() <= 2
 
 
-def test_a_training_on_cuts_goes_on_after_a_stop_as_if_it_had_not_stopped(written_store: Path, tmp_path: Path) -> None:
+def test_a_training_on_crops_resumes_after_a_stop_as_if_it_had_not_stopped(
+    written_store: Path, tmp_path: Path
+) -> None:
     config = make_config(
         written_store,
         views={"resized_crop": {"from_px": PX, "without_text": {"min_scale": 0.2}}, "horizontal_flip": 0.5},
@@ -318,7 +320,7 @@ def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(wri
     assert abs(greys / 400 - 0.3) < 0.07
 
 
-def test_true_mirrors_half_and_a_number_that_part() -> None:
+def test_horizontal_flip_true_means_half_and_a_number_that_fraction() -> None:
     found = [ViewsConfig(horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)]
     assert found == [0.5, 0.0, 0.25]
 
@@ -351,6 +353,6 @@ def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: 
         make_config(Path("store"), **changes)
 
 
-def test_a_store_without_the_size_to_cut_is_refused(written_store: Path) -> None:
+def test_a_store_without_the_size_to_crop_is_refused(written_store: Path) -> None:
     with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*views\.resized_crop\.from_px"):
         open_store(make_config(written_store, views={"resized_crop": {"from_px": 96}}))

@@ -19,7 +19,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_lines_after_the_step_resumed_from_are_cut(tmp_path: Path) -> None:
+def test_lines_after_the_step_resumed_from_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, 0)
     for step in range(1, 6):
@@ -54,7 +54,7 @@ def test_tensorboard_gets_scalars_and_images(store: Path, tmp_path: Path) -> Non
     assert steps(tmp_path / "metrics.jsonl") == [7]
 
 
-def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_goes_on(
+def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_resumes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake, begun, logged = types.ModuleType("wandb"), [], []

@@ -134,7 +134,7 @@ def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[s
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_weights_and_images_lie_in_memory_as_asked(
+def test_weights_and_images_have_the_configured_memory_order(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ) -> None:
     seen: list[tuple[bool, ...]] = []
@@ -162,7 +162,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_pa
         torch.testing.assert_close(found[1][key], values, rtol=1e-9, atol=1e-12)
 
 
-def test_dropout_is_drawn_anew_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
+def test_dropout_is_sampled_again_in_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=4, denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.3}})
     straight = train(config, tmp_path / "a")
     train(config.model_copy(update={"num_steps": 2}), tmp_path / "b")
@@ -253,7 +253,7 @@ def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("denoiser", "side"), [(BASE, 16), (SUPER, 32)])
-def test_grids_are_drawn_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
+def test_grids_are_sampled_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
     config = make_config(
         store,
         num_steps=3,

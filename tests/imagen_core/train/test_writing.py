@@ -34,7 +34,7 @@ def config(store: Path, **changes: Any) -> TrainConfig:
     return make_config(store, denoiser=BASE | {"unet": BASE_UNET | {"transcription": WRITING}}, **changes)
 
 
-def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Path) -> None:
+def test_a_step_reads_the_characters_of_its_samples_and_truncates_long_ones(store: Path) -> None:
     settings = config(store, conditioning_dropout={"transcription": 0})
     batch = first_batch(settings)
     written = {sample.key: sample.transcription or "" for sample in Store.open(store)}

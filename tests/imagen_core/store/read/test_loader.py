@@ -63,7 +63,7 @@ def test_batches_hold_the_samples_values(make: Make, store_format: st.StoreForma
     assert seen == 12
 
 
-def test_long_embeddings_are_cut(make: Make) -> None:
+def test_long_embeddings_are_truncated(make: Make) -> None:
     made = make(num_captions=1)
     store = st.Store.open(made.path)
     (batch,) = store.loader(batch_size=12, text="t5", max_tokens=2, shuffle=False)
@@ -73,7 +73,7 @@ def test_long_embeddings_are_cut(make: Make) -> None:
     assert torch.equal(batch["text"][2, :2], torch.from_numpy(store[2].text["t5"][0][:2]))
 
 
-def test_only_what_was_asked_for_is_loaded(make: Make) -> None:
+def test_only_requested_fields_are_loaded(make: Make) -> None:
     store = st.Store.open(make().path)
     assert set(next(iter(store.loader(batch_size=2)))) == {"keys"}
     assert set(next(iter(store.loader(batch_size=2, images=[4])))) == {"keys", "images"}
@@ -224,7 +224,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make: Make) -> None:
         assert torch.equal(a["text"], b["text"])
 
 
-def test_a_loop_left_early_goes_on_there(make: Make) -> None:
+def test_a_loop_left_early_continues_there(make: Make) -> None:
     made = make()
     loader = st.Store.open(made.path).loader(batch_size=5)
     first = next(iter(loader))["keys"]

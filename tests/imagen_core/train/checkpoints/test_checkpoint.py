@@ -197,7 +197,7 @@ def test_another_order_of_samples_is_refused(
         train(make_config(store, num_steps=5, **changes), tmp_path)
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"model": {"weight": torch.arange(6.0).reshape(2, 3).T}}
     write_checkpoint(tmp_path, 1, model, {})
 

@@ -20,7 +20,7 @@ def source(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema-0.9"), ("model", "model"), ("ema-0.5", "ema-0.5")])
-def test_it_begins_with_the_weights_of_another(
+def test_a_training_starts_with_the_weights_of_another(
     source: Path, store: Path, tmp_path: Path, weights: str | None, taken: str
 ) -> None:
     config = make_config(
@@ -37,7 +37,7 @@ def test_it_begins_with_the_weights_of_another(
     assert (told["left_random"], told["not_used"]) == ([], [])
 
 
-def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
     other = make_config(
         store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from={"path": str(source), "mismatch": "skip"}
     )
@@ -52,7 +52,9 @@ def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_
         torch.testing.assert_close(begun[name], expected[name.replace("model/", "ema-0.9/")], rtol=1e-12, atol=1e-20)
 
 
-def test_what_does_not_fit_is_refused_unless_told_to_skip(source: Path, store: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused_unless_mismatch_is_skip(
+    source: Path, store: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_from\.mismatch=skip"
     ):
@@ -65,7 +67,7 @@ def test_what_does_not_fit_is_refused_unless_told_to_skip(source: Path, store: P
     assert not (tmp_path / "start.json").exists()
 
 
-def test_a_run_that_goes_on_does_not_begin_again(source: Path, store: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_load_initial_weights_again(source: Path, store: Path, tmp_path: Path) -> None:
     straight = train(make_config(store, num_steps=4, init_from={"path": str(source)}), tmp_path / "a")
     train(make_config(store, num_steps=2, init_from={"path": str(source)}), tmp_path / "b")
     resumed = train(make_config(store, num_steps=4, init_from={"path": str(tmp_path / "gone")}), tmp_path / "b")

@@ -54,7 +54,7 @@ def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, 
         assert all(a[name] == b[name] for name in ("step", "samples", "loss", "grad_norm", "lr"))
 
 
-def test_a_stopped_run_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=9)
     straight = train(config, tmp_path / "a")
     asked = 0
@@ -89,7 +89,7 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
 
 
-def test_the_checkpoints_of_least_validation_loss_are_kept_beside_the_newest(
+def test_the_checkpoints_of_least_validation_loss_are_kept_in_addition_to_the_newest(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 5.0, 1.0, 1.0, 4.0, 4.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0])  # without and with averages
@@ -123,7 +123,7 @@ def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
 
 
-def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_path: Path) -> None:
+def test_groups_of_the_optimizer_may_change_when_a_run_resumes(store: Path, tmp_path: Path) -> None:
     """Its moments belong to the parameters: with equal settings the groups change nothing."""
     straight = train(make_config(store, num_steps=6), tmp_path / "a")
     train(make_config(store, num_steps=3), tmp_path / "b")
@@ -133,7 +133,7 @@ def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+def test_a_killed_process_resumes_exactly(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=60, checkpoints={"every_steps": 3})
     job = {"config": config.model_dump(mode="json"), "out": str(tmp_path / "killed")}
     jobs = tmp_path / "jobs.json"

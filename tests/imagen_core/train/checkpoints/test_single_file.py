@@ -32,7 +32,7 @@ def test_a_file_brings_weights_configuration_and_encoder(run: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
 
 
-def test_a_training_begins_with_it(run: Path, store: Path, tmp_path: Path) -> None:
+def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", load_checkpoint(run))
     begun = [
         tensors(train(make_config(store, num_steps=1, init_from={"path": str(source)}), tmp_path / name)["checkpoint"])

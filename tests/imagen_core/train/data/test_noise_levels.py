@@ -49,7 +49,7 @@ def test_early_times_are_those_with_the_least_noise() -> None:
     assert torch.equal(weight, torch.ones_like(EVEN))
 
 
-def test_until_every_step_has_ten_losses_all_are_drawn_alike() -> None:
+def test_until_every_step_has_ten_losses_all_are_sampled_equally() -> None:
     times = sampler(noise_levels={"kind": "loss_second_moment"})
     for count in range(10):
         assert torch.equal(times.probabilities(), torch.full((20,), 0.05, dtype=torch.float64))
@@ -59,7 +59,7 @@ def test_until_every_step_has_ten_losses_all_are_drawn_alike() -> None:
     assert not torch.equal(times.probabilities(), torch.full((20,), 0.05, dtype=torch.float64))
 
 
-def test_steps_are_drawn_by_the_root_of_the_second_moment_of_their_last_ten_losses() -> None:
+def test_steps_are_sampled_by_the_root_of_the_second_moment_of_their_last_ten_losses() -> None:
     losses = np.random.default_rng(0).uniform(0.1, 3, (20, 17))
     moments = np.sqrt((losses[:, -10:] ** 2).mean(axis=1))
     expected = 0.999 * moments / moments.sum() + 0.001 / 20
@@ -114,7 +114,7 @@ def test_losses_are_part_of_a_checkpoint_and_resume_is_exact(store: Path, tmp_pa
     assert not torch.equal(tensors(uniform["checkpoint"])[weight], kept[weight])
 
 
-def test_times_may_change_when_a_run_goes_on(store: Path, tmp_path: Path) -> None:
+def test_the_kind_of_noise_levels_may_change_when_a_run_resumes(store: Path, tmp_path: Path) -> None:
     train(make_config(store, num_steps=2, denoiser=DISCRETE), tmp_path)
     later = train(
         make_config(store, num_steps=3, denoiser=DISCRETE, noise_levels={"kind": "loss_second_moment"}), tmp_path

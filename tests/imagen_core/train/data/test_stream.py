@@ -94,7 +94,7 @@ def test_processes_share_a_batch_and_its_numbers(store: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_training_goes_on_after_a_removal_with_the_batches_it_would_have_had(
+def test_a_training_continues_after_a_removal_with_the_batches_it_would_have_had(
     tmp_path: Path, world_size: int
 ) -> None:
     config = make_config(make_store(tmp_path / "store"), batch_size=3, validation={"num_samples": 10})
@@ -159,7 +159,7 @@ def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
     assert bool(example(none, read(none, 1)[0]).conditioning.text_keep.all())  # type: ignore[union-attr]
 
 
-def test_half_of_the_images_are_mirrored_with_their_low_resolution(store: Path) -> None:
+def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -> None:
     denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
     plain, flipped = (make_config(store, denoiser=denoiser, views={"horizontal_flip": flip}) for flip in (False, True))
     same = flipped = 0
@@ -208,7 +208,7 @@ def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     assert {0, 8} <= lefts <= set(range(9))
 
 
-def test_crops_are_read_from_the_store_where_training_has_always_cut_them(store: Path) -> None:
+def test_crops_are_read_from_the_store_at_the_places_of_full_images(store: Path) -> None:
     """Written out once more on whole images: a run that began before crops were read goes on the same."""
     whole = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
     config = changed(whole, views={"crop_px": 8})

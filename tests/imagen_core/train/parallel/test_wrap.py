@@ -85,7 +85,7 @@ def test_metrics_are_those_of_one_process(one: Path, two: Path, name: str) -> No
             assert b[field] == pytest.approx(a[field], rel=1e-9)
 
 
-def test_grids_are_drawn(one: Path, two: Path) -> None:
+def test_grids_of_sharded_training_are_equal(one: Path, two: Path) -> None:
     for name in ("step-00000002.png", "step-00000004.png"):
         assert (two / "base" / "grids" / name).read_bytes() == (one / "base" / "grids" / name).read_bytes()
 
