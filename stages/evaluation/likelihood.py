@@ -44,7 +44,7 @@ class LikelihoodConfig(Config):
     store: str
     """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
     first_image: int = Field(default=0, ge=0)
-    """Where in the store's order to begin; a training keeps its last num_validation_samples out."""
+    """Where in the store's order to begin; a training keeps its last validation.num_samples out."""
     num_images: int = Field(default=64, ge=1)
     """How many images."""
     grid: AnyGrid = Uniform()
