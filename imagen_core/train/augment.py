@@ -60,7 +60,7 @@ class ResizedCropConfig(CropConfig):
 class BlurConfig(Config):
     """Gaussian blur of the low-resolution image in training, before it is upsampled.
 
-    Ho et al. 2022 (arXiv 2106.15282); the defaults are those of DALLE2-pytorch.
+    Ho et al. 2022 (arXiv 2106.15282); the defaults are DALLE2-pytorch's.
     """
 
     probability: float = Field(default=0.5, ge=0, le=1)

@@ -18,4 +18,4 @@ class NonFiniteLossError(TrainError):
 
 
 class TrainingStopped(TrainError):
-    """The training was asked to stop, and saved a checkpoint."""
+    """The training received a request to stop, and saved a checkpoint."""

@@ -69,7 +69,7 @@ def _backward(context: TrainingContext, state: TrainState, batch: Batch, scale: 
 
     Returns:
         The sum of this process's losses, float64; and loss and step of the schedule + 1 of each sample of the global
-        batch, (2, samples), with zeros for those of other processes; (2, 0) where the noise levels do not learn.
+        batch, (2, samples), with zeros for the samples of other processes; (2, 0) where the noise levels do not learn.
     """
     config, world, learns = context.config, context.world, state.noise_levels.learns
     total = torch.zeros((), dtype=torch.float64, device=world.device)

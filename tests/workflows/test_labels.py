@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every fourth sample has an unknown class, the others 0, 1, 2."""
-    return make_store(tmp_path_factory.mktemp("labels"), facts=lambda row: {"label": [None, 0, 1, 2][row % 4]})
+    return make_store(tmp_path_factory.mktemp("labels"), row_fields=lambda row: {"label": [None, 0, 1, 2][row % 4]})
 
 
 def config(store: Path, **changes: Any) -> TrainConfig:

@@ -79,7 +79,7 @@ class Loader:
         self._arrange(store.manifest.num_removals, samples)
 
     def _arrange(self, num_removals: int, samples: range) -> None:
-        """Orders `samples` of those the store had after its first removals."""
+        """Orders `samples`, indices of the samples that the store had after its first removals."""
         self._num_removals, self._samples = num_removals, samples
         self._places, self._removed = self._store.places(num_removals)
         if self._window_shards:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def launched(folder: Path, jobs: list[dict[str, Any]], size: int = 2) -> Iterator[None]:
-    """Runs jobs in `size` processes beside the block; at its end waits for them.
+    """Runs jobs in `size` processes next to the block; at its end waits for them.
 
     Fails if one of them fails, with what it said.
     """

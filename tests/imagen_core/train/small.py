@@ -49,13 +49,13 @@ def make_store(
     model: str = "tiny",
     dim: int = DIM,
     large_px: int = 32,
-    facts: Callable[[int], dict[str, Any]] = lambda row: {},
+    row_fields: Callable[[int], dict[str, Any]] = lambda row: {},
 ) -> Path:
     """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
 
     Args:
         large_px: another size instead of 32, and its half instead of 16.
-        facts: fields of the samples by row.
+        row_fields: fields of the samples by row.
     """
     if (root / "manifest.json").exists():
         return root
@@ -80,7 +80,7 @@ def make_store(
         samples = [
             replace(
                 st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32, row),
-                **facts(row),
+                **row_fields(row),
             )
             for row in range(count)
         ]

@@ -57,11 +57,11 @@ def test_tensorboard_gets_scalars_and_images(store: Path, tmp_path: Path) -> Non
 def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_resumes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, begun, logged = types.ModuleType("wandb"), [], []
+    fake, started, logged = types.ModuleType("wandb"), [], []
     fake.Error = RuntimeError  # type: ignore[attr-defined]
     fake.Image = lambda pixels: pixels.shape  # type: ignore[attr-defined]
     run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
-    fake.init = lambda **settings: begun.append(settings) or run  # type: ignore[attr-defined]
+    fake.init = lambda **settings: started.append(settings) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in (7, 8):
         loggers = Loggers(make_config(store, logging={"loggers": ["wandb"]}), tmp_path, step - 1, writes=True)
@@ -69,9 +69,9 @@ def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_resumes(
         loggers.image(step, "grid", np.zeros((4, 6, 3), np.uint8))
         loggers.close()
     assert logged == [(step, values) for step in (7, 8) for values in ({"loss": 0.25}, {"grid": (4, 6, 3)})]
-    assert begun[0] == begun[1]
-    assert begun[0]["resume"] == "allow"
-    assert begun[0]["config"]["store"] == str(store)
+    assert started[0] == started[1]
+    assert started[0]["resume"] == "allow"
+    assert started[0]["config"]["store"] == str(store)
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,12 @@ EFFICIENT = SUPER | {
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_gradients_do_not_depend_on_micro_batches(store: Path, tmp_path: Path, micro_batch_size: int) -> None:
     """MinImagen adds up the losses of micro-batches without dividing them."""
-    whole = train(make_config(store, num_steps=3), tmp_path / "whole")
+    full = train(make_config(store, num_steps=3), tmp_path / "whole")
     parts = train(make_config(store, num_steps=3, micro_batch_size=micro_batch_size), tmp_path / "parts")
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-12)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-9)
-    expected, found = tensors(whole["checkpoint"]), tensors(parts["checkpoint"])
+    expected, found = tensors(full["checkpoint"]), tensors(parts["checkpoint"])
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-10)
 
@@ -66,8 +66,8 @@ def test_gradients_do_not_depend_on_micro_batches(store: Path, tmp_path: Path, m
 def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
     """Two steps against the same written out with autograd and torch.optim."""
     config = make_config(store, num_steps=2, optimizer={"lr": 0.01, "warmup_steps": 0, "clip_norm": 0.1})
-    begun = train(make_config(store, num_steps=1, optimizer={"lr": 1e-30, "warmup_steps": 0}), tmp_path / "begun")
-    denoiser = load_checkpoint(Path(begun["checkpoint"]), "model").denoiser.train().requires_grad_(True)
+    started = train(make_config(store, num_steps=1, optimizer={"lr": 1e-30, "warmup_steps": 0}), tmp_path / "started")
+    denoiser = load_checkpoint(Path(started["checkpoint"]), "model").denoiser.train().requires_grad_(True)
     plain = [p for p in denoiser.parameters() if p.ndim > 1]
     bare = [p for p in denoiser.parameters() if p.ndim <= 1]
     groups = [{"params": plain, "weight_decay": 0.01}, {"params": bare, "weight_decay": 0.0}]

@@ -27,7 +27,7 @@ def text(row: int) -> str | None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("writing"), facts=lambda row: {"transcription": text(row)})
+    return make_store(tmp_path_factory.mktemp("writing"), row_fields=lambda row: {"transcription": text(row)})
 
 
 def config(store: Path, **changes: Any) -> TrainConfig:
@@ -40,9 +40,9 @@ def test_a_step_reads_the_characters_of_its_samples_and_truncates_long_ones(stor
     written = {sample.key: sample.transcription or "" for sample in Store.open(store)}
     assert batch.raw["transcriptions"] == [written[key] for key in batch.keys]
     conditioning = make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning
-    cut = ["wör" if t.startswith("wör") else t for t in batch.raw["transcriptions"]]
+    truncated = ["wör" if t.startswith("wör") else t for t in batch.raw["transcriptions"]]
     assert conditioning.characters is not None
-    assert torch.equal(conditioning.characters, character_ids(cut, 4))
+    assert torch.equal(conditioning.characters, character_ids(truncated, 4))
     assert conditioning.characters_keep is not None
     assert conditioning.characters_keep.all()
     part = batch.part(2, 5)
@@ -64,8 +64,8 @@ def test_transcriptions_are_left_out_apart_from_captions_by_named_numbers(store:
     }
     many = replace(batch, raw=raw)
     denoiser = Denoiser(settings.denoiser)
-    whole = make_example(many, settings, denoiser, CPU, 0).conditioning
-    captions, characters = whole.text_keep, whole.characters_keep
+    full = make_example(many, settings, denoiser, CPU, 0).conditioning
+    captions, characters = full.text_keep, full.characters_keep
     assert captions is not None
     assert characters is not None
     for both in (captions & characters, captions & ~characters, ~captions & characters, ~captions & ~characters):
@@ -97,7 +97,7 @@ def test_training_changes_the_encoder(store: Path, tmp_path: Path) -> None:
 
 
 def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Path) -> None:
-    other = make_store(tmp_path / "other", facts=lambda row: {"transcription": "O"})
+    other = make_store(tmp_path / "other", row_fields=lambda row: {"transcription": "O"})
     found = []
     for folder, dropout in ((store, 0.0), (store, 0.9), (other, 0.0)):
         settings = config(

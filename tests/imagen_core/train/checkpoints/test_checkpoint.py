@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, never pickled, and refused by name when damaged or of something else."""
+"""Checkpoints: complete or absent, never pickled, and refused by name when damaged or of another model."""
 
 import json
 import pickle

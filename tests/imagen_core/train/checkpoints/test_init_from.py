@@ -1,4 +1,4 @@
-"""A training that begins with the weights of another."""
+"""A training that starts with the weights of another."""
 
 import json
 from pathlib import Path
@@ -26,30 +26,30 @@ def test_a_training_starts_with_the_weights_of_another(
     config = make_config(
         store, num_steps=1, optimizer=FROZEN, seed=7, init_from={"path": str(source), "weights": weights}
     )
-    begun = tensors(train(config, tmp_path)["checkpoint"])
+    started = tensors(train(config, tmp_path)["checkpoint"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
-    names = [name.removeprefix("model/") for name in begun if name.startswith("model/")]
+    names = [name.removeprefix("model/") for name in started if name.startswith("model/")]
     for name in names:
         for part in ("model", "ema-0.9", "ema-0.5"):  # the averages begin with them too
-            torch.testing.assert_close(begun[f"{part}/{name}"], expected[f"{taken}/{name}"], rtol=1e-12, atol=1e-20)
-    told = json.loads((tmp_path / "start.json").read_text())
-    assert (told["step"], told["weights"], told["loaded"]) == (2, taken, len(names))
-    assert (told["left_random"], told["not_used"]) == ([], [])
+            torch.testing.assert_close(started[f"{part}/{name}"], expected[f"{taken}/{name}"], rtol=1e-12, atol=1e-20)
+    report = json.loads((tmp_path / "start.json").read_text())
+    assert (report["step"], report["weights"], report["loaded"]) == (2, taken, len(names))
+    assert (report["left_random"], report["not_used"]) == ([], [])
 
 
 def test_tensors_that_do_not_fit_are_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
     other = make_config(
         store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from={"path": str(source), "mismatch": "skip"}
     )
-    begun = tensors(train(other, tmp_path)["checkpoint"])
-    told = json.loads((tmp_path / "start.json").read_text())
-    assert "net.conv_in.weight" in told["left_random"]  # reads the low-resolution image too
-    assert any("low_res" in name for name in told["left_random"])
+    started = tensors(train(other, tmp_path)["checkpoint"])
+    report = json.loads((tmp_path / "start.json").read_text())
+    assert "net.conv_in.weight" in report["left_random"]  # reads the low-resolution image too
+    assert any("low_res" in name for name in report["left_random"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
-    shared = [n for n in begun if n.startswith("model/") and n.removeprefix("model/") not in told["left_random"]]
-    assert len(shared) == told["loaded"] > 10
+    shared = [n for n in started if n.startswith("model/") and n.removeprefix("model/") not in report["left_random"]]
+    assert len(shared) == report["loaded"] > 10
     for name in shared:
-        torch.testing.assert_close(begun[name], expected[name.replace("model/", "ema-0.9/")], rtol=1e-12, atol=1e-20)
+        torch.testing.assert_close(started[name], expected[name.replace("model/", "ema-0.9/")], rtol=1e-12, atol=1e-20)
 
 
 def test_tensors_that_do_not_fit_are_refused_unless_mismatch_is_skip(

@@ -57,12 +57,12 @@ def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, 
 def test_a_stopped_run_resumes_exactly(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=9)
     straight = train(config, tmp_path / "a")
-    asked = 0
+    stop_requested = 0
 
     def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 4
+        nonlocal stop_requested
+        stop_requested += 1
+        return stop_requested == 4
 
     with pytest.raises(TrainingStopped, match="after step 4; run the same command again"):
         train(config, tmp_path / "b", should_stop=should_stop)

@@ -8,10 +8,10 @@ CPU = torch.device("cpu")
 
 
 def test_a_sample_has_the_same_numbers_in_any_batch() -> None:
-    whole = sample_numbers(3, range(10, 18), (3, 4, 4), low_res=True, device=CPU)
+    full = sample_numbers(3, range(10, 18), (3, 4, 4), low_res=True, device=CPU)
     part = sample_numbers(3, range(13, 15), (3, 4, 4), low_res=True, device=CPU)
     for name in ("time", "uniform", "noise", "low_res_noise"):
-        assert torch.equal(getattr(part, name), getattr(whole, name)[3:5])
+        assert torch.equal(getattr(part, name), getattr(full, name)[3:5])
 
 
 def test_samples_and_seeds_differ() -> None:

@@ -85,9 +85,9 @@ def test_the_state_of_a_batch_ignores_what_was_read_ahead(store: Path) -> None:
 
 def test_processes_share_a_batch_and_its_numbers(store: Path) -> None:
     config = make_config(store, batch_size=6)
-    whole = read(config, 8)
+    full = read(config, 8)
     parts = [read(config, 8, World(rank, 3, CPU)) for rank in range(3)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         assert [key for part in parts for key in part[step].keys] == batch.keys
         assert [n for part in parts for n in part[step].counters] == list(batch.counters)
         assert {part[step].global_size for part in parts} == {len(batch.keys)}
@@ -181,10 +181,10 @@ def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -
 
 def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     unet = SUPER["unet"] | {"low_res_noise": False}
-    whole = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet})
-    config = changed(whole, views={"crop_px": 16})
+    full = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet})
+    config = changed(full, views={"crop_px": 16})
     corners = set()
-    for batch, cropped in zip(read(whole, 5), read(config, 5), strict=True):
+    for batch, cropped in zip(read(full, 5), read(config, 5), strict=True):
         cut = example(config, cropped)
         assert cropped.keys == batch.keys
         assert cut.x0.shape[-2:] == (16, 16)
@@ -209,10 +209,10 @@ def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
 
 
 def test_crops_are_read_from_the_store_at_the_places_of_full_images(store: Path) -> None:
-    """Written out once more on whole images: a run that began before crops were read goes on the same."""
-    whole = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
-    config = changed(whole, views={"crop_px": 8})
-    batches = read(whole, 9)  # over the end of the epoch, with a short batch
+    """Computed again on full images: a run that started before crops were read from the store continues unchanged."""
+    full = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
+    config = changed(full, views={"crop_px": 8})
+    batches = read(full, 9)  # over the end of the epoch, with a short batch
     for world_size in (1, 3):
         ranks = [read(config, 9, World(rank, world_size, CPU)) for rank in range(world_size)]
         for step, batch in enumerate(batches):
@@ -250,11 +250,11 @@ def test_low_resolution_noise_is_per_batch_or_per_sample(store: Path, per: str, 
 def test_an_example_does_not_depend_on_its_batch(store: Path) -> None:
     config = make_config(store, denoiser=SUPER, views={"crop_px": 16, "horizontal_flip": True})
     (batch,) = read(config, 1)
-    whole, part = example(config, batch), example(config, batch.part(5, 7))
+    full, part = example(config, batch), example(config, batch.part(5, 7))
     for name in ("x0", "sigma", "noise"):
-        assert torch.equal(getattr(part, name), getattr(whole, name)[5:7])
+        assert torch.equal(getattr(part, name), getattr(full, name)[5:7])
     for name in ("text", "text_mask", "text_keep", "low_res", "low_res_noise"):
-        assert torch.equal(getattr(part.conditioning, name), getattr(whole.conditioning, name)[5:7])
+        assert torch.equal(getattr(part.conditioning, name), getattr(full.conditioning, name)[5:7])
 
 
 def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> None:

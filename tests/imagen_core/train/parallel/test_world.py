@@ -1,6 +1,6 @@
 """Two processes (gloo, on this machine) train as one does, also when one takes over from two in the middle.
 
-The processes are started once for the whole file, since starting them takes longer than all they do.
+The processes are started once for the complete file, since starting them takes longer than all they do.
 """
 
 import json

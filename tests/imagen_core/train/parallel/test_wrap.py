@@ -107,7 +107,7 @@ def test_bfloat16_keeps_float32_weights(two: Path) -> None:
 
 
 class Frequencies(nn.Module):
-    """Both modules whose parameters are frequencies, beside a layer."""
+    """Both modules whose parameters are frequencies, next to a layer."""
 
     def __init__(self) -> None:
         super().__init__()
