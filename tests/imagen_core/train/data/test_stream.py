@@ -162,7 +162,7 @@ def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
 def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -> None:
     denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
     plain, flipped = (make_config(store, denoiser=denoiser, views={"horizontal_flip": flip}) for flip in (False, True))
-    same = flipped = 0
+    same = num_flipped = 0
     for batch, turned in zip(read(plain, 5), read(flipped, 5), strict=True):
         a, b = example(plain, batch), example(flipped, turned)
         assert a.conditioning.low_res is not None
@@ -172,11 +172,11 @@ def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -
                 same += 1
                 assert torch.equal(a.conditioning.low_res[k], b.conditioning.low_res[k])
             else:
-                flipped += 1
+                num_flipped += 1
                 assert torch.equal(a.x0[k].flip(-1), b.x0[k])
                 torch.testing.assert_close(a.conditioning.low_res[k].flip(-1), b.conditioning.low_res[k])
-    assert 10 <= flipped <= 30
-    assert same + flipped == 40
+    assert 10 <= num_flipped <= 30
+    assert same + num_flipped == 40
 
 
 def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
