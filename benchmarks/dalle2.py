@@ -27,22 +27,23 @@ PRESET = Path(__file__).resolve().parents[1] / "workflows/configs/train/demo-bas
 def configs(store: Path, clip: Path, steps: int, prior_steps: int) -> dict[str, dict[str, Any]]:
     """The three trainings."""
     base = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
-    base |= {"store": str(store), "num_steps": steps, "grid_every_steps": None}
+    base |= {"store": str(store), "num_steps": steps, "grid": {"every_steps": None}}
     unet = base["denoiser"]["unet"] | {"text_dim": None, "image_embed_dim": DIM, "attention_type": "fused"}
     decoder = {**base, "text": None, "image_embed": "clip", "denoiser": {**base["denoiser"], "unet": unet}}
     network = {"dim": DIM, "depth": 4, "num_heads": 4, "head_dim": 32, "text_dim": 64, "max_text_tokens": 32}
     prior = {
-        **{key: base[key] for key in ("store", "max_tokens", "num_validation_samples", "keep_checkpoints")},
+        **{key: base[key] for key in ("store", "max_tokens")},
         "denoiser": {"kind": "prior", "network": network},
         "text": "clip-tokens",
         "text_embed": "clip",
         "image_embed": "clip",
         "num_steps": prior_steps,
         "batch_size": 128,
-        "validate_every_steps": prior_steps,
+        "validation": base["validation"] | {"every_steps": prior_steps},
+        "checkpoints": {"keep": base["checkpoints"]["keep"]},
         "optimizer": {"lr": 0.001, "warmup_steps": 100, "schedule": "cosine", "final_lr_fraction": 0.02},
         "ema": {"rates": [0.995]},
-        "log_every_steps": 50,
+        "logging": {"every_steps": 50},
     }
     return {"prior": prior, "decoder": decoder, "imagen": base}
 

@@ -117,7 +117,7 @@ def training_config(root: Path, training: dict[str, Any], steps: int | None) -> 
             "text": "t5",
             "num_steps": num_steps,
             "batch_size": training["batch_size"],
-            "log_every_steps": max(1, num_steps // 2),
+            "logging": {"every_steps": max(1, num_steps // 2)},
         }
     )
 

@@ -41,8 +41,12 @@ def main() -> None:
         run = work / "run"
         pipeline("run", "precompute", "-c", str(work / "store.yaml"), "--executor", "local", "--quiet", f"--out={run}")
         dim = json.loads((run / "store/manifest.json").read_text())["groups"]["text-t5"]["dim"]
-        common = {"store": str(run / "store"), "denoiser.unet.text_dim": dim, "num_validation_samples": 0}
-        common |= {"num_steps": arguments.steps, "log_every_steps": arguments.steps // 2, "grid_every_steps": "null"}
+        common = {"store": str(run / "store"), "denoiser.unet.text_dim": dim, "validation.num_samples": 0}
+        common |= {
+            "num_steps": arguments.steps,
+            "logging.every_steps": arguments.steps // 2,
+            "grid.every_steps": "null",
+        }
         online = f"online_encoder={json.dumps(encoder)}"
         rows: list[dict[str, Any]] = []
         for number in range(arguments.rounds):

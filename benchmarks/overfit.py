@@ -25,10 +25,10 @@ STEPS = 3000
 OVERRIDES = (
     f"num_steps={STEPS}",
     "batch_size=32",
-    "num_validation_samples=0",
-    "caption_dropout=0.0",
-    "log_every_steps=100",
-    "grid_every_steps=null",
+    "validation.num_samples=0",
+    "conditioning_dropout.text=0.0",
+    "logging.every_steps=100",
+    "grid.every_steps=null",
 )
 
 

@@ -64,7 +64,7 @@ def main() -> None:
 
 def train(store: Path, out: Path, seed: int, steps: int) -> float:
     """Loss on the samples kept out, at the end."""
-    settings = [f"store={store}", f"seed={seed}", f"num_steps={steps}", f"validate_every_steps={steps}"]
+    settings = [f"store={store}", f"seed={seed}", f"num_steps={steps}", f"validation.every_steps={steps}"]
     pipeline("run", "train", "-c", "demo-base", "--out", str(out), "--quiet", *settings)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line][-1]

@@ -114,11 +114,11 @@ def training_config(name: str, root: Path, arguments: argparse.Namespace, *, com
     """A shipped configuration, one micro-batch a step; or a small model instead, on images a quarter as wide."""
     overrides = [
         f"store={root}",
-        f"compile={str(compiled).lower()}",
+        f"compute.compile={str(compiled).lower()}",
         f"num_steps={arguments.steps}",
         f"batch_size={arguments.micro_batch}",
         "micro_batch_size=null",
-        f"log_every_steps={arguments.steps // 2}",
+        f"logging.every_steps={arguments.steps // 2}",
     ]
     shipped = load_config(TrainWorkflowConfig, CONFIGS / f"{name}.yaml", overrides).training()
     if not arguments.tiny:

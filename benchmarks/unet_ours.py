@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.unet_peers import BATCH, SIDE, TOKENS, WIDTH, serve
 from imagen_core.diffusion import Denoiser, DenoiserConfig, diffusion_loss
 from imagen_core.models import Conditioning
-from imagen_core.train.config import OptimizerConfig
+from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.optimizer import make_optimizer
 
 MODELS: dict[str, dict[str, object]] = {

@@ -22,8 +22,8 @@ COMMON = {
     "num_steps": 6,
     "batch_size": 4,
     "optimizer": {"lr": 0.001, "warmup_steps": 2},
-    "checkpoint_every_steps": 3,
-    "log_every_steps": 2,
+    "checkpoints": {"every_steps": 3},
+    "logging": {"every_steps": 2},
 }
 BASE = {"denoiser": {"size_px": 16, "unet": UNET}, **COMMON}
 SUPER = {
@@ -33,7 +33,7 @@ SUPER = {
         "low_res_noise": {"kind": "lognormal"},
         "unet": UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True},
     },
-    "crop_px": 16,
+    "views": {"crop_px": 16},
     **COMMON,
 }
 

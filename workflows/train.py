@@ -8,7 +8,7 @@ from pipeline.job import Job, JobWorkflow
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.registry import AnyEncoder
 from stages.training.config import WorkersConfig
-from stages.training.dry_run import training_facts
+from stages.training.dry_run import dry_run_summary
 from stages.training.run import run_training
 
 
@@ -18,8 +18,8 @@ class TrainWorkflowConfig(Config, TrainConfig):
     workers: WorkersConfig = WorkersConfig()
     """Processes of `--executor ray`."""
     online_encoder: AnyEncoder | None = None
-    """Encode captions with it in the training loop, instead of reading `text` from the store: slower, and each epoch
-    anew; to compare with. Its name is that of `text`."""
+    """Encode captions with it in the training loop, instead of reading `text` from the store: slower, and done
+    again in each epoch; for comparison. It must have the name of `text`."""
 
     def training(self) -> TrainConfig:
         """The library's part."""
@@ -38,7 +38,7 @@ class Train(JobWorkflow):
         return run_training(self.config.training(), self.config.workers, job, self.config.online_encoder)
 
     def dry_run(self) -> Mapping[str, object]:
-        return training_facts(self.config.training(), online=self.config.online_encoder is not None)
+        return dry_run_summary(self.config.training(), online=self.config.online_encoder is not None)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("checkpoints", f"{run.url}/checkpoints"), ("metrics", f"{run.url}/metrics.jsonl")]

@@ -14,7 +14,7 @@ from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.manifest import load_manifest
-from imagen_core.store.read.crop import View
+from imagen_core.store.read.options import LoaderOptions, takes_options_of
 from imagen_core.store.read.reader import StoreReader
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample, read whole.
+    """One sample, with all its fields.
 
     Attributes:
         images: uint8 RGB (S, S, 3) by size S in pixels.
-        text: by encoder, one (n_tokens, dim) array a caption; float16 for a float16 store, float32
+        text: by encoder, one (n_tokens, dim) array per caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
         image_embeds: by image encoder, (dim,) in the types of `text`.
         width, height: pixels of the original image after EXIF orientation.
         sha256: hex digest of the original image file.
-        transcription: the text written in the image, "" where there is none; None: not known.
-        safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: not known.
-        label: the image's class, from 0; None: not known.
+        transcription: the text written in the image, "" where there is none; None: unknown.
+        safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: unknown.
+        label: the image's class, from 0; None: unknown.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Store(StoreReader, Sequence[Sample]):
     """A finished store: a sequence of samples, without the excluded and the removed ones.
 
     It can be pickled and used after a fork: files are opened in the process that reads them. Use one
-    object a thread.
+    object per thread.
     """
 
     @classmethod
@@ -70,12 +70,12 @@ class Store(StoreReader, Sequence[Sample]):
     ) -> "Store":
         """Open a store by its folder or its fsspec URL; local files are mapped into memory.
 
-        Only the manifest is read. A data file is looked at when a sample of it is first needed.
+        Only the manifest is read. A data file is opened when a sample of it is first needed.
 
         Args:
             storage_options: what fsspec needs for the URL, such as keys or an endpoint.
             cache_dir: keep local copies of the files that are read here, checked by size and sha256; for
-                stores that are far away. Processes may share it. None reads where the files are.
+                remote stores. Processes may share it. None reads where the files are.
             cache_bytes: most bytes of cache_dir; least recently used files are removed.
             max_open_shards: shards whose files are kept open.
         Raises:
@@ -95,7 +95,7 @@ class Store(StoreReader, Sequence[Sample]):
 
         Raises:
             IndexError: out of range.
-            StoreError: a file of the sample is missing, cut or unreadable.
+            StoreError: a file of the sample is missing, truncated or unreadable.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -133,74 +133,19 @@ class Store(StoreReader, Sequence[Sample]):
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
 
-    def loader(
-        self,
-        batch_size: int,
-        images: Sequence[int] | None = None,
-        text: str | None = None,
-        text_embed: str | None = None,
-        image_embed: str | None = None,
-        captions: bool = False,
-        transcriptions: bool = False,
-        labels: bool = False,
-        max_tokens: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        samples: range | None = None,
-        crop: View | None = None,
-        shuffle_window_shards: int | None = None,
-        pin_memory: bool = False,
-    ) -> "Loader":
-        """A resumable loader of torch batches; see `Loader`.
+    @takes_options_of(LoaderOptions)
+    def loader(self, options: LoaderOptions) -> "Loader":
+        """A resumable loader of torch batches, see `Loader`; its keyword arguments are explained in `LoaderOptions`.
 
-        Args:
-            batch_size: samples a batch on this rank.
-            images: sizes to load, in pixels; None loads no images.
-            text: encoder to load; None loads no embeddings of captions.
-            text_embed: text encoder of one vector a caption to load, of the caption `text` is of; None loads none.
-            image_embed: image encoder to load; None loads no embeddings of images.
-            captions: load the caption that `text` is, or would be, of.
-            transcriptions: load the text written in the images.
-            labels: load the images' classes.
-            max_tokens: cut longer embeddings at this many tokens; None cuts nothing.
-            seed: decides the order and which of several captions is taken.
-            shuffle: off, samples come in the store's order in every epoch.
-            drop_last: leave out the last global batch if it is not full.
-            samples: indices to load, a range of step 1; None loads the whole store.
-            crop: a square of each image instead of all of it, such as `Crop`; only that is read where images are
-                raw.
-            shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards;
-                for stores that are far away or larger than memory. None shuffles all samples with each other.
-            pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
+            loader = store.loader(batch_size=32, images=[64], text="t5", max_tokens=128, seed=0, rank=0, world_size=1)
+
         Raises:
             ValueError: a size or encoder the store lacks, or a number out of range.
+            TypeError: an option that does not exist.
         """
         from imagen_core.store.read.loader import Loader  # torch: reading samples needs none
 
-        return Loader(
-            self,
-            batch_size=batch_size,
-            images=images,
-            text=text,
-            text_embed=text_embed,
-            image_embed=image_embed,
-            captions=captions,
-            transcriptions=transcriptions,
-            labels=labels,
-            max_tokens=max_tokens,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            samples=range(len(self)) if samples is None else samples,
-            crop=crop,
-            shuffle_window_shards=shuffle_window_shards,
-            pin_memory=pin_memory,
-        )
+        return Loader(self, options)
 
     def __repr__(self) -> str:
         return f"Store({self._folder.url!r}, {len(self)} samples, images {self.image_sizes}, encoders {self.encoders})"

@@ -1,8 +1,8 @@
-"""Random views of the stored images, made where they are read: cuts that spare writing, mirroring, blur.
+"""Random views of the stored images, made where they are read: crops that keep writing intact, flips; and blur.
 
-After nostalgebraist/improved-diffusion (crop.py, image_datasets.py): a cut never divides the rectangle around the
-writing in an image, never asks for more detail than the original has, and images without writing may have settings
-of their own. Nothing of it is in the store, which holds a size larger than the one trained on.
+After nostalgebraist/improved-diffusion (crop.py, image_datasets.py): a crop never divides the rectangle around the
+writing in an image, never needs more detail than the original has, and images without writing may have their own
+settings. Nothing of it is in the store, which holds a size larger than the one trained on.
 """
 
 import math
@@ -20,51 +20,51 @@ from imagen_core.store import CropBox, ImageInfo, Layout, View
 
 _ROUNDING = 1e-9
 
-Draw = Callable[[Sequence[int]], np.ndarray]
-"""Random numbers in [0, 1), one row a sample number."""
+RandomRows = Callable[[Sequence[int]], np.ndarray]
+"""Random numbers in [0, 1) of the samples with these counters, one row per sample."""
 
 
-class CutConfig(Config):
-    """Square cuts, of uniform area and place among those that are allowed."""
+class CropConfig(Config):
+    """Square crops, of uniform area and place among the allowed ones."""
 
     probability: float = Field(default=1.0, ge=0, le=1)
-    """Part of the images that are cut; the others are shown whole."""
+    """Fraction of the images that are cropped; the others are shown in full."""
     min_scale: float = Field(default=0.75, gt=0, le=1)
-    """Least area of a cut, as a part of the image's."""
+    """Least area of a crop, as a fraction of the image's."""
     max_scale: float = Field(default=1.0, gt=0, le=1)
-    """Largest area of a cut; larger only where the writing or `min_px` needs it."""
+    """Largest area of a crop; larger only where the writing or `min_px` needs it."""
 
     @model_validator(mode="after")
-    def _check(self) -> "CutConfig":
+    def _check(self) -> "CropConfig":
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is larger than max_scale {self.max_scale}")
         return self
 
 
-class AugmentConfig(CutConfig):
-    """Training on cuts of a larger stored size, resized (bicubic, antialiased) to what the model sees.
+class ResizedCropConfig(CropConfig):
+    """Training on crops of a larger stored size, resized (bicubic, antialiased) to what the model sees.
 
-    The low-resolution image of a super-resolution stage is made of the same cut. A cut holds the safebox of its
-    image; an image whose writing has no known place is shown whole.
+    The low-resolution image of a super-resolution stage is made from the same crop. A crop contains the safebox of
+    its image; an image whose writing has no known place is shown in full.
     """
 
     from_px: int = Field(ge=1)
-    """Stored size that is cut."""
+    """StoredEmbedding size that is cropped."""
     min_px: float = Field(default=1.0, ge=0)
-    """Least side of a cut, as a multiple of the side trained on, in pixels of the stored image and of the original
-    alike: at 1 nothing is enlarged (where that needs more than the whole image, it is shown whole)."""
-    without_text: CutConfig | None = None
+    """Least side of a crop, as a multiple of the side trained on, in pixels of the stored image and of the original
+    alike: at 1 nothing is upsampled (where that needs more than the image has, it is shown in full)."""
+    without_text: CropConfig | None = None
     """Settings of images without writing (an empty or no transcription, and no safebox); null: the same."""
 
 
 class BlurConfig(Config):
     """Gaussian blur of the low-resolution image in training, before it is upsampled.
 
-    Ho et al. 2022 (arXiv 2106.15282); the defaults are those of DALLE2-pytorch.
+    Ho et al. 2022 (arXiv 2106.15282); the defaults are DALLE2-pytorch's.
     """
 
     probability: float = Field(default=0.5, ge=0, le=1)
-    """Part of the images that are blurred."""
+    """Fraction of the images that are blurred."""
     sigma: float | tuple[float, float] = 0.6
     """Standard deviation in pixels, or the lowest and the highest of a uniform range."""
     kernel: int = Field(default=3, ge=1)
@@ -86,42 +86,42 @@ class BlurConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class RandomCut:
-    """A square of one stored size, resized to each size asked for.
+class RandomResizedCrop:
+    """A square of one stored size, resized to each requested size.
 
     Attributes:
-        numbers: (n, 4) random numbers: whether it is cut, its area, how far down and to the right it lies.
+        rows: (n, 4) random numbers: whether the image is cropped, the area, how far down and to the right it lies.
     """
 
-    config: AugmentConfig
-    numbers: Draw
+    config: ResizedCropConfig
+    rows: RandomRows
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         return {size: (self.config.from_px, size) for size in sizes}
 
-    def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        return self.numbers(numbers)
+    def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
+        return self.rows(counters)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
-        return dict.fromkeys(layout, self.square(max(layout), drawn, image))
+    def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
+        return dict.fromkeys(layout, self.square(max(layout), numbers, image))
 
-    def square(self, size_px: int, drawn: Sequence[float], image: ImageInfo) -> CropBox:
-        """The cut for a model of `size_px`, in pixels of the stored image."""
-        whole = CropBox(0, 0, self.config.from_px)
-        settings: CutConfig = self.config
+    def square(self, size_px: int, numbers: Sequence[float], image: ImageInfo) -> CropBox:
+        """The crop for a model of `size_px`, in pixels of the stored image."""
+        full = CropBox(0, 0, self.config.from_px)
+        settings: CropConfig = self.config
         if self.config.without_text is not None and not image.shows_text:
             settings = self.config.without_text
-        cut, area, down, right = drawn
-        if cut >= settings.probability or (image.shows_text and image.safebox is None):
-            return whole
+        cropped, area, down, right = numbers
+        if cropped >= settings.probability or (image.shows_text and image.safebox is None):
+            return full
         low, high = self.sides(settings, size_px, image)
         # Uniform in area: of the sides in [low, high], s has the probability of areas in [s^2, (s + 1)^2).
         side = min(math.isqrt(int(low**2 + area * ((high + 1) ** 2 - low**2))), high)
-        left, top, end, bottom = stored_box(image, whole.side)
-        return CropBox(_place(whole.side, side, top, bottom, down), _place(whole.side, side, left, end, right), side)
+        left, top, end, bottom = stored_box(image, full.side)
+        return CropBox(_place(full.side, side, top, bottom, down), _place(full.side, side, left, end, right), side)
 
-    def sides(self, settings: CutConfig, size_px: int, image: ImageInfo) -> tuple[int, int]:
-        """The smallest and the largest side of a cut of this image."""
+    def sides(self, settings: CropConfig, size_px: int, image: ImageInfo) -> tuple[int, int]:
+        """The smallest and the largest side of a crop of this image."""
         stored = self.config.from_px
         left, top, right, bottom = stored_box(image, stored)
         upsampled = max(1.0, stored / min(image.width, image.height))  # by precompute, where it was too small
@@ -133,56 +133,56 @@ class RandomCut:
 
 @dataclass(frozen=True, slots=True)
 class Flipped:
-    """Another framing, with a part of the images mirrored: never one that shows writing.
+    """Another view, with a fraction of the images flipped: never one that shows writing.
 
     Attributes:
-        numbers: (n, 1) random numbers.
+        rows: (n, 1) random numbers.
     """
 
     view: View
     probability: float
-    numbers: Draw
+    rows: RandomRows
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         return self.view.layout(sizes)
 
-    def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self.numbers(numbers), self.view.draw(numbers)], axis=1)
+    def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
+        return np.concatenate([self.rows(counters), self.view.random_numbers(counters)], axis=1)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
-        cuts = self.view.cut(layout, drawn[1:], image)
-        if drawn[0] >= self.probability or image.shows_text:
-            return cuts
-        return {size: replace(cut, flipped=True) for size, cut in cuts.items()}
+    def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
+        boxes = self.view.boxes(layout, numbers[1:], image)
+        if numbers[0] >= self.probability or image.shows_text:
+            return boxes
+        return {size: replace(box, flipped=True) for size, box in boxes.items()}
 
 
 def stored_box(image: ImageInfo, stored_px: int) -> tuple[int, int, int, int]:
-    """The safebox in pixels of the stored centre square, grown to whole ones; of no size where it has none of it."""
+    """The safebox in pixels of the stored centre square, grown to integers; empty where the square has none of it."""
     short = min(image.width, image.height)
     if image.safebox is None or not short:
         return 0, 0, 0, 0
     margins = 2 * ((image.width - short) // 2, (image.height - short) // 2)
     places = [(at - margin) * stored_px / short for at, margin in zip(image.safebox, margins, strict=True)]
-    whole = [*(math.floor(at + _ROUNDING) for at in places[:2]), *(math.ceil(at - _ROUNDING) for at in places[2:])]
-    left, top, right, bottom = (min(max(at, 0), stored_px) for at in whole)
+    grown = [*(math.floor(at + _ROUNDING) for at in places[:2]), *(math.ceil(at - _ROUNDING) for at in places[2:])]
+    left, top, right, bottom = (min(max(at, 0), stored_px) for at in grown)
     return (left, top, right, bottom) if left < right and top < bottom else (0, 0, 0, 0)
 
 
 def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> int:
-    """Where a cut begins that holds [first, last), if that is not empty."""
+    """Start of a crop that contains [first, last), if that is not empty."""
     low, high = (max(0, last - side), min(first, stored_px - side)) if last > first else (0, stored_px - side)
     return low + int(uniform * (high - low + 1))
 
 
 def grayscale(images: Tensor, rows: Tensor | None = None) -> Tensor:
-    """RGB (b, 3, h, w) with their luma (ITU-R BT.601) in all channels; only where bool (b,) `rows` is true."""
+    """RGB (b, 3, h, w) -> their luma (ITU-R BT.601) in all channels; only where bool (b,) `rows` is true."""
     luma = torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))[:, None]
     result = luma.expand_as(images)
     return result if rows is None else torch.where(rows.to(images.device)[:, None, None, None], result, images)
 
 
 def blur(images: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
-    """Blurs some of the images (b, c, h, w), whose edges go on outside; the others stay as they are.
+    """Blurs some of the images (b, c, h, w), with replicated edges; the others stay as they are.
 
     Args:
         uniform: (b, 2) in [0, 1): whether an image is blurred, and its sigma in the range.

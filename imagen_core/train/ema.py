@@ -1,6 +1,6 @@
 """Moving averages of the weights.
 
-Each begins as the plain mean of the weights after every update, and becomes exponential once the mean would decay
+Each starts as the plain mean of the weights after every update, and becomes exponential once the mean would decay
 slower than its rate: decay(t) = min(rate, t / (t + 1)) for update t = 0, 1, 2 ... So an average is useful early,
 when an exponential one would still hold the first random weights.
 """
@@ -23,7 +23,7 @@ class WeightAverages:
     """One average of a model's parameters for each rate, in at least float32."""
 
     def __init__(self, model: nn.Module, rates: tuple[float, ...], device: torch.device | str | None = None):
-        """`device` is where the averages are kept; None: where the weights are."""
+        """`device`: where the averages are kept; None: with the weights."""
         self.updates = 0
         self._model = model
         self.averages: dict[float, dict[str, Tensor]] = {
@@ -36,7 +36,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, *, counts: bool = True) -> None:
-        """Takes the model's weights in. Before the first update that counts, the average is the newest weights."""
+        """Adds the model's weights. Before the first update that counts, the average is the newest weights."""
         weights = [local(p) for p in self._model.parameters()]
         for rate, average in self.averages.items():
             values = list(average.values())
@@ -48,13 +48,13 @@ class WeightAverages:
     @contextmanager
     def applied(self, rate: float) -> Iterator[None]:
         """Within this block the model has the weights of this average."""
-        former = [local(p).detach().clone() for p in self._model.parameters()]
+        previous = [local(p).detach().clone() for p in self._model.parameters()]
         _copy_in(self._model, self.averages[rate])
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, values in zip(self._model.parameters(), former, strict=True):
+                for parameter, values in zip(self._model.parameters(), previous, strict=True):
                     local(parameter).copy_(values)
 
 

@@ -10,12 +10,12 @@ class CheckpointError(TrainError):
 
 
 class CheckpointMismatchError(TrainError):
-    """A checkpoint was made with another model, or on other embeddings, than asked for now."""
+    """A checkpoint was made with another model, or on other embeddings, than requested now."""
 
 
 class NonFiniteLossError(TrainError):
-    """The loss or a gradient is not finite; the weights are those from before this step."""
+    """The loss or a gradient is not finite; the weights are the ones before this step."""
 
 
 class TrainingStopped(TrainError):
-    """The training was told to stop, and saved a checkpoint."""
+    """The training received a request to stop, and saved a checkpoint."""

@@ -1,73 +1,70 @@
-"""Validation loss, and grids of drawn images."""
+"""What is computed of a model during its training: validation losses, similarities of a prior, and grids of images."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
+from imagen_core.diffusion import DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.steps import Karras
 from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
-from imagen_core.store import Store
+from imagen_core.store.read.loader import Loader
 from imagen_core.train.augment import grayscale
 from imagen_core.train.config import TrainConfig
+from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.dropout import NO_DROPOUT
-from imagen_core.train.data.example import make_example, whole_conditions
-from imagen_core.train.data.online import Encode, with_text
-from imagen_core.train.data.randomness import mix
-from imagen_core.train.data.stream import Batch, full_images, loader_arguments, random_views
-from imagen_core.train.parallel.precision import autocast_dtype
-from imagen_core.train.parallel.world import World
+from imagen_core.train.data.example import all_conditions, make_example
+from imagen_core.train.data.randomness import RandomStream, mix
+from imagen_core.train.data.stream import Batch, full_images, loader_options, random_views, read_batches
+from imagen_core.train.parallel.precision import autocast_dtype, weights_dtype
 
 
 @torch.no_grad()
-def validation_loss(
-    loss: nn.Module, denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
-) -> float:
+def validation_loss(context: TrainingContext) -> float:
     """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
-    count = config.num_validation_samples
-    fixed = _of_validation(config)
-    loader = store.loader(
-        batch_size=config.micro_batch_size or max(1, config.batch_size // world.size),
-        **loader_arguments(config, online=encode is not None),
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        shuffle=False,
-        samples=range(len(store) - count, len(store)),
-        crop=random_views(fixed),
+    config, world = context.config, context.world
+    fixed, samples = _for_validation(config), _validation_samples(context)
+    options = loader_options(
+        config, config.micro_batch_size or max(1, config.batch_size // world.size), online=context.encode is not None
     )
+    order = {"seed": config.seed, "rank": world.rank, "world_size": world.size, "shuffle": False}
+    loader = Loader(context.store, replace(options, **order, samples=samples, crop=random_views(fixed)))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     done = 0
-    for raw in loader:
+    for raw in read_batches(loader, config, context.encode):
         state = loader.state_dict()
-        size = (state["position"] or count) - done
+        size = (state["position"] or len(samples)) - done
         first = done + world.rank * size // world.size
-        batch = Batch(
-            with_text(raw, encode, config.denoiser.network.text_dim or 0, config.max_tokens),
-            range(first, first + len(raw["keys"])),
-            size,
-            -(-size // world.size),
-            state,
-        )
-        example = make_example(batch, fixed, denoiser, world.device, step=0)
-        losses = loss(example)
+        counters = range(first, first + len(raw["keys"]))
+        batch = Batch(raw, counters, size, -(-size // world.size), state)
+        losses = context.loss(make_example(batch, fixed, context.denoiser, world.device, step=0))
         total += losses[: len(batch.keys)].sum().double()
         done += size
-    return float(world.sum(total)) / count
+    return float(world.sum(total)) / len(samples)
 
 
-def _of_validation(config: TrainConfig) -> TrainConfig:
-    """Random numbers of its own; nothing left out or blurred; a level for each low-resolution image.
+def _validation_samples(context: TrainingContext) -> range:
+    count = len(context.store)
+    return range(count - context.config.validation.num_samples, count)
 
-    Its colours are left out only if they always are.
+
+def _for_validation(config: TrainConfig) -> TrainConfig:
+    """Separate random numbers; nothing dropped or blurred; one noise level for each low-resolution image.
+
+    Low-resolution images are in grayscale only if they always are.
     """
-    changes: dict[str, object] = {**NO_DROPOUT, "low_res_blur": None, "seed": mix(config.seed, 4)}
-    changes["low_res_grayscale"] = float(config.low_res_grayscale == 1)
+    grayscale_always = float(config.views.low_res_grayscale == 1)
+    changes: dict[str, object] = {
+        "conditioning_dropout": NO_DROPOUT,
+        "views": config.views.model_copy(update={"low_res_blur": None, "low_res_grayscale": grayscale_always}),
+        "seed": mix(config.seed, RandomStream.VALIDATION),
+    }
     settings = config.denoiser
     if isinstance(settings, DenoiserConfig) and settings.low_res_noise is not None:
         noise = settings.low_res_noise.model_copy(update={"per": "sample"})
@@ -76,82 +73,76 @@ def _of_validation(config: TrainConfig) -> TrainConfig:
 
 
 @torch.no_grad()
-def sample_grid(
-    denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
-) -> np.ndarray:
-    """Images drawn for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
+def sample_grid(context: TrainingContext) -> np.ndarray:
+    """Images sampled for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
-    A super-resolution model enlarges the store's own low-resolution images.
+    A super-resolution model upsamples the store's own low-resolution images.
     """
-    settings, count = config.denoiser, min(config.num_grid_images, len(store))
+    config, device = context.config, context.world.device
+    settings, count = config.denoiser, min(config.grid.num_images, len(context.store))
     assert isinstance(settings, DenoiserConfig)
-    first = len(store) - config.num_validation_samples if config.num_validation_samples >= count else 0
-    loader = store.loader(
-        batch_size=count,
-        **loader_arguments(config, online=encode is not None),
-        shuffle=False,
-        samples=range(first, first + count),
-        crop=full_images(config),
-    )
-    raw = with_text(next(iter(loader)), encode, settings.unet.text_dim or 0, config.max_tokens)
+    first = len(context.store) - config.validation.num_samples if config.validation.num_samples >= count else 0
+    raw = next(_read_all(context, count, range(first, first + count)))
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    conditioning = whole_conditions(raw, settings.unet, world.device, dtype)
+    dtype = weights_dtype(config.precision)
+    conditioning = all_conditions(raw, settings.unet, device, dtype)
     if settings.low_res_px is not None:
-        low_res = in_range(raw["images"][settings.low_res_px].to(world.device), dtype)
-        low_res = grayscale(low_res) if config.low_res_grayscale == 1 else low_res
-        noise = SeededNoise(range(count), stream=1).normal(shape, world.device, dtype)
-        conditioning = denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid_guidance))
-    half = autocast_dtype(config.precision)
-    with torch.autocast(world.device.type, half, enabled=half is not None):
+        low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
+        low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
+        noise = SeededNoise(range(count), stream=1).normal(shape, device, dtype)
+        conditioning = context.denoiser.with_sampling_low_res(conditioning, low_res, noise)
+    guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid.guidance))
+    with _autocast(context):
         result = sample(
             DpmSolverPP2M(),
-            guided(denoiser, conditioning, guidance, Threshold()),
-            Karras().sigmas(settings.diffusion.schedule, config.grid_num_steps),
+            guided(context.denoiser, conditioning, guidance, Threshold()),
+            Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
             SeededNoise(range(count)),
             shape,
-            device=world.device,
+            device=device,
             dtype=dtype,
         )
     return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))
 
 
 @torch.no_grad()
-def similarities(
-    denoiser: Denoiser, store: Store, config: TrainConfig, world: World, encode: Encode | None = None
-) -> dict[str, float]:
-    """Mean cosines between embeddings that a prior draws for the validation samples and the true ones.
+def similarities(context: TrainingContext) -> dict[str, float]:
+    """Mean cosines between the embeddings a prior generates for the validation samples and the true ones.
 
     Returns:
         The fields of `PriorSimilarities`, for each number of sampling steps as NAME_STEPS, but `baseline` once.
     """
-    count = config.num_validation_samples
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    loader = store.loader(
-        batch_size=config.micro_batch_size or config.batch_size,
-        **loader_arguments(config, online=encode is not None),
-        shuffle=False,
-        samples=range(len(store) - count, len(store)),
-    )
-    found: dict[str, float] = {}
-    drawn: dict[int, list[Tensor]] = {steps: [] for steps in config.similarity_num_steps}
+    config = context.config
+    dtype = weights_dtype(config.precision)
+    generated: dict[int, list[Tensor]] = {steps: [] for steps in config.validation.similarity_num_steps}
     images, texts = [], []
-    half = autocast_dtype(config.precision)
-    with torch.autocast(world.device.type, half, enabled=half is not None):
-        for raw in loader:
-            read = with_text(raw, encode, config.denoiser.network.text_dim or 0, config.max_tokens)
-            conditioning = whole_conditions(read, config.denoiser.network, world.device, dtype)
+    batch_size = config.micro_batch_size or config.batch_size
+    with _autocast(context):
+        for raw in _read_all(context, batch_size, _validation_samples(context)):
+            conditioning = all_conditions(raw, config.denoiser.network, context.world.device, dtype)
             assert conditioning.image_embed is not None
             assert conditioning.text_embed is not None
             images.append(conditioning.image_embed)
             texts.append(conditioning.text_embed)
             captions = replace(conditioning, image_embed=None)
-            for steps, rows in drawn.items():
+            for steps, rows in generated.items():
                 seeds = [sum(map(len, rows)) + row for row in range(len(raw["keys"]))]
                 settings = PriorSamplingConfig(num_steps=steps)
-                rows.append(generate_embeddings(denoiser, captions, seeds, settings, dtype=dtype))
-    for steps, rows in drawn.items():
+                rows.append(generate_embeddings(context.denoiser, captions, seeds, settings, dtype=dtype))
+    found: dict[str, float] = {}
+    for steps, rows in generated.items():
         for name, value in asdict(prior_similarities(torch.cat(rows), torch.cat(images), torch.cat(texts))).items():
             found[name if name == "baseline" else f"{name}_{steps}"] = value
     return found
+
+
+def _read_all(context: TrainingContext, batch_size: int, samples: range) -> Iterator[Mapping[str, Any]]:
+    """Batches of full images in the store's order, the same on every process."""
+    options = loader_options(context.config, batch_size, online=context.encode is not None)
+    options = replace(options, shuffle=False, samples=samples, crop=full_images(context.config))
+    return read_batches(Loader(context.store, options), context.config, context.encode)
+
+
+def _autocast(context: TrainingContext) -> torch.autocast:
+    half = autocast_dtype(context.config.precision)
+    return torch.autocast(context.world.device.type, half, enabled=half is not None)

@@ -1,4 +1,4 @@
-"""Where metrics go: a line of JSON, TensorBoard, or Weights & Biases."""
+"""Where metrics go: lines of JSON, TensorBoard, or Weights & Biases."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ from imagen_core.train.errors import TrainError
 
 
 class Logger(Protocol):
-    """One place."""
+    """One place where metrics go."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of a step."""
+        """The metrics of a step."""
         ...
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -24,12 +24,12 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is buffered."""
         ...
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line, in the order of the steps; lines after the step resumed from are cut."""
+    """`metrics.jsonl`: one object per line, by rising step; lines after the step resumed from are removed."""
 
     def __init__(self, path: Path, resumed_step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,14 @@ class JsonLines:
 
 
 def last_values(path: Path) -> dict[str, float]:
-    """The newest value of each metric in a `metrics.jsonl`; nothing where there is no file."""
+    """The newest value of each metric in a `metrics.jsonl`; empty where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = (line for line in lines if _step_of(line) < float("inf"))
-    return {name: value for line in whole for name, value in json.loads(line).items()}
+    complete = (line for line in lines if _step_of(line) < float("inf"))
+    return {name: value for line in complete for name, value in json.loads(line).items()}
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that was cut by a kill."""
+    """The step of a line; infinite for one that a kill truncated."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -98,7 +98,7 @@ class Wandb:
         except ImportError as error:
             raise TrainError("loggers: wandb is not installed; pip install 'imagen-precompute[wandb]'") from error
         self._wandb = wandb
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when the run resumes
         settings = config.model_dump(mode="json")
         try:
             self._run = wandb.init(dir=str(folder), id=name, config=settings, resume="allow")
@@ -116,11 +116,11 @@ class Wandb:
 
 
 class Loggers:
-    """All the places of a run; none on processes that do not write."""
+    """All loggers of a run; none on processes that do not write."""
 
     def __init__(self, config: TrainConfig, out: Path, resumed_step: int, *, writes: bool):
         self._loggers: list[Logger] = []
-        for name in config.loggers if writes else ():
+        for name in config.logging.loggers if writes else ():
             if name == "jsonl":
                 self._loggers.append(JsonLines(out / "metrics.jsonl", resumed_step))
             elif name == "tensorboard":

@@ -1,4 +1,4 @@
-"""What a training step needs in memory, worked out without allocating it."""
+"""What a training step needs in memory, computed without allocating it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -42,7 +42,7 @@ def estimate_memory(
     num_averages: int,
     num_shards: int,
 ) -> MemoryEstimate:
-    """Estimate the memory of a training step in float32 weights.
+    """Estimates the memory of a training step with float32 weights.
 
     Args:
         side_px: side of the images or crops trained on; None for a prior.
@@ -65,7 +65,7 @@ def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens
     """Parameters, and values kept for the backward pass of one image: from a run on tensors without data."""
     kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
         return tensor
@@ -75,7 +75,7 @@ def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         shape = config.shape if side_px is None else (config.shape[0], side_px, side_px)
         x, conditioning = torch.randn(1, *shape), _any_conditioning(config, shape, num_tokens)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)
         del alive

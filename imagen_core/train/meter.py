@@ -1,4 +1,4 @@
-"""Means of what training steps report."""
+"""Means of the metrics of training steps."""
 
 import math
 import time
@@ -18,13 +18,13 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The time within this block does not count."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.started += time.perf_counter() - begin
+        self.started += time.perf_counter() - start
 
     def add(self, loss: float, norm: float, images: int) -> None:
         self.losses.append(loss)
-        self.norms += [norm] if math.isfinite(norm) else []  # that of a step that was left out says nothing
+        self.norms += [norm] if math.isfinite(norm) else []  # the norm of a skipped step says nothing
         self.images += images
 
     def values(self, waited_s: float) -> dict[str, float]:

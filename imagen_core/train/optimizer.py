@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagen_core.train.config import OptimizerConfig
+from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
 
 
@@ -26,8 +26,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         taken = {name: p for name, p in left.items() if re.match(group.match, name)}
         if not taken:
             raise TrainError(
-                f"optimizer.groups.{number}.match: {group.match!r} is the beginning of no parameter's name that an "
-                f"earlier group does not have; names are like {named[0][0]} and {named[-1][0]}"
+                f"optimizer.groups.{number}.match: {group.match!r} matches the beginning of no parameter's name that "
+                f"is not in an earlier group; names are like {named[0][0]} and {named[-1][0]}"
             )
         left = {name: p for name, p in left.items() if name not in taken}
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
@@ -47,7 +47,7 @@ def _split(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: f
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Two norms of attention have their gains in one tensor."""
+    """Two norms of attention have their gains in one tensor, which is not decayed."""
     return parameter.ndim > 1 and not name.endswith("qk_gains")
 
 

@@ -17,14 +17,14 @@ class StepProfiler:
         self._running: profile | None = None
 
     def before(self, step: int) -> None:
-        """Begins, if `step` is the next and the first to record; a resumed training may begin within."""
+        """Starts recording, if `step` is next and the first to record; a resumed training may start within."""
         if self._steps is not None and self._running is None and self._steps[0] <= step <= self._steps[1]:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._running = profile(activities=activities, record_shapes=True)
             self._running.start()
 
     def after(self, step: int, *, last: bool = False) -> None:
-        """Writes the trace, if `step` is done and the last to record, or the last of all."""
+        """Writes the trace, if `step` is done and the last to record, or the last of the training."""
         if self._running is None or self._steps is None or (step < self._steps[1] and not last):
             return
         self._running.stop()

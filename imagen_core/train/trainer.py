@@ -1,22 +1,18 @@
-"""The training loop. `train` is the main path; everything it calls is in the files beside this one."""
+"""The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from imagen_core.diffusion import Denoiser, PriorConfig, diffusion_loss
-from imagen_core.diffusion.self_conditioning import with_own_estimate
+from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
-from imagen_core.store import Store
 from imagen_core.train.checkpoints.checkpoint import (
     LoadedDenoiser,
     best_checkpoints,
@@ -31,54 +27,36 @@ from imagen_core.train.checkpoints.checkpoint import (
 from imagen_core.train.checkpoints.init_from import LoadCheckpoint, initialize_from
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data.encoders import encoders_of
-from imagen_core.train.data.example import Example, make_example
+from imagen_core.train.context import TrainingContext
+from imagen_core.train.data.encoders import encoder_records
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
-from imagen_core.train.data.online import Encode, OnlineEncoder, with_text
-from imagen_core.train.data.randomness import mix
-from imagen_core.train.data.stream import Batch, BatchStream, open_store
+from imagen_core.train.data.online import OnlineEncoder
+from imagen_core.train.data.randomness import RandomStream, mix
+from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.errors import NonFiniteLossError, TrainError, TrainingStopped
+from imagen_core.train.errors import TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_loss
 from imagen_core.train.logs import Loggers, last_values
+from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter
-from imagen_core.train.optimizer import learning_rate, make_optimizer
-from imagen_core.train.parallel.precision import LossScale, autocast_dtype, matmul_precision
-from imagen_core.train.parallel.world import World, joined_world, local, whole
-from imagen_core.train.parallel.wrap import is_sharded, parallelize, syncing
+from imagen_core.train.optimizer import make_optimizer
+from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
+from imagen_core.train.parallel.world import World, joined_world
+from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
+from imagen_core.train.step import take_step
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """Where a training is. Rates are over the steps since the last report."""
+    """How far a training is. Rates are over the steps since the last report."""
 
     step: int
     num_steps: int
     loss: float
     images_per_s: float
     loader_wait: float
-    """Part of the time spent waiting for batches, in [0, 1]."""
-
-
-class TrainingLoss(nn.Module):
-    """The loss of each image of an example, under the run's precision; what DDP and FSDP wrap."""
-
-    def __init__(self, denoiser: Denoiser, config: TrainConfig, device_type: str):
-        super().__init__()
-        self.denoiser = denoiser
-        self._autocast = autocast_dtype(config.precision)
-        self._device_type = device_type
-
-    def forward(self, example: Example) -> Tensor:
-        """(b,)."""
-        with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
-            conditioning = example.conditioning
-            if example.shown_estimate is not None:
-                conditioning = with_own_estimate(
-                    self.denoiser, example.x0, example.sigma, example.noise, conditioning, example.shown_estimate
-                )
-            return diffusion_loss(self.denoiser, example.x0, example.sigma, example.noise, conditioning)
+    """Fraction of the time spent waiting for batches, in [0, 1]."""
 
 
 def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
@@ -93,46 +71,46 @@ def train(
     online_encoder: OnlineEncoder | None = None,
     load: LoadCheckpoint = _load_local,
 ) -> dict[str, Any]:
-    """Train to `num_steps`, going on from the newest checkpoint in `out/checkpoints`.
+    """Trains to `num_steps`, resuming from the newest checkpoint in `out/checkpoints`.
 
-    The same call again goes on where a killed or stopped one was: weights, averages, optimizer and place in the data
+    The same call again resumes where a killed or stopped one was: weights, averages, optimizer and place in the data
     are restored, and random numbers are functions of the seed and the place. num_steps, batch and micro-batch size,
-    precision, number of processes and everything of logging may differ from before; the model, and the encoder of the
-    store, may not.
+    precision, number of processes and everything of logging may differ from the previous call; the model, and the
+    encoder of the store, may not.
 
     Args:
-        on_progress: called on the first process every `log_every_steps`.
-        should_stop: asked at every step on every process; if one says yes, all save a checkpoint and stop.
-        online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, to
-            compare with.
-        load: reads `init_from`; without it only local paths are known.
+        on_progress: called on the first process every `logging.every_steps`.
+        should_stop: called at every step on every process; if one returns true, all save a checkpoint and stop.
+        online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, for
+            comparison.
+        load: reads `init_from.path`; the default reads local paths only.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
-        process that has no file of it), best_checkpoint (of the least validation loss; None without validation).
+        process without its files), best_checkpoint (of the least validation loss; None without validation).
     Raises:
         TrainError: settings, store or checkpoint do not fit; see its children.
         NonFiniteLossError: the batch's keys are in `out/nan/`.
-        TrainingStopped: should_stop said yes; a checkpoint was saved.
+        TrainingStopped: should_stop returned true; a checkpoint was saved.
         StoreError: the store cannot be read.
     """
-    with matmul_precision(tf32=config.tf32), joined_world() as world:
+    with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
         # Model: the same random weights on every process.
         store = open_store(config, online=online_encoder is not None)
         if online_encoder is not None:
             _check_online(online_encoder, config)
-        torch.manual_seed(mix(config.seed, 5))
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
-        denoiser = Denoiser(config.denoiser).to(world.device, dtype)
-        if config.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
+        torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
+        denoiser = Denoiser(config.denoiser).to(world.device, weights_dtype(config.precision))
+        if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
             denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compile:
-            # Lengths and batch sizes are few (`make_example`); each gets a network of its own, as does evaluation.
+        if config.compute.compile:
+            # Lengths and batch sizes are few (`make_example`); each gets its own compiled network, as does evaluation.
             torch._dynamo.config.recompile_limit = 32
             denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()
+        context = TrainingContext(config, store, world, denoiser, loss, encode)
 
-        # What training changes, and where it was.
+        # What training changes, as the newest checkpoint has it.
         found = _newest_checkpoint(out, world)
         if found is None and config.init_from is not None:
             start = initialize_from(denoiser, config, load)
@@ -146,137 +124,73 @@ def train(
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
-        encoders = encoders_of(store, config, online_encoder)
+        encoders = encoder_records(store, config, online_encoder)
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
             state.load(found, saved)
 
         loggers = Loggers(config, out, state.step, writes=world.is_main)
-        run = _Run(config, out, world, store, encoders, encode, denoiser, loss, state, loggers)
         try:
-            return run.train(saved["loader"] if saved else None, on_progress, should_stop)
+            run = TrainingRun(context, out, state, loggers, encoders)
+            return run.run(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
-            run.loggers.close()
+            loggers.close()
 
 
-class _Run:
-    """One call of `train`: the loop and what it does on schedule."""
+class TrainingRun:
+    """One call of `train`: the loop, and logging, validation, grids and checkpoints on schedule."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        out: Path,
-        world: World,
-        store: Store,
-        encoders: dict[str, Any],
-        encode: Encode | None,
-        denoiser: Denoiser,
-        loss: nn.Module,
-        state: TrainState,
-        loggers: Loggers,
+        self, context: TrainingContext, out: Path, state: TrainState, loggers: Loggers, encoders: dict[str, Any]
     ):
-        self.config, self.out, self.world, self.store = config, out, world, store
-        self.encoders, self.encode = encoders, encode
-        self.denoiser, self.loss, self.state, self.loggers = denoiser, loss, state, loggers
+        """`encoders`: the `encoder_records` that checkpoints keep."""
+        self.context, self.out, self.state, self.loggers, self.encoders = context, out, state, loggers, encoders
+        self.config, self.world = context.config, context.world
         self.last: dict[str, Any] = {}
+        """The newest value of each metric."""
 
-    def train(
+    def run(
         self,
         loader_state: dict[str, Any] | None,
         on_progress: Callable[[TrainingProgress], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
-        config, state = self.config, self.state
-        meter, profiler = Meter(), StepProfiler(config.profile_steps, self.out, self.world.rank)
-        stream = BatchStream(self.store, config, self.world, loader_state, online=self.encode is not None)
-        text_dim = config.denoiser.network.text_dim or 0
+        """Trains to the last step; returns the summary of `train`."""
+        config, state, context = self.config, self.state, self.context
+        meter, profiler = Meter(), StepProfiler(config.logging.profile_steps, self.out, self.world.rank)
+        stream = BatchStream(context.store, config, self.world, loader_state, context.encode)
         checkpoint = None
         try:
             while state.step < config.num_steps:
                 profiler.before(state.step + 1)
                 batch = stream.next()
-                batch = replace(batch, raw=with_text(batch.raw, self.encode, text_dim, config.max_tokens))
                 stop = should_stop is not None and should_stop()
-                mean_loss, norm, stopping = self._step(batch, stop)
+                result = take_step(context, state, batch, self.out, stop=stop)
                 loader_state = batch.loader_state
-                meter.add(mean_loss, norm, batch.global_size)
-                step, last = state.step, state.step == config.num_steps
+                meter.add(result.loss, result.grad_norm, batch.global_size)
+                step, last, stopping = state.step, state.step == config.num_steps, result.stopping
                 profiler.after(step, last=last or stopping)
 
-                if step % config.log_every_steps == 0 or last:
+                if step % config.logging.every_steps == 0 or last:
                     self._log(meter, stream.waited_s, on_progress)
                     meter = Meter(stream.waited_s)
                 with meter.paused():
-                    if step % config.checkpoint_every_steps == 0 or last or stopping:
+                    if step % config.checkpoints.every_steps == 0 or last or stopping:
                         checkpoint = self._save(loader_state)  # before what takes long: a kill may follow a stop
                     if stopping and not last:
-                        raise TrainingStopped(f"stopped after step {step}; run the same command again to go on")
-                    if config.num_validation_samples and (step % config.validate_every_steps == 0 or last):
-                        self._validate()
-                    if config.grid_every_steps and (step % config.grid_every_steps == 0 or last):
-                        self._write_grid()
+                        raise TrainingStopped(f"stopped after step {step}; run the same command again to resume")
+                    self._evaluate(step, last=last)
         finally:
             stream.close()
         return self._summary(checkpoint)
 
-    def _step(self, batch: Batch, stop: bool) -> tuple[float, float, bool]:
-        """One optimizer step: mean loss of the global batch, gradient norm, and whether any process wants to stop."""
-        config, state, world = self.config, self.state, self.world
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps) * group["lr_scale"]
-        torch.manual_seed(mix(config.seed, 6, state.step, world.rank))  # dropout
-
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
-        most = batch.largest_part  # all processes take as many micro-batches
-        size = config.micro_batch_size or most
-        starts = range(0, most, size)
-        drawn = total.new_zeros(2, world.size * most if state.times.learns else 0)  # loss and step + 1, by sample
-        for start in starts:
-            part = batch.part(start, start + size)
-            example = make_example(part, config, self.denoiser, world.device, state.step, state.times)
-            with syncing(self.loss, start == starts[-1]):
-                losses = self.loss(example)
-                if state.times.learns:
-                    count, first = len(part.keys), world.rank * most + start
-                    drawn[0, first : first + count] = losses.detach()[:count]
-                    drawn[1, first : first + count] = state.times.steps(example.sigma)[:count] + 1
-                losses = losses * example.weight
-                if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
-                    losses = losses * 0
-                # Processes average their gradients: the mean over the global batch needs its size, not ours.
-                (losses.sum() * (world.size / batch.global_size * scale)).backward()
-            total += losses.detach().sum().double()
-
-        if scale != 1:
-            gradients = [local(p.grad) for p in self.denoiser.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.clip_norm, foreach=True)
-        norm = whole(norm)
-        broken = (~torch.isfinite(total + norm)).double()
-        sums = torch.stack([total, norm.double() / world.size, broken, total.new_tensor(float(stop))])
-        sums = world.sum(torch.cat([sums, drawn.flatten()])).tolist()  # the one time a step waits for the GPU
-        loss, norm, broken, stopping = sums[:4]
-        mean_loss = loss / batch.global_size
-        overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1
-        if broken and not overflow:
-            self._report_non_finite(batch, mean_loss, norm)
-        if not broken:
-            state.optimizer.step()
-        if state.loss_scale is not None and broken:
-            state.loss_scale.shrink()
-        elif state.loss_scale is not None:
-            state.loss_scale.grow()
-        state.optimizer.zero_grad(set_to_none=True)
-        losses_drawn, steps_drawn = sums[4 : 4 + drawn.shape[1]], sums[4 + drawn.shape[1] :]
-        known = [(int(step) - 1, loss) for step, loss in zip(steps_drawn, losses_drawn, strict=True) if step]
-        state.times.record(known)
-        state.step += 1
-        state.samples += batch.global_size
-        counts = state.step % config.ema.every_steps == 0
-        if not broken and (counts or state.averages.updates == 0):
-            state.averages.update(counts=counts)
-        return mean_loss, norm, stopping > 0
+    def _evaluate(self, step: int, *, last: bool) -> None:
+        """Validation losses and grids, if it is their step."""
+        validation, grid = self.config.validation, self.config.grid
+        if validation.num_samples and (step % validation.every_steps == 0 or last):
+            self._validate()
+        if grid.every_steps and (step % grid.every_steps == 0 or last):
+            self._write_grid()
 
     def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[TrainingProgress], None] | None) -> None:
         values = meter.values(waited_s)
@@ -303,32 +217,31 @@ class _Run:
     def _evaluating(self, *, averaged: bool) -> Iterator[None]:
         """Within this block the model is in eval mode, with its slowest average of weights if `averaged`."""
         rates = self.config.ema.rates
-        self.denoiser.eval()
+        self.context.denoiser.eval()
         try:
             with self.state.averages.applied(max(rates)) if averaged and rates else nullcontext():
                 yield
         finally:
-            self.denoiser.train()
+            self.context.denoiser.train()
 
     def _validate(self) -> None:
-        arguments = (self.loss, self.denoiser, self.store, self.config, self.world, self.encode)
         with self._evaluating(averaged=False):
-            plain = validation_loss(*arguments)
+            plain = validation_loss(self.context)
         with self._evaluating(averaged=True):
-            averaged = validation_loss(*arguments)
+            averaged = validation_loss(self.context)
         if self.world.is_main:
             record_validation(self.out / "checkpoints", self.state.step, averaged)
         self.last["validation_loss"] = averaged
         values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
-                values |= similarities(*arguments[1:])
+                values |= similarities(self.context)
         self.last |= values
         self.loggers.scalars(self.state.step, values)
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
-            pixels = sample_grid(self.denoiser, self.store, self.config, self.world, self.encode)
+            pixels = sample_grid(self.context)
         if self.world.is_main:
             (self.out / "grids").mkdir(exist_ok=True)
             write_png(self.out / "grids" / f"step-{self.state.step:08d}.png", pixels)
@@ -348,23 +261,13 @@ class _Run:
             writes=self.world.is_main,
         )
         if self.world.is_main:
-            remove_old(folder, self.config.keep_checkpoints, self.config.keep_best_checkpoints)
+            remove_old(folder, self.config.checkpoints.keep, self.config.checkpoints.keep_best)
         self.world.wait()
         return path
 
-    def _report_non_finite(self, batch: Batch, loss: float, norm: float) -> None:
-        path = self.out / "nan" / f"step-{self.state.step:08d}.json"
-        keys = [key for part in self.world.gather(batch.keys) for key in part]
-        if self.world.is_main:
-            _write_json(path, {"step": self.state.step, "loss": str(loss), "grad_norm": str(norm), "keys": keys})
-        raise NonFiniteLossError(
-            f"step {self.state.step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. "
-            "Go on from the last checkpoint, or begin anew, with a lower optimizer.lr or without these samples"
-        )
-
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         last = self.last or last_values(self.out / "metrics.jsonl")  # nothing was left to do
-        if checkpoint is None:  # saved before, or by the main process, whose folder need not be this one
+        if checkpoint is None:  # saved earlier, or by the main process, perhaps in another folder
             checkpoint = next(reversed(checkpoints(self.out / "checkpoints")), None)
         return {
             "steps": self.state.step,
@@ -380,7 +283,7 @@ class _Run:
 
 
 def _newest_checkpoint(out: Path, world: World) -> Path | None:
-    """What to go on from; leftovers of a kill are removed."""
+    """The checkpoint to resume from, if there is one; leftovers of a kill are removed."""
     if world.is_main:
         remove_unfinished(out / "checkpoints")
     found = checkpoints(out / "checkpoints")
@@ -396,20 +299,21 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
 
 def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
     """Refuses an encoder whose captions the model does not read."""
-    if encoder.facts["name"] != config.text:
+    if encoder.record["name"] != config.text:
         raise TrainError(
-            f"text is {config.text!r}, but the online encoder is named {encoder.facts['name']!r}; give both one name"
+            f"text is {config.text!r}, but the online encoder is named {encoder.record['name']!r}; give both the "
+            "same name"
         )
-    if encoder.facts["dim"] != config.denoiser.network.text_dim:
+    if encoder.record["dim"] != config.denoiser.network.text_dim:
         raise TrainError(
             f"text_dim is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
-            f"{encoder.facts['dim']} wide; set text_dim={encoder.facts['dim']}"
+            f"{encoder.record['dim']} wide; set text_dim={encoder.record['dim']}"
         )
 
 
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _json(config: Any) -> dict[str, Any]:
@@ -417,7 +321,7 @@ def _json(config: Any) -> dict[str, Any]:
 
 
 def _peak_memory(world: World) -> int:
-    """Bytes: of the GPU, or of this process."""
+    """In bytes: of the GPU, or of this process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
     unit = 1 if sys.platform == "darwin" else 1024

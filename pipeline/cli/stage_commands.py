@@ -102,7 +102,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model and its configuration to one file, for `checkpoint` and `init_from`."""
+    """Write a trained model and its configuration as one file; `checkpoint` and `init_from.path` take it."""
     _stage_command("export", training, as_json, out=out, weights=weights)
 
 

@@ -99,7 +99,7 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
             run / "train.yaml",
             {
                 "denoiser": stage.config.model_dump(mode="json"),
-                "init_from": str(run.absolute()),
+                "init_from": {"path": str(run.absolute())},
                 "max_tokens": stage.max_tokens,
             },
         )

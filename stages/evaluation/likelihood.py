@@ -20,8 +20,8 @@ from imagen_core.samplers import SeededNoise
 from imagen_core.store import Store, StoreError
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train import LoadedDenoiser, TrainError
-from imagen_core.train.data.encoders import encoder_facts
-from imagen_core.train.data.example import whole_conditions
+from imagen_core.train.data.encoders import encoder_record
+from imagen_core.train.data.example import all_conditions
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
@@ -44,7 +44,7 @@ class LikelihoodConfig(Config):
     store: str
     """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
     first_image: int = Field(default=0, ge=0)
-    """First image, in the store's order; a training does not use its last num_validation_samples."""
+    """First image, in the store's order; a training does not use its last `validation.num_samples`."""
     num_images: int = Field(default=64, ge=1)
     """How many images."""
     grid: AnyGrid = Uniform()
@@ -142,7 +142,7 @@ def _measure_batch(
         return SeededNoise(seeds, stream=step).normal(x0.shape[1:], device, dtype)
 
     try:
-        conditioning = whole_conditions(raw, settings.unet, device, dtype)
+        conditioning = all_conditions(raw, settings.unet, device, dtype)
     except TrainError as error:
         raise ConfigError(f"store {config.store}: {error}") from error
     if settings.low_res_px is not None:
@@ -233,7 +233,7 @@ def _check_encoder(
     name = trained_on["name"]
     if name not in groups:
         raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
-    changes = differences(dict(trained_on), encoder_facts(groups[name]))
+    changes = differences(dict(trained_on), encoder_record(groups[name]))
     if changes:
         raise ConfigError(
             f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"

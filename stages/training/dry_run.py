@@ -13,8 +13,8 @@ from pipeline.storage.open import open_storage
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
-def training_facts(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
-    """Parameters, memory of one process, and the data the run reads; `online`: no embeddings of captions."""
+def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
+    """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
     memory = estimate_memory(

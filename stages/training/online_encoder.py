@@ -1,4 +1,4 @@
-"""A text encoder for training to call, where captions are not read encoded from the store."""
+"""A text encoder for training to call, instead of reading the embeddings of captions from the store."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from stages.encoders.registry import AnyEncoder
 
 
 def online_encoder(config: AnyEncoder) -> OnlineEncoder:
-    """Finds the model; it is loaded when training asks for it.
+    """Finds the model; it is loaded when training starts.
 
     Raises:
         MachineError: the model cannot be found, or is of another kind.
     """
     identity = config.identify()
-    facts = {"name": config.name, "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+    record = {"name": config.name, "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
 
     def load():
         import torch
@@ -28,4 +28,4 @@ def online_encoder(config: AnyEncoder) -> OnlineEncoder:
 
         return encode
 
-    return OnlineEncoder(facts, load)
+    return OnlineEncoder(record, load)

@@ -1,4 +1,4 @@
-"""Trains on Ray: one process a GPU, started and watched by Ray Train."""
+"""Trains on Ray: one process per GPU, started and watched by Ray Train."""
 
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def train_on_ray(
     """Runs `imagen_core.train.train` in processes that Ray Train starts and joins into one process group.
 
     The run folder must be on a file system that all workers see, or on an object store: then each worker has a local
-    copy, and the first one sends the changes back. A worker that dies ends the run; the same command goes on from the
+    copy, and the first one sends the changes back. A worker that dies ends the run; the same command resumes from the
     newest checkpoint.
     """
     import ray
@@ -64,7 +64,7 @@ def train_on_ray(
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs; the process group is up. Returns what `train` does."""
+    """What each worker runs; the process group exists. Returns the summary of `train`."""
     import ray.train
 
     from imagen_core.train import train
@@ -73,8 +73,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
     rank = ray.train.get_context().get_world_rank()
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
-        facts = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
-    return at_url(facts, folder, settings["out"])
+        summary = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
+    return at_url(summary, folder, settings["out"])
 
 
 def _cause(error: BaseException) -> str:

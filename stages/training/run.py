@@ -27,7 +27,7 @@ from stages.training.online_encoder import online_encoder
 def run_training(
     config: TrainConfig, workers: WorkersConfig, job: Job, online: AnyEncoder | None = None
 ) -> Mapping[str, object]:
-    """Trains to the end, or until the job is told to stop; the facts of the run.
+    """Trains to the end, or until the job must stop; returns the summary of the training.
 
     Args:
         online: encodes captions in the training loop.
@@ -39,7 +39,7 @@ def run_training(
     if job.options.executor not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {job.options.executor!r})")
     if job.options.restart:
-        raise ConfigError("--restart: a training is never thrown away; use another --out, or remove the folder")
+        raise ConfigError("--restart: a training is never deleted; use another --out, or remove the folder")
     try:
         with _translated():
             if job.options.executor == "ray":
@@ -48,10 +48,10 @@ def run_training(
                 return train_on_ray(config, workers, job, online)
             encoder = None if online is None else online_encoder(online)
             with job.working_folder() as folder:
-                facts = train(config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from)
-            return at_url(facts, folder, job.run.url)
+                summary = train(config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from)
+            return at_url(summary, folder, job.run.url)
     except TrainingStopped:
-        job.signals.received = job.signals.received or signal.SIGTERM  # another process of the training was told
+        job.signals.received = job.signals.received or signal.SIGTERM  # another process received the signal
         return {}
 
 

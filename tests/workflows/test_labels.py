@@ -21,27 +21,24 @@ from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.stream import open_store
 from imagen_core.train.evaluation import sample_grid, validation_loss
-from imagen_core.train.parallel.world import World
-from imagen_core.train.trainer import TrainingLoss
 from pipeline.errors import ConfigError, StaleOutputError
 from stages.evaluation.run import with_guidance
 from stages.sampling.config import SampleConfig
 from stages.sampling.run import prepare
 from tests.commands import call, drops
 from tests.imagen_core.models.small import random_weights
-from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store
+from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_context, make_store
 from tests.images import plain_png
 from tests.runs import precompute
 
 SIZE = ["images.sizes_px=[16]", "encoders=[]"]
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every fourth sample has an unknown class, the others 0, 1, 2."""
-    return make_store(tmp_path_factory.mktemp("labels"), facts=lambda row: {"label": [None, 0, 1, 2][row % 4]})
+    return make_store(tmp_path_factory.mktemp("labels"), row_fields=lambda row: {"label": [None, 0, 1, 2][row % 4]})
 
 
 def config(store: Path, **changes: Any) -> TrainConfig:
@@ -90,7 +87,7 @@ def test_a_tars_cls_members_are_labels(tmp_path: Path) -> None:
 
 
 def test_a_step_reads_the_labels_of_its_samples(store: Path) -> None:
-    settings = config(store, label_dropout=0)
+    settings = config(store, conditioning_dropout={"labels": 0})
     batch = first_batch(settings)
     known = {sample.key: -1 if sample.label is None else sample.label for sample in Store.open(store)}
     conditioning = make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning
@@ -105,7 +102,7 @@ def test_a_step_reads_the_labels_of_its_samples(store: Path) -> None:
 
 def test_labels_are_left_out_apart_from_captions_or_all_conditions_together(store: Path) -> None:
     def kept(**rates: float) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = config(store, **{"caption_dropout": 0, "label_dropout": 0, **rates})
+        settings = config(store, conditioning_dropout={"text": 0, "labels": 0, **rates})
         batch = first_batch(settings)
         raw = {
             **{name: batch.raw[name].repeat(50, *[1] * (batch.raw[name].ndim - 1)) for name in ("text", "labels")},
@@ -119,10 +116,10 @@ def test_labels_are_left_out_apart_from_captions_or_all_conditions_together(stor
         assert found.labels_keep is not None
         return found.text_keep, found.labels_keep
 
-    captions, labels = kept(caption_dropout=0.5, label_dropout=0.5)
+    captions, labels = kept(text=0.5, labels=0.5)
     for both in (captions & labels, captions & ~labels, ~captions & labels, ~captions & ~labels):
         assert 0.17 < both.double().mean() < 0.33
-    captions, labels = kept(all_dropout=0.5)
+    captions, labels = kept(all=0.5)
     assert torch.equal(captions, labels)
     assert 0.4 < labels.double().mean() < 0.6
 
@@ -130,11 +127,12 @@ def test_labels_are_left_out_apart_from_captions_or_all_conditions_together(stor
 def test_validation_and_grids_leave_no_label_out(store: Path) -> None:
     found = []
     for dropout in (0.0, 0.9):
-        settings = config(store, label_dropout=dropout, num_validation_samples=8, grid_num_steps=2)
+        settings = config(
+            store, conditioning_dropout={"labels": dropout}, validation={"num_samples": 8}, grid={"num_steps": 2}
+        )
         denoiser = random_weights(Denoiser(settings.denoiser).double()).eval()
-        opened = open_store(settings)
-        value = validation_loss(TrainingLoss(denoiser, settings, "cpu"), denoiser, opened, settings, ALONE)
-        found.append((value, sample_grid(denoiser, opened, settings, ALONE).tobytes()))
+        context = make_context(settings, denoiser)
+        found.append((validation_loss(context), sample_grid(context).tobytes()))
     assert found[0] == found[1]
 
 

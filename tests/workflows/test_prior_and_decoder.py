@@ -17,7 +17,7 @@ from tests.commands import call, precompute
 from tests.stages.encoders import tiny_models
 from tests.trained import COMMON, UNET, train
 
-STEPS = COMMON | {"text": None, "num_steps": 4, "checkpoint_every_steps": 2}
+STEPS = COMMON | {"text": None, "num_steps": 4, "checkpoints": {"every_steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "text": "tokens",
             "text_embed": "clip",
             "image_embed": "clip",
-            "num_validation_samples": 4,
-            "validate_every_steps": 4,
-            "similarity_num_steps": [2, 4],
+            "validation": {"num_samples": 4, "every_steps": 4, "similarity_num_steps": [2, 4]},
         },
         "decoder": {
             **STEPS,
@@ -144,7 +142,7 @@ def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, 
         ("prior", "text_embed=tokens", "text_embed: 'tokens' has "),
         ("prior", "text_embed=clip denoiser.network.dim=9", "network.dim is 9, but the embeddings of 'clip' in the"),
         ("prior", "image_embed=dino", "the store has no image encoder 'dino' (image encoders: ['clip'])"),
-        ("prior", "grid_every_steps=2", "grid_every_steps is for images"),
+        ("prior", "grid.every_steps=2", "grid.every_steps is for images"),
         ("decoder", "image_embed=null", "image_embed is None: a prior and a decoder"),
         ("decoder", "denoiser.unet.image_embed_dim=9", "are 16 wide; set image_embed_dim=16"),
     ],
@@ -157,9 +155,9 @@ def test_settings_that_do_not_fit_are_refused_by_name(
     assert message in result.err
 
 
-def test_a_prior_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
+def test_a_prior_resumes_where_it_was(work: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
-    assert train(work, "prior", half, "num_steps=2", "validate_every_steps=9").code == 0
+    assert train(work, "prior", half, "num_steps=2", "validation.every_steps=9").code == 0
     assert train(work, "prior", half).code == 0
     ends = [load_checkpoint(folder, weights="model") for folder in (work / "prior", half)]
     assert ends[0].sha256 == ends[1].sha256

@@ -52,11 +52,11 @@ def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "denoiser.size_px": small,
         "denoiser.unet.image_size_px": small,
-        "num_validation_samples": 0,
+        "validation": {"num_samples": 0},
         "batch_size": 2,
         "denoiser.unet.num_res_blocks": 1 if isinstance(unet.num_res_blocks, int) else [1] * len(unet.num_res_blocks),
-        "checkpoint_every_steps": 1,
-        "log_every_steps": 1,
+        "checkpoints": {"every_steps": 1},
+        "logging": {"every_steps": 1},
     }
     if low is not None:
         changes["denoiser.low_res_px"] = small * low // size
@@ -85,7 +85,7 @@ SIZES |= {"num_res_blocks"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 )
-def test_recipe_trains_goes_on_and_draws(name: str, run: Path, tmp_path: Path) -> None:
+def test_recipe_trains_resumes_and_samples(name: str, run: Path, tmp_path: Path) -> None:
     recipe = load_config(TrainWorkflowConfig, find_config("train", name))
     overrides = [f"{key}={value}" for key, value in reduced(recipe).items()]
     out, last = tmp_path / "out", tmp_path / "out/checkpoints/step-00000002"

@@ -238,10 +238,10 @@ def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(
     work: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    arguments = ["run", "train", "-c", str(work / "base.yaml"), "num_steps=60", "checkpoint_every_steps=1000"]
+    arguments = ["run", "train", "-c", str(work / "base.yaml"), "num_steps=60", "checkpoints.every_steps=1000"]
     arguments += ["optimizer.warmup_steps=2", "--quiet", "--out"]
     process = subprocess.Popen(command(*arguments, str(tmp_path / "a")), cwd=REPOSITORY)
     deadline = time.monotonic() + 100
@@ -349,7 +349,7 @@ def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Pat
             out = tmp_path / source.partition(":")[0]
             result = call(
                 *("run", "train", "-c", str(tmp_path / "base.yaml"), "--out", str(out), "--quiet", "num_steps=1"),
-                f"init_from={source}",
+                f"init_from.path={source}",
             )
             assert result.code == 0, result.err
             assert json.loads((out / "start.json").read_text())["step"] == 6

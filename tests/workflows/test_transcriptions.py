@@ -41,8 +41,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_steps": 4,
         "batch_size": 4,
         "optimizer": {"lr": 0.02, "warmup_steps": 0},
-        "checkpoint_every_steps": 4,
-        "log_every_steps": 1,
+        "checkpoints": {"every_steps": 4},
+        "logging": {"every_steps": 1},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(config))
     result = train(folder, "base", folder / "base")

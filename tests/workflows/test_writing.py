@@ -169,7 +169,9 @@ def test_random_views_in_training_show_the_writing_whole(tmp_path: Path) -> None
     for columns in (["source.transcription_column=text", "source.safebox_column=box"], []):
         run = tmp_path / f"run{len(columns)}"
         precompute(run, "source.kind=folder", f"source.path={data}", "images.sizes_px=[96]", "encoders=[]", *columns)
-        config = make_config(run / "store", augment={"from_px": 96, "min_scale": 0.2}, horizontal_flip=True)
+        config = make_config(
+            run / "store", views={"resized_crop": {"from_px": 96, "min_scale": 0.2}, "horizontal_flip": True}
+        )
         loader = Store.open(run / "store").loader(2, [16], crop=random_views(config))
         views = torch.cat([batch["images"][16] for _ in range(100) for batch in loader])
         assert len(views) == 200

@@ -1,4 +1,4 @@
-"""A square cut out of each image where it is read, so that the rest is never loaded."""
+"""A square of each image, cropped where it is read, so that the rest is never loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from imagen_core.store.layout import ImageInfo
 
 @dataclass(frozen=True, slots=True)
 class CropBox:
-    """A square of a stored image in its pixels, and whether it is shown mirrored."""
+    """A square of a stored image in its pixels, and whether it is flipped horizontally."""
 
     top: int
     left: int
@@ -38,22 +38,22 @@ class CropBox:
 
 
 Layout = Mapping[int, tuple[int, int]]
-"""By the size that a batch was asked for: the stored size it is made from, and its side in the batch."""
+"""By requested size: the stored size it is made from, and its side in the batch."""
 
 
 class View(Protocol):
-    """What of each image a batch shows. Sample `position` of `epoch` has number
-    `epoch * samples of an epoch + position`, whatever the batch size, the rank and the world size."""
+    """What a batch shows of each image. Sample `position` of `epoch` has the counter
+    `epoch * samples per epoch + position`, whatever the batch size, the rank and the world size."""
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         """Where images of these sizes come from; ValueError if they cannot."""
         ...
 
-    def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        """The random numbers of the samples with these numbers, (n, d) in [0, 1)."""
+    def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
+        """The random numbers of the samples with these counters, (n, d) in [0, 1)."""
         ...
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
+    def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         """The square of each size for a sample with these random numbers (d,)."""
         ...
 
@@ -64,10 +64,10 @@ class FullImage:
     def layout(self, sizes: Sequence[int]) -> Layout:
         return {size: (size, size) for size in sizes}
 
-    def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.empty((len(numbers), 0))
+    def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
+        return np.empty((len(counters), 0))
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
+    def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         return {size: CropBox(0, 0, stored) for size, (stored, _) in layout.items()}
 
 
@@ -77,7 +77,7 @@ class Crop:
 
     Attributes:
         side_px: its side in pixels of the largest size.
-        places: how far down and to the right it lies, (n, 2) in [0, 1), for samples by their numbers.
+        places: how far down and to the right it lies, (n, 2) in [0, 1), for samples by their counters.
     """
 
     side_px: int
@@ -87,7 +87,7 @@ class Crop:
         """Side of the square in each size.
 
         Raises:
-            ValueError: it has no whole number of pixels in a size, or does not fit.
+            ValueError: it has no integer number of pixels in a size, or does not fit.
         """
         smallest, largest = min(sizes), max(sizes)
         if not 1 <= self.side_px <= largest or any(size % smallest for size in sizes):
@@ -98,12 +98,12 @@ class Crop:
             )
         return {size: (size, self.side_px * size // largest) for size in sizes}
 
-    def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        return self.places(numbers)
+    def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
+        return self.places(counters)
 
-    def cut(self, layout: Layout, drawn: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
+    def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         smallest = min(layout)
-        top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in drawn[:2])
+        top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in numbers[:2])
         return {
             size: CropBox(top * (size // smallest), left * (size // smallest), side)
             for size, (_, side) in layout.items()

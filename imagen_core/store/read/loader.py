@@ -1,14 +1,15 @@
 """Batches of a store for one rank of a training run, resumable in the middle of an epoch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from imagen_core.store.files.ragged import StoredEmbedding, restore
-from imagen_core.store.read.crop import FullImage, View
+from imagen_core.store.read.crop import FullImage
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.read.reader import StoreReader
 from imagen_core.store.records import EmbeddingGroup
@@ -22,110 +23,82 @@ class Loader:
     Order. An epoch is a permutation of all samples made from (seed, epoch); with `shuffle_window_shards`, of
     samples within windows of that many shards, and of the shards. A global batch is the next
     `world_size * batch_size` of them, split over the ranks in order. The last one may be smaller: it is
-    split as evenly as can be, so each sample is seen exactly once an epoch, and every rank yields the
+    split as evenly as can be, so each sample is seen exactly once per epoch, and every rank yields the
     same number of batches. A rank can then get an empty batch (B = 0); `drop_last` leaves that global
     batch out instead.
 
-    Captions. Of several captions a sample, one is taken by a hash of (seed, epoch, sample): the same
+    Captions. If a sample has several captions, one is taken by a hash of (seed, epoch, sample): the same
     for any rank, world size and batch size.
 
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
-    received as many batches) restores all of them, with any world size and batch size. A `for` that is
-    left early goes on from there. If samples were removed since the state was taken, the others come in the same
-    batches as before; those are smaller by the removed samples, and can be empty.
+    received as many batches) restores all of them, with any world size and batch size. The next `for`
+    after one that was left early continues from there. If samples were removed since the state was taken, the others
+    come in the same batches as before; these are smaller by the removed samples, and can be empty.
 
     Attributes:
         global_size: samples of the last batch over all ranks.
 
     Each batch is a dict:
         keys: list[str], B of them.
-        images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were asked for. With a
-            crop, the side of each is that which the crop gives.
+        images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were requested. With a
+            crop, the side of each is the crop's.
         text: (B, L, dim) in the store's dtype (float16 for int8), zero padded, L = the longest of this
-            batch after the cut at max_tokens (which also cuts the end-of-sentence token of those cut);
-            only if text was asked for.
+            batch after truncation to max_tokens (which also removes the end-of-sentence token of truncated
+            captions); only if text was requested.
         text_mask: bool (B, L), true on real tokens; comes with text.
-        text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if they were asked for.
-        image_embed: (B, dim), embeddings of the images in the store's dtype; only if they were asked for.
-        captions: list[str], the caption taken of each sample; only if they were asked for.
-        transcriptions: list[str], the text written in each image, "" where there is none or it is not known;
-            only if they were asked for.
-        labels: int64 (B,), the class of each image from 0, -1 where it is not known; only if they were asked for.
+        text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if requested.
+        image_embed: (B, dim), embeddings of the images in the store's dtype; only if requested.
+        captions: list[str], the caption taken from each sample; only if requested.
+        transcriptions: list[str], the text written in each image, "" where there is none or it is unknown;
+            only if requested.
+        labels: int64 (B,), the class of each image from 0, -1 where it is unknown; only if requested.
     """
 
-    def __init__(
-        self,
-        store: StoreReader,
-        *,
-        batch_size: int,
-        images: Sequence[int] | None,
-        text: str | None,
-        text_embed: str | None,
-        image_embed: str | None,
-        captions: bool,
-        transcriptions: bool,
-        labels: bool,
-        max_tokens: int | None,
-        seed: int,
-        rank: int,
-        world_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        samples: range,
-        crop: View | None,
-        shuffle_window_shards: int | None,
-        pin_memory: bool,
-    ) -> None:
-        """Made by `Store.loader`, which explains the arguments."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more (got {batch_size})")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, or None (got {max_tokens})")
+    def __init__(self, store: StoreReader, options: LoaderOptions) -> None:
+        """Made by `Store.loader`.
+
+        Raises:
+            ValueError: a size or encoder the store lacks, or a number out of range.
+        """
+        samples = range(len(store)) if options.samples is None else options.samples
         if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
             raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
-        if shuffle_window_shards is not None and (shuffle_window_shards < 1 or not shuffle):
-            raise ValueError(
-                f"shuffle_window_shards must be 1 or more, and goes with shuffle (got {shuffle_window_shards}, "
-                f"shuffle={shuffle})"
-            )
-        if pin_memory and not torch.cuda.is_available():
+        if options.pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory is for copies to a CUDA device, and there is none; leave it off")
-        self._store = store
-        self._window_shards, self._pin_memory = shuffle_window_shards or 0, pin_memory
-        self._view = crop or FullImage()
-        self._layout = self._view.layout(images) if images else {}
+        self._store, self._options = store, options
+        self._window_shards = options.shuffle_window_shards or 0
+        self._view = options.crop or FullImage()
+        self._layout = self._view.layout(options.images) if options.images else {}
         for stored, _ in self._layout.values():
             store.image_group(stored)
-        self._text_group = None if text is None else store.text_group(text)
-        self._text_embed_group = None if text_embed is None else store.text_group(text_embed)
-        self._embed_group = None if image_embed is None else store.image_embed_group(image_embed)
-        self._with_captions, self._with_transcriptions, self._with_labels = captions, transcriptions, labels
-        self._max_tokens = max_tokens
-        self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
-        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
+        self._text_group = None if options.text is None else store.text_group(options.text)
+        self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
+        self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
         self._epoch = self._position = 0
         self.global_size = 0
         self._arrange(store.manifest.num_removals, samples)
 
     def _arrange(self, num_removals: int, samples: range) -> None:
-        """Order these of the samples that the store had after its first removals."""
+        """Orders `samples`, indices of the samples that the store had after its first removals."""
         self._num_removals, self._samples = num_removals, samples
         self._places, self._removed = self._store.places(num_removals)
         if self._window_shards:
-            self._windowed = WindowedOrder(self._places.bounds(samples), self._window_shards, self._seed)
+            self._windowed = WindowedOrder(self._places.bounds(samples), self._window_shards, self._options.seed)
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self._options.batch_size * self._options.world_size
 
     def __len__(self) -> int:
-        """Batches in a whole epoch; the same for all ranks."""
-        num_global = len(self._samples) / (self._batch_size * self._world_size)
-        return math.floor(num_global) if self._drop_last else math.ceil(num_global)
+        """Batches in a complete epoch; the same for all ranks."""
+        num_global = len(self._samples) / self._global_batch_size
+        return math.floor(num_global) if self._options.drop_last else math.ceil(num_global)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self._epoch
         while self._epoch == epoch and (size := self._next_global_size()):
-            first = self._position + self._rank * size // self._world_size
-            stop = self._position + (self._rank + 1) * size // self._world_size
+            first = self._position + self._options.rank * size // self._options.world_size
+            stop = self._position + (self._options.rank + 1) * size // self._options.world_size
             batch = self._read(self._epoch, range(first, stop))
             self.global_size = size
             if self._removed:
@@ -137,17 +110,16 @@ class Loader:
 
     def _next_global_size(self) -> int:
         """Samples in the next global batch; 0 at the end of the epoch."""
-        left = len(self._samples) - self._position
-        whole = self._batch_size * self._world_size
-        return min(left, whole) if left >= whole or not self._drop_last else 0
+        left, full = len(self._samples) - self._position, self._global_batch_size
+        return min(left, full) if left >= full or not self._options.drop_last else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, as JSON values: `position` samples of `epoch` are consumed by all ranks."""
         return {
             "epoch": self._epoch,
             "position": self._position,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
+            "seed": self._options.seed,
+            "shuffle": self._options.shuffle,
             "num_samples": len(self._samples),
             "first_sample": self._samples.start,
             "shuffle_window_shards": self._window_shards,
@@ -155,12 +127,12 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the order is the same whatever the world size and batch size are now.
+        """Continues from a state; the order is the same whatever the world size and batch size are now.
 
         A state from before a removal keeps its order, for all epochs; the removed samples are missing from it.
 
         Raises:
-            ValueError: the state is of another seed, shuffle or store length, so of another order.
+            ValueError: the state is of another seed, shuffle or store length, and so of another order.
         """
         self._arrange_as(state)
         mine = self.state_dict()
@@ -175,7 +147,7 @@ class Loader:
             self._epoch, self._position = self._epoch + 1, 0
 
     def _arrange_as(self, state: dict[str, Any]) -> None:
-        """Take the samples of a state from before a removal, if they can be those of this loader."""
+        """Takes the samples of a state from before a removal, if this loader can have had them."""
         num_removals, mine = state.get("num_removals", 0), self._samples
         if num_removals > self._num_removals:
             raise ValueError(
@@ -192,7 +164,7 @@ class Loader:
             self._arrange(num_removals, samples)
 
     def _kept(self, epoch: int, positions: range) -> tuple[list[int], np.ndarray, list[tuple[int, int]]]:
-        """What is not removed of some positions: which of them, their samples, and the shard and row of each."""
+        """The samples at some positions that are not removed: their positions, indices, and shards with rows."""
         indices = self._order(epoch, np.arange(positions.start, positions.stop))
         places = [self._places.locate(index) for index in indices.tolist()]
         kept = [k for k, place in enumerate(places) if place not in self._removed]
@@ -206,37 +178,39 @@ class Loader:
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         first = epoch * len(self._samples) + positions.start
-        drawn = self._view.draw([first + k for k in kept]).tolist() if images else []
+        numbers = self._view.random_numbers([first + k for k in kept]).tolist() if images else []
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
         text_embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
-        hashes = choices(indices, derive_key(self._seed, epoch, CAPTION))
-        # Shard by shard, so that a file is opened once a batch.
+        hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
+        # Shard by shard, so that a file is opened once per batch.
         for shard, row, k in sorted((*place, k) for k, place in enumerate(located)):
             files = self._store.shard(shard)
             keys[k] = files.samples.key(row)
-            if self._with_captions:
+            if self._options.captions:
                 captions[k] = files.samples.caption(row, hashes[k] % len(files.samples.caption_ids(row)))
-            if self._with_transcriptions:
+            if self._options.transcriptions:
                 transcriptions[k] = files.samples.transcription(row) or ""
-            if self._with_labels:
+            if self._options.labels:
                 label = files.samples.label(row)
                 labels[k] = -1 if label is None else label
-            cuts = self._view.cut(self._layout, drawn[k], files.samples.image(row)) if images else {}
-            for size, cut in cuts.items():
+            boxes = self._view.boxes(self._layout, numbers[k], files.samples.image(row)) if images else {}
+            for size, box in boxes.items():
                 stored, side = self._layout[size]
-                pixels[size][k] = cut.show(files.images[stored].pixels(row), side)
+                pixels[size][k] = box.show(files.images[stored].pixels(row), side)
             if self._text_group is not None:
                 ids = files.samples.caption_ids(row)
                 stored = files.text[self._text_group.encoder].stored(ids[hashes[k] % len(ids)])
-                embeddings[k] = self._cut(stored, self._text_group)
+                embeddings[k] = self._truncated(stored, self._text_group)
             if self._text_embed_group is not None:
                 ids = files.samples.caption_ids(row)
                 group = self._text_embed_group
                 stored = files.text[group.encoder].stored(ids[hashes[k] % len(ids)])
-                text_embeds[k] = self._cut(_one_vector(stored, group.name), group)
+                text_embeds[k] = self._truncated(_one_vector(stored, group.name), group)
             if self._embed_group is not None:
-                embeds[k] = self._cut(files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group)
+                embeds[k] = self._truncated(
+                    files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
+                )
         batch: dict[str, Any] = {"keys": keys}
         if images:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
@@ -247,26 +221,26 @@ class Loader:
             batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
         if self._embed_group is not None:
             batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
-        if self._with_captions:
+        if self._options.captions:
             batch["captions"] = captions
-        if self._with_transcriptions:
+        if self._options.transcriptions:
             batch["transcriptions"] = transcriptions
-        if self._with_labels:
+        if self._options.labels:
             batch["labels"] = labels
         return batch
 
     def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         if self._window_shards:
             return self._windowed.indices(epoch, positions)
-        if self._shuffle:
-            positions = permute(positions, len(self._samples), derive_key(self._seed, epoch, ORDER))
+        if self._options.shuffle:
+            positions = permute(positions, len(self._samples), derive_key(self._options.seed, epoch, ORDER))
         return positions + self._samples.start
 
-    def _cut(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
-        """The first max_tokens of an embedding, (n_tokens, dim), as what the batch has."""
-        values = stored.values[: self._max_tokens]
+    def _truncated(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
+        """The first max_tokens of an embedding, (n_tokens, dim), in the type of the batch."""
+        values = stored.values[: self._options.max_tokens]
         if stored.scales is not None:
-            return restore(StoredEmbedding(values, stored.scales[: self._max_tokens]), group.dtype)
+            return restore(StoredEmbedding(values, stored.scales[: self._options.max_tokens]), group.dtype)
         return values.view(np.int16) if group.dtype == "bfloat16" else values
 
     def _pad(self, embeddings: list[np.ndarray], group: EmbeddingGroup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,17 +256,17 @@ class Loader:
         return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
-        """Memory for a part of a batch. Pinned memory is torch's, which reuses it once nobody has the tensor."""
-        array = np.empty(0 if self._pin_memory else shape, dtype)
+        """Memory for a part of a batch. Pinned memory belongs to torch, which reuses it when the tensor is gone."""
+        array = np.empty(0 if self._options.pin_memory else shape, dtype)
         tensor = torch.from_numpy(array)
-        return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._pin_memory else tensor
+        return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._options.pin_memory else tensor
 
 
 def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:
-    """Refuses token embeddings where one vector a caption is read."""
+    """Refuses token embeddings where one vector per caption is read."""
     if len(stored.values) != 1:
         raise ValueError(
-            f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector a "
+            f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector per "
             "caption, such as kind: clip with output: projected"
         )
     return stored

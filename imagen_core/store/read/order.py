@@ -14,7 +14,7 @@ ORDER, CAPTION, _SHARDS, _WINDOW = range(4)  # what a key is for
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """Finaliser of splitmix64 (Steele, Lea and Flood 2014): hash uint64 to uint64, one to one."""
+    """Finaliser of splitmix64 (Steele, Lea and Flood 2014): hashes uint64 to uint64, one to one."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -34,7 +34,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a keyed permutation of range(size) sends each position.
 
     A balanced Feistel network (Luby and Rackoff 1988) over the next power of 4, walked until the value
-    is below `size` (Black and Rogaway 2002, cycle walking). Any position is computed alone.
+    is below `size` (Black and Rogaway 2002, cycle walking). Each position is computed on its own.
 
     Args:
         positions: integers in [0, size).
@@ -64,7 +64,7 @@ def choices(indices: np.ndarray, key: int) -> list[int]:
 class WindowedOrder:
     """An order that reads few shards at a time: shards in random order, samples shuffled within `window` of them.
 
-    An order is a function of (seed, epoch), as `permute` is: any position is computed alone.
+    An order is a function of (seed, epoch), as `permute` is: each position is computed on its own.
     """
 
     def __init__(self, bounds: np.ndarray, window: int, seed: int) -> None:

@@ -10,11 +10,11 @@ class Places:
     """The rows of all shards, one after another, without the excluded ones; `len` of them."""
 
     def __init__(self, rows: np.ndarray, excluded: Mapping[int, Collection[int]]) -> None:
-        """`rows` of each shard; `excluded`: by shard position, excluded rows by rising row."""
+        """`rows` of each shard; `excluded`: by shard position, its excluded rows in rising order."""
         valid = rows.copy()
-        for shard, gone in excluded.items():
-            valid[shard] -= len(gone)
-        self._ends: list[int] = np.cumsum(valid).tolist()  # samples up to and with each shard
+        for shard, rows_excluded in excluded.items():
+            valid[shard] -= len(rows_excluded)
+        self._ends: list[int] = np.cumsum(valid).tolist()  # samples up to and including each shard
         self._excluded = excluded
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class Places:
         return shard, row
 
     def bounds(self, samples: range) -> np.ndarray:
-        """Where the shards of some samples begin and end, int64, rising from samples.start to samples.stop."""
+        """Where the shards of some samples start and end, int64, rising from samples.start to samples.stop."""
         ends = np.array(self._ends, dtype=np.int64)
         inside = ends[(ends > samples.start) & (ends < samples.stop)]
         return np.unique(np.concatenate([[samples.start], inside, [samples.stop]]))

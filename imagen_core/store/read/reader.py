@@ -61,7 +61,7 @@ class OpenShard:
 
 
 class _Lazy(dict[_Key, _Value]):
-    """A dict that makes a value when its key is first asked for."""
+    """A dict that makes a value when its key is first requested."""
 
     def __init__(self, make: Callable[[_Key], _Value]) -> None:
         self._make = make
@@ -79,7 +79,7 @@ class StoreReader:
     """
 
     def __init__(self, folder: StoreFolder, manifest: Manifest, max_open_shards: int = 64) -> None:
-        """Most callers want `Store.open`."""
+        """Most callers use `Store.open`."""
         self._folder = folder
         self._manifest = manifest
         self._max_open_shards = max_open_shards
@@ -117,12 +117,12 @@ class StoreReader:
         return self._places.locate(index)
 
     def places(self, num_removals: int | None = None) -> tuple[Places, set[tuple[int, int]]]:
-        """Where the samples are that the store had after its first removals; and which were removed since.
+        """Where the samples are that the store had after its first removals, and which of them were removed since.
 
         Args:
-            num_removals: None: all there are.
+            num_removals: number of removals; None means all.
         Returns:
-            The places; shard position and row of those that must not be read.
+            The places, and the shard position and row of each sample that must not be read.
         """
         excluded = self._manifest.excluded
         if num_removals is None or num_removals == self._manifest.num_removals:
@@ -135,8 +135,8 @@ class StoreReader:
             for row, reason in rows.items()
             if reason == REMOVED and (int(self._manifest.index[shard]), row) in named
         }
-        former = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
-        return Places(self._manifest.rows, former), removed
+        previous = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
+        return Places(self._manifest.rows, previous), removed
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""

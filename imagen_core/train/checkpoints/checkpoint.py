@@ -1,8 +1,9 @@
-"""Checkpoints: a folder of safetensors and one JSON, written whole or not at all; never pickled.
+"""Checkpoints: a folder of safetensors and one JSON, written completely or not at all; never pickled.
 
-    step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors  (times.safetensors)
+    step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
+                    noise_levels.safetensors, where the noise levels depend on the losses
 
-Tensors are whole and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
+Tensors are unsharded and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
 other. state.json names each file's SHA-256.
 """
 
@@ -41,10 +42,10 @@ class LoadedDenoiser:
 
     Attributes:
         encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
-        embed_encoders: the same of `text_embed` and `image_embed`, of those it reads.
+        embed_encoders: the same for `text_embed` and `image_embed`, where the model reads them.
         weights: which weights these are: model, or ema-RATE.
         sha256: of their file.
-        max_tokens: captions were cut to it in training.
+        max_tokens: captions were truncated to it in training.
     """
 
     denoiser: Denoiser
@@ -57,9 +58,9 @@ class LoadedDenoiser:
 
     @property
     def stage(self) -> DenoiserConfig:
-        """The configuration of a model that draws images; CheckpointError for a prior."""
+        """The configuration of a model that generates images; CheckpointError for a prior."""
         if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise CheckpointError("it is a prior, which draws embeddings; give a model that draws images")
+            raise CheckpointError("it is a prior, which generates embeddings; give a model that generates images")
         return self.denoiser.config
 
 
@@ -94,13 +95,13 @@ def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
     stay = {*found[-keep:], *best_checkpoints(folder)[:keep_best]}
     for path in found:
         if path not in stay:
-            (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks whole
+            (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks complete
             shutil.rmtree(path)
     remove_unfinished(folder)
 
 
 def record_validation(folder: Path, step: int, loss: float) -> None:
-    """Remembers the validation loss of a step's checkpoint, if there is one, in a file beside the folder."""
+    """Records the validation loss of a step's checkpoint, if there is one, in a file next to the folder."""
     path = folder / f"step-{step:08d}"
     if not (path / _STATE).exists():
         return
@@ -133,7 +134,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and (p / _STATE).exists()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
@@ -159,11 +160,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-_REMEDY = "remove this checkpoint folder to go on from the one before"
+_REMEDY = "remove this checkpoint folder to resume from the previous one"
 
 
 def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors, after a look at its checksum.
+    """The tensors of NAME.safetensors, after checking its checksum.
 
     Raises:
         CheckpointError: the file is missing or was changed.
@@ -184,7 +185,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     """A trained stage.
 
     Args:
-        path: a checkpoint, a training's run folder (its newest checkpoint is taken), or a file of `write_model`.
+        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), or a file of `write_model`.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
@@ -211,15 +212,17 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
 
 
 def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
-    facts, sha256 = read_model(path)
-    if weights not in (None, facts["weights"]):
-        raise CheckpointError(f"{path}: has no weights {weights!r}, but {facts['weights']!r} alone; leave weights out")
-    denoiser = _built(path, facts.pop("denoiser"), load_file(path))
-    return LoadedDenoiser(denoiser, **facts, sha256=sha256)
+    metadata, sha256 = read_model(path)
+    if weights not in (None, metadata["weights"]):
+        raise CheckpointError(
+            f"{path}: has no weights {weights!r}, but {metadata['weights']!r} alone; leave weights out"
+        )
+    denoiser = _built(path, metadata.pop("denoiser"), load_file(path))
+    return LoadedDenoiser(denoiser, **metadata, sha256=sha256)
 
 
 def _built(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> Denoiser:
-    """A denoiser with these weights, for drawing; `path` is the file of its configuration."""
+    """A denoiser with these weights, for sampling; `path` is the file of its configuration."""
     try:
         settings = _DENOISER.validate_python(config)
     except ValidationError as error:
@@ -239,7 +242,7 @@ def refuse_other(
     encoder: dict[str, Any] | None,
     embed_encoders: dict[str, dict[str, Any]],
 ) -> None:
-    """Refuses to go on from a checkpoint of another model or other embeddings.
+    """Refuses to resume from a checkpoint of another model or other embeddings.
 
     Settings of the model that did not exist when the checkpoint was written count as their defaults.
 
@@ -249,10 +252,10 @@ def refuse_other(
     try:
         saved = _DENOISER.validate_python(state["denoiser"]).model_dump(mode="json")
     except ValidationError:
-        saved = state["denoiser"]  # of another version: the fields that differ are named
-    same_store = "train on the store it began with, or start anew in another --out"
+        saved = state["denoiser"]  # of another version: the error names the fields that differ
+    same_store = "train on the store it started with, or start again in another --out"
     for what, theirs, mine, remedy in (
-        ("denoiser", saved, denoiser, "train it in another --out, or go back to the model's settings"),
+        ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings"),
         ("encoder", state["encoder"], encoder, same_store),
         ("encoder", state.get("embed_encoders", {}), embed_encoders, same_store),
     ):

@@ -1,4 +1,4 @@
-"""The weights a new training begins with, when they are those of another."""
+"""The weights of another training that a new one starts with."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,30 +36,33 @@ class Start:
 
 @torch.no_grad()
 def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
-    """Copies weights of equal name and shape from `init_from`, which `load` reads; all processes must call it.
+    """Copies weights of equal name and shape from `init_from.path`, which `load` reads; all processes must call it.
 
     Raises:
-        TrainError: there is no such checkpoint, or it is damaged; with init_mismatch=error a tensor of the model or
+        TrainError: there is no such checkpoint, or it is damaged; with mismatch=error a tensor of the model or
             of the checkpoint has no counterpart; with skip none has.
     """
-    assert config.init_from is not None
+    settings = config.init_from
+    assert settings is not None
     try:
-        loaded = load(config.init_from, config.init_weights)
+        loaded = load(settings.path, settings.weights)
     except CheckpointError as error:
-        raise TrainError(f"init_from: {error}") from error
+        raise TrainError(f"init_from.path: {error}") from error
     source = loaded.denoiser.state_dict()
     parameters = dict(model.named_parameters())
     fits = {name for name, p in parameters.items() if name in source and source[name].shape == p.shape}
     left, unused = sorted(parameters.keys() - fits), sorted(source.keys() - parameters.keys())
-    if not fits or (config.init_mismatch == "error" and (left or unused)):
+    if not fits or (settings.mismatch == "error" and (left or unused)):
         shapes = [f"{name}: {_shape(parameters, name)} here, {_shape(source, name)} there" for name in left + unused]
-        remedy = "check the path" if not fits else "use init_mismatch=skip to leave them random, or the same model"
+        remedy = (
+            "check the path" if not fits else "use init_from.mismatch=skip to leave them random, or the same model"
+        )
         raise TrainError(
-            f"init_from {config.init_from}: {len(shapes)} tensors do not fit ({'; '.join(shapes[:5])}); {remedy}"
+            f"init_from.path {settings.path}: {len(shapes)} tensors do not fit ({'; '.join(shapes[:5])}); {remedy}"
         )
     for name in sorted(fits):
         local(parameters[name]).copy_(local(like(source[name], parameters[name])))
-    return Start(config.init_from, loaded.step, loaded.weights, len(fits), tuple(left), tuple(unused))
+    return Start(settings.path, loaded.step, loaded.weights, len(fits), tuple(left), tuple(unused))
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

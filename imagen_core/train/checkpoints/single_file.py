@@ -1,4 +1,4 @@
-"""A trained model as one safetensors file that holds its configuration: to share, to draw with, to begin with."""
+"""A trained model as one safetensors file that holds its configuration: to share, to sample, to train on."""
 
 import json
 import os
@@ -11,34 +11,34 @@ from safetensors.torch import save_file
 from imagen_core.files import file_digest
 from imagen_core.train.errors import CheckpointError
 
-_FACTS = "imagen"  # the entry of the file's metadata
+_METADATA_KEY = "imagen"  # the entry of the file's metadata
 _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_tokens")
 
 
 def write_model(path: Path, model: Any) -> None:
-    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata all that drawing with it needs; atomic."""
-    facts = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
-    facts["denoiser"] = model.denoiser.config.model_dump(mode="json")
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs; atomic."""
+    metadata = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
+    metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
     temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", _FACTS: json.dumps(facts)})
+    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata)})
     os.replace(temporary, path)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], str]:
-    """What `write_model` wrote of the model beside its weights, and the SHA-256 of the file.
+    """What `write_model` wrote of the model besides its weights, and the SHA-256 of the file.
 
     Raises:
-        CheckpointError: it is no safetensors file, or one without a model's configuration.
+        CheckpointError: it is not a safetensors file, or one without a model's configuration.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        facts = json.loads(metadata[_FACTS]) if _FACTS in metadata else {}
+            entries = file.metadata() or {}
+        metadata = json.loads(entries[_METADATA_KEY]) if _METADATA_KEY in entries else {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: is not safetensors ({error}); give a file of `pipeline export`") from error
-    if missing := [field for field in _FIELDS if field not in facts]:
+    if missing := [field for field in _FIELDS if field not in metadata]:
         raise CheckpointError(
             f"{path}: its metadata lacks {', '.join(missing)}; give a file of `pipeline export`, or a run folder"
         )
-    return {field: facts[field] for field in _FIELDS}, file_digest(path)
+    return {field: metadata[field] for field in _FIELDS}, file_digest(path)

@@ -1,4 +1,4 @@
-"""What training changes: weights, their averages, the optimizer, and how far it is."""
+"""What training changes: weights, their averages, the optimizer, and the number of steps."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,31 +11,35 @@ from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, 
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.parallel.precision import LossScale
-from imagen_core.train.parallel.world import like, local, whole
+from imagen_core.train.parallel.world import like, local, unsharded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class TrainState:
-    """Saved and restored exactly, whatever the number of processes was and is."""
+    """Saved and restored exactly, for any number of processes before and after."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages, times: NoiseLevelSampler
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: WeightAverages,
+        noise_levels: NoiseLevelSampler,
     ):
-        self.model, self.optimizer, self.averages, self.times = model, optimizer, averages, times
+        self.model, self.optimizer, self.averages, self.noise_levels = model, optimizer, averages, noise_levels
         self.step = 0
         self.samples = 0
         self.loss_scale: LossScale | None = None
-        """Of float16."""
+        """Only with float16."""
 
-    def save(self, folder: Path, facts: dict[str, Any], *, writes: bool) -> Path | None:
+    def save(self, folder: Path, record: dict[str, Any], *, writes: bool) -> Path | None:
         """Writes a checkpoint on the process that writes; all processes must call it (shards are gathered)."""
         files: dict[str, dict[str, Tensor]] = {"model": self._gather(dict(self.model.named_parameters()), writes)}
         for rate, average in self.averages.averages.items():
             files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
         files["optimizer"] = self._gather(self._moments(), writes)
-        if self.times.learns:
-            files["times"] = self.times.tensors()
+        if self.noise_levels.learns:
+            files["noise_levels"] = self.noise_levels.tensors()
         if not writes:
             return None
         progress = {
@@ -43,7 +47,7 @@ class TrainState:
             "ema_updates": self.averages.updates,
             "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
         }
-        return write_checkpoint(folder, self.step, files, {**progress, **facts})
+        return write_checkpoint(folder, self.step, files, {**progress, **record})
 
     @torch.no_grad()
     def load(self, path: Path, saved: dict[str, Any]) -> None:
@@ -60,19 +64,19 @@ class TrainState:
         for rate, average in self.averages.averages.items():
             name = f"ema-{rate}"
             known = f"{name}.safetensors" in saved["files"]
-            source = read_tensors(path, saved, name if known else "model")  # a new rate begins with the weights
+            source = read_tensors(path, saved, name if known else "model")  # a new rate starts with the weights
             for key, values in source.items():
                 average[key].copy_(local(like(values, parameters[key])).to(average[key].dtype))
         moments = read_tensors(path, saved, "optimizer")
         for name, parameter in self._trained():
             kept = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
             self.optimizer.state[parameter] = {"step": kept.pop("step").to(parameter.device)}
-            for moment, values in kept.items():  # in the parameter's memory order: the fused kernel does not look
+            for moment, values in kept.items():  # in the parameter's memory order: the fused kernel does not check it
                 restored = torch.empty_like(parameter)
                 local(restored).copy_(local(like(values, parameter)))
                 self.optimizer.state[parameter][moment] = restored
-        if self.times.learns and "times.safetensors" in saved["files"]:  # else it begins to learn them
-            self.times.load(read_tensors(path, saved, "times"))
+        if self.noise_levels.learns and "noise_levels.safetensors" in saved["files"]:  # else it starts to learn them
+            self.noise_levels.load(read_tensors(path, saved, "noise_levels"))
         if self.loss_scale is not None and saved.get("loss_scale") is not None:
             self.loss_scale = LossScale(**saved["loss_scale"])
         self.step, self.samples = saved["step"], saved["samples"]
@@ -118,7 +122,7 @@ class TrainState:
     def _gather(tensors: dict[str, Tensor], writes: bool) -> dict[str, Tensor]:
         gathered: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            values = whole(tensor).detach()
+            values = unsharded(tensor).detach()
             if writes:
                 gathered[name] = values.to("cpu", copy=True)
         return gathered

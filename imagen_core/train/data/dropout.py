@@ -1,45 +1,48 @@
-"""Conditions left out in training, so that guidance has models without them (Ho and Salimans 2022)."""
+"""Conditions dropped in training, so that guidance has models without them (Ho and Salimans 2022)."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
 from imagen_core.models import Conditioning
 from imagen_core.models.conditioning.base import Condition
-from imagen_core.train.config import TrainConfig
-from imagen_core.train.data.randomness import ALL, IMAGE_EMBED, LABEL, TRANSCRIPTION, draw_uniform
+from imagen_core.train.components import ConditioningDropoutConfig
+from imagen_core.train.data.randomness import RandomStream, SampleColumn, sample_uniform
 
-_RATES = {
-    "text": ("caption_dropout", 0),
-    "transcription": ("transcription_dropout", TRANSCRIPTION),
-    "labels": ("label_dropout", LABEL),
-    "image_embed": ("image_embed_dropout", IMAGE_EMBED),
+_STREAMS: dict[Condition, RandomStream] = {
+    "text": RandomStream.SAMPLE,
+    "transcription": RandomStream.DROP_TRANSCRIPTION,
+    "labels": RandomStream.DROP_LABELS,
+    "image_embed": RandomStream.DROP_IMAGE_EMBED,
 }
-"""Setting and stream of random numbers of each condition."""
+"""The random numbers that drop each condition: the first column of the stream."""
+assert SampleColumn.DROP_TEXT == 0
 
-NO_DROPOUT = dict.fromkeys(("all_dropout", *(setting for setting, _ in _RATES.values())), 0.0)
-"""Settings with which nothing is left out."""
+NO_DROPOUT = ConditioningDropoutConfig(**dict.fromkeys(ConditioningDropoutConfig.model_fields, 0.0))
+"""Settings with which nothing is dropped."""
 
 
 def drop_conditions(
-    conditioning: Conditioning, counters: Sequence[int], config: TrainConfig, device: torch.device
+    conditioning: Conditioning,
+    counters: Sequence[int],
+    rates: ConditioningDropoutConfig,
+    seed: int,
+    device: torch.device,
 ) -> Conditioning:
     """Takes each condition away from some rows, and all of them from some.
 
     What a sample keeps depends on the seed and its counter alone.
     """
-    keep_any = _kept(ALL, config.all_dropout, counters, config.seed)
-    for condition in get_args(Condition):
-        if condition in _RATES and conditioning.has(condition):
-            setting, stream = _RATES[condition]
-            keep = _kept(stream, getattr(config, setting), counters, config.seed) & keep_any
+    keep_any = _kept(RandomStream.DROP_ALL, rates.all, counters, seed)
+    for condition, stream in _STREAMS.items():
+        if conditioning.has(condition):
+            keep = _kept(stream, getattr(rates, condition), counters, seed) & keep_any
             conditioning = conditioning.with_keep(condition, keep.to(device))
     return conditioning
 
 
-def _kept(stream: int, rate: float, counters: Sequence[int], seed: int) -> torch.Tensor:
-    """bool (b,); nothing is drawn where nothing is left out."""
+def _kept(stream: RandomStream, rate: float, counters: Sequence[int], seed: int) -> torch.Tensor:
+    """bool (b,); no number is sampled where nothing is dropped."""
     if not rate:
         return torch.ones(len(counters), dtype=torch.bool)
-    return draw_uniform(seed, counters, stream=stream, count=1)[:, 0] >= rate
+    return sample_uniform(seed, counters, stream, count=1)[:, 0] >= rate

@@ -1,4 +1,4 @@
-"""What a training step makes of a batch: clean and noisy images or embeddings, and the conditioning."""
+"""What a training step computes from a batch: clean images or embeddings, their noise, and the conditioning."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,16 +20,16 @@ from imagen_core.train.data.dropout import drop_conditions
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.padding import bucket_length
 from imagen_core.train.data.randomness import (
-    BLUR,
-    GRAYSCALE,
-    SELF_CONDITIONING,
     RandomNumbers,
-    draw,
-    draw_uniform,
+    RandomStream,
+    SampleColumn,
     mix,
+    sample_numbers,
+    sample_uniform,
 )
 from imagen_core.train.data.stream import Batch
 from imagen_core.train.errors import TrainError
+from imagen_core.train.parallel.precision import weights_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Example:
     Attributes:
         x0, noise: (b, c, h, w), or (b, dim) for a prior.
         sigma: (b,).
-        weight: (b,), what each loss counts.
-        shown_estimate: bool (b,), rows whose network is shown its own estimate; None if it reads none.
+        weight: (b,), factor of each loss.
+        shown_estimate: bool (b,), rows whose network is shown its own estimate; None if it reads no estimate.
     """
 
     x0: Tensor
@@ -57,20 +57,19 @@ def make_example(
     denoiser: Denoiser,
     device: torch.device,
     step: int,
-    times: NoiseLevelSampler | None = None,
+    noise_levels: NoiseLevelSampler | None = None,
 ) -> Example:
     """Images or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
 
-    Noise levels are uniform in the schedule's time without `times`.
+    Noise levels are uniform in the schedule's time without `noise_levels`.
 
-    An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss counts 0.
+    An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss has weight 0.
     """
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    settings = config.denoiser
+    dtype, settings = weights_dtype(config.precision), config.denoiser
     images = settings if isinstance(settings, DenoiserConfig) else None
     side = (settings.shape[0], config.side_px, config.side_px) if images else settings.shape
     low_res = images is not None and images.low_res_px is not None
-    draws = draw(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
+    numbers = sample_numbers(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
 
     conditioning = _conditions(batch, config, device, dtype)
     if isinstance(settings, PriorConfig):
@@ -79,26 +78,28 @@ def make_example(
         conditioning = replace(conditioning, image_embed=None)
     else:
         x0 = _pixels(batch.images[settings.size_px], device, dtype)
-        memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        memory = torch.channels_last if config.compute.channels_last else torch.contiguous_format
         x0 = x0.contiguous(memory_format=memory)
     if low_res:
-        conditioning = _with_low_res(batch, config, denoiser, conditioning, draws, step)
-    time, weight = (draws.time, torch.ones_like(draws.time)) if times is None else times.choose(draws.time)
+        conditioning = _with_low_res(batch, config, denoiser, conditioning, numbers, step)
+    time, weight = numbers.time, torch.ones_like(numbers.time)
+    if noise_levels is not None:
+        time, weight = noise_levels.choose(time)
     sigma = settings.diffusion.schedule.sigma(time).to(device)
     shown = None
     if settings.network.self_conditioning:
-        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=SELF_CONDITIONING, count=1)
+        uniform = sample_uniform(config.seed, batch.counters or range(1), RandomStream.SELF_CONDITIONING, count=1)
         shown = (uniform[:, 0] < config.self_conditioning_fraction).to(device)
-    return Example(x0, sigma, weight.to(device, dtype), draws.noise.to(dtype), conditioning, shown)
+    return Example(x0, sigma, weight.to(device, dtype), numbers.noise.to(dtype), conditioning, shown)
 
 
-def whole_conditions(
+def all_conditions(
     raw: Mapping[str, Any], network: UNetConfig | PriorNetworkConfig, device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
-    """What the network reads of a batch of the store's loader beside the images, nothing dropped.
+    """What the network reads of a batch of the store's loader besides the images, with nothing dropped.
 
     Raises:
-        TrainError: a label that is no class of the network.
+        TrainError: a label that is not a class of the network.
     """
     characters = None
     if not isinstance(network, PriorNetworkConfig):
@@ -132,34 +133,40 @@ def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
 
 
 def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
-    """What the model is told of each image, some of it to be dropped."""
-    conditioning = whole_conditions(batch.raw, config.denoiser.network, device, dtype)
-    if config.compile:
+    """The conditions of each image, some of them dropped."""
+    conditioning = all_conditions(batch.raw, config.denoiser.network, device, dtype)
+    if config.compute.compile:
         conditioning = _bucket_lengths(conditioning, config)
-    return drop_conditions(conditioning, batch.counters or range(1), config, device)
+    counters = batch.counters or range(1)
+    return drop_conditions(conditioning, counters, config.conditioning_dropout, config.seed, device)
 
 
 def _with_low_res(
-    batch: Batch, config: TrainConfig, denoiser: Denoiser, conditioning: Conditioning, draws: RandomNumbers, step: int
+    batch: Batch,
+    config: TrainConfig,
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    numbers: RandomNumbers,
+    step: int,
 ) -> Conditioning:
-    """Adds the low-resolution image, blurred, without colours and noised as the configuration says."""
-    settings, noise = config.denoiser, draws.low_res_noise
+    """Adds the low-resolution image, blurred, in grayscale and noised as configured."""
+    settings, views, noise = config.denoiser, config.views, numbers.low_res_noise
     assert isinstance(settings, DenoiserConfig)
     assert settings.low_res_px is not None
     assert noise is not None
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    dtype, counters = weights_dtype(config.precision), batch.counters or range(1)
     low_res = _pixels(batch.images[settings.low_res_px], noise.device, dtype)
-    if config.low_res_blur is not None:
-        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=BLUR, count=2)
-        low_res = blur(low_res, config.low_res_blur, uniform)
-    if config.low_res_grayscale:
-        uniform = draw_uniform(config.seed, batch.counters or range(1), stream=GRAYSCALE, count=1)
-        low_res = grayscale(low_res, uniform[:, 0] < config.low_res_grayscale)
+    if views.low_res_blur is not None:
+        uniform = sample_uniform(config.seed, counters, RandomStream.LOW_RES_BLUR, count=2)
+        low_res = blur(low_res, views.low_res_blur, uniform)
+    if views.low_res_grayscale:
+        uniform = sample_uniform(config.seed, counters, RandomStream.LOW_RES_GRAYSCALE, count=1)
+        low_res = grayscale(low_res, uniform[:, 0] < views.low_res_grayscale)
     sigma = torch.zeros(len(low_res), dtype=torch.float64)
     if settings.low_res_noise is not None:
-        level = draws.uniform[:, 1]
+        level = numbers.uniform[:, SampleColumn.LOW_RES_NOISE]
         if settings.low_res_noise.per == "batch":
-            level = torch.full_like(level, mix(config.seed, step, 3) / 2**63)
+            level = torch.full_like(level, mix(config.seed, step, RandomStream.BATCH_LOW_RES_NOISE) / 2**63)
         sigma = settings.low_res_noise.sigma(level)
     return denoiser.with_low_res(conditioning, low_res, sigma.to(noise.device), noise.to(dtype))
 
@@ -182,5 +189,5 @@ def _pixels(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _one_row(tensor: Tensor) -> Tensor:
-    """One row of zeros instead of none."""
+    """One row of zeros instead of no row."""
     return tensor if len(tensor) else tensor.new_zeros(1, *(max(1, side) for side in tensor.shape[1:]))

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from imagen_core.train.config import TrainConfig
+
 Encode = Callable[[Sequence[str]], Sequence[np.ndarray]]
 """Captions -> float32 (num_tokens, dim) each, in their order."""
 
@@ -16,22 +18,22 @@ class OnlineEncoder:
     """An encoder that takes the place of a text group of the store.
 
     Attributes:
-        facts: name, dim, dtype ("float32", as nothing is stored) and fingerprint, as of a text group.
+        record: name, dim, dtype ("float32", as nothing is stored) and fingerprint, as of a text group.
         load: loads the model on this process's device.
     """
 
-    facts: Mapping[str, Any]
+    record: Mapping[str, Any]
     load: Callable[[], Encode]
 
 
-def with_text(raw: Mapping[str, Any], encode: Encode | None, dim: int, max_tokens: int) -> Mapping[str, Any]:
-    """A batch of the store's loader with the `text` and `text_mask` of its `captions`; as it is without `encode`."""
+def with_text(raw: Mapping[str, Any], encode: Encode | None, config: TrainConfig) -> Mapping[str, Any]:
+    """A batch of the store's loader with the `text` and `text_mask` of its `captions`; unchanged without `encode`."""
     if encode is None:
         return raw
     captions: list[str] = raw["captions"]
-    embeddings = [embedding[:max_tokens] for embedding in (encode(captions) if captions else ())]
+    embeddings = [embedding[: config.max_tokens] for embedding in (encode(captions) if captions else ())]
     lengths = [len(embedding) for embedding in embeddings]
-    text = torch.zeros(len(captions), max(lengths, default=0), dim)
+    text = torch.zeros(len(captions), max(lengths, default=0), config.denoiser.network.text_dim or 0)
     for row, embedding in zip(text, embeddings, strict=True):  # (l, dim)
         row[: len(embedding)] = torch.from_numpy(embedding)
     mask = torch.arange(text.shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]

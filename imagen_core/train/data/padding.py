@@ -2,6 +2,6 @@
 
 
 def bucket_length(length: int, longest: int) -> int:
-    """`length`, or more: a multiple of a quarter of `longest`, at most `longest`."""
+    """`length` rounded up to a multiple of a quarter of `longest`, at most `longest`."""
     quarter = -(-longest // 4)
     return min(-(-length // quarter) * quarter, longest)

@@ -14,15 +14,18 @@ from torch import Tensor
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import Crop, FullImage, Store, View
+from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.records import EmbeddingGroup
-from imagen_core.train.augment import Flipped, RandomCut
+from imagen_core.train.augment import Flipped, RandomResizedCrop
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data.randomness import CUT, draw_uniform
+from imagen_core.train.data.online import Encode, with_text
+from imagen_core.train.data.randomness import RandomStream, SampleColumn, sample_uniform
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.world import World
 
 _AHEAD = 3  # batches read while a step runs
-_SHARDS_TO_ASK = 16  # for annotations
+_SHARDS_TO_CHECK = 16  # for annotations
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,10 @@ class Batch:
     """This process's part of a global batch.
 
     Attributes:
-        raw: what the store's loader gives.
-        counters: how many samples were consumed before each of these; names their random numbers.
+        raw: a batch of the store's loader.
+        counters: how many samples were consumed before each of these; decide their random numbers.
         global_size: samples of the batch over all processes.
-        largest_part: no process has more samples of it.
+        largest_part: most samples of the batch that any process has.
         loader_state: where the loader is once this batch is consumed.
     """
 
@@ -49,11 +52,11 @@ class Batch:
 
     @property
     def images(self) -> dict[int, Tensor]:
-        """uint8 (b, 3, s, s) by size; none where no images are read."""
+        """uint8 (b, 3, s, s) by size; empty where no images are read."""
         return self.raw.get("images", {})
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Some rows of it."""
+        """The rows from `start` to `stop`."""
         rows = slice(start, stop)
         raw = {
             name: {key: t[rows] for key, t in value.items()} if isinstance(value, dict) else value[rows]
@@ -66,18 +69,18 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     """The store, with everything the configuration reads.
 
     Args:
-        online: captions are encoded in the training loop, so `text` is not in the store.
+        online: captions are encoded in the training loop, so `text` need not be in the store.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
     """
-    store = Store.open(config.store, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
     for size in stored_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
                 f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
                 "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
-                "augment.from_px"
+                "views.resized_crop.from_px"
             )
     network = config.denoiser.network
     if isinstance(network, PriorNetworkConfig):
@@ -94,21 +97,21 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
         _check_annotation("label", store, config, "denoiser.unet.num_classes")
-    if len(store) <= config.num_validation_samples:
-        raise TrainError(
-            f"num_validation_samples is {config.num_validation_samples}, but the store has {len(store)} samples"
-        )
-    chosen, end = training_samples(store, config), len(store) - config.num_validation_samples
+    count = config.validation.num_samples
+    if len(store) <= count:
+        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
+    chosen, end = training_samples(store, config), len(store) - count
     if not (0 <= chosen.start < chosen.stop <= end):
         raise TrainError(
-            f"samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for validation"
+            f"data.samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for "
+            "validation"
         )
     return store
 
 
 def training_samples(store: Store, config: TrainConfig) -> range:
-    """Places in the store of the samples to train on."""
-    return range(*(config.samples or (0, len(store) - config.num_validation_samples)))
+    """Indices in the store of the samples to train on."""
+    return range(*(config.data.samples or (0, len(store) - config.validation.num_samples)))
 
 
 def _check_encoder(
@@ -131,18 +134,18 @@ def _check_one_vector(store: Store, encoder: str | None) -> None:
     """Refuses an encoder of tokens as `text_embed`, by the first shards."""
     if encoder is None or encoder not in store.manifest.texts:
         return  # refused by name
-    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
         most = max(store.shard(shard).text[encoder].num_tokens, default=1)
         if most != 1:
             raise TrainError(
-                f"text_embed: {encoder!r} has {most} vectors for a caption; name an encoder of one, such as "
+                f"text_embed: {encoder!r} has {most} vectors per caption; name an encoder of one, such as "
                 f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
             )
 
 
 def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
     """Refuses a store without what the model reads because of `option`, by its first shards."""
-    for shard in range(min(_SHARDS_TO_ASK, store.manifest.num_shards)):
+    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
         if any(value is not None for value in store.shard(shard).samples.column(field)):
             return
     raise TrainError(
@@ -161,53 +164,68 @@ def needed_sizes(config: TrainConfig) -> list[int]:
 
 def stored_sizes(config: TrainConfig) -> list[int]:
     """Sizes of the images a run reads."""
-    return needed_sizes(config) if config.augment is None else [config.augment.from_px]
+    return needed_sizes(config) if config.views.resized_crop is None else [config.views.resized_crop.from_px]
 
 
 def full_images(config: TrainConfig) -> View:
     """Images as they are, of the sizes of a batch."""
-    if config.augment is None:
+    if config.views.resized_crop is None:
         return FullImage()
-    settings = config.augment.model_copy(update={"probability": 0.0, "without_text": None})
-    return RandomCut(settings, lambda counters: np.zeros((len(counters), 4)))
+    settings = config.views.resized_crop.model_copy(update={"probability": 0.0, "without_text": None})
+    return RandomResizedCrop(settings, lambda counters: np.zeros((len(counters), 4)))
 
 
 def random_views(config: TrainConfig) -> View:
-    """What training sees of an image: a function of the sample's named random numbers."""
+    """What training sees of an image: a function of the sample's random numbers."""
+    settings = config.views
 
-    def uniform(counters: Sequence[int]) -> np.ndarray:
-        return draw_uniform(config.seed, counters).numpy()
+    def columns(counters: Sequence[int], *wanted: SampleColumn) -> np.ndarray:
+        numbers = sample_uniform(config.seed, counters, RandomStream.SAMPLE, len(SampleColumn))
+        return numbers.numpy()[:, list(wanted)]
 
-    def cut(counters: Sequence[int]) -> np.ndarray:
-        whether_and_area = draw_uniform(config.seed, counters, stream=CUT, count=2).numpy()
-        return np.concatenate([whether_and_area, uniform(counters)[:, 2:4]], axis=1)
+    def place(counters: Sequence[int]) -> np.ndarray:
+        return columns(counters, SampleColumn.CROP_TOP, SampleColumn.CROP_LEFT)
 
-    views: View = FullImage()
-    if config.augment is not None:
-        views = RandomCut(config.augment, cut)
-    elif config.crop_px is not None:
-        views = Crop(config.crop_px, lambda counters: uniform(counters)[:, 2:4])
-    if config.horizontal_flip:
-        views = Flipped(views, config.horizontal_flip, lambda counters: uniform(counters)[:, 4:5])
-    return views
+    def whether_area_and_place(counters: Sequence[int]) -> np.ndarray:
+        whether_and_area = sample_uniform(config.seed, counters, RandomStream.RESIZED_CROP, count=2).numpy()
+        return np.concatenate([whether_and_area, place(counters)], axis=1)
+
+    view: View = FullImage()
+    if settings.resized_crop is not None:
+        view = RandomResizedCrop(settings.resized_crop, whether_area_and_place)
+    elif settings.crop_px is not None:
+        view = Crop(settings.crop_px, place)
+    if settings.horizontal_flip:
+        view = Flipped(view, settings.horizontal_flip, lambda counters: columns(counters, SampleColumn.FLIP))
+    return view
 
 
-def loader_arguments(config: TrainConfig, *, online: bool) -> dict[str, Any]:
-    """What a run reads of each sample, as arguments of `Store.loader`; `online`: captions, not embeddings of them."""
-    return {
-        "images": needed_sizes(config) or None,
-        "text": None if online else config.text,
-        "captions": online,
-        "text_embed": config.text_embed,
-        "image_embed": config.image_embed,
-        "max_tokens": config.max_tokens,
-        "transcriptions": config.transcription is not None,
-        "labels": config.num_classes is not None,
-    }
+def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> LoaderOptions:
+    """What a run reads of each sample; the caller sets the order. `online`: captions, not their embeddings."""
+    return LoaderOptions(
+        batch_size,
+        images=needed_sizes(config) or None,
+        text=None if online else config.text,
+        captions=online,
+        text_embed=config.text_embed,
+        image_embed=config.image_embed,
+        max_tokens=config.max_tokens,
+        transcriptions=config.transcription is not None,
+        labels=config.num_classes is not None,
+    )
+
+
+def read_batches(loader: Loader, config: TrainConfig, encode: Encode | None) -> Iterator[Mapping[str, Any]]:
+    """One epoch of a loader of `loader_options`, with the embeddings of the captions where `encode` makes them."""
+    for raw in loader:
+        yield with_text(raw, encode, config)
 
 
 class BatchStream:
-    """An endless stream of training batches; a thread reads the next ones while a step runs."""
+    """An endless stream of training batches; a thread reads the next ones while a step runs.
+
+    Captions are encoded, where `encode` is given, by the thread that takes the batch.
+    """
 
     def __init__(
         self,
@@ -215,30 +233,29 @@ class BatchStream:
         config: TrainConfig,
         world: World,
         state: dict[str, Any] | None,
-        *,
-        online: bool = False,
+        encode: Encode | None = None,
     ):
-        self._world = world
+        self._config, self._world, self._encode = config, world, encode
         if config.batch_size % world.size:
             raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
-        self._loader = copy.copy(store).loader(  # open files of its own, for a thread of its own
-            batch_size=config.batch_size // world.size,
-            **loader_arguments(config, online=online),
+        options = replace(
+            loader_options(config, config.batch_size // world.size, online=encode is not None),
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
             samples=training_samples(store, config),
             crop=random_views(config),
-            shuffle_window_shards=config.shuffle_window_shards,
+            shuffle_window_shards=config.data.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
         )
+        self._loader = Loader(copy.copy(store), options)  # a copy opens its own files, for the reading thread
         if state is not None:
             try:
                 self._loader.load_state_dict(state)
             except ValueError as error:
                 raise TrainError(
                     f"the checkpoint's place in the data does not fit: {error}; store, seed and "
-                    "samples must stay what they were, or begin in another --out"
+                    "data.samples must stay the same, or start again in another --out"
                 ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._stopped = threading.Event()
@@ -254,7 +271,7 @@ class BatchStream:
         self.waited_s += time.perf_counter() - started
         if isinstance(item, BaseException):
             raise item
-        return item
+        return replace(item, raw=with_text(item.raw, self._encode, self._config))
 
     def close(self) -> None:
         """Stops the thread."""
@@ -280,15 +297,15 @@ class BatchStream:
         for raw in self._loader:
             after = self._loader.state_dict()
             samples = after["num_samples"]
-            begin = before["epoch"] * samples + before["position"]
-            size = after["epoch"] * samples + after["position"] - begin
+            start = before["epoch"] * samples + before["position"]
+            size = after["epoch"] * samples + after["position"] - start
             first = self._world.rank * size // self._world.size
             before = after
-            if not self._loader.global_size:  # all of it was removed from the store
+            if not self._loader.global_size:  # all of its samples were removed from the store
                 continue
             yield Batch(
                 raw,
-                range(begin + first, begin + first + len(raw["keys"])),
+                range(start + first, start + first + len(raw["keys"])),
                 self._loader.global_size,
                 -(-size // self._world.size),
                 after,

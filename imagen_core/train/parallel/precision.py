@@ -17,10 +17,15 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
 
 
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """The type of weights, and of what is not computed in the type of autocast."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
 @contextmanager
 def matmul_precision(*, tf32: bool) -> Iterator[None]:
     """Within this block float32 matrix products and convolutions may round their inputs to TensorFloat-32 (10 bits of
-    mantissa), or not; settings of the whole process, put back at the end."""
+    mantissa), or not; settings of the process, restored at the end."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -36,7 +41,7 @@ class LossScale:
     """Factor of the loss, so that small gradients do not vanish in float16.
 
     Dynamic (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2): halved when a gradient overflows, whose step is
-    left out, and doubled after 2000 steps without. bfloat16 has the range of float32 and needs none.
+    skipped, and doubled after 2000 steps without an overflow. bfloat16 has the range of float32 and needs none.
     """
 
     value: float = 2.0**16

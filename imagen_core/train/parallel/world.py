@@ -1,4 +1,4 @@
-"""The processes of a training run: this one alone, those of torchrun, or those Ray Train started."""
+"""The processes of a training run: this one alone, or the ones that torchrun or Ray Train started."""
 
 import os
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes, elementwise; the same on each."""
+        """Sum over all processes, elementwise; the same result on each."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, by rank; for what is small and rare."""
+        """The value of each process, by rank; for small values, seldom."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -40,14 +40,14 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Returns when all processes have called it."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined_world() -> Iterator[World]:
-    """Joins the process group (gloo on CPU, nccl on GPU), or goes alone; leaves it at the end if it made it."""
+    """Joins the process group (gloo on CPU, nccl on GPU), or runs alone; leaves a group it created at the end."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -72,17 +72,17 @@ def joined_world() -> Iterator[World]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; others as they are."""
+    """This process's part of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every process (a collective); others as they are."""
+def unsharded(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process (a collective); other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(values: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor laid out as `example`: on its device, in its dtype, and sharded if it is."""
+    """An unsharded tensor laid out as `example`: on its device, in its dtype, and sharded if it is."""
     values = values.to(device=example.device, dtype=example.dtype)
     if not isinstance(example, DTensor):
         return values

@@ -21,24 +21,24 @@ _NET = "denoiser.net"  # in the loss; all parameters are below it
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
-    """Whether each process holds a part of the model only."""
-    return world.size > 1 and config.parallel == "fsdp2"
+    """Whether each process holds only a part of the model."""
+    return world.size > 1 and config.parallel.kind == "fsdp2"
 
 
 def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """Readies the loss for the run's processes: as it is for one, DDP, or FSDP2.
+    """Wraps the loss for the run's processes: DDP or FSDP2; for one process it is unchanged.
 
     Raises:
-        TrainError: shard_group_size does not divide the processes.
+        TrainError: parallel.shard_group_size does not divide the processes.
     """
     if world.size == 1:
         return loss
-    if config.parallel == "ddp":
+    if config.parallel.kind == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
-    group = config.shard_group_size or world.size
+    group = config.parallel.shard_group_size or world.size
     if world.size % group:
-        raise TrainError(f"shard_group_size {group} must divide the {world.size} processes")
+        raise TrainError(f"parallel.shard_group_size {group} must divide the {world.size} processes")
     kind = world.device.type
     if group == world.size:
         mesh = init_device_mesh(kind, (world.size,))
@@ -49,7 +49,7 @@ def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
-    """FSDP2 with one unit a block or layer; weights are gathered in `half`, if it is given."""
+    """FSDP2 with one unit per block or layer; weights are gathered in `half`, if it is given."""
     exact = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides the types
     if half is not None:
         policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -58,7 +58,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
             fully_shard(module, mesh=mesh, mp_policy=exact)
         elif isinstance(module, Block | TransformerLayer):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    # Also what is outside of blocks goes back to its shards after each forward pass, so that code between the steps
+    # What is outside of blocks is resharded too after each forward pass, so that code between the steps
     # (averages, checkpoints) always finds shards.
     fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def launched(folder: Path, jobs: list[dict[str, Any]], size: int = 2) -> Iterator[None]:
-    """Runs jobs in `size` processes beside the block; at its end waits for them.
+    """Runs jobs in `size` processes next to the block; at its end waits for them.
 
     Fails if one of them fails, with what it said.
     """
@@ -77,7 +77,7 @@ def train_split(store: Path, folder: Path, runs: dict[str, dict[str, Any]], **ch
             time.sleep(0.02)
         for rank in range(2):
             (split / f"rank-{rank}.json").rename(split / f"first-{rank}.json")
-        run(job(store, split, **changes | {"num_steps": 8, "parallel": "ddp"}), 0)
+        run(job(store, split, **changes | {"num_steps": 8, "parallel": {"kind": "ddp"}}), 0)
         (split / "rank-0.json").rename(split / "second-0.json")
         go.touch()
 

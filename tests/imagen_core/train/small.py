@@ -13,10 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imagen_core import store as st
+from imagen_core.diffusion import Denoiser
 from imagen_core.train import TrainConfig
+from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.stream import Batch, BatchStream, open_store
+from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
 
+ALONE = World(0, 1, torch.device("cpu"))
 DIM = 8
 BASE_UNET = {
     "family": "regular",
@@ -45,13 +49,13 @@ def make_store(
     model: str = "tiny",
     dim: int = DIM,
     large_px: int = 32,
-    facts: Callable[[int], dict[str, Any]] = lambda row: {},
+    row_fields: Callable[[int], dict[str, Any]] = lambda row: {},
 ) -> Path:
     """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
 
     Args:
         large_px: another size instead of 32, and its half instead of 16.
-        facts: fields of the samples by row.
+        row_fields: fields of the samples by row.
     """
     if (root / "manifest.json").exists():
         return root
@@ -76,7 +80,7 @@ def make_store(
         samples = [
             replace(
                 st.SampleRow(f"{shard}-{row:03d}", (f"caption {row}",), (row,), None, "0" * 64, 32, 32, row),
-                **facts(row),
+                **row_fields(row),
             )
             for row in range(count)
         ]
@@ -118,15 +122,27 @@ def make_config(store: Path, **changes: Any) -> TrainConfig:
         "precision": "float64",
         "optimizer": {"lr": 1e-3, "warmup_steps": 3},
         "ema": {"rates": [0.9, 0.5]},
-        "checkpoint_every_steps": 1000,
-        "log_every_steps": 1,
+        "logging": {"every_steps": 1},
     }
     return TrainConfig.model_validate(settings | changes)
 
 
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The configuration with some settings changed; a dict changes the named settings of a component only."""
+    settings = config.model_dump()
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return TrainConfig.model_validate(settings)
+
+
+def make_context(config: TrainConfig, denoiser: Denoiser) -> TrainingContext:
+    """What one process works with to evaluate this denoiser."""
+    return TrainingContext(config, open_store(config), ALONE, denoiser, TrainingLoss(denoiser, config, "cpu"))
+
+
 def first_batch(config: TrainConfig) -> Batch:
     """What a training of one process reads first."""
-    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    stream = BatchStream(open_store(config), config, ALONE, None)
     try:
         return stream.next()
     finally:

@@ -1,4 +1,4 @@
-"""Random cuts spare writing, ask for no detail that is not there, and are functions of named numbers alone."""
+"""Random crops spare writing, need no more detail than there is, and are functions of named random numbers alone."""
 
 import math
 from collections import Counter
@@ -13,11 +13,12 @@ from PIL import Image
 from imagen_core.diffusion import Denoiser
 from imagen_core.store import CropBox, ImageInfo, Store
 from imagen_core.train import TrainConfig, TrainError, train
-from imagen_core.train.augment import AugmentConfig, BlurConfig, Flipped, RandomCut, blur, stored_box
+from imagen_core.train.augment import BlurConfig, Flipped, RandomResizedCrop, ResizedCropConfig, blur, stored_box
+from imagen_core.train.components import ViewsConfig
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.stream import Batch, BatchStream, full_images, open_store
 from imagen_core.train.parallel.world import World
-from tests.imagen_core.train.small import BASE, SUPER, make_config, make_store
+from tests.imagen_core.train.small import BASE, SUPER, changed, make_config, make_store
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -40,14 +41,16 @@ def writing(row: int) -> dict[str, Any]:
 
 @pytest.fixture
 def written_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.getbasetemp() / "written", large_px=PX, facts=writing)
+    return make_store(tmp_path_factory.getbasetemp() / "written", large_px=PX, row_fields=writing)
 
 
-def cutter(**settings: Any) -> RandomCut:
-    return RandomCut(AugmentConfig.model_validate({"from_px": PX, **settings}), lambda numbers: np.empty((0, 4)))
+def make_crop(**settings: Any) -> RandomResizedCrop:
+    return RandomResizedCrop(
+        ResizedCropConfig.model_validate({"from_px": PX, **settings}), lambda numbers: np.empty((0, 4))
+    )
 
 
-def drawn(count: int, seed: int = 0) -> np.ndarray:
+def random_rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((count, 4))
 
 
@@ -62,79 +65,79 @@ def example(config: TrainConfig, batch: Batch) -> Example:
     return make_example(batch, config, Denoiser(config.denoiser), CPU, 0)
 
 
-def test_no_cut_divides_a_safebox_or_leaves_the_image_or_enlarges_it() -> None:
+def test_no_crop_divides_a_safebox_or_leaves_the_image_or_upsamples_it() -> None:
     rng = np.random.default_rng(1)
     moved = 0
-    for numbers in drawn(4000):
+    for numbers in random_rows(4000):
         width, height = (int(side) for side in rng.integers(20, 900, 2))
         x, y = (sorted(rng.uniform(-0.1, 1.1, 2) * side) for side in (width, height))
         box = (math.floor(x[0]), math.floor(y[0]), math.ceil(x[1]) + 1, math.ceil(y[1]) + 1)
         image = ImageInfo(width, height, "text", box)
-        cut = cutter(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), image)
-        assert 0 <= cut.top <= cut.top + cut.side <= PX
-        assert 0 <= cut.left <= cut.left + cut.side <= PX
-        # In pixels of the original: what of the box the stored centre square has lies within the cut.
+        cropped_box = make_crop(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), image)
+        assert 0 <= cropped_box.top <= cropped_box.top + cropped_box.side <= PX
+        assert 0 <= cropped_box.left <= cropped_box.left + cropped_box.side <= PX
+        # In pixels of the original: the part of the box within the stored centre square lies within the crop.
         short = min(width, height)
         margin = ((width - short) // 2, (height - short) // 2)
-        for axis, first in ((0, cut.left), (1, cut.top)):
+        for axis, first in ((0, cropped_box.left), (1, cropped_box.top)):
             low, high = max(box[axis] - margin[axis], 0), min(box[axis + 2] - margin[axis], short)
             other = 1 - axis
             seen = max(box[other] - margin[other], 0) < min(box[other + 2] - margin[other], short)
             if low < high and seen:
                 assert first * short / PX <= low + 1e-6
-                assert (first + cut.side) * short / PX >= high - 1e-6
-        assert cut.side >= 16 or cut.side == PX
-        assert cut.side * short / PX >= min(16, short) - 1e-6, "as many pixels of the original"
-        moved += cut.side < PX
+                assert (first + cropped_box.side) * short / PX >= high - 1e-6
+        assert cropped_box.side >= 16 or cropped_box.side == PX
+        assert cropped_box.side * short / PX >= min(16, short) - 1e-6, "as many pixels of the original"
+        moved += cropped_box.side < PX
     assert moved > 1500, "the property is not held by cutting nothing"
 
 
 @pytest.mark.parametrize(("min_scale", "max_scale", "low", "high"), [(0.25, 1.0, 24, 48), (0.3, 0.7, 27, 40)])
 def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float, low: int, high: int) -> None:
-    cuts = cutter(min_scale=min_scale, max_scale=max_scale)
+    crops = make_crop(min_scale=min_scale, max_scale=max_scale)
     numbers = (np.arange(20_000) + 0.5) / 20_000
-    sides = Counter(cuts.square(16, [0.0, u, 0.0, 0.0], ImageInfo(640, 480)).side for u in numbers.tolist())
+    sides = Counter(crops.square(16, [0.0, u, 0.0, 0.0], ImageInfo(640, 480)).side for u in numbers.tolist())
     assert (min(sides), max(sides)) == (low, high)
     for side, count in sides.items():
         assert abs(count / 20_000 - (2 * side + 1) / ((high + 1) ** 2 - low**2)) <= 1 / 20_000
 
 
 def test_every_allowed_place_is_as_likely() -> None:
-    cuts = cutter(min_scale=(40 / 48) ** 2, max_scale=(40 / 48) ** 2)
+    crops = make_crop(min_scale=(40 / 48) ** 2, max_scale=(40 / 48) ** 2)
     numbers = ((np.arange(900) + 0.5) / 900).tolist()
     plain, boxed = ImageInfo(480, 480), ImageInfo(480, 480, "x", (50, 0, 420, 10))
     for image, places in ((plain, range(9)), (boxed, range(2, 6))):
-        lefts = Counter(cuts.square(16, [0.0, 0.5, 0.0, u], image).left for u in numbers)
+        lefts = Counter(crops.square(16, [0.0, 0.5, 0.0, u], image).left for u in numbers)
         assert lefts == dict.fromkeys(places, 900 // len(places))
-    assert {cuts.square(16, [0.0, 0.5, u, 0.0], boxed).top for u in numbers} == {0}
+    assert {crops.square(16, [0.0, 0.5, u, 0.0], boxed).top for u in numbers} == {0}
 
 
 def test_the_limits_of_detail_and_writing_are_stronger_than_the_largest_scale() -> None:
     small = {"min_scale": 0.01, "max_scale": 0.01}
     ends: list[list[float]] = [[0.0, u, u, u] for u in (0.0, 0.999999)]
     for numbers in ends:
-        assert cutter(**small).square(16, numbers, ImageInfo(500, 500)).side == 16, "no stored pixel is enlarged"
-        assert cutter(**small).square(16, numbers, ImageInfo(24, 30)).side == 32, "nor one of the original, of 24"
-        assert cutter(**small).square(16, numbers, ImageInfo(9, 9)) == CropBox(0, 0, PX)
-        assert cutter(**small, min_px=2).square(16, numbers, ImageInfo(500, 500)).side == 32
-        assert cutter(**small, min_px=0).square(16, numbers, ImageInfo(9, 9)).side == 5
+        assert make_crop(**small).square(16, numbers, ImageInfo(500, 500)).side == 16, "no stored pixel is upsampled"
+        assert make_crop(**small).square(16, numbers, ImageInfo(24, 30)).side == 32, "nor one of the original, of 24"
+        assert make_crop(**small).square(16, numbers, ImageInfo(9, 9)) == CropBox(0, 0, PX)
+        assert make_crop(**small, min_px=2).square(16, numbers, ImageInfo(500, 500)).side == 32
+        assert make_crop(**small, min_px=0).square(16, numbers, ImageInfo(9, 9)).side == 5
         wide = ImageInfo(480, 480, "x", (100, 100, 400, 110))
-        assert cutter(**small).square(16, numbers, wide).side == 30
+        assert make_crop(**small).square(16, numbers, wide).side == 30
 
 
 def test_images_without_writing_have_settings_of_their_own() -> None:
-    cuts = cutter(probability=0.5, without_text={"min_scale": 0.25, "max_scale": 0.25})
+    crops = make_crop(probability=0.5, without_text={"min_scale": 0.25, "max_scale": 0.25})
     boxed = ImageInfo(480, 480, "x", (0, 0, 1, 1))
-    assert cuts.square(16, [0.49, 0.0, 0.0, 0.0], boxed).side == 42
-    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX), "shown whole"
-    assert cuts.square(16, [0.0, 0.5, 0.5, 0.5], ImageInfo(480, 480, "x")) == CropBox(0, 0, PX), "place not known"
+    assert crops.square(16, [0.49, 0.0, 0.0, 0.0], boxed).side == 42
+    assert crops.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX), "shown in full"
+    assert crops.square(16, [0.0, 0.5, 0.5, 0.5], ImageInfo(480, 480, "x")) == CropBox(0, 0, PX), "unknown place"
     for image in (ImageInfo(480, 480, ""), ImageInfo(480, 480), ImageInfo(480, 480, "", (0, 0, 9, 9))):
-        assert cuts.square(16, [0.99, 0.0, 0.0, 0.0], image).side == 24
-    assert cuts.square(16, [0.50, 0.0, 0.0, 0.0], ImageInfo(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
+        assert crops.square(16, [0.99, 0.0, 0.0, 0.0], image).side == 24
+    assert crops.square(16, [0.50, 0.0, 0.0, 0.0], ImageInfo(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
 
 
-def test_only_images_without_writing_are_mirrored() -> None:
-    mirror = Flipped(cutter(), 0.3, lambda numbers: np.empty((0, 1)))
+def test_only_images_without_writing_are_flipped() -> None:
+    flip = Flipped(make_crop(), 0.3, lambda numbers: np.empty((0, 1)))
     for numbers in ([0.29, 0.0, 0.5, 0.5, 0.5], [0.3, 0.0, 0.5, 0.5, 0.5]):
         for image, may in (
             (ImageInfo(480, 480), True),
@@ -144,43 +147,43 @@ def test_only_images_without_writing_are_mirrored() -> None:
             (ImageInfo(480, 480, "x", (1, 2, 3, 4)), False),
             (ImageInfo(480, 480, None, (1, 2, 3, 4)), False),
         ):
-            for cut in mirror.cut(SIZES, numbers, image).values():
-                assert cut.flipped == (may and numbers[0] < 0.3)
+            for cropped_box in flip.boxes(SIZES, numbers, image).values():
+                assert cropped_box.flipped == (may and numbers[0] < 0.3)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_cut_is_resized_as_pillow_does_and_left_alone_at_its_own_size(flipped: bool) -> None:
+def test_a_crop_is_resized_as_pillow_does_and_unchanged_at_its_own_size(flipped: bool) -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
     part = Image.fromarray(pixels).crop((7, 3, 47, 43))
     turned = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else part
-    cut = CropBox(3, 7, 40, flipped)
-    assert np.array_equal(cut.show(pixels, 40), np.asarray(turned))
+    cropped_box = CropBox(3, 7, 40, flipped)
+    assert np.array_equal(cropped_box.show(pixels, 40), np.asarray(turned))
     for size in (16, 39, 64):
         expected = np.asarray(turned.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-        assert np.abs(cut.show(pixels, size) - expected).max() <= 2
+        assert np.abs(cropped_box.show(pixels, size) - expected).max() <= 2
 
 
 def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
     assert stored_box(ImageInfo(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
     assert stored_box(ImageInfo(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
     assert stored_box(ImageInfo(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
-    assert stored_box(ImageInfo(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cut off by precompute"
+    assert stored_box(ImageInfo(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cropped away by precompute"
 
 
-def test_at_its_own_size_and_whole_an_image_has_the_stored_pixels(written_store: Path) -> None:
-    whole = {"from_px": PX, "min_scale": 1, "max_scale": 1}
-    config = make_config(written_store, denoiser=BASE | {"size_px": PX}, augment=whole)
+def test_a_full_image_at_its_own_size_has_the_stored_pixels(written_store: Path) -> None:
+    full = {"from_px": PX, "min_scale": 1, "max_scale": 1}
+    config = make_config(written_store, denoiser=BASE | {"size_px": PX}, views={"resized_crop": full})
     plain = make_config(written_store, denoiser=BASE | {"size_px": PX})
     for a, b in zip(read(config, 5), read(plain, 5), strict=True):
         assert torch.equal(a.images[PX], b.images[PX])
 
 
-def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(written_store: Path) -> None:
-    """Which cut it was is found by trying all there are."""
+def test_both_images_of_super_resolution_show_one_crop_of_the_larger_image(written_store: Path) -> None:
+    """The crop is found by trying all possible ones."""
     augment = {"from_px": PX, "min_scale": 0.7, "without_text": {"min_scale": 0.8, "max_scale": 0.9}}
-    config = make_config(written_store, denoiser=PLAIN_SUPER, augment=augment, horizontal_flip=True)
+    config = make_config(written_store, denoiser=PLAIN_SUPER, views={"resized_crop": augment, "horizontal_flip": True})
     images = {sample.key: sample for sample in Store.open(written_store)}
-    cuts = [
+    crops = [
         CropBox(top, left, side, flipped)
         for side in range(40, PX + 1)
         for top in range(PX - side + 1)
@@ -192,16 +195,16 @@ def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(writte
     for k, key in enumerate(batch.keys):
         large, small = (batch.images[size][k].permute(1, 2, 0).numpy() for size in (32, 16))
         pixels = images[key].images[PX]
-        (cut,) = [cut for cut in cuts if np.array_equal(cut.show(pixels, 32), large)]
-        assert np.array_equal(cut.show(pixels, 16), small)
+        (cropped_box,) = [cropped_box for cropped_box in crops if np.array_equal(cropped_box.show(pixels, 32), large)]
+        assert np.array_equal(cropped_box.show(pixels, 16), small)
         written, box = images[key].transcription, images[key].safebox
         if written and box is None:
-            assert cut == CropBox(0, 0, PX)
+            assert cropped_box == CropBox(0, 0, PX)
         elif written:
-            assert not cut.flipped
+            assert not cropped_box.flipped
         else:
-            assert 43 <= cut.side <= 45
-        kinds["text" if written else "mirrored" if cut.flipped else "plain"] += 1
+            assert 43 <= cropped_box.side <= 45
+        kinds["text" if written else "flipped" if cropped_box.flipped else "plain"] += 1
     assert min(kinds.values()) >= 1
     assert len(kinds) == 3
     shown = example(config, batch)
@@ -209,29 +212,37 @@ def test_both_images_of_super_resolution_show_one_cut_of_the_larger_image(writte
 
 
 def test_views_do_not_depend_on_batches_processes_or_restarts(written_store: Path) -> None:
-    augment = {"from_px": PX, "min_scale": 0.2}
-    settings: dict[str, Any] = {"denoiser": PLAIN_SUPER, "augment": augment, "horizontal_flip": 0.5, "seed": 3}
-    settings |= {"low_res_blur": {"probability": 0.5, "sigma": [0.4, 0.6], "kernel": 5}}
+    settings: dict[str, Any] = {
+        "denoiser": PLAIN_SUPER,
+        "views": {
+            "resized_crop": {"from_px": PX, "min_scale": 0.2},
+            "horizontal_flip": 0.5,
+            "low_res_blur": {"probability": 0.5, "sigma": [0.4, 0.6], "kernel": 5},
+        },
+        "seed": 3,
+    }
     config = make_config(written_store, batch_size=6, **settings)
-    whole = read(config, 14)  # two epochs, with short batches at their ends
+    full = read(config, 14)  # two epochs, with short batches at their ends
     one_by_one = read(config.model_copy(update={"batch_size": 1}), 80)
     ranks = [read(config, 14, World(rank, 3, CPU)) for rank in range(3)]
-    resumed = read(config, 9, state=whole[4].loader_state)
+    resumed = read(config, 9, state=full[4].loader_state)
     for size in (32, 16):
-        straight = torch.cat([batch.images[size] for batch in whole])
+        straight = torch.cat([batch.images[size] for batch in full])
         assert torch.equal(torch.cat([batch.images[size] for batch in one_by_one]), straight)
         parts = [part.images[size] for step in zip(*ranks, strict=True) for part in step]
         assert torch.equal(torch.cat(parts), straight)
         assert torch.equal(torch.cat([batch.images[size] for batch in resumed]), straight[30:])
         assert not torch.equal(straight[:40], straight[40:]), "another view in every epoch"
-    low_res = [example(config, batch).conditioning.low_res for batch in whole[:3]]
+    low_res = [example(config, batch).conditioning.low_res for batch in full[:3]]
     alone = [example(config, batch).conditioning.low_res for batch in one_by_one[:18]]
     assert all(part is not None for part in (*low_res, *alone))
     assert torch.equal(torch.cat(low_res), torch.cat(alone))  # type: ignore[arg-type]
 
 
-def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None:
-    config = make_config(written_store, denoiser=PLAIN_SUPER, augment={"from_px": PX, "min_scale": 0.2})
+def test_grids_are_sampled_from_full_images(written_store: Path) -> None:
+    config = make_config(
+        written_store, denoiser=PLAIN_SUPER, views={"resized_crop": {"from_px": PX, "min_scale": 0.2}}
+    )
     loader = Store.open(written_store).loader(3, [16], shuffle=False, crop=full_images(config))
     for row, pixels in enumerate(next(iter(loader))["images"][16]):
         stored = Image.fromarray(Store.open(written_store)[row].images[PX])
@@ -239,17 +250,16 @@ def test_whole_images_are_what_grids_are_drawn_from(written_store: Path) -> None
         assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() <= 2
 
 
-def test_a_training_on_cuts_goes_on_after_a_stop_as_if_it_had_not_stopped(written_store: Path, tmp_path: Path) -> None:
+def test_a_training_on_crops_resumes_after_a_stop_as_if_it_had_not_stopped(
+    written_store: Path, tmp_path: Path
+) -> None:
     config = make_config(
         written_store,
-        augment={"from_px": PX, "without_text": {"min_scale": 0.2}},
-        horizontal_flip=0.5,
+        views={"resized_crop": {"from_px": PX, "without_text": {"min_scale": 0.2}}, "horizontal_flip": 0.5},
         batch_size=2,
         num_steps=2,
-        num_validation_samples=2,
-        grid_every_steps=2,
-        num_grid_images=1,
-        grid_num_steps=1,
+        validation={"num_samples": 2},
+        grid={"every_steps": 2, "num_images": 1, "num_steps": 1},
     )
     straight = train(config, tmp_path / "straight")
     train(config.model_copy(update={"num_steps": 1}), tmp_path / "cut")
@@ -276,7 +286,9 @@ def test_blur_is_a_gaussian_of_the_stated_width_on_the_stated_part() -> None:
 
 def test_the_low_resolution_image_alone_is_blurred_in_training_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
-    config = make_config(written_store, denoiser=plain.denoiser, batch_size=40, low_res_blur={"probability": 0.3})
+    config = make_config(
+        written_store, denoiser=plain.denoiser, batch_size=40, views={"low_res_blur": {"probability": 0.3}}
+    )
     blurred = 0
     for batch in read(plain, 10):
         a, b = example(plain, batch), example(config, batch)
@@ -290,8 +302,8 @@ def test_the_low_resolution_image_alone_is_blurred_in_training_at_the_stated_rat
 
 def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(written_store: Path) -> None:
     plain = make_config(written_store, denoiser=PLAIN_SUPER | {"size_px": 48, "low_res_px": 24}, batch_size=40)
-    config = plain.model_copy(update={"low_res_grayscale": 0.3})
-    greys = 0
+    config = changed(plain, views={"low_res_grayscale": 0.3})
+    num_grayscale = 0
     for batch in read(plain, 10):
         a, b = example(plain, batch), example(config, batch)
         assert torch.equal(a.x0, b.x0)
@@ -300,34 +312,40 @@ def test_the_low_resolution_image_alone_loses_its_colours_at_the_stated_rate(wri
         for before, after in zip(a.conditioning.low_res, b.conditioning.low_res, strict=True):
             if torch.equal(before, after):
                 continue
-            greys += 1
+            num_grayscale += 1
             luma = 0.299 * before[0] + 0.587 * before[1] + 0.114 * before[2]
             assert torch.equal(after[0], after[1])
             assert torch.equal(after[0], after[2])
-            assert ((after[0] - luma).abs() < 1e-9).double().mean() > 0.95, "but where enlarging was clipped"
-    assert abs(greys / 400 - 0.3) < 0.07
+            assert ((after[0] - luma).abs() < 1e-9).double().mean() > 0.95, "but where upsampling was clipped"
+    assert abs(num_grayscale / 400 - 0.3) < 0.07
 
 
-def test_true_mirrors_half_and_a_number_that_part() -> None:
-    assert [make_config(Path("s"), horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)] == [
-        0.5,
-        0.0,
-        0.25,
-    ]
+def test_horizontal_flip_true_means_half_and_a_number_that_fraction() -> None:
+    found = [ViewsConfig(horizontal_flip=value).horizontal_flip for value in (True, False, 0.25)]
+    assert found == [0.5, 0.0, 0.25]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augment": {"from_px": 8}}, "augment.from_px 8 is smaller than denoiser.size_px 16"),
-        ({"augment": {"from_px": 48, "min_scale": 0.9, "max_scale": 0.8}}, "min_scale 0.9 is larger than max_scale"),
-        ({"augment": {"from_px": 48, "without_text": {"min_scale": 0}}}, "without_text.min_scale"),
-        ({"denoiser": SUPER, "crop_px": 16, "augment": {"from_px": 48}}, "two ways to cut an image"),
-        ({"low_res_blur": {}}, "low_res_blur is for super-resolution"),
-        ({"denoiser": SUPER, "low_res_blur": {"kernel": 4}}, r"kernel: must be odd \(got 4\)"),
-        ({"denoiser": SUPER, "low_res_blur": {"sigma": [0.6, 0.4]}}, r"sigma: must be above 0 and not fall"),
-        ({"horizontal_flip": 1.5}, "horizontal_flip"),
-        ({"low_res_grayscale": 0.5}, "low_res_grayscale is for super-resolution"),
+        (
+            {"views": {"resized_crop": {"from_px": 8}}},
+            r"resized_crop\.from_px 8 is smaller than denoiser.size_px 16",
+        ),
+        (
+            {"views": {"resized_crop": {"from_px": 48, "min_scale": 0.9, "max_scale": 0.8}}},
+            "min_scale 0.9 is larger than max_scale",
+        ),
+        ({"views": {"resized_crop": {"from_px": 48, "without_text": {"min_scale": 0}}}}, "without_text.min_scale"),
+        ({"denoiser": SUPER, "views": {"crop_px": 16, "resized_crop": {"from_px": 48}}}, "two ways to crop an image"),
+        ({"views": {"low_res_blur": {}}}, r"views\.low_res_blur is for super-resolution"),
+        ({"denoiser": SUPER, "views": {"low_res_blur": {"kernel": 4}}}, r"kernel: must be odd \(got 4\)"),
+        (
+            {"denoiser": SUPER, "views": {"low_res_blur": {"sigma": [0.6, 0.4]}}},
+            r"sigma: must be above 0 and not fall",
+        ),
+        ({"views": {"horizontal_flip": 1.5}}, "horizontal_flip"),
+        ({"views": {"low_res_grayscale": 0.5}}, r"views\.low_res_grayscale is for super-resolution"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -335,6 +353,6 @@ def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: 
         make_config(Path("store"), **changes)
 
 
-def test_a_store_without_the_size_to_cut_is_refused(written_store: Path) -> None:
-    with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*augment.from_px"):
-        open_store(make_config(written_store, augment={"from_px": 96}))
+def test_a_store_without_the_size_to_crop_is_refused(written_store: Path) -> None:
+    with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*views\.resized_crop\.from_px"):
+        open_store(make_config(written_store, views={"resized_crop": {"from_px": 96}}))

@@ -76,7 +76,7 @@ def test_averages_are_at_least_float32(weights: torch.dtype, kept: torch.dtype) 
     assert float(average["weight"]) == 1
 
 
-def test_averages_are_kept_on_the_device_asked_for() -> None:
+def test_averages_are_kept_on_the_requested_device() -> None:
     averages = WeightAverages(nn.Linear(1, 1), (0.9,), "meta")
     averages.update()
     assert {values.device.type for values in averages.averages[0.9].values()} == {"meta"}

@@ -19,7 +19,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_lines_after_the_step_resumed_from_are_cut(tmp_path: Path) -> None:
+def test_lines_after_the_step_resumed_from_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, 0)
     for step in range(1, 6):
@@ -44,7 +44,7 @@ def test_tensorboard_gets_scalars_and_images(store: Path, tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loggers = Loggers(make_config(store, loggers=["jsonl", "tensorboard"]), tmp_path, 0, writes=True)
+    loggers = Loggers(make_config(store, logging={"loggers": ["jsonl", "tensorboard"]}), tmp_path, 0, writes=True)
     loggers.scalars(7, {"loss": 0.25})
     loggers.image(7, "grid", np.zeros((4, 6, 3), np.uint8))
     loggers.close()
@@ -54,24 +54,24 @@ def test_tensorboard_gets_scalars_and_images(store: Path, tmp_path: Path) -> Non
     assert steps(tmp_path / "metrics.jsonl") == [7]
 
 
-def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_goes_on(
+def test_wandb_gets_scalars_and_images_in_one_run_however_often_it_resumes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, begun, logged = types.ModuleType("wandb"), [], []
+    fake, started, logged = types.ModuleType("wandb"), [], []
     fake.Error = RuntimeError  # type: ignore[attr-defined]
     fake.Image = lambda pixels: pixels.shape  # type: ignore[attr-defined]
     run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
-    fake.init = lambda **settings: begun.append(settings) or run  # type: ignore[attr-defined]
+    fake.init = lambda **settings: started.append(settings) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in (7, 8):
-        loggers = Loggers(make_config(store, loggers=["wandb"]), tmp_path, step - 1, writes=True)
+        loggers = Loggers(make_config(store, logging={"loggers": ["wandb"]}), tmp_path, step - 1, writes=True)
         loggers.scalars(step, {"loss": 0.25})
         loggers.image(step, "grid", np.zeros((4, 6, 3), np.uint8))
         loggers.close()
     assert logged == [(step, values) for step in (7, 8) for values in ({"loss": 0.25}, {"grid": (4, 6, 3)})]
-    assert begun[0] == begun[1]
-    assert begun[0]["resume"] == "allow"
-    assert begun[0]["config"]["store"] == str(store)
+    assert started[0] == started[1]
+    assert started[0]["resume"] == "allow"
+    assert started[0]["config"]["store"] == str(store)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_missing_package_is_named_with_the_pip_line(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(TrainError, match=rf"pip install 'imagen-precompute\[{name}\]'"):
-        Loggers(make_config(store, loggers=[name]), tmp_path, 0, writes=True)
+        Loggers(make_config(store, logging={"loggers": [name]}), tmp_path, 0, writes=True)
 
 
 def test_what_wandb_refuses_is_an_error_with_its_remedy(
@@ -105,4 +105,4 @@ def test_what_wandb_refuses_is_an_error_with_its_remedy(
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(TrainError, match="loggers: wandb: No API key configured; run `wandb login`"):
-        Loggers(make_config(store, loggers=["wandb"]), tmp_path, 0, writes=True)
+        Loggers(make_config(store, logging={"loggers": ["wandb"]}), tmp_path, 0, writes=True)

@@ -13,14 +13,26 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser, diffusion_loss
-from imagen_core.train import NonFiniteLossError, TrainError, TrainingProgress, load_checkpoint, train, trainer
+from imagen_core.train import NonFiniteLossError, TrainError, TrainingProgress, load_checkpoint, train
+from imagen_core.train import loss as loss_module
+from imagen_core.train import step as step_module
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.evaluation import validation_loss
+from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
-from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
-from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, make_config, metrics, tensors
+from tests.imagen_core.train.small import (
+    BASE,
+    BASE_UNET,
+    DIM,
+    SUPER,
+    changed,
+    make_config,
+    make_context,
+    metrics,
+    tensors,
+)
 
 EFFICIENT = SUPER | {
     "unet": {
@@ -41,12 +53,12 @@ EFFICIENT = SUPER | {
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_gradients_do_not_depend_on_micro_batches(store: Path, tmp_path: Path, micro_batch_size: int) -> None:
     """MinImagen adds up the losses of micro-batches without dividing them."""
-    whole = train(make_config(store, num_steps=3), tmp_path / "whole")
+    full = train(make_config(store, num_steps=3), tmp_path / "whole")
     parts = train(make_config(store, num_steps=3, micro_batch_size=micro_batch_size), tmp_path / "parts")
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-12)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-9)
-    expected, found = tensors(whole["checkpoint"]), tensors(parts["checkpoint"])
+    expected, found = tensors(full["checkpoint"]), tensors(parts["checkpoint"])
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-10)
 
@@ -54,8 +66,8 @@ def test_gradients_do_not_depend_on_micro_batches(store: Path, tmp_path: Path, m
 def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
     """Two steps against the same written out with autograd and torch.optim."""
     config = make_config(store, num_steps=2, optimizer={"lr": 0.01, "warmup_steps": 0, "clip_norm": 0.1})
-    begun = train(make_config(store, num_steps=1, optimizer={"lr": 1e-30, "warmup_steps": 0}), tmp_path / "begun")
-    denoiser = load_checkpoint(Path(begun["checkpoint"]), "model").denoiser.train().requires_grad_(True)
+    started = train(make_config(store, num_steps=1, optimizer={"lr": 1e-30, "warmup_steps": 0}), tmp_path / "started")
+    denoiser = load_checkpoint(Path(started["checkpoint"]), "model").denoiser.train().requires_grad_(True)
     plain = [p for p in denoiser.parameters() if p.ndim > 1]
     bare = [p for p in denoiser.parameters() if p.ndim <= 1]
     groups = [{"params": plain, "weight_decay": 0.01}, {"params": bare, "weight_decay": 0.0}]
@@ -83,10 +95,9 @@ def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
     config = make_config(
         store,
         num_steps=60,
-        num_validation_samples=32,  # leaves 8 to learn
+        validation={"num_samples": 32, "every_steps": 60},
         precision="float32",
         optimizer={"lr": 3e-3, "warmup_steps": 5},
-        validate_every_steps=60,
     )
     train(config, tmp_path)
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
@@ -97,7 +108,7 @@ def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
+        {"denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
         {"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}, "text": None},
         {"denoiser": EFFICIENT},
         {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "log_snr_cosine"}, "objective": "v"}}},
@@ -110,7 +121,7 @@ def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
             }
         },
         {"precision": "bfloat16"},
-        {"precision": "float32", "channels_last": False},
+        {"precision": "float32", "compute": {"channels_last": False}},
     ],
     ids=["super-resolution", "without text", "efficient", "v", "eps", "learned variance", "bfloat16", "contiguous"],
 )
@@ -123,7 +134,7 @@ def test_every_kind_of_stage_trains(store: Path, tmp_path: Path, changes: dict[s
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_weights_and_images_lie_in_memory_as_asked(
+def test_weights_and_images_have_the_configured_memory_order(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ) -> None:
     seen: list[tuple[bool, ...]] = []
@@ -136,7 +147,7 @@ def test_weights_and_images_lie_in_memory_as_asked(
         return original(self, example)
 
     monkeypatch.setattr(TrainingLoss, "forward", note)
-    train(make_config(store, num_steps=1, channels_last=channels_last), tmp_path)
+    train(make_config(store, num_steps=1, compute={"channels_last": channels_last}), tmp_path)
     assert seen == [(channels_last,)]
 
 
@@ -151,7 +162,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_pa
         torch.testing.assert_close(found[1][key], values, rtol=1e-9, atol=1e-12)
 
 
-def test_dropout_is_drawn_anew_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
+def test_dropout_is_sampled_again_in_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=4, denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.3}})
     straight = train(config, tmp_path / "a")
     train(config.model_copy(update={"num_steps": 2}), tmp_path / "b")
@@ -163,7 +174,7 @@ def test_dropout_is_drawn_anew_each_step_and_the_same_on_resume(store: Path, tmp
 
 def test_metrics_and_progress_say_where_it_is(store: Path, tmp_path: Path) -> None:
     shown: list[TrainingProgress] = []
-    config = make_config(store, num_steps=5, log_every_steps=2, optimizer={"lr": 0.5e-3, "warmup_steps": 5})
+    config = make_config(store, num_steps=5, logging={"every_steps": 2}, optimizer={"lr": 0.5e-3, "warmup_steps": 5})
     train(config, tmp_path, on_progress=shown.append)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [progress.step for progress in shown] == [2, 4, 5]
@@ -177,8 +188,8 @@ def test_metrics_and_progress_say_where_it_is(store: Path, tmp_path: Path) -> No
 
 
 def test_metrics_are_means_since_the_last_line(store: Path, tmp_path: Path) -> None:
-    train(make_config(store, num_steps=4, log_every_steps=1), tmp_path / "each")
-    train(make_config(store, num_steps=4, log_every_steps=2), tmp_path / "second")
+    train(make_config(store, num_steps=4, logging={"every_steps": 1}), tmp_path / "each")
+    train(make_config(store, num_steps=4, logging={"every_steps": 2}), tmp_path / "second")
     each = [line["loss"] for line in metrics(tmp_path / "each")]
     assert [line["loss"] for line in metrics(tmp_path / "second")] == pytest.approx(
         [(each[0] + each[1]) / 2, (each[2] + each[3]) / 2]
@@ -194,9 +205,9 @@ def test_waiting_for_data_is_measured(store: Path, tmp_path: Path, monkeypatch: 
             yield batch
 
     monkeypatch.setattr(BatchStream, "_epoch", slow)
-    slowed = train(make_config(store, num_steps=3, log_every_steps=3), tmp_path / "slow")
+    slowed = train(make_config(store, num_steps=3, logging={"every_steps": 3}), tmp_path / "slow")
     monkeypatch.setattr(BatchStream, "_epoch", read)
-    plain = train(make_config(store, num_steps=3, log_every_steps=3), tmp_path / "plain")
+    plain = train(make_config(store, num_steps=3, logging={"every_steps": 3}), tmp_path / "plain")
     assert slowed["loader_wait"] > plain["loader_wait"] + 0.05
 
 
@@ -205,11 +216,10 @@ def test_validation_is_the_same_whenever_it_is_done(store: Path, tmp_path: Path)
     frozen = make_config(
         store,
         num_steps=3,
-        num_validation_samples=10,
-        validate_every_steps=1,
+        validation={"num_samples": 10, "every_steps": 1},
         optimizer={"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0.0},
         denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.5}},
-        horizontal_flip=True,
+        views={"horizontal_flip": True},
     )
     summary = train(frozen, tmp_path / "a")
     lines = [line for line in metrics(tmp_path / "a") if "validation_loss" in line]
@@ -224,17 +234,18 @@ def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(sto
     values = []
     for per, blur in (("sample", None), ("batch", None), ("sample", {"probability": 1.0, "sigma": 2.0})):
         denoiser_config = SUPER | {"low_res_noise": {"kind": "lognormal", "per": per}}
-        config = make_config(store, denoiser=denoiser_config, low_res_blur=blur, num_validation_samples=10)
+        config = make_config(
+            store, denoiser=denoiser_config, views={"low_res_blur": blur}, validation={"num_samples": 10}
+        )
         torch.manual_seed(0)
         denoiser = random_weights(Denoiser(config.denoiser).double()).eval()
-        loss = TrainingLoss(denoiser, config, "cpu")
-        values.append(validation_loss(loss, denoiser, open_store(config), config, World(0, 1, torch.device("cpu"))))
+        values.append(validation_loss(make_context(config, denoiser)))
     assert values[0] == values[1] == values[2]
 
 
 def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> None:
-    quiet = make_config(store, num_steps=4, num_validation_samples=10, validate_every_steps=100)
-    busy = quiet.model_copy(update={"validate_every_steps": 1, "grid_every_steps": 2, "grid_num_steps": 2})
+    quiet = make_config(store, num_steps=4, validation={"num_samples": 10, "every_steps": 100})
+    busy = changed(quiet, validation={"every_steps": 1}, grid={"every_steps": 2, "num_steps": 2})
     expected, found = (
         tensors(train(config, tmp_path / name)["checkpoint"]) for name, config in (("quiet", quiet), ("busy", busy))
     )
@@ -242,14 +253,12 @@ def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("denoiser", "side"), [(BASE, 16), (SUPER, 32)])
-def test_grids_are_drawn_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
+def test_grids_are_sampled_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
     config = make_config(
         store,
         num_steps=3,
         denoiser=denoiser,
-        grid_every_steps=2,
-        num_grid_images=5,
-        grid_num_steps=2,
+        grid={"every_steps": 2, "num_images": 5, "num_steps": 2},
         precision="bfloat16",
     )
     train(config, tmp_path)
@@ -270,13 +279,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         example.x0[1] = torch.inf
         return example
 
-    monkeypatch.setattr(trainer, "make_example", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"step 2: loss nan, .*/nan/step-00000002.json. Go on from the last"):
+    monkeypatch.setattr(step_module, "make_example", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: loss nan, .*/nan/step-00000002.json. Resume from the last"):
         train(make_config(store, num_steps=5), tmp_path)
     saved = json.loads((tmp_path / "nan" / "step-00000002.json").read_text(encoding="utf-8"))
     assert (len(saved["keys"]), saved["step"], saved["loss"]) == (8, 2, "nan")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(trainer, "make_example", make_example)
+    monkeypatch.setattr(step_module, "make_example", make_example)
     after = tensors(tmp_path / "checkpoints" / "step-00000002")
     assert all(torch.equal(after[key], values) for key, values in before.items())
     assert train(make_config(store, num_steps=5), tmp_path)["steps"] == 5
@@ -288,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_too(store: Path, tmp_path: Path, mo
         losses.register_hook(lambda gradient: gradient * torch.nan)
         return losses
 
-    monkeypatch.setattr(trainer, "diffusion_loss", broken)
+    monkeypatch.setattr(loss_module, "diffusion_loss", broken)
     with pytest.raises(NonFiniteLossError, match="gradient norm nan"):
         train(make_config(store), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
@@ -317,7 +326,7 @@ def test_a_compiled_network_trains_alike_and_saves_the_same_names(store: Path, t
     tiny = BASE | {"unet": BASE_UNET | {"channel_mult": [1], "attention_resolutions": []}}
     config = make_config(store, num_steps=2, batch_size=4, precision="float32", denoiser=tiny)
     plain = tensors(train(config, tmp_path / "plain")["checkpoint"])
-    compiled = tensors(train(config.model_copy(update={"compile": True}), tmp_path / "compiled")["checkpoint"])
+    compiled = tensors(train(changed(config, compute={"compile": True}), tmp_path / "compiled")["checkpoint"])
     assert compiled.keys() == plain.keys()
     for key, values in plain.items():
         if key.startswith("model/"):
@@ -325,10 +334,10 @@ def test_a_compiled_network_trains_alike_and_saves_the_same_names(store: Path, t
 
 
 def test_a_trace_of_the_chosen_steps_is_written(store: Path, tmp_path: Path) -> None:
-    train(make_config(store, num_steps=4, profile_steps=(2, 3)), tmp_path)
+    train(make_config(store, num_steps=4, logging={"profile_steps": (2, 3)}), tmp_path)
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "steps-2-3-rank-0.json"
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2
     with pytest.raises(ValueError, match=r"profile_steps: first and last step, from 1 \(got \[3, 2\]\)"):
-        make_config(store, profile_steps=(3, 2))
+        make_config(store, logging={"profile_steps": (3, 2)})

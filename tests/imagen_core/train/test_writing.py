@@ -14,13 +14,10 @@ from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.stream import open_store
 from imagen_core.train.evaluation import sample_grid, validation_loss
-from imagen_core.train.parallel.world import World
-from imagen_core.train.trainer import TrainingLoss
 from tests.imagen_core.models.small import random_weights
-from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_store, tensors
+from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_context, make_store, tensors
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 WRITING = {"dim": 16, "depth": 1, "head_dim": 8, "max_characters": 4, "resolutions": [8], "gain": 0.5}
 
 
@@ -30,22 +27,22 @@ def text(row: int) -> str | None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("writing"), facts=lambda row: {"transcription": text(row)})
+    return make_store(tmp_path_factory.mktemp("writing"), row_fields=lambda row: {"transcription": text(row)})
 
 
 def config(store: Path, **changes: Any) -> TrainConfig:
     return make_config(store, denoiser=BASE | {"unet": BASE_UNET | {"transcription": WRITING}}, **changes)
 
 
-def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Path) -> None:
-    settings = config(store, transcription_dropout=0)
+def test_a_step_reads_the_characters_of_its_samples_and_truncates_long_ones(store: Path) -> None:
+    settings = config(store, conditioning_dropout={"transcription": 0})
     batch = first_batch(settings)
     written = {sample.key: sample.transcription or "" for sample in Store.open(store)}
     assert batch.raw["transcriptions"] == [written[key] for key in batch.keys]
     conditioning = make_example(batch, settings, Denoiser(settings.denoiser), CPU, 0).conditioning
-    cut = ["wör" if t.startswith("wör") else t for t in batch.raw["transcriptions"]]
+    truncated = ["wör" if t.startswith("wör") else t for t in batch.raw["transcriptions"]]
     assert conditioning.characters is not None
-    assert torch.equal(conditioning.characters, character_ids(cut, 4))
+    assert torch.equal(conditioning.characters, character_ids(truncated, 4))
     assert conditioning.characters_keep is not None
     assert conditioning.characters_keep.all()
     part = batch.part(2, 5)
@@ -56,7 +53,7 @@ def test_a_step_reads_the_characters_of_its_samples_and_cuts_long_ones(store: Pa
 
 
 def test_transcriptions_are_left_out_apart_from_captions_by_named_numbers(store: Path) -> None:
-    settings = config(store, transcription_dropout=0.5, caption_dropout=0.5)
+    settings = config(store, conditioning_dropout={"transcription": 0.5, "text": 0.5})
     batch = replace(first_batch(settings), counters=range(400))
     raw = {
         "keys": batch.keys * 50,
@@ -67,8 +64,8 @@ def test_transcriptions_are_left_out_apart_from_captions_by_named_numbers(store:
     }
     many = replace(batch, raw=raw)
     denoiser = Denoiser(settings.denoiser)
-    whole = make_example(many, settings, denoiser, CPU, 0).conditioning
-    captions, characters = whole.text_keep, whole.characters_keep
+    full = make_example(many, settings, denoiser, CPU, 0).conditioning
+    captions, characters = full.text_keep, full.characters_keep
     assert captions is not None
     assert characters is not None
     for both in (captions & characters, captions & ~characters, ~captions & characters, ~captions & ~characters):
@@ -79,7 +76,7 @@ def test_transcriptions_are_left_out_apart_from_captions_by_named_numbers(store:
 
 
 def test_a_compiled_network_sees_few_lengths(store: Path) -> None:
-    settings = config(store, compile=True)
+    settings = config(store, compute={"compile": True})
     lengths = set()
     for length in range(5):
         batch = first_batch(settings)
@@ -91,7 +88,7 @@ def test_a_compiled_network_sees_few_lengths(store: Path) -> None:
 
 
 def test_training_changes_the_encoder(store: Path, tmp_path: Path) -> None:
-    train(config(store, num_steps=3, checkpoint_every_steps=1), tmp_path / "a")
+    train(config(store, num_steps=3, checkpoints={"every_steps": 1}), tmp_path / "a")
     before, after = (tensors(tmp_path / "a" / "checkpoints" / f"step-0000000{step}") for step in (1, 3))
     names = [name for name in before if name.startswith("model/") and "inputs.transcription." in name]
     assert len(names) > 10
@@ -100,15 +97,18 @@ def test_training_changes_the_encoder(store: Path, tmp_path: Path) -> None:
 
 
 def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Path) -> None:
-    other = make_store(tmp_path / "other", facts=lambda row: {"transcription": "O"})
+    other = make_store(tmp_path / "other", row_fields=lambda row: {"transcription": "O"})
     found = []
     for folder, dropout in ((store, 0.0), (store, 0.9), (other, 0.0)):
-        settings = config(folder, transcription_dropout=dropout, num_validation_samples=8, grid_num_steps=2)
+        settings = config(
+            folder,
+            conditioning_dropout={"transcription": dropout},
+            validation={"num_samples": 8},
+            grid={"num_steps": 2},
+        )
         denoiser = random_weights(Denoiser(settings.denoiser).double()).eval()
-        loss = TrainingLoss(denoiser, settings, "cpu")
-        opened = open_store(settings)
-        value = validation_loss(loss, denoiser, opened, settings, ALONE)
-        found.append((value, sample_grid(denoiser, opened, settings, ALONE).tobytes()))
+        context = make_context(settings, denoiser)
+        found.append((validation_loss(context), sample_grid(context).tobytes()))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
     assert found[0][1] != found[2][1]

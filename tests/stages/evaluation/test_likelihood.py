@@ -16,7 +16,7 @@ BASE = {
     **COMMON,
     "num_steps": 3,
 }
-SUPER = trained.SUPER | {"crop_px": None, "num_steps": 1}
+SUPER = trained.SUPER | {"views": {"crop_px": None}, "num_steps": 1}
 
 
 @pytest.fixture(scope="module")

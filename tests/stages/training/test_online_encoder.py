@@ -13,8 +13,11 @@ from tests.commands import Result, call, precompute
 from tests.trained import BASE, train
 
 ENCODER = {"name": "t5", "kind": "t5", "model": "tiny-random-t5", "compute_dtype": "float32"}
-CHECKS = {"num_validation_samples": 4, "validate_every_steps": 6, "grid_every_steps": 6, "num_grid_images": 2}
-CHECKS |= {"log_every_steps": 1, "grid_num_steps": 2}
+CHECKS = {
+    "validation": {"num_samples": 4, "every_steps": 6},
+    "grid": {"every_steps": 6, "num_images": 2, "num_steps": 2},
+}
+CHECKS |= {"logging": {"every_steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_online_encoding_gives_the_losses_and_weights_of_cached_embeddings(work:
     assert (work / "online/grids/step-00000006.png").exists()
 
 
-def test_the_checkpoint_names_the_encoder_as_a_cached_one_and_draws(work: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_names_the_encoder_as_a_cached_one_and_samples(work: Path, tmp_path: Path) -> None:
     assert state(work / "online")["encoder"] == state(work / "cached")["encoder"]
     stages = [{"checkpoint": str(work / "online"), "sampling": {"num_steps": 2}}]
     (tmp_path / "sample.yaml").write_text(yaml.safe_dump({"stages": stages, "device": "cpu"}))
@@ -66,7 +69,7 @@ def test_the_checkpoint_names_the_encoder_as_a_cached_one_and_draws(work: Path, 
     assert (tmp_path / "s/images-16/00000.png").exists()
 
 
-def test_an_online_run_goes_on_also_from_cached_embeddings_of_the_encoder(work: Path, tmp_path: Path) -> None:
+def test_an_online_run_resumes_also_from_cached_embeddings_of_the_encoder(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "parts"
     for name, steps in (("online", 2), ("online", 4), ("cached", 6)):
         result = train(work, name, out, f"num_steps={steps}")

@@ -1,4 +1,4 @@
-"""Crops that the loader reads: the pixels of the whole image at the place asked for."""
+"""Crops that the loader reads: the pixels of the full image at the requested place."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,9 +28,9 @@ def test_a_crop_is_that_part_of_every_size(make: Make, store_format: st.StoreFor
         assert batch["images"][4].shape == (len(batch["keys"]), 3, 2, 2)
         for k, key in enumerate(batch["keys"]):
             top, left = (places(range(number, number + 1))[0] * 3).astype(int)
-            whole = {px: torch.from_numpy(images[made.keys.index(key)]) for px, images in made.images.items()}
-            large = whole[8][2 * top : 2 * top + 4, 2 * left : 2 * left + 4]
-            small = whole[4][top : top + 2, left : left + 2]
+            full = {px: torch.from_numpy(images[made.keys.index(key)]) for px, images in made.images.items()}
+            large = full[8][2 * top : 2 * top + 4, 2 * left : 2 * left + 4]
+            small = full[4][top : top + 2, left : left + 2]
             assert torch.equal(batch["images"][8][k].permute(1, 2, 0), large)
             assert torch.equal(batch["images"][4][k].permute(1, 2, 0), small)
             corners.add((top, left))

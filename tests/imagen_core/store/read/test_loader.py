@@ -1,8 +1,10 @@
 """Loader: right tensors, each sample once, and the same order however it is run."""
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from imagen_core import store as st
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.order import WindowedOrder, choices, permute
 from tests.imagen_core.store.handmade_store import DIM, Made
 
@@ -60,7 +63,7 @@ def test_batches_hold_the_samples_values(make: Make, store_format: st.StoreForma
     assert seen == 12
 
 
-def test_long_embeddings_are_cut(make: Make) -> None:
+def test_long_embeddings_are_truncated(make: Make) -> None:
     made = make(num_captions=1)
     store = st.Store.open(made.path)
     (batch,) = store.loader(batch_size=12, text="t5", max_tokens=2, shuffle=False)
@@ -70,7 +73,7 @@ def test_long_embeddings_are_cut(make: Make) -> None:
     assert torch.equal(batch["text"][2, :2], torch.from_numpy(store[2].text["t5"][0][:2]))
 
 
-def test_only_what_was_asked_for_is_loaded(make: Make) -> None:
+def test_only_requested_fields_are_loaded(make: Make) -> None:
     store = st.Store.open(make().path)
     assert set(next(iter(store.loader(batch_size=2)))) == {"keys"}
     assert set(next(iter(store.loader(batch_size=2, images=[4])))) == {"keys", "images"}
@@ -104,8 +107,8 @@ def test_an_empty_batch_has_empty_tensors(make: Make) -> None:
 
 def test_drop_last_leaves_out_the_small_batch(make: Make) -> None:
     store = st.Store.open(make(shard_rows=(7,)).path)
-    whole = run_global(store, 3)
-    assert run_global(store, 3, drop_last=True) == whole[:1]
+    full = run_global(store, 3)
+    assert run_global(store, 3, drop_last=True) == full[:1]
     loader = store.loader(batch_size=3, drop_last=True)
     assert [len(keys_of(loader)) for _ in range(3)] == [6, 6, 6]
     assert list(store.loader(batch_size=8, drop_last=True)) == []
@@ -221,7 +224,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make: Make) -> None:
         assert torch.equal(a["text"], b["text"])
 
 
-def test_a_loop_left_early_goes_on_there(make: Make) -> None:
+def test_a_loop_left_early_continues_there(make: Make) -> None:
     made = make()
     loader = st.Store.open(made.path).loader(batch_size=5)
     first = next(iter(loader))["keys"]
@@ -259,9 +262,9 @@ def test_a_part_of_the_store_is_an_epoch_of_its_own(make: Make, shuffle: bool) -
     assert all(sorted(epoch) == sorted(made.keys[3:10]) for epoch in epochs)
     assert len(part) == 4
     assert (epochs[0] == made.keys[3:10]) is not shuffle
-    whole = captions_chosen(store, batch_size=5)
+    full = captions_chosen(store, batch_size=5)
     chosen = captions_chosen(store, batch_size=5, samples=range(3, 10))
-    assert chosen == {name: value for name, value in whole.items() if name[1] in made.keys[3:10]}
+    assert chosen == {name: value for name, value in full.items() if name[1] in made.keys[3:10]}
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 9])
@@ -295,12 +298,12 @@ def test_a_windowed_order_is_the_same_for_all_world_sizes_and_resumes(make: Make
     one, two, four = (run_global(store, w, 4 // w, **options) for w in (1, 2, 4))
     assert one == two == four
     assert one != run_global(store, 1, 4, seed=5)
-    begun = store.loader(4, **options)
+    started = store.loader(4, **options)
     straight = [key for batch in one for key in batch]
-    seen = keys_of(islice(begun, 3))
+    seen = keys_of(islice(started, 3))
     loaders = [store.loader(3, rank=rank, world_size=2, **options) for rank in range(2)]
     for loader in loaders:
-        loader.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        loader.load_state_dict(json.loads(json.dumps(started.state_dict())))
     rest = [key for batches in zip(*loaders, strict=True) for key in keys_of(batches)]
     assert seen + rest == straight
 
@@ -341,10 +344,10 @@ def test_wrong_arguments_are_refused(make: Make, options: dict[str, Any], messag
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
 def test_the_order_is_a_permutation_that_can_be_computed_in_parts(size: int) -> None:
-    whole = permute(np.arange(size), size, key=12345)
-    assert sorted(whole.tolist()) == list(range(size))
+    full = permute(np.arange(size), size, key=12345)
+    assert sorted(full.tolist()) == list(range(size))
     parts = [permute(np.array([i]), size, key=12345)[0] for i in range(0, size, 97)]
-    assert parts == whole[::97].tolist()
+    assert parts == full[::97].tolist()
 
 
 def test_the_order_looks_random() -> None:
@@ -390,3 +393,16 @@ def test_a_batch_that_is_kept_never_changes(make: Make) -> None:
     pointers = {batch["images"][8].data_ptr() for batch in kept} | {batch["text"].data_ptr() for batch in kept}
     assert len(pointers) == 2 * len(kept)
     assert all(torch.equal(batch[name], copy[name]) for batch, copy in zip(kept, copies, strict=True) for name in copy)
+
+
+def test_the_arguments_of_store_loader_are_the_fields_of_its_options() -> None:
+    parameters = list(inspect.signature(st.Store.loader).parameters.values())[1:]
+    assert [(p.name, p.default) for p in parameters if p.default is not p.empty] == [
+        (field.name, field.default) for field in fields(LoaderOptions) if field.name != "batch_size"
+    ]
+    assert parameters[0].name == "batch_size"
+
+
+def test_an_unknown_loader_option_is_named(make: Make) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'imags'"):
+        st.Store.open(make().path).loader(batch_size=2, imags=[4])

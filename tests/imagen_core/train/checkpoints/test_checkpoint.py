@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, never pickled, and refused by name when damaged or of something else."""
+"""Checkpoints: complete or absent, never pickled, and refused by name when damaged or of another model."""
 
 import json
 import pickle
@@ -152,7 +152,7 @@ def test_another_encoder_is_refused_by_field(trained: Path, tmp_path: Path) -> N
     copied(trained, tmp_path)
     with pytest.raises(
         CheckpointMismatchError,
-        match=r'another encoder: fingerprint.model: "tiny" -> "large"; train on the store it began with',
+        match=r'another encoder: fingerprint.model: "tiny" -> "large"; train on the store it started with',
     ):
         train(make_config(other, num_steps=5), tmp_path)
 
@@ -186,7 +186,7 @@ def test_a_setting_newer_than_the_checkpoint_counts_as_its_default(trained: Path
     ("changes", "message"),
     [
         ({"seed": 9}, "loader state has seed 0, this loader has 9"),
-        ({"num_validation_samples": 5}, "num_samples 40, this loader has 35"),
+        ({"validation": {"num_samples": 5}}, "num_samples 40, this loader has 35"),
     ],
 )
 def test_another_order_of_samples_is_refused(
@@ -197,7 +197,7 @@ def test_another_order_of_samples_is_refused(
         train(make_config(store, num_steps=5, **changes), tmp_path)
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"model": {"weight": torch.arange(6.0).reshape(2, 3).T}}
     write_checkpoint(tmp_path, 1, model, {})
 

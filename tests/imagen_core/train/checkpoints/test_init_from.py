@@ -1,4 +1,4 @@
-"""A training that begins with the weights of another."""
+"""A training that starts with the weights of another."""
 
 import json
 from pathlib import Path
@@ -20,51 +20,55 @@ def source(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema-0.9"), ("model", "model"), ("ema-0.5", "ema-0.5")])
-def test_it_begins_with_the_weights_of_another(
+def test_a_training_starts_with_the_weights_of_another(
     source: Path, store: Path, tmp_path: Path, weights: str | None, taken: str
 ) -> None:
-    config = make_config(store, num_steps=1, optimizer=FROZEN, seed=7, init_from=str(source), init_weights=weights)
-    begun = tensors(train(config, tmp_path)["checkpoint"])
+    config = make_config(
+        store, num_steps=1, optimizer=FROZEN, seed=7, init_from={"path": str(source), "weights": weights}
+    )
+    started = tensors(train(config, tmp_path)["checkpoint"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
-    names = [name.removeprefix("model/") for name in begun if name.startswith("model/")]
+    names = [name.removeprefix("model/") for name in started if name.startswith("model/")]
     for name in names:
         for part in ("model", "ema-0.9", "ema-0.5"):  # the averages begin with them too
-            torch.testing.assert_close(begun[f"{part}/{name}"], expected[f"{taken}/{name}"], rtol=1e-12, atol=1e-20)
-    told = json.loads((tmp_path / "start.json").read_text())
-    assert (told["step"], told["weights"], told["loaded"]) == (2, taken, len(names))
-    assert (told["left_random"], told["not_used"]) == ([], [])
+            torch.testing.assert_close(started[f"{part}/{name}"], expected[f"{taken}/{name}"], rtol=1e-12, atol=1e-20)
+    report = json.loads((tmp_path / "start.json").read_text())
+    assert (report["step"], report["weights"], report["loaded"]) == (2, taken, len(names))
+    assert (report["left_random"], report["not_used"]) == ([], [])
 
 
-def test_what_does_not_fit_is_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_skipped_and_listed(source: Path, store: Path, tmp_path: Path) -> None:
     other = make_config(
-        store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from=str(source), init_mismatch="skip"
+        store, num_steps=1, optimizer=FROZEN, denoiser=SUPER, init_from={"path": str(source), "mismatch": "skip"}
     )
-    begun = tensors(train(other, tmp_path)["checkpoint"])
-    told = json.loads((tmp_path / "start.json").read_text())
-    assert "net.conv_in.weight" in told["left_random"]  # reads the low-resolution image too
-    assert any("low_res" in name for name in told["left_random"])
+    started = tensors(train(other, tmp_path)["checkpoint"])
+    report = json.loads((tmp_path / "start.json").read_text())
+    assert "net.conv_in.weight" in report["left_random"]  # reads the low-resolution image too
+    assert any("low_res" in name for name in report["left_random"])
     expected = tensors(sorted((source / "checkpoints").iterdir())[-1])
-    shared = [n for n in begun if n.startswith("model/") and n.removeprefix("model/") not in told["left_random"]]
-    assert len(shared) == told["loaded"] > 10
+    shared = [n for n in started if n.startswith("model/") and n.removeprefix("model/") not in report["left_random"]]
+    assert len(shared) == report["loaded"] > 10
     for name in shared:
-        torch.testing.assert_close(begun[name], expected[name.replace("model/", "ema-0.9/")], rtol=1e-12, atol=1e-20)
+        torch.testing.assert_close(started[name], expected[name.replace("model/", "ema-0.9/")], rtol=1e-12, atol=1e-20)
 
 
-def test_what_does_not_fit_is_refused_unless_told_to_skip(source: Path, store: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused_unless_mismatch_is_skip(
+    source: Path, store: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
-        TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_mismatch=skip"
+        TrainError, match=r"tensors do not fit \(net\.conv_in\.weight: .* here, .* there.*init_from\.mismatch=skip"
     ):
-        train(make_config(store, denoiser=SUPER, init_from=str(source)), tmp_path)
+        train(make_config(store, denoiser=SUPER, init_from={"path": str(source)}), tmp_path)
     fewer = BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}
-    with pytest.raises(TrainError, match="init_mismatch=skip"):
-        train(make_config(store, denoiser=fewer, text=None, init_from=str(source)), tmp_path)
-    with pytest.raises(TrainError, match=r"init_from: .*absent: has no checkpoint"):
-        train(make_config(store, init_from=str(tmp_path / "absent")), tmp_path)
+    with pytest.raises(TrainError, match=r"init_from\.mismatch=skip"):
+        train(make_config(store, denoiser=fewer, text=None, init_from={"path": str(source)}), tmp_path)
+    with pytest.raises(TrainError, match=r"init_from\.path: .*absent: has no checkpoint"):
+        train(make_config(store, init_from={"path": str(tmp_path / "absent")}), tmp_path)
     assert not (tmp_path / "start.json").exists()
 
 
-def test_a_run_that_goes_on_does_not_begin_again(source: Path, store: Path, tmp_path: Path) -> None:
-    straight = train(make_config(store, num_steps=4, init_from=str(source)), tmp_path / "a")
-    train(make_config(store, num_steps=2, init_from=str(source)), tmp_path / "b")
-    resumed = train(make_config(store, num_steps=4, init_from=str(tmp_path / "gone")), tmp_path / "b")
+def test_a_resumed_run_does_not_load_initial_weights_again(source: Path, store: Path, tmp_path: Path) -> None:
+    straight = train(make_config(store, num_steps=4, init_from={"path": str(source)}), tmp_path / "a")
+    train(make_config(store, num_steps=2, init_from={"path": str(source)}), tmp_path / "b")
+    resumed = train(make_config(store, num_steps=4, init_from={"path": str(tmp_path / "gone")}), tmp_path / "b")
     assert files(resumed["checkpoint"]) == files(straight["checkpoint"])

@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[4]
     "changes",
     [
         {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
-        {"precision": "float32", "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True, "batch_size": 6},
+        {
+            "precision": "float32",
+            "denoiser": SUPER,
+            "views": {"crop_px": 16, "horizontal_flip": True},
+            "batch_size": 6,
+        },
         {
             "precision": "float32",
             "optimizer": {
@@ -33,7 +38,7 @@ ROOT = Path(__file__).parents[4]
             },
         },
         pytest.param(
-            {"precision": "bfloat16", "channels_last": False, "ema": {"rates": [0.9], "every_steps": 3}},
+            {"precision": "bfloat16", "compute": {"channels_last": False}, "ema": {"rates": [0.9], "every_steps": 3}},
             marks=pytest.mark.slow,
         ),
     ],
@@ -49,15 +54,15 @@ def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, 
         assert all(a[name] == b[name] for name in ("step", "samples", "loss", "grad_norm", "lr"))
 
 
-def test_a_stopped_run_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=9)
     straight = train(config, tmp_path / "a")
-    asked = 0
+    stop_requested = 0
 
     def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 4
+        nonlocal stop_requested
+        stop_requested += 1
+        return stop_requested == 4
 
     with pytest.raises(TrainingStopped, match="after step 4; run the same command again"):
         train(config, tmp_path / "b", should_stop=should_stop)
@@ -79,20 +84,20 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_
     folder = tmp_path / "checkpoints"
     (folder / ".tmp-step-00000003").mkdir(parents=True)
     (folder / "step-00000099").mkdir()  # being removed when killed: no state.json
-    config = make_config(store, num_steps=7, checkpoint_every_steps=2, keep_checkpoints=2)
+    config = make_config(store, num_steps=7, checkpoints={"every_steps": 2, "keep": 2})
     train(config, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
 
 
-def test_the_checkpoints_of_least_validation_loss_are_kept_beside_the_newest(
+def test_the_checkpoints_of_least_validation_loss_are_kept_in_addition_to_the_newest(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 5.0, 1.0, 1.0, 4.0, 4.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0])  # without and with averages
     monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
-    settings = {"keep_checkpoints": 1, "keep_best_checkpoints": 2, "num_validation_samples": 4}
-    every = {"validate_every_steps": 1, "checkpoint_every_steps": 1}
-    train(make_config(store, num_steps=3, **settings, **every), tmp_path)
-    summary = train(make_config(store, num_steps=6, **settings, **every), tmp_path)
+    kept = {"keep": 1, "keep_best": 2, "every_steps": 1}
+    settings = {"checkpoints": kept, "validation": {"num_samples": 4, "every_steps": 1}}
+    train(make_config(store, num_steps=3, **settings), tmp_path)
+    summary = train(make_config(store, num_steps=6, **settings), tmp_path)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
         f"step-0000000{step}" for step in (2, 4, 6)
     ]
@@ -100,10 +105,10 @@ def test_the_checkpoints_of_least_validation_loss_are_kept_beside_the_newest(
     assert summary["checkpoint"] == str(tmp_path / "checkpoints/step-00000006")
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_validation_samples": 4, "validate_every_steps": 3}])
+@pytest.mark.parametrize("changes", [{}, {"validation": {"num_samples": 4, "every_steps": 3}}])
 def test_the_best_can_only_be_kept_where_each_is_validated(store: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"keep_best_checkpoints is 1: set num_validation_samples"):
-        make_config(store, keep_best_checkpoints=1, **{"checkpoint_every_steps": 4, **changes})
+    with pytest.raises(ValueError, match=r"checkpoints.keep_best is 1: set validation.num_samples"):
+        make_config(store, checkpoints={"keep_best": 1, "every_steps": 4}, **changes)
 
 
 def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
 
 
-def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_path: Path) -> None:
+def test_groups_of_the_optimizer_may_change_when_a_run_resumes(store: Path, tmp_path: Path) -> None:
     """Its moments belong to the parameters: with equal settings the groups change nothing."""
     straight = train(make_config(store, num_steps=6), tmp_path / "a")
     train(make_config(store, num_steps=3), tmp_path / "b")
@@ -128,8 +133,8 @@ def test_groups_of_the_optimizer_may_change_when_a_run_goes_on(store: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_exactly(store: Path, tmp_path: Path) -> None:
-    config = make_config(store, num_steps=60, checkpoint_every_steps=3)
+def test_a_killed_process_resumes_exactly(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, num_steps=60, checkpoints={"every_steps": 3})
     job = {"config": config.model_dump(mode="json"), "out": str(tmp_path / "killed")}
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps([job]), encoding="utf-8")

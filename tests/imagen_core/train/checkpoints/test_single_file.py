@@ -1,4 +1,4 @@
-"""A trained model as one file: it draws and begins other trainings as its checkpoint does."""
+"""A trained model as one file: it samples and starts other trainings as its checkpoint does."""
 
 from pathlib import Path
 
@@ -32,14 +32,14 @@ def test_a_file_brings_weights_configuration_and_encoder(run: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
 
 
-def test_a_training_begins_with_it(run: Path, store: Path, tmp_path: Path) -> None:
+def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", load_checkpoint(run))
-    begun = [
-        tensors(train(make_config(store, num_steps=1, init_from=str(source)), tmp_path / name)["checkpoint"])
+    started = [
+        tensors(train(make_config(store, num_steps=1, init_from={"path": str(source)}), tmp_path / name)["checkpoint"])
         for source, name in ((run, "a"), (tmp_path / "model.safetensors", "b"))
     ]
-    assert begun[0].keys() == begun[1].keys()
-    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0])
+    assert started[0].keys() == started[1].keys()
+    assert all(torch.equal(started[0][name], started[1][name]) for name in started[0])
 
 
 def test_other_files_are_refused(run: Path, tmp_path: Path) -> None:

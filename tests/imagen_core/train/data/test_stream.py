@@ -11,11 +11,11 @@ from imagen_core.diffusion import Denoiser, diffusion_loss
 from imagen_core.store import Store, StoreError
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.randomness import draw
+from imagen_core.train.data.randomness import SampleColumn, sample_numbers
 from imagen_core.train.data.stream import Batch, BatchStream, open_store
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.store.handmade_store import remove
-from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, make_config, make_store
+from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, changed, make_config, make_store
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -42,7 +42,7 @@ def test_batches_go_on_over_epochs_and_count_samples(store: Path) -> None:
 
 
 def test_a_far_store_is_read_through_the_cache_a_few_shards_at_a_time(store: Path, tmp_path: Path) -> None:
-    config = make_config(store, batch_size=4, cache_dir=str(tmp_path / "cache"), shuffle_window_shards=1)
+    config = make_config(store, batch_size=4, data={"cache_dir": str(tmp_path / "cache"), "shuffle_window_shards": 1})
     batches = read(config, 10)
     shards = ["".join(sorted({key[0] for key in batch.keys})) for batch in batches]
     assert shards in (["0"] * 6 + ["1"] * 4, ["1"] * 4 + ["0"] * 6)
@@ -57,16 +57,16 @@ def test_a_part_of_the_store_is_trained_on(store: Path) -> None:
     everything = {key for batch in read(make_config(store), 5) for key in batch.keys}
     parts = []
     for part in ((0, 10), (10, 40)):
-        parts.append({key for batch in read(make_config(store, samples=part), 6) for key in batch.keys})
+        parts.append({key for batch in read(make_config(store, data={"samples": part}), 6) for key in batch.keys})
     assert [len(part) for part in parts] == [10, 30]
     assert parts[0] | parts[1] == everything
-    first = read(make_config(store, samples=(0, 10)), 1)[0]
+    first = read(make_config(store, data={"samples": (0, 10)}), 1)[0]
     with pytest.raises(TrainError, match=r"the checkpoint's place in the data does not fit: .*samples must stay"):
-        read(make_config(store, samples=(10, 40)), 1, state=first.loader_state)
+        read(make_config(store, data={"samples": (10, 40)}), 1, state=first.loader_state)
 
 
 def test_validation_samples_are_never_in_a_batch(store: Path) -> None:
-    config = make_config(store, num_validation_samples=10)
+    config = make_config(store, validation={"num_samples": 10})
     keys = {key for batch in read(config, 12) for key in batch.keys}
     held_out = {sample.key for sample in Store.open(store)[-10:]}
     assert len(keys) == 30
@@ -85,19 +85,19 @@ def test_the_state_of_a_batch_ignores_what_was_read_ahead(store: Path) -> None:
 
 def test_processes_share_a_batch_and_its_numbers(store: Path) -> None:
     config = make_config(store, batch_size=6)
-    whole = read(config, 8)
+    full = read(config, 8)
     parts = [read(config, 8, World(rank, 3, CPU)) for rank in range(3)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         assert [key for part in parts for key in part[step].keys] == batch.keys
         assert [n for part in parts for n in part[step].counters] == list(batch.counters)
         assert {part[step].global_size for part in parts} == {len(batch.keys)}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_training_goes_on_after_a_removal_with_the_batches_it_would_have_had(
+def test_a_training_continues_after_a_removal_with_the_batches_it_would_have_had(
     tmp_path: Path, world_size: int
 ) -> None:
-    config = make_config(make_store(tmp_path / "store"), batch_size=3, num_validation_samples=10)
+    config = make_config(make_store(tmp_path / "store"), batch_size=3, validation={"num_samples": 10})
     before = read(config, 20)
     gone = {*before[2].keys, before[4].keys[1], before[15].keys[0]}
     remove(tmp_path / "store", key=sorted(gone))
@@ -150,21 +150,21 @@ def test_pixels_are_scaled_exactly(store: Path) -> None:
 
 
 def test_captions_are_dropped_at_the_stated_rate(store: Path) -> None:
-    config = make_config(store, batch_size=40, caption_dropout=0.25)
+    config = make_config(store, batch_size=40, conditioning_dropout={"text": 0.25})
     keeps = [example(config, batch).conditioning.text_keep for batch in read(config, 25)]
     kept = torch.cat([keep for keep in keeps if keep is not None])
     assert len(kept) == 1000
     assert abs(float(kept.double().mean()) - 0.75) < 0.04
-    none = make_config(store, caption_dropout=0.0)
+    none = make_config(store, conditioning_dropout={"text": 0.0})
     assert bool(example(none, read(none, 1)[0]).conditioning.text_keep.all())  # type: ignore[union-attr]
 
 
 def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -> None:
     denoiser = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
-    plain, flipping = (make_config(store, denoiser=denoiser, horizontal_flip=flip) for flip in (False, True))
-    same = flipped = 0
-    for batch, turned in zip(read(plain, 5), read(flipping, 5), strict=True):
-        a, b = example(plain, batch), example(flipping, turned)
+    plain, flipped = (make_config(store, denoiser=denoiser, views={"horizontal_flip": flip}) for flip in (False, True))
+    same = num_flipped = 0
+    for batch, turned in zip(read(plain, 5), read(flipped, 5), strict=True):
+        a, b = example(plain, batch), example(flipped, turned)
         assert a.conditioning.low_res is not None
         assert b.conditioning.low_res is not None
         for k in range(len(batch.keys)):
@@ -172,19 +172,19 @@ def test_half_of_the_images_are_flipped_with_their_low_resolution(store: Path) -
                 same += 1
                 assert torch.equal(a.conditioning.low_res[k], b.conditioning.low_res[k])
             else:
-                flipped += 1
+                num_flipped += 1
                 assert torch.equal(a.x0[k].flip(-1), b.x0[k])
                 torch.testing.assert_close(a.conditioning.low_res[k].flip(-1), b.conditioning.low_res[k])
-    assert 10 <= flipped <= 30
-    assert same + flipped == 40
+    assert 10 <= num_flipped <= 30
+    assert same + num_flipped == 40
 
 
 def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     unet = SUPER["unet"] | {"low_res_noise": False}
-    whole = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet})
-    config = whole.model_copy(update={"crop_px": 16})
+    full = make_config(store, denoiser=SUPER | {"low_res_noise": None, "unet": unet})
+    config = changed(full, views={"crop_px": 16})
     corners = set()
-    for batch, cropped in zip(read(whole, 5), read(config, 5), strict=True):
+    for batch, cropped in zip(read(full, 5), read(config, 5), strict=True):
         cut = example(config, cropped)
         assert cropped.keys == batch.keys
         assert cut.x0.shape[-2:] == (16, 16)
@@ -208,15 +208,17 @@ def test_crops_of_both_sizes_show_the_same_place(store: Path) -> None:
     assert {0, 8} <= lefts <= set(range(9))
 
 
-def test_crops_are_read_from_the_store_where_training_has_always_cut_them(store: Path) -> None:
-    """Written out once more on whole images: a run that began before crops were read goes on the same."""
-    whole = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
-    config = whole.model_copy(update={"crop_px": 8})
-    batches = read(whole, 9)  # over the end of the epoch, with a short batch
+def test_crops_are_read_from_the_store_at_the_places_of_full_images(store: Path) -> None:
+    """Computed again on full images: a run that started before crops were read from the store continues unchanged."""
+    full = make_config(store, denoiser=SUPER, batch_size=6, seed=11)
+    config = changed(full, views={"crop_px": 8})
+    batches = read(full, 9)  # over the end of the epoch, with a short batch
     for world_size in (1, 3):
         ranks = [read(config, 9, World(rank, world_size, CPU)) for rank in range(world_size)]
         for step, batch in enumerate(batches):
-            place = draw(11, batch.counters, (3, 8, 8), low_res=False, device=CPU).uniform[:, 2:4]
+            place = sample_numbers(11, batch.counters, (3, 8, 8), low_res=False, device=CPU).uniform[
+                :, [SampleColumn.CROP_TOP, SampleColumn.CROP_LEFT]
+            ]
             corners = (place * (16 - 4 + 1)).long().tolist()
             for px, ratio in ((32, 2), (16, 1)):
                 expected = [
@@ -246,17 +248,17 @@ def test_low_resolution_noise_is_per_batch_or_per_sample(store: Path, per: str, 
 
 
 def test_an_example_does_not_depend_on_its_batch(store: Path) -> None:
-    config = make_config(store, denoiser=SUPER, crop_px=16, horizontal_flip=True)
+    config = make_config(store, denoiser=SUPER, views={"crop_px": 16, "horizontal_flip": True})
     (batch,) = read(config, 1)
-    whole, part = example(config, batch), example(config, batch.part(5, 7))
+    full, part = example(config, batch), example(config, batch.part(5, 7))
     for name in ("x0", "sigma", "noise"):
-        assert torch.equal(getattr(part, name), getattr(whole, name)[5:7])
+        assert torch.equal(getattr(part, name), getattr(full, name)[5:7])
     for name in ("text", "text_mask", "text_keep", "low_res", "low_res_noise"):
-        assert torch.equal(getattr(part.conditioning, name), getattr(whole.conditioning, name)[5:7])
+        assert torch.equal(getattr(part.conditioning, name), getattr(full.conditioning, name)[5:7])
 
 
 def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> None:
-    config = make_config(store, denoiser=SUPER, crop_px=16)
+    config = make_config(store, denoiser=SUPER, views={"crop_px": 16})
     (batch,) = read(config, 1)
     empty = example(config, batch.part(8, 12))
     denoiser = Denoiser(config.denoiser).double()
@@ -271,10 +273,16 @@ def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> N
         ({"denoiser": BASE | {"size_px": 64}}, r"no images-64 \(sizes: \[16, 32\]\)"),
         ({"text": "clip"}, r"no encoder 'clip' \(encoders: \['t5'\]\)"),
         ({"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": 9}}}, "text_dim is 9, .* of 't5' .* 8 wide"),
-        ({"num_validation_samples": 40}, "num_validation_samples is 40, but the store has 40 samples"),
-        ({"samples": (8, 41)}, r"samples: \[8, 41\] is no part of the 40 samples that are not for validation"),
-        ({"samples": (8, 38), "num_validation_samples": 4}, r"samples: \[8, 38\] is no part of the 36 samples"),
-        ({"samples": (5, 5)}, r"samples: \[5, 5\] is no part"),
+        ({"validation": {"num_samples": 40}}, r"validation\.num_samples is 40, but the store has 40 samples"),
+        (
+            {"data": {"samples": (8, 41)}},
+            r"data\.samples: \[8, 41\] is no part of the 40 samples that are not for validation",
+        ),
+        (
+            {"data": {"samples": (8, 38)}, "validation": {"num_samples": 4}},
+            r"data\.samples: \[8, 38\] is no part of the 36 samples",
+        ),
+        ({"data": {"samples": (5, 5)}}, r"data\.samples: \[5, 5\] is no part"),
     ],
 )
 def test_a_store_that_does_not_fit_is_refused(store: Path, changes: dict[str, Any], message: str) -> None:
@@ -292,16 +300,16 @@ def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
     ("changes", "message"),
     [
         ({"text": None}, "text is None, but denoiser.unet.text_dim is 8"),
-        ({"crop_px": 16}, "crop_px is for super-resolution"),
-        ({"denoiser": SUPER, "crop_px": 15}, "crop_px 15 must be a multiple of"),
-        ({"denoiser": SUPER, "crop_px": 64}, "crop_px 64 is larger than size_px 32"),
+        ({"views": {"crop_px": 16}}, r"views\.crop_px is for super-resolution"),
+        ({"denoiser": SUPER, "views": {"crop_px": 15}}, r"views\.crop_px 15 must be a multiple of"),
+        ({"denoiser": SUPER, "views": {"crop_px": 64}}, r"views\.crop_px 64 is larger than size_px 32"),
         ({"ema": {"rates": [1.0]}}, r"rates: each must be in \[0, 1\)"),
         ({"ema": {"rates": [0.9, 0.9]}}, "rates: each once"),
-        ({"shard_group_size": 2}, "shard_group_size is for parallel=fsdp2"),
+        ({"parallel": {"shard_group_size": 2}}, r"shard_group_size is for parallel\.kind=fsdp2"),
         ({"batch_sise": 4}, "batch_sise"),
         (
             {"denoiser": BASE | {"unet": BASE_UNET | {"condition_channels": 3}}},
-            "condition_channels is 3, but no store holds images to look at",
+            "condition_channels is 3, but no store holds images to condition on",
         ),
     ],
 )
@@ -313,7 +321,7 @@ def test_settings_that_contradict_are_refused(store: Path, changes: dict[str, An
 def test_a_compiled_network_meets_few_lengths_and_the_same_loss(store: Path) -> None:
     """One network is compiled for each length: with 128 tokens at most four, not 128."""
     config = make_config(store, batch_size=2, max_tokens=8)
-    compiled = config.model_copy(update={"compile": True})
+    compiled = changed(config, compute={"compile": True})
     denoiser = Denoiser(config.denoiser).double()
     lengths: set[int] = set()
     for batch in read(config, 20):
@@ -325,7 +333,7 @@ def test_a_compiled_network_meets_few_lengths_and_the_same_loss(store: Path) -> 
             torch.testing.assert_close(a, b)
     assert lengths <= {2, 4, 6, 8}
     assert len(lengths) > 1
-    cut = config.model_copy(update={"compile": True, "max_tokens": 3})
+    cut = changed(config, compute={"compile": True}, max_tokens=3)
     assert {example(cut, batch).conditioning.text.shape[1] for batch in read(cut, 20)} <= {1, 2, 3}  # type: ignore[union-attr]
 
 

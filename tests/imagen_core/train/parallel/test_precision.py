@@ -85,12 +85,14 @@ def test_what_no_scale_can_help_is_an_error(store: Path, tmp_path: Path, monkeyp
 def test_tf32_is_for_the_training_only(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def asked() -> bool:
+    def stop_requested() -> bool:
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         return False
 
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for tf32 in (True, False):
-        train(make_config(store, num_steps=1, tf32=tf32), tmp_path / str(tf32), should_stop=asked)
+        train(
+            make_config(store, num_steps=1, compute={"tf32": tf32}), tmp_path / str(tf32), should_stop=stop_requested
+        )
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
     assert seen == [("high", True), ("highest", False)]

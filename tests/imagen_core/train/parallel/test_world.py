@@ -1,6 +1,6 @@
 """Two processes (gloo, on this machine) train as one does, also when one takes over from two in the middle.
 
-The processes are started once for the whole file, since starting them takes longer than all they do.
+The processes are started once for the complete file, since starting them takes longer than all they do.
 """
 
 import json
@@ -19,15 +19,15 @@ from tests.imagen_core.train.small import BASE, SUPER, make_config, metrics, ten
 
 ONE: dict[str, dict[str, Any]] = {
     "base": {"num_steps": 4},
-    "super": {"num_steps": 2, "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
+    "super": {"num_steps": 2, "denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
     "uneven": {
         "num_steps": 6,
-        "num_validation_samples": 7,
+        "validation": {"num_samples": 7},
     },  # 33 samples: the fifth batch has one, so one process none
     "split": {"num_steps": 13},
     "times": {
         "num_steps": 5,
-        "times": "loss_second_moment",
+        "noise_levels": {"kind": "loss_second_moment"},
         "denoiser": BASE
         | {"diffusion": {"schedule": {"kind": "discrete", "num_steps": 2, "beta": "cosine"}, "objective": "eps"}},
     },
@@ -39,7 +39,7 @@ TWO: dict[str, dict[str, Any]] = {
     "uneven": {**ONE["uneven"], "micro_batch_size": 3},
     "times-micro": {**ONE["times"], "micro_batch_size": 3},
     "stopped": {"stop_at": 2},
-    "poisoned": {"poison": 3, "checkpoint_every_steps": 1},
+    "poisoned": {"poison": 3, "checkpoints": {"every_steps": 1}},
 }
 
 

@@ -20,9 +20,9 @@ from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ONE: dict[str, dict[str, Any]] = {
-    "base": {"num_steps": 4, "grid_every_steps": 2, "grid_num_steps": 2, "num_grid_images": 4},
-    "super": {"num_steps": 2, "denoiser": SUPER, "crop_px": 16, "horizontal_flip": True},
-    "uneven": {"num_steps": 6, "num_validation_samples": 7, "validate_every_steps": 3},
+    "base": {"num_steps": 4, "grid": {"every_steps": 2, "num_steps": 2, "num_images": 4}},
+    "super": {"num_steps": 2, "denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
+    "uneven": {"num_steps": 6, "validation": {"num_samples": 7, "every_steps": 3}},
     "split": {"num_steps": 13},
 }
 SHARDED: dict[str, dict[str, Any]] = {
@@ -45,8 +45,10 @@ def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, sharded over two processes; the one named split is unsharded in one process in the middle."""
     folder = tmp_path_factory.mktemp("two")
     half = {"num_steps": 2, "precision": "bfloat16", "text": None, "denoiser": WITHOUT_TEXT}
-    runs = {name: changes | {"parallel": "fsdp2"} for name, changes in (SHARDED | {"bfloat16": half}).items()}
-    train_split(store, folder, runs, parallel="fsdp2")
+    runs = {
+        name: changes | {"parallel": {"kind": "fsdp2"}} for name, changes in (SHARDED | {"bfloat16": half}).items()
+    }
+    train_split(store, folder, runs, parallel={"kind": "fsdp2"})
     return folder
 
 
@@ -83,7 +85,7 @@ def test_metrics_are_those_of_one_process(one: Path, two: Path, name: str) -> No
             assert b[field] == pytest.approx(a[field], rel=1e-9)
 
 
-def test_grids_are_drawn(one: Path, two: Path) -> None:
+def test_grids_of_sharded_training_are_equal(one: Path, two: Path) -> None:
     for name in ("step-00000002.png", "step-00000004.png"):
         assert (two / "base" / "grids" / name).read_bytes() == (one / "base" / "grids" / name).read_bytes()
 
@@ -105,7 +107,7 @@ def test_bfloat16_keeps_float32_weights(two: Path) -> None:
 
 
 class Frequencies(nn.Module):
-    """Both modules whose parameters are frequencies, beside a layer."""
+    """Both modules whose parameters are frequencies, next to a layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,97 @@
+"""What a loader reads, and in which order."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from imagen_core.store.read.crop import View
+
+_P = ParamSpec("_P")
+_Options = TypeVar("_Options")
+_Self = TypeVar("_Self")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderOptions:
+    """The options of a loader.
+
+    Attributes:
+        batch_size: samples per batch on this rank.
+        images: sizes to load, in pixels; None loads no images.
+        text: encoder to load; None loads no embeddings of captions.
+        text_embed: text encoder of one vector per caption to load, of the same caption as `text`; None loads none.
+        image_embed: image encoder to load; None loads no embeddings of images.
+        captions: load the caption that `text` is, or would be, of.
+        transcriptions: load the text written in the images.
+        labels: load the images' classes.
+        max_tokens: truncate longer embeddings to this many tokens; None truncates none.
+        seed: decides the order and which of several captions is taken.
+        rank, world_size: this process, and the number of processes that share each global batch.
+        shuffle: False keeps the store's order in every epoch.
+        drop_last: leave out the last global batch if it is not full.
+        samples: indices to load, a range of step 1; None loads all of the store.
+        crop: a view of each image instead of all of it, such as `Crop`; only its square is read where images are raw.
+        shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards; for
+            stores that are far away or larger than memory. None shuffles all samples with each other.
+        pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    batch_size: int
+    images: Sequence[int] | None = None
+    text: str | None = None
+    text_embed: str | None = None
+    image_embed: str | None = None
+    captions: bool = False
+    transcriptions: bool = False
+    labels: bool = False
+    max_tokens: int | None = None
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+    drop_last: bool = False
+    samples: range | None = None
+    crop: View | None = None
+    shuffle_window_shards: int | None = None
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more (got {self.batch_size})")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank {self.rank} of {self.world_size}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, or None (got {self.max_tokens})")
+        window = self.shuffle_window_shards
+        if window is not None and (window < 1 or not self.shuffle):
+            raise ValueError(
+                f"shuffle_window_shards must be 1 or more, and goes with shuffle (got {window}, "
+                f"shuffle={self.shuffle})"
+            )
+
+
+def takes_options_of(
+    options: Callable[_P, _Options],
+) -> Callable[[Callable[[_Self, _Options], _Result]], Callable[Concatenate[_Self, _P], _Result]]:
+    """Gives a method that takes one options object the arguments of that object's class instead.
+
+    So the options are declared in the class alone, and type checkers and `help` know them as the method's arguments.
+    """
+
+    def decorate(method: Callable[[_Self, _Options], _Result]) -> Callable[Concatenate[_Self, _P], _Result]:
+        @wraps(method)
+        def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            return method(self, options(*args, **kwargs))
+
+        own = inspect.signature(method)
+        first = next(iter(own.parameters.values()))
+        parameters = [first, *inspect.signature(options).parameters.values()]
+        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return call
+
+    return decorate

@@ -1,0 +1,241 @@
+"""The components of a training's configuration; `TrainConfig` puts them together."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from imagen_core.config import Config
+from imagen_core.store import DEFAULT_CACHE_BYTES
+from imagen_core.train.augment import BlurConfig, ResizedCropConfig
+
+
+class DataConfig(Config):
+    """Which samples of the store are read, and how."""
+
+    samples: tuple[int, int] | None = None
+    """First sample of the store to train on, and the one after the last; null: all but the validation samples."""
+    shuffle_window_shards: int | None = Field(default=None, ge=1)
+    """Shards come in random order, and samples are shuffled within this many of them; null: all samples are shuffled
+    with each other."""
+    cache_dir: str | None = None
+    """Local folder for checked copies of a remote store's files, shared by the processes of a machine; null: no
+    copies."""
+    cache_bytes: int = Field(default=DEFAULT_CACHE_BYTES, ge=1)
+    """Most bytes of cache_dir; the least recently used files are removed."""
+
+
+class InitFromConfig(Config):
+    """Weights of another training to start with, instead of random ones."""
+
+    path: str = Field(min_length=1)
+    """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
+    weights: str | None = None
+    """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
+    mismatch: Literal["error", "skip"] = "error"
+    """Tensors that only one of the two models has, or that differ in shape: refuse, or leave them random."""
+
+
+class ConditioningDropoutConfig(Config):
+    """Fractions of the conditions dropped in training, so that guidance has models without them.
+
+    Each is sampled independently of the others, and matters only to a model that reads the condition.
+    """
+
+    text: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the captions dropped."""
+    transcription: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the transcriptions dropped."""
+    labels: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the class labels dropped."""
+    image_embed: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the image embeddings dropped; for a prior, of the noisy ones it sees."""
+    all: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the images whose captions, transcriptions, labels and embeddings are dropped together, in addition
+    to what is dropped of each."""
+
+
+class ViewsConfig(Config):
+    """Random views of the images: crops, flips, blur, grayscale."""
+
+    crop_px: int | None = Field(default=None, ge=1)
+    """Train super-resolution on random crops of this side; null: on full images."""
+    resized_crop: ResizedCropConfig | None = None
+    """Train on random crops of a larger stored size, resized; null: on full images, or on crops of crop_px."""
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the images to flip; true is half. Images that are known to show writing are never flipped.
+    Wrong where captions tell left from right."""
+    low_res_blur: BlurConfig | None = None
+    """Blur some of the low-resolution images, in training only; null: none."""
+    low_res_grayscale: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the low-resolution images shown in grayscale; 1 makes a model that colours images."""
+
+    @field_validator("horizontal_flip", mode="before")
+    @classmethod
+    def _half(cls, value: object) -> object:
+        return 0.5 if value is True else value
+
+
+class NoiseLevelsConfig(Config):
+    """Noise levels of training."""
+
+    kind: Literal["uniform", "early_only", "loss_second_moment"] = "uniform"
+    """uniform: uniform in the schedule's time; early_only: only the early times, which have the least noise;
+    loss_second_moment: steps of a discrete schedule by the second moment of their last losses, each loss weighted so
+    that the mean stays the same (less noisy gradients of loss=rescaled_kl)."""
+    early_fraction: float = Field(default=0.5, gt=0, le=1)
+    """early_only: the fraction of the times that is visited."""
+
+
+class ParameterGroup(Config):
+    """Parameters with their own settings."""
+
+    match: str = Field(min_length=1)
+    """Regular expression for the beginning of a parameter's name, e.g. `net\\.inputs\\.text`; a parameter belongs to
+    the first group that matches."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate after warm-up, which follows the schedule of the others; null: the optimizer's."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of matrices and kernels; null: the optimizer's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParameterGroup":
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match: {self.match!r} is no regular expression ({error})") from error
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019), and its learning rate over time."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of gradients."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of matrices and kernels; biases and norms have none."""
+    warmup_steps: int = Field(default=10_000, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Step at which cosine decay ends; null: num_steps."""
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end of cosine decay, as a fraction of lr."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameters with another learning rate or weight decay, by name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas: each must be in [0, 1) (got {beta})")
+        return self
+
+
+class EmaConfig(Config):
+    """Moving averages of the weights, float32."""
+
+    rates: tuple[float, ...] = (0.9999,)
+    """Decay of each average. All start as the plain mean of the weights so far, until the decay is reached."""
+    every_steps: int = Field(default=1, ge=1)
+    """Steps between updates."""
+    on_cpu: bool = False
+    """Keep them in main memory: frees 4 bytes per parameter and average on the GPU, and each update copies the
+    weights. Set every_steps to 10 or so to make it cheap."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EmaConfig":
+        for rate in self.rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"rates: each must be in [0, 1) (got {rate})")
+        if len(set(self.rates)) != len(self.rates):
+            raise ValueError(f"rates: each once (got {self.rates})")
+        return self
+
+
+class ParallelConfig(Config):
+    """How several processes share the model."""
+
+    kind: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: each process has a copy of the model; fsdp2: the model is sharded over the processes."""
+    shard_group_size: int | None = Field(default=None, ge=1)
+    """fsdp2: processes that share one copy of the model, copies are data parallel; null: all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelConfig":
+        if self.shard_group_size is not None and self.kind != "fsdp2":
+            raise ValueError("shard_group_size is for parallel.kind=fsdp2")
+        return self
+
+
+class ComputeConfig(Config):
+    """How the device computes; changes speed, not the training."""
+
+    tf32: bool = True
+    """float32 products on GPUs may round their inputs to TensorFloat-32, which is several times as fast; false: never.
+    What is left in float32 under bfloat16 or float16 is rounded so too."""
+    compile: bool = False
+    """torch.compile the network: slow to start, faster steps."""
+    channels_last: bool = True
+    """Memory order of images and kernels; the faster one nearly everywhere."""
+
+
+class ValidationConfig(Config):
+    """Validation losses on samples kept out of training."""
+
+    num_samples: int = Field(default=0, ge=0)
+    """The last samples of the store, kept out of training; 0 disables validation."""
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between validation losses."""
+    similarity_num_steps: tuple[int, ...] = (64,)
+    """Sampling steps with which a prior generates the embeddings of the validation samples, whose similarities to the
+    true ones are logged; one series of metrics for each number."""
+
+
+class GridConfig(Config):
+    """Grids of images sampled during training."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between grids; null disables them."""
+    num_images: int = Field(default=16, ge=1)
+    """Images per grid."""
+    num_steps: int = Field(default=25, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(default=3.0, ge=0)
+    """Guidance by caption, transcription and label."""
+
+
+class CheckpointsConfig(Config):
+    """When checkpoints are written, and which are kept."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=5, ge=1)
+    """Newest checkpoints to keep."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints of the least validation loss to keep in addition to the newest."""
+
+
+class LoggingConfig(Config):
+    """Metrics, and traces of steps."""
+
+    every_steps: int = Field(default=50, ge=1)
+    """Steps between lines of metrics."""
+    loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where metrics go."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch.profiler, such as [20, 24]; each process writes a Chrome trace to
+    OUT/profile. null: none. The recorded steps are slower."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoggingConfig":
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps: first and last step, from 1 (got {list(self.profile_steps)})")
+        return self

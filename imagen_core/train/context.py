@@ -1,0 +1,28 @@
+"""What a training works with."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from imagen_core.diffusion import Denoiser
+from imagen_core.store import Store
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.data.online import Encode
+from imagen_core.train.parallel.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingContext:
+    """What a training works with from its start to its end.
+
+    Attributes:
+        loss: a `TrainingLoss` of the denoiser, as DDP or FSDP wrap it.
+        encode: encodes the captions of each batch; None reads their embeddings from the store.
+    """
+
+    config: TrainConfig
+    store: Store
+    world: World
+    denoiser: Denoiser
+    loss: nn.Module
+    encode: Encode | None = None

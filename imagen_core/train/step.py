@@ -1,0 +1,134 @@
+"""One optimizer step: forward and backward passes over the micro-batches of a batch, and the update."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_core.train.checkpoints.state import TrainState
+from imagen_core.train.context import TrainingContext
+from imagen_core.train.data.example import make_example
+from imagen_core.train.data.randomness import RandomStream, mix
+from imagen_core.train.data.stream import Batch
+from imagen_core.train.errors import NonFiniteLossError
+from imagen_core.train.optimizer import learning_rate
+from imagen_core.train.parallel.world import local, unsharded
+from imagen_core.train.parallel.wrap import syncing
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step computed, the same on every process.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: of the gradients before clipping; not finite in a skipped step of float16.
+        stopping: whether any process wants to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    stopping: bool
+
+
+def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Path, *, stop: bool) -> StepResult:
+    """Changes the weights by one batch; `stop`: this process wants to stop after it.
+
+    Raises:
+        NonFiniteLossError: the batch's keys are in `out/nan/`, the weights are unchanged.
+    """
+    config, world = context.config, context.world
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps) * group["lr_scale"]
+    torch.manual_seed(mix(config.seed, RandomStream.NETWORK_DROPOUT, state.step, world.rank))
+
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+    total, recorded = _backward(context, state, batch, scale)
+    norm = _clip_gradients(context, scale)
+    broken = (~torch.isfinite(total + norm)).double()
+    sums = torch.stack([total, norm.double() / world.size, broken, total.new_tensor(float(stop))])
+    sums = world.sum(torch.cat([sums, recorded.flatten()])).tolist()  # the one time a step waits for the GPU
+    (loss, norm, broken, stopping), sums = sums[:4], sums[4:]
+
+    mean_loss = loss / batch.global_size
+    overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1
+    if broken and not overflow:
+        _report_non_finite(context, state.step, batch, mean_loss, norm, out)
+    _update(state, batch, config.ema.every_steps, broken=bool(broken))
+    losses, steps = sums[: recorded.shape[1]], sums[recorded.shape[1] :]
+    state.noise_levels.record([(int(step) - 1, value) for step, value in zip(steps, losses, strict=True) if step])
+    return StepResult(mean_loss, norm, stopping > 0)
+
+
+def _backward(context: TrainingContext, state: TrainState, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+    """Accumulates the gradients of a batch, times `scale`.
+
+    Returns:
+        The sum of this process's losses, float64; and loss and step of the schedule + 1 of each sample of the global
+        batch, (2, samples), with zeros for the samples of other processes; (2, 0) where the noise levels do not learn.
+    """
+    config, world, learns = context.config, context.world, state.noise_levels.learns
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    most = batch.largest_part  # all processes take the same number of micro-batches
+    size = config.micro_batch_size or most
+    starts = range(0, most, size)
+    recorded = total.new_zeros(2, world.size * most if learns else 0)
+    for start in starts:
+        part = batch.part(start, start + size)
+        example = make_example(part, config, context.denoiser, world.device, state.step, state.noise_levels)
+        with syncing(context.loss, start == starts[-1]):
+            losses = context.loss(example)
+            if learns:
+                count, first = len(part.keys), world.rank * most + start
+                recorded[0, first : first + count] = losses.detach()[:count]
+                recorded[1, first : first + count] = state.noise_levels.steps(example.sigma)[:count] + 1
+            losses = losses * example.weight
+            if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
+                losses = losses * 0
+            # Processes average their gradients: the mean over the global batch needs its size, not ours.
+            (losses.sum() * (world.size / batch.global_size * scale)).backward()
+        total += losses.detach().sum().double()
+    return total, recorded
+
+
+def _clip_gradients(context: TrainingContext, scale: float) -> Tensor:
+    """Divides the gradients by `scale` and clips them; returns their norm before clipping."""
+    if scale != 1:
+        gradients = [local(p.grad) for p in context.denoiser.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
+    clip_norm = context.config.optimizer.clip_norm
+    return unsharded(nn.utils.clip_grad_norm_(context.denoiser.parameters(), clip_norm, foreach=True))
+
+
+def _update(state: TrainState, batch: Batch, ema_every_steps: int, *, broken: bool) -> None:
+    """The optimizer's step, unless gradients are `broken`, and everything that follows it."""
+    if not broken:
+        state.optimizer.step()
+    if state.loss_scale is not None and broken:
+        state.loss_scale.shrink()
+    elif state.loss_scale is not None:
+        state.loss_scale.grow()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.samples += batch.global_size
+    counts = state.step % ema_every_steps == 0
+    if not broken and (counts or state.averages.updates == 0):
+        state.averages.update(counts=counts)
+
+
+def _report_non_finite(context: TrainingContext, step: int, batch: Batch, loss: float, norm: float, out: Path) -> None:
+    """Writes the keys of the batch, and raises."""
+    path = out / "nan" / f"step-{step:08d}.json"
+    keys = [key for part in context.world.gather(batch.keys) for key in part]
+    if context.world.is_main:
+        report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    raise NonFiniteLossError(
+        f"step {step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. Resume from the "
+        "last checkpoint, or start again, with a lower optimizer.lr or without these samples"
+    )
