@@ -1,4 +1,4 @@
-"""Extension of griffe: sections of docstrings that follow each other without an empty line are sections all the same."""
+"""Extension of griffe: sections of a docstring that follow each other without an empty line are sections too."""
 
 import re
 from typing import Any
