@@ -3,8 +3,6 @@
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -31,11 +29,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_python_examples_run(run_folder: Path) -> None:
+def test_the_python_examples_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = blocks("python", [document for document in DOCUMENTS if document != TUTORIAL])
     assert len(examples) >= 5
+    monkeypatch.chdir(run_folder.parent)
     for example in examples:
-        subprocess.run([sys.executable, "-c", example], cwd=run_folder.parent, check=True)
+        exec(compile(example, "<example>", "exec"), {"__name__": "__main__"})
 
 
 def test_the_yaml_examples_are_valid_configurations(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_the_site_shows_a_link_to_a_file_of_the_repository_as_its_path_and_keeps
 
 def test_pipeline_version_prints_the_installed_version() -> None:
     result = call("--version")
-    assert (result.code, result.out.strip()) == (0, version("imagen-precompute"))
+    assert (result.code, result.out.strip()) == (0, f"pipeline {version('imagen-precompute')}")
 
 
 def test_the_changelog_has_a_dated_section_for_the_packages_version() -> None:

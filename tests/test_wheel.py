@@ -85,7 +85,7 @@ def test_the_wheel_has_every_module_and_neither_tests_nor_benchmarks(wheel: Path
 def test_the_installed_wheel_lists_configurations_and_precomputes_outside_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
-    assert run(installed, "--version", folder=tmp_path).strip() == VERSION
+    assert run(installed, "--version", folder=tmp_path).strip() == f"pipeline {VERSION}"
     assert "nemo-base64-500m" in run(installed, "config", "ls", folder=tmp_path)
     small = ["source.num_samples=4", "shard_size=4", "images.sizes_px=[16]", "max_drop_fraction=1"]
     run(installed, "run", "precompute", "--out", "run", "--executor", "inline", *small, folder=tmp_path)
