@@ -5,7 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.network import forbid_outside_access
 from tests.runs import cascade, copy_of_small_run, emoji, small_run  # noqa: F401 (fixtures)
+
+forbid_outside_access()
 
 
 @pytest.fixture(scope="session", autouse=True)
