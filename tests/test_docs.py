@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,8 @@ import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
-from tests.runs import REPOSITORY, pipeline, precompute
+from tests.commands import call
+from tests.runs import REPOSITORY, precompute
 from workflows.precompute import PrecomputeConfig
 
 DOCUMENTS = [
@@ -46,11 +45,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_python_examples_run(run_folder: Path) -> None:
+def test_the_python_examples_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = blocks("python")
     assert len(examples) >= 2
+    monkeypatch.chdir(run_folder.parent)
     for example in examples:
-        subprocess.run([sys.executable, "-c", example], cwd=run_folder.parent, check=True)
+        exec(compile(example, "<example>", "exec"), {"__name__": "__main__"})
 
 
 def test_the_yaml_examples_are_valid_configurations(tmp_path: Path) -> None:
@@ -79,7 +79,9 @@ def test_every_command_shown_exists_with_its_options() -> None:
     for words in shown:
         name = tuple(words[1:3]) if words[1] == "config" else (words[1],)
         if name not in helps:
-            helps[name] = pipeline(*name, "--help").stdout
+            result = call(*name, "--help")
+            assert result.code == 0, result.err
+            helps[name] = result.out
         options = [word for word in words if word.startswith("-")]
         assert all(option in helps[name] for option in options), words
 
