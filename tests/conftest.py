@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -9,6 +10,12 @@ from tests.network import forbid_outside_access
 from tests.runs import cascade, copy_of_small_run, emoji, small_run  # noqa: F401 (fixtures)
 
 forbid_outside_access()
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that was imported out of garbage collections, which would walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

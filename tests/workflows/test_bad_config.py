@@ -232,9 +232,7 @@ def test_the_console_script_exits_with_2_and_no_traceback(inputs: Path) -> None:
 
 
 def test_a_model_that_is_nowhere_exits_with_4(inputs: Path) -> None:
-    result = call_process(
-        "plan", "precompute", "encoders.0.model=nobody/has-this", cwd=inputs, HF_HUB_OFFLINE="1", HF_HOME=str(inputs)
-    )
+    result = call("plan", "precompute", "encoders.0.model=nobody/has-this")
     assert_refused(
         result, 4, ["encoders.model: 'nobody/has-this' is neither a local folder", "hf download nobody/has-this"]
     )

@@ -277,7 +277,7 @@ def test_no_file_appears_outside_the_run_folder(url_run: UrlRun) -> None:
 
 
 def test_a_store_of_such_a_run_verifies(url_run: UrlRun) -> None:
-    result = call_process("verify", str(url_run.folder), cwd=url_run.folder.parent)
+    result = call("verify", str(url_run.folder))
     assert (result.code, result.err) == (0, "")
 
 
