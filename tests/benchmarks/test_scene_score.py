@@ -293,7 +293,7 @@ def test_images_without_an_object_have_nothing_right():
     assert not score_single(static, s).shape_ok
 
 
-def test_score_refuses_what_it_cannot_judge():
+def test_the_scene_score_refuses_images_and_scenes_it_cannot_read():
     with pytest.raises(ValueError, match="one object"):
         score_single(render(pairs()[0], 64), pairs()[0])
     with pytest.raises(ValueError, match="64, 32"):

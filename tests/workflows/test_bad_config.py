@@ -167,7 +167,7 @@ def test_a_list_that_ends_early_is_named(inputs: Path) -> None:
     assert_refused(result, 2, ["source.path: ", "cut.csv.gz cannot be read to its end", "make the file anew"])
 
 
-def test_an_unknown_workflow_lists_those_there_are(inputs: Path) -> None:
+def test_an_unknown_workflow_is_refused_with_the_available_ones(inputs: Path) -> None:
     assert_refused(
         call("run", "precomput", "--out", "run"),
         2,

@@ -254,14 +254,14 @@ def test_strange_captions_have_a_defined_form(url_run: UrlRun, key: str, caption
     assert url_run.samples[key].captions == [caption]
 
 
-def test_a_long_caption_is_cut_at_max_tokens_and_counted(url_run: UrlRun) -> None:
+def test_a_long_caption_is_truncated_to_max_tokens_and_counted(url_run: UrlRun) -> None:
     (embedding,) = url_run.samples["long-caption"].text["t5"]
     assert embedding.shape == (128, 64)
     assert np.isfinite(embedding).all()
     assert summary(url_run.folder)["tally"]["groups"]["text-t5"]["counters"]["captions_truncated"] == 1
 
 
-def test_urls_of_rows_that_are_dropped_anyway_are_not_asked(url_run: UrlRun) -> None:
+def test_urls_of_rows_that_are_dropped_anyway_are_not_requested(url_run: UrlRun) -> None:
     assert url_run.never_asked == 0
 
 

@@ -50,7 +50,7 @@ def slow(store_format: str, kib: int, executor: str = "inline") -> Any:
         slow("parquet", 200, "local"),
     ],
 )
-def test_a_run_goes_on_where_a_full_disk_stopped_it(
+def test_a_run_resumes_where_a_full_disk_stopped_it(
     store_format: str, kib: int, executor: str, small_disk: Path, tmp_path: Path
 ) -> None:
     settings = (*SMALL, f"store.format={store_format}")

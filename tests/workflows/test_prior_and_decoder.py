@@ -157,7 +157,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(
     assert message in result.err
 
 
-def test_a_prior_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
+def test_a_prior_resumes_where_it_stopped(work: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     assert train(work, "prior", half, "num_steps=2", "validate_every_steps=9").code == 0
     assert train(work, "prior", half).code == 0

@@ -85,7 +85,7 @@ SIZES |= {"num_res_blocks"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 )
-def test_recipe_trains_goes_on_and_draws(name: str, run: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_resumes_and_samples(name: str, run: Path, tmp_path: Path) -> None:
     recipe = load_config(TrainWorkflowConfig, find_config("train", name))
     overrides = [f"{key}={value}" for key, value in reduced(recipe).items()]
     out, last = tmp_path / "out", tmp_path / "out/checkpoints/step-00000002"

@@ -88,7 +88,7 @@ def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_a_few_images(store: Path, tmp_path: Path) -> None:
+def test_training_learns_a_few_images(store: Path, tmp_path: Path) -> None:
     config = make_config(
         store,
         num_steps=60,
@@ -310,7 +310,7 @@ def test_a_store_of_another_width_is_named(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_importing_it_imports_no_framework_and_no_logger() -> None:
+def test_importing_the_trainer_imports_no_framework_and_no_logger() -> None:
     code = (
         "import sys, imagen_core.train; "
         "names = {name.split('.')[0] for name in sys.modules}; "

@@ -20,7 +20,7 @@ def source(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema-0.9"), ("model", "model"), ("ema-0.5", "ema-0.5")])
-def test_it_begins_with_the_weights_of_another(
+def test_training_starts_from_the_weights_of_another_checkpoint(
     source: Path, store: Path, tmp_path: Path, weights: str | None, taken: str
 ) -> None:
     config = make_config(store, num_steps=1, optimizer=FROZEN, seed=7, init_from=str(source), init_weights=weights)
