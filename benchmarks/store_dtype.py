@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def train(store: Path, out: Path, seed: int, steps: int) -> float:
-    """Loss on the samples kept out, at the end."""
+    """Loss on the held-out samples, at the end."""
     settings = [f"store={store}", f"seed={seed}", f"num_steps={steps}", f"validate_every_steps={steps}"]
     pipeline("run", "train", "-c", "demo-base", "--out", str(out), "--quiet", *settings)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -71,7 +71,7 @@ def train(store: Path, out: Path, seed: int, steps: int) -> float:
 
 
 def errors(exact: Store, stored: Store) -> dict[str, float]:
-    """Over all tokens of the first samples, with the bytes of the text group."""
+    """Errors over all tokens of the first samples, with the bytes of the text group."""
     [name] = stored.encoders
     pairs = [(exact[i].text[name][0], stored[i].text[name][0]) for i in range(500)]
     group = stored.text_group(name).name
