@@ -1,4 +1,4 @@
-"""A short training of the demo's cascade draws captions it has never seen; `make evidence` trains it to the end."""
+"""Images of a shortly trained demo cascade show captions it has never seen; `make evidence` trains it to the end."""
 
 import json
 import subprocess
