@@ -2,8 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
-# Small tensors are slow in many threads; and test processes need the compiled modules, or each compiles them again.
-TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: demo test test-slow check bench evidence clean
 
@@ -16,7 +14,9 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=400
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/images
 
-test: $(VENV)/.dev  ## set up, then pass the tests
+# Small tensors are slow in many threads; and test processes need the compiled modules, or each compiles them again.
+TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+test: $(VENV)/.dev  ## set up, then run the tests
 	$(TESTING) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes: kills, real images, thousands of shards
