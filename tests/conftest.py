@@ -20,7 +20,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def heeded_signals() -> Iterator[None]:
-    """Signals that nohup or a script's `&` told this process to ignore, so that runs under test can be stopped."""
+    """Handles signals that nohup or a script's `&` made this process ignore, so that tests can stop runs."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     ignored = [number for number in handlers if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:

@@ -159,7 +159,7 @@ class UrlRun(Run):
 
 @pytest.fixture(scope="module")
 def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
-    """One run over every bad URL, as a user starts it: the console script, in a process of its own."""
+    """One run over every bad URL, as a user starts it: the console script, in its own process."""
     root = tmp_path_factory.mktemp("urls")
     for name in ("data", "cwd", "tmp"):
         (root / name).mkdir()

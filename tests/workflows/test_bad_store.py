@@ -1,4 +1,4 @@
-"""Damaged, unfinished and foreign stores: the exit code, the file's name, and what to do."""
+"""Damaged and unfinished stores, and folders that are none: the exit code, the file's name, and what to do."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Class labels: from a source to the store, to a training that leaves some out, and to images drawn by class."""
+"""Class labels: from a source to the store, to a training that leaves some out, and to images sampled by class."""
 
 import io
 import json

@@ -44,7 +44,7 @@ def test_the_default_source_really_downloads_and_caches_every_scene(small_run: P
         for size in (16, 48):
             assert max_difference(sample.images[size], pillow_resize(encode_image(original), size)) <= 1
         for caption, embedding in zip(sample.captions, sample.text["t5"], strict=True):
-            assert embedding.shape == (len(caption.split()) + 1, 64), "one token a word, and the end"
+            assert embedding.shape == (len(caption.split()) + 1, 64), "one token per word, and the end"
             assert embedding.dtype == np.float16
 
 
@@ -137,9 +137,9 @@ def test_sources_of_the_same_images_make_the_same_pixels_and_embeddings(tmp_path
     (folder / "images").mkdir(parents=True)
     lines = ["file\tcaption"]
     for index in range(6):
-        drawn = scene(3, index)
-        (folder / "images" / f"{index}.png").write_bytes(encode_image(drawn))
-        lines.append(f"{index}.png\t{drawn.captions[0]}")
+        painted = scene(3, index)
+        (folder / "images" / f"{index}.png").write_bytes(encode_image(painted))
+        lines.append(f"{index}.png\t{painted.captions[0]}")
     (folder / "captions.tsv").write_text("\n".join(lines))
     (tmp_path / "loose").mkdir()
     for index in range(6):

@@ -1,4 +1,4 @@
-"""The writing in an image, as a source tells it, reaches the store and the batches of training."""
+"""The writing in an image, as a source describes it, reaches the store and the batches of training."""
 
 import io
 import json
