@@ -14,11 +14,13 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=400
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/images
 
-test: $(VENV)/.dev  ## set up, then pass the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Small tensors are slow in many threads; and test processes need the compiled modules, or each compiles them again.
+TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+test: $(VENV)/.dev  ## set up, then run the tests
+	$(TESTING) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes: kills, real images, thousands of shards
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist load
+	$(TESTING) $(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist load
 
 check: $(VENV)/.dev  ## style, types, and who may import whom
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
-"""Does a trained cascade draw what captions say? Trains the demo's two stages and scores held-out captions.
+"""Does a trained cascade show what captions say? Trains the demo's two stages and scores held-out captions.
 
-Every step is a `pipeline` command, printed as it runs: precompute draws and downloads captioned scenes, train makes a
-16 px base and a 16 -> 64 px super-resolution model, sample draws captions that were kept out of training. The images
-are then read back: colour, shape and position of the object are measured in pixels (benchmarks/scene_score.py) and
-compared with the caption; and, as a control, with the caption of another image.
+Every step is a `pipeline` command, printed as it runs: precompute paints and downloads captioned scenes, train makes a
+16 px base and a 16 -> 64 px super-resolution model, sample generates images for captions held out of training. The
+images are then read back: colour, shape and position of the object are measured in pixels (benchmarks/scene_score.py)
+and compared with the caption; and, as a control, with the caption of another image.
 
     python -m benchmarks.cascade --work /tmp/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
 """
@@ -60,7 +60,7 @@ def pipeline(*arguments: str) -> float:
 
 
 def working_seconds(run: Path) -> float:
-    """Seconds a run folder was worked on, over all the times its command was given."""
+    """Seconds spent on a run folder, over all starts of its command."""
     total = 0.0
     for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
@@ -69,7 +69,7 @@ def working_seconds(run: Path) -> float:
 
 
 def option(name: str, value: int | None) -> list[str]:
-    """A setting of a command, if a value is given."""
+    """The override of a setting as a list of arguments; empty if the value is None."""
     return [] if value is None else [f"{name}={value}"]
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for store, checkpoints and images")
     parser.add_argument("--out", type=Path, help="JSON report")
     parser.add_argument("--grid", type=Path, help="PNG of some images")
-    parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
+    parser.add_argument("--captions", type=int, default=240, help="number of held-out captions")
     parser.add_argument("--samples", type=int, help="scenes to train on, instead of the demo's")
     parser.add_argument("--base-steps", type=int, help="steps of the base, instead of the demo's")
     parser.add_argument("--sr-steps", type=int, help="steps of the super-resolution model, instead of the demo's")

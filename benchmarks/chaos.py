@@ -1,8 +1,8 @@
 """Does a run survive? Runs of precompute, each killed at random moments and started again until it ends.
 
-The victims: the driver, a worker that encodes, a worker that downloads, the raylet (with it every process of the
-machine's Ray), and on plain processes any worker. After each run every byte of the store is compared with that of an
-uninterrupted one.
+Killed are the driver, a worker that encodes, a worker that downloads, the raylet (and with it every process of the
+machine's Ray), and any worker when the run uses plain processes. After each run every byte of the store is compared
+with that of an uninterrupted one.
 
 python -m benchmarks.chaos --runs 30 --work FOLDER --out benchmarks/results/chaos.json
 """
@@ -65,13 +65,13 @@ def main() -> None:
         executor = "ray" if number % 3 == 0 else "local"
         story = survive(arguments.work / f"run-{number:03d}", executor, chance, reference, reference_s[executor])
         stories.append(story)
-        write(stories, reference_s, arguments.out)  # after each, for what was done counts if this ends early
+        write(stories, reference_s, arguments.out)  # after each run, so that finished runs count if this ends early
     if not all(story.identical for story in stories):
         sys.exit("a store differs from that of an uninterrupted run")
 
 
 def uninterrupted(folder: Path) -> tuple[dict[str, bytes], dict[str, float]]:
-    """The store's bytes, and the seconds of a run by executor."""
+    """The store's bytes, and the seconds that a run takes, by executor."""
     seconds, stores = {}, []
     for executor in VICTIMS:
         shutil.rmtree(folder, ignore_errors=True)
@@ -191,7 +191,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 def _kill(
     process: "subprocess.Popen[bytes]", victims: dict[str, str], family: dict[int, str], chance: random.Random
 ) -> str | None:
-    """Kills one process of a kind that there is; the kind."""
+    """Kills one process of a kind that is running and returns the kind."""
     there = {
         kind: [pid for pid, line in family.items() if pattern in line] if pattern else [process.pid]
         for kind, pattern in victims.items()

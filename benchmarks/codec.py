@@ -1,9 +1,10 @@
-"""What does an image cost in each codec of the store: bytes, encoding, reading whole, reading a quarter-side crop?
+"""What does an image cost in each codec of the store: bytes, encoding, reading all of it, reading a quarter-side crop?
 
     python -m benchmarks.codec --out benchmarks/results/codec.json
 
-Images are the emoji of the shared data on white, or drawn scenes where they are absent, and a "grainy" copy of each
-with the noise of a camera, which is what photographs look like to a lossless codec. 1024 px are enlarged ones.
+Images are the emoji of the shared data on white, or synthetic scenes where they are absent, and a "grainy" copy of
+each with the noise of a camera, which is what photographs look like to a lossless codec. Images of 1024 px are
+upsampled.
 """
 
 import argparse
@@ -124,7 +125,7 @@ def measure(
 
 
 def reader(file: ImageFile, part: slice) -> Callable[[], None]:
-    """Reads all images, or a square of each."""
+    """Returns a function that reads all images, or a square of each."""
 
     def read() -> None:
         for row in range(file.num_rows):

@@ -17,7 +17,7 @@ Clock = Callable[[], float]
 def median_rate(fn: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:
     """Calls per second, from the median call of a run of at least `seconds` and 3 calls.
 
-    `clock` is `time.process_time` for work on one core: seconds given to other processes do not count.
+    `clock` is `time.process_time` for work on one core: time spent in other processes does not count.
     """
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -88,7 +88,7 @@ def _cpu_model() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions, with Python's own; a package that is absent is named so."""
+    """Installed versions, with Python's own; an absent package is reported as absent."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -116,7 +116,7 @@ def report(
     packages: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> None:
-    """Print results and ratios as a table; write them as JSON to `out` where one is given."""
+    """Print results and ratios as a table; write them as JSON to `out` unless it is None."""
     document = {
         "name": name,
         "hardware": hardware(),

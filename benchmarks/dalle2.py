@@ -1,9 +1,9 @@
-"""Does DALL-E 2's path draw what captions say? A prior and a decoder beside a base of Imagen's kind.
+"""Do images from DALL-E 2's path show what captions say? A prior and a decoder against an Imagen base model.
 
-A small CLIP is trained on scenes; precompute caches its embeddings of captions and images beside a T5's; a prior, a
-decoder and an Imagen base (16 px, the same UNet, as many steps) are trained from the cache alone. On held-out scenes:
-how alike the prior's embeddings are to the true images', against the captions' own; and what the images of both
-paths show, measured in pixels as in `benchmarks.cascade`.
+A small CLIP is trained on scenes; precompute caches its embeddings of captions and images next to a T5's; a prior, a
+decoder and an Imagen base (16 px, the same UNet, the same number of steps) are trained from the cache alone. On
+held-out scenes: how similar the prior's embeddings are to those of the true images, compared with the captions'
+embeddings; and what the images of both paths show, measured in pixels as in `benchmarks.cascade`.
 
     python -m benchmarks.dalle2 --work /tmp/dalle2 --out benchmarks/results/dalle2.json
 """
@@ -25,7 +25,7 @@ PRESET = Path(__file__).resolve().parents[1] / "workflows/configs/train/demo-bas
 
 
 def configs(store: Path, clip: Path, steps: int, prior_steps: int) -> dict[str, dict[str, Any]]:
-    """The three trainings."""
+    """The configurations of the three trainings."""
     base = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
     base |= {"store": str(store), "num_steps": steps, "grid": {"every_steps": None}}
     unet = base["denoiser"]["unet"] | {"text_dim": None, "image_embed_dim": DIM, "attention_type": "fused"}
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for model, store, checkpoints and images")
     parser.add_argument("--out", type=Path, help="JSON report")
     parser.add_argument("--grid", type=Path, help="PNG of some images: DALL-E 2's path above, Imagen's below")
-    parser.add_argument("--captions", type=int, default=240, help="held-out captions to draw")
+    parser.add_argument("--captions", type=int, default=240, help="number of held-out captions")
     parser.add_argument("--samples", type=int, default=8000, help="scenes to train on")
     parser.add_argument("--steps", type=int, default=3000, help="steps of decoder and Imagen base")
     parser.add_argument("--prior-steps", type=int, default=1500, help="steps of the prior")

@@ -1,9 +1,9 @@
-"""How many images a second does one task download from this machine, beside img2dataset on its own, without limits?
+"""How many images per second does one task download from this machine, against img2dataset alone, without limits?
 
     python -m benchmarks.download --out benchmarks/results/download.json
 
-The server runs in a process of its own. Ours has the defaults, but for `max_per_host` = `threads` where there is one
-host; the other row has a host for every 10 images. Nothing here measures a network: it is the cost beside it.
+The server runs in its own process. Ours has the defaults, except for `max_per_host` = `threads` where there is one
+host; the other row has a host for every 10 images. No network is measured, only the processor time around it.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def serve(image: bytes, port: Connection) -> None:
 
 
 class Unlimited(ours._Fetcher):
-    """What img2dataset does of itself: each thread takes the row it is given, and opens it with urllib."""
+    """What img2dataset does by itself: each thread opens the row it receives with urllib."""
 
     def __call__(self, row: Any, **options: Any) -> Any:
         self.answered.add(row[0])

@@ -1,4 +1,4 @@
-"""How many captions a second does the encoder make, against the usual ways, and which part of the matmul rate is that?
+"""How many captions per second does the encoder reach against the usual ways, and at which part of the matmul rate?
 
 A T5 encoder of t5-v1_1-small's shape with random weights; PartiPrompts in random order. The peers' way of batching is
 run with transformers' own model: batches of 32 padded to their longest (imagen-pytorch), or every caption padded to
@@ -45,8 +45,8 @@ Encode = Callable[[Sequence[str]], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON report")
-    parser.add_argument("--rounds", type=int, default=3, help="times every contestant runs")
-    parser.add_argument("--captions", type=int, help="only so many captions, to try the script")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which every contestant runs once")
+    parser.add_argument("--captions", type=int, help="number of captions, to try the script; default: all")
     arguments = parser.parse_args()
     captions = shuffled_prompts()[: arguments.captions]
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def write_model(folder: Path, captions: Sequence[str]) -> None:
 
 
 def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
-    """A unigram tokenizer of 8,000 pieces made of the captions' own words: a stand-in for T5's, which is not here."""
+    """A unigram tokenizer of 8,000 pieces made of the captions' own words: a stand-in for T5's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -155,7 +155,7 @@ def load(folder: str, dtype: str) -> TextEncoder:
 
 
 def fixed_batches(folder: str, dtype: str, pad_to: int | None) -> Encode:
-    """transformers' model on batches in the order given, padded to their longest or to `pad_to`; padding removed."""
+    """transformers' model on batches in input order, padded to their longest or to `pad_to`; padding removed."""
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,9 +1,9 @@
-"""How many captions a second does T5-XXL encode on one GPU in bfloat16, and which part of the matmul rate is that?
+"""How many captions per second does T5-XXL encode on one GPU in bfloat16, and at which part of the matmul rate?
 
 T5-XXL's encoder (4.76 billion parameters) is built from its configuration with random weights; the captions are
-PartiPrompts in random order, many times over. Measured: the encoder alone, and all that the encode stage does with a
-shard (tokenise, encode, cast, write, sync), three at once as in a worker. Beside them transformers' own model on
-the same captions padded to 128 and to 512 tokens.
+PartiPrompts in random order, repeated many times. Measured: the encoder alone, and all that the encode stage does with
+a shard (tokenise, encode, cast, write, sync), three at once as in a worker. The peer is transformers' own model on the
+same captions padded to 128 and to 512 tokens.
 
     python -m benchmarks.encode_gpu --out benchmarks/results/encode_gpu.json
     python -m benchmarks.encode_gpu --tiny       # a small model, to see that the script works; on a CPU too
@@ -102,7 +102,7 @@ def main() -> None:
 def measure_ours(
     encoder: TextEncoder, shards: list[list[str]], budgets: list[int], folder: Path
 ) -> list[dict[str, Any]]:
-    """The encoder alone with each budget, then the whole stage with the best one."""
+    """The encoder alone with each budget, then the complete stage with the best one."""
     captions = list(itertools.chain(*shards))
     encoder.encode(shards[0])  # warm up
     rows: list[dict[str, Any]] = []

@@ -1,10 +1,10 @@
-"""What the engine costs beside the work: time a task, start-up, memory of the driver, and resuming.
+"""What the engine costs in addition to the work: time per task, start-up, memory of the driver, and resuming.
 
     python -m benchmarks.engine --out benchmarks/results/engine.json
 
-A task writes one file of a line. The engine then checks, commits and records it durably and goes on. The limit is
+A task writes a file of one line. The engine then checks, commits and records it durably and continues. The limit is
 the same two files (data and record), written as durably by bare tasks: `concurrent.futures` for the local executor,
-Ray tasks for Ray. Every run is a process of its own, and a fresh folder; kinds of runs take turns.
+Ray tasks for Ray. Every run has its own process and a fresh folder; kinds of runs take turns.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/engine.json")
     parser.add_argument("--dir", type=Path, help="where to put the temporary files; default: the system's")
-    parser.add_argument("--tasks", type=int, default=300, help="tasks a run")
+    parser.add_argument("--tasks", type=int, default=300, help="tasks per run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=10_000, help="shards of the long run")
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 class Runs:
-    """Runs of engine_run.py, and the medians of what they say."""
+    """Runs of engine_run.py, and the medians of what they report."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

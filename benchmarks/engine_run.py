@@ -1,4 +1,4 @@
-"""One measured run of engine.py, in a process of its own: MODE EXECUTOR WORKERS TASKS FOLDER; prints JSON."""
+"""One measured run of engine.py, in its own process: MODE EXECUTOR WORKERS TASKS FOLDER; prints JSON."""
 
 import json
 import multiprocessing
@@ -69,7 +69,7 @@ def run_engine(executor: str, workers: int, tasks: int, folder: Path) -> dict[st
 
 
 def resume(executor: str, workers: int, tasks: int, folder: Path) -> dict[str, float]:
-    """The same command again when all is done."""
+    """The same command again after all tasks are finished."""
     workflow = TinyWorkflow.of(tasks, workers)
     started = time.perf_counter()
     summary = workflow.run(folder, RunOptions(executor, quiet=True))

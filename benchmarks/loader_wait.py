@@ -1,7 +1,7 @@
 """Which part of a training step waits for the store? Captions of about 20 x 4096 float16, as T5-XXL makes them.
 
-The trainer itself runs on a store of such captions and says how long it waited. Then the same loader runs alone: how
-many times faster than the training is it?
+The trainer itself runs on a store of such captions and reports how long it waited. Then the same loader runs alone:
+how many times faster than the training is it?
 
     python -m benchmarks.loader_wait --out benchmarks/results/loader_wait.json
 """
@@ -123,7 +123,7 @@ def training_config(root: Path, training: dict[str, Any], steps: int | None) -> 
 
 
 def loader_alone(config: TrainConfig, seconds: float = 3.0) -> float:
-    """Samples a second of the trainer's stream of batches."""
+    """Samples per second of the trainer's stream of batches."""
     stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
     try:
         stream.next()

@@ -1,7 +1,7 @@
 """What does it cost to encode captions in the training loop, instead of reading their embeddings from the store?
 
-The demo's base model on drawn scenes, trained in turns on cached embeddings and with its text encoder in the loop; the
-rate is that of the second half of each training. The encoder has t5-v1_1-small's shape and random weights, unless
+The demo's base model on synthetic scenes, trained in turns on cached embeddings and with its text encoder in the loop;
+the rate is that of the second half of each training. The encoder has t5-v1_1-small's shape and random weights, unless
 `--model` names one; a real run's is up to a hundred times as large.
 
     python -m benchmarks.online --out benchmarks/results/online.json

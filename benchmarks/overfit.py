@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def image_errors(work: Path) -> list[float]:
-    """Mean absolute error, in levels of 255, of each image drawn from its caption."""
+    """Mean absolute error, in levels of 255, of the image generated from each caption."""
     store, loaded = Store.open(work / "store"), load_checkpoint(work / "base")
     sampling = SamplingConfig(num_steps=25, guidance=Guidance(text=1.0))
     cascade = Cascade([CascadeStage(loaded.denoiser, sampling)], loaded.encoder)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead --out benchmarks/results/overhead.json
 
-The shards are images of a folder, read, decoded and resized by the stages of `precompute`. The limit are two plain
-processes that each do half of the shards with the same stages and nothing beside them: no scheduler, no Ray. The start
-is left out: each run has 8 shards more, which come first. Kinds of runs take turns.
+The shards are images of a folder, read, decoded and resized by the stages of `precompute`. The limit is two plain
+processes that each do half of the shards with the same stages and nothing else: no scheduler, no Ray. The start is
+left out: each run begins with 8 more shards that do not count. Kinds of runs take turns.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def draw(folder: Path) -> None:
 
 
 def measure(kind: str, workers: int, images: Path, run: Path) -> float:
-    """Seconds for 20 shards by processes that are warm."""
+    """Seconds for 20 shards by processes that have warmed up."""
     os.environ["OMP_NUM_THREADS"] = "1"
     return plain(workers, images, run) if kind == "plain" else engine(kind, workers, images, run)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --out benchmarks/results/plan.json
 
-Plan and run are processes of their own, one after the other; the comparison is that of `pipeline report`. Targets:
+Plan and run are separate processes, one after the other; the comparison is the one of `pipeline report`. Targets:
 bytes within 2 %, time within 25 %.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def caption_heavy(folder: Path) -> list[str]:
-    """PartiPrompts beside images of one colour, and an encoder of t5-v1_1-small's shape."""
+    """PartiPrompts as captions of images of one colour, and an encoder of t5-v1_1-small's shape."""
     from PIL import Image
 
     captions = shuffled_prompts()
@@ -99,7 +99,7 @@ def resize_heavy() -> list[str]:
 
 
 def compare(shape: str, out: Path, executor: str, overrides: list[str]) -> list[dict[str, Any]]:
-    """Plans, runs and reports; one row for each group, each stage and the whole."""
+    """Plans, runs and reports; one row for each group, each stage and the complete run."""
     common = ["precompute", "--out", str(out), "--executor", executor, "--json", *overrides]
     plan = pipeline("plan", "--probe", "--save", *common)
     began, busy, own = time.perf_counter(), busy_cpu_s(), own_cpu_s()

@@ -1,4 +1,4 @@
-"""What do 100 million captions cost with each encoder? `pipeline plan --profile`, for models that are not here.
+"""What do 100 million captions cost with each encoder? `pipeline plan --profile`, for models that are not installed.
 
     python -m benchmarks.plan_models --docs docs/how-to/planning.md
 

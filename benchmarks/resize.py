@@ -3,8 +3,8 @@
     python -m benchmarks.resize --out benchmarks/results/resize.json
 
 Every method makes the 64 and the 256 pixel image of a centre crop on one thread, timed in CPU seconds.
-img2dataset makes one size per run and always encodes its output, so it runs twice, and a row that also
-encodes stands beside it.
+img2dataset makes one size per run and always encodes its output, so it runs twice, and is
+compared with a row of ours that also encodes.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What do 400 million pairs need? Bytes, files, time, requests, cost, and what the driver carries.
+"""What do 400 million pairs need? Bytes, files, time, requests, cost, and the driver's memory.
 
     python -m benchmarks.scale --docs docs/explanation/scale.md
 
-Time and bytes are those of `pipeline plan --profile`; requests are counted in a real run on an object store in memory;
+Time and bytes come from `pipeline plan --profile`; requests are counted in a real run on an object store in memory;
 the manifest and the URL list are synthetic, of full size or read in part, and measured here.
 """
 
@@ -138,7 +138,7 @@ def cost(counts: Mapping[str, float]) -> float:
 
 
 def in_process(name: str, number: int) -> dict[str, Any]:
-    """Runs one of PARTS in a process of its own."""
+    """Runs one of PARTS in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.scale", "--part", name, str(number), folder]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE)
@@ -146,7 +146,7 @@ def in_process(name: str, number: int) -> dict[str, Any]:
 
 
 def manifest(shards: int, folder: Path) -> dict[str, float]:
-    """Writes and loads a manifest of so many shards, four files each."""
+    """Writes and loads a manifest of the given number of shards, with four files each."""
     from imagen_core.store import load_manifest, write_manifest
 
     groups = {f"images-{px}": {"kind": "images", "size_px": px, "format": "hdf5", "codec": "raw"} for px in (1, 2, 3)}
@@ -204,7 +204,7 @@ def source(size: int, folder: Path) -> dict[str, float]:
 
 
 def objects_bytes(value: Any) -> int:
-    """Of a nested list, with all it holds."""
+    """Bytes of a nested list with all objects in it."""
     return sys.getsizeof(value) + (sum(map(objects_bytes, value)) if isinstance(value, list) else 0)
 
 

@@ -18,7 +18,7 @@ KINDS = {"read": "GET", "written": "PUT", "deleted": "DELETE", "listed": "LIST"}
 
 
 def requests_a_shard() -> tuple[dict[str, float], dict[str, float], float]:
-    """Requests a shard by kind, of a run and of the same command again; and how many of the run's the driver makes.
+    """Requests per shard by kind, of a run and of the same command again; and how many of the run's the driver makes.
 
     Listings of folders, which grow by a request every 1,000 shards, are left out.
     """
@@ -34,7 +34,7 @@ def requests_a_shard() -> tuple[dict[str, float], dict[str, float], float]:
 
 
 class Bytes(Stage):
-    """Reads its inputs and writes a byte a group."""
+    """Reads its inputs and writes one byte per group."""
 
     def __init__(self, name: str, inputs: tuple[str, ...], groups: tuple[Group, ...]):
         self.name, self.inputs, self.groups = name, inputs, groups
@@ -64,7 +64,7 @@ class Requests(ShardedWorkflow):
 
 
 def counted(shards: int) -> tuple[Counter[str], Counter[str]]:
-    """Of a run of so many shards, and of the same command again."""
+    """Requests of a run of the given number of shards, and of the same command again."""
     workflow = Requests(WorkflowConfig())
     workflow.shards = shards
     place, original, found = f"memory://scale-{time.time_ns()}", ObjectStorage._call, []

@@ -1,7 +1,7 @@
-"""Reads color, shape and place of the object in an image, to judge images made from a caption.
+"""Reads color, shape and place of the object in an image, to score images generated from a caption.
 
 Every pixel is taken as a mix of the background and one color. That gives a soft mask, which is compared
-with each shape drawn at the same area and centroid. Antialiasing, blur and moderate noise do not matter
+with each shape painted at the same area and centroid. Antialiasing, blur and moderate noise do not matter
 much, and the image may be as small as 16 x 16.
 """
 
@@ -18,7 +18,7 @@ from stages.sources.synthetic.shapes import SHAPES, shape_mask
 
 _MIN_AREA = 0.01  # of the image; the smallest object covers about 0.03
 _MIN_OVERLAP = 0.4  # least soft IoU of a mask that counts as a shape at all
-_MIN_CONTRAST = 50  # least RGB distance from the background of a color that can be told from it
+_MIN_CONTRAST = 50  # least RGB distance from the background of a color that can be told apart from it
 _BLURS_PX = (0.0, 0.6, 1.2)  # the image is compared with shapes this blurred
 _SMALL_BELOW = (SIZES["small"][1] + SIZES["large"][0]) / 2
 _NEAR_CENTRE = (POSITIONS["right"][0] - 0.5) / 2
@@ -46,7 +46,7 @@ class Score:
 
 
 def score_single(pixels: NDArray[np.uint8], scene: Scene) -> Score:
-    """Judge an image, uint8 (S, S, 3) RGB 0..255, against a scene with a single object.
+    """Score an image, uint8 (S, S, 3) RGB 0..255, against a scene with a single object.
 
     An image without an object has nothing right. Chance is 1/8 for color, 1/6 for shape and 1/5 for
     position.

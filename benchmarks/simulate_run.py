@@ -1,4 +1,4 @@
-"""One scenario of simulate.py, in a process of its own: NAME SHARDS FOLDER; prints JSON.
+"""One scenario of simulate.py, in its own process: NAME SHARDS FOLDER; prints JSON.
 
 The scheduler, its ledger, tally, progress and event log are the real ones. The executor is simulated; its stage times
 are those of `--profile l4x1` and of T5 v1.1 XXL in docs/how-to/planning.md, with a tail that is an assumption.

@@ -12,7 +12,7 @@ from tests.word_tokenizer import write_word_tokenizer
 
 IMAGE_PX = 32
 DIM = 64
-_SEED = 11  # of the scenes it learns from; precompute draws others
+_SEED = 11  # of the scenes it learns from; precompute uses other ones
 
 
 def train_small_clip(folder: Path, *, num_scenes: int = 8000, num_steps: int = 2400, batch_size: int = 128) -> float:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.store --out benchmarks/results/store.json
 
-Captions are Gaussian float16 (n_tokens, dim) with the lengths of PartiPrompts, or of a like distribution.
+Captions are Gaussian float16 (n_tokens, dim) with the lengths of PartiPrompts, or of a similar distribution.
 All files were just written, so the page cache is warm: this is the cost of the format, not of the disk.
-pickle is read here only because the peer's format is made of it.
+pickle is read here only because the peer's format consists of it.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def text_readers(folder: Path, data: Captions) -> list[Reader]:
 
 
 def text_of(store: Store) -> Read:
-    """Only the embedding, as the loader reads it; `store[i]` is the whole sample: key, captions, url, sha256 ..."""
+    """Only the embedding, as the loader reads it; `store[i]` is the complete sample: key, captions, url, sha256 ..."""
 
     def read(i: int) -> np.ndarray:
         shard, row = store.locate(i)
@@ -204,7 +204,7 @@ def batches(store: Store, sizes: Iterable[int], shuffle: bool) -> Iterator[int]:
 
 
 def batches_by_hand(data: Captions, images: dict[int, np.ndarray], shuffle: bool) -> Iterator[int]:
-    """What a loader must do at the least: the same batches straight from arrays."""
+    """The least that a loader must do: the same batches straight from arrays."""
     order = np.array(shuffled(len(data)) if shuffle else range(len(data)))
     while True:
         for start in range(0, len(order), BATCH):

@@ -71,7 +71,7 @@ def train(store: Path, out: Path, seed: int, steps: int) -> float:
 
 
 def errors(exact: Store, stored: Store) -> dict[str, float]:
-    """Over all tokens of the first samples, with the bytes of the text group."""
+    """Errors over all tokens of the first samples, with the bytes of the text group."""
     [name] = stored.encoders
     pairs = [(exact[i].text[name][0], stored[i].text[name][0]) for i in range(500)]
     group = stored.text_group(name).name

@@ -23,7 +23,7 @@ Read = Callable[[int], np.ndarray]
 
 
 def prompts() -> list[str]:
-    """The 1,632 captions of PartiPrompts; where they are absent, as many of similar lengths made of random words."""
+    """The 1,632 captions of PartiPrompts; without them, as many of similar lengths, of random words."""
     if PROMPTS.exists():
         with PROMPTS.open(encoding="utf-8") as file:
             return [row["Prompt"] for row in csv.DictReader(file, delimiter="\t")]
@@ -67,7 +67,7 @@ class Captions:
 
 
 def write_store(root: Path, data: Captions, images: dict[int, np.ndarray], store_format: st.StoreFormat) -> st.Store:
-    """A store with one caption a sample, written as the pipeline does it."""
+    """A store with one caption per sample, written as the pipeline does it."""
     groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
     for size in images:
         groups[st.image_group(size)] = {"kind": "images", "size_px": size, "format": store_format, "codec": "raw"}
@@ -143,7 +143,7 @@ def write_hdf5_gzip(path: Path, data: Captions) -> tuple[int, Read]:
 
 
 def write_npz(folder: Path, data: Captions, num_items: int) -> tuple[int, Read]:
-    """A file an image, as in PixArt-sigma; the padding is what the encoder made of it, so not zeros."""
+    """One file per image, as in PixArt-sigma; the padding is what the encoder made of it, so not zeros."""
     folder.mkdir()
     rng = np.random.default_rng(2)
     for i in range(num_items):

@@ -2,7 +2,7 @@
 
 The same Gaussian embeddings (PartiPrompts' lengths, scaled to 20 tokens on average, and T5-XXL's width) are written
 in every format, with that project's type and padding. What an encoder makes of padding is not zero, so padding is
-Gaussian too. torch.save and pickle are written here only because the peers' formats are made of them.
+Gaussian too. torch.save and pickle are written here only because the peers' formats consist of them.
 
     python -m benchmarks.store_size --out benchmarks/results/store_size.json
 """
@@ -84,7 +84,7 @@ def padded(embedding: np.ndarray, length: int) -> np.ndarray:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of the files alone."""
+    """Bytes of the files alone."""
     return size_bytes(folder) - folder.stat().st_size
 
 

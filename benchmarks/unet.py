@@ -1,7 +1,8 @@
 """How long is a training step, and how much memory does it take, against every peer that can be installed?
 
-About 25M parameters each, 32 px, batch 4, 32 tokens, float32: loss, backward pass and optimizer step, the text given.
-Each model has a process of its own; rounds are interleaved, so that a slow spell of the machine falls on all.
+About 25M parameters each, 32 px, batch 4, 32 tokens, float32: loss, backward pass and optimizer step, with the text
+embeddings as input. Each model has its own process; rounds are interleaved, so that a slow spell of the machine falls
+on all.
 
     python -m benchmarks.unet --peers-python peers/bin/python --out benchmarks/results/unet.json
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Contestant:
-    """A model in a process that runs steps when asked."""
+    """A model in a process that runs steps on request."""
 
     def __init__(self, name: str, python: str, script: str):
         self.name = name
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--peers-python", help="python of an environment with the peers")
     parser.add_argument("--out", type=Path, help="JSON report")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4, help="steps a round")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round")
     arguments = parser.parse_args()
     torch.manual_seed(0)
 

@@ -1,8 +1,8 @@
 """How fast does the trainer train NeMo's 500M base and 600M super-resolution model on one GPU, in bfloat16?
 
-The trainer itself runs, on a store of random images and captions, with torch.compile off and on. Samples a second
-are compared with what NVIDIA publishes for NeMo a GPU (4 nodes, global batch x batches/s / 32 GPUs), and the model's
-FLOPs a second with the card's bfloat16 matmul rate, measured in the same run.
+The trainer itself runs, on a store of random images and captions, with torch.compile off and on. Samples per second
+are compared with what NVIDIA publishes for NeMo per GPU (4 nodes, global batch x batches/s / 32 GPUs), and the model's
+FLOP/s with the card's bfloat16 matmul rate, measured in the same run.
 
     python -m benchmarks.unet_gpu --out benchmarks/results/unet_gpu.json
     python -m benchmarks.unet_gpu --tiny       # small models, to see that the script works; on a CPU too
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def ratios(rows: list[dict[str, Any]], *, tiny: bool) -> dict[str, float]:
-    """Of rates; with small models those against NeMo would mean nothing."""
+    """Ratios of rates; with small models, ratios to NeMo's would mean nothing."""
     found: dict[str, float] = {}
     for plain, compiled in zip(rows[::2], rows[1::2], strict=True):
         name, best = plain["model"], max(plain["images_per_s"], compiled["images_per_s"])
@@ -111,7 +111,7 @@ def ratios(rows: list[dict[str, Any]], *, tiny: bool) -> dict[str, float]:
 
 
 def training_config(name: str, root: Path, arguments: argparse.Namespace, *, compiled: bool) -> TrainConfig:
-    """A shipped configuration, one micro-batch a step; or a small model instead, on images a quarter as wide."""
+    """A shipped configuration, one micro-batch per step; or a small model instead, on images a quarter as wide."""
     overrides = [
         f"store={root}",
         f"compute.compile={str(compiled).lower()}",

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def loss_of(denoiser: Denoiser) -> Callable[[], Tensor]:
-    """Draws noise and noise levels, and computes the mean loss of the same batch."""
+    """Samples noise and noise levels, and computes the mean loss of the same batch."""
     images = torch.rand(BATCH, 3, SIDE, SIDE).to(memory_format=torch.channels_last) * 2 - 1
     text, mask = torch.randn(BATCH, TOKENS, WIDTH), torch.ones(BATCH, TOKENS, dtype=torch.bool)
 

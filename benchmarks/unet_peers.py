@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def serve(unet: object, loss: Callable[[], object], optimizer: object) -> None:
-    """Answers each line "STEPS" with the seconds of so many training steps, the parameters and the peak memory."""
+    """Answers each line "STEPS" with the seconds of this many training steps, the parameters and the peak memory."""
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):

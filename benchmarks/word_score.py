@@ -1,4 +1,4 @@
-"""Reads the word in an image back, letter by letter, to compare it with what was to be written."""
+"""Reads the word in an image back, letter by letter, to compare it with the requested one."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ def read_word(image: NDArray[np.uint8]) -> str:
 
 
 def letters_right(image: NDArray[np.uint8], word: str) -> list[bool]:
-    """Of each place, whether it shows what it should; those after the word should be empty."""
+    """Whether each place shows what it should; places after the word should be empty."""
     return [found == wanted for found, wanted in zip(read_word(image), word.ljust(PLACES), strict=True)]
 
 

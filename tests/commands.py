@@ -39,7 +39,7 @@ def call(*arguments: str) -> Result:
 
 
 def call_process(*arguments: str, cwd: Path, timeout_s: float = 120, **environment: str) -> Result:
-    """The console script in a process of its own; `environment` is put over this one's."""
+    """The console script in its own process; `environment` overrides this one's."""
     script = Path(sys.executable).with_name("pipeline")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "pipeline"]
     done = subprocess.run(

@@ -1,16 +1,26 @@
 """What all tests share."""
 
+import gc
 import signal
 from collections.abc import Iterator
 
 import pytest
 
+from tests.network import forbid_outside_access
 from tests.runs import cascade, copy_of_small_run, emoji, small_run  # noqa: F401 (fixtures)
+
+forbid_outside_access()
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that was imported out of garbage collections, which would walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def heeded_signals() -> Iterator[None]:
-    """Signals that nohup or a script's `&` told this process to ignore, so that runs under test can be stopped."""
+    """Handles signals that nohup or a script's `&` made this process ignore, so that tests can stop runs."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     ignored = [number for number in handlers if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:

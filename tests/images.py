@@ -16,7 +16,7 @@ def plain_png(colour: tuple[int, int, int] = RED, size_px: int = 32) -> bytes:
 
 
 def noise_jpeg(size_px: int = 64) -> bytes:
-    """Some kilobytes that a cut really damages."""
+    """Some kilobytes that truncation really damages."""
     pixels = np.random.default_rng(0).integers(0, 256, (size_px, size_px, 3), dtype=np.uint8)
     return _saved(Image.fromarray(pixels), "JPEG", quality=95)
 

@@ -23,7 +23,7 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def missing_tests(text: str) -> list[str]:
-    """Those of the tests named in a text that do not exist."""
+    """The tests named in a text that do not exist."""
     return ["::".join(filter(None, named)) for named in named_tests(text) if not _exists(*named)]
 
 

@@ -17,7 +17,7 @@ BUCKET = "bucket"
 
 @dataclass
 class Faults:
-    """What goes wrong, as fractions of the requests."""
+    """Which faults occur, as fractions of the requests."""
 
     errors: float = 0.0
     """Answered with 500 or 503, half of them after the request was carried out."""
@@ -28,7 +28,7 @@ class Faults:
     count: Counter[str] = field(default_factory=Counter)
     mutex: threading.Lock = field(default_factory=threading.Lock)
 
-    def draw(self) -> tuple[str, bool]:
+    def sample(self) -> tuple[str, bool]:
         with self.mutex:
             value, late = self.dice.random(), self.dice.random() < 0.5
             kind = "error" if value < self.errors else "slow" if value < self.errors + self.slow else "good"
@@ -92,7 +92,7 @@ def object_store() -> Iterator[ObjectStore]:
 
 def _faulty(app: Callable[..., Iterable[bytes]], faults: Faults) -> Callable[..., Iterable[bytes]]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        kind, late = faults.draw()
+        kind, late = faults.sample()
         if kind == "good":
             return app(environ, start_response)
         if kind == "slow":

@@ -27,7 +27,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
-    """Waits until none of the processes lives; returns those that still do."""
+    """Waits until all the processes have ended; returns the ones still alive at the timeout."""
     deadline = time.monotonic() + timeout_s
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Helpers to run the precompute workflow as a user does, and to look at what it made."""
+"""Helpers to run the precompute workflow as a user does, and to inspect what it made."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy_of_small_run(small_run: Path, tmp_path: Path) -> Path:
-    """A finished small run to work on."""
+    """A copy of a finished small run, which tests may change."""
     subprocess.run(["cp", "-r", str(small_run), str(tmp_path / "run")], check=True)
     return tmp_path / "run"
 

@@ -65,7 +65,7 @@ def test_no_package_imports_a_module_or_calls_a_function_that_runs_what_it_reads
 
 
 def _tensors_only(call: ast.Call) -> bool:
-    """Whether a call of torch.load says in so many words that it builds nothing but tensors."""
+    """Whether a call of torch.load explicitly builds nothing but tensors."""
     return any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
 
 

@@ -226,9 +226,13 @@ def test_png_keeps_every_pixel():
 # --- scoring
 
 
+@cache
+def resized(s: Scene, size_px: int) -> Image.Image:
+    return Image.fromarray(render(s)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+
+
 def image(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
-    image = Image.fromarray(render(s)).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur_px)), float)
+    pixels = np.asarray(resized(s, size_px).filter(ImageFilter.GaussianBlur(blur_px)), float)
     # Same noise for a scene in every run.
     pixels += np.random.default_rng(int(s.objects[0].extent * 1e9)).normal(0, noise or 1e-9, pixels.shape)
     return pixels.round().clip(0, 255).astype(np.uint8)
@@ -289,7 +293,7 @@ def test_images_without_an_object_have_nothing_right():
     assert not score_single(static, s).shape_ok
 
 
-def test_score_refuses_what_it_cannot_judge():
+def test_the_scene_score_refuses_images_and_scenes_it_cannot_read():
     with pytest.raises(ValueError, match="one object"):
         score_single(render(pairs()[0], 64), pairs()[0])
     with pytest.raises(ValueError, match="64, 32"):

@@ -63,7 +63,7 @@ def test_letters_are_all_different_and_drawn_in_their_colours() -> None:
     assert image[5, 9].tolist() == [205, 205, 205]
 
 
-def test_the_file_brought_to_16_px_is_read_back() -> None:
+def test_an_image_file_resized_to_16_px_is_read_back() -> None:
     for scene in SCENES[:60]:
         image = Image.open(io.BytesIO(encode_word(scene)))
         assert image.size == (64, 64)

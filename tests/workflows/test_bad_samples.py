@@ -159,7 +159,7 @@ class UrlRun(Run):
 
 @pytest.fixture(scope="module")
 def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
-    """One run over every bad URL, as a user starts it: the console script, in a process of its own."""
+    """One run over every bad URL, as a user starts it: the console script, in its own process."""
     root = tmp_path_factory.mktemp("urls")
     for name in ("data", "cwd", "tmp"):
         (root / name).mkdir()
@@ -254,14 +254,14 @@ def test_strange_captions_have_a_defined_form(url_run: UrlRun, key: str, caption
     assert url_run.samples[key].captions == [caption]
 
 
-def test_a_long_caption_is_cut_at_max_tokens_and_counted(url_run: UrlRun) -> None:
+def test_a_long_caption_is_truncated_to_max_tokens_and_counted(url_run: UrlRun) -> None:
     (embedding,) = url_run.samples["long-caption"].text["t5"]
     assert embedding.shape == (128, 64)
     assert np.isfinite(embedding).all()
     assert summary(url_run.folder)["tally"]["groups"]["text-t5"]["counters"]["captions_truncated"] == 1
 
 
-def test_urls_of_rows_that_are_dropped_anyway_are_not_asked(url_run: UrlRun) -> None:
+def test_urls_of_rows_that_are_dropped_anyway_are_not_requested(url_run: UrlRun) -> None:
     assert url_run.never_asked == 0
 
 
@@ -277,7 +277,7 @@ def test_no_file_appears_outside_the_run_folder(url_run: UrlRun) -> None:
 
 
 def test_a_store_of_such_a_run_verifies(url_run: UrlRun) -> None:
-    result = call_process("verify", str(url_run.folder), cwd=url_run.folder.parent)
+    result = call("verify", str(url_run.folder))
     assert (result.code, result.err) == (0, "")
 
 

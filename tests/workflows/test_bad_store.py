@@ -1,4 +1,4 @@
-"""Damaged, unfinished and foreign stores: the exit code, the file's name, and what to do."""
+"""Damaged and unfinished stores, and folders that are none: the exit code, the file's name, and what to do."""
 
 import json
 import shutil
@@ -64,7 +64,9 @@ def test_a_good_store_verifies_by_its_folder_and_by_the_run_around_it(good: Path
 
 @pytest.mark.parametrize("name", sorted(FILES))
 @pytest.mark.parametrize("damage", [flip, cut])
-def test_a_damaged_file_is_named_alone_and_made_anew_by_the_advice(run: Path, good: Path, damage, name: str) -> None:
+def test_a_damaged_file_alone_is_named_and_computed_again_by_the_advised_command(
+    run: Path, good: Path, damage, name: str
+) -> None:
     damage(run / "store" / name)
     result = call("verify", str(run))
     lines = result.out.splitlines()
@@ -168,7 +170,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("make", "names", "says"), CASES, ids=lambda case: getattr(case, "__name__", None))
-def test_what_cannot_be_opened_is_named_with_the_remedy(run: Path, make, names: str, says: str) -> None:
+def test_a_store_that_cannot_be_opened_is_named_with_the_remedy(run: Path, make, names: str, says: str) -> None:
     path = make(run)
     before = tree(run.parent)
 
@@ -198,7 +200,7 @@ def test_what_cannot_be_opened_is_named_with_the_remedy(run: Path, make, names: 
     assert says in str(caught.value)
 
 
-def test_the_status_of_what_is_no_run_is_refused(run: Path) -> None:
+def test_the_status_of_a_folder_without_a_run_is_refused(run: Path) -> None:
     result = call("status", str(run / "store"))
     assert (result.code, result.out) == (2, "")
     assert "not a run folder (no plan.json); give the --out of a `pipeline run`" in result.err

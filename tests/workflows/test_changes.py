@@ -9,7 +9,8 @@ import pytest
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, MachineError, StaleOutputError
 from stages.encoders.tiny import write_tiny_model
-from tests.runs import pipeline, precompute, store_bytes
+from tests.commands import call
+from tests.runs import precompute, store_bytes
 from tests.stages.precompute.test_resize import png
 
 
@@ -104,7 +105,7 @@ def test_the_manifest_is_gone_while_the_files_it_lists_are_replaced(
         with pytest.raises(KeyboardInterrupt):
             precompute(out, *arguments(images, "images.filter=box"), restart=True)
     assert not (out / "store" / "manifest.json").exists()
-    assert json.loads(pipeline("status", str(out), "--json").stdout)["outcome"] is None
+    assert json.loads(call("status", str(out), "--json").out)["outcome"] is None
     precompute(out, *arguments(images, "images.filter=box"))
     assert verify_store(out / "store").ok
 

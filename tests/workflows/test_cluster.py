@@ -33,7 +33,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def start(cluster: RayNodes, out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`pipeline run precompute` on the cluster, in a process of its own."""
+    """`pipeline run precompute` on the cluster, in its own process."""
     arguments = command("run", "precompute", "--out", str(out), "--address", cluster.address, *CONFIG, *overrides)
     environment = {**cluster.environment, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -71,7 +71,7 @@ def test_stages_run_on_the_nodes_that_have_what_they_ask_for(
 def test_a_node_that_is_killed_costs_nothing_but_time(
     cluster: RayNodes, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
-    """The only node with a GPU dies; the run says what it waits for, and goes on when another one joins."""
+    """The only node with a GPU dies; the run says what it waits for, and continues when another one joins."""
     if "gpu" not in cluster.nodes:
         cluster.start("gpu", "--num-cpus=2", "--num-gpus=1")
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A shard that a step fails on is left out of the store as a whole; the others can be read and trained on."""
+"""A shard on which a stage fails is left out of the store completely; the others can be read and trained on."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A full disk ends the run with a message that names it; with room again, the same command goes on."""
+"""A full disk ends the run with a message that names it; with room again, the same command resumes."""
 
 import errno
 import subprocess
@@ -50,7 +50,7 @@ def slow(store_format: str, kib: int, executor: str = "inline") -> Any:
         slow("parquet", 200, "local"),
     ],
 )
-def test_a_run_goes_on_where_a_full_disk_stopped_it(
+def test_a_run_resumes_where_a_full_disk_stopped_it(
     store_format: str, kib: int, executor: str, small_disk: Path, tmp_path: Path
 ) -> None:
     settings = (*SMALL, f"store.format={store_format}")
@@ -85,7 +85,7 @@ def test_an_event_that_does_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
 
 
 class FullAfter:
-    """A file on a disk with so many bytes left."""
+    """A file on a disk with this many bytes left."""
 
     def __init__(self, file: Any, room: int):
         self.file, self.room = file, room

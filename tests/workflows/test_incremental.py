@@ -159,7 +159,7 @@ def test_a_plan_shows_the_shards_that_would_be_added_and_writes_nothing(tmp_path
     assert {name: (out / name).read_bytes() for name in tree(out)} == before
 
 
-def test_a_run_folder_of_an_earlier_version_is_taken_on_with_the_input_it_was_made_from(tmp_path: Path) -> None:
+def test_a_run_folder_of_an_earlier_version_is_continued_with_the_input_it_was_made_from(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     write_images(data, "m", ["aa", "ab", "ac"])
     precompute(out, *config("folder", data))

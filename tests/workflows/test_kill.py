@@ -38,7 +38,7 @@ def records(out: Path) -> int:
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_killed_driver_goes_on_with_the_same_command(
+def test_a_killed_driver_resumes_with_the_same_command(
     executor: str, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     out, chance = tmp_path / "run", random.Random(executor)
@@ -73,7 +73,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(
         pytest.param("ray", "ray::StageActor", marks=pytest.mark.ray),
     ],
 )
-def test_a_killed_worker_or_download_is_made_good_within_the_run(
+def test_tasks_of_a_killed_worker_or_download_are_done_again_within_the_run(
     executor: str, victim: str, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     out = tmp_path / "run"

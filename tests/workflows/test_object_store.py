@@ -84,7 +84,7 @@ def test_a_run_from_s3_to_s3_gives_the_bytes_of_a_local_one(
 
 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("local", marks=pytest.mark.slow)])
-def test_and_so_it_does_where_a_tenth_of_the_requests_fail(
+def test_a_run_gives_the_same_bytes_where_a_tenth_of_the_requests_to_s3_fail(
     executor: str, data: Data, s3: ObjectStore, local_store: dict[str, bytes]
 ) -> None:
     s3.faults.errors, s3.faults.slow, s3.faults.slow_s = 0.05, 0.05, 0.2
@@ -114,7 +114,9 @@ def test_the_same_command_again_finds_all_finished_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_what_is_missing_or_cut_on_s3_is_made_anew(data: Data, s3: ObjectStore, local_store: dict[str, bytes]) -> None:
+def test_files_missing_or_truncated_on_s3_are_computed_again(
+    data: Data, s3: ObjectStore, local_store: dict[str, bytes]
+) -> None:
     url = f"{s3.url}/mended"
     run(url, data.url)
     storage = open_storage(url)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from imagen_core.store import Store
 from stages.sources.synthetic.scenes import encode_image, scene
 from stages.sources.synthetic.source import dead_indices
-from tests.runs import SMALL, events, pipeline, precompute, store_bytes
+from tests.commands import call
+from tests.runs import SMALL, events, precompute, store_bytes
 
 
 def pillow_resize(data: bytes, size_px: int) -> np.ndarray:
@@ -42,7 +44,7 @@ def test_the_default_source_really_downloads_and_caches_every_scene(small_run: P
         for size in (16, 48):
             assert max_difference(sample.images[size], pillow_resize(encode_image(original), size)) <= 1
         for caption, embedding in zip(sample.captions, sample.text["t5"], strict=True):
-            assert embedding.shape == (len(caption.split()) + 1, 64), "one token a word, and the end"
+            assert embedding.shape == (len(caption.split()) + 1, 64), "one token per word, and the end"
             assert embedding.dtype == np.float16
 
 
@@ -105,11 +107,12 @@ def test_an_added_size_computes_only_its_own_group_and_keeps_every_row(copy_of_s
 def test_a_changed_max_tokens_is_refused_with_a_diff_and_rebuilt_with_restart(copy_of_small_run: Path) -> None:
     before = store_bytes(copy_of_small_run)
     arguments = ["run", "precompute", "--out", str(copy_of_small_run), "--executor", "inline", *SMALL]
-    refused = pipeline(*arguments, "encoders.0.max_tokens=6", check=2)
-    assert "text-t5.fingerprint.max_tokens: 128 -> 6" in refused.stderr
-    assert "--restart" in refused.stderr
+    refused = call(*arguments, "encoders.0.max_tokens=6")
+    assert refused.code == 2
+    assert "text-t5.fingerprint.max_tokens: 128 -> 6" in refused.err
+    assert "--restart" in refused.err
     assert store_bytes(copy_of_small_run) == before
-    pipeline(*arguments, "encoders.0.max_tokens=6", "--restart")
+    assert call(*arguments, "encoders.0.max_tokens=6", "--restart").code == 0
     after = store_bytes(copy_of_small_run)
     assert {e.shape[0] for s in Store.open(copy_of_small_run / "store") for e in s.text["t5"]} == {6}
     assert all(after[n] == b for n, b in before.items() if n.startswith(("images-", "samples")))
@@ -134,9 +137,9 @@ def test_sources_of_the_same_images_make_the_same_pixels_and_embeddings(tmp_path
     (folder / "images").mkdir(parents=True)
     lines = ["file\tcaption"]
     for index in range(6):
-        drawn = scene(3, index)
-        (folder / "images" / f"{index}.png").write_bytes(encode_image(drawn))
-        lines.append(f"{index}.png\t{drawn.captions[0]}")
+        painted = scene(3, index)
+        (folder / "images" / f"{index}.png").write_bytes(encode_image(painted))
+        lines.append(f"{index}.png\t{painted.captions[0]}")
     (folder / "captions.tsv").write_text("\n".join(lines))
     (tmp_path / "loose").mkdir()
     for index in range(6):
@@ -150,12 +153,19 @@ def test_sources_of_the_same_images_make_the_same_pixels_and_embeddings(tmp_path
     assert table == text_files
 
 
+def printed(*arguments: str) -> dict[str, Any]:
+    """What a command prints with --json."""
+    result = call(*arguments, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
 def test_plan_status_inspect_and_report_say_what_is_there(copy_of_small_run: Path) -> None:
     out = str(copy_of_small_run)
-    plan = json.loads(pipeline("plan", "precompute", "--out", out, *SMALL, "--json").stdout)
+    plan = printed("plan", "precompute", "--out", out, *SMALL)
     assert (plan["shards"], plan["input_rows"]) == (3, 20)
     assert plan["groups"]["text-t5"]["shards_done"] == 3
-    fresh = json.loads(pipeline("plan", "precompute", "--out", f"{out}-not-there", *SMALL, "--json").stdout)
+    fresh = printed("plan", "precompute", "--out", f"{out}-not-there", *SMALL)
     assert fresh["groups"]["images-48"] == {
         "shards_done": 0,
         "shards_to_do": 3,
@@ -163,12 +173,12 @@ def test_plan_status_inspect_and_report_say_what_is_there(copy_of_small_run: Pat
         "bytes_to_do": 20 * 48 * 48 * 3,
     }
     assert not Path(f"{out}-not-there").exists(), "a plan writes nothing"
-    status = json.loads(pipeline("status", out, "--json").stdout)
+    status = printed("status", out)
     assert (status["outcome"], status["running"], status["groups"]["samples"]["rows"]) == ("finished", False, 19)
-    inspected = json.loads(pipeline("inspect", out, "--json").stdout)
+    inspected = printed("inspect", out)
     assert (inspected["num_samples"], inspected["image_sizes"], inspected["encoders"]) == (19, [16, 48], ["t5"])
     assert inspected["groups"]["text-t5"]["fingerprint"]["model"] == "tiny-random-t5"
-    report = json.loads(pipeline("report", out, "--json").stdout)
+    report = printed("report", out)
     page = Path(report["report"]).read_text()
     sample = Store.open(copy_of_small_run / "store")[0]
     assert sample.captions[0] in page
@@ -176,7 +186,7 @@ def test_plan_status_inspect_and_report_say_what_is_there(copy_of_small_run: Pat
     assert "<svg" in page
     assert "http_404" in page
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href")), "self-contained"
-    verified = json.loads(pipeline("verify", out, "--json").stdout)
+    verified = printed("verify", out)
     assert (verified["ok"], verified["num_samples"]) == (True, 19)
 
 

@@ -1,4 +1,4 @@
-"""Every shipped training configuration trains, goes on from its checkpoint, and draws; with a small network."""
+"""Every shipped training configuration trains, resumes from its checkpoint, and samples; with a small network."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of images of words, their captions and transcriptions, and an image to enlarge."""
+    """A folder with a store of images of words, their captions and transcriptions, and an image to upsample."""
     folder = tmp_path_factory.mktemp("recipes")
     encoders = [{"name": name, "kind": "t5", "model": "tiny-random-t5"} for name in ("t5", "deberta")]
     settings = {

@@ -1,4 +1,4 @@
-"""Asked to stop, a run stops with the right exit code, and the same command goes on."""
+"""A run that receives a signal stops with the right exit code, and the same command resumes it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The writing in an image, as a source tells it, reaches the store and the batches of training."""
+"""The writing in an image, as a source describes it, reaches the store and the batches of training."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def transcriptions(run: Path) -> dict[str, str | None]:
     return {sample.captions[0]: sample.transcription for sample in Store.open(run / "store")}
 
 
-def test_a_folders_table_tells_it(tmp_path: Path) -> None:
+def test_a_folders_table_brings_transcriptions(tmp_path: Path) -> None:
     source = ["source.kind=folder", f"source.path={folder(tmp_path / 'data')}", COLUMN]
     precompute(tmp_path / "run", *source, *SIZE)
     assert transcriptions(tmp_path / "run") == EXPECTED
@@ -56,7 +56,7 @@ def test_a_folders_table_tells_it(tmp_path: Path) -> None:
     assert r"transcription 'STOP\n  here é'" in shown
 
 
-def test_a_url_list_tells_it(tmp_path: Path) -> None:
+def test_a_url_list_brings_transcriptions(tmp_path: Path) -> None:
     with serve({f"/{name}": body(data) for name, data in IMAGES.items()}) as server:
         rows = [{"url": server.url(f"/{row['file']}"), **row} for row in ROWS]
         (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +65,7 @@ def test_a_url_list_tells_it(tmp_path: Path) -> None:
     assert transcriptions(tmp_path / "run") == EXPECTED
 
 
-def test_a_parquet_column_tells_it(tmp_path: Path) -> None:
+def test_a_parquet_column_brings_transcriptions(tmp_path: Path) -> None:
     rows = [{"image": IMAGES[row["file"]], **row} for row in ROWS]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     source = ["source.kind=parquet", f"source.path={tmp_path / 'p.parquet'}", *SIZE]
@@ -75,7 +75,7 @@ def test_a_parquet_column_tells_it(tmp_path: Path) -> None:
         precompute(tmp_path / "run", *source)
 
 
-def test_a_tars_json_tells_it(tmp_path: Path) -> None:
+def test_a_tars_json_brings_transcriptions(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
         for row in ROWS:
             stem = row["file"].removesuffix(".png")
@@ -123,7 +123,7 @@ def test_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
         precompute(tmp_path / "run", *source, COLUMN)
 
 
-def test_the_rectangle_around_it_comes_along_in_whole_pixels(tmp_path: Path) -> None:
+def test_the_rectangle_around_the_writing_is_stored_in_whole_pixels(tmp_path: Path) -> None:
     boxes = ["1.5, 2, 10,20.1", "[3,4,5,6]", None]
     rows = [{"image": IMAGES[row["file"]], "box": box, **row} for row, box in zip(ROWS, boxes, strict=True)]
     rows.append({"image": IMAGES["a.png"], "caption": "bad", "box": "1,2,3"})
@@ -144,7 +144,7 @@ def test_the_rectangle_around_it_comes_along_in_whole_pixels(tmp_path: Path) -> 
     assert "safebox    (3, 4, 5, 6)" in shown
 
 
-def test_it_is_erased_with_its_sample(tmp_path: Path) -> None:
+def test_a_transcription_is_removed_with_its_sample(tmp_path: Path) -> None:
     source = ["source.kind=folder", f"source.path={folder(tmp_path / 'data')}", COLUMN, "keep_originals=true"]
     precompute(tmp_path / "run", *source, *SIZE)
     assert call("remove", str(tmp_path / "run"), "--key", "a.png", "--compact").code == 0

@@ -17,7 +17,7 @@ def network(request: pytest.FixtureRequest) -> Lpips:
     return made
 
 
-def pairs(side: int = 64) -> tuple[Tensor, Tensor]:
+def pairs(side: int = 32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     a, b = torch.rand(2, 3, 3, side, side, generator=generator, dtype=torch.float64) * 2 - 1
     return a, b

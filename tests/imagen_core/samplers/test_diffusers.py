@@ -4,9 +4,10 @@ diffusers works on x_vp = alpha x (its DDPM family) or on x itself (its Euler an
 given one network, which stands for a trained one: not linear in x, and with a say at every noise level.
 """
 
+import importlib
+from functools import partial
 from itertools import pairwise
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,11 @@ from imagen_core.samplers import Ancestral, Ddim, DpmSolverPP2M, Euler, Heun, Hi
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
 SHAPE = (2, 3, 4, 4)
+
+
+def build(name: str, **settings):
+    """A scheduler of diffusers, which is imported where these tests run and not wherever they are collected."""
+    return getattr(importlib.import_module("diffusers"), name)(**settings)
 
 
 def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -70,22 +76,31 @@ def vp_steps(scheduler, **options) -> tuple[Tensor, list[Tensor]]:
     [
         (
             Ancestral(),
-            diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_small", clip_sample=False),
+            partial(build, "DDPMScheduler", **LINEAR, variance_type="fixed_small", clip_sample=False),
             {"adds_noise": True},
         ),
         (
             Ancestral(variance="fixed_large"),
-            diffusers.DDPMScheduler(**LINEAR, variance_type="fixed_large", clip_sample=False),
+            partial(build, "DDPMScheduler", **LINEAR, variance_type="fixed_large", clip_sample=False),
             {"adds_noise": True},
         ),
-        (Ddim(), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {}),
-        (Ddim(eta=0.5), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 0.5, "adds_noise": True}),
-        (Ddim(eta=1.0), diffusers.DDIMScheduler(**LINEAR, clip_sample=False), {"eta": 1.0, "adds_noise": True}),
-        (Plms(), diffusers.PNDMScheduler(**LINEAR, skip_prk_steps=True, set_alpha_to_one=True), {}),
+        (Ddim(), partial(build, "DDIMScheduler", **LINEAR, clip_sample=False), {}),
+        (
+            Ddim(eta=0.5),
+            partial(build, "DDIMScheduler", **LINEAR, clip_sample=False),
+            {"eta": 0.5, "adds_noise": True},
+        ),
+        (
+            Ddim(eta=1.0),
+            partial(build, "DDIMScheduler", **LINEAR, clip_sample=False),
+            {"eta": 1.0, "adds_noise": True},
+        ),
+        (Plms(), partial(build, "PNDMScheduler", **LINEAR, skip_prk_steps=True, set_alpha_to_one=True), {}),
     ],
     ids=["ddpm", "ddpm fixed_large", "ddim eta 0", "ddim eta 0.5", "ddim eta 1", "plms"],
 )
 def test_steps_of_the_ddpm_family(sampler, scheduler, options):
+    scheduler = scheduler()
     scheduler.set_timesteps(20)
     level, states = vp_steps(scheduler, **options)
     visited = torch.tensor(sorted({int(step) for step in scheduler.timesteps}, reverse=True))
@@ -98,7 +113,7 @@ def test_steps_of_the_ddpm_family(sampler, scheduler, options):
 
 def test_steps_of_ddpm_with_a_learned_range():
     """On 20 of the 1000 steps, as in iDDPM's respaced sampling."""
-    scheduler = diffusers.DDPMScheduler(**LINEAR, variance_type="learned_range", clip_sample=False)
+    scheduler = build("DDPMScheduler", **LINEAR, variance_type="learned_range", clip_sample=False)
     scheduler.set_timesteps(20)
 
     def says(x: Tensor, sigma: Tensor) -> Tensor:
@@ -123,7 +138,7 @@ def test_steps_of_ddpm_with_a_learned_range():
 
 
 def test_steps_of_pseudo_runge_kutta_followed_by_plms():
-    scheduler = diffusers.PNDMScheduler(**LINEAR, set_alpha_to_one=True)
+    scheduler = build("PNDMScheduler", **LINEAR, set_alpha_to_one=True)
     scheduler.set_timesteps(20)
     _, states = vp_steps(scheduler)
     sigmas = torch.cat([Discrete().sigmas()[torch.arange(950, -1, -50)], torch.zeros(1, dtype=torch.float64)])
@@ -154,7 +169,7 @@ def test_without_a_schedule_pseudo_runge_kutta_takes_the_middle_in_sigma():
     sigma = 0.05 + 0.1 * np.arange(41)  # linear in the step: their midpoint in time is ours in sigma
     kept = 1 / (1 + sigma**2)
     betas = 1 - kept / np.concatenate([[1], kept[:-1]])
-    scheduler = diffusers.PNDMScheduler(num_train_timesteps=41, trained_betas=betas, set_alpha_to_one=True)
+    scheduler = build("PNDMScheduler", num_train_timesteps=41, trained_betas=betas, set_alpha_to_one=True)
     scheduler.set_timesteps(10)
     level, states = vp_steps(scheduler)
     visited = torch.arange(36, -1, -4)
@@ -197,22 +212,23 @@ CHURNED = {"churn": 4.0 / 20, "churn_sigma_min": 0.05, "churn_sigma_max": 50.0, 
 @pytest.mark.parametrize(
     ("sampler", "scheduler", "edm", "options"),
     [
-        (Euler(), diffusers.EulerDiscreteScheduler(**LINEAR), False, {}),
-        (Euler(**CHURNED), diffusers.EulerDiscreteScheduler(**LINEAR), False, CHURN),
-        (Ancestral(), diffusers.EulerAncestralDiscreteScheduler(**LINEAR), False, {}),
-        (Euler(), diffusers.EDMEulerScheduler(**EDM), True, {}),
-        (Euler(**CHURNED), diffusers.EDMEulerScheduler(**EDM), True, CHURN),
+        (Euler(), partial(build, "EulerDiscreteScheduler", **LINEAR), False, {}),
+        (Euler(**CHURNED), partial(build, "EulerDiscreteScheduler", **LINEAR), False, CHURN),
+        (Ancestral(), partial(build, "EulerAncestralDiscreteScheduler", **LINEAR), False, {}),
+        (Euler(), partial(build, "EDMEulerScheduler", **EDM), True, {}),
+        (Euler(**CHURNED), partial(build, "EDMEulerScheduler", **EDM), True, CHURN),
     ],
     ids=["euler", "euler churn", "euler ancestral", "edm euler", "edm euler churn"],
 )
 def test_steps_of_the_euler_family(sampler, scheduler, edm, options):
+    scheduler = scheduler()
     scheduler.set_timesteps(20)
     sigmas = scheduler.sigmas.clone()
     assert_same(our_steps(sampler, start(float(sigmas[0])), sigmas), ve_steps(scheduler, edm=edm, **options), sigmas)
 
 
 def test_steps_of_heun():
-    scheduler = diffusers.HeunDiscreteScheduler(**LINEAR)
+    scheduler = build("HeunDiscreteScheduler", **LINEAR)
     scheduler.set_timesteps(20)
     x, theirs = start(float(scheduler.sigmas[0])), []
     for timestep in scheduler.timesteps:
@@ -225,8 +241,8 @@ def test_steps_of_heun():
 
 
 def test_steps_of_dpm_solver_pp_2m():
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        **LINEAR, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+    scheduler = build(
+        "DPMSolverMultistepScheduler", **LINEAR, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
     )
     scheduler.set_timesteps(20)
     sigmas = scheduler.sigmas.clone()
@@ -240,20 +256,20 @@ def test_steps_of_dpm_solver_pp_2m():
 
 
 def test_steps_of_edm_dpm_solver_pp_2m():
-    scheduler = diffusers.EDMDPMSolverMultistepScheduler(**EDM, solver_order=2, solver_type="midpoint")
+    scheduler = build("EDMDPMSolverMultistepScheduler", **EDM, solver_order=2, solver_type="midpoint")
     scheduler.set_timesteps(20)
     sigmas = scheduler.sigmas.clone()
     assert_same(our_steps(DpmSolverPP2M(), start(float(sigmas[0])), sigmas), ve_steps(scheduler, edm=True), sigmas)
 
 
 def test_grid_of_karras():
-    scheduler = diffusers.EDMEulerScheduler(**EDM)
+    scheduler = build("EDMEulerScheduler", **EDM)
     scheduler.set_timesteps(20)
     torch.testing.assert_close(Karras().sigmas(LogNormal(), 20).float(), scheduler.sigmas, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
 def test_tables_of_discrete_schedules(ours, theirs):
-    scheduler = diffusers.DDPMScheduler(**LINEAR | {"beta_schedule": theirs})
+    scheduler = build("DDPMScheduler", **LINEAR | {"beta_schedule": theirs})
     kept = 1 / (1 + Discrete(beta=ours).sigmas() ** 2)
     torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)

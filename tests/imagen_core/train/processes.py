@@ -19,32 +19,25 @@ ROOT = Path(__file__).parents[3]
 
 @contextmanager
 def launched(folder: Path, jobs: list[dict[str, Any]], size: int = 2) -> Iterator[None]:
-    """Runs jobs in `size` processes next to the block; at its end waits for them.
+    """Runs jobs in `size` processes while the block runs; at its end waits for them.
 
-    Fails if one of them fails, with what it said.
+    Fails if one of them fails, with its output.
     """
-    file = folder / "jobs.json"
+    file, output = folder / "jobs.json", folder / "output.txt"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.imagen_core.train.worker", str(file)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), f"{file}.group"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=(folder / f"said-{rank}.txt").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.imagen_core.train.worker", str(file), str(size), f"{file}.group"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=output.open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         yield
-        for process in processes:
-            process.wait(timeout=250)
+        process.wait(timeout=250)
     finally:
-        for process in processes:
-            process.kill()
-    said = [(folder / f"said-{rank}.txt").read_text(encoding="utf-8") for rank in range(size)]
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
+        process.kill()
+    assert process.returncode == 0, output.read_text(encoding="utf-8")
 
 
 def job(store: Path, out: Path, **changes: Any) -> dict[str, Any]:

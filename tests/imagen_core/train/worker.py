@@ -1,12 +1,14 @@
-"""One process of a training, started by the tests.
+"""The processes of a training, started by the tests.
 
-    python -m tests.imagen_core.train.worker JOBS.json [RANK SIZE FILE]
+    python -m tests.imagen_core.train.worker JOBS.json [SIZE FILE]
 
 JOBS.json lists runs: {"config": {...}, "out": path, "stop_at": step or null, "poison": step or null}. They run one
 after the other in one process group; {"wait_for": path} waits for a file. Each writes out/rank-R.json: the keys of its
-batches, and the error if there was one. Without RANK the process group is left to the trainer (torchrun).
+batches, and the error if there was one. With SIZE the process forks until there are so many, which import torch only
+once; without it the process group is left to the trainer (torchrun).
 """
 
+import atexit
 import json
 import os
 import sys
@@ -54,13 +56,29 @@ def run(job: dict[str, Any], rank: int) -> None:
     written.rename(out / f"rank-{rank}.json")
 
 
+def forked_rank(size: int) -> int:
+    """Forks `size - 1` processes; the rank of this one. Rank 0 exits with 1 if another one fails."""
+    for rank in range(1, size):
+        child = os.fork()
+        if child == 0:
+            return rank
+        atexit.register(_wait_for, child)
+    return 0
+
+
+def _wait_for(child: int) -> None:
+    if os.waitpid(child, 0)[1] != 0:
+        os._exit(1)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank = int(os.environ.get("RANK", "0"))
     if len(sys.argv) > 2:
-        rank, size = int(sys.argv[2]), int(sys.argv[3])
-        dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=size)
+        size = int(sys.argv[2])
+        rank = forked_rank(size)
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=size)
     for job in jobs:
         if "wait_for" in job:
             while not Path(job["wait_for"]).exists():

@@ -13,7 +13,8 @@ from imagen_core.store import Store
 from pipeline.config import load_config
 from pipeline.options import RunOptions
 from stages.sources.synthetic.scenes import encode_image, scene
-from tests.runs import pipeline, store_bytes
+from tests.commands import call
+from tests.runs import store_bytes
 from workflows.precompute import Precompute, PrecomputeConfig
 
 
@@ -89,7 +90,7 @@ def test_a_later_round_fetches_only_what_was_dropped(server: FlakyServer, tmp_pa
     assert run() == {"samples": 8, "in": 9, "invalid_url": 1}, "a plain run keeps what the rounds brought"
     store = Store.open(out / "store")
     assert sorted(sample.captions[0] for sample in store) == [f"scene {i}" for i in range(8)]
-    found = json.loads(pipeline("verify", str(out), "--json").stdout)
+    found = json.loads(call("verify", str(out), "--json").out)
     assert found["ok"], found["problems"]
     counts = {name: found[name] for name in ("input_rows", "num_samples", "dropped", "excluded", "unaccounted")}
     assert counts == {

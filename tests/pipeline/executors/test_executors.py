@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,24 +33,54 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "store").rglob("*")) if p.is_file()}
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    out: Path
+    toy: dict[str, object]
+    summary: Summary
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FinishedRun]:
+    """A finished run by an executor, done once; the same command again is all that may be done with it."""
+
+    @cache
+    def finished(executor: str) -> FinishedRun:
+        folder = tmp_path_factory.mktemp(executor)
+        (folder / "trace").mkdir()
+        toy: dict[str, object] = {"trace": str(folder / "trace"), "add_cubes": True}
+        return FinishedRun(folder / "r", toy, run(folder / "r", executor, **toy))
+
+    return finished
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_run_is_whole_and_the_same_command_again_does_nothing(executor: str, tmp_path: Path, trace: Path) -> None:
-    toy = {"trace": str(trace), "add_cubes": True}
-    summary = run(tmp_path / "r", executor, **toy)
+def test_a_run_is_whole_and_the_same_command_again_does_nothing(
+    executor: str, finished_run: Callable[[str], FinishedRun]
+) -> None:
+    done = finished_run(executor)
+    out, summary, trace = done.out, done.summary, Path(str(done.toy["trace"]))
     assert summary["num_samples"] == 18  # 20 values, of which 7 and 17 are dropped
-    made = files(tmp_path / "r")
+    made = files(out)
     assert made["store/squares/00001.txt"] == b"32\n50\n72"
     assert made["store/cubes/00001.txt"] == b"132\n150\n172"
     assert marks(trace, "setup") == 1, "the worker keeps its model across shards"
-    assert not list((tmp_path / "r" / "staging").rglob("*.txt")), "intermediate files are gone"
-    quarantine = (tmp_path / "r" / "quarantine" / "squares" / "00001.jsonl").read_text()
+    assert not list((out / "staging").rglob("*.txt")), "intermediate files are gone"
+    quarantine = (out / "quarantine" / "squares" / "00001.jsonl").read_text()
     assert json.loads(quarantine) == {"row": 3, "key": "7", "reason": "ends_in_seven", "detail": ""}
     calls = len(list(trace.iterdir()))
-    again = run(tmp_path / "r", executor, **toy)
+    again = run(out, executor, **done.toy)
     assert len(list(trace.iterdir())) == calls
     assert again["tally"]["shards_skipped"] == 5  # type: ignore[index]
     assert again["tally"]["groups"] == summary["tally"]["groups"]  # type: ignore[index]
-    assert files(tmp_path / "r") == made
+    assert files(out) == made
+
+
+@pytest.mark.ray
+def test_all_executors_write_the_same_bytes(finished_run: Callable[[str], FinishedRun]) -> None:
+    inline, local, ray = (files(finished_run(executor).out) for executor in ("inline", "local", "ray"))
+    assert ray == local == inline
+    assert len(inline) == 10
 
 
 @pytest.mark.parametrize("executor", RAY_IS_SLOW)
@@ -86,13 +119,6 @@ def test_a_setup_that_cannot_work_ends_the_run_at_once_with_its_exit_code(execut
     with pytest.raises(PipelineError, match=r"toy\.model: not found") as caught:
         run(tmp_path / "r", executor, add_cubes=True, broken_setup=True)
     assert caught.value.exit_code == MachineError.exit_code
-
-
-def test_all_executors_write_the_same_bytes(tmp_path: Path) -> None:
-    run(tmp_path / "ray", "ray", add_cubes=True)
-    run(tmp_path / "local", "local", add_cubes=True)
-    run(tmp_path / "inline", "inline", add_cubes=True)
-    assert files(tmp_path / "ray") == files(tmp_path / "local") == files(tmp_path / "inline")
 
 
 def test_a_group_added_later_leaves_the_others_alone(tmp_path: Path, trace: Path) -> None:

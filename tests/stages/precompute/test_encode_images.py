@@ -69,7 +69,7 @@ def test_a_batch_has_the_embeddings_of_its_samples(clip: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
-def test_one_added_later_touches_nothing_else_and_verify_sees_exchanged_files(
+def test_an_image_encoder_added_later_touches_nothing_else_and_verify_finds_exchanged_files(
     clip: Path, tmp_path: Path, store_format: str
 ) -> None:
     settings = (*SETTINGS, f"store.format={store_format}", "store.dtype=int8", "images.codec={32: png}")

@@ -1,4 +1,4 @@
-"""A short training of the demo's cascade draws captions it has never seen; `make evidence` trains it to the end."""
+"""Images of a shortly trained demo cascade show captions it has never seen; `make evidence` trains it to the end."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tests.runs import REPOSITORY
 
 
 @pytest.mark.slow
-def test_held_out_captions_are_drawn_after_two_minutes_of_training(tmp_path: Path) -> None:
+def test_held_out_captions_are_shown_after_two_minutes_of_training(tmp_path: Path) -> None:
     arguments = ["--samples", "2500", "--base-steps", "700", "--sr-steps", "400", "--captions", "100"]
     paths = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "cascade.json")]
     subprocess.run(
