@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser, diffusion_loss
-from imagen_core.train import NonFiniteLossError, TrainingProgress, TrainError, load_checkpoint, train, trainer
+from imagen_core.train import NonFiniteLossError, TrainError, TrainingProgress, load_checkpoint, train, trainer
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.stream import BatchStream, open_store
 from imagen_core.train.evaluation import validation_loss
