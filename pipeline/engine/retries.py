@@ -2,7 +2,7 @@
 
 Each round copies the source rows of the chosen drops into RUN/retries/ROUND.jsonl and appends them to the stream
 as further shards, numbered from ROUND x 10,000,000. So finished files stay as they are, and the rows of all
-groups stay aligned. A row's last try counts: what is retried leaves the counts of the shard it came from.
+groups stay aligned. A row's last try counts: a retried row leaves the counts of the shard it came from.
 """
 
 import json
@@ -22,7 +22,7 @@ from pipeline.storage.run_folder import RunFolder
 _FIRST_INDEX = 10_000_000
 _FOLDER = "retries"
 ALL = "all"
-REMOVED = "removed"  # the drop reason of what was taken out of the store: never tried again
+REMOVED = "removed"  # the drop reason of samples that were taken out of the store: never tried again
 
 
 def with_retries(plan: Plan, run: RunFolder) -> Plan:
@@ -32,7 +32,7 @@ def with_retries(plan: Plan, run: RunFolder) -> Plan:
 
 
 def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[str]:
-    """Collects the rows dropped for one of `reasons` (or `all`, but `removed`) and not retried yet, as a new round.
+    """Collects the rows dropped for one of `reasons` (`all`: any but `removed`) and not retried yet, as a new round.
 
     Returns:
         How many rows will be tried again, by reason.
@@ -45,7 +45,7 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
     wanted: Callable[[str], bool] = lambda r: r != REMOVED and (r in reasons or ALL in reasons)  # noqa: E731
     chosen: Counter[str] = Counter()
     lines: list[str] = []
-    others: set[str] = set()
+    other_reasons: set[str] = set()
     shard_size = 1
     for shard in plan.shards():
         shard_size = max(shard_size, shard.num_rows)
@@ -57,16 +57,16 @@ def begin_round(plan: Plan, run: RunFolder, reasons: Sequence[str]) -> Counter[s
         for drop in drops:
             row, reason = drop["row"], drop["reason"]
             if row not in retried[shard.index]:
-                others.add(reason)
+                other_reasons.add(reason)
             if wanted(reason) and row not in retried[shard.index]:
                 chosen[reason] += 1
                 line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
                 files = {name: path for name, path in shard.files.items() if name in rows[row]}
                 lines.append(json.dumps({**line, "files": files} if files else line))
     if not lines and ALL not in reasons:
-        there_are = ", ".join(sorted(others)) or "none"
+        available = ", ".join(sorted(other_reasons)) or "none"
         raise ConfigError(
-            f"--retry-dropped {','.join(reasons)}: no dropped sample has it; reasons there are: {there_are}"
+            f"--retry-dropped {','.join(reasons)}: no dropped sample has it; available reasons: {available}"
         )
     if lines:
         rounds = _round_files(run)
@@ -94,7 +94,7 @@ def rounds_fit(plan: Plan, run: RunFolder) -> bool:
 
 
 def delete_retries(plan: Plan, run: RunFolder) -> None:
-    """Removes all rounds and what was made of them."""
+    """Deletes all rounds and the files made from them."""
     for shard in _retry_shards(run):
         for group in plan.groups:
             run.delete_shard(group, shard.name)
@@ -113,7 +113,7 @@ def _retry_shards(run: RunFolder) -> Iterator[Shard]:
 
 
 def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
-    """Shard index -> rows that a later round has taken over."""
+    """Shard index -> rows that a later round has retried."""
     result: defaultdict[int, set[int]] = defaultdict(set)
     for file in _round_files(run):
         for line in _read(run, file):
@@ -122,7 +122,7 @@ def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
 
 
 def retry_origins(run: RunFolder) -> dict[int, list[tuple[int, int]]]:
-    """Index of each retry shard -> (shard index, row) that each of its rows was tried as before."""
+    """Index of each retry shard -> for each of its rows (shard index, row) of its previous try."""
     result: dict[int, list[tuple[int, int]]] = {}
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
@@ -150,14 +150,23 @@ def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, run.storage.read_lines(name))
 
 
+def has_retries(run: RunFolder) -> bool:
+    """Whether a round was recorded."""
+    return bool(_round_files(run))
+
+
 def redact_retries(
-    run: RunFolder, removed: Mapping[int, Collection[int]], is_removed: Callable[[object], bool]
+    run: RunFolder,
+    removed: Mapping[int, Collection[int]],
+    is_removed: Callable[[list[object]], bool],
+    redact: Callable[[list[object]], list[object]],
 ) -> None:
-    """Takes captions and URLs of removed rows out of the rounds, and tells the records of those shards.
+    """Takes the content of removed rows out of the rounds, and updates the records of their shards.
 
     Args:
         removed: rows by shard index.
-        is_removed: whether a source row is to go too.
+        is_removed: whether a source row is removed in addition to those.
+        redact: a source row without content, such as captions and URLs.
     """
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
@@ -166,7 +175,7 @@ def redact_retries(
         for place, line in enumerate(lines):
             shard = number * _FIRST_INDEX + place // size
             if line.get("removed") or place % size in removed.get(shard, ()) or is_removed(line["source"]):
-                line.update(source=_without_content(line["source"]), removed=True)
+                line.update(source=redact(line["source"]), removed=True)
                 redacted.add(shard)
         if redacted:
             run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
@@ -175,10 +184,3 @@ def redact_retries(
                 record = run.read_record(group, shard.name)
                 if record is not None:
                     run.storage.write_json(run.record_name(group, shard.name), {**record, "input": shard.digest})
-
-
-def _without_content(row: object) -> object:
-    """A source row in its shape, without its lists, which are captions, and its URLs."""
-    assert isinstance(row, list)
-    empty = {list: [], str: ""}
-    return [empty[type(v)] if isinstance(v, list) or (isinstance(v, str) and "://" in v) else v for v in row]

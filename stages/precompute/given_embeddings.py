@@ -90,7 +90,7 @@ class PrecomputedEmbeddingsStage(Stage):
 
     def process(self, task: Task) -> None:
         samples = read_samples(task.input(SAMPLES))
-        given = self.source.given(task.shard, self.encoder.array, [sample.input_row for sample in samples])
+        given = self.source.precomputed(task.shard, self.encoder.array, [sample.input_row for sample in samples])
         tokens, bad = self._read(samples, given)
         tokens, unfit, quality = storable(tokens, self.encoder.dim, self.dtype, self.min_cosine)
         bad |= unfit

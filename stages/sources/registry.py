@@ -1,9 +1,13 @@
-"""The union of all sources, picked by `source.kind`."""
+"""The union of all sources, selected by `source.kind`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
+from pipeline.errors import ConfigError
+from pipeline.storage.run_folder import CONFIG, RunFolder
+from stages.sources.base import Source
 from stages.sources.folder import FolderConfig
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.parquet import ParquetConfig
@@ -16,3 +20,17 @@ AnySource = Annotated[
     SyntheticConfig | UrlsConfig | FolderConfig | WebdatasetConfig | ParquetConfig | TsvConfig | HuggingfaceConfig,
     Field(discriminator="kind"),
 ]
+
+
+def source_of_run(run: RunFolder) -> Source:
+    """The source that the configuration in a run folder names; it is not opened.
+
+    Raises:
+        ConfigError: the configuration has no source.
+    """
+    try:
+        tree: Any = yaml.safe_load(run.storage.read(CONFIG))
+        config = TypeAdapter[AnySource](AnySource).validate_python(tree["source"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(f"{run.url}/{CONFIG}: has no source that can be read: {error}; restore the file") from error
+    return config.build()

@@ -136,6 +136,7 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
     import io
     import tarfile
 
+    from stages.precompute.fetch import fetch_originals
     from stages.sources.base import Original
     from stages.sources.tars import WebdatasetConfig
 
@@ -151,7 +152,7 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
     shard = next(source.shards(10))
     make("a.tar", 90)
     read: list[Original] = []
-    source.fetch(shard, None, tmp_path, read.append)
+    fetch_originals(source, shard, None, tmp_path, read.append)
     assert [(o.key, o.captions) for o in read] == [("b/x", ("level 50",))]
 
 
@@ -168,7 +169,7 @@ def test_a_retry_of_a_changed_source_or_an_unknown_reason_changes_nothing(images
         workflow = Precompute(load_config(PrecomputeConfig, None, arguments(images)))
         workflow.run(out, RunOptions("inline", retry_dropped=(reason,), quiet=True))
 
-    with pytest.raises(ConfigError, match="reasons there are: too_small"):
+    with pytest.raises(ConfigError, match="available reasons: too_small"):
         retry("http_404")
     (images / "2.txt").write_text("changed")
     with pytest.raises(StaleOutputError):

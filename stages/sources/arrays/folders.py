@@ -67,7 +67,7 @@ class ArrayFolder:
         return self.files[number]
 
     def check(self, paths: Iterable[str]) -> None:
-        """Each table or tar must have a .npy of its own.
+        """Checks that each table or tar has its own .npy.
 
         Raises:
             ConfigError: one has none, or two have the same.
@@ -81,7 +81,7 @@ class ArrayFolder:
                     "rename one, or make a run of each folder"
                 )
 
-    def look(self, path: str) -> tuple[int, str]:
+    def num_rows_and_digest(self, path: str) -> tuple[int, str]:
         """Rows of the .npy of a table or tar, and a digest of its size, header and ends.
 
         Raises:
@@ -101,7 +101,7 @@ class ArrayFolder:
         Raises:
             ConfigError: with both numbers.
         """
-        found, digest = self.look(path)
+        found, digest = self.num_rows_and_digest(path)
         if found != rows:
             raise ConfigError(
                 f"{self.field}: {self.file_of(path)} has {found:,} rows, but {path} has {rows:,} samples; they "
