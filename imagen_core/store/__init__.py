@@ -5,13 +5,14 @@ from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.null import write_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
-from imagen_core.store.files.ragged import Stored, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.ragged import NotFiniteError, Stored, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
     ImageWriter,
+    cast_embeddings,
     open_image_writer,
     open_images,
     text_shard_bytes,
-    write_text_shard,
+    write_embedding_shard,
 )
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
@@ -24,6 +25,7 @@ from imagen_core.store.layout import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    file_suffix,
     image_embed_group,
     image_group,
     null_path,
@@ -83,6 +85,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "ManifestError",
+    "NotFiniteError",
     "Problem",
     "Removal",
     "RemovedRow",
@@ -103,8 +106,10 @@ __all__ = [
     "View",
     "add_removal",
     "cast_embedding",
+    "cast_embeddings",
     "check_codec",
     "codec_settings",
+    "file_suffix",
     "find_rows",
     "image_embed_group",
     "image_group",
@@ -128,8 +133,8 @@ __all__ = [
     "token_errors",
     "value_digest",
     "verify_store",
+    "write_embedding_shard",
     "write_manifest",
     "write_null",
     "write_samples",
-    "write_text_shard",
 ]

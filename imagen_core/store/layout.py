@@ -29,7 +29,7 @@ RETRIED = "retried"  # the drop reason of an input row that a later shard tries 
 REMOVED = "removed"  # why readers leave out a sample that was taken out of the store, and runs do not store it again
 ROW_GROUP_BYTES = 512 * 1024  # what one parquet row group holds: the unit of a remote read
 
-SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
+_SUFFIXES: dict[str, str] = {"parquet": ".parquet", "hdf5": ".h5"}
 _ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"/\d+\.r([1-9]\d*)\.\w+$")
 
@@ -84,6 +84,11 @@ def _encoder_name(encoder: str) -> str:
     return encoder
 
 
+def file_suffix(store_format: StoreFormat) -> str:
+    """Suffix of the files of images and embeddings, `.parquet` or `.h5`."""
+    return _SUFFIXES[check_format(store_format)]
+
+
 def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", revision: int = 0) -> str:
     """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`.
 
@@ -91,7 +96,7 @@ def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", re
     manifest goes from all former files to all new ones at once: `revision` counts the removals it knows.
     """
     mark = f".r{revision}" if revision else ""
-    return f"{group}/{index:05d}{mark}.{SUFFIXES[check_format(store_format)]}"
+    return f"{group}/{index:05d}{mark}{file_suffix(store_format)}"
 
 
 def revision_of(path: str) -> int:

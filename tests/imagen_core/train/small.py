@@ -93,7 +93,16 @@ def make_store(
         captions = [sample.captions[0] for sample in samples]
         fingerprint = groups["text-t5"]["fingerprint"]
         path = root / paths["text-t5"]
-        st.write_text_shard(path, embeddings, dim, "float16", "parquet", captions=captions, fingerprint=fingerprint)
+        st.write_embedding_shard(
+            path,
+            st.cast_embeddings(embeddings, dim, "float16"),
+            [len(embedding) for embedding in embeddings],
+            dim,
+            "float16",
+            "parquet",
+            captions=captions,
+            fingerprint=fingerprint,
+        )
         files = {name: _entry(root, path, count) for name, path in paths.items()}
         shards.append({"index": shard, "rows": count, "files": files})
     st.write_manifest(root / "manifest.json", {"writer": "test", "groups": groups}, shards)

@@ -125,9 +125,10 @@ def rewrite(store: Path, change: Any) -> list[str]:
     captions = [by_id[i] for i in range(len(by_id))]
     file = opened.shard(1).text["t5"]
     embeddings = change(captions, [st.restore(file.stored(i), "float16") for i in range(len(captions))])
-    st.write_text_shard(
+    st.write_embedding_shard(
         store / TEXT,
-        [e.astype(np.float32) for e in embeddings],
+        st.cast_embeddings([e.astype(np.float32) for e in embeddings], group["dim"], group["dtype"]),
+        [len(e) for e in embeddings],
         group["dim"],
         group["dtype"],
         "parquet",
