@@ -37,7 +37,7 @@ class EmbeddingFiles:
 
     @property
     def blank(self) -> Stored:
-        """Stands for an embedding that is dropped: no token of a caption, one vector of zeros of an image."""
+        """Replaces a dropped embedding: no tokens for a caption, one vector of zeros for an image."""
         return cast_embedding(np.zeros((0 if self.kind == "text" else 1, self.dim), np.float32), self.dtype)
 
     def config(self, min_cosine: float | None = None) -> dict[str, object]:

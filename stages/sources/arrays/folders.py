@@ -1,4 +1,4 @@
-"""Embeddings that come with the data, in .npy files of a row for each sample: `source.arrays`."""
+"""Embeddings that come with the data, in .npy files with one row per sample: `source.arrays`."""
 
 import re
 from collections.abc import Iterable
@@ -58,11 +58,11 @@ class ArrayFolder:
         """
         number = number_of(path)
         if number is None:
-            raise ConfigError(f"{self.field}: {path} has no number at its end, so no .npy can be told to be its own")
+            raise ConfigError(f"{self.field}: {path} has no number at its end, so no .npy can be found for it")
         if number not in self.files:
             raise ConfigError(
                 f"{self.field}: {path} has no .npy with the number {number} in {self.folder} (of {len(self.files)}); "
-                "add the file, or leave out those that have none by a glob in source.path"
+                "add the file, or leave out the files without one by a glob in source.path"
             )
         return self.files[number]
 
@@ -85,7 +85,7 @@ class ArrayFolder:
         """Rows of the .npy of a table or tar, and a digest of its size, header and ends.
 
         Raises:
-            ConfigError: there is none, or it is no whole .npy of numbers.
+            ConfigError: there is none, or it is not a complete .npy of numbers.
         """
         file = self.file_of(path)
         header, opened = self._open(file)
@@ -105,7 +105,7 @@ class ArrayFolder:
         if found != rows:
             raise ConfigError(
                 f"{self.field}: {self.file_of(path)} has {found:,} rows, but {path} has {rows:,} samples; they "
-                "must be aligned row by row, so make the one anew from the other"
+                "must be aligned row by row, so make the one again from the other"
             )
         return digest
 
@@ -127,7 +127,7 @@ class ArrayFolder:
             except Damaged as error:
                 opened.close()
                 raise ConfigError(
-                    f"{self.field}: {file} is no whole .npy of (rows, dim): {error}; write it anew"
+                    f"{self.field}: {file} is not a complete .npy of (rows, dim): {error}; write it again"
                 ) from error
             except BaseException:
                 opened.close()
@@ -143,7 +143,7 @@ class ArrayFolder:
 
 
 def no_array(name: str, present: Iterable[str]) -> ConfigError:
-    """The error for an array that the source was not told of."""
+    """The error for an array that the source does not have."""
     return ConfigError(
         f"encoders: array {name!r} is not in source.arrays, which has: {', '.join(present) or 'none'}; add it there"
     )
