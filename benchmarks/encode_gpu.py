@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import matmul_flops, report
 from benchmarks.encode import SHAPE, shuffled_prompts, useful_flops, write_tokenizer
-from imagen_core.store import write_embedding_shard
+from imagen_core.store import cast_embeddings, write_embedding_shard
 from stages.encoders.base import TokenModel
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.model_files import ModelFiles
@@ -157,7 +157,10 @@ def write(encoder: TextEncoder, shards: list[list[str]], folder: Path) -> None:
         path = folder / f"{index:05d}.h5"
         captions = shards[index]
         embeddings = encoder.encode(captions).embeddings
-        write_embedding_shard(path, embeddings, encoder.dim, "float16", "hdf5", captions=captions, fingerprint={})
+        cast, num_tokens = cast_embeddings(embeddings, encoder.dim, "float16"), [len(x) for x in embeddings]
+        write_embedding_shard(
+            path, cast, num_tokens, encoder.dim, "float16", "hdf5", captions=captions, fingerprint={}
+        )
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.unlink()

@@ -90,7 +90,10 @@ def write_store(root: Path, data: Captions, images: dict[int, np.ndarray], store
                     writer.append(pixels[i], row.key, row.sha256)
         embeddings = [data[i] for i in ids]
         path, captions = root / paths[st.text_group("t5")], [row.captions[0] for row in rows]
-        st.write_embedding_shard(path, embeddings, dim, "float16", store_format, captions=captions, fingerprint={})
+        cast, num_tokens = st.cast_embeddings(embeddings, dim, "float16"), [len(x) for x in embeddings]
+        st.write_embedding_shard(
+            path, cast, num_tokens, dim, "float16", store_format, captions=captions, fingerprint={}
+        )
         files = {name: file_entry(root, path, len(ids)) for name, path in paths.items()}
         shards.append({"index": index, "rows": len(ids), "files": files})
     st.write_manifest(root / st.MANIFEST_NAME, {"writer": "benchmark", "groups": groups}, shards)

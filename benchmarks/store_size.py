@@ -22,7 +22,14 @@ import torch
 from benchmarks.common import report
 from benchmarks.store_dtype import compare
 from benchmarks.store_formats import Captions, size_bytes
-from imagen_core.store import StoreDtype, StoreFormat, cast_embedding, restore, write_embedding_shard
+from imagen_core.store import (
+    StoreDtype,
+    StoreFormat,
+    cast_embedding,
+    cast_embeddings,
+    restore,
+    write_embedding_shard,
+)
 
 DIM, MEAN_TOKENS = 4096, 20.0
 FEW = 8  # of padded formats: every caption takes the same
@@ -42,7 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, dtype, store_format in OURS:
             path = Path(folder) / name.replace(" ", "-")
-            write_embedding_shard(path, embeddings, DIM, dtype, store_format, captions=captions, fingerprint={})
+            cast, num_tokens = cast_embeddings(embeddings, DIM, dtype), [len(x) for x in embeddings]
+            write_embedding_shard(path, cast, num_tokens, DIM, dtype, store_format, captions=captions, fingerprint={})
             rows.append({"format": name, "bytes_per_caption": path.stat().st_size / len(data)})
         for name, (write, padded_to) in PEERS.items():
             path = Path(folder) / name.split()[0]

@@ -1,4 +1,4 @@
-"""Cleaning of captions: defined results for whatever the internet writes."""
+"""Cleans captions: defined results for whatever the internet writes."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -22,15 +22,17 @@ def is_valid_text(caption: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in caption)
 
 
-def clean_captions(captions: Sequence[str], *, allow_empty: bool) -> tuple[tuple[str, ...], str | None]:
-    """Cleans a sample's captions: empty and repeated ones go.
+def clean_captions(captions: Sequence[str] | None) -> tuple[tuple[str, ...], str | None]:
+    """Cleans a sample's captions: empty and repeated ones are left out.
 
+    Args:
+        captions: None: the source has no captions; then the sample has one, the empty caption.
     Returns:
         The captions, and the drop reason if none is left (`empty_caption`) or one is not text (`invalid_caption`).
     """
+    if captions is None:
+        return ("",), None
     if not all(is_valid_text(caption) for caption in captions):
         return (), "invalid_caption"
     cleaned = tuple(dict.fromkeys(c for c in map(clean_caption, captions) if c))
-    if cleaned:
-        return cleaned, None
-    return (("",), None) if allow_empty else ((), "empty_caption")
+    return (cleaned, None) if cleaned else ((), "empty_caption")

@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is none that torch knows; use auto, cpu or cuda") from error
+        raise ConfigError(f"device: {name!r} is not known to torch; use auto, cpu or cuda") from error
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"device: {name!r} is not there ({count} GPUs found); use auto or cpu")
     if device.type == "cuda":

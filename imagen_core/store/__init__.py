@@ -5,9 +5,10 @@ from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.null import write_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
-from imagen_core.store.files.ragged import StoredEmbedding, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
     ImageWriter,
+    cast_embeddings,
     embedding_shard_bytes,
     open_image_writer,
     open_images,
@@ -24,6 +25,7 @@ from imagen_core.store.layout import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    file_suffix,
     image_embed_group,
     image_group,
     null_path,
@@ -83,6 +85,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "ManifestError",
+    "NotFiniteError",
     "Problem",
     "Removal",
     "RemovedRow",
@@ -103,9 +106,11 @@ __all__ = [
     "View",
     "add_removal",
     "cast_embedding",
+    "cast_embeddings",
     "check_codec",
     "codec_settings",
     "embedding_shard_bytes",
+    "file_suffix",
     "find_rows",
     "image_embed_group",
     "image_group",

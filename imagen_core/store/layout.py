@@ -29,7 +29,7 @@ RETRIED = "retried"  # drop reason of an input row that a later shard tries agai
 REMOVED = "removed"  # exclusion reason of a sample that was removed: readers skip it, runs do not store it again
 ROW_GROUP_BYTES = 512 * 1024  # size of a parquet row group, the unit of a remote read
 
-SUFFIXES: dict[str, str] = {"parquet": "parquet", "hdf5": "h5"}
+_SUFFIXES: dict[str, str] = {"parquet": ".parquet", "hdf5": ".h5"}
 _ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"/\d+\.r([1-9]\d*)\.\w+$")
 
@@ -89,6 +89,11 @@ def shard_name(index: int) -> str:
     return f"{index:05d}"
 
 
+def file_suffix(store_format: StoreFormat) -> str:
+    """Suffix of the files of images and embeddings, `.parquet` or `.h5`."""
+    return _SUFFIXES[check_format(store_format)]
+
+
 def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", revision: int = 0) -> str:
     """Path of one shard's file of a group, relative to the store: `images-64/00007.h5`.
 
@@ -99,7 +104,7 @@ def shard_path(group: str, index: int, store_format: StoreFormat = "parquet", re
         ValueError: an unknown format.
     """
     mark = f".r{revision}" if revision else ""
-    return f"{group}/{shard_name(index)}{mark}.{SUFFIXES[check_format(store_format)]}"
+    return f"{group}/{shard_name(index)}{mark}{file_suffix(store_format)}"
 
 
 def revision_of(path: str) -> int:

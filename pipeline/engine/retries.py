@@ -159,14 +159,23 @@ def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, run.storage.read_lines(name))
 
 
+def has_retries(run: RunFolder) -> bool:
+    """Whether a round was recorded."""
+    return bool(_round_files(run))
+
+
 def redact_retries(
-    run: RunFolder, removed: Mapping[int, Collection[int]], is_removed: Callable[[object], bool]
+    run: RunFolder,
+    removed: Mapping[int, Collection[int]],
+    is_removed: Callable[[list[object]], bool],
+    redact: Callable[[list[object]], list[object]],
 ) -> None:
-    """Deletes captions and URLs of removed rows from the rounds, and updates the records of their shards.
+    """Deletes the content of removed rows from the rounds, and updates the records of their shards.
 
     Args:
         removed: rows by shard index.
-        is_removed: whether a source row must be removed too.
+        is_removed: whether a source row is removed in addition to those.
+        redact: a source row without content, such as captions and URLs.
     """
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
@@ -175,7 +184,7 @@ def redact_retries(
         for place, line in enumerate(lines):
             shard = number * _FIRST_INDEX + place // size
             if line.get("removed") or place % size in removed.get(shard, ()) or is_removed(line["source"]):
-                line.update(source=_without_content(line["source"]), removed=True)
+                line.update(source=redact(line["source"]), removed=True)
                 redacted.add(shard)
         if redacted:
             run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
@@ -184,10 +193,3 @@ def redact_retries(
                 record = run.read_record(group, shard.name)
                 if record is not None:
                     run.write_record(replace(record, input=shard.digest))
-
-
-def _without_content(row: object) -> object:
-    """A source row in its shape, without its lists, which are captions, and its URLs."""
-    assert isinstance(row, list)
-    empty = {list: [], str: ""}
-    return [empty[type(v)] if isinstance(v, list) or (isinstance(v, str) and "://" in v) else v for v in row]

@@ -3,7 +3,7 @@
 The plugin of each allowed format is called directly, not through `Image.open`: no other parser (EPS starts
 ghostscript) is ever reached, and Pillow's process-wide bomb limit gives way to the caller's `max_pixels`.
 
-Not corrected: a JPEG that was cut and then closed with an end marker decodes with a grey rest (libjpeg only
+Not corrected: a JPEG that was truncated and then closed with an end marker decodes with a gray rest (libjpeg only
 warns and Pillow does not pass that on), and the PNG chunks gAMA, cHRM and cICP are ignored.
 """
 
@@ -58,7 +58,7 @@ class ImageRejected(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image; width and height are those after the EXIF orientation was applied."""
+    """A decoded image; width and height are the ones after the EXIF orientation was applied."""
 
     pixels: np.ndarray
     """uint8 (height, width, 3), sRGB, read-only."""
@@ -71,7 +71,7 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
     """Decode the first frame to upright sRGB on white.
 
     Transparency is put on white, an embedded colour profile is converted to sRGB (perceptual intent; a broken
-    or unfitting profile is ignored) and 16-bit grey keeps its high byte.
+    or unfitting profile is ignored) and 16-bit grayscale keeps its high byte.
 
     Raises:
         ImageRejected: the image is unusable. Size is checked before any pixel is decoded.
@@ -79,7 +79,7 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
     if not data:
         raise ImageRejected(RejectReason.EMPTY_FILE, "0 bytes")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides cut images; turn it off")
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides truncated images; turn it off")
 
     name, plugin = _plugin_for(data)
     try:
@@ -195,7 +195,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the image has any."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _split_deep_grey(image)
+        return _split_deep_grayscale(image)
     if not image.has_transparency_data:
         if image.mode not in _PROFILE_SPACES:
             image = image.convert("L" if image.mode == "1" else "RGB")
@@ -204,18 +204,18 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
 
 
-def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of more than 8 bits: integers in 0..65535 keep the high byte, floats are in 0..1."""
+def _split_deep_grayscale(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grayscale of more than 8 bits: integers in 0..65535 keep the high byte, floats are in 0..1."""
     values = np.asarray(image)
     if image.mode == "F":
-        grey = np.rint(np.clip(np.nan_to_num(values), 0.0, 1.0) * 255)
+        gray = np.rint(np.clip(np.nan_to_num(values), 0.0, 1.0) * 255)
     else:
-        grey = np.clip(values, 0, 65535) >> 8
-    deep_grey = Image.fromarray(grey.astype(np.uint8))
-    transparent = image.info.get("transparency")  # PNG may declare one grey value transparent
+        gray = np.clip(values, 0, 65535) >> 8
+    deep_gray = Image.fromarray(gray.astype(np.uint8))
+    transparent = image.info.get("transparency")  # PNG may declare one gray value transparent
     if transparent is None:
-        return deep_grey, None
-    return deep_grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        return deep_gray, None
+    return deep_gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
 
 
 def _apply_profile(colour: Image.Image, profile: bytes) -> Image.Image:
@@ -245,7 +245,7 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
             mode,
             "RGB",
             renderingIntent=ImageCms.Intent.PERCEPTUAL,
-            # The shortcut LittleCMS takes for 8-bit grey is up to 10 levels off in the shadows.
+            # The shortcut LittleCMS takes for 8-bit grayscale is up to 10 levels off in the shadows.
             flags=ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE,
         )
     except ImageCms.PyCMSError:
@@ -254,7 +254,7 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a grid of colours comes out as it went in, to one level: then the profile is a kind of sRGB."""
+    """Whether a grid of colours stays as it is, to one level: then the profile is a kind of sRGB."""
     steps = np.arange(0, 256, 15, dtype=np.uint8)  # 0, 15 .. 255
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
     out = np.asarray(transform.apply(Image.fromarray(grid)))

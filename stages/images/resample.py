@@ -4,7 +4,7 @@ The uint8 path of `torch.nn.functional.interpolate` is several times faster than
 weights in 16 bits. Where the side shrinks to half or less, none of 300 million bicubic values of noise, zone
 plates, photo-like images and emoji was more than one level off Pillow's; of images made of pixel-fine
 stripes or checks, up to one value in 200,000 was two levels off. Where the side shrinks less, or grows, noise
-reaches two levels too, so Pillow does those.
+reaches two levels too, so Pillow resizes these.
 """
 
 from collections.abc import Iterable

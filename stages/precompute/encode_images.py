@@ -1,29 +1,26 @@
 """Encodes the stored images of a shard with one frozen image encoder."""
 
-import numpy as np
-
 from imagen_core.store import (
     ImagesGroup,
     StoreDtype,
     StoreFormat,
     embedding_shard_bytes,
-    image_embed_group,
     image_group,
-    is_finite_as,
     open_images,
     read_samples,
-    write_embedding_shard,
 )
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import ImageEncoderConfig
 from stages.encoders.encoder import ImageEncoder, load_encoder
+from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
+from stages.precompute.quantisation import cast_for_store
 from stages.precompute.resize import ImagesConfig
 
 
 class EncodeImagesStage(Stage):
-    """`images-SIZE` -> `image-embed-NAME`: one embedding a row. Workers keep the model."""
+    """`images-SIZE` -> `image-embed-NAME`: one embedding per row. Workers keep the model."""
 
     identity = "EncodePicturesStage"
 
@@ -32,35 +29,22 @@ class EncodeImagesStage(Stage):
     ):
         identity = encoder.identify()
         self.encoder = encoder.pinned(identity)
-        self.store_format: StoreFormat = store_format
-        self.dtype: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector an image: nothing to save
-        self.dim = identity.dim
+        stored_as: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector per image: nothing to save
+        self.files = EmbeddingFiles(
+            "image_embeds", encoder.name, identity.dim, stored_as, store_format, identity.fingerprint
+        )
         self.images = ImagesGroup(
             image_group(encoder.from_px), encoder.from_px, store_format, images.codec_of(encoder.from_px)
         )
         self.name = f"encode-images-{encoder.name}"
-        self.group = image_embed_group(encoder.name)
         self.inputs = (SAMPLES, self.images.name)
         self.max_workers = encoder.workers or 0
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
-        self.fingerprint = identity.fingerprint
-        self.groups = (
-            Group(
-                self.group,
-                {
-                    "kind": "image_embeds",
-                    "encoder": encoder.name,
-                    "dim": self.dim,
-                    "dtype": self.dtype,
-                    "format": store_format,
-                    "fingerprint": self.fingerprint,
-                },
-            ),
-        )
+        self.groups = (Group(self.files.group, self.files.config()),)
         self._model: ImageEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
-        self.encoder.check_unchanged(self.fingerprint)
+        self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
 
     def process(self, task: Task) -> None:
@@ -69,22 +53,12 @@ class EncodeImagesStage(Stage):
         path = task.input(self.images.name)
         images = open_images(str(path), str(path), self.images)
         encoded = self._model.encode(images.pixels(row) for row in range(images.num_rows))
-        embeddings = encoded.embeddings
-        bad = [row for row, embedding in enumerate(embeddings) if not is_finite_as(embedding, self.dtype)]
-        for row in bad:
-            embeddings[row] = np.zeros((1, self.dim), np.float32)
-        drops = [Drop(row, samples[row].key, "non_finite_embedding", f"as {self.dtype}") for row in bad]
-        write_embedding_shard(
-            task.output(self.group, ".h5" if self.store_format == "hdf5" else ".parquet"),
-            embeddings,
-            self.dim,
-            self.dtype,
-            self.store_format,
-            captions=[sample.key for sample in samples],
-            fingerprint=self.fingerprint,
-        )
+        embeddings, bad, _ = cast_for_store(encoded.embeddings, self.files.dtype, 0.0, self.files.blank)
+        drops = [Drop(row, samples[row].key, *bad[row]) for row in bad]
+        self.files.write(task, embeddings, [sample.key for sample in samples])
         counters = {"images_encoded": len(embeddings), **encoded.oom_counter()}
-        task.done(self.group, GroupResult(len(samples), drops, counters, {"excluded_rows": rows_by_reason(drops)}))
+        info = {"excluded_rows": rows_by_reason(drops)}
+        task.done(self.files.group, GroupResult(len(samples), drops, counters, info))
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
-        return embedding_shard_bytes([1] * num_rows, self.dim, self.dtype)
+        return embedding_shard_bytes([1] * num_rows, self.files.dim, self.files.dtype)

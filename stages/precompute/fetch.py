@@ -1,10 +1,12 @@
 """Fetches the originals of a shard from any source into a staged tar."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from imagen_core.store import REMOVED, RETRIED, Blocklist, StoreFolder, load_removals
-from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task
 from pipeline.storage.run_folder import RunFolder
 from stages.captions import is_valid_text
 from stages.precompute.originals import OriginalsWriter
@@ -20,7 +22,8 @@ _FETCH_CPUS = 0.5  # mostly waits for the network or the disk
 class FetchStage(Stage):
     """Source rows -> `originals` (intermediate): every row with its bytes, or with the reason of its drop.
 
-    What was removed from the store is not stored again: it is the drop `removed`.
+    Captions are cleaned and annotations checked here, for all sources. An image that was removed from the store is not
+    stored again: its row is the drop `removed`.
     """
 
     identity = "FetchStage"
@@ -32,7 +35,7 @@ class FetchStage(Stage):
         self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
 
     def setup(self, run: RunFolder) -> None:
-        import webdataset  # noqa: F401 - here, so that no shard pays for it
+        import webdataset  # noqa: F401 - here, so that no shard waits for it
 
         self.source.prepare()
 
@@ -44,7 +47,7 @@ class FetchStage(Stage):
         try:
             with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
 
-                def emit(original: Original) -> None:
+                def write(original: Original) -> None:
                     if original.row in task.retried_rows:
                         original = replace(original, data=None, reason=RETRIED, detail="in a later round")
                     if blocklist.blocks(original.key, original.url, original.data):
@@ -54,7 +57,7 @@ class FetchStage(Stage):
                     counts["fetched"] += original.data is not None
                     counts["bytes"] += len(original.data or b"")
 
-                self.source.fetch(task.shard, wanted, scratch, emit)
+                fetch_originals(self.source, task.shard, wanted, scratch, write)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         task.done(
@@ -67,8 +70,25 @@ class FetchStage(Stage):
         )
 
 
+def fetch_originals(
+    source: Source, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Callable[[Original], None]
+) -> None:
+    """Reads the rows of a shard, in any order, with cleaned captions. Duplicates are dropped without being read.
+
+    Args:
+        wanted: keys to read; None for all. Other rows are not emitted.
+        scratch: an empty folder for temporary files.
+    """
+    rows = [row for row in source.rows_of(shard) if wanted is None or row.key in wanted]
+    unique = [row for row in rows if not row.is_duplicate]
+    source.fetch(shard, unique, scratch, lambda original: emit(original.cleaned()))
+    for row in rows:
+        if row.is_duplicate:
+            emit(Original.dropped(row, "duplicate_key").cleaned())
+
+
 def _storable(original: Original) -> Original:
-    """As it can be stored: text that was not UTF-8 is a drop, and only escaped as a URL."""
+    """As the store can hold it: a key or an annotation that is not valid is a drop; a URL is only escaped."""
     if original.reason is None and not is_valid_text(original.key):
         original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
     if original.url is not None and not is_valid_text(original.url):
@@ -80,7 +100,7 @@ def _storable(original: Original) -> Original:
 
 
 def _wanted_keys(task: Task) -> frozenset[str] | None:
-    """All rows at first; if the shard's samples are fixed already, only those."""
+    """None, which is all rows, at first; the keys of the shard's samples once these are fixed."""
     if not task.has(SAMPLES):
         return None
     from imagen_core.store import read_samples

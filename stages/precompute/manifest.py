@@ -1,4 +1,4 @@
-"""Writes the store's manifest from the completion records: what was cached, and the proof of it."""
+"""Writes the store's manifest from the completion records: all files of the store with their checksums."""
 
 import hashlib
 from collections.abc import Collection, Iterator
@@ -21,9 +21,9 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
 
     Args:
         input_rows: rows of the source, as the driver counted them.
-        failed_shards: indices of shards with a group that could not be made; readers see none of their rows.
+        failed_shards: indices of shards with a group that failed; readers see none of their rows.
     Returns:
-        Facts for the run's summary.
+        Entries for the run's summary.
     """
     failed = frozenset(failed_shards)
     groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
@@ -53,7 +53,7 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
 
 
 def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[str, object]]:
-    """Groups with a record for every shard that did not fail, also those of earlier configurations of the folder."""
+    """Groups with a record for every shard that did not fail, also of earlier configurations of the folder."""
     shards = set(run.recorded_shards(SAMPLES)) - failed
     result = {}
     for group in run.started_groups():

@@ -1,19 +1,17 @@
-"""The fetched originals of a shard: a webdataset tar with one sample a row, dropped rows included.
+"""The fetched originals of a shard: a webdataset tar with one sample per row, including dropped rows.
 
-Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and what is known of the writing in the image) and, if
-it was fetched, `ROW.EXT` with the image's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts
-them.
+Sample `ROW` has `ROW.json` (key, url, captions, drop reason, and the annotations of the image) and, if it was fetched,
+`ROW.EXT` with the image's bytes as they came. Rows are in order of arrival; `OriginalsReader` sorts them.
 """
 
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from stages.sources.annotations import Annotations
 from stages.sources.base import Original
 
 _MAGIC = (
@@ -29,7 +27,7 @@ _ALWAYS = ("key", "url", "captions", "reason", "detail")
 
 
 class OriginalsWriter:
-    """Writes originals as they arrive; memory holds one at a time."""
+    """Writes originals as they arrive; one is in memory at a time."""
 
     def __init__(self, path: Path):
         import webdataset as wds  # imports torch, so not at module level
@@ -41,7 +39,7 @@ class OriginalsWriter:
         metadata = {
             "key": original.key,
             "url": original.url,
-            "captions": list(original.captions),
+            "captions": list(original.captions or ()),
             "reason": original.reason,
             "detail": original.detail,
             **original.annotations,
@@ -68,18 +66,13 @@ class OriginalsWriter:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredOriginal:
-    """Where an original lies in the tar, and what is known of it."""
+class StoredOriginal(Original):
+    """An original in the tar; its bytes stay there until `OriginalsReader.data` reads them."""
 
-    row: int
-    key: str
-    url: str | None
     captions: tuple[str, ...]
-    reason: str | None
-    detail: str
     offset: int = 0
     size: int = 0
-    annotations: Annotations = field(default_factory=dict)
+    """Bytes of the image; 0 where there is none."""
 
 
 class OriginalsReader:
@@ -108,7 +101,7 @@ class OriginalsReader:
 
 def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
     spans: dict[int, tuple[int, int]] = {}
-    metadata: dict[int, dict[str, object]] = {}
+    metadata: dict[int, dict[str, Any]] = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             name, _, suffix = member.name.partition(".")
@@ -119,21 +112,21 @@ def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
             else:
                 spans[int(name)] = (member.offset_data, member.size)
     for row, values in metadata.items():
-        captions, url, reason = values["captions"], values["url"], values["reason"]
-        assert isinstance(captions, list)
+        offset, size = spans.get(row, (0, 0))
         yield StoredOriginal(
             row,
-            str(values["key"]),
-            None if url is None else str(url),
-            tuple(captions),
-            None if reason is None else str(reason),
-            str(values["detail"]),
-            *spans.get(row, (0, 0)),
+            values["key"],
+            values["url"],
+            tuple(values["captions"]),
+            reason=values["reason"],
+            detail=values["detail"],
             annotations={
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()
                 if name not in _ALWAYS
             },
+            offset=offset,
+            size=size,
         )
 
 

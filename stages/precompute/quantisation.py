@@ -1,41 +1,59 @@
-"""What the store can hold: embeddings out of range are found, and what int8 costs is measured when it is written."""
+"""Casts embeddings to the store's dtype: finds the ones out of its range, and measures what int8 costs."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from imagen_core.store import StoreDtype, TokenErrors, cast_embedding, is_finite_as, restore, token_errors
+from imagen_core.store import (
+    NotFiniteError,
+    StoredEmbedding,
+    StoreDtype,
+    TokenErrors,
+    cast_embedding,
+    restore,
+    token_errors,
+)
 
 
-def storable(
-    embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype, min_cosine: float
-) -> tuple[list[np.ndarray], dict[int, tuple[str, str]], dict[str, float]]:
-    """Replaces embeddings that the store's dtype cannot hold by zero tokens.
+def cast_for_store(
+    embeddings: list[np.ndarray], dtype: StoreDtype, min_cosine: float, blank: StoredEmbedding
+) -> tuple[list[StoredEmbedding], dict[int, tuple[str, str]], dict[str, float]]:
+    """Casts embeddings to the store's dtype, and replaces the ones that it cannot hold.
 
     Args:
-        min_cosine: of a token as int8 to itself; less is not held.
+        embeddings: float (n_tokens, dim). The list is emptied on the way, so that memory holds each of them once.
+        min_cosine: least allowed cosine between a token and itself as int8.
+        blank: replaces the ones that do not fit.
     Returns:
-        The embeddings; reason and detail of the replaced ones; what rounding costs the others.
+        The embeddings as stored; reason and detail by index of the replaced ones; what int8 costs the others.
     """
+    stored: list[StoredEmbedding] = []
     bad: dict[int, tuple[str, str]] = {}
     errors: list[TokenErrors] = []
-    for i, embedding in enumerate(embeddings):
-        if not is_finite_as(embedding, dtype):
-            bad[i] = ("non_finite_embedding", f"as {dtype}")
-        elif dtype == "int8":
-            error = int8_errors(embedding)
-            least = float(error.cosine.min(initial=1.0))
-            if least < min_cosine:
-                bad[i] = ("quantisation_error", f"cosine {least:.4f} as int8")
-            else:
-                errors.append(error)
-    empty = np.zeros((0, dim), np.float32)
-    return [empty if i in bad else e for i, e in enumerate(embeddings)], bad, quantisation_counters(errors)
+    embeddings.reverse()
+    while embeddings:
+        embedding = embeddings.pop()
+        try:
+            cast = cast_embedding(embedding, dtype)
+        except NotFiniteError:
+            bad[len(stored)] = ("non_finite_embedding", f"as {dtype}")
+            cast = blank
+        else:
+            if dtype == "int8":
+                error = int8_errors(cast, embedding)
+                least = float(error.cosine.min(initial=1.0))
+                if least < min_cosine:
+                    bad[len(stored)] = ("quantisation_error", f"cosine {least:.4f} as int8")
+                    cast = blank
+                else:
+                    errors.append(error)
+        stored.append(cast)
+    return stored, bad, quantisation_counters(errors)
 
 
-def int8_errors(embedding: np.ndarray) -> TokenErrors:
-    """Of a finite float32 (n_tokens, dim) embedding as int8 with one scale a token."""
-    return token_errors(restore(cast_embedding(embedding, "int8"), "int8"), embedding)
+def int8_errors(stored: StoredEmbedding, embedding: np.ndarray) -> TokenErrors:
+    """Errors of a float32 (n_tokens, dim) embedding as int8 with one scale per token."""
+    return token_errors(restore(stored, "int8"), embedding)
 
 
 def quantisation_counters(errors: Sequence[TokenErrors]) -> dict[str, float]:
@@ -64,9 +82,9 @@ def quantisation_facts(counters: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def quantisation_line(facts: Mapping[str, float]) -> str:
-    """The facts for people."""
+def quantisation_line(summary: Mapping[str, float]) -> str:
+    """The summary as text."""
     return (
-        f"cosine to float32 {facts['mean_cosine']:.5f} mean, {facts['min_cosine']:.5f} least; "
-        f"relative error {facts['mean_relative_error']:.2%} mean, {facts['max_relative_error']:.2%} greatest"
+        f"cosine to float32 {summary['mean_cosine']:.5f} mean, {summary['min_cosine']:.5f} least; "
+        f"relative error {summary['mean_relative_error']:.2%} mean, {summary['max_relative_error']:.2%} greatest"
     )

@@ -1,1 +1,1 @@
-"""Sources: where samples come from, one file a kind."""
+"""Sources: where samples come from, one file per kind."""

@@ -1,59 +1,73 @@
-"""What a source may tell of an image beside captions, in columns that are configured: its writing and its class."""
+"""What a source may tell of an image besides captions, in configured columns: the text in it, and its class."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
 
 Annotations = dict[str, Any]
-"""Field of `SampleRow` -> value, for the columns that are configured; JSON-able."""
+"""Field of `SampleRow` -> value, for the configured columns; JSON-able."""
 
-ANNOTATION_COLUMNS = ("transcription_column", "safebox_column", "label_column")
+_COLUMNS = ("transcription_column", "safebox_column", "label_column")
 _MAX_INT32 = 2**31 - 1
 
 
 class AnnotationsConfig(Config):
-    """Columns of the writing in an image, and of its class."""
+    """Columns of the text in an image, and of its class."""
 
     transcription_column: str | None = None
-    """Column of the text written in the image, as it is read there; empty where there is none. null: not known."""
+    """Column of the text written in the image, as one reads it there; empty where there is none. null: not known."""
     safebox_column: str | None = None
-    """Column of the rectangle around it, which crops in training never cut: left, top, right, bottom in pixels of the
-    image as it is shown (turned by its EXIF orientation), as a list or as text such as `10,20,110,60`."""
+    """Column of the rectangle around it, which crops in training always keep: left, top, right, bottom in pixels of
+    the image as it is shown (turned by its EXIF orientation), as a list or as text such as `10,20,110,60`."""
     label_column: str | None = None
-    """Column of the image's class, a number from 0, or a name of class_names; empty or -1: not known."""
+    """Column of the image's class, a number from 0, or one of class_names; empty or -1: not known."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers, where label_column has names."""
 
     @property
     def annotation_columns(self) -> dict[str, str]:
-        """Column by field of `SampleRow`, of those that are configured."""
-        named = {name: getattr(self, name) for name in ANNOTATION_COLUMNS}
+        """The configured columns, by field of `SampleRow`."""
+        named = {name: getattr(self, name) for name in _COLUMNS}
         return {name.removesuffix("_column"): column for name, column in named.items() if column is not None}
 
     @property
     def annotation_settings(self) -> dict[str, object]:
-        """What a source's fingerprint says of them."""
+        """The annotations' part of a source's fingerprint."""
         return {**self.annotation_columns, **({"class_names": self.class_names} if self.class_names else {})}
 
     def annotations(self, record: Mapping[str, Any]) -> Annotations:
-        """What a row has of them, not checked yet."""
+        """The annotations in a record of a table, not checked yet."""
         found = {field: _plain(record.get(column)) for field, column in self.annotation_columns.items()}
         if found.get("label") in self.class_names:
             found["label"] = str(self.class_names.index(found["label"]))
         return found
 
-    def row_end(self, record: Mapping[str, Any]) -> list[object]:
-        """`annotations` as the last item of a source row; nothing where no column is configured."""
-        return [self.annotations(record)] if self.annotation_columns else []
+    @property
+    def annotation_layout(self) -> tuple[str, ...]:
+        """The part of `Source.layout` for annotations that the rows have; empty if no column is configured."""
+        return ("annotations",) if self.annotation_columns else ()
+
+    def check_columns(self, fields: Iterable[str], present: Sequence[str], where: str) -> None:
+        """Checks that the columns which `fields` and those for annotations name exist.
+
+        Raises:
+            ConfigError: one is not among the columns `present` of the table `where`.
+        """
+        for field in (*fields, *_COLUMNS):
+            column = getattr(self, field)
+            if column is not None and column not in present:
+                raise ConfigError(f"source.{field}: {where} has no column {column!r}; it has: {', '.join(present)}")
 
 
 def check_annotations(annotations: Annotations) -> tuple[Annotations, str | None, str]:
-    """What can be stored of them, and why not: a drop reason and its detail.
+    """The annotations as the store has them; or the reason and the detail of the drop if they are not valid.
 
-    The text is kept as it is, lines and spaces too. A rectangle grows to whole pixels; empty text is none.
+    The text is kept as it is, including line ends and spaces. A rectangle grows to integer pixels; an empty rectangle
+    or label is not known.
     """
     text = annotations.get("transcription")
     if text is not None and not is_valid_text(text):

@@ -4,16 +4,68 @@ import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.captions import clean_captions
 from stages.sources.annotations import Annotations
+
+PAYLOAD = "payload"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One input row as the driver sees it: everything that a worker needs to fetch it.
+
+    In a shard it is a list, whose digest recognises finished work. `Source.layout` names the fields in that list.
+    """
+
+    key: str
+    name: str = ""
+    """What the source calls the file that the row is in, if it has several."""
+    url: str | None = None
+    captions: Sequence[str] | None = None
+    """Not cleaned yet. None: the source has no captions, or they are read by the worker."""
+    payload: tuple[Any, ...] = ()
+    """Where the worker finds the row, and digests of it; JSON-able, and never content of the sample itself."""
+    annotations: Annotations = field(default_factory=dict)
+    is_duplicate: bool = False
+    """True if the key came before; the row is dropped."""
+    position: int = 0
+    """Position in the shard, from 0. Not part of the list."""
+
+    def to_json(self, layout: Sequence[str]) -> list[Any]:
+        """The values of the fields that `layout` names; the items of the payload lie side by side."""
+        values: list[Any] = []
+        for name in layout:
+            values += self.payload if name == PAYLOAD else [getattr(self, name)]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any], layout: Sequence[str], position: int = 0) -> Self:
+        """The row that `to_json` wrote with the same layout."""
+        values = list(values)
+        if PAYLOAD in layout:
+            start = layout.index(PAYLOAD)
+            end = len(values) - (len(layout) - start - 1)
+            values[start:end] = [tuple(values[start:end])]
+        return cls(**dict(zip(layout, values, strict=True)), position=position)
+
+    def redacted(self) -> Self:
+        """The row without the URL, captions and annotations of its sample."""
+        return replace(
+            self,
+            url=None if self.url is None else "",
+            captions=None if self.captions is None else [],
+            annotations={},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +76,34 @@ class Original:
     """Position in the shard, from 0."""
     key: str
     url: str | None
-    captions: tuple[str, ...]
+    captions: tuple[str, ...] | None
+    """None: the source has no captions, or the row was dropped before they were read."""
     data: bytes | None = None
     reason: str | None = None
     """Enumerated reason of a drop, such as `http_404`."""
     detail: str = ""
     annotations: Annotations = field(default_factory=dict)
-    """The writing in the image, as far as the source tells."""
+    """What the source tells of the image in addition to captions."""
+
+    @classmethod
+    def of(cls, row: SourceRow, data: bytes | None = None) -> Self:
+        """A row whose URL, captions and annotations the driver has read."""
+        captions = None if row.captions is None else tuple(row.captions)
+        return cls(row.position, row.key, row.url, captions, data, annotations=row.annotations)
+
+    @classmethod
+    def dropped(cls, row: SourceRow, reason: str, detail: str = "") -> Self:
+        """A row that is dropped before its captions are read."""
+        return cls(row.position, row.key, row.url, None, None, reason, detail, row.annotations)
+
+    def cleaned(self) -> Self:
+        """With clean captions. A row without a usable caption is dropped for that, whatever else is wrong with it."""
+        if self.captions is None and self.reason is not None:
+            return replace(self, captions=(), data=None)
+        captions, reason = clean_captions(self.captions)
+        if reason is not None:
+            return replace(self, captions=captions, data=None, reason=reason, detail="")
+        return replace(self, captions=captions, data=None if self.reason else self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +119,11 @@ class PrecomputedEmbedding:
 
 
 Emit = Callable[[Original], None]
-Row = list[object]
-"""What a source needs to read one input row; JSON-able."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputPart:
-    """A part of the input that is noted as a whole: a file, some rows of a table, an image of a folder."""
+    """A part of the input that is recorded as one: a file, some rows of a table, an image of a folder."""
 
     path: str
     """Relative to the source's folder."""
@@ -61,19 +132,29 @@ class InputPart:
     name: str = ""
     """What the rows call the file, if they name it."""
     first: int = 0
-    """Rows of the same table that belong to earlier pieces."""
+    """Rows of the same table that belong to earlier parts."""
     rows: int | None = None
-    """How many rows; None for all there are."""
+    """How many rows; None: all rows of the file."""
     batch: int = 0
-    """Pieces that were found by the same run; no shard has rows of two batches."""
+    """Parts that were found by the same run; no shard has rows of two batches."""
 
 
 class Source(ABC):
-    """Where samples come from."""
+    """Where samples come from.
+
+    A new kind needs a config, `check`, `parts`, the `rows` of parts with their `layout`, and `fetch`. Captions are
+    cleaned, duplicates dropped and annotations checked by the fetch stage, for all sources alike.
+    """
+
+    layout: tuple[str, ...]
+    """The fields of `SourceRow` that the rows of this source have in a shard, in order, the key first. It decides the
+    digest of every shard, so a change makes finished runs stale."""
+    keys_may_repeat: bool = False
+    """True if two rows may have the same key: then the second one is marked as a duplicate."""
 
     @property
     def grows(self) -> bool:
-        """True if the pieces are tables to which rows may be appended."""
+        """True if the parts are tables to which rows may be appended."""
         return False
 
     @abstractmethod
@@ -89,25 +170,30 @@ class Source(ABC):
         """Streams what there is now, in a fixed order."""
 
     @abstractmethod
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
-        """Streams the rows of `pieces`, each with its piece. Keys and duplicates depend on the rows before."""
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+        """Streams the rows of `parts`, each with its part. Row numbers in keys count over all parts."""
 
     def count_rows(self, path: str) -> int:
         """How many rows a table has now; only of a source that `grows`."""
         raise NotImplementedError
 
     def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
-        """Streams the rows of `pieces`, by default of all there are, as shards, without holding them in memory."""
-        return cut_into_shards(self.rows(self.parts() if parts is None else parts), shard_size)
+        """Streams the rows of `parts`, by default of all parts, as shards, without holding them in memory."""
+        rows = self.rows(self.parts() if parts is None else parts)
+        return _split_into_shards(mark_duplicates(rows) if self.keys_may_repeat else rows, shard_size, self.layout)
+
+    def rows_of(self, shard: Shard) -> list[SourceRow]:
+        """The rows of a shard, with their positions."""
+        return [SourceRow.from_json(row, self.layout, position) for position, row in enumerate(shard.rows)]
 
     @abstractmethod
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
-        """Reads the shard's rows, in any order.
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
+        """Reads rows of a shard, in any order.
 
         Args:
-            wanted: keys to read; None for all. Rows not wanted may be left out.
-            scratch: an empty folder for temporary files, removed afterwards.
-            emit: called once for each row.
+            rows: the ones to read, none of them a duplicate.
+            scratch: an empty folder for temporary files, deleted afterwards.
+            emit: called once per row, with captions and annotations as they are.
         """
 
     def prepare(self) -> None:  # noqa: B027
@@ -120,22 +206,25 @@ class Source(ABC):
             ConfigError: the source has none of this name.
         """
         raise ConfigError(
-            f"encoders: array {name!r} is asked for, but only webdataset and parquet bring arrays; give source.kind"
+            f"encoders: array {name!r} is requested, but only webdataset and parquet bring arrays; give source.kind"
         )
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
-        """Reads the arrays of this name of some rows of a shard, in the order given.
+    def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
+        """Reads the arrays of this name of some rows of a shard, in the order of `positions`.
 
         Raises:
-            ConfigError: an array that cannot be of that row, or is not one of numbers.
+            ConfigError: an array that cannot belong to its row, or does not hold numbers.
         """
         raise NotImplementedError
 
     def captions(self, shard: Shard) -> list[tuple[str, ...]]:
-        """The cleaned captions of the shard's rows. Reads the rows, unless the source knows a shorter way."""
+        """The cleaned captions of the shard's rows, duplicates left out; fetches the rows if they have no captions."""
+        rows = [row for row in self.rows_of(shard) if not row.is_duplicate]
+        if "captions" in self.layout:
+            return [clean_captions(row.captions)[0] for row in rows]
         found: list[tuple[str, ...]] = []
         with tempfile.TemporaryDirectory() as scratch:
-            self.fetch(shard, None, Path(scratch), lambda original: found.append(original.captions))
+            self.fetch(shard, rows, Path(scratch), lambda original: found.append(original.cleaned().captions or ()))
         return found
 
     def estimate_rows(self) -> int | None:
@@ -143,29 +232,40 @@ class Source(ABC):
         return None
 
     def fingerprint(self) -> dict[str, object]:
-        """What of the configuration decides the rows' content; no paths, so that data may be moved."""
+        """The part of the configuration that decides the rows' content; no paths, so that data may be moved."""
         return {}
 
+    def identifiers(self, row: list[object]) -> tuple[str, str | None]:
+        """The key of a row of a shard, and its URL where the row has one."""
+        parsed = SourceRow.from_json(row, self.layout)
+        return parsed.key, parsed.url
 
-def cut_into_shards(rows: Iterable[tuple[InputPart, Row]], shard_size: int) -> Iterator[Shard]:
-    """Cuts a stream of rows into shards; a batch ends with a shard of its own."""
+    def redact(self, row: list[object]) -> list[object]:
+        """A row of a shard without the URL, captions and annotations of its sample; its key stays."""
+        return SourceRow.from_json(row, self.layout).redacted().to_json(self.layout)
+
+
+def _split_into_shards(
+    rows: Iterable[tuple[InputPart, SourceRow]], shard_size: int, layout: Sequence[str]
+) -> Iterator[Shard]:
+    """Splits a stream of rows into shards; the last shard of a batch may be smaller."""
     index = 0
     for _, batch in groupby(rows, key=lambda found: found[0].batch):
         while shard_rows := list(islice(batch, shard_size)):
             files = {part.name: part.path for part, _ in shard_rows if part.name}
-            yield Shard(index, [row for _, row in shard_rows], len(shard_rows), files)
+            yield Shard(index, [row.to_json(layout) for _, row in shard_rows], len(shard_rows), files)
             index += 1
 
 
 class KeyRegistry:
-    """Tells which keys were seen before, exactly, in little memory (SQLite in a temporary file)."""
+    """Knows which keys came before, exactly, in little memory (SQLite in a temporary file)."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("")
         self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def is_new(self, key: str) -> bool:
-        """Notes the key; True the first time."""
+        """Records the key; True the first time."""
         short = xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (short,)).rowcount == 1
 
@@ -173,12 +273,12 @@ class KeyRegistry:
         self._database.close()
 
 
-def mark_duplicates(rows: Iterable[tuple[InputPart, Row]]) -> Iterator[tuple[InputPart, Row]]:
-    """Appends to each row whether its key, its first item, came before (True: a duplicate, to be dropped)."""
+def mark_duplicates(rows: Iterable[tuple[InputPart, SourceRow]]) -> Iterator[tuple[InputPart, SourceRow]]:
+    """Marks the rows whose key came before."""
     registry = KeyRegistry()
     try:
         for part, row in rows:
-            yield part, [*row, not registry.is_new(str(row[0]))]
+            yield part, row if registry.is_new(row.key) else replace(row, is_duplicate=True)
     finally:
         registry.close()
 
@@ -187,7 +287,7 @@ def require_path(path: str | None, kind: str) -> str:
     """The configured path.
 
     Raises:
-        ConfigError: it was not given.
+        ConfigError: there is none.
     """
     if not path:
         raise ConfigError(f"source.path: needed for source.kind={kind}, but not given; set source.path=...")

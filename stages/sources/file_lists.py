@@ -1,4 +1,4 @@
-"""Lists of the files to read: text of one name a line, or NeMo's wdinfo.pkl."""
+"""Lists of the files to read: text of one name per line, or NeMo's wdinfo.pkl."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -18,7 +18,7 @@ def find_listed(folder: str, file_list: str) -> dict[str, int | None]:
     """The listed files, in the order of the list, by name relative to `folder`, and their bytes.
 
     Raises:
-        ConfigError: the list cannot be read, or one of its files is not there or outside the folder.
+        ConfigError: the list cannot be read, or one of its files is missing or outside the folder.
     """
     tree, listed_in = Tree(folder), f"{_FIELD}: {file_list}"
     found: dict[str, int | None] = {}
@@ -41,7 +41,7 @@ def find_listed(folder: str, file_list: str) -> dict[str, int | None]:
 
 
 def listed_rows(file_list: str) -> int | None:
-    """How many samples wdinfo.pkl claims; None for a list of text."""
+    """The number of samples that wdinfo.pkl states; None for a list of text."""
     return _read(file_list)[1]
 
 
@@ -57,7 +57,7 @@ def _read(file_list: str) -> tuple[Sequence[str], int | None]:
     try:
         content = read_pickle(data, f"{_FIELD}: {file_list}")
     except Damaged as error:
-        raise ConfigError(f"{_FIELD}: {file_list}: {error}; write the file anew") from error
+        raise ConfigError(f"{_FIELD}: {file_list}: {error}; write the file again") from error
     names = content.get("tar_files") if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{_FIELD}: {file_list} has no list `tar_files` of names; give a wdinfo.pkl of NeMo's")

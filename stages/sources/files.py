@@ -66,7 +66,7 @@ def expand(path: str, field: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def base_folder(path: str) -> str:
-    """What names of files are relative to: the folder itself, or what is above the file or the first wildcard."""
+    """The folder that names of files are relative to: the path, or what is before the file or first wildcard."""
     filesystem, plain = open_filesystem(path, "source.path")
     if not filesystem.isdir(plain):
         plain = _WILDCARDS.split(plain)[0].rpartition("/")[0]
@@ -86,10 +86,10 @@ def open_filesystem(path: str, field: str) -> tuple[Any, str]:
 
 
 def named_parts(files: Mapping[str, int | None], taken: Set[str] = frozenset()) -> list[InputPart]:
-    """Pieces whose rows name their file: by its stem, or where stems repeat by its path without suffix.
+    """Parts whose rows name their file: by its stem, or where stems repeat by its path without suffix.
 
     Args:
-        taken: names that files of earlier batches have.
+        taken: names of files of earlier batches.
     """
     stems = Counter(PurePosixPath(path).stem for path in files)
     root = os.path.commonpath(list(files)) if len(files) > 1 and not taken else ""
@@ -107,8 +107,8 @@ def path_of(shard: Shard, name: str, folder: str, parts: Callable[[], Iterable[I
     """Path or URL of the file that a shard's rows call `name`.
 
     Args:
-        folder: what paths of pieces are relative to.
-        pieces: asked where the shard does not know it: in a retry round of an earlier version.
+        folder: the paths of parts are relative to it.
+        parts: used if the shard does not know the file: in a retry round of an earlier version.
     """
     file = shard.files.get(name) or next((part.path for part in parts() if part.name == name), None)
     if file is None:

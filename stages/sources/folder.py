@@ -1,25 +1,22 @@
-"""Local images with a caption each: `NAME.txt` beside `NAME.png`, or a captions table."""
+"""A folder of images with captions: `NAME.txt` next to `NAME.png`, or a captions table."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal, cast
+from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.captions import clean_captions
-from stages.sources.annotations import ANNOTATION_COLUMNS, Annotations, AnnotationsConfig
-from stages.sources.base import Emit, InputPart, Original, Row, Source, mark_duplicates, require_path
-from stages.sources.tables import columns, count_rows, estimate_rows, read_parts
+from stages.sources.annotations import AnnotationsConfig
+from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
+from stages.sources.tables import captions_of, columns, count_rows, estimate_rows, read_parts
 from stages.sources.tree import Content, Tree
-from stages.sources.urls import captions_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
-_FolderRow = tuple[str, list[str], int, bool] | tuple[str, list[str], int, Annotations, bool]
 
 
 class FolderConfig(AnnotationsConfig):
@@ -28,7 +25,7 @@ class FolderConfig(AnnotationsConfig):
     kind: Literal["folder"] = "folder"
     path: str | None = None
     """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples;
-    without, all images below the folder, each with the captions of NAME.txt beside it (one a line)."""
+    without, all images below the folder, each with the captions of NAME.txt next to it (one per line)."""
     file_column: str = "file"
     """Column of the image's path in the captions table, relative to the folder or its `images/`."""
     caption_column: str = "caption"
@@ -39,14 +36,17 @@ class FolderConfig(AnnotationsConfig):
 
 
 class FolderSource(Source):
-    """A row is [file, captions, bytes, writing if asked for, is_duplicate].
+    """The key of a row is the image's path; its payload is the size of the file, -1 if there is none.
 
-    A piece is the table, or without one an image.
+    A part is the table, or without one an image.
     """
+
+    keys_may_repeat = True
 
     def __init__(self, config: FolderConfig):
         self.config = config
         self.path = require_path(config.path, "folder")
+        self.layout = ("key", "captions", "payload", *config.annotation_layout, "is_duplicate")
 
     @cached_property
     def tree(self) -> Tree:
@@ -66,11 +66,8 @@ class FolderSource(Source):
             raise ConfigError(f"source.path: {self.tree.url} is not a folder; check the path")
         where = f"{self.tree.url}/{self.table}" if self.table else self.tree.url
         if self.table is not None:
-            present = columns(where)
-            for name in ("file_column", "caption_column", *ANNOTATION_COLUMNS):
-                column = getattr(self.config, name)
-                if present and column is not None and column not in present:
-                    raise ConfigError(f"source.{name}: {where} has no column {column!r}; it has: {', '.join(present)}")
+            if present := columns(where):
+                self.config.check_columns(("file_column", "caption_column"), present, where)
             parts: Iterable[object] = read_parts(self.tree.url, self.parts(), [])
         else:
             for field, column in self.config.annotation_columns.items():
@@ -93,10 +90,10 @@ class FolderSource(Source):
     def count_rows(self, path: str) -> int:
         return count_rows(f"{self.tree.url}/{path}")
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
-        return mark_duplicates(self._loose_rows(parts) if self.table is None else self._table_rows(parts))
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+        return self._loose_rows(parts) if self.table is None else self._table_rows(parts)
 
-    def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         config = self.config
         with self.tree.sizes() as size_of:
             wanted = [config.file_column, config.caption_column, *config.annotation_columns.values()]
@@ -104,45 +101,33 @@ class FolderSource(Source):
                 name = str(record.get(config.file_column) or "")
                 sizes = (size_of(place) for place in _places(name))
                 size = next((size for size in sizes if size is not None), -1)
-                yield part, [name, captions_of(record, config.caption_column), size, *config.row_end(record)]
+                captions = captions_of(record, config.caption_column)
+                yield part, SourceRow(name, captions=captions, payload=(size,), annotations=config.annotations(record))
 
-    def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         parts = iter(parts)
         while some := list(islice(parts, _CAPTIONS_AT_ONCE)):
             texts = self.tree.read([PurePosixPath(part.path).with_suffix(".txt").as_posix()] for part in some)
             for part, text in zip(some, texts, strict=True):
-                yield part, [part.path, _lines(text), part.bytes]
+                yield part, SourceRow(part.path, captions=_lines(text), payload=(part.bytes,))
 
     def estimate_rows(self) -> int | None:
         return estimate_rows([f"{self.tree.url}/{self.table}"]) if self.table else None
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
-        del scratch
-        rows = [
-            (row, name, captions, found[0] if found else {}, is_duplicate)
-            for row, (name, captions, _, *found, is_duplicate) in enumerate(cast(Sequence[_FolderRow], shard.rows))
-            if wanted is None or name in wanted
-        ]
-        contents = self.tree.read([] if is_duplicate else _places(name) for _, name, *_, is_duplicate in rows)
-        for (row, name, captions, annotations, is_duplicate), content in zip(rows, contents, strict=True):
-            emit(replace(self._original(row, name, captions, is_duplicate, content), annotations=annotations))
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
+        del shard, scratch
+        for row, content in zip(rows, self.tree.read(_places(row.key) for row in rows), strict=True):
+            emit(self._original(row, content))
 
-    def _original(
-        self, row: int, name: str, raw_captions: list[str], is_duplicate: bool, content: Content
-    ) -> Original:
-        if is_duplicate:
-            return Original(row, name, None, (), None, "duplicate_key")
-        if not _places(name):
-            return Original(row, name, None, (), None, "unsafe_path", "must stay inside the folder")
+    def _original(self, row: SourceRow, content: Content) -> Original:
+        if not _places(row.key):
+            return Original.dropped(row, "unsafe_path", "must stay inside the folder")
         if isinstance(content, FileNotFoundError):
-            where = PurePosixPath(self.tree.url).name
-            return Original(row, name, None, (), None, "missing_file", f"not found below {where}/")
-        captions, reason = clean_captions(raw_captions, allow_empty=False)
-        if reason is not None:
-            return Original(row, name, None, captions, None, reason)
+            return Original.dropped(row, "missing_file", f"not found below {PurePosixPath(self.tree.url).name}/")
+        original = Original.of(row)
         if isinstance(content, OSError):
-            return Original(row, name, None, captions, None, "unreadable_file", content.strerror or "")
-        return Original(row, name, None, captions, content)
+            return replace(original, reason="unreadable_file", detail=content.strerror or "")
+        return replace(original, data=content)
 
     def fingerprint(self) -> dict[str, object]:
         suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each image"
@@ -150,14 +135,14 @@ class FolderSource(Source):
 
 
 def _places(name: str) -> tuple[str, ...]:
-    """Where an image of this name may be; nowhere if that would be outside the folder."""
+    """Where an image of this name may be; empty if that would be outside the folder."""
     path = PurePosixPath(name)
     inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
     return (name, f"images/{name}") if inside else ()
 
 
 def _lines(text: Content) -> list[str]:
-    """Captions of a text file, one a line; none where there is no such file."""
+    """Captions of a text file, one per line; empty if there is no such file."""
     if isinstance(text, FileNotFoundError):
         return []
     if isinstance(text, OSError):

@@ -1,18 +1,20 @@
 """Datasets in the Hugging Face format, from the hub or saved locally. Needs the extra `huggingface`."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
-from stages.sources.base import Emit, InputPart, Original, Row, Source, require_path
+from stages.sources.annotations import AnnotationsConfig
+from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
+from stages.sources.download.originals import download_originals
 from stages.sources.parquet import image_bytes
-from stages.sources.urls import UrlRow, captions_of, fetch_rows
+from stages.sources.tables import captions_of
 
 
 class HuggingfaceConfig(AnnotationsConfig):
@@ -41,10 +43,12 @@ class HuggingfaceConfig(AnnotationsConfig):
 
 
 class HuggingfaceSource(Source):
-    """A row is [key, row number, fingerprint of the dataset].
+    """The payload of a row is its number and the fingerprint of the dataset.
 
     The data stay in the memory-mapped Arrow files of `datasets`.
     """
+
+    layout = ("key", "payload")
 
     def __init__(self, config: HuggingfaceConfig):
         self.config = config
@@ -70,25 +74,20 @@ class HuggingfaceSource(Source):
     def check(self) -> None:
         dataset = self._load()
         image = "url_column" if self.config.url_column else "image_column"
-        for name in (image, "caption_column", *ANNOTATION_COLUMNS):
-            column = getattr(self.config, name)
-            if column is not None and column not in dataset.column_names:
-                raise ConfigError(
-                    f"source.{name}: {self.path} has no column {column!r}; it has: {', '.join(dataset.column_names)}"
-                )
+        self.config.check_columns((image, "caption_column"), dataset.column_names, self.path)
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
     def parts(self) -> Iterator[InputPart]:
         yield InputPart("dataset")
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:
             dataset = self._load()
             # The fingerprint is the library's own hash of the data and what was done to them.
             fingerprint = dataset._fingerprint
-            for row in range(len(dataset)):
-                yield part, [f"{row:09d}", row, fingerprint]
+            for number in range(len(dataset)):
+                yield part, SourceRow(f"{number:09d}", payload=(number, fingerprint))
 
     def prepare(self) -> None:
         if self.config.url_column is not None:
@@ -97,45 +96,43 @@ class HuggingfaceSource(Source):
     def captions(self, shard: Shard) -> list[tuple[str, ...]]:
         column = self.config.caption_column
         dataset = self._load().select_columns([column])
-        records = (dataset[row] for _, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
-        return [clean_captions(captions_of(record, column), allow_empty=False)[0] for record in records]
+        records = (dataset[row.payload[0]] for row in self.rows_of(shard))
+        return [clean_captions(captions_of(record, column))[0] for record in records]
 
     def estimate_rows(self) -> int:
         return len(self._load())
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         import datasets
 
-        dataset = self._load()
-        if self.config.url_column is not None:
-            fetch_rows(self._url_rows(dataset, shard), wanted, scratch, self.config.download, emit)
+        del shard
+        dataset, config = self._load(), self.config
+        if config.url_column is not None:
+            columns = [config.url_column, config.caption_column, *config.annotation_columns.values()]
+            dataset = dataset.select_columns(columns)
+            listed = (self._without_image(row, dataset[row.payload[0]]) for row in rows)
+            download_originals(listed, scratch, config.download, emit)
             return
-        if isinstance(dataset.features[self.config.image_column], datasets.Image):
-            dataset = dataset.cast_column(self.config.image_column, datasets.Image(decode=False))
-        for position, (key, row, _) in enumerate(cast(Sequence[tuple[str, int, str]], shard.rows)):
-            if wanted is None or key in wanted:
-                emit(self._original(position, key, dataset[row]))
+        if isinstance(dataset.features[config.image_column], datasets.Image):
+            dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
+        for row in rows:
+            record = dataset[row.payload[0]]
+            data = self._image(record)
+            reason = "no_image" if data is None else None
+            emit(replace(self._without_image(row, record), data=data, reason=reason))
 
-    def _url_rows(self, dataset: Any, shard: Shard) -> list[UrlRow]:
-        url_column, caption_column = str(self.config.url_column), self.config.caption_column
-        dataset = dataset.select_columns([url_column, caption_column, *self.config.annotation_columns.values()])
-        rows = ((key, dataset[row]) for key, row, _ in cast(Sequence[tuple[str, int, str]], shard.rows))
-        made = [
-            (key, str(r[url_column] or ""), captions_of(r, caption_column), *self.config.row_end(r), False)
-            for key, r in rows
-        ]
-        return cast(list[UrlRow], made)
+    def _without_image(self, row: SourceRow, record: dict[str, Any]) -> Original:
+        config = self.config
+        url = str(record[config.url_column] or "") if config.url_column else None
+        captions = tuple(captions_of(record, config.caption_column))
+        return Original(row.position, row.key, url, captions, annotations=config.annotations(record))
 
-    def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
-        captions, reason = clean_captions(captions_of(record, self.config.caption_column), allow_empty=False)
+    def _image(self, record: dict[str, Any]) -> bytes | None:
         cell = record.get(self.config.image_column)
         data = image_bytes(cell)
         if data is None and isinstance(cell, dict) and cell.get("path") and Path(cell["path"]).is_file():
-            data = Path(cell["path"]).read_bytes()
-        if reason is None and data is None:
-            reason = "no_image"
-        annotations = self.config.annotations(record)
-        return Original(position, key, None, captions, None if reason else data, reason, annotations=annotations)
+            return Path(cell["path"]).read_bytes()
+        return data
 
     def fingerprint(self) -> dict[str, object]:
         return {

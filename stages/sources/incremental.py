@@ -1,7 +1,7 @@
 """Which parts of the input were found by which run, so that an input that grows adds shards and moves none.
 
-RUN/input/00001.jsonl lists the pieces (files, rows of a table, images) that the first run found, 00002.jsonl what a
-later one found beside them, and so on; each is written before the first shard of its batch is made, and stays.
+RUN/input/00001.jsonl lists the parts (files, rows of a table, images) that the first run found, 00002.jsonl those
+that a later run found in addition, and so on; each is written before the first shard of its batch is made, and stays.
 """
 
 import json
@@ -26,7 +26,7 @@ _LISTED = 3
 
 
 class InputBatches:
-    """The `Input` of a plan. Looks at the source once, so what appears later is left to the next run."""
+    """The `Input` of a plan. Lists the source once, so that parts which appear later are left to the next run."""
 
     def __init__(self, source: Source, run: RunFolder, shard_size: int, row_group: str):
         self.source = source
@@ -38,30 +38,30 @@ class InputBatches:
         self._lost: list[str] = []
 
     def shards(self) -> Iterator[Shard]:
-        self._look()
+        self._new_parts()
         if self._lost:
             raise self._refusal()
         return self.source.shards(self.shard_size, self._parts())
 
     def has_new_input(self) -> bool:
-        return self._look().stat().st_size > 0
+        return self._new_parts().stat().st_size > 0
 
     def record(self, *, restart: bool) -> None:
-        self._look()
+        self._new_parts()
         if self._lost:
             if not restart:
                 raise self._refusal()
-            self._note_what_is_left()
-        for file in sorted(set(_batch_files(self.run)) - set(self._files), reverse=True):  # nothing was made of them
+            self._record_remaining()
+        for file in sorted(set(_batch_files(self.run)) - set(self._files), reverse=True):  # no shard has them
             self.run.storage.delete(file)
         if self.has_new_input():
             file = f"{_FOLDER}/{len(self._files) + 1:05d}.jsonl"
-            self._write(file, map(self._counted, _read(self._look())))
+            self._write(file, map(self._with_row_count, _read(self._new_parts())))
             self._files.append(file)
-            self._look().write_bytes(b"")
+            self._new_parts().write_bytes(b"")
 
-    def _look(self) -> Path:
-        """Compares the source with what is noted, the first time; returns the list of new pieces."""
+    def _new_parts(self) -> Path:
+        """The list of new parts; the first call compares the source with the recorded parts."""
         if self._new is None:
             self._new = _temporary(self)
             self._compare(self._new)
@@ -71,34 +71,34 @@ class InputBatches:
         return self._new
 
     def _compare(self, new: Path) -> None:
-        with closing(_Known(self.source, self._noted())) as known:
+        with closing(_KnownParts(self.source, self._recorded())) as known:
             found = (left for part in self.source.parts() if (left := known.new_part(part)) is not None)
             if known.names:
                 found = named_parts({part.path: part.bytes for part in found}, known.names)
             _dump(new, found)
             self._lost = known.lost()
 
-    def _note_what_is_left(self) -> None:
-        """Takes what is gone or changed out of its batch, or notes it as it is now."""
-        with closing(_Known(self.source, self.source.parts())) as present:
+    def _record_remaining(self) -> None:
+        """Takes parts that are gone out of their batch, and records changed ones as they are now."""
+        with closing(_KnownParts(self.source, self.source.parts())) as present:
             for file in self._files:
                 parts = _parse(self.run.storage.read_lines(file))
                 self._write(file, (left for part in parts if (left := present.part_of(part)) is not None))
         assert self._new is not None
         self._compare(self._new)
 
-    def _counted(self, part: InputPart) -> InputPart:
+    def _with_row_count(self, part: InputPart) -> InputPart:
         if not self.source.grows or part.rows is not None:
             return part
         return replace(part, rows=self.source.count_rows(part.path))
 
-    def _noted(self) -> Iterator[InputPart]:
+    def _recorded(self) -> Iterator[InputPart]:
         for number, file in enumerate(self._files, start=1):
             yield from _parse(self.run.storage.read_lines(file), number)
 
     def _parts(self) -> Iterator[InputPart]:
-        yield from self._noted()
-        yield from _read(self._look(), len(self._files) + 1)
+        yield from self._recorded()
+        yield from _read(self._new_parts(), len(self._files) + 1)
 
     def _write(self, file: str, parts: Iterable[InputPart]) -> None:
         with self.run.storage.writing(file) as path:
@@ -112,18 +112,16 @@ class InputBatches:
         )
 
 
-class _Known:
-    """Pieces by path, on disk: there may be millions."""
+class _KnownParts:
+    """Parts by path, on disk: there may be millions."""
 
     def __init__(self, source: Source, parts: Iterable[InputPart]):
         self.source = source
         self.names: set[str] = set()
         self._changed: list[str] = []
         self._database = sqlite3.connect("")
-        self._database.execute(
-            "CREATE TABLE pieces (path BLOB PRIMARY KEY, bytes INTEGER, rows INTEGER) WITHOUT ROWID"
-        )
-        self._database.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", map(self._entry, parts))
+        self._database.execute("CREATE TABLE parts (path BLOB PRIMARY KEY, bytes INTEGER, rows INTEGER) WITHOUT ROWID")
+        self._database.executemany("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", map(self._entry, parts))
 
     def _entry(self, part: InputPart) -> tuple[bytes, int | None, int]:
         if part.name:
@@ -131,8 +129,8 @@ class _Known:
         return encoded(part.path), part.bytes, part.first + (part.rows or 0)
 
     def new_part(self, part: InputPart) -> InputPart | None:
-        """What of the piece is not known yet: all of it, rows that were appended to a table, or nothing."""
-        query = "DELETE FROM pieces WHERE path = ? RETURNING bytes, rows"
+        """The unknown part of a part: all of it, rows that were appended to a table, or nothing (None)."""
+        query = "DELETE FROM parts WHERE path = ? RETURNING bytes, rows"
         found = self._database.execute(query, (encoded(part.path),)).fetchall()
         if not found:
             return part
@@ -147,8 +145,8 @@ class _Known:
         return None
 
     def part_of(self, part: InputPart) -> InputPart | None:
-        """The piece, as a known one of the same path is; None if there is none."""
-        query = "SELECT bytes FROM pieces WHERE path = ?"
+        """The part as the known part of the same path is; None if there is none."""
+        query = "SELECT bytes FROM parts WHERE path = ?"
         found = self._database.execute(query, (encoded(part.path),)).fetchone()
         if found is None:
             return None
@@ -160,9 +158,9 @@ class _Known:
         return replace(part, bytes=found[0], rows=left) if left > 0 else None
 
     def lost(self) -> list[str]:
-        """What has changed, and what `new_part` was never asked about, in words: the first few."""
-        ((gone,),) = self._database.execute("SELECT COUNT(*) FROM pieces").fetchall()
-        first = self._database.execute("SELECT path FROM pieces ORDER BY path LIMIT ?", (_LISTED,)).fetchall()
+        """Messages about parts that changed, and known parts that `new_part` was not called with: the first few."""
+        ((gone,),) = self._database.execute("SELECT COUNT(*) FROM parts").fetchall()
+        first = self._database.execute("SELECT path FROM parts ORDER BY path LIMIT ?", (_LISTED,)).fetchall()
         lines = [*self._changed, *(f"{_shown(path.decode('utf-8', 'surrogatepass'))}: gone" for (path,) in first)]
         more = len(self._changed) + gone - _LISTED
         return [*lines[:_LISTED], *([f"and {more:,} more"] if more > 0 else [])]
@@ -191,16 +189,16 @@ def _parse(lines: Iterable[str], batch: int = 0) -> Iterator[InputPart]:
 def _dump(file: Path, parts: Iterable[InputPart]) -> None:
     with file.open("w", encoding="utf-8") as lines:
         for part in parts:
-            facts: dict[str, object] = {"path": part.path, "bytes": part.bytes}
+            entry: dict[str, object] = {"path": part.path, "bytes": part.bytes}
             if part.name:
-                facts["name"] = part.name
+                entry["name"] = part.name
             if part.rows is not None:
-                facts.update(first=part.first, rows=part.rows)
-            lines.write(json.dumps(facts) + "\n")
+                entry.update(first=part.first, rows=part.rows)
+            lines.write(json.dumps(entry) + "\n")
 
 
 def _temporary(owner: object) -> Path:
-    """An empty local file that goes with its owner."""
+    """An empty local file that is deleted with its owner."""
     number, name = tempfile.mkstemp(prefix="pipeline-input-")
     os.close(number)
     path = Path(name)

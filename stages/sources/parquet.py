@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import fsspec
 import xxhash
@@ -11,22 +12,22 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.captions import clean_captions
-from stages.sources.annotations import ANNOTATION_COLUMNS, AnnotationsConfig
+from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, FolderArrayConfig, no_array
 from stages.sources.base import (
     Emit,
     InputPart,
     Original,
     PrecomputedEmbedding,
-    Row,
     Source,
-    mark_duplicates,
+    SourceRow,
     require_path,
 )
 from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
-from stages.sources.tables import columns, count_rows, estimate_rows, open_parquet, to_records
-from stages.sources.urls import captions_of
+from stages.sources.tables import captions_of, columns, count_rows, estimate_rows, open_parquet, to_records
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 
 class ParquetConfig(AnnotationsConfig):
@@ -45,21 +46,24 @@ class ParquetConfig(AnnotationsConfig):
     key_column: str | None = None
     """Column of a unique key; default: file name and row number."""
     arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
-    """Embeddings that come with the rows, by a name that encoders of kind `given` ask for."""
+    """Embeddings that come with the rows, by a name that encoders of kind `given` request."""
 
     def build(self) -> "ParquetSource":
         return ParquetSource(self)
 
 
 class ParquetSource(Source):
-    """A row is [key, file name, row number, digest of the footer, is_duplicate].
+    """The payload of a row is its number in the file, and the digest of the file's footer.
 
-    The driver reads footers and the key column only. With arrays, the digest is also of the .npy of each.
+    The driver reads only footers and the key column. With arrays, the digest includes the .npy of each.
     """
+
+    layout = ("key", "name", "payload", "is_duplicate")
 
     def __init__(self, config: ParquetConfig):
         self.config = config
         self.path = require_path(config.path, "parquet")
+        self.keys_may_repeat = config.key_column is not None
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
 
     @cached_property
@@ -71,11 +75,8 @@ class ParquetSource(Source):
 
     def check(self) -> None:
         files = self._files()
-        present = columns(files[0])
-        for name in ("image_column", "caption_column", "url_column", "key_column", *ANNOTATION_COLUMNS):
-            column = getattr(self.config, name)
-            if column is not None and column not in present:
-                raise ConfigError(f"source.{name}: {files[0]} has no column {column!r}; it has: {', '.join(present)}")
+        names = ("image_column", "caption_column", "url_column", "key_column")
+        self.config.check_columns(names, columns(files[0]), files[0])
         for folder in self.folders.values():
             folder.check(files)
         for file in files if self.folders else ():
@@ -86,80 +87,75 @@ class ParquetSource(Source):
     def parts(self) -> Iterator[InputPart]:
         return iter(named_parts(find_files(self.path, "source.path", ("parquet",))))
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
-        rows = ((part, row) for part in parts for row in self._rows(part))
-        if self.config.key_column is None:
-            return ((part, [*row, False]) for part, row in rows)
-        return mark_duplicates(rows)
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+        for part in parts:
+            path = f"{self.folder}/{part.path}"
+            with open_parquet(path) as table:
+                digest = self._digest(path, table.metadata.num_rows)
+                for number, key in enumerate(self._keys(table)):
+                    key = f"{part.name}/{number:07d}" if key is None else str(key)
+                    yield part, SourceRow(key, part.name, payload=(number, digest))
 
-    def _rows(self, part: InputPart) -> Iterator[Row]:
-        name, path = part.name, f"{self.folder}/{part.path}"
-        with open_parquet(path) as table:
-            footer = self._digest(path, table.metadata.num_rows)
-            if self.config.key_column is None:
-                for row in range(table.metadata.num_rows):
-                    yield [f"{name}/{row:07d}", name, row, footer]
-                return
-            row = 0
-            for batch in table.iter_batches(columns=[self.config.key_column]):
-                for (key,) in (record.values() for record in to_records(batch)):
-                    yield [f"{name}/{row:07d}" if key is None else str(key), name, row, footer]
-                    row += 1
+    def _keys(self, table: "pq.ParquetFile") -> Iterator[object]:
+        """The key of each row of a file as its column has it; None without one."""
+        if self.config.key_column is None:
+            yield from repeat(None, table.metadata.num_rows)
+            return
+        for batch in table.iter_batches(columns=[self.config.key_column]):
+            for (key,) in (record.values() for record in to_records(batch)):
+                yield key
 
     def _digest(self, path: str, num_rows: int) -> str:
-        """Of the footer of a file, and of its arrays, which must have as many rows."""
+        """Digest of the footer of a file, and of its arrays, which must have as many rows."""
         digests = [folder.check_rows(path, num_rows) for folder in self.folders.values()]
         return " ".join([_footer_digest(path), *digests])
 
     def estimate_rows(self) -> int | None:
         return estimate_rows(self._files())
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
-        rows = cast(Sequence[tuple[str, str, int, str, bool]], shard.rows)
-        by_file: dict[str, list[tuple[int, str, int]]] = {}
-        for position, (key, name, row, _, is_duplicate) in enumerate(rows):
-            if wanted is not None and key not in wanted:
-                continue
-            if is_duplicate:
-                emit(Original(position, key, None, (), None, "duplicate_key"))
-            else:
-                by_file.setdefault(name, []).append((position, key, row))
-        for name, places in by_file.items():
+        by_file: dict[str, list[SourceRow]] = {}
+        for row in rows:
+            by_file.setdefault(row.name, []).append(row)
+        for name, file_rows in by_file.items():
             path = path_of(shard, name, self.folder, self.parts)
-            for (position, key, _), record in zip(places, self._read(path, places), strict=True):
-                emit(self._original(position, key, record))
+            for row, record in zip(file_rows, self._read(path, file_rows), strict=True):
+                emit(self._original(row, record))
 
-    def _read(self, path: str, places: Sequence[tuple[int, str, int]]) -> Iterator[dict[str, Any]]:
+    def _read(self, path: str, rows: Sequence[SourceRow]) -> Iterator[dict[str, Any]]:
         """Records at increasing row numbers, reading only the row groups that hold them."""
         import pyarrow.parquet as pq
 
         config = self.config
         names = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
         names += config.annotation_columns.values()
-        wanted = [row for _, _, row in places]
+        numbers = [row.payload[0] for row in rows]
         with fsspec.open(path, "rb") as file:
             table = pq.ParquetFile(cast(Any, file))
             first = 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).num_rows
-                inside = [row - first for row in wanted if first <= row < first + size]
+                inside = [number - first for number in numbers if first <= number < first + size]
                 if inside:
                     chunk = table.read_row_group(group, columns=names)
-                    for row in inside:
-                        yield to_records(chunk.slice(row, 1))[0]
+                    for number in inside:
+                        yield to_records(chunk.slice(number, 1))[0]
                 first += size
 
-    def _original(self, position: int, key: str, record: dict[str, Any]) -> Original:
+    def _original(self, row: SourceRow, record: dict[str, Any]) -> Original:
         config = self.config
         url = record.get(config.url_column) if config.url_column else None
-        url = None if url is None else str(url)
-        captions, reason = clean_captions(captions_of(record, config.caption_column), allow_empty=False)
         data = image_bytes(record[config.image_column]) if config.image_column else None
-        if reason is None and data is None and config.image_column:
-            reason = "no_image"
-        annotations = config.annotations(record)
-        return Original(position, key, url, captions, None if reason else data, reason, annotations=annotations)
+        return Original(
+            row.position,
+            row.key,
+            None if url is None else str(url),
+            tuple(captions_of(record, config.caption_column)),
+            data,
+            "no_image" if config.image_column and data is None else None,
+            annotations=config.annotations(record),
+        )
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
@@ -174,11 +170,11 @@ class ParquetSource(Source):
             raise no_array(name, self.folders)
         return {"folder": True}
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
-        sources = shard.rows
-        for _, file, place, *_ in (sources[row] for row in rows):
-            path = path_of(shard, file, self.folder, self.parts)
-            yield PrecomputedEmbedding(*self.folders[name].read(path, place))
+    def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
+        rows = self.rows_of(shard)
+        for row in (rows[position] for position in positions):
+            path = path_of(shard, row.name, self.folder, self.parts)
+            yield PrecomputedEmbedding(*self.folders[name].read(path, row.payload[0]))
 
 
 def _footer_digest(path: str) -> str:

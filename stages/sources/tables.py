@@ -1,4 +1,4 @@
-"""Streams rows of URL lists: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
+"""Streams the records of tables: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 def table_format(path: str) -> str:
-    """The format a file name tells, such as `csv` for `a.csv.gz`; the bare suffix if unknown."""
+    """The format that a file name says, such as `csv` for `a.csv.gz`; the bare suffix if unknown."""
     name = path.lower()
     for compression in _COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -94,7 +94,14 @@ def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
             else:
                 yield from _delimited_rows(text, kind)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; make the file anew") from error
+        raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
+
+
+def captions_of(record: Record, column: str | None) -> list[str]:
+    """The captions in a record: the column may hold a text, a list of texts, or nothing."""
+    value = record.get(column) if column else None
+    values = value if isinstance(value, list) else [value]
+    return [v if isinstance(v, str) else str(v) for v in values if v is not None]
 
 
 def count_rows(path: str) -> int:
@@ -106,7 +113,7 @@ def count_rows(path: str) -> int:
 
 
 def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -> Iterator[tuple[InputPart, Record]]:
-    """Streams the rows of pieces of tables in `folder`. Reads on where a piece follows the one before."""
+    """Streams the records of parts of tables in `folder`. Reads on where a part follows the previous one."""
     path, place = "", 0
     records: Iterator[Record] = iter(())
     for part in parts:
@@ -145,7 +152,7 @@ def _parquet_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
 
 
 def to_records(batch: "pa.RecordBatch | pa.Table") -> list[Record]:
-    """Rows as dicts; text that is not UTF-8, though the schema says so, becomes surrogate escapes."""
+    """Rows as dicts; text that is not UTF-8, though the schema says it is, becomes surrogate escapes."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

@@ -24,7 +24,7 @@ def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
     """Streams (key, members) of a tar from its headers alone.
 
     The key is the member's path up to the first dot of its file name, as in webdataset. A member that comes
-    twice starts a sample of its own, so that no row vanishes uncounted.
+    twice starts another sample, so that no row vanishes uncounted.
 
     Raises:
         ConfigError: the file is no tar.
@@ -53,13 +53,13 @@ def index_tar(path: str) -> Iterator[tuple[str, dict[str, Span]]]:
         except tarfile.ReadError as error:
             if key is None:
                 raise ConfigError(f"source.path: {path} is not a readable tar: {error}") from error
-            log.warning("%s is cut off (%s); the samples before the cut are used", path, error)
+            log.warning("%s is truncated (%s); the samples before that place are used", path, error)
     if key is not None:
         yield key, members
 
 
 def _kind(suffix: str) -> str | None:
-    """What a member is: `image`, `txt`, `json`, or the whole suffix of one that may hold an array."""
+    """What a member is: `image`, `txt`, `json`, or the full suffix of one that may hold an array."""
     lower = suffix.lower()
     last = lower.rpartition(".")[2]
     if f".{last}" in IMAGE_SUFFIXES:

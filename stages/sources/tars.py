@@ -10,7 +10,6 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.captions import clean_captions
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
@@ -19,15 +18,14 @@ from stages.sources.base import (
     InputPart,
     Original,
     PrecomputedEmbedding,
-    Row,
     Source,
-    mark_duplicates,
+    SourceRow,
     require_path,
 )
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_parts, path_of
+from stages.sources.tables import captions_of
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
-from stages.sources.urls import captions_of
 
 
 class WebdatasetConfig(AnnotationsConfig):
@@ -38,21 +36,25 @@ class WebdatasetConfig(AnnotationsConfig):
     """A tar, a folder of tars, a glob, or a brace range such as `data/{00000..00099}.tar`; with `file_list` the folder
     that its names are relative to."""
     file_list: str | None = None
-    """A list of the tars to read: one name a line, or NeMo's wdinfo.pkl."""
+    """A list of the tars to read: one name per line, or NeMo's wdinfo.pkl."""
     caption_column: str = "caption"
     """Key of the caption in KEY.json; used where there is no KEY.txt."""
     arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
-    """Embeddings that come with the samples, by a name that encoders of kind `given` ask for."""
+    """Embeddings that come with the samples, by a name that encoders of kind `given` request."""
 
     def build(self) -> "WebdatasetSource":
         return WebdatasetSource(self)
 
 
 class WebdatasetSource(Source):
-    """A row is [key, tar, {image, txt, json, ....npy -> span}, is_duplicate]; only tar headers are read in the driver.
+    """The payload of a row has the members of its sample, {image, txt, json, ....npy -> span}.
 
-    With folders of arrays, each has its row there and the digest of its .npy before `is_duplicate`.
+    With folders of arrays, it also has each array's row there and the digest of the .npy. The driver reads only the
+    headers of tars.
     """
+
+    layout = ("key", "name", "payload", "is_duplicate")
+    keys_may_repeat = True
 
     def __init__(self, config: WebdatasetConfig):
         self.config = config
@@ -79,24 +81,21 @@ class WebdatasetSource(Source):
     def estimate_rows(self) -> int | None:
         return None if self.config.file_list is None else listed_rows(self.config.file_list)
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
-        return mark_duplicates(self._rows(parts))
-
-    def _rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:
             samples = index_tar(f"{self.folder}/{part.path}")
             if not self.folders:
                 for key, members in samples:
-                    yield part, [f"{part.name}/{key}", part.name, members]
+                    yield part, SourceRow(f"{part.name}/{key}", part.name, payload=(members,))
                 continue
-            whole = list(samples)  # all of a tar must fit its arrays before any of it is used
-            places = {name: self._places(name, part, [key for key, _ in whole]) for name in self.folders}
-            for index, (key, members) in enumerate(whole):
+            indexed = list(samples)  # all of a tar must fit its arrays before any of it is used
+            places = {name: self._places(name, part, [key for key, _ in indexed]) for name in self.folders}
+            for index, (key, members) in enumerate(indexed):
                 arrays = {name: [rows[index], digest] for name, (rows, digest) in places.items()}
-                yield part, [f"{part.name}/{key}", part.name, members, arrays]
+                yield part, SourceRow(f"{part.name}/{key}", part.name, payload=(members, arrays))
 
     def _places(self, name: str, part: InputPart, keys: Sequence[str]) -> tuple[Sequence[int], str]:
-        """For each sample of a tar its row in the .npy, and the digest of the .npy.
+        """The row in the .npy of each sample of a tar, and the digest of the .npy.
 
         Raises:
             ConfigError: there are not as many rows as samples, or a key is not of the tar or has no row.
@@ -104,38 +103,35 @@ class WebdatasetSource(Source):
         folder, width = self.folders[name], self.config.arrays[name].index_width
         if width is None:
             return range(len(keys)), folder.check_rows(part.path, len(keys))
-        num_rows, digest = folder.look(part.path)
+        num_rows, digest = folder.num_rows_and_digest(part.path)
         return [row_of_key(folder, part.path, key, width, num_rows) for key in keys], digest
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
-        rows: Sequence[Any] = shard.rows
-        with OpenTars(lambda name: path_of(shard, name, self.folder, self.parts)) as tars:
-            for row, (key, name, members, *_, is_duplicate) in enumerate(rows):
-                if wanted is None or key in wanted:
-                    emit(self._read(tars.open(name), row, key, members, is_duplicate))
+        with self._open_tars(shard) as tars:
+            for row in rows:
+                emit(self._read(tars.open(row.name), row))
 
-    def _read(self, file: BinaryIO, row: int, key: str, members: dict[str, Span], is_duplicate: bool) -> Original:
-        if is_duplicate:
-            return Original(row, key, None, (), None, "duplicate_key")
+    def _open_tars(self, shard: Shard) -> OpenTars:
+        return OpenTars(lambda name: path_of(shard, name, self.folder, self.parts))
+
+    def _read(self, file: BinaryIO, row: SourceRow) -> Original:
+        members: dict[str, Span] = row.payload[0]
         if "image" not in members:
-            return Original(row, key, None, (), None, "no_image", f"members: {', '.join(sorted(members))}")
+            return Original.dropped(row, "no_image", f"members: {', '.join(sorted(members))}")
         wanted = {kind: span for kind, span in members.items() if kind in CONTENT}
         content = {kind: read_span(file, span) for kind, span in wanted.items()}
         if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
-            return Original(row, key, None, (), None, "truncated", "the tar ends inside this sample")
+            return Original.dropped(row, "truncated", "the tar ends inside this sample")
         metadata = {"cls": content.get("cls", b"").decode("ascii", "replace"), **_json_object(content.get("json"))}
-        text = content.get("txt")
-        if text is not None:
-            raw_captions = [text.decode("utf-8-sig", "surrogateescape")]
+        if "txt" in content:
+            captions = [content["txt"].decode("utf-8-sig", "surrogateescape")]
         else:
-            raw_captions = captions_of(metadata, self.config.caption_column)
+            captions = captions_of(metadata, self.config.caption_column)
         url = metadata.get("url")
         url = url if isinstance(url, str) else None
-        captions, reason = clean_captions(raw_captions, allow_empty=False)
-        if reason is not None:
-            return Original(row, key, url, captions, None, reason)
-        return Original(row, key, url, captions, content["image"], annotations=self.config.annotations(metadata))
+        annotations = self.config.annotations(metadata)
+        return Original(row.position, row.key, url, tuple(captions), content["image"], annotations=annotations)
 
     def fingerprint(self) -> dict[str, object]:
         return {"caption_column": self.config.caption_column, **self.config.annotation_settings}
@@ -146,16 +142,16 @@ class WebdatasetSource(Source):
             raise no_array(name, self.config.arrays)
         return {**array.model_dump(exclude={"folder"}, exclude_none=True), "folder": array.folder is not None}
 
-    def given(self, shard: Shard, name: str, rows: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
-        array, sources = self.config.arrays[name], shard.rows
-        with OpenTars(lambda tar: path_of(shard, tar, self.folder, self.parts)) as tars:
-            for key, tar, members, *further in (sources[row] for row in rows):
+    def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
+        array, rows = self.config.arrays[name], self.rows_of(shard)
+        with self._open_tars(shard) as tars:
+            for row in (rows[position] for position in positions):
                 if array.folder is not None:
-                    index, _ = further[0][name]
-                    path = path_of(shard, tar, self.folder, self.parts)
+                    index, _ = row.payload[1][name]
+                    path = path_of(shard, row.name, self.folder, self.parts)
                     yield PrecomputedEmbedding(*self.folders[name].read(path, index))
                 else:
-                    yield read_member(tars, tar, key, members, array)
+                    yield read_member(tars, row.name, row.key, row.payload[0], array)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:

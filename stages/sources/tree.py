@@ -43,7 +43,7 @@ class Tree:
     def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
         if self.is_local:
             real = os.path.realpath(self._path(folder))
-            if real in above:  # a link to a folder above would go round for ever
+            if real in above:  # a link to a folder above would never end
                 return
             above |= {real}
         for name, size in sorted(self._entries(folder)):
@@ -54,7 +54,7 @@ class Tree:
                 yield below, size
 
     def _entries(self, folder: str) -> Iterator[tuple[str, int | None]]:
-        """Name and bytes of what is right in a folder; None for a folder."""
+        """Name and bytes of the entries of a folder; None for a folder."""
         path = self._path(folder)
         if self.is_local:
             with os.scandir(path) as entries:
@@ -73,7 +73,7 @@ class Tree:
 
     @contextmanager
     def sizes(self) -> Iterator[Sizes]:
-        """Tells the bytes of a file, None if there is none. Far away it lists the folder once, onto disk."""
+        """Gives a file's bytes by its name, None if there is none. Lists a remote folder once, onto disk."""
         if self.is_local:
             yield self.size
             return
@@ -105,12 +105,12 @@ class Tree:
             raise
 
     def read(self, choices: Iterable[Sequence[str]]) -> Iterator[Content]:
-        """The bytes of the first file there is of each choice of names, in order; some at once if they are far away.
+        """The bytes of the first existing file of each choice of names, in order; a remote folder is read in parallel.
 
-        Yields a FileNotFoundError where there is none, and what the local file system says where it cannot be read.
+        Yields a FileNotFoundError where there is none, and the error of the local file system where it cannot be read.
 
         Raises:
-            OSError: a file far away cannot be read, though it may be there.
+            OSError: a remote file cannot be read, though it may exist.
         """
         if self.is_local:
             yield from map(self._read_local, choices)

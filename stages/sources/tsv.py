@@ -3,10 +3,12 @@
 import base64
 import binascii
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 
 import fsspec
 import xxhash
@@ -15,8 +17,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
-from stages.captions import clean_captions
-from stages.sources.base import Emit, InputPart, Original, Row, Source, require_path
+from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
 from stages.sources.file_lists import find_listed
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 
@@ -32,7 +33,7 @@ class TsvConfig(Config):
     """A file, plain or .gz, a folder of .tsv and .tsv.gz files, or a glob; local or any fsspec URL. With `file_list`
     the folder that its names are relative to."""
     file_list: str | None = None
-    """A text file that names the files to read, one a line."""
+    """A text file that names the files to read, one per line."""
     caption_field: int = Field(default=3, ge=1)
     """Place of the caption in a line, counted from 1."""
     image_field: int = Field(default=5, ge=1)
@@ -45,10 +46,12 @@ class TsvConfig(Config):
 
 
 class TsvSource(Source):
-    """A row is [key, file name, offset, bytes, digest] of a line; offsets are in the uncompressed file.
+    """The payload of a row is offset, bytes and digest of its line; offsets are in the uncompressed file.
 
     The driver reads every file once, block by block. A shard of a .gz is read from the beginning of the file.
     """
+
+    layout = ("key", "name", "payload")
 
     def __init__(self, config: TsvConfig):
         self.config = config
@@ -67,51 +70,44 @@ class TsvSource(Source):
             return iter(named_parts(find_listed(self.path, self.config.file_list)))
         return iter(named_parts(find_files(self.path, "source.path", ("tsv",))))
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:
             path = f"{self.folder}/{part.path}"
             try:
                 with fsspec.open(path, "rb", compression="infer") as file:
                     for number, line in enumerate(_lines(cast(BinaryIO, file))):
-                        yield part, [f"{part.name}/{number:07d}", part.name, *line]
+                        yield part, SourceRow(f"{part.name}/{number:07d}", part.name, payload=line)
             except (OSError, EOFError, zlib.error) as error:
-                raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; make it anew") from error
+                raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write it again") from error
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
-        by_file: dict[str, list[tuple[int, str, int, int]]] = {}
-        for row, (key, name, offset, size, _) in enumerate(shard.rows):
-            if wanted is None or key in wanted:
-                by_file.setdefault(name, []).append((row, key, offset, size))
-        for name, places in by_file.items():
+        for name, file_rows in groupby(rows, key=lambda row: row.name):
             path = path_of(shard, name, self.folder, self.parts)
             with fsspec.open(path, "rb", compression="infer") as opened:
-                file = cast(Any, opened)
-                for row, key, offset, size in places:
-                    if size > _MAX_LINE_BYTES:
-                        emit(Original(row, key, None, (), None, "too_large", f"a line of {size:,} bytes"))
-                        continue
-                    file.seek(offset)
-                    emit(self._original(row, key, file.read(size)))
+                for row in file_rows:
+                    emit(self._original(row, cast(BinaryIO, opened)))
 
-    def _original(self, row: int, key: str, line: bytes) -> Original:
+    def _original(self, row: SourceRow, file: BinaryIO) -> Original:
         config = self.config
-        fields = line.rstrip(b"\r\n").split(b"\t")
+        offset, size, _ = row.payload
+        if size > _MAX_LINE_BYTES:
+            return Original.dropped(row, "too_large", f"a line of {size:,} bytes")
+        file.seek(offset)
+        fields = file.read(size).rstrip(b"\r\n").split(b"\t")
         last = max(config.caption_field, config.image_field, config.url_field or 1)
         if len(fields) < last:
-            return Original(row, key, None, (), None, "missing_fields", f"{len(fields)} fields, {last} needed")
+            return Original.dropped(row, "missing_fields", f"{len(fields)} fields, {last} needed")
         url = fields[config.url_field - 1].decode("utf-8", "surrogateescape") or None if config.url_field else None
         caption = fields[config.caption_field - 1].decode("utf-8", "surrogateescape")
-        captions, reason = clean_captions([caption], allow_empty=False)
-        if reason is not None:
-            return Original(row, key, url, captions, None, reason)
         image = fields[config.image_field - 1]
+        original = Original(row.position, row.key, url, (caption,))
         if not image:
-            return Original(row, key, url, captions, None, "no_image")
+            return replace(original, reason="no_image")
         try:
-            return Original(row, key, url, captions, base64.b64decode(image, validate=True))
+            return replace(original, data=base64.b64decode(image, validate=True))
         except binascii.Error as error:
-            return Original(row, key, url, captions, None, "bad_base64", str(error))
+            return replace(original, reason="bad_base64", detail=str(error))
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config

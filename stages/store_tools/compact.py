@@ -1,8 +1,8 @@
 """`pipeline remove --compact`: erases removed samples from every file of a store and of the run around it.
 
-New files are written beside the old ones, under names with a revision; the manifest then goes over to all of them at
-once, and last the old ones are deleted. Killed at any moment, the store is the old one or the new one, and the same
-command again does the rest.
+New files are written next to the old ones, under names with a revision; the manifest then names all of them at once,
+and last the old ones are deleted. Killed at any moment, the store is the old one or the new one, and the same command
+again does the rest.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from imagen_core.store import (
     rewrite_manifest,
     shard_path,
 )
-from pipeline.engine.retries import redact_retries
+from pipeline.engine.retries import has_retries, redact_retries, retry_origins
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
 from pipeline.storage.record import CommittedFile, Record, shard_name
@@ -40,25 +40,27 @@ from stages.precompute.fetch import ORIGINALS
 from stages.precompute.manifest import run_group
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
 from stages.sources.base import Original
+from stages.sources.registry import source_of_run
 
 
 @dataclass(slots=True)
 class Compacted:
-    """What was done: files written again, and bytes that the store takes less."""
+    """What was done: files written again, and bytes that the store became smaller."""
 
     files: int = 0
     bytes_freed: int = 0
     removed_inputs: dict[int, set[int]] = field(default_factory=dict)
-    """Input rows of the removed samples, by shard index."""
+    """Input rows of the removed samples, earlier tries included, by shard index."""
 
 
 def compact(store: Path, run: RunFolder | None) -> Compacted:
     """Erases all removed samples; the caller holds the run's lock.
 
     Raises:
-        ConfigError: a store of schema 1.
+        ConfigError: a store of schema 1, or a run whose source is not known.
         StoreError: a file cannot be read.
     """
+    source = source_of_run(run) if run is not None and has_retries(run) else None
     remove_temporaries(store)  # of a compaction that was killed
     folder = StoreFolder(store)
     removals = load_removals(folder)
@@ -69,8 +71,11 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
         for name, entry in _erase_shard(store, files, shard, revision, removals, result).items():
             new_files[shard, name] = entry
     if run is not None:
+        _add_earlier_tries(run, result.removed_inputs)
         _compact_originals(run, blocklist, len(removals), result)
-        redact_retries(run, result.removed_inputs, lambda row: _is_blocked(blocklist, row))
+        if source is not None:
+            is_removed = lambda row: blocklist.blocks(*source.identifiers(row), None)  # noqa: E731
+            redact_retries(run, result.removed_inputs, is_removed, source.redact)
         run.storage.delete_folder("report")  # shows images and captions
     if (store / MANIFEST_NAME).exists():
         rewrite_manifest(folder, new_files)
@@ -85,14 +90,14 @@ def _last_removals(removals: Sequence[Removal]) -> dict[int, int]:
 
 
 class _StoreFiles:
-    """The files of a store without its run; what is written again is told to the manifest alone."""
+    """The files of a store without its run; only the manifest has to name the new files."""
 
     def __init__(self, folder: StoreFolder):
         manifest = load_manifest(folder)
         if manifest.schema_version < SCHEMA_VERSION:
             raise ConfigError(
                 f"{folder.url}: a store of schema {manifest.schema_version} cannot be compacted; its removed samples "
-                "are hidden from readers, or make it anew with `pipeline run precompute --restart`"
+                "are hidden from readers, or make it again with `pipeline run precompute --restart`"
             )
         self.groups: dict[str, Group] = manifest.groups
         self._manifest = manifest
@@ -103,11 +108,11 @@ class _StoreFiles:
         return self._manifest.shard(int(positions[0])).files if len(positions) else {}
 
     def replace(self, shard: int, new: Mapping[str, FileEntry]) -> None:
-        """Notes the new files of a shard."""
+        """Records the new files of a shard."""
 
 
 class _RunFiles(_StoreFiles):
-    """The files of a run, of unfinished groups too, as its records say."""
+    """The files of a run as its records name them, including unfinished groups."""
 
     def __init__(self, run: RunFolder):
         self._run = run
@@ -130,7 +135,7 @@ class _RunFiles(_StoreFiles):
 def _erase_shard(
     store: Path, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
 ) -> dict[str, FileEntry]:
-    """Writes what is not erased yet; the shard's files as they are now, by group."""
+    """Writes the files that are not erased yet; returns all files of the shard as they are now, by group."""
     entries = files.entries(shard)
     if SAMPLES_GROUP not in entries:
         return {}
@@ -167,7 +172,7 @@ def _replace_file(run: RunFolder, group: str, shard: int, name: str, entry: File
 
 
 def _delete_others(path: Path, shard: int) -> None:
-    """Deletes the files of a shard that another one has taken the place of."""
+    """Deletes the files of a shard that `path` has replaced."""
     for other in path.parent.glob(f"{shard_name(shard)}.*"):
         if other != path:
             other.unlink()
@@ -178,9 +183,9 @@ def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, resu
     for record in run.records(ORIGINALS):
         shard = record.shard
         path = run.root / record.file.path
-        gone = result.removed_inputs.get(shard, set())
+        removed = result.removed_inputs.get(shard, set())
         with OriginalsReader(path) as old:
-            rows = set(_blocked_originals(old, blocklist, gone))
+            rows = set(_blocked_originals(old, blocklist, removed))
             if rows:
                 final = path.with_name(f"{shard_name(shard)}.r{revision}{path.suffix}")
                 temporary = temporary_name(final)
@@ -196,11 +201,11 @@ def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, resu
         _delete_others(path, shard)
 
 
-def _blocked_originals(originals: OriginalsReader, blocklist: Blocklist, gone: Collection[int]) -> Iterator[int]:
+def _blocked_originals(originals: OriginalsReader, blocklist: Blocklist, removed: Collection[int]) -> Iterator[int]:
     for entry in originals.entries:
         if entry.reason != REMOVED:
             data = originals.data(entry) if entry.size else None
-            if entry.row in gone or blocklist.blocks(entry.key, entry.url, data):
+            if entry.row in removed or blocklist.blocks(entry.key, entry.url, data):
                 yield entry.row
 
 
@@ -208,24 +213,18 @@ def _copy_originals(old: OriginalsReader, path: Path, erased: Collection[int]) -
     with OriginalsWriter(path) as new:
         for entry in old.entries:
             if entry.row in erased:
-                new.write(Original(entry.row, entry.key, None, (), None, REMOVED))
-                continue
-            data = old.data(entry) if entry.size else None
-            new.write(
-                Original(
-                    entry.row,
-                    entry.key,
-                    entry.url,
-                    entry.captions,
-                    data,
-                    entry.reason,
-                    entry.detail,
-                    entry.annotations,
-                )
-            )
+                new.write(Original(entry.row, entry.key, None, (), reason=REMOVED))
+            else:
+                new.write(replace(entry, data=old.data(entry) if entry.size else None))
 
 
-def _is_blocked(blocklist: Blocklist, row: object) -> bool:
-    """Whether a source row, as the source's shards have it, names a key or URL that was removed."""
-    texts = [value for value in row if isinstance(value, str)] if isinstance(row, list) else []
-    return any(blocklist.has("key", text) or blocklist.has("url", text) for text in texts)
+def _add_earlier_tries(run: RunFolder, removed_inputs: dict[int, set[int]]) -> None:
+    """Adds the rows that the removed rows of retry shards were in their earlier tries."""
+    origins = retry_origins(run)
+    unseen = [(shard, row) for shard, rows in removed_inputs.items() for row in rows]
+    while unseen:
+        shard, row = unseen.pop()
+        if shard in origins:
+            earlier_shard, earlier_row = origins[shard][row]
+            removed_inputs.setdefault(earlier_shard, set()).add(earlier_row)
+            unseen.append((earlier_shard, earlier_row))

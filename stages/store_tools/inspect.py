@@ -27,17 +27,17 @@ def inspect_command(
         lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
     for name, group in store.manifest.groups.items():
         entry: dict[str, object] = {"bytes": sizes[name], "format": group.format}
-        text, facts = "", {}
+        text, details = "", {}
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
-            text, facts = f"{group.size_px} px, {group.codec}, {group.format}", group.config
+            text, details = f"{group.size_px} px, {group.codec}, {group.format}", group.config
         elif isinstance(group, EmbeddingGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
-            facts = group.fingerprint
+            details = group.fingerprint
         groups[name] = entry
         lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
-        lines += [f"      {key}: {value}" for key, value in sorted(facts.items())]
+        lines += [f"      {key}: {value}" for key, value in sorted(details.items())]
     result: dict[str, object] = {
         "input_rows": store.manifest.input_rows,
         "num_samples": len(store),

@@ -24,16 +24,18 @@ _ANNOTATIONS = ("transcription", "safebox", "label")
 _FINGERPRINT = ("model", "revision", "weights_sha256", "max_tokens")
 
 
-def lineage_command(store: Store, folder: StoreFolder, run: RunFolder | None, **asked: str | None) -> CommandResult:
+def lineage_command(
+    store: Store, folder: StoreFolder, run: RunFolder | None, **requested: str | None
+) -> CommandResult:
     """All samples with a key, URL or sha256: in the store, removed, or dropped (by key, in a run folder).
 
     Raises:
         ConfigError: more than one identifier is given.
     """
-    given = [(name, value) for name, value in asked.items() if value is not None]
-    if len(given) != 1:
+    identifiers = [(name, value) for name, value in requested.items() if value is not None]
+    if len(identifiers) != 1:
         raise ConfigError(f"give one of {', '.join('--' + name for name in IDENTIFIERS)}")
-    ((name, value),) = given
+    ((name, value),) = identifiers
     removals = load_removals(folder)
     found = list(_stored(store, removals, name, value)) or list(_removed(removals, name, value))
     if run is not None and name == "key":
@@ -90,41 +92,41 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
         entry = store.manifest.file(name, position)
         assert entry is not None
         rows = list(caption_ids) if isinstance(group, TextGroup) else [row]
-        facts: dict[str, object] = {"file": entry.path, "rows": rows}
+        details: dict[str, object] = {"file": entry.path, "rows": rows}
         if isinstance(group, EmbeddingGroup):
             opened = (files.text if isinstance(group, TextGroup) else files.image_embeds)[group.encoder]
-            facts |= {
+            details |= {
                 "shapes": [[int(opened.num_tokens[i]), group.dim] for i in rows],
                 "dtype": group.dtype,
                 "encoder": {key: group.fingerprint[key] for key in _FINGERPRINT if key in group.fingerprint},
             }
-        result[name] = facts
+        result[name] = details
     return result
 
 
 def _removal_of(removals: list[Removal], shard: int, row: int) -> dict[str, object]:
     for number, removal in enumerate(removals, start=1):
         if any(removed.row == row for removed in removal.rows.get(shard, ())):
-            return {"fate": "removed", "removal": _facts(number, removal)}
+            return {"fate": "removed", "removal": _removal_entry(number, removal)}
     return {}
 
 
 def _removed(removals: list[Removal], name: str, value: str) -> Iterator[dict[str, Any]]:
-    """Rows that are erased, and values that were asked for but never were in the store."""
+    """Rows that are erased, and requested values that never were in the store."""
     digest = value_digest(name, value)
-    numbered = [(removal, _facts(number, removal)) for number, removal in enumerate(removals, start=1)]
+    numbered = [(removal, _removal_entry(number, removal)) for number, removal in enumerate(removals, start=1)]
     erased = [
-        {"fate": "removed", "shard": shard, "row": row.row, "removal": facts}
-        for removal, facts in numbered
+        {"fate": "removed", "shard": shard, "row": row.row, "removal": shown}
+        for removal, shown in numbered
         for shard, rows in removal.rows.items()
         for row in rows
         if getattr(row, name) == digest
     ]
-    blocked = [{"fate": "blocked", "removal": facts} for removal, facts in numbered if digest in removal.blocked[name]]
+    blocked = [{"fate": "blocked", "removal": shown} for removal, shown in numbered if digest in removal.blocked[name]]
     yield from erased or blocked[:1]
 
 
-def _facts(number: int, removal: Removal) -> dict[str, object]:
+def _removal_entry(number: int, removal: Removal) -> dict[str, object]:
     return {"number": number, "time": removal.time, "reason": removal.reason}
 
 
@@ -162,12 +164,12 @@ def _lines(entry: dict[str, Any]) -> list[str]:
         )
     lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
     lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
-    for name, facts in entry["groups"].items():
-        rows = ", ".join(map(str, facts["rows"]))
-        text = f"  {name:<10} {facts['file']} row {rows}"
-        if "shapes" in facts:
-            shapes = ", ".join(" x ".join(map(str, shape)) for shape in facts["shapes"])
-            encoder = facts["encoder"]
-            text += f": {shapes} {facts['dtype']} by {encoder.get('model')}, revision {encoder.get('revision')}"
+    for name, group in entry["groups"].items():
+        rows = ", ".join(map(str, group["rows"]))
+        text = f"  {name:<10} {group['file']} row {rows}"
+        if "shapes" in group:
+            shapes = ", ".join(" x ".join(map(str, shape)) for shape in group["shapes"])
+            encoder = group["encoder"]
+            text += f": {shapes} {group['dtype']} by {encoder.get('model')}, revision {encoder.get('revision')}"
         lines.append(text)
     return lines

@@ -1,6 +1,6 @@
 """`pipeline verify --reencode`: encodes some of the captions again, and compares with what the store has.
 
-It is the one check that asks the model itself: all others compare what was written with what was written.
+It is the only check that runs the model: all others compare stored data with stored data.
 """
 
 import math
@@ -22,12 +22,12 @@ _CAPTIONS_AT_ONCE = 128
 _COMPUTE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Relative error of a token between machines, devices and batches: rounding of each layer adds up."""
 _STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3}
-"""Relative error of a token by rounding to the store's dtype; for int8 it follows from the group's min_cosine."""
+"""Relative error of a token from rounding to the store's dtype; for int8 it follows from the group's min_cosine."""
 
 
 @dataclass(slots=True)
 class Comparison:
-    """What one encoder gives now against what is stored; errors are over tokens, the encoding of "" included.
+    """New encodings of one encoder against the stored ones, including the encoding of ""; errors are over tokens.
 
     Attributes:
         tolerance: allowed relative error of a token: length of the difference over the length of the new encoding.
@@ -72,9 +72,9 @@ class Comparison:
 
 
 def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, str]) -> dict[str, Comparison]:
-    """Encodes a fraction of the distinct captions again, with each encoder of the store; what was given is left out.
+    """Encodes a fraction of the distinct captions again, with each encoder of the store that has a model.
 
-    A caption is chosen by a hash of its text and the seed: always the same ones, whatever the shards. One shard's
+    A caption is chosen by a hash of its text and the seed: always the same ones, for any shards. One shard's
     files and 128 captions are in memory at a time.
 
     Args:
@@ -91,7 +91,7 @@ def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, s
 
 
 def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:
-    """(shard position, caption id, caption) of the captions to encode; those of excluded samples do not count."""
+    """(shard position, caption id, caption) of the captions to encode; captions of excluded samples do not count."""
     least: tuple[int, int, int, str] | None = None
     found = False
     for position in range(store.manifest.num_shards):

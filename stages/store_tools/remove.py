@@ -49,11 +49,11 @@ def remove_command(
 
     Args:
         place: a run folder, or a store: a folder or a fsspec URL.
-        key, url, sha256: files with one value a line, or values.
+        key, url, sha256: files with one value per line, or values.
         compact_files: also erase removed samples, of this call and of earlier ones, from all files.
         dry_run: only say what would be removed.
     Raises:
-        ConfigError: nothing was asked for, a value that cannot be one, or a store that cannot be changed.
+        ConfigError: nothing was requested, a value that is not valid, or a store that cannot be changed.
     """
     given: dict[str, Sequence[str]] = dict(zip(IDENTIFIERS, (key, url, sha256), strict=True))
     values = {name: _read_values(name, texts) for name, texts in given.items()}
@@ -118,12 +118,14 @@ def _remove(
                 f"--{name} {both[0]}: is a file, and the {name} of a sample too; give ./{both[0]} for the file, or "
                 "put the value into a file"
             )
-    former = _removed_before(removals)
+    removed_before = _removed_before(removals)
     unmatched = {
-        name: sorted(value for value in listed - found.matched[name] if value_digest(name, value) not in former)
+        name: sorted(
+            value for value in listed - found.matched[name] if value_digest(name, value) not in removed_before
+        )
         for name, listed in values.items()
     }
-    before = sum(value_digest(name, value) in former for name, listed in values.items() for value in listed)
+    before = sum(value_digest(name, value) in removed_before for name, listed in values.items() for value in listed)
     _refuse_mistyped(given, files, unmatched, Blocklist(removals))
     removed = sum(len(rows) for rows in found.rows.values())
     if not dry_run and any(values.values()):
@@ -140,11 +142,11 @@ def _remove(
         "values": {name: len(listed) for name, listed in values.items() if listed},
         "unmatched": {name: listed for name, listed in unmatched.items() if listed},
     }
-    return result, _lines(result, unmatched, asked=any(values.values()))
+    return result, _lines(result, unmatched, requested=any(values.values()))
 
 
-def _lines(result: Mapping[str, object], unmatched: Mapping[str, list[str]], *, asked: bool) -> list[str]:
-    if not asked:
+def _lines(result: Mapping[str, object], unmatched: Mapping[str, list[str]], *, requested: bool) -> list[str]:
+    if not requested:
         return []
     verb = "would be removed" if result["dry_run"] else "removed"
     lines = [f"{result['removed']} samples {verb}, in {result['shards']} shards"]
@@ -161,7 +163,7 @@ def _lines(result: Mapping[str, object], unmatched: Mapping[str, list[str]], *, 
 
 
 def _removed_before(removals: Sequence[Removal]) -> set[str | None]:
-    """Digests of all that the removed samples could be asked for by."""
+    """Digests of all identifiers of the removed samples."""
     rows = [row for removal in removals for rows in removal.rows.values() for row in rows]
     return {getattr(row, name) for row in rows for name in IDENTIFIERS}
 
@@ -182,7 +184,7 @@ def _refuse_mistyped(
 
 
 def _read_values(name: str, texts: Sequence[str]) -> set[str]:
-    """The values in files of one value a line, and those given as they are."""
+    """The values in files of one value per line, and the values given directly."""
     values: set[str] = set()
     for text in texts:
         path = Path(text)

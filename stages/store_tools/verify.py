@@ -23,7 +23,7 @@ def verify_command(
     """Recomputes every checksum, checks the alignment of all groups row by row, and accounts for every input row.
 
     Args:
-        reencode: fraction of the captions to encode again; None: none. Not done if the files are bad already.
+        reencode: fraction of the captions to encode again; None disables it. Skipped if files are bad already.
         encoder_models: `NAME=MODEL`, where an encoder's model is now.
     """
     store = store_folder(path)
@@ -48,12 +48,12 @@ def verify_command(
         lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
     if reencode is not None and not comparisons:
         why = "files are bad" if not report.ok else "the store has no encoder that could do it"
-        lines.append(f"note: nothing was encoded again, as {why}")
+        lines.append(f"note: nothing was encoded again, because {why}")
     lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
     if report.input_rows is not None:
         lines.append(_coverage_line(report))
     if not report.ok:
-        lines.append("Move the bad files away and run the same pipeline command again: it makes only those anew.")
+        lines.append("Move the bad files away and run the same pipeline command again: it makes only these again.")
     checked = f"{report.files_checked} files, {human_bytes(report.bytes_checked)}, {report.num_samples} samples"
     lines.append(f"{'good' if report.ok else 'NOT good'}: {checked} checked in {store}")
     return result, lines, EXIT_OK if report.ok else EXIT_FAILED

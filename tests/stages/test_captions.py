@@ -58,15 +58,17 @@ def test_text_that_was_not_utf_8_is_told_apart(raw: str, valid: bool) -> None:
     ],
 )
 def test_empty_and_repeated_captions_go_and_the_order_stays(raw: list[str], captions: tuple[str, ...]) -> None:
-    assert clean_captions(raw, allow_empty=False) == (captions, None)
-    assert clean_captions(raw, allow_empty=True) == (captions, None)
+    assert clean_captions(raw) == (captions, None)
 
 
 @pytest.mark.parametrize("raw", [[], [""], [" ", "\n\0"]])
-def test_no_caption_is_a_drop_unless_the_list_has_none(raw: list[str]) -> None:
-    assert clean_captions(raw, allow_empty=False) == ((), "empty_caption")
-    assert clean_captions(raw, allow_empty=True) == (("",), None)
+def test_a_sample_without_a_caption_is_dropped(raw: list[str]) -> None:
+    assert clean_captions(raw) == ((), "empty_caption")
+
+
+def test_samples_of_a_source_without_captions_have_the_empty_caption() -> None:
+    assert clean_captions(None) == (("",), None)
 
 
 def test_one_caption_that_is_not_text_drops_the_sample() -> None:
-    assert clean_captions(["a cat", "caf\udce9"], allow_empty=False) == ((), "invalid_caption")
+    assert clean_captions(["a cat", "caf\udce9"]) == ((), "invalid_caption")

@@ -144,7 +144,7 @@ BAD_SOURCES = [
     ("parquet", "no_caption.parquet", ["source.image_column:", "has no column 'image'; it has: url, text"]),
     ("urls", "text.parquet", ["text.parquet is not a readable parquet file"]),
     ("parquet", "text.parquet", ["text.parquet is not a readable parquet file"]),
-    ("urls", "text.csv.gz", ["text.csv.gz cannot be read to its end", "make the file anew"]),
+    ("urls", "text.csv.gz", ["text.csv.gz cannot be read to its end", "write the file again"]),
     ("webdataset", "text.tar", ["text.tar is not a readable tar"]),
     ("webdataset", "empty.tar", ["empty.tar is not a readable tar"]),
 ]
@@ -164,7 +164,7 @@ def test_a_list_that_ends_early_is_named(inputs: Path) -> None:
     rows = b"url,caption\n" + b"".join(b"gopher://%d/x.png,a cat\n" % i for i in range(9000))
     (inputs / "cut.csv.gz").write_bytes(gzip.compress(rows)[:-40])
     result = call("plan", "precompute", "source.kind=urls", "source.path=cut.csv.gz")
-    assert_refused(result, 2, ["source.path: ", "cut.csv.gz cannot be read to its end", "make the file anew"])
+    assert_refused(result, 2, ["source.path: ", "cut.csv.gz cannot be read to its end", "write the file again"])
 
 
 def test_an_unknown_workflow_is_refused_with_the_available_ones(inputs: Path) -> None:

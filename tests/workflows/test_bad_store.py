@@ -73,7 +73,7 @@ def test_a_damaged_file_alone_is_named_and_computed_again_by_the_advised_command
     assert result.code == 1
     assert [line for line in lines if line.startswith("bad: ")] == [line for line in lines if name in line]
     assert lines[0].startswith(f"bad: {name}: ")
-    assert lines[-2] == "Move the bad files away and run the same pipeline command again: it makes only those anew."
+    assert lines[-2] == "Move the bad files away and run the same pipeline command again: it makes only these again."
     assert lines[-1].startswith("NOT good: ")
     problems = json.loads(call("verify", str(run), "--json").out)["problems"]
     assert [problem["file"] for problem in problems] == [name]

@@ -137,6 +137,7 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
     import io
     import tarfile
 
+    from stages.precompute.fetch import fetch_originals
     from stages.sources.base import Original
     from stages.sources.tars import WebdatasetConfig
 
@@ -152,7 +153,7 @@ def test_tars_that_appear_during_a_run_do_not_change_what_is_read(tmp_path: Path
     shard = next(source.shards(10))
     make("a.tar", 90)
     read: list[Original] = []
-    source.fetch(shard, None, tmp_path, read.append)
+    fetch_originals(source, shard, None, tmp_path, read.append)
     assert [(o.key, o.captions) for o in read] == [("b/x", ("level 50",))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imagen_core.store import write_embedding_shard
+from imagen_core.store import cast_embedding, write_embedding_shard
 from imagen_core.store.files import hdf5
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_message, takes_no_data
@@ -104,10 +104,12 @@ def test_hdf5_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hdf5._Sink, "_write_all", full)
-    embeddings, path = [np.ones((3, 4), np.float32)], tmp_path / "00000.h5"
+    embeddings, path = [cast_embedding(np.ones((3, 4), np.float32), "float16")], tmp_path / "00000.h5"
     for _ in range(3):
         with pytest.raises(OSError, match="No space left on device"):
-            write_embedding_shard(path, embeddings, 4, "float16", "hdf5", captions=["a"], fingerprint={"model": "m"})
+            write_embedding_shard(
+                path, embeddings, [3], 4, "float16", "hdf5", captions=["a"], fingerprint={"model": "m"}
+            )
         assert not path.exists()
 
 

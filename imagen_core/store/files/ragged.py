@@ -29,6 +29,10 @@ _OVERFLOW: dict[str, float] = {
 }
 
 
+class NotFiniteError(ValueError):
+    """An embedding that the store's dtype cannot hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredEmbedding:
     """One row's embedding as it is on disk.
@@ -55,12 +59,13 @@ def cast_embedding(x: np.ndarray, dtype: StoreDtype) -> StoredEmbedding:
     """Cast a float (n_tokens, dim) embedding to its stored form, rounding to nearest even.
 
     Raises:
-        ValueError: not two-dimensional, not floating point, or not finite after the cast.
+        ValueError: not two-dimensional or not floating point.
+        NotFiniteError: not finite after the cast.
     """
     if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"an embedding is a float array (n_tokens, dim); got {x.dtype} {x.shape}")
     if not is_finite_as(x, dtype):
-        raise ValueError(f"embedding {x.shape} is not finite as {dtype}; drop it (see is_finite_as)")
+        raise NotFiniteError(f"embedding {x.shape} is not finite as {dtype}; drop it (see is_finite_as)")
     x = np.ascontiguousarray(x, dtype=np.float32)
     if dtype == "int8":
         return _quantise(x)

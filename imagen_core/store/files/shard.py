@@ -154,35 +154,6 @@ def open_image_writer(
 
 def write_embedding_shard(
     path: str | os.PathLike[str],
-    embeddings: Sequence[np.ndarray],
-    dim: int,
-    dtype: StoreDtype,
-    store_format: StoreFormat,
-    *,
-    captions: Sequence[str],
-    fingerprint: Mapping[str, Any],
-) -> None:
-    """Write the embeddings of a shard's distinct captions (row j = caption id j), or of its images (row i = sample i).
-
-    Args:
-        embeddings: float (n_tokens, dim), unpadded; n_tokens may differ and may be 0.
-        captions: the encoded captions, one per row; for embeddings of images, the samples' keys.
-        dtype: the stored type, see ragged.py.
-        fingerprint: of the encoder, as in the manifest.
-    Raises:
-        ValueError: a wrong shape, or an embedding that is not finite after the cast; the message names its row, and
-            the file is removed.
-    """
-    check_dtype(dtype)
-    num_tokens = [len(embedding) for embedding in embeddings]
-    cast = _cast(embeddings, dim, dtype)
-    write_stored_embeddings(
-        path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=fingerprint
-    )
-
-
-def write_stored_embeddings(
-    path: str | os.PathLike[str],
     embeddings: Iterable[StoredEmbedding],
     num_tokens: Sequence[int],
     dim: int,
@@ -192,7 +163,16 @@ def write_stored_embeddings(
     captions: Sequence[str],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """Like `write_embedding_shard`, for embeddings that are in their stored form; num_tokens is the length of each."""
+    """Write the embeddings of a shard's distinct captions, row j = caption id j; or of its images, one per sample.
+
+    Args:
+        embeddings: (n_tokens, dim) each, unpadded, as `cast_embedding` casts them to `dtype`. Streamed; if one raises,
+            nothing is left behind.
+        num_tokens: of each embedding; may be 0.
+        captions: the encoded caption of each row; for embeddings of images the samples' keys.
+        fingerprint: of the encoder, as in the manifest.
+    """
+    check_dtype(dtype)
     check_format(store_format)
     encoder = fingerprint_digest(fingerprint)
     rows = ((x, caption_digest(encoder, caption, x)) for x, caption in zip(embeddings, captions, strict=True))
@@ -206,15 +186,12 @@ def write_stored_embeddings(
         raise
 
 
-def embedding_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
-    """Bytes of the file `write_embedding_shard` would write for these rows; within 1 %, in either format."""
-    scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
-    payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
-    row_groups = -(-payload // ROW_GROUP_BYTES)
-    return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
+def cast_embeddings(embeddings: Iterable[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[StoredEmbedding]:
+    """Cast float (n_tokens, dim) embeddings for `write_embedding_shard`.
 
-
-def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iterator[StoredEmbedding]:
+    Raises:
+        ValueError: a wrong shape, or an embedding that is not finite after the cast; its row is named.
+    """
     for row, embedding in enumerate(embeddings):
         if embedding.ndim != 2 or embedding.shape[1] != dim:
             raise ValueError(f"row {row}: embedding {embedding.shape} is not (n_tokens, {dim})")
@@ -222,6 +199,14 @@ def _cast(embeddings: Sequence[np.ndarray], dim: int, dtype: StoreDtype) -> Iter
             yield cast_embedding(embedding, dtype)
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
+
+
+def embedding_shard_bytes(num_tokens: Sequence[int], dim: int, dtype: StoreDtype) -> int:
+    """Bytes of the file that `write_embedding_shard` would write; within 1 %, either format."""
+    scale_bytes, caption_bytes = (SCALE_DTYPE.itemsize, 20) if dtype == "int8" else (0, 16)
+    payload = sum(num_tokens) * (dim * DISK_DTYPES[check_dtype(dtype)].itemsize + scale_bytes)
+    row_groups = -(-payload // ROW_GROUP_BYTES)
+    return payload + caption_bytes * len(num_tokens) + 230 * row_groups + 550
 
 
 def open_images(source: str | BinaryIO, name: str, group: ImagesGroup, *, mapped: bool = True) -> ImageFile:

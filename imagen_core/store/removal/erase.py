@@ -13,7 +13,7 @@ import numpy as np
 
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
-from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_stored_embeddings
+from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import blank_key
@@ -86,7 +86,7 @@ class ErasedShard:
         erased = self.erased_ids if of_captions else self.removed
         blank = cast_embedding(np.zeros((0 if of_captions else 1, group.dim), np.float32), group.dtype)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
-        write_stored_embeddings(
+        write_embedding_shard(
             new,
             (blank if row in erased else file.stored(row) for row in range(file.num_rows)),
             num_tokens,

@@ -1,4 +1,4 @@
-"""Embeddings that come with the data, in .npy files of a row for each sample: `source.arrays`."""
+"""Embeddings that come with the data, in .npy files with one row per sample: `source.arrays`."""
 
 import re
 from collections.abc import Iterable
@@ -58,16 +58,16 @@ class ArrayFolder:
         """
         number = number_of(path)
         if number is None:
-            raise ConfigError(f"{self.field}: {path} has no number at its end, so no .npy can be told to be its own")
+            raise ConfigError(f"{self.field}: {path} has no number at its end, so no .npy can be found for it")
         if number not in self.files:
             raise ConfigError(
                 f"{self.field}: {path} has no .npy with the number {number} in {self.folder} (of {len(self.files)}); "
-                "add the file, or leave out those that have none by a glob in source.path"
+                "add the file, or leave out the files without one by a glob in source.path"
             )
         return self.files[number]
 
     def check(self, paths: Iterable[str]) -> None:
-        """Each table or tar must have a .npy of its own.
+        """Checks that each table or tar has its own .npy.
 
         Raises:
             ConfigError: one has none, or two have the same.
@@ -81,11 +81,11 @@ class ArrayFolder:
                     "rename one, or make a run of each folder"
                 )
 
-    def look(self, path: str) -> tuple[int, str]:
+    def num_rows_and_digest(self, path: str) -> tuple[int, str]:
         """Rows of the .npy of a table or tar, and a digest of its size, header and ends.
 
         Raises:
-            ConfigError: there is none, or it is no whole .npy of numbers.
+            ConfigError: there is none, or it is not a complete .npy of numbers.
         """
         file = self.file_of(path)
         header, opened = self._open(file)
@@ -101,11 +101,11 @@ class ArrayFolder:
         Raises:
             ConfigError: with both numbers.
         """
-        found, digest = self.look(path)
+        found, digest = self.num_rows_and_digest(path)
         if found != rows:
             raise ConfigError(
                 f"{self.field}: {self.file_of(path)} has {found:,} rows, but {path} has {rows:,} samples; they "
-                "must be aligned row by row, so make the one anew from the other"
+                "must be aligned row by row, so make the one again from the other"
             )
         return digest
 
@@ -127,7 +127,7 @@ class ArrayFolder:
             except Damaged as error:
                 opened.close()
                 raise ConfigError(
-                    f"{self.field}: {file} is no whole .npy of (rows, dim): {error}; write it anew"
+                    f"{self.field}: {file} is not a complete .npy of (rows, dim): {error}; write it again"
                 ) from error
             except BaseException:
                 opened.close()
@@ -143,7 +143,7 @@ class ArrayFolder:
 
 
 def no_array(name: str, present: Iterable[str]) -> ConfigError:
-    """The error for an array that the source was not told of."""
+    """The error for an array that the source does not have."""
     return ConfigError(
         f"encoders: array {name!r} is not in source.arrays, which has: {', '.join(present) or 'none'}; add it there"
     )

@@ -17,7 +17,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 @dataclass(frozen=True, slots=True)
 class NpyHeader:
-    """What a .npy file says of itself."""
+    """The header of a .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -30,7 +30,7 @@ class NpyHeader:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """Size of the file."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -64,7 +64,7 @@ def read_header(file: BinaryIO, where: str) -> NpyHeader:
 
 
 def parse(data: bytes, where: str) -> np.ndarray:
-    """The array in the bytes of a whole .npy file; raises as `read_header`."""
+    """The array in the bytes of a .npy file; raises as `read_header`."""
     file = io.BytesIO(data)
     header = read_header(file, where)
     if len(data) != header.num_bytes:

@@ -1,4 +1,4 @@
-"""Reads pickles of plain data without running them: an interpreter of its own that can import and call nothing.
+"""Reads pickles of plain data without running them: an own interpreter that can import and call nothing.
 
 It builds dicts, lists, tuples, text, bytes and numbers, and arrays of numbers as numpy and torch pickle them (of a
 tensor, its plain storage). What else a pickle names is refused by that name. So a pickle with code in it is data that
@@ -50,7 +50,7 @@ def read_pickle(data: bytes, where: str) -> Any:
 
     Raises:
         ConfigError: it holds something else, which is named.
-        Damaged: it is no whole pickle.
+        Damaged: it is not a complete pickle.
     """
     try:
         return _run(io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""Embeddings that come with the samples of tars: members of the tar, or rows of .npy files beside it."""
+"""Embeddings that come with the samples of tars: members of the tar, or rows of .npy files next to it."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -20,14 +20,14 @@ class ArrayConfig(Config):
     """Where each sample of a tar has its array: as a member of the tar, or in a folder of .npy files."""
 
     member: str | None = None
-    """Suffix of the member: `npy` for KEY.npy beside KEY.jpg. `.pickle` and `.pkl` are read as plain data only."""
+    """Suffix of the member: `npy` for KEY.npy next to KEY.jpg. `.pickle` and `.pkl` are read as plain data only."""
     pickle_key: str | None = None
     """Of a pickle: the entry that has `encodings`, and perhaps a `mask`; NeMo's `precached_key`."""
     folder: str | None = None
     """A folder of .npy files, as img_emb_0007.npy for 00007.tar, local or any fsspec URL."""
     index_width: int | None = Field(default=None, ge=1)
-    """Of a folder: the last so many digits of a sample's key are its row in the .npy, and the digits before them the
-    number of the tar. null: row i is sample i of the tar."""
+    """Of a folder: the number of digits at the end of a sample's key that are its row in the .npy; the digits before
+    them are the number of the tar. null: row i is sample i of the tar."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -45,7 +45,7 @@ def row_of_key(folder: ArrayFolder, tar: str, key: str, index_width: int, num_ro
     """The row in the .npy of a tar that the last digits of a sample's key name.
 
     Raises:
-        ConfigError: the key has no such digits, is of another tar, or names a row that is not there.
+        ConfigError: the key has no such digits, is of another tar, or names a row that does not exist.
     """
     digits = key.rpartition("/")[2]
     number, index = digits[:-index_width], digits[-index_width:]
@@ -57,7 +57,7 @@ def row_of_key(folder: ArrayFolder, tar: str, key: str, index_width: int, num_ro
     if int(index) >= num_rows:
         raise ConfigError(
             f"{folder.field}: {folder.file_of(tar)} has {num_rows:,} rows, but {tar} has the key {key!r}, which is "
-            f"row {int(index):,}; make the one anew from the other"
+            f"row {int(index):,}; make the one again from the other"
         )
     return int(index)
 

@@ -8,14 +8,14 @@ from pipeline.config import Config
 class DownloadConfig(Config):
     """How to fetch URLs. Changes nothing in what a successful download returns.
 
-    The limits hold in each fetch task; so many tasks as run at once, so many times as much may one host see.
+    The limits hold per fetch task: with n tasks at once, one host may see n times as much.
     A host is what stands in the URL: `name` or `name:port`.
     """
 
     threads: int = Field(default=32, ge=1)
     """Downloads at once in each task."""
     max_per_host: int = Field(default=6, ge=1)
-    """Downloads at once from one host (browsers take 6); other hosts go ahead of those that wait. Where a URL
+    """Downloads at once from one host (browsers take 6); other hosts go ahead of the waiting ones. Where a URL
     redirects to is not counted."""
     min_interval_s: float = Field(default=0.0, ge=0)
     """Least time between the starts of two downloads from one host."""
@@ -35,7 +35,7 @@ class DownloadConfig(Config):
     """Longest pause that a host gets when it answers 429 or 503 with Retry-After. If it asks for more, the rest of
     its URLs in the shard are dropped as `host_unreachable`."""
     max_host_failures: int = Field(default=10, ge=1)
-    """Timeouts, connection errors and asked-for pauses in a row, after which the rest of a host's URLs in the shard
+    """Timeouts, connection errors and requested pauses in a row, after which the rest of a host's URLs in the shard
     are dropped as `host_unreachable`; `--retry-dropped host_unreachable` tries them again."""
     allow_private_addresses: bool = False
     """Whether images may come from addresses that are not on the public internet (loopback, private, link-local,

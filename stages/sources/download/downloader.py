@@ -102,7 +102,7 @@ class _Fetcher:
         return stream, message
 
     def _give_back(self, turn: Ticket, visit: FetchAttempt) -> bool:
-        """Whether the URL is to be tried again. What happened after a redirect says nothing about the URL's host."""
+        """Whether the URL is to be tried again. A failure after a redirect says nothing about the URL's host."""
         reason = "" if turn.message is None else classify(turn.message)
         turn.tries += 1
         retry_in_s = None
@@ -177,7 +177,7 @@ def _run_downloader(urls: Mapping[int, str], folder: Path, fetcher: _Fetcher, re
     class HandOn:
         """img2dataset's sample writer interface; its key is the position in the URL table.
 
-        It prints what `write` raises and goes on, so the first failure is kept and raised at the end.
+        It prints what `write` raises and continues, so the first failure is kept and raised at the end.
         """
 
         def __init__(self, *_: object) -> None: ...

@@ -34,14 +34,14 @@ class _Host:
     active: int = 0
     next_at: float = 0.0
     failures: int = 0
-    """In a row."""
+    """Failures in a row."""
     listed: bool = False
-    """Whether the host stands in the list of those that may have a turn."""
+    """Whether the host stands in the list of hosts that may have a turn."""
     abandoned: str | None = None
 
 
 class HostQueue:
-    """The URLs of a shard, for many threads, which give back what they took, unless it has a verdict.
+    """The URLs of a shard, for many threads, which give back a URL that they took, unless it is done.
 
     A thread that takes until it has a result does not wait for ever: there are at least as many URLs without a result
     as threads that want one.
@@ -90,8 +90,8 @@ class HostQueue:
         """Ends a turn that was taken.
 
         Args:
-            failed: whether the host could not be reached or asked for a pause; None if nothing is known about it.
-            pause_s: what it asked for.
+            failed: whether the host could not be reached or requested a pause; None if nothing is known about it.
+            pause_s: the requested pause.
             retry_in_s: seconds after which the URL may be taken again; None for never.
         """
         with self._changed:
@@ -105,7 +105,7 @@ class HostQueue:
                 heappush(host.waiting, (now + retry_in_s, next(self._order), turn))
             if pause_s > self._config.max_retry_after_s:
                 host.abandoned = (
-                    host.abandoned or f"host_unreachable: {host.name} asked for a pause of {pause_s:.0f} s"
+                    host.abandoned or f"host_unreachable: {host.name} requested a pause of {pause_s:.0f} s"
                 )
             elif host.failures >= self._config.max_host_failures:
                 host.abandoned = (

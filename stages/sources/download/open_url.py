@@ -1,6 +1,6 @@
 """Opens a URL as urllib does, within limits of time, bytes, redirects and addresses.
 
-Every connection is made in `FetchAttempt.connect`, and every byte received comes through `_Wire`, also those of
+Every connection is made in `FetchAttempt.connect`, and every byte received comes through `_Wire`, also the bytes of
 redirects and proxies. So it does not matter what a server claims or leaves out.
 """
 
@@ -64,7 +64,7 @@ class FetchAttempt:
         self.opened = False
         """Whether `open` was called."""
         self.retry_after_s = 0.0
-        """What a 429 or 503 asked to wait."""
+        """The pause that a 429 or 503 requested."""
         self._ends = time.monotonic() + config.deadline_s
         self._bytes_left = config.max_bytes
 

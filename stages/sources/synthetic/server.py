@@ -22,7 +22,7 @@ _PATH = re.compile(r"/scenes/([0-9]{9})\.png")
 class SceneServer:
     """Context manager: serves `/scenes/{index:09d}.png` on 127.0.0.1, at a free port.
 
-    An image is drawn when it is asked for, so the number of samples costs no memory. Indices in
+    An image is drawn when it is requested, so the number of samples costs no memory. Indices in
     `dead_indices`, like every other path, give 404.
     """
 
@@ -85,7 +85,7 @@ class SceneServer:
 
 
 class _HttpServer(ThreadingHTTPServer):
-    """Knows its open connections, so that closing it ends those that clients keep alive."""
+    """Knows its open connections, so that closing it ends the ones that clients keep alive."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -3,16 +3,16 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import Shard
-from stages.sources.base import Emit, InputPart, Row, Source
+from stages.sources.base import Emit, InputPart, Original, Source, SourceRow
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
-from stages.sources.urls import UrlRow, fetch_rows, row_captions
+from stages.sources.download.originals import download_originals
 
 
 class SyntheticConfig(Config):
@@ -20,13 +20,13 @@ class SyntheticConfig(Config):
 
     kind: Literal["synthetic"] = "synthetic"
     scene: Literal["shapes", "words"] = "shapes"
-    """`words`: one or two coloured letters, with captions that name the colours and transcriptions."""
+    """`words`: one or two coloured letters, with transcriptions, and captions that name the colours."""
     num_samples: int = Field(default=288, ge=1)
-    """Scenes to draw, dead links included."""
+    """Scenes to make, including dead links."""
     seed: int = Field(default=0, ge=0)
-    """Equal seeds draw equal scenes."""
+    """Equal seeds make equal scenes."""
     split: Literal["train", "held_out", "all"] = "train"
-    """`train` leaves out the combinations kept for judging a trained model."""
+    """`train` leaves out the combinations kept for evaluating a trained model."""
     dead_links: int = Field(default=1, ge=0)
     """Links that answer 404, to show what a drop looks like."""
     download: DownloadConfig = DownloadConfig()
@@ -37,10 +37,12 @@ class SyntheticConfig(Config):
 
 
 class SyntheticSource(Source):
-    """A row is one of a URL list, with the writing where there is any; the URLs are only good for this source."""
+    """Rows are those of a URL list; only this source can open the URLs."""
 
     def __init__(self, config: SyntheticConfig):
         self.config = config
+        annotations = ("annotations",) if config.scene == "words" else ()
+        self.layout = ("key", "url", "captions", *annotations, "is_duplicate")
 
     def check(self) -> None:
         return
@@ -48,35 +50,33 @@ class SyntheticSource(Source):
     def parts(self) -> Iterator[InputPart]:
         yield InputPart("scenes")
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         from stages.sources.synthetic.scenes import scene
         from stages.sources.synthetic.words import word_scene
 
         config = self.config
         for part in parts:
             for index in range(config.num_samples):
-                named = [f"{index:09d}", f"synthetic://{config.seed}/{index:09d}.png"]
+                key, url = f"{index:09d}", f"synthetic://{config.seed}/{index:09d}.png"
                 if config.scene == "words":
-                    drawn = word_scene(config.seed, index, config.split)
-                    yield part, [*named, list(drawn.captions), {"transcription": drawn.word}, False]
+                    words = word_scene(config.seed, index, config.split)
+                    annotations = {"transcription": words.word}
+                    yield part, SourceRow(key, url=url, captions=words.captions, annotations=annotations)
                 else:
-                    yield part, [*named, list(scene(config.seed, index, config.split).captions), False]
+                    captions = scene(config.seed, index, config.split).captions
+                    yield part, SourceRow(key, url=url, captions=captions)
 
     def prepare(self) -> None:
         load_downloader()
 
-    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
-        return row_captions(cast(Sequence[UrlRow], shard.rows))
-
     def estimate_rows(self) -> int:
         return self.config.num_samples
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         """Serves the scenes on a loopback port for as long as the shard takes, and downloads them from there."""
         from stages.sources.synthetic.server import SceneServer
 
         _bypass_proxy("127.0.0.1")
-        rows = cast(Sequence[UrlRow], shard.rows)
         config = self.config
         with SceneServer(
             seed=config.seed,
@@ -85,8 +85,14 @@ class SyntheticSource(Source):
             split=config.split,
             kind=config.scene,
         ) as server:
-            address = {url: server.url(int(key)) for key, url, *_ in rows}
-            fetch_rows(rows, wanted, scratch, config.download, emit, address=address, own=server.endpoint)
+            download_originals(
+                map(Original.of, rows),
+                scratch,
+                config.download,
+                emit,
+                addresses={row.url or "": server.url(int(row.key)) for row in rows},
+                own=server.endpoint,
+            )
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config

@@ -1,6 +1,6 @@
 """Images with a written word, drawn by code: one or two letters in a plain colour on a plain background.
 
-The caption names the colours and the transcription the letters, so that neither tells what the other does. An image
+The caption names the colours and the transcription the letters, so that neither says what the other does. An image
 is a pure function of (seed, index, split), as that of `scenes` is.
 """
 
@@ -18,7 +18,7 @@ from stages.sources.synthetic.shapes import encode_png
 PLACES = 2
 """Letters a word may have; letter i is always at place i."""
 GRID = 16
-"""The image is a square of so many dots, drawn of 4 x 4 pixels each."""
+"""Side of the image in dots; each is drawn as 4 x 4 pixels."""
 _DOT_PX = 4
 _WIDTH, _HEIGHT, _PITCH, _LEFT, _TOP = 5, 7, 7, 2, 4  # of a letter, in dots
 _FONT = {
@@ -49,7 +49,7 @@ _FONT = {
     "Y": "11110a04040404",
     "Z": "1f01020408101f",
 }
-"""Each letter's rows of five dots, two hexadecimal digits a row."""
+"""Each letter's rows of five dots, two hexadecimal digits per row."""
 LETTERS = "".join(_FONT)
 
 

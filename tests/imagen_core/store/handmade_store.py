@@ -33,7 +33,10 @@ def write_text(
 ) -> None:
     """Embeddings of captions named by number."""
     captions = [f"caption {i}" for i in range(len(embeddings))]
-    st.write_embedding_shard(path, embeddings, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT)
+    cast, num_tokens = st.cast_embeddings(embeddings, dim, dtype), [len(x) for x in embeddings]
+    st.write_embedding_shard(
+        path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT
+    )
 
 
 def file_entry(root: Path, path: str, rows: int) -> dict:
@@ -102,7 +105,8 @@ def make_store(
         files["text-t5"] = st.shard_path("text-t5", shard, store_format)
         st.write_embedding_shard(
             root / files["text-t5"],
-            embeddings,
+            st.cast_embeddings(embeddings, DIM, dtype),
+            [len(x) for x in embeddings],
             DIM,
             dtype,
             store_format,

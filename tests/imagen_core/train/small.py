@@ -98,7 +98,14 @@ def make_store(
         fingerprint = groups["text-t5"]["fingerprint"]
         path = root / paths["text-t5"]
         st.write_embedding_shard(
-            path, embeddings, dim, "float16", "parquet", captions=captions, fingerprint=fingerprint
+            path,
+            st.cast_embeddings(embeddings, dim, "float16"),
+            [len(embedding) for embedding in embeddings],
+            dim,
+            "float16",
+            "parquet",
+            captions=captions,
+            fingerprint=fingerprint,
         )
         files = {name: _entry(root, path, count) for name, path in paths.items()}
         shards.append({"index": shard, "rows": count, "files": files})

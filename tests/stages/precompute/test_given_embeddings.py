@@ -211,16 +211,16 @@ MISALIGNED = {
     "missing file": (lambda f: (f / "img_emb" / "img_emb_0001.npy").unlink(), "has no .npy with the number 1 in"),
     "cut file": (
         lambda f: (f / "img_emb" / "img_emb_0001.npy").write_bytes(npy(vectors(1, ROWS))[:-1]),
-        "img_emb_0001.npy is no whole .npy",
+        "img_emb_0001.npy is not a complete .npy",
     ),
-    "no .npy": (lambda f: (f / "img_emb" / "img_emb_0001.npy").write_bytes(b"x" * 99), "is no whole .npy"),
+    "no .npy": (lambda f: (f / "img_emb" / "img_emb_0001.npy").write_bytes(b"x" * 99), "is not a complete .npy"),
     "objects": (
         lambda f: replace_array(f, np.array([[None] * DIM] * ROWS, object), allow_pickle=True),
         r"img_emb_0001.npy: holds object \(5, 8\)",
     ),
     "text": (lambda f: replace_array(f, np.full((ROWS, DIM), "x")), "holds <U1"),
     "complex": (lambda f: replace_array(f, vectors(1, ROWS).astype(np.complex64)), "holds complex64"),
-    "one dimension": (lambda f: replace_array(f, vectors(1, ROWS)[:, 0]), r"no whole .npy of \(rows, dim\)"),
+    "one dimension": (lambda f: replace_array(f, vectors(1, ROWS)[:, 0]), r"not a complete .npy of \(rows, dim\)"),
     "Fortran order": (lambda f: replace_array(f, np.asfortranarray(vectors(1, ROWS))), "is in Fortran order"),
     "no number": (lambda f: np.save(f / "img_emb" / "all.npy", vectors(1, ROWS)), "all.npy has no number at its end"),
     "number twice": (lambda f: np.save(f / "img_emb" / "b_1.npy", vectors(1, ROWS)), "has the number of"),
@@ -273,7 +273,7 @@ def test_what_was_given_is_never_encoded_again(laion: Path, tmp_path: Path) -> N
     precompute(tmp_path / "run", *laion_source(laion))
     result = call("verify", str(tmp_path / "run"), "--reencode", "1")
     assert result.code == 0
-    assert "nothing was encoded again, as the store has no encoder that could do it" in result.out
+    assert "nothing was encoded again, because the store has no encoder that could do it" in result.out
     group = Store.open(tmp_path / "run" / "store").text_group("clip")
     made_by = {"name": "clip", "dim": DIM, "dtype": "float32", "fingerprint": group.fingerprint}
     with pytest.raises(ConfigError, match="its embeddings came with the data"):

@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
+from stages.precompute.fetch import fetch_originals
 from stages.sources.base import Original
 from stages.sources.folder import FolderConfig, FolderSource
 from stages.sources.incremental import InputBatches
@@ -79,7 +80,7 @@ def source(folder: str) -> FolderSource:
 
 def fetched(source: FolderSource, shard: Shard, scratch: Path) -> list[Original]:
     result: list[Original] = []
-    source.fetch(shard, None, scratch, result.append)
+    fetch_originals(source, shard, None, scratch, result.append)
     return result
 
 

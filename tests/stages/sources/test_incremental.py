@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import StaleOutputError
 from pipeline.stage import Shard
 from pipeline.storage.run_folder import RunFolder
+from stages.precompute.fetch import fetch_originals
 from stages.sources.base import Original, Source
 from stages.sources.folder import FolderConfig
 from stages.sources.incremental import InputBatches
@@ -255,7 +256,7 @@ def test_a_file_of_the_same_name_in_another_folder_changes_no_key_and_each_is_re
     assert [key[0].split("/")[:-1] for key in keys(shards)] == [["00000"], ["day2", "00000"]]
     for shard, expected in zip(shards, [b"old", b"new"], strict=True):
         read: list[Original] = []
-        make(data).fetch(shard, None, tmp_path, read.append)
+        fetch_originals(make(data), shard, None, tmp_path, read.append)
         assert [original.data for original in read] == [expected]
 
 

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
+from stages.precompute.fetch import fetch_originals
 from stages.sources.base import Original
 from stages.sources.download.config import DownloadConfig
 from stages.sources.files import expand
-from stages.sources.tables import FORMATS, columns, read_rows, table_format
-from stages.sources.urls import UrlsConfig, UrlsSource, captions_of
+from stages.sources.tables import FORMATS, captions_of, columns, read_rows, table_format
+from stages.sources.urls import UrlsConfig, UrlsSource
 from tests.image_server import body, serve
 from tests.images import BLUE, RED, plain_png
 
@@ -76,7 +77,7 @@ def fetched(source: UrlsSource, scratch: Path, shard_size: int = 2) -> list[tupl
     for shard in source.shards(shard_size):
         originals: list[Original] = []
         (scratch / str(shard.index)).mkdir(parents=True)
-        source.fetch(shard, None, scratch / str(shard.index), originals.append)
+        fetch_originals(source, shard, None, scratch / str(shard.index), originals.append)
         result.append((shard.index, sorted(originals, key=lambda original: original.row)))
     return result
 

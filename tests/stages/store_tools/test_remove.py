@@ -23,6 +23,7 @@ from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 from stages.store_tools import compact as compaction
 from tests.commands import call, tree
+from tests.image_server import body, serve
 from tests.runs import SMALL, precompute, store_bytes
 from workflows.precompute import Precompute, PrecomputeConfig
 
@@ -248,6 +249,45 @@ def test_a_sample_that_a_retry_brought_goes_from_the_lists_of_retries_too(tmp_pa
     assert precompute(run, *config)["tally"]["shards_skipped"] == 2
     assert store_bytes(run) == after
     assert verified(run)["num_samples"] == 3
+
+
+@pytest.mark.parametrize("identifier", ["key", "url", "sha256"])
+def test_caption_url_and_transcription_of_a_retried_sample_are_in_no_file_of_the_run_after_compaction(
+    tmp_path: Path, identifier: str
+) -> None:
+    def png(seed: int) -> bytes:
+        data = io.BytesIO()
+        Image.fromarray(pixels(seed)).save(data, "PNG")
+        return data.getvalue()
+
+    with serve({f"/{i}.png": body(png(i)) for i in range(4)}) as server:
+        secret_url, transcription = server.url("/secret/1.png"), "WRITTEN IN THE IMAGE"
+        rows = [{"url": server.url(f"/{i}.png"), "caption": f"image {i}", "text": f"TEXT {i}"} for i in range(4)]
+        rows[1] = {"url": secret_url, "caption": SECRET, "text": transcription}
+        (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = ["source.kind=urls", f"source.path={tmp_path / 'list.jsonl'}", "source.transcription_column=text"]
+        download = ["source.download.retries=0", "source.download.allow_private_addresses=true"]
+        config = [*source, *download, "shard_size=4", "images.sizes_px=[48]", "keep_originals=true"]
+        run, needles = tmp_path / "run", [secret_url.encode(), SECRET.encode(), transcription.encode()]
+        workflow = Precompute(load_config(PrecomputeConfig, None, config))
+        workflow.run(run, RunOptions("inline", quiet=True))
+        workflow.run(run, RunOptions("inline", retry_dropped=("http_404",), quiet=True))
+        server.routes = {**server.routes, "/secret/1.png": body(png(1))}
+        workflow.run(run, RunOptions("inline", retry_dropped=("http_404",), quiet=True))
+        (sample,) = [sample for sample in st.Store.open(run / "store") if sample.url == secret_url]
+        assert (sample.captions, sample.transcription) == ([SECRET], transcription)
+        for needle in needles:
+            found = {name.split("/")[0] for name in places_with(run, needle)}
+            assert found == {"retries", "staging", "store"}, "the test looks for what is there"
+        remove(run, f"--{identifier}", str(getattr(sample, identifier)))
+        remove(run, "--compact")
+        assert {needle: places_with(run, needle) for needle in needles} == {needle: [] for needle in needles}
+        assert places_with(run, b"TEXT 2"), "the transcription of another sample stays"
+        assert retried_rows(RunFolder(run)) == {0: {1}, 10_000_000: {0}}
+        after = store_bytes(run)
+        assert precompute(run, *config)["tally"]["shards_skipped"] == 3
+        assert store_bytes(run) == after
+        assert verified(run)["num_samples"] == 3
 
 
 def test_kept_originals_of_rows_that_are_no_samples_go_too(tmp_path: Path, folder: Path) -> None:

@@ -127,7 +127,8 @@ def rewrite(store: Path, change: Any) -> list[str]:
     embeddings = change(captions, [st.restore(file.stored(i), "float16") for i in range(len(captions))])
     st.write_embedding_shard(
         store / TEXT,
-        [e.astype(np.float32) for e in embeddings],
+        st.cast_embeddings([e.astype(np.float32) for e in embeddings], group["dim"], group["dtype"]),
+        [len(e) for e in embeddings],
         group["dim"],
         group["dtype"],
         "parquet",

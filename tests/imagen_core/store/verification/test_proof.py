@@ -57,7 +57,10 @@ def text_rows(made: Made) -> tuple[list[str], list[np.ndarray]]:
 
 
 def write_text(path: Path, captions: list[str], xs: list[np.ndarray], form: st.StoreFormat, model: str) -> None:
-    st.write_embedding_shard(path, xs, DIM, "float16", form, captions=captions, fingerprint={"model": model})
+    cast, num_tokens = st.cast_embeddings(xs, DIM, "float16"), [len(x) for x in xs]
+    st.write_embedding_shard(
+        path, cast, num_tokens, DIM, "float16", form, captions=captions, fingerprint={"model": model}
+    )
 
 
 @both

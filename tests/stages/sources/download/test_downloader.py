@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.precompute.fetch import fetch_originals
 from stages.sources.download import downloader as module
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import classify, download
@@ -254,5 +255,5 @@ def test_the_built_in_source_goes_past_a_proxy(tmp_path: Path, monkeypatch: pyte
     source = SyntheticConfig(num_samples=2, dead_links=0).build()
     (shard,) = source.shards(10)
     originals = []
-    source.fetch(shard, None, tmp_path, originals.append)
+    fetch_originals(source, shard, None, tmp_path, originals.append)
     assert [o.reason for o in originals] == [None, None]

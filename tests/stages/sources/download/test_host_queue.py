@@ -87,7 +87,7 @@ def test_a_host_that_asks_for_too_long_a_pause_is_given_up(make: Make) -> None:
     queue, clock = make([*urls("a", 3), *urls("b", 1)], max_retry_after_s=20)
     queue.give_back(queue.take(), failed=True, pause_s=21)
     rest = take_all(queue, 3)
-    verdict = "host_unreachable: a asked for a pause of 21 s"
+    verdict = "host_unreachable: a requested a pause of 21 s"
     assert [(t.url[7:], t.verdict) for t in rest] == [("a/1", verdict), ("a/2", verdict), ("b/0", None)]
     assert clock.now == 1000
 

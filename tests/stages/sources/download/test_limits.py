@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from stages.precompute.fetch import fetch_originals
 from stages.sources.download import downloader as module
 from stages.sources.download import open_url as visit
 from stages.sources.download.config import DownloadConfig
@@ -446,7 +447,7 @@ def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monk
     source = SyntheticConfig(num_samples=2, dead_links=0).build()
     (shard,) = source.shards(10)
     originals = []
-    source.fetch(shard, None, tmp_path, originals.append)
+    fetch_originals(source, shard, None, tmp_path, originals.append)
     assert [original.reason for original in originals] == [None, None]
     assert len(set(allowed)) == 1
     assert allowed[0] is not None
