@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from stages.encoders.tokens import load_tokenizer, tokenize
 
 from imagen_core import extensions
 from imagen_core.store import Store, verify_store
 from imagen_core.train import load_checkpoint
 from pipeline.errors import ConfigError
+from stages.encoders.batches.tokens import load_tokenizer, tokenize
 from stages.encoders.prompts import encode_prompts
 from stages.encoders.registry import AnyEncoder, AnyImageEmbedding
 from stages.encoders.t5 import T5EncoderConfig
@@ -90,7 +90,13 @@ def run_folder(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def trained(run_folder: Path) -> Path:
     """A base model of 16 px, trained for two steps on that store."""
-    config = {**BASE, "store": str(run_folder / "store"), "text": "words", "num_steps": 2, "checkpoint_every_steps": 2}
+    config = {
+        **BASE,
+        "store": str(run_folder / "store"),
+        "text": "words",
+        "num_steps": 2,
+        "checkpoints": {"every_steps": 2},
+    }
     (run_folder.parent / "base.yaml").write_text(yaml.safe_dump(config))
     result = train(run_folder.parent, "base", run_folder.parent / "base")
     assert result.code == 0, result.err

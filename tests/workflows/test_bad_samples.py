@@ -290,7 +290,7 @@ def test_more_drops_than_allowed_end_with_3_and_keep_the_store(url_run: UrlRun) 
     message = f"max_drop_fraction: {dropped} of {url_run.rows} samples were dropped"
     assert message in result.err
     assert f"more than the 1.0% allowed; see {url_run.folder / 'quarantine'}" in result.err
-    assert f"The store holds the {len(url_run.samples)} good ones." in result.err
+    assert f"The store holds the other {len(url_run.samples)}." in result.err
     assert summary(url_run.folder)["tally"]["shards_skipped"] == 2
     assert {name: (url_run.folder / "store" / name).read_bytes() for name in store} == store
     share = dropped / url_run.rows

@@ -83,7 +83,8 @@ def test_a_run_from_s3_to_s3_gives_the_bytes_of_a_local_one(
     assert not any(key.startswith("staging/") for key in s3.keys("run/"))
 
 
-@pytest.mark.parametrize("executor", ["inline", pytest.param("local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["inline", "local"])
 def test_a_run_gives_the_same_bytes_where_a_tenth_of_the_requests_to_s3_fail(
     executor: str, data: Data, s3: ObjectStore, local_store: dict[str, bytes]
 ) -> None:

@@ -126,7 +126,7 @@ def test_a_checkpoint_names_the_encoders_of_captions_and_images(work: Path) -> N
     [
         (["prior=null"], "the stages read image embeddings of 'clip'; give prior.checkpoint"),
         (["prior.checkpoint={work}/decoder"], "prior.checkpoint: its model generates images"),
-        (["stages.0.checkpoint={work}/prior"], "it is a prior, which draws embeddings"),
+        (["stages.0.checkpoint={work}/prior"], "it is a prior, which generates embeddings"),
     ],
 )
 def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, more: list[str], message: str) -> None:

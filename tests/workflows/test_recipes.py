@@ -48,7 +48,7 @@ def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
     """Overrides that shrink images, widths, depths, batches and steps of a recipe, and nothing else."""
     unet, denoiser = recipe.denoiser.network, recipe.denoiser.model_dump()
     size, low = denoiser["size_px"], denoiser["low_res_px"]
-    small = 8 if low is None else 16 if recipe.crop_px is None else 32
+    small = 8 if low is None else 16 if recipe.views.crop_px is None else 32
     changes: dict[str, Any] = {
         "denoiser.size_px": small,
         "denoiser.unet.image_size_px": small,
@@ -60,8 +60,8 @@ def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
     }
     if low is not None:
         changes["denoiser.low_res_px"] = small * low // size
-    if recipe.crop_px is not None:
-        changes["crop_px"] = small // 2
+    if recipe.views.crop_px is not None:
+        changes["views.crop_px"] = small // 2
     if recipe.micro_batch_size is not None:
         changes["micro_batch_size"] = 1
     if recipe.online_encoder is not None:

@@ -225,6 +225,7 @@ def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path)
     assert sample(work, tmp_path / "s", *arguments, "seed=3", stages=("sr",)).code == 0
 
 
+@pytest.mark.slow
 def test_training_imports_no_ray_transformers_or_img2dataset(work: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pipeline.cli import main as cli\n"
@@ -290,6 +291,7 @@ def test_ray_train_ends_well_on_an_object_store(work: Path) -> None:
         assert "step-00000006/model.safetensors" in s3.keys("ray/checkpoints/")
 
 
+@pytest.mark.slow
 def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Path, tmp_path: Path) -> None:
     from pipeline.storage.open import open_storage
     from tests.object_store import object_store

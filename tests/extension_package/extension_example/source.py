@@ -1,7 +1,7 @@
 """A source of single-coloured images."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.stage import Shard
-from stages.sources.base import Emit, InputPart, Original, Row, Source
+from stages.sources.base import PAYLOAD, Emit, InputPart, Original, Source, SourceRow
 
 CAPTIONS = ("red", "a green image", "an image that is blue all over")
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -27,7 +27,9 @@ class SolidConfig(Config):
 
 
 class SolidSource(Source):
-    """A row is [key, number, is_duplicate]."""
+    """The payload of a row is the number of its image."""
+
+    layout = ("key", "captions", PAYLOAD)
 
     def __init__(self, config: SolidConfig):
         self.config = config
@@ -38,14 +40,13 @@ class SolidSource(Source):
     def parts(self) -> Iterator[InputPart]:
         yield InputPart("solid", rows=self.config.num_samples)
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, Row]]:
+    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:
             for number in range(part.first, part.first + (part.rows or 0)):
-                yield part, [f"solid-{number}", number, False]
+                yield part, SourceRow(f"solid-{number}", captions=[CAPTIONS[number % 3]], payload=(number,))
 
-    def fetch(self, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Emit) -> None:
-        for row, (key, number, _) in enumerate(shard.rows):
-            if wanted is None or key in wanted:
-                file = io.BytesIO()
-                Image.new("RGB", (32, 32), COLORS[number % 3]).save(file, "PNG")
-                emit(Original(row, key, None, (CAPTIONS[number % 3],), file.getvalue()))
+    def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
+        for row in rows:
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), COLORS[row.payload[0] % 3]).save(file, "PNG")
+            emit(Original.of(row, file.getvalue()))

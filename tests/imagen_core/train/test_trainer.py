@@ -253,8 +253,8 @@ def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(sto
 
 
 def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> None:
-    quiet = make_config(store, num_steps=4, validation={"num_samples": 10, "every_steps": 100})
-    busy = changed(quiet, validation={"every_steps": 1}, grid={"every_steps": 2, "num_steps": 2})
+    quiet = make_config(store, num_steps=2, validation={"num_samples": 10, "every_steps": 100})
+    busy = changed(quiet, validation={"every_steps": 1}, grid={"every_steps": 1, "num_images": 2, "num_steps": 2})
     expected, found = (
         tensors(train(config, tmp_path / name)["checkpoint"]) for name, config in (("quiet", quiet), ("busy", busy))
     )
@@ -319,6 +319,7 @@ def test_a_store_of_another_width_is_named(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_importing_the_trainer_imports_no_framework_and_no_logger() -> None:
     code = (
         "import sys, imagen_core.train; "
@@ -342,6 +343,7 @@ def test_a_compiled_network_trains_alike_and_saves_the_same_names(store: Path, t
             torch.testing.assert_close(compiled[key], values, rtol=0, atol=2e-3)  # two steps of Adam, rate below 1e-3
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_chosen_steps_is_written(store: Path, tmp_path: Path) -> None:
     train(make_config(store, num_steps=4, logging={"profile_steps": (2, 3)}), tmp_path)
     (path,) = (tmp_path / "profile").iterdir()

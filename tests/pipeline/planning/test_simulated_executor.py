@@ -129,6 +129,7 @@ def test_failures_are_retried_and_hopeless_shards_set_aside(tmp_path: Path) -> N
     assert 0.008 < (len(failed) - 3) / (3 * SHARDS) < 0.012
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_what_it_ran_and_its_time_away(tmp_path: Path) -> None:
     calm, _, _ = simulate(tmp_path / "calm", uneven)
     away = [NodeEvent(500.0, 1, comes=False), NodeEvent(700.0, 1, comes=True)]
@@ -149,6 +150,7 @@ def test_no_more_shards_are_in_flight_than_the_window(tmp_path: Path) -> None:
     assert (watched.most, watched.in_flight) == (MACHINE.window, 0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     first, second = (simulate(tmp_path / name, failing)[0].simulation for name in "ab")
     assert first == second

@@ -178,6 +178,7 @@ def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
 # ---- several in one run ----
 
 
+@pytest.mark.slow
 def test_several_encoders_are_groups_of_their_own_and_one_added_later_touches_nothing_else(tmp_path: Path) -> None:
     clip = tiny_models.write(tiny_models.clip, tmp_path / "clip")
     bert = tiny_models.write(tiny_models.bert, tmp_path / "bert")

@@ -5,6 +5,7 @@ import pytest
 
 from imagen_core.store import cast_embedding, restore, token_errors
 from pipeline.engine.tally import GroupTally
+from pipeline.storage.record import Record
 from stages.precompute.quantisation import cast_for_store, int8_errors, quantisation_counters, quantisation_facts
 
 DIM = 4096
@@ -39,7 +40,7 @@ def test_counters_of_shards_merge_to_those_of_the_whole() -> None:
     errors = [int8_errors(cast_embedding(x, "int8"), x) for x in embeddings]
     tally = GroupTally()
     for part in ([errors[0]], [], [errors[1]]):
-        tally.add({"files": [], "drops": {}, "rows": 0, "counters": quantisation_counters(part)})
+        tally.add(Record("text-t5", 0, "", "", 0, 0, counters=quantisation_counters(part)))
     facts = quantisation_facts(tally.counters)
     assert facts == pytest.approx(quantisation_facts(quantisation_counters(errors)))
     cosine = np.concatenate([e.cosine for e in errors])

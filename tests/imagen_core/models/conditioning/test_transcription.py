@@ -206,6 +206,7 @@ def test_captions_and_transcriptions_reach_the_same_image():
     assert not torch.allclose(result, unet(x, c_noise, conditioning.without("transcription")))
 
 
+@pytest.mark.slow
 def test_the_model_compiles_as_one_graph():
     layer, x, context = attention(weave=True)
     encoder = TranscriptionEncoder(TranscriptionConfig.model_validate(WRITING | {"depth": 1}), 10).double()

@@ -200,6 +200,7 @@ def test_channels_last_and_bfloat16_give_the_same_image(family: str):
 
 
 @FAMILY
+@pytest.mark.slow
 def test_the_model_compiles_as_one_graph(family: str):
     config, unet = build(family)
     arguments = inputs(config)

@@ -23,12 +23,15 @@ ROOT = Path(__file__).parents[4]
     "changes",
     [
         {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
-        {
-            "precision": "float32",
-            "denoiser": SUPER,
-            "views": {"crop_px": 16, "horizontal_flip": True},
-            "batch_size": 6,
-        },
+        pytest.param(
+            {
+                "precision": "float32",
+                "denoiser": SUPER,
+                "views": {"crop_px": 16, "horizontal_flip": True},
+                "batch_size": 6,
+            },
+            marks=pytest.mark.slow,
+        ),
         {
             "precision": "float32",
             "optimizer": {

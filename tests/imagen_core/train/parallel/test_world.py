@@ -17,6 +17,8 @@ from imagen_core.train import train
 from tests.imagen_core.train.processes import ROOT, job, keys_in_order, newest, report, train_split
 from tests.imagen_core.train.small import BASE, SUPER, make_config, metrics, tensors
 
+pytestmark = pytest.mark.slow
+
 ONE: dict[str, dict[str, Any]] = {
     "base": {"num_steps": 4},
     "super": {"num_steps": 2, "denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
