@@ -263,6 +263,7 @@ def test_size_is_read_from_the_pixels():
     assert np.mean([reading is not None and reading.size == size for reading, size in readings]) >= 0.99
 
 
+@pytest.mark.slow
 def test_score_of_shuffled_captions_is_near_chance():
     others = np.roll(np.arange(200), 37)
     scores = [score_single(image(s, 64), singles()[i]) for s, i in zip(singles(), others, strict=True)]

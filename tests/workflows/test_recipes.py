@@ -16,7 +16,7 @@ from tests.commands import call, precompute
 from workflows.train import TrainWorkflowConfig
 
 RECIPES = [row["name"] for row in list_presets() if row["workflow"] == "train"]
-QUICK = {"minimagen-super-test", "nemo-base64-500m-online-encoding", "nemo-sr1024-600m", "paddle-sr1024-sharding128"}
+QUICK = {"minimagen-super-test", "nemo-base64-500m-online-encoding"}
 """One of each kind; the others are marked slow."""
 TEXT_DIM = 64
 """Of tiny-random-t5, which stands for every encoder."""

@@ -128,6 +128,7 @@ def test_what_is_finished_is_neither_counted_nor_probed(tmp_path: Path, machine:
     )
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_configuration_is_not_compared(tmp_path: Path) -> None:
     out = tmp_path / "run"
     plan("--out", str(out), "--save", *SMALL)

@@ -86,6 +86,7 @@ def test_a_captions_file_may_be_a_table(cascade: Path, tmp_path: Path) -> None:
     assert "give one of prompts, prompts_file and captions" in both.err
 
 
+@pytest.mark.slow
 def test_shares_add_up_to_all_images_in_one_folder_or_in_several(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

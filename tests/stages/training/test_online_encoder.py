@@ -69,6 +69,7 @@ def test_the_checkpoint_names_the_encoder_as_a_cached_one_and_samples(work: Path
     assert (tmp_path / "s/images-16/00000.png").exists()
 
 
+@pytest.mark.slow
 def test_an_online_run_resumes_also_from_cached_embeddings_of_the_encoder(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "parts"
     for name, steps in (("online", 2), ("online", 4), ("cached", 6)):

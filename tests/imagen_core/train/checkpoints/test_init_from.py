@@ -67,6 +67,7 @@ def test_tensors_that_do_not_fit_are_refused_unless_mismatch_is_skip(
     assert not (tmp_path / "start.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_load_initial_weights_again(source: Path, store: Path, tmp_path: Path) -> None:
     straight = train(make_config(store, num_steps=4, init_from={"path": str(source)}), tmp_path / "a")
     train(make_config(store, num_steps=2, init_from={"path": str(source)}), tmp_path / "b")

@@ -32,14 +32,20 @@ ROOT = Path(__file__).parents[4]
             },
             marks=pytest.mark.slow,
         ),
-        {
-            "precision": "float32",
-            "optimizer": {
-                "lr": 1e-3,
-                "warmup_steps": 3,
-                "groups": [{"match": "net.inputs", "lr": 1e-4, "weight_decay": 0.1}, {"match": ".*norm", "lr": 5e-3}],
+        pytest.param(
+            {
+                "precision": "float32",
+                "optimizer": {
+                    "lr": 1e-3,
+                    "warmup_steps": 3,
+                    "groups": [
+                        {"match": "net.inputs", "lr": 1e-4, "weight_decay": 0.1},
+                        {"match": ".*norm", "lr": 5e-3},
+                    ],
+                },
             },
-        },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"precision": "bfloat16", "compute": {"channels_last": False}, "ema": {"rates": [0.9], "every_steps": 3}},
             marks=pytest.mark.slow,
@@ -84,6 +90,7 @@ def test_a_finished_run_does_nothing_again(store: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / ".tmp-step-00000003").mkdir(parents=True)
@@ -93,6 +100,7 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_least_validation_loss_are_kept_in_addition_to_the_newest(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +135,7 @@ def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in kept} == {"model", "optimizer", "ema-0.9", "ema-0.7"}
 
 
+@pytest.mark.slow
 def test_groups_of_the_optimizer_may_change_when_a_run_resumes(store: Path, tmp_path: Path) -> None:
     """Its moments belong to the parameters: with equal settings the groups change nothing."""
     straight = train(make_config(store, num_steps=6), tmp_path / "a")

@@ -114,6 +114,7 @@ def test_losses_are_part_of_a_checkpoint_and_resume_is_exact(store: Path, tmp_pa
     assert not torch.equal(tensors(uniform["checkpoint"])[weight], kept[weight])
 
 
+@pytest.mark.slow
 def test_the_kind_of_noise_levels_may_change_when_a_run_resumes(store: Path, tmp_path: Path) -> None:
     train(make_config(store, num_steps=2, denoiser=DISCRETE), tmp_path)
     later = train(

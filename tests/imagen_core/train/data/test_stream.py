@@ -139,7 +139,7 @@ def test_closing_ends_the_thread(store: Path) -> None:
 
 
 def test_pixels_are_scaled_exactly(store: Path) -> None:
-    config = make_config(store)
+    config = make_config(store, compute={"channels_last": True})
     (batch,) = read(config, 1)
     x0 = example(config, batch).x0
     assert x0.is_contiguous(memory_format=torch.channels_last)
