@@ -62,6 +62,7 @@ def test_an_edited_caption_is_noticed(images: Path, tmp_path: Path) -> None:
         precompute(tmp_path / "run", *arguments(images))
 
 
+@pytest.mark.slow
 def test_an_encoder_no_longer_configured_does_not_outlive_the_captions_it_encoded(
     images: Path, tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ def test_dry_run_of_a_published_model_needs_no_store_and_no_memory() -> None:
     assert facts["store_now"] == "not there yet"
 
 
-@pytest.mark.parametrize(("num_steps", "highest"), [(40, 40e-8), (20_000, 1e-4)])
+@pytest.mark.parametrize(("num_steps", "highest"), [pytest.param(40, 40e-8, marks=pytest.mark.slow), (20_000, 1e-4)])
 def test_dry_run_says_how_high_the_learning_rate_gets(num_steps: int, highest: float) -> None:
     config = load_config(TrainWorkflowConfig, find_config("train", "nemo-base64-500m"), [f"num_steps={num_steps}"])
     assert Train(config).dry_run()["highest_learning_rate"] == pytest.approx(highest)

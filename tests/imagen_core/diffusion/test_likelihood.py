@@ -60,6 +60,7 @@ def entropy() -> float:
     return float(-(share * share.log2()).nansum())
 
 
+@pytest.mark.slow
 def test_the_bound_of_the_exact_model_is_the_entropy_of_the_images():
     """Every step of it is exactly the reverse of the noise, so nothing is lost. With fixed variances something is."""
     x0, bits = images(32), {}

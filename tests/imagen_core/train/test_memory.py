@@ -22,6 +22,7 @@ def estimate(batch: int = 1, *, num_shards: int = 1, **changes: object) -> Memor
     )
 
 
+@pytest.mark.slow
 def test_weights_gradients_moments_and_averages_are_counted_in_float32() -> None:
     parameters = count_parameters(regular())
     found = estimate()

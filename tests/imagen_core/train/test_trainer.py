@@ -58,7 +58,7 @@ def three_steps(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+@pytest.mark.parametrize("micro_batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
 def test_gradients_do_not_depend_on_micro_batches(
     store: Path, three_steps: Path, tmp_path: Path, micro_batch_size: int
 ) -> None:
@@ -160,6 +160,7 @@ def test_weights_and_images_have_the_configured_memory_order(
     assert seen == [(channels_last,)]
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_path: Path) -> None:
     recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True, "dropout": 0.2}}
     keeping = BASE | {"unet": BASE_UNET | {"dropout": 0.2}}
@@ -196,6 +197,7 @@ def test_metrics_and_progress_say_where_it_is(store: Path, tmp_path: Path) -> No
         assert line["peak_memory_bytes"] > 10**7
 
 
+@pytest.mark.slow
 def test_metrics_are_means_since_the_last_line(store: Path, tmp_path: Path) -> None:
     train(make_config(store, num_steps=4, logging={"every_steps": 1}), tmp_path / "each")
     train(make_config(store, num_steps=4, logging={"every_steps": 2}), tmp_path / "second")
@@ -240,6 +242,7 @@ def test_validation_is_the_same_whenever_it_is_done(store: Path, tmp_path: Path)
     assert train(other, tmp_path / "b")["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(store: Path) -> None:
     values = []
     for per, blur in (("sample", None), ("batch", None), ("sample", {"probability": 1.0, "sigma": 2.0})):

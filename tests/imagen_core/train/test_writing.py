@@ -96,6 +96,7 @@ def test_training_changes_the_encoder(store: Path, tmp_path: Path) -> None:
     assert {name.split(".")[3] for name in changed} >= {"characters", "places", "time", "bias", "layers"}
 
 
+@pytest.mark.slow
 def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Path) -> None:
     other = make_store(tmp_path / "other", row_fields=lambda row: {"transcription": "O"})
     found = []

@@ -43,7 +43,8 @@ def machine(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("store", ["parquet", pytest.param("hdf5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("store", ["parquet", "hdf5"])
+@pytest.mark.slow
 def test_bytes_are_predicted_within_two_percent(tmp_path: Path, store: str) -> None:
     config = [*SMALL, f"store.format={store}"]
     out = tmp_path / "run"

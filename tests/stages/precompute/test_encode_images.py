@@ -41,7 +41,12 @@ def reference(clip: Path, pixels: np.ndarray, output: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("from_px", "output", "dim"), [(32, "projected", 16), (16, "projected", 16), (32, "pooled", 24)]
+    ("from_px", "output", "dim"),
+    [
+        (32, "projected", 16),
+        pytest.param(16, "projected", 16, marks=pytest.mark.slow),
+        pytest.param(32, "pooled", 24, marks=pytest.mark.slow),
+    ],
 )
 def test_every_embedding_is_that_of_its_image(clip: Path, tmp_path: Path, from_px: int, output: str, dim: int) -> None:
     precompute(tmp_path / "run", *SETTINGS, encoders(clip, from_px=from_px, output=output, batch_size=3))

@@ -211,6 +211,7 @@ def test_a_checkpoint_is_written_completely_or_not_at_all(tmp_path: Path, monkey
     assert torch.equal(tensors(tmp_path / "step-00000001")["model/weight"], model["model"]["weight"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_no_moments_of_parameters_that_are_not_trained(store: Path, tmp_path: Path) -> None:
     unet = {
         "family": "hybrid",

@@ -318,6 +318,7 @@ def test_settings_that_contradict_are_refused(store: Path, changes: dict[str, An
         make_config(store, **changes)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_meets_few_lengths_and_the_same_loss(store: Path) -> None:
     """One network is compiled for each length: with 128 tokens at most four, not 128."""
     config = make_config(store, batch_size=2, max_tokens=8)
