@@ -21,7 +21,7 @@ from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from stages.precompute.manifest import build_manifest
-from stages.precompute.quantisation import quantisation_facts, quantisation_line
+from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
 from stages.sources.incremental import InputBatches
@@ -145,9 +145,9 @@ class Precompute(ShardedWorkflow):
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
-        facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
+        summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
         return [
-            *((name, f"as int8: {quantisation_line(fact)}") for name, fact in facts.items() if fact),
+            *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
         ]

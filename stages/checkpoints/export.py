@@ -27,7 +27,7 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
     target.parent.mkdir(parents=True, exist_ok=True)
     write_model(target, model)
     size = target.stat().st_size
-    facts = {"file": str(target), "bytes": size, "step": model.step, "weights": model.weights}
+    result = {"file": str(target), "bytes": size, "step": model.step, "weights": model.weights}
     lines = [f"{model.weights} of step {model.step} -> {target} ({human_bytes(size)})"]
     lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {target}}}]' 'prompts=[...]'")
-    return facts, lines, EXIT_OK
+    return result, lines, EXIT_OK

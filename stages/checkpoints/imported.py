@@ -116,11 +116,11 @@ def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any
     """Writes into a folder laid out like a training's."""
     from imagen_core.train.checkpoints.checkpoint import write_checkpoint
 
-    facts = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
-    facts |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": dict(encoder)}
-    facts |= {"imported_from": stage.source}
+    state = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
+    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": dict(encoder)}
+    state |= {"imported_from": stage.source}
     tensors = {f"net.{name}": values for name, values in stage.network().items()}
-    return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, facts)
+    return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, state)
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -46,9 +46,9 @@ def hf_config(files: ModelFiles) -> Any:
     """
     from transformers import AutoConfig
 
-    facts = dict(files.config)
+    settings = dict(files.config)
     try:
-        return AutoConfig.for_model(str(facts.pop("model_type")), **facts)
+        return AutoConfig.for_model(str(settings.pop("model_type")), **settings)
     except (KeyError, ValueError) as error:
         raise MachineError(
             f"encoders.model: {files.model}: transformers knows no model_type {files.config.get('model_type')!r}; "

@@ -19,7 +19,7 @@ from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
-from stages.precompute.quantisation import cast_for_store, quantisation_facts
+from stages.precompute.quantisation import cast_for_store, quantisation_summary
 
 
 class EncodeStage(Stage):
@@ -81,7 +81,7 @@ class EncodeStage(Stage):
             **encoded.oom_counter(),
             **quality,
         }
-        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_facts(quality)}
+        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_summary(quality)}
         task.done(files.group, GroupResult(len(samples), drops, counters, info))
 
     def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:

@@ -23,7 +23,7 @@ from pipeline.storage.run_folder import STORE, RunFolder
 from stages.encoders.given import PrecomputedEmbeddingsConfig, as_tokens, without_padding
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
-from stages.precompute.quantisation import cast_for_store, quantisation_facts
+from stages.precompute.quantisation import cast_for_store, quantisation_summary
 from stages.sources.base import PrecomputedEmbedding, Source
 
 _MAX_DIFFERENCE = 0.05
@@ -98,7 +98,7 @@ class PrecomputedEmbeddingsStage(Stage):
             stored = [blank if row in bad else embedding for row, embedding in enumerate(stored)]
         self.files.write(task, stored, names)
         drops = [Drop(row, samples[row].key, *bad[row]) for row in sorted(bad)]
-        info: dict[str, object] = {"excluded_rows": rows_by_reason(drops), **quantisation_facts(quality)}
+        info: dict[str, object] = {"excluded_rows": rows_by_reason(drops), **quantisation_summary(quality)}
         if self.of == "captions":
             info["captions"] = len(stored)
         num_tokens = sum(len(embedding.values) for embedding in stored)

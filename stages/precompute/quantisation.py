@@ -70,7 +70,7 @@ def quantisation_counters(errors: Sequence[TokenErrors]) -> dict[str, float]:
     }
 
 
-def quantisation_facts(counters: Mapping[str, float]) -> dict[str, float]:
+def quantisation_summary(counters: Mapping[str, float]) -> dict[str, float]:
     """Means and extremes over tokens, from the counters of one or more shards; empty without int8."""
     if "int8_tokens" not in counters:
         return {}

@@ -44,7 +44,7 @@ class Comparison:
     max_relative_error: float = 0.0
     problems: list[Problem] = field(default_factory=list)
 
-    def facts(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Everything but the problems."""
         return {name: value for name, value in asdict(self).items() if name != "problems"}
 

@@ -41,7 +41,7 @@ def verify_command(
         report.ok = not report.problems
     result = asdict(report)
     if reencode is not None:
-        result["reencoded"] = {name: comparison.facts() for name, comparison in comparisons.items()}
+        result["reencoded"] = {name: comparison.summary() for name, comparison in comparisons.items()}
     lines = [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
     lines += [f"note: {warning.file}: {warning.message}" for warning in report.warnings[:_MAX_NOTES]]
     if len(report.warnings) > _MAX_NOTES:

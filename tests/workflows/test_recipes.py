@@ -109,8 +109,8 @@ def test_recipe_trains_resumes_and_samples(name: str, run: Path, tmp_path: Path)
     more = [] if trained.denoiser.low_res_px is None else [f"low_res=[{run}/low.png]"]
     stages = [{"checkpoint": str(last), "sampling": {"num_steps": 2}}]
     (tmp_path / "sample.yaml").write_text(yaml.safe_dump({"stages": stages, "device": "cpu"}))
-    command = ["run", "sample", "-c", str(tmp_path / "sample.yaml"), "--out", str(tmp_path / "drawn"), "--quiet"]
+    command = ["run", "sample", "-c", str(tmp_path / "sample.yaml"), "--out", str(tmp_path / "generated"), "--quiet"]
     result = call(*command, "prompts=[a small red circle]", *more)
     assert result.code == 0, result.err
     side = trained.denoiser.size_px
-    assert Image.open(tmp_path / f"drawn/images-{side}/00000.png").size == (side, side)
+    assert Image.open(tmp_path / f"generated/images-{side}/00000.png").size == (side, side)

@@ -213,8 +213,8 @@ def test_the_centre_square_of_a_wide_image_is_kept_and_not_squashed(work: Path, 
     Image.new("RGB", (40, 16), (255, 255, 255)).save(tmp_path / "mask.png")
     arguments = (f"inpaint.image={tmp_path}/in.png", f"inpaint.mask={tmp_path}/mask.png", "prompts=[a]")
     assert sample(work, tmp_path / "s", *arguments, stages=("base",)).code == 0
-    drawn = np.asarray(Image.open(tmp_path / "s/images-16/00000.png")).astype(int)
-    assert np.abs(drawn - wide[:, 12:28]).max() <= 1
+    generated = np.asarray(Image.open(tmp_path / "s/images-16/00000.png")).astype(int)
+    assert np.abs(generated - wide[:, 12:28]).max() <= 1
 
 
 def test_a_failed_first_try_does_not_bind_the_folder(work: Path, tmp_path: Path) -> None:
@@ -341,12 +341,12 @@ def test_training_and_sampling_go_from_s3_to_s3_and_go_on_after_a_stop(work: Pat
         data.write(one_file.name, one_file.read_bytes())
         stages = f"stages=[{{checkpoint: {s3.url}/data/{one_file.name}, sampling: {{num_steps: 2}}}}]"
         result = call(
-            *("run", "sample", "--out", str(tmp_path / "drawn"), "--quiet", "prompts=[a red circle]"),
+            *("run", "sample", "--out", str(tmp_path / "generated"), "--quiet", "prompts=[a red circle]"),
             *("device=cpu", stages),
         )
         assert result.code == 0, result.err
-        drawn = open_storage(f"{s3.url}/sample").read("images-16/00000.png")
-        assert (tmp_path / "drawn/images-16/00000.png").read_bytes() == drawn
+        generated = open_storage(f"{s3.url}/sample").read("images-16/00000.png")
+        assert (tmp_path / "generated/images-16/00000.png").read_bytes() == generated
         for source in (f"{s3.url}/train", (work / "base").as_uri()):
             out = tmp_path / source.partition(":")[0]
             result = call(

@@ -1,4 +1,4 @@
-"""Collects the facts of a run and renders the page."""
+"""Collects the content of the report and renders the page."""
 
 from collections import defaultdict
 from importlib.resources import files
@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
-from stages.precompute.quantisation import quantisation_facts
+from stages.precompute.quantisation import quantisation_summary
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
 from stages.store_tools.report.images import caption_histogram, caption_tokens, image_grid
 from stages.stores import group_bytes, open_store, store_folder
@@ -24,16 +24,16 @@ def report_command(path: str) -> CommandResult:
     store = open_store(path)
     run = RunFolder(store_folder(path).rpartition("/")[0])
     try:
-        facts = _facts(store, run)
+        content = _content(store, run)
     except StoreError as error:
         raise ConfigError(str(error)) from error
     page = f"{run.url}/{_PAGE}"
-    run.storage.write_text(_PAGE, _render(facts))
-    result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(facts)}
-    return result, [f"report  {page}", *comparison_lines(facts["planned"])], 0
+    run.storage.write_text(_PAGE, _render(content))
+    result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
+    return result, [f"report  {page}", *comparison_lines(content["planned"])], 0
 
 
-def _facts(store: Store, run: RunFolder) -> dict[str, Any]:
+def _content(store: Store, run: RunFolder) -> dict[str, Any]:
     sizes = group_bytes(store)
     summary = run.storage.read_json(SUMMARY)
     return {
@@ -70,8 +70,8 @@ def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
 def _int8(summary: dict[str, Any] | None) -> dict[str, dict[str, float]]:
     """What int8 costs each encoder's embeddings."""
     groups = summary["tally"]["groups"] if summary else {}
-    facts = {name: quantisation_facts(group["counters"]) for name, group in groups.items()}
-    return {name: fact for name, fact in facts.items() if fact}
+    content = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
+    return {name: part for name, part in content.items() if part}
 
 
 def _throughput(run: RunFolder) -> list[dict[str, object]]:
@@ -96,16 +96,16 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     ]
 
 
-def _render(facts: dict[str, Any]) -> str:
+def _render(content: dict[str, Any]) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(human_bytes=human_bytes, human_seconds=human_seconds)
     template = environment.from_string((files("stages.store_tools.report") / "page.html").read_text("utf-8"))
-    charts = {name: caption_histogram(lengths) for name, lengths in facts["captions"].items()}
-    return template.render(**facts, charts=charts)
+    charts = {name: caption_histogram(lengths) for name, lengths in content["captions"].items()}
+    return template.render(**content, charts=charts)
 
 
-def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without images, for --json."""
-    return {key: value for key, value in facts.items() if key not in ("images", "captions")}
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """The content without images, for --json."""
+    return {key: value for key, value in content.items() if key not in ("images", "captions")}

@@ -41,14 +41,14 @@ def caption_tokens(store: Store, encoder: str) -> list[int]:
 
 
 def caption_histogram(counts: Sequence[int]) -> str:
-    """Histogram of tokens a caption, as an SVG element."""
+    """Histogram of tokens per caption, as an SVG element."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     axes = figure.subplots()
     edges = np.arange(0, max(counts, default=1) + 2) - 0.5
     axes.hist(counts, bins=edges if len(edges) < 80 else 60, color="#3b6ea5")  # pyright: ignore[reportArgumentType]
-    axes.set_xlabel("tokens a caption, end of sequence included")
+    axes.set_xlabel("tokens per caption, end of sequence included")
     axes.set_ylabel("captions")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

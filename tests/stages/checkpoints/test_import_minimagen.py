@@ -60,10 +60,10 @@ def test_a_training_directory_becomes_checkpoints_that_draw(directory: Path, tmp
         assert mine[f"net.{convert_name('mid_block1.block1.project.weight')}"].equal(
             state["mid_block1.block1.project.weight"]
         ), case
-    command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "drawn"), "--quiet"]
+    command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "generated"), "--quiet"]
     result = call(*command, "prompts=[a small red circle]", "device=cpu", "encoder_model=tiny-random-t5")
     assert result.code == 0, result.err
-    assert Image.open(tmp_path / "drawn/images-16/00000.png").size == (16, 16)
+    assert Image.open(tmp_path / "generated/images-16/00000.png").size == (16, 16)
     sampling = yaml.safe_load((out / "sample.yaml").read_text())["stages"][0]["sampling"]
     assert sampling == {
         "sampler": {"kind": "ancestral"},

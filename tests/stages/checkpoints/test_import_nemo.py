@@ -86,10 +86,10 @@ def test_a_cascade_of_nemo_becomes_checkpoints_that_draw(base: Path, tmp_path: P
         "threshold": {"kind": "dynamic", "percentile": 0.995},
     }
     few = ["stages.0.sampling.num_steps=3", "stages.1.sampling.num_steps=3"]
-    command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "drawn"), "--quiet"]
+    command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "generated"), "--quiet"]
     result = call(*command, *few, "prompts=[a small red circle]", "device=cpu", "encoder_model=tiny-random-t5")
     assert result.code == 0, result.err
-    assert Image.open(tmp_path / "drawn/images-16/00000.png").size == (16, 16)
+    assert Image.open(tmp_path / "generated/images-16/00000.png").size == (16, 16)
 
 
 @pytest.mark.slow

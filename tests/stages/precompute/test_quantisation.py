@@ -6,7 +6,7 @@ import pytest
 from imagen_core.store import cast_embedding, restore, token_errors
 from pipeline.engine.tally import GroupTally
 from pipeline.storage.record import Record
-from stages.precompute.quantisation import cast_for_store, int8_errors, quantisation_counters, quantisation_facts
+from stages.precompute.quantisation import cast_for_store, int8_errors, quantisation_counters, quantisation_summary
 
 DIM = 4096
 
@@ -41,12 +41,12 @@ def test_counters_of_shards_merge_to_those_of_the_whole() -> None:
     tally = GroupTally()
     for part in ([errors[0]], [], [errors[1]]):
         tally.add(Record("text-t5", 0, "", "", 0, 0, counters=quantisation_counters(part)))
-    facts = quantisation_facts(tally.counters)
-    assert facts == pytest.approx(quantisation_facts(quantisation_counters(errors)))
+    facts = quantisation_summary(tally.counters)
+    assert facts == pytest.approx(quantisation_summary(quantisation_counters(errors)))
     cosine = np.concatenate([e.cosine for e in errors])
     assert facts["mean_cosine"] == pytest.approx(cosine.mean())
     assert facts["min_cosine"] == pytest.approx(cosine.min())
-    assert quantisation_facts({}) == {}
+    assert quantisation_summary({}) == {}
 
 
 def with_outliers(sigmas: float, channels: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def test_captions_are_chosen_by_the_seed_alone_and_agree(store: Path, model: Pat
 
 
 def rewrite(store: Path, change: Any) -> list[str]:
-    """Writes the shard's embeddings anew after `change`, and everything else to match; the captions."""
+    """Writes the shard's embeddings again after `change`, and everything else to match; the captions."""
     raw = json.loads((store / "manifest.json").read_bytes())
     group = raw["groups"]["text-t5"]
     opened = st.Store.open(store)
