@@ -1,7 +1,10 @@
-"""Is this commit as fast as an earlier one? Both run the same benchmarks in turn, on the same machine.
+"""Is this commit as fast as an earlier one? Both run the same benchmarks at the same time, measuring in turn.
 
 The earlier commit is unpacked beside this checkout and runs its own code and its own version of the benchmark script,
-in processes of its own. Only the rows of our own code are compared; a ratio above 1 means that this commit is faster.
+in processes of its own. The two hand a token back and forth, and only its holder measures: for a fraction of a second
+of the store, one pass of the encoder, or one run of the engine. A slow spell of the machine so falls on both. Only the
+rows of our own code are compared, and peers are left out where they can be; a ratio above 1 means that this commit is
+faster.
 
     python -m benchmarks.earlier --commit 1ec2329 --out benchmarks/results/earlier.json
 """
@@ -9,7 +12,6 @@ in processes of its own. Only the rows of our own code are compared; a ratio abo
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,11 +24,28 @@ from benchmarks.common import report
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Run in each checkout. The module's timed function takes its turn: it waits for the other's byte, then sends one.
+IN_TURN = """
+import importlib, os, sys
+module, get, put = importlib.import_module("benchmarks." + sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def in_turn(measure):
+    def measured(*arguments, **options):
+        if not os.read(get, 1):
+            sys.exit("the other commit's benchmark has ended early")
+        try:
+            return measure(*arguments, **options)
+        finally:
+            os.write(put, b"x")
+    return measured
+"""
+
+
 @dataclass(frozen=True)
 class Compared:
     """A benchmark, shortened, and which numbers of its rows are compared.
 
     Attributes:
+        turns: Python statements that wrap what is measured in `in_turn`.
         name: columns that name a row, joined.
         value: the column that is compared; a rate, or a time if `is_time`.
         ours: a row is compared if its name contains one of these.
@@ -34,6 +53,7 @@ class Compared:
 
     module: str
     arguments: tuple[str, ...]
+    turns: str
     name: tuple[str, ...]
     value: str
     ours: tuple[str, ...]
@@ -41,11 +61,31 @@ class Compared:
 
 
 COMPARED = (
-    Compared("encode", ("--rounds", "1", "--captions", "256"), ("encoder",), "captions_per_s", ("ours",)),
-    Compared("store", ("--rounds", "2", "--seconds", "0.2"), ("order", "reader"), "items_per_s", ("store", "loader")),
+    Compared(
+        "encode",
+        ("--rounds", "9", "--captions", "64"),
+        "class Encoder:\n"
+        "    def __init__(self, encoder): self.encode = in_turn(encoder.encode)\n"
+        "module.matmul_flops = lambda dtype: 1.0\n"
+        "module.fixed_batches = lambda *a: (lambda captions: None)\n"
+        "load = module.load\n"
+        "module.load = lambda *a: Encoder(load(*a))",
+        ("encoder",),
+        "captions_per_s",
+        ("ours",),
+    ),
+    Compared(
+        "store",
+        ("--rounds", "41", "--seconds", "0.05", "--captions", "1000"),
+        "import benchmarks.common as common\ncommon.median_rate = in_turn(common.median_rate)",
+        ("order", "reader"),
+        "items_per_s",
+        ("store", "loader"),
+    ),
     Compared(
         "engine",
-        ("--rounds", "1", "--tasks", "300", "--many", "300"),
+        ("--rounds", "5", "--tasks", "200", "--many", "200"),
+        "module.Runs.measure = in_turn(module.Runs.measure)",
         ("what", "executor", "workers", "tasks"),
         "ms_per_task",
         ("engine local", "engine ray"),
@@ -57,34 +97,24 @@ COMPARED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--commit", required=True, help="the earlier commit")
-    parser.add_argument("--rounds", type=int, default=5, help="times each of the two runs each benchmark")
     parser.add_argument("--only", help="a single benchmark: " + ", ".join(c.module for c in COMPARED))
     parser.add_argument("--out", type=Path, help="JSON report")
     args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        earlier, scratch = Path(folder) / "earlier" / "main", Path(folder) / "report.json"
+        earlier = Path(folder) / "earlier" / "main"
         unpack(args.commit, earlier)
-        (earlier.parent / "shared").symlink_to(ROOT.parent / "shared")  # real captions, where they are
-        found: dict[str, dict[str, list[float]]] = {}
+        (earlier.parent / "shared").symlink_to(ROOT.parent / "shared")  # real captions, if present
         for compared in COMPARED:
             if args.only in (None, compared.module):
-                for round_ in range(args.rounds):
-                    checkouts = {"now": ROOT, "earlier": earlier}
-                    for side in sorted(checkouts, reverse=bool(round_ % 2)):  # whoever is first is so every other time
-                        for name, value in measure(compared, checkouts[side], scratch).items():
-                            found.setdefault(name, {}).setdefault(side, []).append(value)
-    rows = [
-        {
-            "what": name,
-            "now": round(statistics.median(v["now"]), 3),
-            "earlier": round(statistics.median(v["earlier"]), 3),
-        }
-        for name, v in found.items()
-    ]
-    ratios = {f"{name}: now / {args.commit}": round(ratio(v, name), 3) for name, v in found.items()}
-    report(
-        "earlier", rows, ratios, args.out, ["torch", "ray", "pyarrow", "h5py"], [f"the earlier commit: {args.commit}"]
-    )
+                now, then = measure(compared, [ROOT, earlier], Path(folder))
+                for name, value in now.items():
+                    rows.append({"what": name, "now": round(value, 3), "earlier": round(then[name], 3)})
+                    faster = then[name] / value if compared.is_time else value / then[name]
+                    ratios[f"{name}: now / {args.commit}"] = round(faster, 3)
+    notes = [f"the earlier commit: {args.commit}; each number is the median of the benchmark's rounds"]
+    report("earlier", rows, ratios, args.out, ["torch", "ray", "pyarrow", "h5py"], notes)
 
 
 def unpack(commit: str, folder: Path) -> None:
@@ -94,12 +124,32 @@ def unpack(commit: str, folder: Path) -> None:
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
 
 
-def measure(compared: Compared, checkout: Path, scratch: Path) -> dict[str, float]:
-    """Runs the benchmark in a checkout; the compared values by the name of their rows."""
-    command = [sys.executable, "-m", f"benchmarks.{compared.module}", *compared.arguments, "--out", str(scratch)]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
-    rows: list[dict[str, Any]] = json.loads(scratch.read_text(encoding="utf-8"))["results"]
+def measure(compared: Compared, checkouts: list[Path], folder: Path) -> list[dict[str, float]]:
+    """Runs the benchmark in all checkouts in turn; for each, the compared values by the name of their rows."""
+    pipes = [os.pipe() for _ in checkouts]
+    running: list[subprocess.Popen[bytes]] = []
+    for i, checkout in enumerate(checkouts):
+        get, put = pipes[i][0], pipes[(i + 1) % len(pipes)][1]
+        code = f"{IN_TURN}\n{compared.turns}\nmodule.main()"
+        command = [sys.executable, "-c", code, compared.module, str(get), str(put), *compared.arguments]
+        command += ["--out", str(folder / f"{compared.module}-{i}.json")]
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        running.append(
+            subprocess.Popen(command, cwd=checkout, env=environment, pass_fds=(get, put), stdout=subprocess.DEVNULL)
+        )
+    os.write(pipes[0][1], b"x")
+    for _, write_end in pipes:
+        os.close(write_end)  # so that a process ends if the other one fails
+    codes = [process.wait() for process in running]
+    for read_end, _ in pipes:
+        os.close(read_end)
+    if any(codes):
+        raise SystemExit(f"benchmarks.{compared.module} failed")
+    return [values(compared, folder / f"{compared.module}-{i}.json") for i in range(len(checkouts))]
+
+
+def values(compared: Compared, written: Path) -> dict[str, float]:
+    rows: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8"))["results"]
     named = {
         " ".join(str(row[column]) for column in compared.name): row[compared.value]
         for row in rows
@@ -110,12 +160,6 @@ def measure(compared: Compared, checkout: Path, scratch: Path) -> dict[str, floa
         for name, value in named.items()
         if any(name.startswith(prefix) or f" {prefix}" in name for prefix in compared.ours)
     }
-
-
-def ratio(values: dict[str, list[float]], name: str) -> float:
-    """Median over the rounds of how much faster this commit is."""
-    pairs = zip(values["now"], values["earlier"], strict=True)
-    return statistics.median(b / a if "ms per task" in name else a / b for a, b in pairs)
 
 
 if __name__ == "__main__":
