@@ -5,6 +5,7 @@ what can be resumed.
 """
 
 import os
+import signal
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -34,10 +35,17 @@ class Job:
     lines: Lines
     """Shows the progress."""
     signals: StopSignals = field(default_factory=StopSignals)
+    _announced: bool = False
 
     def should_stop(self) -> bool:
-        """True after a stop signal (Ctrl-C, SIGTERM or SIGHUP): save and return soon."""
-        return self.signals.received is not None
+        """True after a stop signal (Ctrl-C, SIGTERM or SIGHUP): save and return soon. Shows it the first time."""
+        if self.signals.received is None:
+            return False
+        if not self._announced:
+            self._announced = True
+            name = signal.Signals(self.signals.received).name
+            self.lines.message(f"{name}: finishing the current step; send it again to stop at once")
+        return True
 
     def working_folder(self) -> AbstractContextManager[Path]:
         """The folder to work in: the run's own, or on an object store a local copy whose changes are sent back.

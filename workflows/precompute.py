@@ -1,10 +1,12 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
 import math
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from imagen_core.store import REMOVED
 from pipeline.config import Config
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
@@ -144,10 +146,25 @@ class Precompute(ShardedWorkflow):
         return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
-        groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
+        summary = run.storage.read_json(SUMMARY)
+        groups = summary["tally"]["groups"]
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
         return [
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
+            *_retry_hint(summary),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
         ]
+
+
+def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which option tries earlier drops again, if settings of the source changed after them."""
+    changes = [change for change in summary.get("changed_settings", []) if change.startswith("source.")]
+    drops = {reason: n for reason, n in summary["tally"]["groups"][SAMPLES]["drops"].items() if reason != REMOVED}
+    if not changes or not drops or not summary["tally"]["shards_skipped"]:
+        return []
+    listed = ", ".join(f"{reason} {count}" for reason, count in drops.items())
+    return [
+        ("changed", "; ".join(changes)),
+        ("", f"finished shards keep their drops ({listed}); --retry-dropped {','.join(drops)} tries them again"),
+    ]

@@ -11,6 +11,7 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
+from imagen_core.train.start import TrainingStart
 from imagen_core.train.trainer import TrainingProgress, train
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "TrainingProgress",
+    "TrainingStart",
     "TrainingStopped",
     "load_checkpoint",
     "train",

@@ -44,6 +44,7 @@ from imagen_core.train.parallel.precision import LossScale, matmul_precision, we
 from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
+from imagen_core.train.start import TrainingStart, record_start, training_start
 from imagen_core.train.step import take_step
 
 
@@ -57,6 +58,8 @@ class TrainingProgress:
     images_per_s: float
     loader_wait: float
     """Fraction of the time spent waiting for batches, in [0, 1]."""
+    remaining_s: float
+    """Seconds to the last step at this rate; validation, grids and checkpoints not counted."""
 
 
 def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
@@ -70,6 +73,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     online_encoder: OnlineEncoder | None = None,
     load: LoadCheckpoint = _load_local,
+    on_start: Callable[[TrainingStart], None] | None = None,
 ) -> dict[str, Any]:
     """Trains to `num_steps`, resuming from the newest checkpoint in `out/checkpoints`.
 
@@ -84,6 +88,7 @@ def train(
         online_encoder: encodes the captions of each batch, instead of reading `text` from the store; slower, for
             comparison.
         load: reads `init_from.path`; the default reads local paths only.
+        on_start: called on the first process before the first step, also if none is left to do.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
         process without its files), best_checkpoint (of the least validation loss; None without validation).
@@ -113,9 +118,9 @@ def train(
         # What training changes, as the newest checkpoint has it.
         found = _newest_checkpoint(out, world)
         if found is None and config.init_from is not None:
-            start = initialize_from(denoiser, config, load)
+            loaded = initialize_from(denoiser, config, load)
             if world.is_main:
-                _write_json(out / "start.json", asdict(start))
+                _write_json(out / "start.json", asdict(loaded))
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
@@ -128,6 +133,12 @@ def train(
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
             state.load(found, saved)
+        if world.is_main:
+            start = training_start(context, state.step, saved and saved.get("config"))
+            if state.step < config.num_steps:
+                record_start(out, start)
+            if on_start is not None:
+                on_start(start)
 
         loggers = Loggers(config, out, state.step, writes=world.is_main)
         try:
@@ -178,7 +189,7 @@ class TrainingRun:
                     if step % config.checkpoints.every_steps == 0 or last or stopping:
                         checkpoint = self._save(loader_state)  # before what takes long: a kill may follow a stop
                     if stopping and not last:
-                        raise TrainingStopped(f"stopped after step {step}; run the same command again to resume")
+                        raise TrainingStopped(f"stopped after step {step}, and saved its checkpoint")
                     self._evaluate(step, last=last)
         finally:
             stream.close()
@@ -208,10 +219,13 @@ class TrainingRun:
         )
         self.last |= values
         if on_progress is not None and self.world.is_main:
-            progress = TrainingProgress(
-                self.state.step, self.config.num_steps, values["loss"], values["images_per_s"], values["loader_wait"]
+            step, num_steps = self.state.step, self.config.num_steps
+            remaining_s = (num_steps - step) * values["step_s"]
+            on_progress(
+                TrainingProgress(
+                    step, num_steps, values["loss"], values["images_per_s"], values["loader_wait"], remaining_s
+                )
             )
-            on_progress(progress)
 
     @contextmanager
     def _evaluating(self, *, averaged: bool) -> Iterator[None]:

@@ -112,6 +112,9 @@ def run(
         )
     except RunError as error:
         failure, summary = error, error.summary
+    except KeyboardInterrupt:
+        typer.echo("stopped by Ctrl-C; run the same command again to resume", err=True)
+        raise
     if as_json:
         print_json(summary)
     else:

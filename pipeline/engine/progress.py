@@ -32,6 +32,11 @@ class Lines:
         self.started = time.perf_counter()
         self._next_line = self.started + _PLAIN_INTERVAL_S
 
+    def message(self, text: str) -> None:
+        """Shows a message that stays, on a line of its own."""
+        if not self.quiet:
+            print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
     def show(self, text: str, *, final: bool = False) -> None:
         """Shows the state; `final` ends the line."""
         now = time.perf_counter()

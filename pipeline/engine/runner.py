@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+import yaml
+
 from pipeline.config import dump_yaml
 from pipeline.engine.input import record_input
 from pipeline.engine.progress import Progress
@@ -13,6 +15,7 @@ from pipeline.engine.tally import Tally
 from pipeline.errors import EXIT_FAILED, DropLimitError, ShardError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.registry import make_executor
+from pipeline.fingerprint import differences
 from pipeline.options import RunOptions, Summary, WorkflowConfig
 from pipeline.plan import Plan
 from pipeline.signals import StopSignals
@@ -40,11 +43,12 @@ def run_workflow(
     executor = make_executor(options.executor, plan.stages, run, config.execution, options.address)
     with disk_errors_explained(run.storage.local), run.lock(take_over=options.take_over):
         _prepare(state, options)
+        changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))
         events = EventLog(run.storage)
         try:
-            return _execute(workflow, config.execution, state, executor, events, options)
+            return _execute(workflow, config.execution, state, executor, events, options, changes)
         finally:
             events.close()
 
@@ -64,6 +68,18 @@ def _prepare(state: RunState, options: RunOptions) -> None:
     run.storage.delete_folder(run.failures)
 
 
+def _changed_settings(run: RunFolder, config: WorkflowConfig) -> list[str]:
+    """`key: old -> new` of the settings that differ from the previous run of this folder; not those of execution.
+
+    What decides finished work was refused before, so these are settings that finished shards were made without.
+    """
+    if run.storage.size(CONFIG) is None:
+        return []
+    previous = yaml.safe_load(run.storage.read(CONFIG))
+    changes = differences(previous, config.model_dump(mode="json"))
+    return [change for change in changes if not change.startswith("execution.")]
+
+
 def _execute(
     workflow: str,
     execution: ExecutionConfig,
@@ -71,6 +87,7 @@ def _execute(
     executor: Executor,
     events: EventLog,
     options: RunOptions,
+    changed_settings: list[str],
 ) -> Summary:
     run, plan, started = state.run, state.plan, time.perf_counter()
     progress = Progress(plan.stages, plan.estimated_shards, quiet=options.quiet)
@@ -99,6 +116,7 @@ def _execute(
         "seconds": round(time.perf_counter() - started, 3),
         "tally": asdict(tally),
         "this_run": progress.rates(),
+        **({"changed_settings": changed_settings} if changed_settings else {}),
         **results,
     }
     run.storage.write_json(SUMMARY, summary)

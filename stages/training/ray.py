@@ -55,6 +55,7 @@ def train_on_ray(
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(name="train", storage_path=str(scratch)),
         )
+        job.lines.message(f"training on {num_workers} workers; pipeline status {job.run.url} shows how far it is")
         result = trainer.fit()
     except TrainingFailedError as error:
         raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error

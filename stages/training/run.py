@@ -12,12 +12,14 @@ from imagen_core.train import (
     TrainConfig,
     TrainError,
     TrainingProgress,
+    TrainingStart,
     TrainingStopped,
     train,
 )
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.executors.registry import EXECUTORS
 from pipeline.job import Job
+from pipeline.units import human_seconds
 from stages.checkpoints.load import load_checkpoint_from
 from stages.encoders.registry import AnyEncoder
 from stages.training.config import TrainingFailedError, WorkersConfig, at_url
@@ -48,9 +50,12 @@ def run_training(
                 return train_on_ray(config, workers, job, online)
             encoder = None if online is None else online_encoder(online)
             with job.working_folder() as folder:
-                summary = train(config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from)
+                summary = train(
+                    config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from, _start_shown(job)
+                )
             return at_url(summary, folder, job.run.url)
-    except TrainingStopped:
+    except TrainingStopped as stopped:
+        job.lines.message(str(stopped))
         job.signals.received = job.signals.received or signal.SIGTERM  # another process received the signal
         return {}
 
@@ -59,11 +64,20 @@ def _shown(job: Job) -> Callable[[TrainingProgress], None]:
     return lambda progress: job.lines.show(describe(progress), final=progress.step == progress.num_steps)
 
 
+def _start_shown(job: Job) -> Callable[[TrainingStart], None]:
+    def show(start: TrainingStart) -> None:
+        for line in start.lines():
+            job.lines.message(line)
+
+    return show
+
+
 def describe(progress: TrainingProgress) -> str:
     """One line for people."""
     return (
         f"step {progress.step:,}/{progress.num_steps:,}  loss {progress.loss:.4f}  "
         f"{progress.images_per_s:,.1f} img/s  waiting for data {progress.loader_wait:.1%}"
+        + (f"  {human_seconds(progress.remaining_s)} left" if progress.remaining_s else "")
     )
 
 

@@ -10,6 +10,7 @@ from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, MachineError, StaleOutputError
 from stages.encoders.tiny import write_tiny_model
 from tests.commands import call
+from tests.image_server import body, serve
 from tests.runs import precompute, store_bytes
 from tests.stages.precompute.test_resize import png
 
@@ -201,3 +202,25 @@ def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(images: Path
     assert again["tally"]["groups"]["samples"]["drops"] == first["tally"]["groups"]["samples"]["drops"]
     keys = [sample.key for sample in Store.open(out / "store")]
     assert len(keys) == len(set(keys)) == 7
+
+
+def test_a_changed_download_setting_tells_which_option_tries_earlier_drops_again(tmp_path: Path) -> None:
+    with serve({"/small.png": body(png(16, 1)), "/large.png": body(png(400, 2))}) as server:
+        rows = [{"url": server.url(f"/{name}.png"), "caption": name} for name in ("small", "large")]
+        (tmp_path / "urls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = ["run", "precompute", "--out", str(tmp_path / "run"), "--executor", "inline", "--quiet"]
+        command += [
+            "source.kind=urls",
+            f"source.path={tmp_path / 'urls.jsonl'}",
+            "encoders=[]",
+            "images.sizes_px=[16]",
+        ]
+        command += ["source.download.allow_private_addresses=true"]
+        first = call(*command, "source.download.max_bytes=200")
+        assert (first.code, "finished: 1 of 2" in first.out) == (0, True), first.err
+        again = call(*command, "source.download.max_bytes=100000")
+        assert "source.download.max_bytes: 200 -> 100000" in again.out
+        assert "finished shards keep their drops (too_large 1); --retry-dropped too_large tries them" in again.out
+        unchanged = call(*command, "source.download.max_bytes=100000")
+        assert "--retry-dropped" not in unchanged.out
+        assert "finished: 2 of 2" in call(*command, "--retry-dropped", "too_large").out

@@ -243,16 +243,24 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(
     work: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     arguments = ["run", "train", "-c", str(work / "base.yaml"), "num_steps=60", "checkpoints.every_steps=1000"]
-    arguments += ["optimizer.warmup_steps=2", "--quiet", "--out"]
-    process = subprocess.Popen(command(*arguments, str(tmp_path / "a")), cwd=REPOSITORY)
+    arguments += ["optimizer.warmup_steps=2", "--out"]
+    process = subprocess.Popen(command(*arguments, str(tmp_path / "a")), cwd=REPOSITORY, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 100
     while not (tmp_path / "a" / "metrics.jsonl").exists() or not (tmp_path / "a" / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == code
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
     [checkpoint] = (tmp_path / "a" / "checkpoints").iterdir()
-    assert 2 <= int(checkpoint.name.removeprefix("step-")) < 60
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 2 <= step < 60
+    shown = errors.decode().splitlines()
+    assert shown[0].startswith("model efficient of 16 px, ")
+    name = signal.Signals(number).name
+    assert f"{name}: finishing the current step; send it again to stop at once" in shown
+    assert f"stopped after step {step}, and saved its checkpoint" in shown
+    assert shown[-1].endswith("; run the same command again to resume")
     for out in ("a", "b"):
         assert call_process(*arguments, str(tmp_path / out), cwd=REPOSITORY).code == 0
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")

@@ -74,7 +74,7 @@ def test_a_stopped_run_resumes_exactly(store: Path, tmp_path: Path) -> None:
         stop_requested += 1
         return stop_requested == 4
 
-    with pytest.raises(TrainingStopped, match="after step 4; run the same command again"):
+    with pytest.raises(TrainingStopped, match="stopped after step 4, and saved its checkpoint"):
         train(config, tmp_path / "b", should_stop=should_stop)
     assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-00000004"]
     resumed = train(config, tmp_path / "b")
