@@ -145,6 +145,7 @@ def test_what_does_not_fit_is_refused(store: Path, tmp_path: Path) -> None:
         train(few, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_trained_model_samples_by_class(store: Path, tmp_path: Path) -> None:
     unet = BASE_UNET | {"num_classes": 3, "text_dim": None, "attention_type": "self"}
     settings = make_config(store, denoiser=BASE | {"unet": unet}, text=None, num_steps=3, precision="float32")

@@ -150,6 +150,7 @@ def test_a_changed_configuration_is_refused_on_s3_and_rebuilt_with_restart(data:
     assert Store.open(f"{url}/store").manifest.images[16].config["filter"] == "lanczos"
 
 
+@pytest.mark.slow
 def test_the_reading_commands_take_the_url(remote_run: str) -> None:
     assert "good: " in call("verify", remote_run).out
     assert "11 samples in 3 shards" in call("inspect", f"{remote_run}/store").out

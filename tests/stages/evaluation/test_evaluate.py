@@ -70,6 +70,7 @@ def numbers(row: dict) -> list[float]:
     return [row[key] for key in ("frechet_distance", "kernel_distance", "clip_score")]
 
 
+@pytest.mark.slow
 def test_a_guidance_sweep_has_a_folder_a_row_and_a_point_for_each_weight(finished: Path) -> None:
     out = finished
     one, two = evaluated(out)["rows"]

@@ -36,6 +36,7 @@ def prompts(out: Path) -> list[tuple[str, int, str | None]]:
     return [(p["prompt"], p["seed"], p["key"]) for p in record["images"]]
 
 
+@pytest.mark.slow
 def test_a_selection_of_captions_is_seeded_without_replacement_and_starts_like_a_larger_one(
     cascade: Path, tmp_path: Path
 ) -> None:

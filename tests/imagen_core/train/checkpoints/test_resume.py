@@ -123,6 +123,7 @@ def test_the_best_can_only_be_kept_where_each_is_validated(store: Path, changes:
         make_config(store, checkpoints={"keep_best": 1, "every_steps": 4}, **changes)
 
 
+@pytest.mark.slow
 def test_batch_and_precision_may_change(store: Path, tmp_path: Path) -> None:
     train(make_config(store, num_steps=3), tmp_path)
     changed = make_config(
