@@ -4,7 +4,7 @@ Every problem is reported in one `ConfigError` with the field's path, the value 
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
@@ -29,12 +29,30 @@ Tree = dict[str, object]
 _TAGS = ("kind", "family")  # names of the fields that choose between models
 
 
-def load_config(config_class: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Builds a config from a YAML file, then `a.b=c` overrides (values are YAML; list items by index)."""
-    tree: Tree = {} if path is None else read_yaml(path)
+def load_config(
+    config_class: type[ConfigT], source: Path | Mapping[str, object] | None = None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Builds a config from a YAML file or a mapping, then overrides.
+
+    Args:
+        overrides: `a.b=c` sets a value (YAML; list items by index), `a.b+=[c]` appends to a list.
+    """
+    tree: Tree = read_yaml(source) if isinstance(source, Path) else dict(source or {})
     for override in overrides:
-        _seed_default_list(config_class, tree, override)
+        if is_addition(override):
+            tree = _validated(config_class, tree).model_dump(mode="json")  # so that defaults are appended to as well
+        else:
+            _seed_default_list(config_class, tree, override)
         _apply_override(tree, override)
+    return _validated(config_class, tree)
+
+
+def is_addition(override: str) -> bool:
+    """Whether an override appends to a list."""
+    return override.partition("=")[0].rstrip().endswith("+")
+
+
+def _validated(config_class: type[ConfigT], tree: Tree) -> ConfigT:
     for name, field in config_class.model_fields.items():
         section = tree.get(name)
         kind = getattr(field.default, "kind", None)
@@ -92,7 +110,7 @@ def _seed_default_list(config_class: type[Config], tree: Tree, override: str) ->
 
 def _apply_override(tree: Tree, override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = key.strip().removesuffix("+").strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r}: write KEY=VALUE, for example images.sizes_px='[64, 256]'")
     value = _parse_value(override, text)
@@ -105,18 +123,26 @@ def _apply_override(tree: Tree, override: str) -> None:
                 where = ".".join(parts[:depth])
                 raise ConfigError(f"override {override!r}: {where} has items 0..{len(node) - 1}, got {part!r}")
             if last:
-                node[index] = value
+                node[index] = _added(override, node[index], value) if is_addition(override) else value
             else:
                 node = node[index]
         elif isinstance(node, dict):
             if last:
-                node[part] = value
+                node[part] = _added(override, node.get(part), value) if is_addition(override) else value
             else:
                 if node.get(part) is None:
                     node[part] = {}
                 node = node[part]
         else:
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a plain value, not a mapping")
+
+
+def _added(override: str, items: object, value: object) -> list[object]:
+    """The list with the value appended, or with its items if it is a list itself."""
+    if not isinstance(items, list):
+        key = override.partition("+=")[0].strip()
+        raise ConfigError(f"override {override!r}: {key} is no list (it is {items!r}); use {key}=VALUE")
+    return [*items, *(value if isinstance(value, list) else [value])]
 
 
 _GLOB_STARTS = ("*", "{", "?", "%")

@@ -62,6 +62,8 @@ class Plan:
     """Transient groups whose files are kept."""
     shard_size: int | None = None
     """Rows of a full shard; None means that the largest shard is a full one."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of the result before the run; shown by the run, its summary and `pipeline plan`."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
 

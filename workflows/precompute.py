@@ -13,6 +13,7 @@ from pipeline.plan import Plan
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
+from stages.encoders.base import EncoderConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
@@ -131,6 +132,12 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
+            notices=tuple(
+                f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
+                f"captions; for real ones set encoders.{place}.model to a hub id or a folder"
+                for place, encoder in enumerate(config.encoders)
+                if isinstance(encoder, EncoderConfig) and encoder.model == TINY_MODEL
+            ),
         )
 
     def _text_stage(self, encoder: AnyTextEmbedding, source: Source) -> Stage:

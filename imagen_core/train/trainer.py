@@ -319,9 +319,10 @@ def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
             "same name"
         )
     if encoder.record["dim"] != config.denoiser.network.text_dim:
+        option = f"denoiser.{'network' if isinstance(config.denoiser, PriorConfig) else 'unet'}.text_dim"
         raise TrainError(
-            f"text_dim is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
-            f"{encoder.record['dim']} wide; set text_dim={encoder.record['dim']}"
+            f"{option} is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
+            f"{encoder.record['dim']} wide; set {option}={encoder.record['dim']}"
         )
 
 

@@ -33,7 +33,11 @@ app.add_typer(stage_commands)
 WorkflowArg = Annotated[str, typer.Argument(help="Name of the workflow, for example: precompute.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides; values are YAML, e.g. shard_size=500."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Config overrides; values are YAML, e.g. shard_size=500; KEY+=VALUE adds to a list. With neither these "
+        "nor -c, a run goes on with its own configuration.",
+    ),
 ]
 ConfigFile = Annotated[
     str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
@@ -101,8 +105,8 @@ def run(
     from pipeline.options import RunOptions
     from pipeline.storage.run_folder import RunFolder
 
-    chosen = _build(workflow, config, overrides)
     folder = out or f"runs/{workflow}"
+    chosen = _build(workflow, config, overrides, folder)
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
     raise_when_preempted()
     failure: RunError | None = None
@@ -163,7 +167,8 @@ def plan(
     from pipeline.options import PlanOptions
 
     options = PlanOptions(probe, profile, rows, executor, save)
-    result = _build(workflow, config, overrides).preview(out or f"runs/{workflow}", options)
+    folder = out or f"runs/{workflow}"
+    result = _build(workflow, config, overrides, folder).preview(folder, options)
     print_json(result) if as_json else show_preview(result)
 
 
@@ -190,7 +195,7 @@ def submit(
     from pipeline.deploy.submit import RayJobs, check_shared
 
     check_shared(out)
-    resolved = _build(workflow, config, overrides).config
+    resolved = _build(workflow, config, overrides, out).config
     options = ["--restart"] * restart + (["--retry-dropped", retry_dropped] if retry_dropped else [])
     jobs = RayJobs(address)
     job = jobs.submit(workflow, resolved, out, options, with_code=code)
@@ -335,14 +340,22 @@ def config_validate(
     print_json({"valid": True}) if as_json else typer.echo("valid")
 
 
-def _build(name: str, config: str | None, overrides: list[str] | None):
-    from pipeline.cli.presets import find_config
-    from pipeline.config import load_config
+def _build(name: str, config: str | None, overrides: list[str] | None, out: str | None = None):
+    """The workflow with its configuration: of the file, or else of the run in `out`, with the overrides.
+
+    The run's own configuration is used if nothing else is given, or if an override adds to it.
+    """
+    from pipeline.cli.presets import configuration_of_run, find_config
+    from pipeline.config import is_addition, load_config
     from pipeline.workflow import load_workflow
 
     workflow_class = load_workflow(name)
-    path = find_config(name, config) if config else None
-    return workflow_class(load_config(workflow_class.config_class, path, overrides or ()))
+    source = find_config(name, config) if config else None
+    if source is None and out is not None and (not overrides or any(map(is_addition, overrides))):
+        source = configuration_of_run(name, out)
+        if source is not None:
+            typer.echo(f"configuration: {out}/config.yaml", err=True)
+    return workflow_class(load_config(workflow_class.config_class, source, overrides or ()))
 
 
 def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:

@@ -3,8 +3,12 @@
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.storage.run_folder import CONFIG, PLAN, RunFolder
 
 _MODELS = "pipeline.models"
 
@@ -46,3 +50,18 @@ def find_config(workflow: str, name: str) -> Path:
         choices = ", ".join(sorted(shipped)) or "(none)"
         raise ConfigError(f"--config {name}: no such file or shipped configuration; shipped: {choices}")
     return shipped[name]
+
+
+def configuration_of_run(workflow: str, out: str) -> dict[str, Any] | None:
+    """The configuration that the run in folder `out` last had; None if there is no run.
+
+    Raises:
+        ConfigError: it is a run of another workflow.
+    """
+    run = RunFolder(out)
+    if run.storage.size(CONFIG) is None:
+        return None
+    plan = run.storage.read_json(PLAN) or {}
+    if plan.get("workflow", workflow) != workflow:
+        raise ConfigError(f"--out {out}: is a run of {plan['workflow']}; use pipeline run {plan['workflow']}")
+    return yaml.safe_load(run.storage.read(CONFIG))

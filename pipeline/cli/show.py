@@ -38,6 +38,7 @@ def show_summary(summary: Mapping[str, Any], next_steps: Sequence[tuple[str, str
         f"{summary['outcome']}: {kept}{tally['input_rows']} samples in {tally['shards']} shards{skipped}, "
         f"{summary['seconds']:.1f} s"
     )
+    _show_notices(summary)
     _show_next_steps(next_steps)
 
 
@@ -52,6 +53,11 @@ def show_job(job: Mapping[str, Any]) -> None:
 def _show_next_steps(next_steps: Sequence[tuple[str, str]]) -> None:
     for label, path in next_steps:
         print(f"{label:<7} {path}")
+
+
+def _show_notices(result: Mapping[str, Any]) -> None:
+    for notice in result.get("notices", ()):
+        print(notice)
 
 
 def show_values(values: Mapping[str, Any]) -> None:
@@ -93,6 +99,7 @@ def show_preview(result: Mapping[str, Any]) -> None:
         rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
     show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
     print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    _show_notices(result)
     if result["estimate"] is None:
         print("time: --probe measures it here; --profile NAME computes it for other hardware")
     else:

@@ -96,6 +96,8 @@ def _execute(
     events.write("run_started", workflow=workflow, executor=options.executor)
     outcome = "interrupted"
     with stop:
+        for notice in plan.notices:
+            progress.message(notice)
         try:
             with progress:
                 tally = scheduler.execute()
@@ -116,6 +118,7 @@ def _execute(
         "seconds": round(time.perf_counter() - started, 3),
         "tally": asdict(tally),
         "this_run": progress.rates(),
+        **({"notices": list(plan.notices)} if plan.notices else {}),
         **({"changed_settings": changed_settings} if changed_settings else {}),
         **results,
     }

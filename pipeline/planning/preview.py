@@ -53,6 +53,7 @@ def preview(
             for name, group in found.groups.items()
         },
         "out": str(out),
+        "notices": list(plan.notices),
         "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }
     if options.save:

@@ -76,6 +76,9 @@ def test_without_a_file_the_defaults_hold() -> None:
         ("shape.kind=square", Example(shape=Square())),
         ("items=[{name: x}]", Example(items=(Item(name="x"),))),
         ("items.1.size_px=9", Example(items=(Item(name="first"), Item(name="second", size_px=9)))),
+        ("items+=[{name: x}]", Example(items=(Item(name="first"), Item(name="second"), Item(name="x")))),
+        ("items+={name: x}", Example(items=(Item(name="first"), Item(name="second"), Item(name="x")))),
+        ("inner.words += x", Example(inner=Inner(words=(*Inner().words, "x")))),
         ("items.0={name: x}", Example(items=(Item(name="x"), Item(name="second")))),
     ],
 )
@@ -86,6 +89,16 @@ def test_an_override_sets_one_value(override: str, expected: Example) -> None:
 def test_overrides_add_up_and_the_last_one_holds() -> None:
     found = load("count=3", "inner.flag=true", "count=4", "shape.kind=square", "shape.side_px=5")
     assert found == Example(count=4, inner=Inner(flag=True), shape=Square(side_px=5))
+
+
+def test_additions_add_up_over_a_file_that_has_a_part_of_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("inner: {flag: true}\nitems:\n- name: only\n")
+    found = load("items+=[{name: x}]", "inner.words+=[y, z]", "items+=[{name: w}]", yaml=path)
+    words = (*Inner().words, "y", "z")
+    assert found == Example(
+        inner=Inner(flag=True, words=words), items=(Item(name="only"), Item(name="x"), Item(name="w"))
+    )
 
 
 def test_overrides_go_over_the_file(tmp_path: Path) -> None:
@@ -130,6 +143,7 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("shape.kind=sqare", "shape.kind: there is none of this name (got 'sqare'); did you mean 'square'?"),
         ("shape.kind=9", "shape.kind: there is none of this name (got '9'); choose from circle, square"),
         ("items=[{size_px: 1}]", "items.0.name: needed, but not given; set it in the file or as items.0.name=VALUE"),
+        ("count+=1", "override 'count+=1': count is no list (it is 1); use count=VALUE"),
         ("count=x", "count: input should be a valid integer, unable to parse string as an integer (got 'x')"),
         ("count=-1", "count: input should be greater than or equal to 0 (got -1)"),
         ("items.1.size_px=0", "items.1.size_px: input should be greater than or equal to 1 (got 0)"),

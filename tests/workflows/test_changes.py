@@ -204,6 +204,29 @@ def test_a_shard_rebuilt_after_a_retry_round_keeps_each_sample_once(images: Path
     assert len(keys) == len(set(keys)) == 7
 
 
+def test_a_run_goes_on_with_its_own_configuration_and_is_added_to(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["run", "precompute", "--out", str(out), "--executor", "inline", "--quiet"]
+    first = call(*command, *arguments(images, "images.filter=lanczos"))
+    assert (first.code, first.err) == (0, "")
+    config = (out / "config.yaml").read_bytes()
+    again = call(*command)
+    assert (again.code, again.err) == (0, f"configuration: {out}/config.yaml\n")
+    assert "8 of 8 samples in 4 shards, 4 already finished" in again.out
+    assert (out / "config.yaml").read_bytes() == config
+    before = store_bytes(out)
+    added = call(*command, "encoders+=[{name: b, kind: t5, model: tiny-random-t5, compute_dtype: float32}]")
+    assert (added.code, added.err) == (0, again.err), added.err
+    assert set(Store.open(out / "store").encoders) == {"t5", "b"}
+    unchanged = {name: data for name, data in store_bytes(out).items() if name in before and name != "manifest.json"}
+    assert unchanged == {name: data for name, data in before.items() if name != "manifest.json"}
+    other = call("run", "train", "--out", str(out))
+    assert (other.code, other.err) == (
+        2,
+        f"error: --out {out}: is a run of precompute; use pipeline run precompute\n",
+    )
+
+
 def test_a_changed_download_setting_tells_which_option_tries_earlier_drops_again(tmp_path: Path) -> None:
     with serve({"/small.png": body(png(16, 1)), "/large.png": body(png(400, 2))}) as server:
         rows = [{"url": server.url(f"/{name}.png"), "caption": name} for name in ("small", "large")]

@@ -218,3 +218,16 @@ def test_every_shipped_configuration_is_valid() -> None:
     assert {preset["name"] for preset in presets} >= {"demo", "urls-t5-xxl"}
     for preset in presets:
         load_config(load_workflow(preset["workflow"]).config_class, Path(preset["path"]))
+
+
+def test_random_weights_are_named_by_plan_terminal_and_summary(tmp_path: Path) -> None:
+    says = "encoder t5 has random weights (tiny-random-t5): its embeddings say nothing about the captions"
+    settings = ["--out", str(tmp_path / "run"), "source.num_samples=4", "images.sizes_px=[16]", "--executor", "inline"]
+    assert says in call("plan", "precompute", *settings).out
+    result = call("run", "precompute", *settings)
+    assert says in result.err
+    assert says in result.out
+    [notice] = json.loads((tmp_path / "run/summary.json").read_text())["notices"]
+    assert notice == f"{says}; for real ones set encoders.0.model to a hub id or a folder"
+    without = call("run", "precompute", *settings[:1], str(tmp_path / "images"), *settings[2:], "encoders=[]")
+    assert "random weights" not in without.out + without.err

@@ -53,6 +53,7 @@ def reduced(recipe: TrainWorkflowConfig) -> dict[str, Any]:
         "denoiser.size_px": small,
         "denoiser.unet.image_size_px": small,
         "validation": {"num_samples": 0},
+        "grid.every_steps": "null",
         "batch_size": 2,
         "denoiser.unet.num_res_blocks": 1 if isinstance(unet.num_res_blocks, int) else [1] * len(unet.num_res_blocks),
         "checkpoints": {"every_steps": 1},

@@ -126,7 +126,7 @@ def _check_encoder(
     if groups[encoder].dim != dim:
         raise TrainError(
             f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
-            f"{option.rpartition('.')[2]}={groups[encoder].dim}"
+            f"{option}={groups[encoder].dim}"
         )
 
 

@@ -318,7 +318,7 @@ def test_a_gradient_that_is_not_finite_stops_too(store: Path, tmp_path: Path, mo
 
 def test_a_store_of_another_width_is_named(store: Path, tmp_path: Path) -> None:
     wider = BASE | {"unet": BASE_UNET | {"text_dim": 16}}
-    with pytest.raises(TrainError, match="set text_dim=8"):
+    with pytest.raises(TrainError, match=r"set denoiser\.unet\.text_dim=8"):
         train(make_config(store, denoiser=wider), tmp_path)
     assert not list(tmp_path.iterdir())
 
