@@ -40,7 +40,7 @@ class Retries:
 
     def all_shards(self) -> Iterator[Shard]:
         """The shards of the source, followed by the shards of the retry rounds."""
-        return chain(self.plan.shards(), _retry_shards(self.run))
+        return chain(self.plan.shards(), retry_shards(self.run))
 
     @cached_property
     def rows(self) -> dict[int, set[int]]:
@@ -109,7 +109,7 @@ class Retries:
 
     def delete(self) -> None:
         """Deletes all rounds and what was made from them."""
-        for shard in _retry_shards(self.run):
+        for shard in retry_shards(self.run):
             for group in self.plan.groups:
                 self.run.delete_shard(group, shard.name)
         self.run.storage.delete_folder(_FOLDER)
@@ -121,7 +121,8 @@ class Retries:
             yield from _read(self.run, name)
 
 
-def _retry_shards(run: RunFolder) -> Iterator[Shard]:
+def retry_shards(run: RunFolder) -> Iterator[Shard]:
+    """The shards of all rounds."""
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
         lines = _read(run, file)
@@ -188,7 +189,7 @@ def redact_retries(
                 redacted.add(shard)
         if redacted:
             run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
-        for shard in (shard for shard in _retry_shards(run) if shard.index in redacted):
+        for shard in (shard for shard in retry_shards(run) if shard.index in redacted):
             for group in run.started_groups():
                 record = run.read_record(group, shard.name)
                 if record is not None:

@@ -19,6 +19,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import QUARANTINE, RunFolder
+from stages.store_tools.dropped import drops_of_url
 
 _ANNOTATIONS = ("transcription", "safebox", "label")
 _FINGERPRINT = ("model", "revision", "weights_sha256", "max_tokens")
@@ -27,10 +28,12 @@ _FINGERPRINT = ("model", "revision", "weights_sha256", "max_tokens")
 def lineage_command(
     store: Store, folder: StoreFolder, run: RunFolder | None, **requested: str | None
 ) -> CommandResult:
-    """All samples with a key, URL or sha256: in the store, removed, or dropped (by key, in a run folder).
+    """All samples with a key, URL or sha256: in the store, removed, or dropped (by key or URL, in a run folder).
+
+    The URL of a dropped row is looked for in the source.
 
     Raises:
-        ConfigError: more than one identifier is given.
+        ConfigError: more than one identifier is given, or the source has to be read and cannot be.
     """
     identifiers = [(name, value) for name, value in requested.items() if value is not None]
     if len(identifiers) != 1:
@@ -40,6 +43,8 @@ def lineage_command(
     found = list(_stored(store, removals, name, value)) or list(_removed(removals, name, value))
     if run is not None and name == "key":
         found += _dropped(run, value)
+    if run is not None and name == "url" and not found:
+        found += [_dropped_entry(drop) for drop in drops_of_url(run, value)]
     result: dict[str, object] = {name: value, "found": found}
     if not found:
         return result, [f"{name} {value}: unknown: no sample, removed or dropped row has it"], EXIT_FAILED
@@ -136,8 +141,12 @@ def _dropped(run: RunFolder, key: str) -> Iterator[dict[str, Any]]:
         for shard in sorted(run.storage.names(f"{QUARANTINE}/{group}")):
             for line in map(json.loads, run.storage.read_lines(f"{QUARANTINE}/{group}/{shard}")):
                 if line["key"] == key:
-                    place = {"shard": int(shard.removesuffix(".jsonl")), "group": group, "input_row": line["row"]}
-                    yield {"fate": "dropped", **place, "reason": line["reason"], "detail": line["detail"]}
+                    yield _dropped_entry({"shard": int(shard.removesuffix(".jsonl")), "group": group, **line})
+
+
+def _dropped_entry(drop: dict[str, Any]) -> dict[str, Any]:
+    place = {"shard": drop["shard"], "group": drop["group"], "input_row": drop["row"]}
+    return {"fate": "dropped", **place, "key": drop["key"], "reason": drop["reason"], "detail": drop["detail"]}
 
 
 def _lines(entry: dict[str, Any]) -> list[str]:

@@ -241,6 +241,14 @@ def test_a_changed_download_setting_tells_which_option_tries_earlier_drops_again
         command += ["source.download.allow_private_addresses=true"]
         first = call(*command, "source.download.max_bytes=200")
         assert (first.code, "finished: 1 of 2" in first.out) == (0, True), first.err
+        shown = call("inspect", str(tmp_path / "run"), "--url", server.url("/large.png"))
+        assert (shown.code, shown.out.startswith("dropped from samples of shard 00000, row 1: too_large")) == (0, True)
+        assert call("inspect", str(tmp_path / "run"), "--url", server.url("/other.png")).code == 1
+        report = json.loads(call("report", str(tmp_path / "run"), "--json").out)
+        [drop] = report["dropped_rows"]
+        assert (drop["key"], drop["reason"], drop["url"]) == ("000000001", "too_large", server.url("/large.png"))
+        assert drop["captions"] == ["large"]
+        assert server.url("/large.png") in Path(report["report"]).read_text()
         again = call(*command, "source.download.max_bytes=100000")
         assert "source.download.max_bytes: 200 -> 100000" in again.out
         assert "finished shards keep their drops (too_large 1); --retry-dropped too_large tries them" in again.out

@@ -11,12 +11,14 @@ from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
 from stages.precompute.quantisation import quantisation_summary
+from stages.store_tools.dropped import first_drops
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
 from stages.store_tools.report.images import caption_histogram, caption_tokens, image_grid
 from stages.stores import group_bytes, open_store, store_folder
 
 _PAGE = "report/index.html"
 _NUM_IMAGES = 24
+_NUM_DROPS = 100
 
 
 def report_command(path: str) -> CommandResult:
@@ -48,6 +50,7 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         ],
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
+        "dropped_rows": first_drops(run, _NUM_DROPS),
         "int8": _int8(summary),
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
@@ -75,14 +78,17 @@ def _int8(summary: dict[str, Any] | None) -> dict[str, dict[str, float]]:
 
 
 def _throughput(run: RunFolder) -> list[dict[str, object]]:
-    """Rows and busy seconds of each stage over the whole life of the run folder, from its events."""
+    """Rows and busy seconds of each stage over the whole life of the run folder, from its events.
+
+    The start of a worker, which loads its packages and model, does not count.
+    """
     rows: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     shards: dict[str, int] = defaultdict(int)
     for event in read_events(run.storage):
         if event.get("event") == "task":
             rows[event["stage"]] += max((g["rows"] for g in event["groups"].values()), default=0)
-            seconds[event["stage"]] += event["seconds"]
+            seconds[event["stage"]] += event["seconds"] - event.get("setup_s", 0.0)
             shards[event["stage"]] += 1
     return [
         {
