@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 
+_MAX_SHOWN = 200
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -22,8 +25,8 @@ def text_digest(text: str) -> str:
 
 
 def differences(old: object, new: object, path: str = "") -> list[str]:
-    """One line per leaf that differs: `path: old -> new`; mappings in lists of equal length are compared by index."""
-    if _are_mappings(old) and _are_mappings(new) and len(old) == len(new):
+    """One line per leaf that differs: `path: old -> new`; mappings in lists are compared by index."""
+    if _are_mappings(old) and _are_mappings(new):
         old, new = ({str(number): group for number, group in enumerate(groups)} for groups in (old, new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
@@ -41,4 +44,5 @@ def _are_mappings(value: object) -> TypeGuard[Sequence[Mapping[str, object]]]:
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else canonical_json(value)
+    text = value if isinstance(value, str) else canonical_json(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
