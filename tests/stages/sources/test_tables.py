@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
-from stages.precompute.fetch import fetch_originals
-from stages.sources.base import Original
 from stages.sources.download.config import DownloadConfig
 from stages.sources.files import expand
 from stages.sources.records.cells import InvalidLine, captions_of
@@ -21,6 +19,7 @@ from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource
 from tests.image_server import body, serve
 from tests.images import BLUE, RED, plain_png
+from tests.stages.sources.fetching import fetched
 
 ROWS = [
     {"url": "http://example.org/a.png", "caption": "a red square"},
@@ -73,16 +72,6 @@ def test_every_format_holds_the_same_rows(tmp_path: Path, name: str) -> None:
     assert list(columns(str(tmp_path / name))) == ["url", "caption"]
 
 
-def fetched(source: UrlsSource, scratch: Path, shard_size: int = 2) -> list[tuple[int, list[Original]]]:
-    result = []
-    for shard in source.shards(shard_size):
-        originals: list[Original] = []
-        (scratch / str(shard.index)).mkdir(parents=True)
-        fetch_originals(source, shard, None, scratch / str(shard.index), originals.append)
-        result.append((shard.index, sorted(originals, key=lambda original: original.row)))
-    return result
-
-
 def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
     with serve({"/a.png": body(plain_png(RED)), "/b.png": body(plain_png(BLUE))}) as server:
         rows = [
@@ -95,7 +84,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
             write_list(tmp_path / name, rows)
             source = UrlsSource(UrlsConfig(path=str(tmp_path / name), download=LOOPBACK))
             source.check()
-            found[name] = fetched(source, tmp_path / "scratch" / name)
+            found[name] = fetched(source, tmp_path / "scratch" / name, 2)
     samples = [o for _, originals in found["l.csv"] for o in originals]
     assert [(o.row, o.key, o.captions, o.data, o.reason) for o in samples] == [
         (0, "000000000", ("a red square",), plain_png(RED), None),
