@@ -102,16 +102,18 @@ class FolderSource(Source):
             wanted = [c for c in (config.file_column, config.caption_column) if c is not None]
             wanted += config.annotation_columns.values()
             for part, record in read_parts(self.tree.url, parts, wanted):
-                row = SourceRow("", payload=(-1,))
+                name, payload, captions = "", (-1,), None
                 try:
-                    row = replace(row, key=text_of(record, config.file_column) or "")
-                    sizes = (size_of(place) for place in _places(row.key))
-                    row = replace(row, payload=(next((size for size in sizes if size is not None), -1),))
+                    name = text_of(record, config.file_column) or ""
+                    sizes = (size_of(place) for place in _places(name))
+                    payload = (next((size for size in sizes if size is not None), -1),)
                     if config.caption_column is not None:
-                        row = replace(row, captions=captions_of(record, config.caption_column))
-                    yield part, replace(row, annotations=config.annotations(record))
+                        captions = captions_of(record, config.caption_column)
+                    annotations = config.annotations(record)
+                    row = SourceRow(name, captions=captions, payload=payload, annotations=annotations)
                 except BadCell as bad:
-                    yield part, row.dropped(bad)
+                    row = SourceRow(name, captions=captions, payload=payload).dropped(bad)
+                yield part, row
 
     def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         parts = iter(parts)

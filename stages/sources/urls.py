@@ -1,7 +1,6 @@
 """URL lists, downloaded with img2dataset."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,19 +84,20 @@ class UrlsSource(Source):
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
         for number, (part, record) in enumerate(read_parts(base_folder(self.path), parts, wanted)):
-            yield part, self._row(SourceRow(f"{number:09d}", url=""), record, is_txt=table_format(part.path) == "txt")
+            yield part, self._row(f"{number:09d}", record, is_txt=table_format(part.path) == "txt")
 
-    def _row(self, row: SourceRow, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
+    def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
         """The row with what its record has; where a cell cannot be used, with what came before and the drop."""
-        config = self.config
+        config, url, captions = self.config, "", None
         try:
-            row = replace(row, key=key_of(record, config.key_column) or row.key)
-            row = replace(row, url=text_of(record, "url" if is_txt else config.url_column) or "")
+            own_key = key_of(record, config.key_column)
+            key = key if own_key is None else own_key
+            url = text_of(record, "url" if is_txt else config.url_column) or ""
             if config.caption_column is not None and not is_txt:
-                row = replace(row, captions=captions_of(record, config.caption_column))
-            return replace(row, annotations=config.annotations(record))
+                captions = captions_of(record, config.caption_column)
+            return SourceRow(key, url=url, captions=captions, annotations=config.annotations(record))
         except BadCell as bad:
-            return row.dropped(bad)
+            return SourceRow(key, url=url, captions=captions).dropped(bad)
 
     def prepare(self) -> None:
         load_downloader()

@@ -46,16 +46,24 @@ def _named(lines: Iterator[tuple[int, list[str] | InvalidLine]]) -> Iterator[Rec
     """The records behind the line of names; a line with other fields than names is invalid.
 
     Blank lines are no records, and empty fields at the end too many are ignored.
+
+    Raises:
+        ValueError: two columns have the same name.
     """
     _, names = next(lines, (0, []))
     if isinstance(names, InvalidLine):
         yield names
         return
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"its first line names {twice!r} twice")
     if len(names) == 1:  # a blank line cannot be told from an empty field
         lines = ((number, fields) for number, fields in lines if fields != [""])
     for number, fields in lines:
         if isinstance(fields, InvalidLine):
             yield fields
+        elif len(fields) == len(names):
+            yield dict(zip(names, fields, strict=True))
         elif not fields or (len(fields) == 1 and not fields[0].strip()):
             continue
         elif len(fields) < len(names) or any(fields[len(names) :]):
@@ -92,11 +100,12 @@ class _Pushback(Iterator[str]):
 
 def _csv_fields(lines: _Pushback) -> Iterator[tuple[int, list[str] | InvalidLine]]:
     csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(lines, strict=True)  # after an error it begins anew with the next line
     while True:
         lines.taken.clear()
         number = lines.number + 1
         try:
-            fields = next(csv.reader(lines, strict=True))
+            fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:

@@ -215,6 +215,12 @@ def test_a_carriage_return_in_a_cell_of_tsv_ends_no_row(tmp_path: Path) -> None:
     assert lines(tmp_path, "l.tsv", b"url\tcaption\nu\ta\rb\n") == [{"url": "u", "caption": "a\rb"}]
 
 
+@pytest.mark.parametrize(("name", "comma"), [("l.csv", ","), ("l.tsv", "\t")])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, name: str, comma: str) -> None:
+    with pytest.raises(ConfigError, match=r"its first line names 'caption' twice"):
+        lines(tmp_path, name, "url,caption,,,caption\nu,a,,,b\n".replace(",", comma).encode())
+
+
 def test_a_table_in_utf_16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"l\.csv cannot be read to its end: its text is UTF-16, not UTF-8"):
         lines(tmp_path, "l.csv", "url\nu\n".encode("utf-16"))
@@ -230,7 +236,7 @@ def test_rows_that_cannot_be_parsed_or_used_are_counted_drops_and_harm_no_other(
     with serve({"/a.png": body(plain_png(RED))}) as server:
         url = server.url("/a.png")
         rows = [
-            {"id": 1, "url": url, "caption": "good"},
+            {"id": 1, "url": url, "caption": "good", "written": None},
             {"id": 2, "url": url, "caption": {"raw": "a struct"}},
             {"id": 3, "url": 4, "caption": "x"},
             {"id": [5], "url": url, "caption": "x"},
