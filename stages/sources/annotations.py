@@ -78,7 +78,8 @@ class AnnotationsConfig(Config):
         for field in (*fields, *_COLUMNS):
             column = getattr(self, field)
             if column is not None:
-                check_column(field, column, _CONTENT[field], present, where)
+                or_else = "; null if there are no captions" if field == "caption_column" else ""
+                check_column(field, column, _CONTENT[field], present, where, or_else=or_else)
 
 
 def has_label(annotations: Annotations) -> bool:

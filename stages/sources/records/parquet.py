@@ -125,4 +125,4 @@ def _decoded(value: Any, kind: "pa.DataType") -> Any:
     if isinstance(value, dict):
         return {field.name: _decoded(value[field.name], field.type) for field in kind}
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return value.decode("utf-8", "surrogateescape") if is_text and value is not None else value
+    return value.decode("utf-8", "surrogateescape") if is_text and isinstance(value, bytes) else value

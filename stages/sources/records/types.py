@@ -23,22 +23,27 @@ _WANTED: dict[Content, str] = {
 }
 
 
-def check_column(field: str, column: str, content: Content, present: Columns, where: str) -> None:
+def check_column(
+    field: str, column: str, content: Content, present: Columns, where: str, *, or_else: str = ""
+) -> None:
     """Checks that a column, or path into nested columns, exists and can have this content.
+
+    Args:
+        or_else: ends the message where there is no such column.
 
     Raises:
         ConfigError: it does not exist in the table `where`, or has another type.
     """
     name = top_level(column, present)
     if name is None:
-        raise ConfigError(f"source.{field}: {where} has no column {column!r}; it has: {', '.join(present)}")
+        raise ConfigError(f"source.{field}: {where} has no column {column!r}; it has: {', '.join(present)}{or_else}")
     kind = present[name]
     if kind is None:
         return
     found = _below(kind, column.removeprefix(name).removeprefix("."))
     if found is None:
         fields = ", ".join(_fields(kind)) or "no fields"
-        raise ConfigError(f"source.{field}: {where} has no column {column!r}; {name!r} has: {fields}")
+        raise ConfigError(f"source.{field}: {where} has no column {column!r}; {name!r} has: {fields}{or_else}")
     if not _fits(found, content):
         fields = _fields(found)
         remedy = f"name a field of it, such as {column}.{fields[0]}" if fields else "name another column"

@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imagen_core.store import Store
 from pipeline.errors import ConfigError
 from stages.sources.folder import FolderConfig
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.parquet import ParquetConfig
 from stages.sources.tars import WebdatasetConfig
 from stages.sources.tsv import TsvConfig
+from tests.images import plain_png
+from tests.runs import precompute
 from tests.stages.sources.fetching import all_fetched
 
 IMAGE = b"an image"
@@ -98,6 +101,23 @@ def test_a_sample_of_a_tar_that_has_a_class_needs_no_caption(tmp_path: Path) -> 
         (("with a caption",), None),
         (("",), None),  # the label is a drop of its own
     ]
+
+
+def test_the_documented_command_for_classes_makes_samples_of_tars_of_images_and_classes(tmp_path: Path) -> None:
+    images = {f"{number:06d}": plain_png() for number in range(6)}
+    members = [(f"{key}.cls", str(i).encode()) for i, key in enumerate(images)]
+    members += [(f"{key}.jpg", data) for key, data in images.items()]
+    write_tar(tmp_path / "0.tar", dict(sorted(members)))
+    settings = ("source.kind=webdataset", f"source.path={tmp_path / '0.tar'}", "source.label_column=cls")
+    precompute(tmp_path / "run", *settings, "images.sizes_px=[16]", "encoders=[]")
+    samples = list(Store.open(tmp_path / "run" / "store"))
+    assert [(sample.label, sample.captions) for sample in samples] == [(i, [""]) for i in range(6)]
+
+
+def test_a_table_without_the_caption_column_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("file,label\na.png,1\n")
+    with pytest.raises(ConfigError, match="no column 'caption'; it has: file, label; null if there are no captions"):
+        FolderConfig(path=str(tmp_path), label_column="label").build().check()
 
 
 @pytest.mark.parametrize("caption", [None, "", " ", []])
