@@ -69,9 +69,8 @@ class UrlsSource(Source):
         if table_format(file) == "txt":
             return
         present = columns(file)
-        if not present:
-            raise ConfigError(f"source.path: {file} is empty; give a list with at least one row")
-        self.config.check_columns(("url_column", "caption_column", "key_column"), present, file)
+        if present:
+            self.config.check_columns(("url_column", "caption_column", "key_column"), present, file)
 
     def parts(self) -> Iterator[InputPart]:
         return (InputPart(*found) for found in find_files(self.path, "source.path", FORMATS).items())

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -218,6 +219,15 @@ def test_earlier_rows_and_other_row_groups_are_read_in_any_order_of_shards(tmp_p
     for wanted in ([0, 1, 19, 20, 49], [3], [3, 4, 41], [18], [17]):
         assert [record["n"] for record in rows.read(wanted)] == wanted
     rows.close()
+
+
+def test_a_file_behind_a_url_is_read_alike(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", pa.array([f"caption {i}" for i in range(100)]))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/parquet/a.parquet", path.read_bytes())
+    rows = all_fetched(ParquetConfig(path="memory://parquet/a.parquet").build(), tmp_path / "scratch", 30)
+    assert [(row.captions, row.data) for row in rows] == [((f"caption {i}",), IMAGE) for i in range(100)]
+    memory.rm("/parquet", recursive=True)
 
 
 def test_a_source_with_an_open_file_goes_to_another_process(tmp_path: Path) -> None:

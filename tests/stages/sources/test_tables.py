@@ -260,6 +260,17 @@ def test_rows_that_cannot_be_parsed_or_used_are_counted_drops_and_harm_no_other(
     ]
 
 
+def test_a_table_with_a_first_line_alone_has_no_rows_and_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,caption\n")
+    (tmp_path / "b.csv").write_text("url,caption\nu,x\n")
+    source = UrlsSource(UrlsConfig(path=str(tmp_path)))
+    source.check()
+    assert [row[1] for shard in source.shards(10) for row in shard.rows] == ["u"]
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(ConfigError, match="holds no rows; give a list with at least one row"):
+        source.check()
+
+
 def test_every_table_of_a_list_must_have_the_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("url,caption\nu,x\n")
     (tmp_path / "b.csv").write_text("url,text\nu,x\n")
