@@ -73,17 +73,21 @@ class FetchStage(Stage):
 def fetch_originals(
     source: Source, shard: Shard, wanted: frozenset[str] | None, scratch: Path, emit: Callable[[Original], None]
 ) -> None:
-    """Reads the rows of a shard, in any order, with cleaned captions. Duplicates are dropped without being read.
+    """Reads the rows of a shard, in any order, with cleaned captions.
+
+    Duplicates, and rows that the driver could not read, are dropped without being fetched.
 
     Args:
         wanted: keys to read; None for all. Other rows are not emitted.
         scratch: an empty folder for temporary files.
     """
     rows = [row for row in source.rows_of(shard) if wanted is None or row.key in wanted]
-    unique = [row for row in rows if not row.is_duplicate]
-    source.fetch(shard, unique, scratch, lambda original: emit(original.cleaned()))
+    usable = [row for row in rows if not row.is_duplicate and row.drop is None]
+    source.fetch(shard, usable, scratch, lambda original: emit(original.cleaned()))
     for row in rows:
-        if row.is_duplicate:
+        if row.drop is not None:
+            emit(Original.dropped(row, *row.drop).cleaned())
+        elif row.is_duplicate:
             emit(Original.dropped(row, "duplicate_key").cleaned())
 
 

@@ -1,5 +1,6 @@
 """Captions to sample images from: those of a store's samples or of a file, all or a seeded selection."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from imagen_core.store.read.order import CAPTION, ORDER, choices, derive_key, pe
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from stages.captions import clean_caption, is_valid_text
+from stages.sources.records.cells import BadCell, text_of
+from stages.sources.records.types import check_column
 from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.stores import open_store
 
@@ -88,7 +91,7 @@ class FileCaptions(_CaptionSet):
     path: str
     """The file; a path or a URL."""
     caption_column: str = "caption"
-    """Column of a table."""
+    """Column of a table, or a path into nested columns."""
 
     def captions(self) -> list[Caption]:
         """Empty lines are left out.
@@ -114,16 +117,13 @@ class FileCaptions(_CaptionSet):
         try:
             if kind == "txt":
                 return [row["url"] for row in read_rows(self.path, None)]
-            present = columns(self.path)
-            if self.caption_column not in present:
-                raise ConfigError(
-                    f"captions.caption_column: {self.path} has no column {self.caption_column!r}; "
-                    f"it has: {', '.join(present)}"
-                )
+            check_column("caption_column", self.caption_column, "text", columns(self.path), self.path)
             rows = read_rows(self.path, [self.caption_column])
-            return [str(row.get(self.caption_column) or "") for row in rows]
+            return [text_of(row, self.caption_column) or "" for row in rows]
         except ConfigError as error:
-            raise ConfigError(str(error).replace("source.path", "captions.path")) from error
+            raise ConfigError(re.sub(r"^source\.", "captions.", str(error))) from error
+        except BadCell as bad:
+            raise ConfigError(f"captions.path: {self.path}: {bad.detail}; mend the file") from bad
 
 
 AnyCaptions = Annotated[StoreCaptions | FileCaptions, Field(discriminator="kind")]

@@ -5,13 +5,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
+from stages.sources.records.cells import is_nothing, text_of, value_at
+from stages.sources.records.types import Columns, Content, check_column
 
 Annotations = dict[str, Any]
 """Field of `SampleRow` -> value, for the configured columns; JSON-able."""
 
 _COLUMNS = ("transcription_column", "safebox_column", "label_column")
+_CONTENT: dict[str, Content] = {
+    "caption_column": "texts",
+    "file_column": "text",
+    "image_column": "image",
+    "key_column": "key",
+    "label_column": "label",
+    "safebox_column": "box",
+    "transcription_column": "text",
+    "url_column": "text",
+}
 _MAX_INT32 = 2**31 - 1
 
 
@@ -40,8 +51,15 @@ class AnnotationsConfig(Config):
         return {**self.annotation_columns, **({"class_names": self.class_names} if self.class_names else {})}
 
     def annotations(self, record: Mapping[str, Any]) -> Annotations:
-        """The annotations in a record of a table, not checked yet."""
-        found = {field: _plain(record.get(column)) for field, column in self.annotation_columns.items()}
+        """The annotations in a record of a table, not checked yet.
+
+        Raises:
+            BadCell: the transcription is no text, or the line could not be parsed.
+        """
+        found = {
+            field: text_of(record, column) if field == "transcription" else _plain(value_at(record, column))
+            for field, column in self.annotation_columns.items()
+        }
         if found.get("label") in self.class_names:
             found["label"] = str(self.class_names.index(found["label"]))
         return found
@@ -51,16 +69,23 @@ class AnnotationsConfig(Config):
         """The part of `Source.layout` for annotations that the rows have; empty if no column is configured."""
         return ("annotations",) if self.annotation_columns else ()
 
-    def check_columns(self, fields: Iterable[str], present: Sequence[str], where: str) -> None:
-        """Checks that the columns which `fields` and those for annotations name exist.
+    def check_columns(self, fields: Iterable[str], present: Columns, where: str) -> None:
+        """Checks that the columns which `fields` and those for annotations name exist, and that their types fit.
 
         Raises:
-            ConfigError: one is not among the columns `present` of the table `where`.
+            ConfigError: one is not among the columns `present` of the table `where`, or has another type.
         """
         for field in (*fields, *_COLUMNS):
             column = getattr(self, field)
-            if column is not None and column not in present:
-                raise ConfigError(f"source.{field}: {where} has no column {column!r}; it has: {', '.join(present)}")
+            if column is not None:
+                or_else = "; null if there are no captions" if field == "caption_column" else ""
+                check_column(field, column, _CONTENT[field], present, where, or_else=or_else)
+
+
+def has_label(annotations: Annotations) -> bool:
+    """Whether the class of a row is known."""
+    label = annotations.get("label")
+    return label is not None and str(label).strip() not in ("", "-1", "-1.0")
 
 
 def check_annotations(annotations: Annotations) -> tuple[Annotations, str | None, str]:
@@ -96,6 +121,10 @@ def check_annotations(annotations: Annotations) -> tuple[Annotations, str | None
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str):
+    if is_nothing(value):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, str):
         return value
     return ",".join(map(str, value)) if isinstance(value, Sequence) else str(value)

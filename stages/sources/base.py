@@ -15,9 +15,11 @@ import xxhash
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
-from stages.sources.annotations import Annotations
+from stages.sources.annotations import Annotations, has_label
+from stages.sources.records.cells import BadCell
 
 PAYLOAD = "payload"
+_DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class SourceRow:
     annotations: Annotations = field(default_factory=dict)
     is_duplicate: bool = False
     """True if the key came before; the row is dropped."""
+    drop: tuple[str, str] | None = None
+    """Reason and detail, if the driver found that the row cannot be used; then it ends the list."""
     position: int = 0
     """Position in the shard, from 0. Not part of the list."""
 
@@ -46,17 +50,19 @@ class SourceRow:
         values: list[Any] = []
         for name in layout:
             values += self.payload if name == PAYLOAD else [getattr(self, name)]
-        return values
+        return values if self.drop is None else [*values, {_DROP: self.drop}]
 
     @classmethod
     def from_json(cls, values: Sequence[Any], layout: Sequence[str], position: int = 0) -> Self:
         """The row that `to_json` wrote with the same layout."""
-        values = list(values)
+        values, drop = list(values), None
+        if values and isinstance(values[-1], dict) and values[-1].keys() == {_DROP}:
+            drop = tuple(values.pop()[_DROP])
         if PAYLOAD in layout:
             start = layout.index(PAYLOAD)
             end = len(values) - (len(layout) - start - 1)
             values[start:end] = [tuple(values[start:end])]
-        return cls(**dict(zip(layout, values, strict=True)), position=position)
+        return cls(**dict(zip(layout, values, strict=True)), drop=drop, position=position)
 
     def redacted(self) -> Self:
         """The row without the URL, captions and annotations of its sample."""
@@ -65,7 +71,12 @@ class SourceRow:
             url=None if self.url is None else "",
             captions=None if self.captions is None else [],
             annotations={},
+            drop=None if self.drop is None else (self.drop[0], ""),
         )
+
+    def dropped(self, bad: BadCell) -> Self:
+        """The row if one of its cells cannot be used."""
+        return replace(self, drop=(bad.reason, bad.detail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +108,15 @@ class Original:
         return cls(row.position, row.key, row.url, None, None, reason, detail, row.annotations)
 
     def cleaned(self) -> Self:
-        """With clean captions. A row without a usable caption is dropped for that, whatever else is wrong with it."""
+        """With clean captions. A row without a usable caption is dropped for that, whatever else is wrong with it.
+
+        A row with a class needs no caption; then it has the empty caption.
+        """
         if self.captions is None and self.reason is not None:
             return replace(self, captions=(), data=None)
         captions, reason = clean_captions(self.captions)
+        if reason == "empty_caption" and has_label(self.annotations):
+            captions, reason = clean_captions(None)
         if reason is not None:
             return replace(self, captions=captions, data=None, reason=reason, detail="")
         return replace(self, captions=captions, data=None if self.reason else self.data)
@@ -191,7 +207,7 @@ class Source(ABC):
         """Reads rows of a shard, in any order.
 
         Args:
-            rows: the ones to read, none of them a duplicate.
+            rows: the ones to read, none of them a duplicate or dropped.
             scratch: an empty folder for temporary files, deleted afterwards.
             emit: called once per row, with captions and annotations as they are.
         """
@@ -219,9 +235,9 @@ class Source(ABC):
 
     def captions(self, shard: Shard) -> list[tuple[str, ...]]:
         """The cleaned captions of the shard's rows, duplicates left out; fetches the rows if they have no captions."""
-        rows = [row for row in self.rows_of(shard) if not row.is_duplicate]
+        rows = [row for row in self.rows_of(shard) if not row.is_duplicate and row.drop is None]
         if "captions" in self.layout:
-            return [clean_captions(row.captions)[0] for row in rows]
+            return [Original.of(row).cleaned().captions or () for row in rows]
         found: list[tuple[str, ...]] = []
         with tempfile.TemporaryDirectory() as scratch:
             self.fetch(shard, rows, Path(scratch), lambda original: found.append(original.cleaned().captions or ()))

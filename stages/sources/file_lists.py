@@ -7,6 +7,7 @@ from typing import Any, cast
 import fsspec
 
 from pipeline.errors import ConfigError
+from stages.lines import split_lines
 from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.files import Damaged
 from stages.sources.tree import Tree
@@ -52,8 +53,7 @@ def _read(file_list: str) -> tuple[Sequence[str], int | None]:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{_FIELD}: {file_list} cannot be read: {error}; check the path") from error
     if not file_list.endswith(".pkl"):
-        lines = data.decode("utf-8-sig", "surrogateescape").splitlines()
-        return [line.strip() for line in lines if line.strip()], None
+        return [line.strip() for line in split_lines(data) if line.strip()], None
     try:
         content = read_pickle(data, f"{_FIELD}: {file_list}")
     except Damaged as error:

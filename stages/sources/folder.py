@@ -9,9 +9,11 @@ from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.lines import split_lines
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
-from stages.sources.tables import captions_of, columns, count_rows, estimate_rows, read_parts
+from stages.sources.records.cells import BadCell, captions_of, text_of
+from stages.sources.tables import columns, count_rows, estimate_rows, read_parts
 from stages.sources.tree import Content, Tree
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
@@ -28,8 +30,9 @@ class FolderConfig(AnnotationsConfig):
     without, all images below the folder, each with the captions of NAME.txt next to it (one per line)."""
     file_column: str = "file"
     """Column of the image's path in the captions table, relative to the folder or its `images/`."""
-    caption_column: str = "caption"
-    """Column of the caption, or of a list of captions, in the captions table."""
+    caption_column: str | None = "caption"
+    """Column of the caption, or of a list of captions, in the captions table. null: every caption is empty, also
+    without a table."""
 
     def build(self) -> "FolderSource":
         return FolderSource(self)
@@ -96,20 +99,29 @@ class FolderSource(Source):
     def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         config = self.config
         with self.tree.sizes() as size_of:
-            wanted = [config.file_column, config.caption_column, *config.annotation_columns.values()]
+            wanted = [c for c in (config.file_column, config.caption_column) if c is not None]
+            wanted += config.annotation_columns.values()
             for part, record in read_parts(self.tree.url, parts, wanted):
-                name = str(record.get(config.file_column) or "")
-                sizes = (size_of(place) for place in _places(name))
-                size = next((size for size in sizes if size is not None), -1)
-                captions = captions_of(record, config.caption_column)
-                yield part, SourceRow(name, captions=captions, payload=(size,), annotations=config.annotations(record))
+                name, payload, captions = "", (-1,), None
+                try:
+                    name = text_of(record, config.file_column) or ""
+                    sizes = (size_of(place) for place in _places(name))
+                    payload = (next((size for size in sizes if size is not None), -1),)
+                    if config.caption_column is not None:
+                        captions = captions_of(record, config.caption_column)
+                    annotations = config.annotations(record)
+                    row = SourceRow(name, captions=captions, payload=payload, annotations=annotations)
+                except BadCell as bad:
+                    row = SourceRow(name, captions=captions, payload=payload).dropped(bad)
+                yield part, row
 
     def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         parts = iter(parts)
         while some := list(islice(parts, _CAPTIONS_AT_ONCE)):
             texts = self.tree.read([PurePosixPath(part.path).with_suffix(".txt").as_posix()] for part in some)
             for part, text in zip(some, texts, strict=True):
-                yield part, SourceRow(part.path, captions=_lines(text), payload=(part.bytes,))
+                captions = None if self.config.caption_column is None else _lines(text)
+                yield part, SourceRow(part.path, captions=captions, payload=(part.bytes,))
 
     def estimate_rows(self) -> int | None:
         return estimate_rows([f"{self.tree.url}/{self.table}"]) if self.table else None
@@ -147,4 +159,4 @@ def _lines(text: Content) -> list[str]:
         return []
     if isinstance(text, OSError):
         raise text
-    return text.decode("utf-8-sig", "surrogateescape").splitlines()
+    return split_lines(text)

@@ -13,8 +13,7 @@ from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, re
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
-from stages.sources.parquet import image_bytes
-from stages.sources.tables import captions_of
+from stages.sources.records.cells import BadCell, captions_of, image_of, text_of, top_levels
 
 
 class HuggingfaceConfig(AnnotationsConfig):
@@ -32,9 +31,9 @@ class HuggingfaceConfig(AnnotationsConfig):
     url_column: str | None = None
     """Column of the image's URL, such as `image_url` of Conceptual Captions: then images are downloaded, and
     `image_column` is not read."""
-    caption_column: str = "text"
-    """Column of the caption, or of a list of captions."""
-
+    caption_column: str | None = "text"
+    """Column of the caption, or of a list of captions, or a path into nested columns such as `sentences.raw`. null:
+    every caption is empty."""
     download: DownloadConfig = DownloadConfig()
     """How to fetch what `url_column` names."""
 
@@ -74,7 +73,8 @@ class HuggingfaceSource(Source):
     def check(self) -> None:
         dataset = self._load()
         image = "url_column" if self.config.url_column else "image_column"
-        self.config.check_columns((image, "caption_column"), dataset.column_names, self.path)
+        present = {field.name: field.type for field in dataset.features.arrow_schema}
+        self.config.check_columns((image, "caption_column"), present, self.path)
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
@@ -94,8 +94,10 @@ class HuggingfaceSource(Source):
             load_downloader()
 
     def captions(self, shard: Shard) -> list[tuple[str, ...]]:
-        column = self.config.caption_column
-        dataset = self._load().select_columns([column])
+        column, dataset = self.config.caption_column, self._load()
+        if column is None:
+            return [("",)] * shard.num_rows
+        dataset = dataset.select_columns(top_levels([column], dataset.column_names))
         records = (dataset[row.payload[0]] for row in self.rows_of(shard))
         return [clean_captions(captions_of(record, column))[0] for record in records]
 
@@ -108,31 +110,40 @@ class HuggingfaceSource(Source):
         del shard
         dataset, config = self._load(), self.config
         if config.url_column is not None:
-            columns = [config.url_column, config.caption_column, *config.annotation_columns.values()]
-            dataset = dataset.select_columns(columns)
+            wanted = [c for c in (config.url_column, config.caption_column) if c is not None]
+            wanted += config.annotation_columns.values()
+            dataset = dataset.select_columns(top_levels(wanted, dataset.column_names))
             listed = (self._without_image(row, dataset[row.payload[0]]) for row in rows)
             download_originals(listed, scratch, config.download, emit)
             return
-        if isinstance(dataset.features[config.image_column], datasets.Image):
+        if isinstance(dataset.features.get(config.image_column), datasets.Image):
             dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
         for row in rows:
             record = dataset[row.payload[0]]
-            data = self._image(record)
-            reason = "no_image" if data is None else None
-            emit(replace(self._without_image(row, record), data=data, reason=reason))
+            original = self._without_image(row, record)
+            emit(original if original.reason else self._with_image(original, record))
 
     def _without_image(self, row: SourceRow, record: dict[str, Any]) -> Original:
         config = self.config
-        url = str(record[config.url_column] or "") if config.url_column else None
-        captions = tuple(captions_of(record, config.caption_column))
-        return Original(row.position, row.key, url, captions, annotations=config.annotations(record))
+        try:
+            url = text_of(record, config.url_column) or "" if config.url_column else None
+            captions = None if config.caption_column is None else tuple(captions_of(record, config.caption_column))
+            return Original(row.position, row.key, url, captions, annotations=config.annotations(record))
+        except BadCell as bad:
+            return Original.dropped(row, bad.reason, bad.detail)
 
-    def _image(self, record: dict[str, Any]) -> bytes | None:
-        cell = record.get(self.config.image_column)
-        data = image_bytes(cell)
-        if data is None and isinstance(cell, dict) and cell.get("path") and Path(cell["path"]).is_file():
-            return Path(cell["path"]).read_bytes()
-        return data
+    def _with_image(self, original: Original, record: dict[str, Any]) -> Original:
+        try:
+            data, path = image_of(record, self.config.image_column)
+            if path is not None:
+                data = Path(path).read_bytes()
+        except BadCell as bad:
+            return replace(original, reason=bad.reason, detail=bad.detail)
+        except FileNotFoundError:
+            return replace(original, reason="missing_file", detail=f"{path} is not found")
+        except OSError as error:
+            return replace(original, reason="unreadable_file", detail=error.strerror or "")
+        return replace(original, data=data, reason="no_image" if data is None else None)
 
     def fingerprint(self) -> dict[str, object]:
         return {

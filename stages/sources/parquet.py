@@ -1,6 +1,7 @@
 """Parquet files with the images' bytes in a column."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -24,7 +25,10 @@ from stages.sources.base import (
     require_path,
 )
 from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
-from stages.sources.tables import captions_of, columns, count_rows, estimate_rows, open_parquet, to_records
+from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of, top_levels
+from stages.sources.records.image_files import read_image_file
+from stages.sources.records.parquet import ParquetRows, open_parquet, to_records
+from stages.sources.tables import columns, count_rows, estimate_rows
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -37,14 +41,18 @@ class ParquetConfig(AnnotationsConfig):
     path: str | None = None
     """A parquet file, a folder of them, or a glob; local or any fsspec URL."""
     image_column: str | None = "image"
-    """Column of the encoded image: binary, or a struct with a field `bytes` as datasets write it. null: there are no
-    images, only captions and what `arrays` has."""
-    caption_column: str = "caption"
-    """Column of the caption, or of a list of captions."""
+    """Column of the encoded image: binary, base64, a list of the values of the bytes, or a struct with the fields
+    `bytes` and `path` as datasets write it. null: there are no images, only captions and what `arrays` has."""
+    image_folder: str | None = None
+    """Folder of the files that `path` in image_column names where there are no bytes; default: the folder of the
+    table. A file outside of it is never read."""
+    caption_column: str | None = "caption"
+    """Column of the caption, or of a list of captions, or a path into nested columns such as `sentences.raw`. null:
+    every caption is empty."""
     url_column: str | None = None
     """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
-    """Column of a unique key; default: file name and row number."""
+    """Column of a unique key, text or numbers; default: file name and row number."""
     arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the rows, by a name that encoders of kind `given` request."""
 
@@ -65,6 +73,7 @@ class ParquetSource(Source):
         self.path = require_path(config.path, "parquet")
         self.keys_may_repeat = config.key_column is not None
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
+        self._opened: tuple[tuple[str, str], ParquetRows] | None = None
 
     @cached_property
     def folder(self) -> str:
@@ -76,7 +85,8 @@ class ParquetSource(Source):
     def check(self) -> None:
         files = self._files()
         names = ("image_column", "caption_column", "url_column", "key_column")
-        self.config.check_columns(names, columns(files[0]), files[0])
+        for file in files:
+            self.config.check_columns(names, columns(file), file)
         for folder in self.folders.values():
             folder.check(files)
         for file in files if self.folders else ():
@@ -93,17 +103,18 @@ class ParquetSource(Source):
             with open_parquet(path) as table:
                 digest = self._digest(path, table.metadata.num_rows)
                 for number, key in enumerate(self._keys(table)):
-                    key = f"{part.name}/{number:07d}" if key is None else str(key)
+                    key = f"{part.name}/{number:07d}" if key is None else key
                     yield part, SourceRow(key, part.name, payload=(number, digest))
 
-    def _keys(self, table: "pq.ParquetFile") -> Iterator[object]:
+    def _keys(self, table: "pq.ParquetFile") -> Iterator[str | None]:
         """The key of each row of a file as its column has it; None without one."""
-        if self.config.key_column is None:
+        column = self.config.key_column
+        if column is None:
             yield from repeat(None, table.metadata.num_rows)
             return
-        for batch in table.iter_batches(columns=[self.config.key_column]):
-            for (key,) in (record.values() for record in to_records(batch)):
-                yield key
+        for batch in table.iter_batches(columns=top_levels([column], table.schema_arrow.names)):
+            for record in to_records(batch):
+                yield key_of(record, column)
 
     def _digest(self, path: str, num_rows: int) -> str:
         """Digest of the footer of a file, and of its arrays, which must have as many rows."""
@@ -121,41 +132,50 @@ class ParquetSource(Source):
         for name, file_rows in by_file.items():
             path = path_of(shard, name, self.folder, self.parts)
             for row, record in zip(file_rows, self._read(path, file_rows), strict=True):
-                emit(self._original(row, record))
+                emit(self._original(row, record, path))
 
     def _read(self, path: str, rows: Sequence[SourceRow]) -> Iterator[dict[str, Any]]:
-        """Records at increasing row numbers, reading only the row groups that hold them."""
-        import pyarrow.parquet as pq
-
+        """Records at increasing row numbers. The file stays open for the next shard."""
         config = self.config
-        names = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
-        names += config.annotation_columns.values()
-        numbers = [row.payload[0] for row in rows]
-        with fsspec.open(path, "rb") as file:
-            table = pq.ParquetFile(cast(Any, file))
-            first = 0
-            for group in range(table.num_row_groups):
-                size = table.metadata.row_group(group).num_rows
-                inside = [number - first for number in numbers if first <= number < first + size]
-                if inside:
-                    chunk = table.read_row_group(group, columns=names)
-                    for number in inside:
-                        yield to_records(chunk.slice(number, 1))[0]
-                first += size
+        wanted = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
+        wanted += config.annotation_columns.values()
+        version = (path, str(rows[0].payload[1]))
+        if self._opened is None or self._opened[0] != version:
+            self._close()
+            self._opened = (version, ParquetRows(path, wanted))
+        try:
+            yield from self._opened[1].read([row.payload[0] for row in rows])
+        except BaseException:
+            self._close()
+            raise
 
-    def _original(self, row: SourceRow, record: dict[str, Any]) -> Original:
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Workers open files on their own."""
+        return {**self.__dict__, "_opened": None}
+
+    def _original(self, row: SourceRow, record: dict[str, Any], path: str) -> Original:
         config = self.config
-        url = record.get(config.url_column) if config.url_column else None
-        data = image_bytes(record[config.image_column]) if config.image_column else None
-        return Original(
-            row.position,
-            row.key,
-            None if url is None else str(url),
-            tuple(captions_of(record, config.caption_column)),
-            data,
-            "no_image" if config.image_column and data is None else None,
-            annotations=config.annotations(record),
-        )
+        try:
+            url, annotations = text_of(record, config.url_column), config.annotations(record)
+            captions = None if config.caption_column is None else tuple(captions_of(record, config.caption_column))
+            original = Original(row.position, row.key, url, captions, annotations=annotations)
+        except BadCell as bad:
+            return Original.dropped(row, bad.reason, bad.detail)
+        if config.image_column is None:
+            return original
+        try:
+            data, name = image_of(record, config.image_column)
+            if name is not None:
+                folders = [config.image_folder] if config.image_folder else [path.rpartition("/")[0], self.folder]
+                data = read_image_file(name, folders)
+        except BadCell as bad:
+            return replace(original, reason=bad.reason, detail=bad.detail)
+        return replace(original, data=data, reason="no_image" if data is None else None)
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
@@ -186,10 +206,3 @@ def _footer_digest(path: str) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(0, size - 8 - length))
         return f"{size}-{xxhash.xxh3_64_hexdigest(file.read())}"
-
-
-def image_bytes(value: object) -> bytes | None:
-    """The encoded image in a cell: bytes, or a struct with `bytes`."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return value if isinstance(value, bytes) else None

@@ -1,31 +1,28 @@
 """Streams the records of tables: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
 
-import csv
-import json
 import lzma
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import fsspec
 
 from pipeline.errors import ConfigError
+from stages.lines import stream_lines
 from stages.sources.base import InputPart
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+from stages.sources.records.cells import InvalidLine, top_levels
+from stages.sources.records.parquet import open_parquet, to_records
+from stages.sources.records.text import Record, csv_records, json_records, tsv_records
+from stages.sources.records.types import Columns
 
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
+TYPED = ("csv", "tsv", "parquet")
+"""Formats whose head names all columns."""
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BATCH_ROWS = 4096
 _HEAD_BYTES = 2**16
-
-Record = dict[str, Any]
+_TEXTS = {"csv": csv_records, "tsv": tsv_records, "jsonl": json_records}
 
 
 def table_format(path: str) -> str:
@@ -36,16 +33,28 @@ def table_format(path: str) -> str:
     return name.rpartition(".")[2].replace("ndjson", "jsonl").replace("pq", "parquet")
 
 
-def columns(path: str) -> list[str]:
-    """Names of the columns of a table, from its head."""
+def columns(path: str) -> Columns:
+    """Columns of a table, from its head: names in the first line, keys of the first record, or Parquet's schema.
+
+    Raises:
+        ConfigError: no line can be parsed.
+    """
     kind = table_format(path)
     if kind == "txt":
-        return ["url"]
+        return {"url": None}
     if kind == "parquet":
         with open_parquet(path) as table:
-            return table.schema_arrow.names
-    first = next(iter(read_rows(path, None)), None)
-    return [] if first is None else [str(name) for name in first]
+            return {field.name: field.type for field in table.schema_arrow}
+    invalid: InvalidLine | None = None
+    for record in read_rows(path, None):
+        if not isinstance(record, InvalidLine):
+            return dict.fromkeys(record)
+        invalid = record if invalid is None else invalid
+    if invalid is not None:
+        raise ConfigError(
+            f"source.path: {path}: {invalid.detail}, and no other line can be used; write the file again"
+        )
+    return {}
 
 
 def estimate_rows(files: Sequence[str]) -> int | None:
@@ -72,8 +81,10 @@ def estimate_rows(files: Sequence[str]) -> int | None:
 def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
     """Streams the rows of one file as dicts; bytes that are not UTF-8 become surrogate escapes.
 
-    TSV has no quoting: quotes are literal, as in the IANA registration. A line that cannot be parsed
-    yields `{}`.
+    A line of text that cannot be parsed is an `InvalidLine`; a blank line is no row.
+
+    Args:
+        wanted: columns, or paths into nested ones, that are read of Parquet; None: all.
 
     Raises:
         ConfigError: the format is unknown or the file cannot be read.
@@ -86,22 +97,13 @@ def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
         return
     try:
         with fsspec.open(path, "rb", compression="infer") as raw:
-            text = TextIOWrapper(cast(Any, raw), encoding="utf-8-sig", errors="surrogateescape", newline="")
+            lines = stream_lines(cast(Any, raw))
             if kind == "txt":
-                yield from ({"url": line.strip()} for line in text if line.strip())
-            elif kind == "jsonl":
-                yield from (_json_row(line) for line in text if line.strip())
+                yield from ({"url": line.strip()} for line in lines if line.strip())
             else:
-                yield from _delimited_rows(text, kind)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                yield from _TEXTS[kind](lines)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
-
-
-def captions_of(record: Record, column: str | None) -> list[str]:
-    """The captions in a record: the column may hold a text, a list of texts, or nothing."""
-    value = record.get(column) if column else None
-    values = value if isinstance(value, list) else [value]
-    return [v if isinstance(v, str) else str(v) for v in values if v is not None]
 
 
 def count_rows(path: str) -> int:
@@ -125,70 +127,8 @@ def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -
             place += 1
 
 
-def _delimited_rows(text: TextIOWrapper, kind: str) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    is_tsv = kind == "tsv"
-    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    reader = csv.reader(text, delimiter="\t" if is_tsv else ",", quoting=quoting)
-    names = next(reader, [])
-    for values in reader:
-        if values:
-            yield dict(zip(names, values, strict=False))
-
-
-def _json_row(line: str) -> Record:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return row if isinstance(row, dict) else {}
-
-
 def _parquet_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
     with open_parquet(path) as table:
-        names = None if wanted is None else [n for n in wanted if n in table.schema_arrow.names]
+        names = None if wanted is None else top_levels(wanted, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=names):
             yield from to_records(batch)
-
-
-def to_records(batch: "pa.RecordBatch | pa.Table") -> list[Record]:
-    """Rows as dicts; text that is not UTF-8, though the schema says it is, becomes surrogate escapes."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        columns = [_lossless(batch.column(name)) for name in batch.column_names]
-        return [dict(zip(batch.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _lossless(column: "pa.Array | pa.ChunkedArray") -> list[Any]:
-    import pyarrow as pa
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        raw = column.cast(pa.list_(pa.binary()) if is_list else pa.binary())
-        return [_decoded(value) for value in raw.to_pylist()]
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-
-
-@contextmanager
-def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
-    """An open parquet file.
-
-    Raises:
-        ConfigError: it is not one, or is damaged where it was read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with fsspec.open(path, "rb") as file:
-            yield pq.ParquetFile(cast(Any, file))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error

@@ -24,7 +24,7 @@ from stages.sources.base import (
 )
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_parts, path_of
-from stages.sources.tables import captions_of
+from stages.sources.records.cells import BadCell, captions_of
 from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
 
 
@@ -37,8 +37,9 @@ class WebdatasetConfig(AnnotationsConfig):
     that its names are relative to."""
     file_list: str | None = None
     """A list of the tars to read: one name per line, or NeMo's wdinfo.pkl."""
-    caption_column: str = "caption"
-    """Key of the caption in KEY.json; used where there is no KEY.txt."""
+    caption_column: str | None = "caption"
+    """Key of the caption in KEY.json, or of a list of captions; used where there is no KEY.txt. null: every caption is
+    empty, also where there is a KEY.txt."""
     arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the samples, by a name that encoders of kind `given` request."""
 
@@ -124,14 +125,21 @@ class WebdatasetSource(Source):
         if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
             return Original.dropped(row, "truncated", "the tar ends inside this sample")
         metadata = {"cls": content.get("cls", b"").decode("ascii", "replace"), **_json_object(content.get("json"))}
-        if "txt" in content:
-            captions = [content["txt"].decode("utf-8-sig", "surrogateescape")]
-        else:
-            captions = captions_of(metadata, self.config.caption_column)
         url = metadata.get("url")
         url = url if isinstance(url, str) else None
-        annotations = self.config.annotations(metadata)
-        return Original(row.position, row.key, url, tuple(captions), content["image"], annotations=annotations)
+        try:
+            captions = self._captions(metadata, content.get("txt"))
+            annotations = self.config.annotations(metadata)
+        except BadCell as bad:
+            return Original.dropped(row, bad.reason, bad.detail)
+        return Original(row.position, row.key, url, captions, content["image"], annotations=annotations)
+
+    def _captions(self, metadata: dict[str, Any], text: bytes | None) -> tuple[str, ...] | None:
+        if self.config.caption_column is None:
+            return None
+        if text is not None:
+            return (text.decode("utf-8-sig", "surrogateescape"),)
+        return tuple(captions_of(metadata, self.config.caption_column))
 
     def fingerprint(self) -> dict[str, object]:
         return {"caption_column": self.config.caption_column, **self.config.annotation_settings}

@@ -1,7 +1,5 @@
 """Lines of tab-separated fields with an image in base64: the format of PaddleFleetX."""
 
-import base64
-import binascii
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +18,7 @@ from pipeline.stage import Shard
 from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
 from stages.sources.file_lists import find_listed
 from stages.sources.files import base_folder, find_files, named_parts, path_of
+from stages.sources.records.cells import BadCell, from_base64
 
 _BLOCK_BYTES = 2**20
 _MAX_LINE_BYTES = 2**28
@@ -34,8 +33,8 @@ class TsvConfig(Config):
     the folder that its names are relative to."""
     file_list: str | None = None
     """A text file that names the files to read, one per line."""
-    caption_field: int = Field(default=3, ge=1)
-    """Place of the caption in a line, counted from 1."""
+    caption_field: int | None = Field(default=3, ge=1)
+    """Place of the caption in a line, counted from 1; null: every caption is empty."""
     image_field: int = Field(default=5, ge=1)
     """Place of the image, in base64, counted from 1."""
     url_field: int | None = Field(default=None, ge=1)
@@ -95,23 +94,27 @@ class TsvSource(Source):
             return Original.dropped(row, "too_large", f"a line of {size:,} bytes")
         file.seek(offset)
         fields = file.read(size).rstrip(b"\r\n").split(b"\t")
-        last = max(config.caption_field, config.image_field, config.url_field or 1)
+        last = max(config.caption_field or 1, config.image_field, config.url_field or 1)
         if len(fields) < last:
             return Original.dropped(row, "missing_fields", f"{len(fields)} fields, {last} needed")
-        url = fields[config.url_field - 1].decode("utf-8", "surrogateescape") or None if config.url_field else None
-        caption = fields[config.caption_field - 1].decode("utf-8", "surrogateescape")
+        url = _text(fields, config.url_field) or None
+        caption = _text(fields, config.caption_field)
         image = fields[config.image_field - 1]
-        original = Original(row.position, row.key, url, (caption,))
+        original = Original(row.position, row.key, url, None if caption is None else (caption,))
         if not image:
             return replace(original, reason="no_image")
         try:
-            return replace(original, data=base64.b64decode(image, validate=True))
-        except binascii.Error as error:
-            return replace(original, reason="bad_base64", detail=str(error))
+            return replace(original, data=from_base64(image))
+        except BadCell as bad:
+            return replace(original, reason=bad.reason, detail=bad.detail)
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
         return {name: getattr(config, name) for name in ("caption_field", "image_field", "url_field")}
+
+
+def _text(fields: Sequence[bytes], place: int | None) -> str | None:
+    return None if place is None else fields[place - 1].decode("utf-8", "surrogateescape")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, int, str]]:

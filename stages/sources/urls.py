@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
@@ -12,9 +12,10 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.files import base_folder, expand, find_files
+from stages.sources.records.cells import BadCell, captions_of, key_of, text_of
 from stages.sources.tables import (
     FORMATS,
-    captions_of,
+    TYPED,
     columns,
     count_rows,
     estimate_rows,
@@ -35,7 +36,7 @@ class UrlsConfig(AnnotationsConfig):
     caption_column: str | None = "caption"
     """Column of the caption, or of a list of captions. null, and txt files: every caption is empty."""
     key_column: str | None = None
-    """Column of a unique key; default: the row number."""
+    """Column of a unique key, text or numbers; default: the row number."""
     download: DownloadConfig = DownloadConfig()
     """How to fetch."""
 
@@ -58,13 +59,18 @@ class UrlsSource(Source):
 
     def check(self) -> None:
         files = expand(self.path, "source.path", FORMATS)
-        if table_format(files[0]) != "txt":
-            present = columns(files[0])
-            if not present:
-                raise ConfigError(f"source.path: {files[0]} is empty; give a list with at least one row")
-            self.config.check_columns(("url_column", "caption_column", "key_column"), present, files[0])
+        for file in files:
+            if file == files[0] or table_format(file) in TYPED:
+                self._check_columns(file)
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
+
+    def _check_columns(self, file: str) -> None:
+        if table_format(file) == "txt":
+            return
+        present = columns(file)
+        if present:
+            self.config.check_columns(("url_column", "caption_column", "key_column"), present, file)
 
     def parts(self) -> Iterator[InputPart]:
         return (InputPart(*found) for found in find_files(self.path, "source.path", FORMATS).items())
@@ -77,17 +83,20 @@ class UrlsSource(Source):
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
         for number, (part, record) in enumerate(read_parts(base_folder(self.path), parts, wanted)):
-            key = record.get(config.key_column) if config.key_column else None
-            has_captions = config.caption_column is not None and table_format(part.path) != "txt"
-            yield (
-                part,
-                SourceRow(
-                    key=f"{number:09d}" if key is None else str(key),
-                    url=str(record.get(config.url_column) or ""),
-                    captions=captions_of(record, config.caption_column) if has_captions else None,
-                    annotations=config.annotations(record),
-                ),
-            )
+            yield part, self._row(f"{number:09d}", record, is_txt=table_format(part.path) == "txt")
+
+    def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
+        """The row with what its record has; where a cell cannot be used, with what came before and the drop."""
+        config, url, captions = self.config, "", None
+        try:
+            own_key = key_of(record, config.key_column)
+            key = key if own_key is None else own_key
+            url = text_of(record, "url" if is_txt else config.url_column) or ""
+            if config.caption_column is not None and not is_txt:
+                captions = captions_of(record, config.caption_column)
+            return SourceRow(key, url=url, captions=captions, annotations=config.annotations(record))
+        except BadCell as bad:
+            return SourceRow(key, url=url, captions=captions).dropped(bad)
 
     def prepare(self) -> None:
         load_downloader()

@@ -26,6 +26,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
+from stages.lines import split_lines
 from stages.store_tools.compact import compact
 from stages.stores import open_place
 
@@ -192,7 +193,7 @@ def _read_values(name: str, texts: Sequence[str]) -> set[str]:
             is_file = path.is_file()
         except OSError:  # too long for a name
             is_file = False
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines() if is_file else [text]
+        lines = split_lines(path.read_bytes()) if is_file else [text]
         for line in filter(None, map(str.strip, lines)):
             value = line.lower() if name == "sha256" else line
             if (name == "sha256" and not _SHA256.fullmatch(value)) or (name == "url" and "://" not in value):

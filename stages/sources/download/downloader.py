@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import Request
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ import pyarrow as pa
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.host_queue import HostQueue, Ticket
 from stages.sources.download.open_url import Endpoint, FetchAttempt, make_opener
+from stages.sources.download.uri import to_uri
 
 Result = Callable[[int, bytes | None, str | None, str], None]
 """Called with row, bytes or None, drop reason or None, detail."""
@@ -52,10 +52,10 @@ def download(
     """
     good: dict[int, str] = {}
     for row, url in urls.items():
-        if _is_http(url):
-            good[row] = url
-        else:
-            result(row, None, "invalid_url", "only http and https URLs are fetched")
+        try:
+            good[row] = to_uri(url)
+        except ValueError as error:
+            result(row, None, "invalid_url", str(error))
     if good:
         _run_downloader(good, scratch, _Fetcher(list(good.values()), config, own), result)
 
@@ -131,13 +131,6 @@ def _bind(function: Any, **names: object) -> FunctionType:
         raise RuntimeError(f"{function.__module__} has no {', '.join(unknown)}; install img2dataset 1.47")
     values = {**function.__globals__, **names}
     return FunctionType(function.__code__, values, function.__name__, function.__defaults__, function.__closure__)
-
-
-def _is_http(url: str) -> bool:
-    try:
-        return urlsplit(url).scheme in ("http", "https") and url.isprintable()
-    except ValueError:  # brackets without an IPv6 address, characters no host name can have
-        return False
 
 
 _PATTERNS = (

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
 from imagen_core.store import Store
+from pipeline.errors import ConfigError
+from stages.sampling.caption_sets import FileCaptions
 from tests.commands import Result, call, tree
 
 PROMPTS = "prompts=[a small red circle,a large blue square on the right,a star,a green triangle,a ring]"
@@ -148,3 +152,22 @@ def test_half_precision_generates_about_the_same_image(cascade: Path, tmp_path: 
         assert sample(cascade, tmp_path / name, "prompts=[a star]", f"precision={name}").code == 0
     exact, half = images(tmp_path / "float32"), images(tmp_path / precision)
     assert 0 < np.abs(exact["00000.png"] - half["00000.png"]).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"caption": "a"}\n{"caption": {"raw": "b"}}\n', "'caption' holds a struct, not text"),
+        ('{"caption": "a"}\n{"caption":\n', "line 2 is not JSON"),
+    ],
+)
+def test_a_file_with_a_caption_that_is_no_text_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "c.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=f"captions.path: .*c.jsonl: {says}"):
+        FileCaptions(path=str(tmp_path / "c.jsonl")).captions()
+
+
+def test_captions_of_a_file_may_be_nested_and_bytes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"c": pa.array([{"raw": b"a"}, {"raw": b"b"}, {"raw": None}])}), tmp_path / "c.parquet")
+    found = FileCaptions(path=str(tmp_path / "c.parquet"), caption_column="c.raw").captions()
+    assert [caption.text for caption in found] == ["a", "b"]

@@ -10,8 +10,9 @@ from pipeline.stage import Task
 from pipeline.storage.run_folder import RunFolder
 from stages.precompute.fetch import ORIGINALS, FetchStage
 from stages.precompute.originals import OriginalsReader
-from stages.sources.base import Source
+from stages.sources.base import PAYLOAD, Source, SourceRow
 from stages.sources.parquet import _footer_digest
+from stages.sources.records.cells import BadCell
 from tests.image_server import body, serve
 from tests.stages.sources.messy_sources import IMAGE, make_sources
 
@@ -65,3 +66,14 @@ def test_the_fetch_stage_stores_or_drops_every_row_as_before(
             for entry in reader.entries
         ]
     assert outcomes == expected(name, "outcomes", constants)
+
+
+@pytest.mark.parametrize("layout", [("key", PAYLOAD), ("key", PAYLOAD, "is_duplicate"), ("key", "url", "annotations")])
+def test_a_drop_that_the_driver_found_ends_the_row_and_names_no_content_once_redacted(layout: tuple[str, ...]) -> None:
+    payload = (1, "a") if PAYLOAD in layout else ()
+    row = SourceRow("k", payload=payload).dropped(BadCell("invalid_line", "line 7 is not JSON"))
+    values = json.loads(json.dumps(row.to_json(layout)))
+    assert values[-1] == {"drop": ["invalid_line", "line 7 is not JSON"]}
+    assert SourceRow.from_json(values, layout) == row
+    assert row.redacted().to_json(layout)[-1] == {"drop": ("invalid_line", "")}
+    assert SourceRow("k", payload=payload).to_json(layout) == row.to_json(layout)[:-1]

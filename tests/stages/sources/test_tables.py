@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
-from stages.precompute.fetch import fetch_originals
-from stages.sources.base import Original
 from stages.sources.download.config import DownloadConfig
 from stages.sources.files import expand
-from stages.sources.tables import FORMATS, captions_of, columns, read_rows, table_format
+from stages.sources.records.cells import InvalidLine, captions_of
+from stages.sources.tables import FORMATS, columns, read_rows, table_format
 from stages.sources.urls import UrlsConfig, UrlsSource
 from tests.image_server import body, serve
 from tests.images import BLUE, RED, plain_png
+from tests.stages.sources.fetching import fetched
 
 ROWS = [
     {"url": "http://example.org/a.png", "caption": "a red square"},
@@ -69,17 +69,7 @@ LOOPBACK = DownloadConfig(retries=0, allow_private_addresses=True)
 def test_every_format_holds_the_same_rows(tmp_path: Path, name: str) -> None:
     write_list(tmp_path / name, ROWS)
     assert list(read_rows(str(tmp_path / name), ["url", "caption"])) == ROWS
-    assert columns(str(tmp_path / name)) == ["url", "caption"]
-
-
-def fetched(source: UrlsSource, scratch: Path, shard_size: int = 2) -> list[tuple[int, list[Original]]]:
-    result = []
-    for shard in source.shards(shard_size):
-        originals: list[Original] = []
-        (scratch / str(shard.index)).mkdir(parents=True)
-        fetch_originals(source, shard, None, scratch / str(shard.index), originals.append)
-        result.append((shard.index, sorted(originals, key=lambda original: original.row)))
-    return result
+    assert list(columns(str(tmp_path / name))) == ["url", "caption"]
 
 
 def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
@@ -94,7 +84,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path) -> None:
             write_list(tmp_path / name, rows)
             source = UrlsSource(UrlsConfig(path=str(tmp_path / name), download=LOOPBACK))
             source.check()
-            found[name] = fetched(source, tmp_path / "scratch" / name)
+            found[name] = fetched(source, tmp_path / "scratch" / name, 2)
     samples = [o for _, originals in found["l.csv"] for o in originals]
     assert [(o.row, o.key, o.captions, o.data, o.reason) for o in samples] == [
         (0, "000000000", ("a red square",), plain_png(RED), None),
@@ -168,9 +158,126 @@ def test_quotes_are_literal_in_tsv(tmp_path: Path) -> None:
     assert rows == [{"url": "u", "caption": '"open'}, {"url": "v", "caption": 'closed"'}]
 
 
-def test_short_long_and_blank_lines_are_read(tmp_path: Path) -> None:
-    rows = lines(tmp_path, "l.csv", b"url,caption\na\n\nb,c,d\n")
-    assert rows == [{"url": "a"}, {"url": "b", "caption": "c"}]
+def described(rows: list[dict]) -> list[object]:
+    """Records, and the details of invalid lines."""
+    return [row.detail if isinstance(row, InvalidLine) else row for row in rows]
+
+
+@pytest.mark.parametrize(("name", "comma"), [("l.csv", b","), ("l.tsv", b"\t")])
+def test_a_line_with_other_fields_than_the_first_is_invalid_and_a_blank_one_no_row(
+    tmp_path: Path, name: str, comma: bytes
+) -> None:
+    rows = lines(tmp_path, name, b"url,caption\na\n\nb,c,d\r\ne,f\ng,h,,\n".replace(b",", comma))
+    assert described(rows) == [
+        "line 2 has 1 fields for 2 columns",
+        "line 4 has 3 fields for 2 columns",
+        {"url": "e", "caption": "f"},
+        {"url": "g", "caption": "h"},
+    ]
+
+
+def test_a_quote_that_is_not_closed_costs_its_own_line_only(tmp_path: Path) -> None:
+    rows = lines(tmp_path, "l.csv", b'url,caption\na,"12 inch\nb,two\nc,"three, 3"\nd,"open\ne,five\n')
+    assert described(rows) == [
+        "line 2 is not CSV: ',' expected after '\"'",
+        {"url": "b", "caption": "two"},
+        {"url": "c", "caption": "three, 3"},
+        "line 5 is not CSV: unexpected end of data",
+        {"url": "e", "caption": "five"},
+    ]
+
+
+def test_a_quote_that_is_not_closed_is_not_looked_for_to_the_end_of_a_long_file(tmp_path: Path) -> None:
+    rows = lines(tmp_path, "l.csv", b'url,caption\na,"open\n' + b"b,two\n" * 3000)
+    assert described(rows[:1]) == ["line 2 is not CSV: a quote is not closed within 1000 lines"]
+    assert rows[1:] == [{"url": "b", "caption": "two"}] * 3000
+
+
+def test_a_json_line_broken_over_two_lines_is_two_invalid_lines(tmp_path: Path) -> None:
+    rows = lines(tmp_path, "l.jsonl", b'{"url": "a",\n"caption": "b"}\n{"url": "c"}\n')
+    assert [isinstance(row, InvalidLine) for row in rows] == [True, True, False]
+    assert rows[2] == {"url": "c"}
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.tsv", "l.jsonl", "l.txt"])
+def test_rows_end_at_line_feeds_only(tmp_path: Path, name: str) -> None:
+    text = "http://a/\u2028\x85\x0b\x0cb"
+    content = {
+        "l.csv": f"url\n{text}\nv\n",
+        "l.tsv": f"url\r\n{text}\r\nv\r\n",
+        "l.txt": f"{text}\r\nv\n",
+        "l.jsonl": json.dumps({"url": text}, ensure_ascii=False) + '\n{"url": "v"}\n',
+    }[name]
+    assert lines(tmp_path, name, content.encode()) == [{"url": text}, {"url": "v"}]
+
+
+def test_a_carriage_return_in_a_cell_of_tsv_ends_no_row(tmp_path: Path) -> None:
+    assert lines(tmp_path, "l.tsv", b"url\tcaption\nu\ta\rb\n") == [{"url": "u", "caption": "a\rb"}]
+
+
+@pytest.mark.parametrize(("name", "comma"), [("l.csv", ","), ("l.tsv", "\t")])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, name: str, comma: str) -> None:
+    with pytest.raises(ConfigError, match=r"its first line names 'caption' twice"):
+        lines(tmp_path, name, "url,caption,,,caption\nu,a,,,b\n".replace(",", comma).encode())
+
+
+def test_a_table_in_utf_16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"l\.csv cannot be read to its end: its text is UTF-16, not UTF-8"):
+        lines(tmp_path, "l.csv", "url\nu\n".encode("utf-16"))
+
+
+def test_a_table_of_which_no_line_can_be_parsed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text('{\n "url": "u"\n}\n')
+    with pytest.raises(ConfigError, match=r"l\.jsonl: line 1 is not JSON: .*no other line can be used"):
+        columns(str(tmp_path / "l.jsonl"))
+
+
+def test_rows_that_cannot_be_parsed_or_used_are_counted_drops_and_harm_no_other(tmp_path: Path) -> None:
+    with serve({"/a.png": body(plain_png(RED))}) as server:
+        url = server.url("/a.png")
+        rows = [
+            {"id": 1, "url": url, "caption": "good", "written": None},
+            {"id": 2, "url": url, "caption": {"raw": "a struct"}},
+            {"id": 3, "url": 4, "caption": "x"},
+            {"id": [5], "url": url, "caption": "x"},
+            {"id": 6, "url": url, "caption": "x", "written": {"a": 1}},
+            {"id": 7, "url": url, "caption": float("nan")},
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "l.jsonl").write_text(text + '{"id": 8,\n')
+        columns = {"key_column": "id", "transcription_column": "written"}
+        config = UrlsConfig(path=str(tmp_path / "l.jsonl"), download=LOOPBACK, **columns)
+        ((_, originals),) = fetched(UrlsSource(config), tmp_path / "scratch", 10)
+    json_error = "Expecting property name enclosed in double quotes"
+    assert [(o.key, o.reason, o.detail) for o in originals] == [
+        ("1", None, ""),
+        ("2", "unsupported_type", "'caption' holds a struct, not text"),
+        ("3", "unsupported_type", "'url' holds a number, not text"),
+        ("000000003", "unsupported_type", "'id' holds a list, not text"),
+        ("6", "unsupported_type", "'written' holds a struct, not text"),
+        ("7", "empty_caption", ""),
+        ("000000006", "invalid_line", f"line 7 is not JSON: {json_error}, column 11"),
+    ]
+
+
+def test_a_table_with_a_first_line_alone_has_no_rows_and_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,caption\n")
+    (tmp_path / "b.csv").write_text("url,caption\nu,x\n")
+    source = UrlsSource(UrlsConfig(path=str(tmp_path)))
+    source.check()
+    assert [row[1] for shard in source.shards(10) for row in shard.rows] == ["u"]
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(ConfigError, match="holds no rows; give a list with at least one row"):
+        source.check()
+
+
+def test_every_table_of_a_list_must_have_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,caption\nu,x\n")
+    (tmp_path / "b.csv").write_text("url,text\nu,x\n")
+    with pytest.raises(
+        ConfigError, match=r"source.caption_column: .*b\.csv has no column 'caption'; it has: url, text"
+    ):
+        UrlsSource(UrlsConfig(path=str(tmp_path))).check()
 
 
 def test_a_huge_cell_and_a_nul_are_read(tmp_path: Path) -> None:
@@ -185,8 +292,10 @@ def test_bytes_that_are_not_utf_8_become_surrogate_escapes(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("line", [b"{oops", b"[1, 2]", b'"text"', b"null", b"[" * 100_000, b"\xff"])
-def test_a_json_line_that_is_no_object_is_an_empty_row(tmp_path: Path, line: bytes) -> None:
-    assert lines(tmp_path, "l.jsonl", line + b'\n{"url": "u"}\n') == [{}, {"url": "u"}]
+def test_a_json_line_that_is_no_object_is_an_invalid_line(tmp_path: Path, line: bytes) -> None:
+    rows = lines(tmp_path, "l.jsonl", line + b'\n{"url": "u"}\n')
+    assert isinstance(rows[0], InvalidLine)
+    assert rows[1:] == [{"url": "u"}]
 
 
 def test_parquet_text_that_is_not_utf_8_becomes_surrogate_escapes(tmp_path: Path) -> None:
@@ -207,7 +316,7 @@ def test_only_wanted_columns_of_parquet_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "captions"),
-    [("a", ["a"]), (["a", None, "b"], ["a", "b"]), (None, []), ([], []), (3, ["3"]), ("", [""])],
+    [("a", ["a"]), (["a", None, "b"], ["a", "b"]), (None, []), ([], []), ("", [""]), (float("nan"), [])],
 )
 def test_a_caption_cell_holds_a_text_a_list_or_nothing(value: object, captions: list[str]) -> None:
     assert captions_of({"c": value}, "c") == captions

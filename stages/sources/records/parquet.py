@@ -1,0 +1,128 @@
+"""Records of Parquet files: a stream of them, or those at given places, a few rows in memory at a time."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import ConfigError
+from stages.sources.records.cells import top_levels
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_ROWS_AT_ONCE = 16
+_BUFFER_BYTES = 2**20
+
+
+@contextmanager
+def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
+    """An open parquet file.
+
+    Raises:
+        ConfigError: it is not one, or is damaged where it was read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            yield pq.ParquetFile(cast(Any, file), buffer_size=_BUFFER_BYTES)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error
+
+
+class ParquetRows:
+    """Reads records of one file at increasing places; earlier places are read from their row group's beginning.
+
+    Memory holds a few rows, or where the file has it so one page, never a row group.
+    """
+
+    def __init__(self, path: str, wanted: Sequence[str]):
+        import pyarrow.parquet as pq
+
+        filesystem, plain = fsspec.core.url_to_fs(path)
+        is_local = isinstance(filesystem, LocalFileSystem)
+        self._file = None if is_local else filesystem.open(plain, "rb")
+        # Mapped, as writers put a thousand images into one page: it is not copied, and only what is decoded is read.
+        buffer_bytes = 0 if is_local else _BUFFER_BYTES
+        self._table = pq.ParquetFile(self._file or plain, memory_map=is_local, buffer_size=buffer_bytes)
+        self._names = top_levels(wanted, self._table.schema_arrow.names)
+        sizes = [self._table.metadata.row_group(group).num_rows for group in range(self._table.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._group = -1
+        self._batch: pa.RecordBatch | None = None
+        self._first = 0
+        """Number of the batch's first row in the file."""
+
+    def read(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The records at these row numbers, counted from 0."""
+        for number in numbers:
+            group = bisect_right(self._ends, number)
+            if group != self._group or number < self._first:
+                self._open(group)
+            while self._batch is None or number >= self._first + self._batch.num_rows:
+                self._first += 0 if self._batch is None else self._batch.num_rows
+                self._batch = next(self._batches)
+            yield to_records(self._batch.slice(number - self._first, 1))[0] if self._names else {}
+
+    def _open(self, group: int) -> None:
+        self._batch = None
+        self._batches = self._table.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self._names)
+        self._group, self._first = group, self._ends[group - 1] if group else 0
+
+    def close(self) -> None:
+        self._batch, self._batches = None, iter(())
+        self._table.close(force=True)
+
+
+def to_records(batch: "pa.RecordBatch | pa.Table") -> list[dict[str, Any]]:
+    """Rows as dicts; text that is not UTF-8, though the schema says it is, becomes surrogate escapes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = [_lossless(batch.column(name)) for name in batch.column_names]
+        return [dict(zip(batch.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _lossless(column: "pa.Array | pa.ChunkedArray") -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        raw = column.cast(_as_binary(column.type))
+        return [_decoded(value, column.type) for value in raw.to_pylist()]
+
+
+def _as_binary(kind: "pa.DataType") -> "pa.DataType":
+    """The type with every text in it as bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        return _as_binary(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_as_binary(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _as_binary(field.type)) for field in kind])
+    return kind
+
+
+def _decoded(value: Any, kind: "pa.DataType") -> Any:
+    """A value of the type `_as_binary(kind)` as one of `kind`."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _decoded(value, kind.value_type)
+    if isinstance(value, list) and not pa.types.is_map(kind):
+        return [_decoded(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return value.decode("utf-8", "surrogateescape") if is_text and isinstance(value, bytes) else value
