@@ -5,7 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from imagen_core.store import image_embed_group, text_group
 from pipeline.config import Config
+from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
 from pipeline.stage import Stage
@@ -116,8 +118,8 @@ class Precompute(ShardedWorkflow):
             stages=(
                 FetchStage(source, config.source.kind),
                 ResizeStage(config.images, config.store.format, config.filters),
-                *(self._text_stage(encoder, source) for encoder in config.encoders),
-                *(self._image_stage(encoder, source) for encoder in config.image_encoders),
+                *(self._text_stage(encoder, source, run) for encoder in config.encoders),
+                *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
             ),
             shards=batches.shards,
             input=batches,
@@ -131,17 +133,19 @@ class Precompute(ShardedWorkflow):
             captions=source.captions,
         )
 
-    def _text_stage(self, encoder: AnyTextEmbedding, source: Source) -> Stage:
+    def _text_stage(self, encoder: AnyTextEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
-        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine)
+        started = read_group_fingerprint(run, text_group(encoder.name))
+        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine, started=started)
 
-    def _image_stage(self, encoder: AnyImageEmbedding, source: Source) -> Stage:
+    def _image_stage(self, encoder: AnyImageEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "images", store.format, store.dtype)
-        return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype)
+        started = read_group_fingerprint(run, image_embed_group(encoder.name))
+        return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype, started=started)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         groups = run.storage.read_json(SUMMARY)["tally"]["groups"]

@@ -24,6 +24,7 @@ class PaddedModel:
         self._model, self._output = model, output
         self._pad_id: int = getattr(model.config, "pad_token_id", None) or 0
         self.pooled = output in POOLED
+        self.attention: str = getattr(model.config, "_attn_implementation", None) or "its own"
 
     def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """int64 (total,) -> (total, dim), or (captions, dim) if pooled; in the type of the weights."""

@@ -8,10 +8,10 @@ import numpy as np
 from imagen_core.extensions import member_of
 from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.given import KIND as GIVEN
+from stages.encoders.identity import identity_changes
 from stages.encoders.loading import threads_of_process
 from stages.encoders.registry import AnyEncoder
 
@@ -69,7 +69,7 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
             "sample, encode the captions with `pipeline run precompute`, and train on these embeddings"
         )
     config = encoder_of(made_by, model, use_gpu=use_gpu)
-    changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
+    changes = identity_changes(made_by["fingerprint"], config.identify().fingerprint)
     if model is not None:  # a folder may have another name than the one it was encoded from
         changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
     if changes:

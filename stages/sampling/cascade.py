@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from imagen_core.cascade import Cascade, CascadeStage
+from imagen_core.store import comparable_records
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
@@ -32,7 +34,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
     """
     built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
-    encoder: Mapping[str, object] | None = None
+    encoder: Mapping[str, Any] | None = None
     for number, stage in enumerate(stages):
         if last_px is not None and built and built[-1].size_px == last_px:
             break
@@ -42,7 +44,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
         if loaded.encoder is not None and encoder is not None:
-            changes = differences(dict(encoder), dict(loaded.encoder))
+            changes = differences(*comparable_records(encoder, loaded.encoder))
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "

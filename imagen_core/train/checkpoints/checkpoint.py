@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path
+from imagen_core.store import comparable_records
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
@@ -244,7 +245,8 @@ def refuse_other(
 ) -> None:
     """Refuses to resume from a checkpoint of another model or other embeddings.
 
-    Settings of the model that did not exist when the checkpoint was written count as their defaults.
+    Settings of the model that did not exist when the checkpoint was written count as their defaults; of encoders, what
+    was not recorded then is not compared.
 
     Raises:
         CheckpointMismatchError: names each field with both values.
@@ -254,11 +256,15 @@ def refuse_other(
     except ValidationError:
         saved = state["denoiser"]  # of another version: the error names the fields that differ
     same_store = "train on the store it started with, or start again in another --out"
-    for what, theirs, mine, remedy in (
-        ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings"),
-        ("encoder", state["encoder"], encoder, same_store),
-        ("encoder", state.get("embed_encoders", {}), embed_encoders, same_store),
-    ):
+    compared: list[tuple[str, Any, Any, str]] = [
+        ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings")
+    ]
+    compared.append(("encoder", *comparable_records(state["encoder"], encoder), same_store))
+    embeds = state.get("embed_encoders", {})
+    for name in sorted({*embeds, *embed_encoders}):
+        theirs, mine = comparable_records(embeds.get(name), embed_encoders.get(name))
+        compared.append(("encoder", {name: theirs}, {name: mine}, same_store))
+    for what, theirs, mine, remedy in compared:
         changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:
             raise CheckpointMismatchError(
