@@ -36,7 +36,7 @@ from imagen_core.store.layout import (
     text_group,
 )
 from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
-from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry
+from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
 from imagen_core.store.records import (
     EmbeddingGroup,
@@ -136,6 +136,7 @@ __all__ = [
     "probe_entry",
     "probe_path",
     "read_samples",
+    "record_probe_differences",
     "removal_entries",
     "removed_rows",
     "restore",

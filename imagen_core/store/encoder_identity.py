@@ -18,8 +18,8 @@ def comparable(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[d
 
 
 def comparable_records(recorded: Record, found: Record) -> tuple[Record, Record]:
-    """Two records of encoders (name, dim, dtype, fingerprint; None: there is none) likewise, without their probes, which
-    are compared by a rule of their own."""
+    """Two records of encoders (name, dim, dtype, fingerprint; None: there is none) likewise, without their probes,
+    which are compared by a rule of their own."""
     if recorded is None or found is None:
         return recorded, found
     fingerprints = comparable(recorded["fingerprint"], found["fingerprint"])

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from imagen_core.store.encoder_identity import PROBE, Record
 from imagen_core.store.errors import unreadable
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""Relative error of a token between machines, devices and batches, by compute dtype: rounding of each layer adds up."""
+"""Relative error of a token between machines, devices and batches, by compute dtype: roundings of layers add up."""
 
 _EDGE_TOKENS = 8
 """Tokens at the beginning and at the end of an input whose embeddings count."""
@@ -84,15 +85,20 @@ def probe_differences(recorded: Mapping[str, Any], found: Mapping[str, Any], com
     return lines
 
 
+def record_probe_differences(recorded: Record, found: Record) -> list[str]:
+    """`probe_differences` of two records of one encoder; none if one of them has no probe."""
+    if recorded is None or found is None or PROBE not in recorded or PROBE not in found:
+        return []
+    return probe_differences(recorded[PROBE], found[PROBE], str(recorded["fingerprint"].get("compute_dtype")))
+
+
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tolerance: float) -> str | None:
     if one["ids"] != other["ids"]:
         place = next((i for i, (a, b) in enumerate(zip(one["ids"], other["ids"], strict=False)) if a != b), None)
         where = "" if place is None else f", token {place} is {one['ids'][place]} -> {other['ids'][place]}"
         return f"{len(one['ids'])} tokens -> {len(other['ids'])} tokens{where}"
     if [length is None for length in one["lengths"]] != [length is None for length in other["lengths"]]:
-        return (
-            "not finite in one of them" if len(one["lengths"]) == len(other["lengths"]) else "another number of rows"
-        )
+        return "an embedding is not finite in one of them"
     lengths, others = (np.array([n for n in e["lengths"] if n is not None], np.float64) for e in (one, other))
     if not len(lengths):
         return None

@@ -47,8 +47,8 @@ class Encoded:
     oom_halvings: int = 0
     """How often a batch did not fit into memory; each time the batch size was halved."""
     num_unknown: int = 0
-    """Rows from text that the tokenizer's vocabulary lacks: its `<unk>` tokens, or for a pooled output the captions with
-    one."""
+    """Rows from text that the tokenizer's vocabulary lacks: its `<unk>` tokens, or for a pooled output the captions
+    with one."""
 
     def oom_counter(self) -> dict[str, float]:
         """For the record of a shard in which a batch did not fit."""

@@ -92,7 +92,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def identity_changes(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """`field: recorded -> found` for each field that differs; an earlier version recorded fewer, which are compared."""
+    """`field: recorded -> found` for each field that differs; fields that an earlier version did not record do not."""
     return differences(*comparable(recorded, found))
 
 

@@ -61,8 +61,12 @@ class EncodeStage(Stage):
         self._model: TextEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
-        """Loads the model, and writes the encoding of "" for classifier-free guidance and the probe if they are missing;
-        refuses a model that gives other numbers than those that the run has."""
+        """Loads the model; writes the encoding of "" for classifier-free guidance and the probe, or compares with those
+        that the run has.
+
+        Raises:
+            MachineError: the model is another one than the run started with, or gives other numbers.
+        """
         self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
         self._keep_null(run, self._model)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path
-from imagen_core.store import comparable_records
+from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
@@ -259,16 +259,20 @@ def refuse_other(
     compared: list[tuple[str, Any, Any, str]] = [
         ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings")
     ]
-    compared.append(("encoder", *comparable_records(state["encoder"], encoder), same_store))
     embeds = state.get("embed_encoders", {})
-    for name in sorted({*embeds, *embed_encoders}):
-        theirs, mine = comparable_records(embeds.get(name), embed_encoders.get(name))
-        compared.append(("encoder", {name: theirs}, {name: mine}, same_store))
+    encoders = [(state["encoder"], encoder)]
+    encoders += [(embeds.get(name), embed_encoders.get(name)) for name in sorted({*embeds, *embed_encoders})]
+    compared += [("encoder", *comparable_records(*pair), same_store) for pair in encoders]
     for what, theirs, mine, remedy in compared:
         changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:
             raise CheckpointMismatchError(
                 f"{path}: was trained with another {what}: {'; '.join(changes[:5])}; {remedy}"
+            )
+    for theirs, mine in encoders:
+        if changes := record_probe_differences(theirs, mine):
+            raise CheckpointMismatchError(
+                f"{path}: was trained with an encoder that gave other numbers: {'; '.join(changes[:5])}; {same_store}"
             )
 
 

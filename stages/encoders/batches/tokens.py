@@ -17,7 +17,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
 def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
     """Token ids with start and end tokens, at most max_tokens each; and how many captions were truncated.
 
-    "" has at least one token, the `empty_token` if need be; any other caption of which the tokenizer leaves nothing has
+    "" has at least one token, the `empty_token` if need be; another caption of which the tokenizer leaves nothing has
     none.
     """
     if not captions:
@@ -53,7 +53,7 @@ def empty_token(tokenizer: Any) -> str | None:
 
 
 def unknown_id(tokenizer: Any) -> int | None:
-    """The token for text that the vocabulary lacks; None without one, or if the same token also begins, ends or pads."""
+    """The token for text that the vocabulary lacks; None without one, or if it also begins, ends or pads a text."""
     other = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     unknown = tokenizer.unk_token_id
     return None if unknown in other or unknown in tokenizer("", verbose=False)["input_ids"] else unknown
