@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_core.store import LATER_FIELDS, comparable
+from imagen_core.store import LATER_FIELDS, comparable, comparable_records, record_probe_differences
 from pipeline.fingerprint import differences, digest
 
 _INERT = frozenset(
@@ -94,6 +94,11 @@ def _is_unset(value: Any) -> bool:
 def identity_changes(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """`field: recorded -> found` for each field that differs; fields that an earlier version did not record do not."""
     return differences(*comparable(recorded, found))
+
+
+def record_changes(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """The same of whole records of encoders (name, dim, dtype, fingerprint), and of their probes if both have one."""
+    return [*differences(*comparable_records(recorded, found)), *record_probe_differences(recorded, found)]
 
 
 def is_complete(fingerprint: Mapping[str, Any]) -> bool:

@@ -61,8 +61,8 @@ class EncodeStage(Stage):
         self._model: TextEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
-        """Loads the model; writes the encoding of "" for classifier-free guidance and the probe, or compares with those
-        that the run has.
+        """Loads the model; writes the encoding of "" for classifier-free guidance and the probe, or compares with
+        those that the run has.
 
         Raises:
             MachineError: the model is another one than the run started with, or gives other numbers.

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagen_core.cascade import Cascade, CascadeStage
-from imagen_core.store import comparable_records
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
+from stages.encoders.identity import record_changes
 from stages.sampling.config import SampleStageConfig
 
 
@@ -44,7 +43,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
         if loaded.encoder is not None and encoder is not None:
-            changes = differences(*comparable_records(encoder, loaded.encoder))
+            changes = record_changes(encoder, loaded.encoder)
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
