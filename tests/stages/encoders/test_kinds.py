@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LongT5EncoderModel,
+    SiglipTextModel,
+)
 
 from imagen_core.store import Store
 from pipeline.errors import ConfigError, MachineError
@@ -41,6 +49,10 @@ KINDS: dict[str, tuple[Callable[[Path], None], dict[str, Any], Any]] = {
     "BERT": (tiny_models.bert, {"kind": "auto"}, AutoModel),
     "XLM-RoBERTa": (tiny_models.xlm_roberta, {"kind": "auto"}, AutoModel),
     "Llama": (tiny_models.llama, {"kind": "auto"}, AutoModel),
+    "T5Gemma": (tiny_models.t5gemma, {"kind": "auto"}, encoder_of_t5gemma),
+    "LongT5": (tiny_models.long_t5, {"kind": "auto"}, LongT5EncoderModel),
+    "SigLIP's text half": (tiny_models.siglip_text, {"kind": "auto"}, SiglipTextModel),
+    "SigLIP": (tiny_models.siglip, {"kind": "auto"}, SiglipTextModel),
     "Llama, penultimate": (tiny_models.llama, {"kind": "auto", "output": "penultimate"}, AutoModel),
 }
 
