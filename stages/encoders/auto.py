@@ -70,9 +70,8 @@ def _model_class(config: Any) -> Any:
     if type(config) in AutoModelForTextEncoding._model_mapping:
         return AutoModelForTextEncoding._model_mapping[type(config)]
     prefix, text = type(config).__name__.removesuffix("Config"), _text_part(config)
-    whole, encoder, half = (
-        getattr(transformers, prefix + name, None) for name in ("Model", "EncoderModel", "TextModel")
-    )
+    names = (prefix + suffix for suffix in ("Model", "EncoderModel", "TextModel"))
+    whole, encoder, half = (getattr(transformers, name, None) for name in names)
     if encoder is not None:
         return encoder
     if text is config or config.is_encoder_decoder:
