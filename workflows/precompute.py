@@ -18,6 +18,7 @@ from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
+from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -150,7 +151,10 @@ class Precompute(ShardedWorkflow):
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
+        losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
+        lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
         return [
+            *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
