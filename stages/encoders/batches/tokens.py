@@ -1,5 +1,6 @@
 """Captions as token ids."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,15 @@ def empty_token(tokenizer: Any) -> str | None:
 
 def unknown_id(tokenizer: Any) -> int | None:
     """The token for text that the vocabulary lacks; None without one, or if it also begins, ends or pads a text."""
-    other = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     unknown = tokenizer.unk_token_id
+    if unknown is None:
+        unknown = _unknown_of_backend(getattr(tokenizer, "backend_tokenizer", None))
+    other = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if unknown in other or unknown in tokenizer("", verbose=False)["input_ids"] else unknown
+
+
+def _unknown_of_backend(backend: Any) -> int | None:
+    """The same as the model of a fast tokenizer knows it, which a tokenizer_config.json may not name."""
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    token = model.get("unk_token")
+    return model.get("unk_id") if token is None else backend.token_to_id(token)

@@ -116,6 +116,12 @@ def qwen2(folder: Path) -> None:
     Qwen2Model(Qwen2Config(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
 
 
+def bare_llama(folder: Path) -> None:
+    """A language model whose tokenizer, which is not of its own class, adds no token either."""
+    vocabulary = tokenizer(folder, template="$A")
+    LlamaModel(LlamaConfig(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
+
+
 def t5gemma(folder: Path) -> None:
     """An encoder and a decoder."""
     part = {**SHAPE, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": tokenizer(folder), "layer_types": None}
