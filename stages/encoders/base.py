@@ -72,8 +72,6 @@ class TokenModel(Protocol):
     """Whether a batch costs as much as if each of its captions were as long as the longest."""
     pooled: bool
     """Whether a caption has one row in the result, instead of one per token."""
-    attention: str
-    """The implementation of attention that it uses, as transformers names it; recorded with the probe."""
 
     def __call__(self, ids: "Tensor", lengths: Sequence[int]) -> "Tensor":
         """int64 (total,) and the number of tokens of each caption -> (rows, dim)."""

@@ -94,6 +94,6 @@ def _environment(encoder: TextEncoder) -> dict[str, str]:
     device = encoder.device
     return {
         **{library: version(library) for library in _LIBRARIES},
-        "attention": encoder.model.attention,
+        "attention": getattr(encoder.model, "attention", "its own"),
         "device": platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }

@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 from imagen_core.store import probe_differences
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 from stages.encoders import t5_packed
 from stages.encoders.batches import tokens
 from stages.encoders.encoder import TextEncoder, load_encoder
@@ -130,6 +130,13 @@ def test_what_cannot_act_is_no_change(models: dict[str, Path], tmp_path: Path) -
     inert = {"transformers_version": "9", "architectures": ["X"], "dtype": "float16", "torch_dtype": "float16"}
     edit("config.json", **inert, _name_or_path="/a/b", dropout_rate=0.5, use_cache=True)(folder)
     assert fingerprint(folder) == fingerprint(models["t5"])
+
+
+def test_an_adapter_beside_the_weights_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["t5"], tmp_path / "t5")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(MachineError, match=r"has adapter_config\.json: .*merge the adapter"):
+        config(folder).identify()
 
 
 def test_settings_of_nested_parts_count_and_their_inert_ones_do_not() -> None:
