@@ -1,8 +1,12 @@
-"""Local files: their digest, and making them durable."""
+"""Local files: their digest, making them durable, and the same bytes for the same content."""
 
 import hashlib
+import json
 import os
+import struct
 from pathlib import Path
+
+_METADATA = "__metadata__"
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -18,3 +22,22 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sort_metadata(path: str | os.PathLike[str]) -> None:
+    """Orders the metadata in the header of a safetensors file by key, in place.
+
+    The library writes them in an order that differs from run to run, so that equal tensors give files of different
+    digests. The header keeps its length, and the tensors their places.
+    """
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if len(header.get(_METADATA, {})) < 2:
+            return
+        header[_METADATA] = dict(sorted(header[_METADATA].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) > length:
+            raise ValueError(f"{path}: its header grew from {length} to {len(data)} bytes")
+        file.seek(8)
+        file.write(data.ljust(length))

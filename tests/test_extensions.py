@@ -321,7 +321,8 @@ def test_a_checkpoint_whose_encoder_is_not_installed_says_so() -> None:
 
 def test_the_fingerprints_of_the_built_in_text_encoders_have_these_settings() -> None:
     fingerprint = T5EncoderConfig(name="t5", model=TINY_MODEL, max_tokens=9).identify().fingerprint
-    hashes = {name: fingerprint[name] for name in ("weights_sha256", "tokenizer_sha256")}
+    of_files = ("weights_sha256", "tokenizer_sha256", "model_config", "tokenizer")
+    hashes = {name: fingerprint[name] for name in of_files}
     assert fingerprint == {
         "model": "tiny-random-t5",
         "revision": None,

@@ -11,6 +11,7 @@ import pytest
 
 from imagen_core.store import Store, verify_store
 from imagen_core.train import train
+from stages.store_tools.reencode import reencode
 from tests.imagen_core.train.small import BASE, make_config
 from tests.runs import precompute, store_bytes
 
@@ -59,3 +60,19 @@ def test_an_old_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     summary = precompute(out, *settings)
     assert summary["tally"]["shards_skipped"] == 3
     assert store_bytes(out) == before
+
+
+def test_an_old_run_goes_on_with_the_identity_that_it_recorded(tmp_path: Path) -> None:
+    """What its version did not record is not compared, and is not claimed for its files."""
+    out = shutil.copytree(FOLDER / "run", tmp_path / "run")
+    before = {name: data for name, data in store_bytes(out).items() if name != "manifest.json"}
+    (out / "state" / "text-t5" / "00001.json").unlink()
+    precompute(out, "source.num_samples=12", "shard_size=5", "images.sizes_px=[16,32]")
+    after = {name: data for name, data in store_bytes(out).items() if name != "manifest.json"}
+    assert after == before
+    store = Store.open(out / "store")
+    assert store.probe("t5") is None
+    assert not {"model_config", "tokenizer"} & store.text_group("t5").fingerprint.keys()
+    assert verify_store(out / "store").ok
+    found = reencode(store, 1.0, seed=0, models={})["t5"]
+    assert (found.probe, found.problems) == ("not recorded", [])

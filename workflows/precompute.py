@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.store import REMOVED
+from imagen_core.store import REMOVED, image_embed_group, text_group
 from pipeline.config import Config
+from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
 from pipeline.stage import Stage
@@ -19,6 +20,7 @@ from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
+from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -119,8 +121,8 @@ class Precompute(ShardedWorkflow):
             stages=(
                 FetchStage(source, config.source.kind),
                 ResizeStage(config.images, config.store.format, config.filters),
-                *(self._text_stage(encoder, source) for encoder in config.encoders),
-                *(self._image_stage(encoder, source) for encoder in config.image_encoders),
+                *(self._text_stage(encoder, source, run) for encoder in config.encoders),
+                *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
             ),
             shards=batches.shards,
             input=batches,
@@ -140,23 +142,28 @@ class Precompute(ShardedWorkflow):
             ),
         )
 
-    def _text_stage(self, encoder: AnyTextEmbedding, source: Source) -> Stage:
+    def _text_stage(self, encoder: AnyTextEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
-        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine)
+        started = read_group_fingerprint(run, text_group(encoder.name))
+        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine, started=started)
 
-    def _image_stage(self, encoder: AnyImageEmbedding, source: Source) -> Stage:
+    def _image_stage(self, encoder: AnyImageEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "images", store.format, store.dtype)
-        return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype)
+        started = read_group_fingerprint(run, image_embed_group(encoder.name))
+        return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype, started=started)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         summary = run.storage.read_json(SUMMARY)
         groups = summary["tally"]["groups"]
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
+        losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
+        lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
         return [
+            *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             *_retry_hint(summary),
             ("store", run.store_url),

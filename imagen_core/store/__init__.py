@@ -2,8 +2,9 @@
 
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
+from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
-from imagen_core.store.files.null import write_null
+from imagen_core.store.files.null import parse_null, write_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
@@ -29,11 +30,13 @@ from imagen_core.store.layout import (
     image_embed_group,
     image_group,
     null_path,
+    probe_path,
     revision_of,
     shard_path,
     text_group,
 )
 from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
+from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
 from imagen_core.store.records import (
     EmbeddingGroup,
@@ -64,11 +67,14 @@ from imagen_core.store.verification.verify import Problem, VerifyReport, verify_
 __all__ = [
     "DEFAULT_CACHE_BYTES",
     "IDENTIFIERS",
+    "LATER_FIELDS",
     "MANIFEST_NAME",
+    "PROBE",
     "REMOVED",
     "RETRIED",
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
+    "TOLERANCE",
     "Blocklist",
     "Codec",
     "Crop",
@@ -109,6 +115,8 @@ __all__ = [
     "cast_embeddings",
     "check_codec",
     "codec_settings",
+    "comparable",
+    "comparable_records",
     "embedding_shard_bytes",
     "file_suffix",
     "find_rows",
@@ -122,7 +130,13 @@ __all__ = [
     "open_image_writer",
     "open_images",
     "parse_group",
+    "parse_null",
+    "parse_probe",
+    "probe_differences",
+    "probe_entry",
+    "probe_path",
     "read_samples",
+    "record_probe_differences",
     "removal_entries",
     "removed_rows",
     "restore",

@@ -118,6 +118,11 @@ def null_path(encoder: str) -> str:
     return f"{text_group(encoder)}/null.safetensors"
 
 
+def probe_path(encoder: str) -> str:
+    """Path of a text encoder's probe, relative to the store."""
+    return f"{text_group(encoder)}/probe.json"
+
+
 def check_format(store_format: str) -> StoreFormat:
     """Returns the format; raises ValueError with the available ones if it is none of them."""
     if store_format not in get_args(StoreFormat):

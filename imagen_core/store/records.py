@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from imagen_core.store.codec import Codec, check_codec
+from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.layout import (
     SAMPLES_GROUP,
     StoreDtype,
@@ -14,6 +15,7 @@ from imagen_core.store.layout import (
     image_embed_group,
     image_group,
     null_path,
+    probe_path,
     revision_of,
     shard_path,
     text_group,
@@ -67,10 +69,12 @@ class EmbeddingGroup:
 class TextGroup(EmbeddingGroup):
     """Embeddings of captions, one row per distinct caption.
 
-    `null` is the file with the encoding of "", with rows = 1; None if the encoder has none.
+    `null` is the file with the encoding of "", with rows = 1; None if the encoder has none. `probe` is the file with
+    what the encoder made of a few fixed captions; None if the version that wrote the store recorded none.
     """
 
     null: FileEntry | None = None
+    probe: FileEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +119,10 @@ def parse_group(name: str, raw: Any) -> Group:
             group = ImagesGroup(name, size_px, check_format(raw["format"]), check_codec(raw["codec"]), config)
             expected_name = image_group(size_px)
         elif kind == "text":
-            encoder, null = str(raw["encoder"]), raw.get("null")
-            entry = None if null is None else _parse_file({"rows": 1, **null}, null_path(encoder))
-            group = TextGroup(name, encoder, **_embeddings(raw), null=entry)
+            encoder = str(raw["encoder"])
+            null = _shared_file(raw.get("null"), null_path(encoder))
+            probe = _shared_file(raw.get(PROBE), probe_path(encoder))
+            group = TextGroup(name, encoder, **_embeddings(raw), null=null, probe=probe)
             expected_name = text_group(encoder)
         elif kind == "image_embeds":
             group = ImageEmbedGroup(name, str(raw["encoder"]), **_embeddings(raw))
@@ -131,6 +136,10 @@ def parse_group(name: str, raw: Any) -> Group:
     if name != expected_name:
         raise ValueError(f"group {name!r} must be named {expected_name!r}")
     return group
+
+
+def _shared_file(raw: dict[str, Any] | None, path: str) -> FileEntry | None:
+    return None if raw is None else _parse_file({"rows": 1, **raw}, path)
 
 
 def _embeddings(raw: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.manifest import load_manifest
+from imagen_core.store.probe import parse_probe
 from imagen_core.store.read.options import LoaderOptions, takes_options_of
 from imagen_core.store.read.reader import StoreReader
 
@@ -132,6 +133,19 @@ class Store(StoreReader, Sequence[Sample]):
         data = self._folder.read_bytes(group.null.path)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
+
+    def probe(self, encoder: str) -> dict[str, Any] | None:
+        """What a text encoder made of a few fixed captions, and with which libraries; None if it was not recorded.
+
+        Raises:
+            ValueError: the store has no such encoder.
+            StoreError: the file is damaged.
+        """
+        entry = self.text_group(encoder).probe
+        if entry is None:
+            return None
+        self._folder.check_size(entry)
+        return parse_probe(self._folder.read_bytes(entry.path), self._folder.path(entry.path))
 
     @takes_options_of(LoaderOptions)
     def loader(self, options: LoaderOptions) -> "Loader":

@@ -17,26 +17,64 @@ class AutoEncoderConfig(EncoderConfig):
 
     def dim(self, files: ModelFiles) -> int:
         config = hf_config(files)
-        dim = getattr(config, "hidden_size", None)
-        if not isinstance(dim, int):
+        text = _text_part(config)
+        dim = getattr(text, "hidden_size", None)
+        if not isinstance(dim, int) or _model_class(config) is None:
             raise refuse_kind(self.model, files, "text encoder", "give its text part; for CLIP, kind: clip")
-        self.check_positions(getattr(config, "max_position_embeddings", None))
+        self.check_positions(getattr(text, "max_position_embeddings", None))
         return dim
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
-        from transformers import AutoModel, AutoModelForTextEncoding
-
         from stages.encoders.padded import PaddedModel
 
-        is_encoder = type(hf_config(files)) in AutoModelForTextEncoding._model_mapping
-        model = load_weights(AutoModelForTextEncoding if is_encoder else AutoModel, files, dtype, device)
-        if model.config.is_encoder_decoder and not is_encoder:  # BART and similar models
+        config = hf_config(files)
+        model_class = _model_class(config)
+        alone = {"is_encoder_decoder": False} if _is_half(model_class, config) else {}
+        model = load_weights(model_class, files, dtype, device, **alone)
+        if model.config.is_encoder_decoder:  # BART and similar models
             model = model.get_encoder()
         return PaddedModel(model, self.output)
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
-        from transformers import AutoModel
-
         from stages.encoders.padded import count_flops
 
-        return count_flops(AutoModel, hf_config(files), lengths)
+        config = hf_config(files)
+        model_class, text = _model_class(config), _text_part(config)
+        if _is_half(model_class, config):
+            config.is_encoder_decoder = False
+        own = text if getattr(model_class, "config_class", None) is type(text) else config
+        return count_flops(model_class, own, lengths, text)
+
+
+def _text_part(config: Any) -> Any:
+    """The part of a configuration that is about encoding text: the encoder's, the text half's, or all of it."""
+    for part in ("encoder", "text_config"):
+        config = getattr(config, part, None) or config
+    return config
+
+
+def _is_half(model_class: Any, config: Any) -> bool:
+    """Whether the class is the encoder alone of a model with a decoder."""
+    return bool(config.is_encoder_decoder) and model_class.__name__.endswith("EncoderModel")
+
+
+def _model_class(config: Any) -> Any:
+    """The class of transformers to load: that of the text encoder alone, or of the model that has it as its encoder.
+
+    The library's table of text encoders lacks some, such as those of LongT5 and SigLIP; they are found by name.
+    Returns None if the model has no such encoder.
+    """
+    import transformers
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    if type(config) in AutoModelForTextEncoding._model_mapping:
+        return AutoModelForTextEncoding._model_mapping[type(config)]
+    prefix, text = type(config).__name__.removesuffix("Config"), _text_part(config)
+    names = (prefix + suffix for suffix in ("Model", "EncoderModel", "TextModel"))
+    whole, encoder, half = (getattr(transformers, name, None) for name in names)
+    if encoder is not None:
+        return encoder
+    if text is config or config.is_encoder_decoder:
+        return AutoModel if type(config) in AutoModel._model_mapping else whole
+    is_pair = hasattr(whole, "get_text_features") and config.model_type != "clip"  # of an image and a text encoder
+    return half if is_pair and getattr(half, "config_class", None) is type(text) else None

@@ -15,8 +15,8 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.errors import ConfigError, MachineError
 from pipeline.executors.base import usable_cpus
-from pipeline.fingerprint import differences
 from stages.captions import NORMALISATION
+from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
 from stages.encoders.model_files import ModelFiles, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.images.resample import resize_square
@@ -39,13 +39,16 @@ class Encoded:
 
     embeddings: list[FloatArray]
     """float32 (num_tokens, dim) each; num_tokens counts start and end tokens, is 1 for a pooled output or an image,
-    and differs by caption."""
+    differs by caption, and is 0 if the tokenizer leaves nothing of a caption."""
     num_truncated: int = 0
     """Captions longer than max_tokens; they were truncated and keep their end-of-sequence token."""
     waited_s: float = 0.0
     """Seconds spent waiting for another thread to finish with the model."""
     oom_halvings: int = 0
     """How often a batch did not fit into memory; each time the batch size was halved."""
+    num_unknown: int = 0
+    """Rows from text that the tokenizer's vocabulary lacks: its `<unk>` tokens, or for a pooled output the captions
+    with one."""
 
     def oom_counter(self) -> dict[str, float]:
         """For the record of a shard in which a batch did not fit."""
@@ -81,8 +84,8 @@ class EncoderIdentity:
 
     dim: int
     fingerprint: dict[str, object]
-    """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, and the settings of the
-    configuration that do."""
+    """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, and those settings of the
+    configuration, of config.json and of the tokenizer that act."""
 
 
 class FrozenModelConfig(Config):
@@ -166,6 +169,7 @@ class FrozenModelConfig(Config):
                     "kind": self.kind,
                     **self.model_dump(mode="json", include=set(self.embedding_fields())),
                     **self.input_settings(files),
+                    "model_config": acting_settings(files.config),
                 },
             )
 
@@ -181,7 +185,7 @@ class FrozenModelConfig(Config):
         Raises:
             MachineError: with the differences.
         """
-        changes = differences(dict(planned), self.identify().fingerprint)
+        changes = identity_changes(planned, self.identify().fingerprint)
         if changes:
             raise MachineError(
                 f"encoders.{self.name}: this worker finds another model than the run started with: "
@@ -246,7 +250,16 @@ class EncoderConfig(FrozenModelConfig):
             raise MachineError(
                 f"encoders.model: {self.model}: no tokenizer files (tokenizer.json or spiece.model) next to the model"
             )
-        return {"tokenizer_sha256": files.tokenizer_sha256, "text_normalisation": NORMALISATION}
+        from stages.encoders.batches.tokens import empty_token, load_tokenizer
+
+        with reading(self):
+            tokenizer = load_tokenizer(files)
+            settings = tokenizer_settings(tokenizer, empty_token(tokenizer))
+        return {
+            "tokenizer_sha256": files.tokenizer_sha256,
+            "text_normalisation": NORMALISATION,
+            "tokenizer": settings,
+        }
 
     def check_positions(self, positions: int | None) -> None:
         """Refuses captions longer than the model's table of positions.

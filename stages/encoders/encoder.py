@@ -11,7 +11,7 @@ import numpy as np
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, ImageModelConfig, reading
 from stages.encoders.batches.batching import token_budget_batches
 from stages.encoders.batches.memory import run_batches
-from stages.encoders.batches.tokens import load_tokenizer, tokenize
+from stages.encoders.batches.tokens import load_tokenizer, tokenize, unknown_id
 from stages.encoders.loading import place
 from stages.encoders.model_files import ModelFiles
 
@@ -37,13 +37,15 @@ class TextEncoder:
             self.model = config.build(files, dtype, self.device)
         default = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_GPU
         self.tokens_per_batch = config.tokens_per_batch or default
+        self._unknown_id = unknown_id(self.tokenizer)
         self._tokenizing, self._computing = threading.Lock(), threading.Lock()
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.
 
         The result does not depend on the batches, beyond rounding. A batch that does not fit into
-        memory halves `tokens_per_batch`, for as long as the encoder lives.
+        memory halves `tokens_per_batch`, for as long as the encoder lives. A caption of which the tokenizer leaves no
+        token does not go through the model; it has no rows.
 
         Raises:
             MemoryError: not even one caption fits.
@@ -60,19 +62,26 @@ class TextEncoder:
         with self._computing:
             waited_s = time.perf_counter() - began
             batches = run_batches(
-                range(len(captions)),
+                [i for i, length in enumerate(lengths) if length],
                 self.tokens_per_batch,
                 split,
                 lambda batch: self._forward([token_ids[i] for i in batch]),
             )
             self.tokens_per_batch = batches.limit
             self._wait()
-        embeddings: list[FloatArray | None] = [None] * len(captions)
+        nothing = np.zeros((0, self.dim), np.float32)
+        embeddings: list[FloatArray] = [nothing] * len(captions)
         for batch, rows in batches.results:
             ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
                 embeddings[index] = values
-        return Encoded([e for e in embeddings if e is not None], num_truncated, waited_s, batches.halvings)
+        return Encoded(embeddings, num_truncated, waited_s, batches.halvings, self._num_unknown(token_ids))
+
+    def _num_unknown(self, token_ids: Sequence[Sequence[int]]) -> int:
+        if self._unknown_id is None:
+            return 0
+        counts = [ids.count(self._unknown_id) for ids in token_ids]
+        return sum(count > 0 for count in counts) if self.model.pooled else sum(counts)
 
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
         """One batch: float32 (rows, dim) on the CPU; the copy from a GPU may not be complete yet."""

@@ -36,8 +36,8 @@ def threads_of_process() -> int:
     return min(torch.get_num_threads(), usable_cpus())
 
 
-def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -> Any:
-    """`model_class.from_pretrained`, ready for inference.
+def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any, **settings: object) -> Any:
+    """`model_class.from_pretrained`, ready for inference; `settings` take the place of those in config.json.
 
     Raises:
         MachineError: weights are missing; transformers would continue with random numbers in their place.
@@ -49,6 +49,7 @@ def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any) -
         output_loading_info=True,
         weights_only=True,  # only the tensors of a pickled checkpoint
         trust_remote_code=False,
+        **settings,
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(_UNUSED))
     if missing:

@@ -17,6 +17,7 @@ _TOKENIZER_FILES = re.compile(
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors")
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
+_ADAPTER = "adapter_config.json"
 _SMALL_FILES = ("*.json", "*.model", "vocab.txt", "merges.txt")
 
 
@@ -78,6 +79,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
         raise MachineError(f"encoders.model: {model} has no config.json; give a folder saved by save_pretrained")
     names = [path.name for path in folder.iterdir() if path.is_file()]
     weights = _weight_names(names, model)
+    _refuse_adapter(names, model)
     return ModelFiles(
         model=model,
         revision=revision,
@@ -120,6 +122,7 @@ def _online(model: str, revision: str | None) -> ModelFiles:
 
     info = HfApi().model_info(model, revision=revision, files_metadata=True)
     files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    _refuse_adapter(files, model)
     hashes: dict[str, str] = {}
     for name in _weight_names(files, model):
         lfs = files[name].lfs
@@ -139,6 +142,14 @@ def _online(model: str, revision: str | None) -> ModelFiles:
         },
         tokenizer_sha256=_tokenizer_digest(small),
     )
+
+
+def _refuse_adapter(names: Iterable[str], model: str) -> None:
+    if _ADAPTER in names:
+        raise MachineError(
+            f"encoders.model: {model} has {_ADAPTER}: with peft installed transformers would load the adapter and the "
+            "model it names, without peft the weights of the folder; merge the adapter into the weights, and remove it"
+        )
 
 
 def _weight_names(names: Iterable[str], model: str) -> list[str]:

@@ -24,6 +24,7 @@ class PaddedModel:
         self._model, self._output = model, output
         self._pad_id: int = getattr(model.config, "pad_token_id", None) or 0
         self.pooled = output in POOLED
+        self.attention: str = getattr(model.config, "_attn_implementation", None) or "its own"
 
     def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """int64 (total,) -> (total, dim), or (captions, dim) if pooled; in the type of the weights."""
@@ -44,10 +45,15 @@ class PaddedModel:
         return states[mask]
 
 
-def count_flops(model_class: Any, config: Any, lengths: Sequence[int]) -> float:
-    """FLOPs of the linear layers and of attention's two products, without padding; the model is not loaded."""
+def count_flops(model_class: Any, config: Any, lengths: Sequence[int], text: Any = None) -> float:
+    """FLOPs of the linear layers and of attention's two products, without padding; the model is not loaded.
+
+    Args:
+        text: the part of the configuration with width and layers, if not `config` itself.
+    """
     with torch.device("meta"):
         model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    width, layers = config.hidden_size, config.num_hidden_layers
+    shape = text or config
+    width, layers = shape.hidden_size, shape.num_hidden_layers
     return sum(2.0 * weights * length + 4.0 * layers * width * length**2 for length in lengths)

@@ -6,13 +6,14 @@ from typing import Any, cast
 import numpy as np
 
 from imagen_core.extensions import member_of
-from imagen_core.store import StoreDtype, cast_embedding, is_finite_as, restore
+from imagen_core.store import PROBE, StoreDtype, cast_embedding, is_finite_as, restore
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.given import KIND as GIVEN
+from stages.encoders.identity import identity_changes
 from stages.encoders.loading import threads_of_process
+from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.registry import AnyEncoder
 
 _PROMPTS_AT_ONCE = 1024
@@ -46,8 +47,9 @@ def encode_prompts(
     dtype = cast(StoreDtype, trained_on["dtype"])
     embeddings: list[np.ndarray] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):  # the encoder's float32 is larger than what is kept
-        encoded = encoder.encode([clean_caption(prompt) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]])
-        embeddings += [_as_stored(embedding, dtype) for embedding in encoded.embeddings]
+        part = [clean_caption(prompt) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]]
+        encoded = zip(part, encoder.encode(part).embeddings, strict=True)
+        embeddings += [_as_stored(prompt, embedding, dtype) for prompt, embedding in encoded]
     return embeddings
 
 
@@ -55,11 +57,12 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
     """Loads the encoder that made a text group, after a check that it is the same one.
 
     Args:
-        made_by: `name`, `dim`, `dtype` and `fingerprint` of the group.
+        made_by: `name`, `dim`, `dtype` and `fingerprint` of the group, and its `probe` if there is one.
         model: where the model is now (hub id or folder), if not where its name says.
         option: how the user names `model`, for the message.
     Raises:
-        ConfigError: the encoder found is another one; names each field. Or the embeddings came with the data.
+        ConfigError: the encoder found is another one; names each field. Or it gives other numbers, or the embeddings
+            came with the data.
         MachineError: the model cannot be found.
     """
     if made_by["fingerprint"]["kind"] == GIVEN:
@@ -69,7 +72,7 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
             "sample, encode the captions with `pipeline run precompute`, and train on these embeddings"
         )
     config = encoder_of(made_by, model, use_gpu=use_gpu)
-    changes = differences(dict(made_by["fingerprint"]), config.identify().fingerprint)
+    changes = identity_changes(made_by["fingerprint"], config.identify().fingerprint)
     if model is not None:  # a folder may have another name than the one it was encoded from
         changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
     if changes:
@@ -77,7 +80,12 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
             f"encoder {config.model}: differs from the one the embeddings were made with: {'; '.join(changes)}; "
             f"give the right model with {option}"
         )
-    return load_encoder(config, threads_of_process())
+    encoder = load_encoder(config, threads_of_process())
+    if PROBE in made_by:
+        problem = probe_problem(made_by[PROBE], take_probe(encoder), config.compute_dtype)
+        if problem is not None:
+            raise ConfigError(f"encoder {config.model}: {problem}; install the versions that made them")
+    return encoder
 
 
 def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: bool) -> AnyEncoder:
@@ -96,7 +104,9 @@ def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: boo
     )
 
 
-def _as_stored(embedding: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+def _as_stored(prompt: str, embedding: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+    if not len(embedding):
+        raise ConfigError(f"prompts: the tokenizer leaves nothing of {prompt!r}; use another prompt, or the empty one")
     if not is_finite_as(embedding, dtype):
         raise ConfigError(f"prompts: an embedding is not finite as {dtype}; use another prompt")
     return restore(cast_embedding(embedding, dtype), dtype)

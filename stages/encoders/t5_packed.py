@@ -37,6 +37,7 @@ class PackedT5:
     """
 
     padded = pooled = False
+    attention = "sdpa"
 
     def __init__(self, model: Any):
         config = model.config

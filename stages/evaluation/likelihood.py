@@ -29,6 +29,7 @@ from pipeline.job import Job
 from pipeline.storage.files import read_json, write_json
 from stages.checkpoints.load import load_checkpoint_from
 from stages.device import choose_device
+from stages.encoders.identity import record_changes
 
 _CHANGES_NOTHING = {"device"}
 _PER_STEP = ("bound_bits", "x0_mse", "noise_mse")
@@ -204,8 +205,8 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     for size in (settings.size_px, settings.low_res_px):
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
-    _check_encoder(config, "captions", loaded.encoder, store.manifest.texts)
-    _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store.manifest.image_embeds)
+    _check_encoder(config, "captions", loaded.encoder, store, store.manifest.texts)
+    _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store, store.manifest.image_embeds)
     if config.first_image + config.num_images > len(store):
         raise ConfigError(
             f"num_images: {config.first_image} + {config.num_images} exceeds the {len(store)} samples of "
@@ -225,7 +226,11 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
 
 
 def _check_encoder(
-    config: LikelihoodConfig, what: str, trained_on: Mapping[str, Any] | None, groups: Mapping[str, EmbeddingGroup]
+    config: LikelihoodConfig,
+    what: str,
+    trained_on: Mapping[str, Any] | None,
+    store: Store,
+    groups: Mapping[str, EmbeddingGroup],
 ) -> None:
     """Refuses a store without the embeddings the model reads, or with embeddings by another encoder."""
     if trained_on is None:
@@ -233,7 +238,7 @@ def _check_encoder(
     name = trained_on["name"]
     if name not in groups:
         raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
-    changes = differences(dict(trained_on), encoder_record(groups[name]))
+    changes = record_changes(trained_on, encoder_record(store, groups[name]))
     if changes:
         raise ConfigError(
             f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"

@@ -1,5 +1,7 @@
 """Encodes the stored images of a shard with one frozen image encoder."""
 
+from collections.abc import Mapping
+
 from imagen_core.store import (
     ImagesGroup,
     StoreDtype,
@@ -13,6 +15,7 @@ from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, row
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import ImageEncoderConfig
 from stages.encoders.encoder import ImageEncoder, load_encoder
+from stages.encoders.identity import identity_to_keep
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store
@@ -25,14 +28,20 @@ class EncodeImagesStage(Stage):
     identity = "EncodePicturesStage"
 
     def __init__(
-        self, encoder: ImageEncoderConfig, images: ImagesConfig, store_format: StoreFormat, dtype: StoreDtype
+        self,
+        encoder: ImageEncoderConfig,
+        images: ImagesConfig,
+        store_format: StoreFormat,
+        dtype: StoreDtype,
+        *,
+        started: Mapping[str, object] | None = None,
     ):
+        """`started`: what the run folder's group was started with, if it was."""
         identity = encoder.identify()
+        fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
         stored_as: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector per image: nothing to save
-        self.files = EmbeddingFiles(
-            "image_embeds", encoder.name, identity.dim, stored_as, store_format, identity.fingerprint
-        )
+        self.files = EmbeddingFiles("image_embeds", encoder.name, identity.dim, stored_as, store_format, fingerprint)
         self.images = ImagesGroup(
             image_group(encoder.from_px), encoder.from_px, store_format, images.codec_of(encoder.from_px)
         )

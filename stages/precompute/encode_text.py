@@ -1,6 +1,6 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from imagen_core.store import (
@@ -9,6 +9,9 @@ from imagen_core.store import (
     embedding_shard_bytes,
     is_finite_as,
     null_path,
+    parse_null,
+    parse_probe,
+    probe_path,
     read_samples,
     write_null,
 )
@@ -17,6 +20,8 @@ from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Wor
 from pipeline.storage.run_folder import STORE, RunFolder
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder, load_encoder
+from stages.encoders.identity import identity_to_keep, is_complete
+from stages.encoders.probe import OTHER_NUMBERS, null_problem, probe_problem, take_probe
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store, quantisation_summary
@@ -30,32 +35,70 @@ class EncodeStage(Stage):
     inputs = (SAMPLES,)
     tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)
 
-    def __init__(self, encoder: EncoderConfig, store_format: StoreFormat, dtype: StoreDtype, min_cosine: float = 0.99):
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        store_format: StoreFormat,
+        dtype: StoreDtype,
+        min_cosine: float = 0.99,
+        *,
+        started: Mapping[str, object] | None = None,
+    ):
+        """`started`: what the run folder's group was started with, if it was."""
         identity = encoder.identify()
+        fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
-        self.files = EmbeddingFiles("text", encoder.name, identity.dim, dtype, store_format, identity.fingerprint)
+        self.files = EmbeddingFiles("text", encoder.name, identity.dim, dtype, store_format, fingerprint)
         self.min_cosine = min_cosine
         self.name = f"encode-{encoder.name}"
         self.max_workers = encoder.workers or 0
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
-        null_name = PurePosixPath(null_path(encoder.name)).name
-        self.groups = (Group(self.files.group, self.files.config(min_cosine), shared_files=(null_name,)),)
+        self.shared = [null_path(encoder.name)]
+        if is_complete(fingerprint):  # a group that an earlier version started has no probe, and gets none later
+            self.shared.append(probe_path(encoder.name))
+        names = tuple(PurePosixPath(path).name for path in self.shared)
+        self.groups = (Group(self.files.group, self.files.config(min_cosine), shared_files=names),)
         self._model: TextEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
-        """Loads the model, and writes the encoding of "" for classifier-free guidance if it is missing."""
+        """Loads the model; writes the encoding of "" for classifier-free guidance and the probe, or compares with
+        those that the run has.
+
+        Raises:
+            MachineError: the model is another one than the run started with, or gives other numbers.
+        """
         self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
-        name = f"{STORE}/{null_path(self.encoder.name)}"
+        self._keep_null(run, self._model)
+        if len(self.shared) > 1:
+            self._keep_probe(run, self._model, f"{STORE}/{probe_path(self.encoder.name)}")
+
+    def _keep_null(self, run: RunFolder, model: TextEncoder) -> None:
+        name, dtype = f"{STORE}/{null_path(self.encoder.name)}", self.files.dtype
+        embedding = model.encode([""]).embeddings[0]
+        if run.storage.size(name) is not None:
+            stored, _ = parse_null(run.storage.read(name), name)
+            problem = null_problem(stored, embedding, self.encoder.compute_dtype, dtype)
+            if problem is not None:
+                raise MachineError(f"encoders.{self.encoder.name}: {name}: {problem}; {OTHER_NUMBERS}")
+            return
+        if not is_finite_as(embedding, dtype):
+            raise MachineError(
+                f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as {dtype}; use "
+                "store.dtype=bfloat16 or float32, or compute_dtype=float32"
+            )
+        with run.storage.writing(name) as path:
+            write_null(path, embedding, dtype)
+
+    def _keep_probe(self, run: RunFolder, model: TextEncoder, name: str) -> None:
+        found = take_probe(model)
         if run.storage.size(name) is None:
-            embedding = self._model.encode([""]).embeddings[0]
-            if not is_finite_as(embedding, self.files.dtype):
-                raise MachineError(
-                    f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as "
-                    f"{self.files.dtype}; use store.dtype=bfloat16 or float32, or compute_dtype=float32"
-                )
-            with run.storage.writing(name) as path:
-                write_null(path, embedding, self.files.dtype)
+            run.storage.write_json(name, found)
+            return
+        recorded = parse_probe(run.storage.read(name), name)
+        problem = probe_problem(recorded, found, self.encoder.compute_dtype)
+        if problem is not None:
+            raise MachineError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
 
     def process(self, task: Task) -> None:
         assert self._model is not None
@@ -66,6 +109,9 @@ class EncodeStage(Stage):
         task.waited_s += encoded.waited_s
         files = self.files
         embeddings, bad, quality = cast_for_store(encoded.embeddings, files.dtype, self.min_cosine, files.blank)
+        for i, embedding in enumerate(embeddings):
+            if i not in bad and not len(embedding.values):
+                bad[i] = ("no_tokens", f"{captions[i]!r}")
         drops = [
             Drop(row, sample.key, *next(bad[i] for i in sample.caption_ids if i in bad))
             for row, sample in enumerate(samples)
@@ -77,6 +123,7 @@ class EncodeStage(Stage):
             "captions_encoded": len(captions),
             "tokens": tokens,
             "captions_truncated": encoded.num_truncated,
+            "unk_tokens": encoded.num_unknown,
             "payload_bytes": tokens * files.dim * {"float32": 4, "int8": 1}.get(files.dtype, 2),
             **encoded.oom_counter(),
             **quality,

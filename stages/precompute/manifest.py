@@ -80,8 +80,13 @@ def _wants_null(config: dict[str, object]) -> bool:
 def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
     if not _wants_null(config):
         return config
-    path = store_format.null_path(str(config["encoder"]))
-    return {**config, "null": _file_entry(run, path)}
+    encoder = str(config["encoder"])
+    described = {**config, "null": _file_entry(run, store_format.null_path(encoder))}
+    probe = store_format.probe_path(encoder)
+    if run.storage.size(f"{STORE}/{probe}") is not None:  # earlier versions recorded none
+        taken_in = run.storage.read_json(f"{STORE}/{probe}")["environment"]
+        described[store_format.PROBE] = {**_file_entry(run, probe), "environment": taken_in}
+    return described
 
 
 def _shards(

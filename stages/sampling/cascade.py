@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from imagen_core.cascade import Cascade, CascadeStage
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
+from stages.encoders.identity import record_changes
 from stages.sampling.config import SampleStageConfig
 
 
@@ -32,7 +33,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
     """
     built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
-    encoder: Mapping[str, object] | None = None
+    encoder: Mapping[str, Any] | None = None
     for number, stage in enumerate(stages):
         if last_px is not None and built and built[-1].size_px == last_px:
             break
@@ -42,7 +43,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
         if loaded.encoder is not None and encoder is not None:
-            changes = differences(dict(encoder), dict(loaded.encoder))
+            changes = record_changes(encoder, loaded.encoder)
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "

@@ -13,8 +13,8 @@ from imagen_core.prior import generate_embeddings
 from imagen_core.store import Store
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
 from stages.checkpoints.load import load_checkpoint_from
+from stages.encoders.identity import identity_changes
 from stages.sampling.config import SamplePriorConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.text_embeddings import PromptEmbeddings
@@ -68,7 +68,7 @@ class PriorSampler:
         if trained_on is None:
             raise ConfigError("prior: no stage of the cascade reads image embeddings; leave the prior out")
         mine = self._loaded.embed_encoders["image_embed"]
-        changes = differences(dict(trained_on["fingerprint"]), dict(mine["fingerprint"]))
+        changes = identity_changes(trained_on["fingerprint"], mine["fingerprint"])
         if changes:
             raise ConfigError(
                 f"prior.checkpoint: generates embeddings of another image encoder than the stages read: "

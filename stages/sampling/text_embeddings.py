@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from imagen_core.store import Store, StoreError, restore
+from imagen_core.store import Store, StoreError, record_probe_differences, restore
+from imagen_core.train.data.encoders import encoder_record
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences
+from stages.encoders.identity import identity_changes
 from stages.encoders.prompts import encode_prompts
 from stages.sampling.requests import ImageRequest
 
@@ -74,7 +75,9 @@ class PromptEmbeddings:
 def _stored_group(store: Store, encoder: Mapping[str, Any]) -> tuple[Store, str] | None:
     """The store's embeddings by the same encoder, of the same dtype; None if there are none."""
     for name, group in store.manifest.texts.items():
-        if group.dtype == encoder["dtype"] and not differences(dict(encoder["fingerprint"]), group.fingerprint):
+        if group.dtype != encoder["dtype"] or identity_changes(encoder["fingerprint"], group.fingerprint):
+            continue
+        if not record_probe_differences(encoder, encoder_record(store, group)):
             return store, name
     return None
 

@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from imagen_core.store import Problem, Store, TextGroup, restore, token_errors
+from imagen_core.store import TOLERANCE, Problem, Store, TextGroup, restore, token_errors
 from pipeline.errors import ConfigError
 from stages.encoders.given import KIND as GIVEN
+from stages.encoders.probe import STORE_TOLERANCE, probe_problem, take_probe
 from stages.encoders.prompts import load_matching_encoder
 
 _CAPTIONS_AT_ONCE = 128
-
-_COMPUTE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""Relative error of a token between machines, devices and batches: rounding of each layer adds up."""
-_STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3}
-"""Relative error of a token from rounding to the store's dtype; for int8 it follows from the group's min_cosine."""
 
 
 @dataclass(slots=True)
@@ -33,6 +29,7 @@ class Comparison:
         tolerance: allowed relative error of a token: length of the difference over the length of the new encoding.
             It bounds the cosine too: at least sqrt(1 - tolerance^2).
         max_absolute_error: of one element.
+        probe: whether the store's probe "agrees" with the encoder or "differs"; "not recorded" by earlier versions.
     """
 
     tolerance: float
@@ -42,9 +39,10 @@ class Comparison:
     min_cosine: float = 1.0
     max_absolute_error: float = 0.0
     max_relative_error: float = 0.0
+    probe: str = "not recorded"
     problems: list[Problem] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | str]:
         """Everything but the problems."""
         return {name: value for name, value in asdict(self).items() if name != "problems"}
 
@@ -119,6 +117,11 @@ def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[
     described = {"name": name, "dim": group.dim, "dtype": group.dtype, "fingerprint": group.fingerprint}
     encoder = load_matching_encoder(described, model, use_gpu=True, option=f"--encoder-model {name}=...")
     result = Comparison(_tolerance(group, store.manifest.header["groups"][group.name]))
+    recorded = store.probe(name)
+    if recorded is not None and group.probe is not None:
+        problem = probe_problem(recorded, take_probe(encoder), encoder.config.compute_dtype)
+        result.probe = "agrees" if problem is None else "differs"
+        result.problems += [] if problem is None else [Problem(group.probe.path, problem)]
     while batch := list(islice(chosen, _CAPTIONS_AT_ONCE)):
         embeddings = encoder.encode([caption for _, _, caption in batch]).embeddings
         for (position, caption_id, caption), encoded in zip(batch, embeddings, strict=True):
@@ -132,10 +135,10 @@ def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[
 
 
 def _tolerance(group: TextGroup, config: Mapping[str, Any]) -> float:
-    compute = _COMPUTE_TOLERANCE.get(str(group.fingerprint.get("compute_dtype")), max(_COMPUTE_TOLERANCE.values()))
+    compute = TOLERANCE.get(str(group.fingerprint.get("compute_dtype")), max(TOLERANCE.values()))
     if group.dtype == "int8":  # both sides have about the same length: |a - b|^2 = 2 |a| |b| (1 - cosine)
         return compute + math.sqrt(2 * (1 - config.get("min_cosine", 0.99)))
-    return compute + _STORE_TOLERANCE[group.dtype]
+    return compute + STORE_TOLERANCE[group.dtype]
 
 
 def _tokens(embedding: np.ndarray) -> str:

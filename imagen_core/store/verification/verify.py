@@ -18,6 +18,7 @@ from imagen_core.store.files.shard import open_embeddings, open_images, read_dig
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, load_manifest
+from imagen_core.store.probe import parse_probe
 from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
 from imagen_core.store.removal_log import removal_path
 from imagen_core.store.verification.coverage import Coverage
@@ -98,6 +99,7 @@ def verify_store(
         check.shard(shard)
     for group in manifest.texts.values():
         check.null(group)
+        check.probe(group)
     check.keys()
     check.coverage()
     check.removals()
@@ -295,6 +297,14 @@ class _Check:
         elif not np.isfinite(embedding).all():
             self._bad(group.null.path, "not finite")
 
+    def probe(self, group: TextGroup) -> None:
+        if group.probe is None or not self._bytes(group.probe):
+            return
+        try:
+            parse_probe(self._folder.read_bytes(group.probe.path), group.probe.path)
+        except StoreError as error:
+            self._bad(group.probe.path, str(error))
+
     def keys(self) -> None:
         """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""
         if not self._key_hashes:
@@ -338,7 +348,8 @@ class _Check:
     def strays(self) -> None:
         """Warn of files that the manifest does not know: leftovers, or a group that is not finished for all shards."""
         known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
-        known.update(group.null.path for group in self._manifest.texts.values() if group.null)
+        shared = (file for group in self._manifest.texts.values() for file in (group.null, group.probe))
+        known.update(file.path for file in shared if file is not None)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())
         for name in self._folder.walk():
             if name not in known:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path
+from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
@@ -244,7 +245,8 @@ def refuse_other(
 ) -> None:
     """Refuses to resume from a checkpoint of another model or other embeddings.
 
-    Settings of the model that did not exist when the checkpoint was written count as their defaults.
+    Settings of the model that did not exist when the checkpoint was written count as their defaults; of encoders, what
+    was not recorded then is not compared.
 
     Raises:
         CheckpointMismatchError: names each field with both values.
@@ -254,15 +256,23 @@ def refuse_other(
     except ValidationError:
         saved = state["denoiser"]  # of another version: the error names the fields that differ
     same_store = "train on the store it started with, or start again in another --out"
-    for what, theirs, mine, remedy in (
-        ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings"),
-        ("encoder", state["encoder"], encoder, same_store),
-        ("encoder", state.get("embed_encoders", {}), embed_encoders, same_store),
-    ):
+    compared: list[tuple[str, Any, Any, str]] = [
+        ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings")
+    ]
+    embeds = state.get("embed_encoders", {})
+    encoders = [(state["encoder"], encoder)]
+    encoders += [(embeds.get(name), embed_encoders.get(name)) for name in sorted({*embeds, *embed_encoders})]
+    compared += [("encoder", *comparable_records(*pair), same_store) for pair in encoders]
+    for what, theirs, mine, remedy in compared:
         changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:
             raise CheckpointMismatchError(
                 f"{path}: was trained with another {what}: {'; '.join(changes[:5])}; {remedy}"
+            )
+    for theirs, mine in encoders:
+        if changes := record_probe_differences(theirs, mine):
+            raise CheckpointMismatchError(
+                f"{path}: was trained with an encoder that gave other numbers: {'; '.join(changes[:5])}; {same_store}"
             )
 
 

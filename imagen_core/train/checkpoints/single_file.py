@@ -8,7 +8,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import save_file
 
-from imagen_core.files import file_digest
+from imagen_core.files import file_digest, sort_metadata
 from imagen_core.train.errors import CheckpointError
 
 _METADATA_KEY = "imagen"  # the entry of the file's metadata
@@ -21,7 +21,8 @@ def write_model(path: Path, model: Any) -> None:
     metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
     temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata)})
+    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    sort_metadata(temporary)
     os.replace(temporary, path)
 
 

@@ -18,7 +18,8 @@ class OnlineEncoder:
     """An encoder that takes the place of a text group of the store.
 
     Attributes:
-        record: name, dim, dtype ("float32", as nothing is stored) and fingerprint, as of a text group.
+        record: name, dim, dtype ("float32", as nothing is stored) and fingerprint, as of a text group; `load` may
+            add its probe.
         load: loads the model on this process's device.
     """
 

@@ -1,6 +1,7 @@
 """Collects the content of the report and renders the page."""
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
+from stages.precompute.caption_losses import caption_losses
 from stages.precompute.quantisation import quantisation_summary
 from stages.store_tools.dropped import first_drops
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
@@ -51,7 +53,8 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
         "dropped_rows": first_drops(run, _NUM_DROPS),
-        "int8": _int8(summary),
+        "int8": _of_groups(summary, quantisation_summary),
+        "losses": _of_groups(summary, caption_losses),
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
@@ -70,10 +73,12 @@ def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
     ]
 
 
-def _int8(summary: dict[str, Any] | None) -> dict[str, dict[str, float]]:
-    """What int8 costs each encoder's embeddings."""
+def _of_groups(
+    summary: dict[str, Any] | None, part: Callable[[Mapping[str, float]], dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """What `part` makes of the counters of each group, where it makes something."""
     groups = summary["tally"]["groups"] if summary else {}
-    content = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
+    content = {name: part(group["counters"]) for name, group in groups.items()}
     return {name: part for name, part in content.items() if part}
 
 

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LongT5EncoderModel,
+    SiglipTextModel,
+    T5GemmaModel,
+)
 
 from imagen_core.store import Store
 from pipeline.errors import ConfigError, MachineError
@@ -41,6 +50,11 @@ KINDS: dict[str, tuple[Callable[[Path], None], dict[str, Any], Any]] = {
     "BERT": (tiny_models.bert, {"kind": "auto"}, AutoModel),
     "XLM-RoBERTa": (tiny_models.xlm_roberta, {"kind": "auto"}, AutoModel),
     "Llama": (tiny_models.llama, {"kind": "auto"}, AutoModel),
+    "T5Gemma": (tiny_models.t5gemma, {"kind": "auto"}, T5GemmaModel),
+    "BART": (tiny_models.bart, {"kind": "auto"}, AutoModel),
+    "LongT5": (tiny_models.long_t5, {"kind": "auto"}, LongT5EncoderModel),
+    "SigLIP's text half": (tiny_models.siglip_text, {"kind": "auto"}, SiglipTextModel),
+    "SigLIP": (tiny_models.siglip, {"kind": "auto"}, SiglipTextModel),
     "Llama, penultimate": (tiny_models.llama, {"kind": "auto", "output": "penultimate"}, AutoModel),
 }
 
@@ -65,6 +79,7 @@ class Case:
         """transformers by itself, one caption at a time, so that nothing is ever padded."""
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         model = self.reference_class.from_pretrained(self.folder, dtype=torch.float32).eval()
+        model = model.get_encoder() if model.config.is_encoder_decoder else model
         return [
             self._output(
                 model(
@@ -164,6 +179,29 @@ def test_a_model_that_does_not_fit_its_kind_is_refused(
     folder = tiny_models.write(KINDS[name][0], tmp_path)
     config = TypeAdapter(AnyEncoder).validate_python({"name": "text", "model": str(folder), **settings})
     with pytest.raises((ConfigError, MachineError), match=says):
+        config.identify()
+
+
+def test_the_empty_caption_of_a_language_model_without_a_start_token_is_its_end_token(tmp_path: Path) -> None:
+    folder = tiny_models.write(tiny_models.qwen2, tmp_path / "lm")
+    settings = {"name": "lm", "kind": "auto", "model": str(folder), "compute_dtype": "float32", "num_gpus": 0}
+    config = TypeAdapter(AnyEncoder).validate_python(settings)
+    encoder = load_encoder(config, 1)
+    assert encoder.tokenizer("")["input_ids"] == []
+    empty, end, words = encoder.encode(["", "</s>", "a red circle"]).embeddings
+    assert empty.shape == (1, 24)
+    assert_close([empty], [end])
+    tokens = len(encoder.tokenizer("a red circle")["input_ids"])
+    assert words.shape == (tokens, 24)
+    assert config.identify().fingerprint["tokenizer"]["empty_token"] == "</s>"
+    assert config.workload(["", "a red circle"]).tokens == [1, tokens]
+
+
+def test_a_tokenizer_with_nothing_for_the_empty_caption_is_refused_at_once(tmp_path: Path) -> None:
+    folder = tiny_models.write(tiny_models.bare_llama, tmp_path / "lm")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    config = TypeAdapter(AnyEncoder).validate_python({"name": "lm", "kind": "auto", "model": str(folder)})
+    with pytest.raises(MachineError, match=r"no token for the empty caption, and has no bos_token, eos_tok"):
         config.identify()
 
 

@@ -208,6 +208,8 @@ def test_the_fingerprint_names_all_that_decides_the_embeddings_and_no_path(folde
         "compute_dtype",
         "text_normalisation",
         "output",
+        "model_config",
+        "tokenizer",
     }
     assert (found["model"], found["revision"], found["max_tokens"]) == (TINY_MODEL, None, 128)
     assert str(folder.parent) not in json.dumps(found)
@@ -239,12 +241,12 @@ def test_one_changed_weight_changes_the_weights_hash_alone(folder: Path, tmp_pat
     assert differing(fingerprint(folder), fingerprint(changed)) == {"weights_sha256"}
 
 
-def test_a_changed_tokenizer_changes_the_tokenizer_hash_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_tokenizer_changes_what_is_said_of_the_tokenizer_alone(folder: Path, tmp_path: Path) -> None:
     changed = tmp_path / TINY_MODEL
     shutil.copytree(folder, changed)
     text = (changed / "tokenizer.json").read_text(encoding="utf-8")
     (changed / "tokenizer.json").write_text(text.replace('"▁red"', '"▁rot"'), encoding="utf-8")
-    assert differing(fingerprint(folder), fingerprint(changed)) == {"tokenizer_sha256"}
+    assert differing(fingerprint(folder), fingerprint(changed)) == {"tokenizer_sha256", "tokenizer"}
 
 
 def test_settings_that_change_the_embeddings_change_the_fingerprint_and_others_do_not(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForMaskedLM,
     ByT5Tokenizer,
@@ -16,10 +19,20 @@ from transformers import (
     DebertaV2Model,
     LlamaConfig,
     LlamaModel,
+    LongT5Config,
+    LongT5EncoderModel,
     MT5Config,
     MT5EncoderModel,
+    Qwen2Config,
+    Qwen2Model,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipTextModel,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaModel,
     UMT5Config,
     UMT5EncoderModel,
     XLMRobertaConfig,
@@ -95,6 +108,50 @@ def llama(folder: Path) -> None:
     """A language model: causal, and nothing at the end of a caption."""
     vocabulary = tokenizer(folder, template="<unk> $A")
     LlamaModel(LlamaConfig(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
+
+
+def qwen2(folder: Path) -> None:
+    """A language model without a token at either end of a caption: "" has no token of its own."""
+    vocabulary = tokenizer(folder, template="$A")
+    Qwen2Model(Qwen2Config(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
+
+
+def bare_llama(folder: Path) -> None:
+    """A language model whose tokenizer, which is not of its own class, adds no token either."""
+    vocabulary = tokenizer(folder, template="$A")
+    LlamaModel(LlamaConfig(**SHAPE, num_key_value_heads=3, vocab_size=vocabulary)).save_pretrained(folder)
+
+
+def t5gemma(folder: Path) -> None:
+    """An encoder and a decoder."""
+    part = {**SHAPE, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": tokenizer(folder), "layer_types": None}
+    T5GemmaModel(T5GemmaConfig(encoder=part, decoder=part, vocab_size=part["vocab_size"])).save_pretrained(folder)
+
+
+def long_t5(folder: Path) -> None:
+    """Its encoder alone."""
+    LongT5EncoderModel(LongT5Config(**T5_SHAPE, vocab_size=tokenizer(folder))).save_pretrained(folder)
+
+
+def siglip_text(folder: Path) -> None:
+    SiglipTextModel(SiglipTextConfig(**siglip_shape(folder))).save_pretrained(folder)
+
+
+def siglip(folder: Path) -> None:
+    """Both halves, as on the hub."""
+    vision = {**SHAPE, "image_size": 32, "patch_size": 8}
+    SiglipModel(SiglipConfig(text_config=siglip_shape(folder), vision_config=vision)).save_pretrained(folder)
+
+
+def siglip_shape(folder: Path) -> dict[str, Any]:
+    return {**SHAPE, "vocab_size": tokenizer(folder), "projection_size": 24, "max_position_embeddings": 128}
+
+
+def bart(folder: Path) -> None:
+    """Its encoder is a part of the loaded model."""
+    shape = {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "max_position_embeddings": 128}
+    BartModel(BartConfig(**shape, **heads, vocab_size=tokenizer(folder), pad_token_id=0)).save_pretrained(folder)
 
 
 def tokenizer(folder: Path, pad: str = "<pad>", template: str = "$A </s>") -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imagen_core.train import CheckpointError, load_checkpoint, train
@@ -30,6 +31,18 @@ def test_a_file_brings_weights_configuration_and_encoder(run: Path, tmp_path: Pa
         for name, values in loaded.denoiser.state_dict().items():
             assert torch.equal(values, expected[name]), name
     assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+
+
+def test_an_export_is_the_same_file_each_time(run: Path, tmp_path: Path) -> None:
+    saved = load_checkpoint(run)
+    path = tmp_path / "model.safetensors"
+    exported = set()
+    for _ in range(8):  # the library's order of metadata is another one for each file
+        write_model(path, saved)
+        exported.add(path.read_bytes())
+    assert len(exported) == 1
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata().keys() == {"format", "imagen"}
 
 
 def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
