@@ -14,7 +14,20 @@ from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, re
 from stages.sources.tables import captions_of, columns, count_rows, estimate_rows, read_parts
 from stages.sources.tree import Content, Tree
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo"),
+    )
+)
+"""Suffixes of the formats that are decoded."""
+OTHER_IMAGE_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".tga", ".ico", ".psd", ".svg"),
+        *(".exr", ".hdr", ".pfm", ".dds", ".pcx", ".sgi", ".xbm", ".xpm", ".qoi", ".dng", ".cr2", ".nef", ".arw"),
+    )
+)
+"""Suffixes of images that are not decoded, unless they hold one of those formats: their rows are counted drops."""
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
 

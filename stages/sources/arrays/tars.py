@@ -13,7 +13,8 @@ from stages.sources.arrays.npy import parse
 from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.base import PrecomputedEmbedding
 from stages.sources.files import Damaged
-from stages.sources.tar_members import PICKLES, OpenTars, Span, read_span
+from stages.sources.tarfiles.choice import PICKLES
+from stages.sources.tarfiles.opening import OpenTars, Span, read_span
 
 
 class ArrayConfig(Config):
