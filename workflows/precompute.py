@@ -24,6 +24,7 @@ from stages.precompute.manifest import build_manifest
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
+from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
@@ -121,7 +122,10 @@ class Precompute(ShardedWorkflow):
             ),
             shards=batches.shards,
             input=batches,
-            finalize=build_manifest,
+            finalize=lambda run, rows, failed: {
+                **build_manifest(run, rows, failed),
+                **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
+            },
             final_file="store/manifest.json",
             estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),
             row_group=SAMPLES,
@@ -144,9 +148,12 @@ class Precompute(ShardedWorkflow):
         return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
-        groups = run.storage.read_json(SUMMARY)["tally"]["groups"]
+        summary = run.storage.read_json(SUMMARY)
+        groups = summary["tally"]["groups"]
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
+        ignored = ignored_line(summary.get("ignored", {}))
         return [
+            *([("ignored", ignored)] if ignored else []),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),

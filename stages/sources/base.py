@@ -155,9 +155,19 @@ class Source(ABC):
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
 
     @cached_property
-    def ignored(self) -> Counter[str]:
-        """How many files or members the last pass over the input ignored, by rule."""
+    def ignored_files(self) -> Counter[str]:
+        """How many files the last listing by `parts` ignored, by rule."""
         return Counter()
+
+    @cached_property
+    def ignored_members(self) -> Counter[str]:
+        """How many files or members the last pass by `rows` ignored, by rule."""
+        return Counter()
+
+    @property
+    def ignored(self) -> Counter[str]:
+        """How many files and members are no data, by rule; known after a pass over all rows."""
+        return self.ignored_files + self.ignored_members
 
     @property
     def grows(self) -> bool:

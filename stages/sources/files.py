@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.sources.base import InputPart
-from stages.sources.ignored import ignored_by_name
+from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.tables import table_format
 
 READABLE = "let this user read it, or move it out of the source"
@@ -25,21 +25,30 @@ class Damaged(Exception):
     """The bytes of a file or member are not what they should be."""
 
 
-def find_files(path: str, field: str, suffixes: Sequence[str], *, braces: bool = False) -> dict[str, int | None]:
+def find_files(
+    path: str,
+    field: str,
+    suffixes: Sequence[str],
+    *,
+    braces: bool = False,
+    ignored: Counter[str] | None = None,
+) -> dict[str, int | None]:
     """The files behind a path, relative to `base_folder(path)`, and their bytes where known.
 
     Args:
         path: a file, a folder, or a glob; files come sorted.
         braces: expands ranges such as `{00..99}`, each sorted on its own.
+        ignored: counts the files of a folder that are left out, by rule.
 
     Raises:
-        ConfigError: nothing is there, or the URL's protocol is unknown.
+        ConfigError: nothing is there, a folder cannot be read, or the URL's protocol is unknown.
     """
     filesystem, _ = open_filesystem(path, field)
     filesystem.invalidate_cache()  # others write there while this process lives
     found: dict[str, int | None] = {}
     for pattern in _expand_braces(filesystem, path, field) if braces else [path]:
-        found.update(_find(filesystem, filesystem._strip_protocol(pattern), pattern, field, suffixes))
+        plain = filesystem._strip_protocol(pattern)
+        found.update(_find(filesystem, plain, pattern, field, suffixes, Counter() if ignored is None else ignored))
     base = filesystem._strip_protocol(base_folder(path)).rstrip("/")
     return {plain[len(base) :].lstrip("/"): size for plain, size in found.items()}
 
@@ -58,15 +67,19 @@ def _expand_braces(filesystem: Any, path: str, field: str) -> Iterable[str]:
         ) from error
 
 
-def _find(filesystem: Any, plain: str, path: str, field: str, suffixes: Sequence[str]) -> dict[str, int | None]:
-    infos: Mapping[str, Mapping[str, Any]] = {}
+def _find(
+    filesystem: Any, plain: str, path: str, field: str, suffixes: Sequence[str], ignored: Counter[str]
+) -> dict[str, int | None]:
+    infos: dict[str, Mapping[str, Any]] = {}
     if filesystem.isdir(plain):
-        below = cast(dict[str, dict[str, Any]], _listed(filesystem, plain, path, field))
-        infos = {
-            p: info
-            for p, info in below.items()
-            if table_format(p) in suffixes and ignored_by_name(p[len(plain) :]) is None
-        }
+        for name, info in _listed(filesystem, plain, path, field).items():
+            rule = ignored_by_name(name[len(plain) :]) or (
+                None if table_format(name) in suffixes else suffix_rule(name, ignored)
+            )
+            if rule is None:
+                infos[name] = info
+            else:
+                ignored[rule] += 1
         if not infos:
             raise ConfigError(f"{field}: {path} holds no {', '.join(suffixes)} file; check the folder")
     elif filesystem.exists(plain):

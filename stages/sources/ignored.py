@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 
 _SYSTEM = re.compile(
     r"__MACOSX|@eaDir|PaxHeaders?(\.\d+)?|GNUSparseFile\.\d+|lost\+found|\$RECYCLE\.BIN", re.IGNORECASE
@@ -12,7 +13,8 @@ _META = re.compile(r"__.*__")
 HIDDEN = "hidden"
 SYSTEM = "of the operating system"
 META = "of webdataset (__NAME__)"
-OTHER_SUFFIX = "other suffix"
+_OTHER = "of other suffixes"
+_MOST_SUFFIXES = 20
 
 
 def ignored_by_name(path: str) -> str | None:
@@ -32,6 +34,13 @@ def ignored_in_tar(path: str) -> str | None:
     """As `ignored_by_name`; in tars also the members that webdataset keeps for itself, such as `__meta__`."""
     rule = ignored_by_name(path)
     return META if rule is None and _META.fullmatch(path.rpartition("/")[2]) else rule
+
+
+def suffix_rule(path: str, ignored: Mapping[str, int]) -> str:
+    """The rule for a file whose suffix is none of those that are read; one rule for all beyond the first few."""
+    suffix = PurePosixPath(path).suffix.lower()[:16]
+    rule = f"{suffix} files" if suffix else "files without suffix"
+    return rule if rule in ignored or len(ignored) < _MOST_SUFFIXES else _OTHER
 
 
 def ignored_line(ignored: Mapping[str, int]) -> str:

@@ -140,13 +140,15 @@ class WebdatasetSource(Source):
     def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
             return iter(named_parts(find_listed(self.path, self.config.file_list)))
-        return iter(named_parts(find_files(self.path, "source.path", TAR_SUFFIXES, braces=True)))
+        self.ignored_files.clear()
+        found = find_files(self.path, "source.path", TAR_SUFFIXES, braces=True, ignored=self.ignored_files)
+        return iter(named_parts(found))
 
     def estimate_rows(self) -> int | None:
         return None if self.config.file_list is None else listed_rows(self.config.file_list)
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
-        self.ignored.clear()
+        self.ignored_members.clear()
         for part in parts:
             index = self._index(part)
             samples: Iterable[tuple[str, Members]] = index.samples()
@@ -161,7 +163,7 @@ class WebdatasetSource(Source):
             if index.damage and not (index.is_cut and is_content(index.last_suffix)):  # else a sample is `truncated`
                 payload = ({_DROP: ["damaged_tar", index.damage]}, *([{}] if self.folders else []))
                 yield part, SourceRow(part.path, part.name, payload=payload)
-            self.ignored.update(index.ignored)
+            self.ignored_members.update(index.ignored)
 
     def _chosen(self, members: Members) -> dict[str, Any]:
         """The members of a sample by what they are; or why it is dropped."""
