@@ -45,7 +45,7 @@ class Tree:
         return ((name, size) for name, size, _ in self.walk_with_siblings() if size >= 0)
 
     def walk_with_siblings(self) -> Iterator[tuple[str, int, Set[str]]]:
-        """As `walk`, with the names of everything in the folder of each file; a link to nothing is a file of -1 bytes."""
+        """As `walk`, with the names of all in the folder of each file; a link to nothing is a file of -1 bytes."""
         self._filesystem.invalidate_cache()
         yield from self._walk("", frozenset())
 
