@@ -18,6 +18,7 @@ from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.tables import table_format
 
 READABLE = "let this user read it, or move it out of the source"
+_COMPRESSED_TARS = ("tgz", "tbz", "tbz2", "txz", "tzst")
 _WILDCARDS = re.compile(r"[*?\[{]")
 
 
@@ -74,7 +75,7 @@ def _find(
     if filesystem.isdir(plain):
         for name, info in _listed(filesystem, plain, path, field).items():
             rule = ignored_by_name(name[len(plain) :]) or (
-                None if table_format(name) in suffixes else suffix_rule(name, ignored)
+                None if _format(name) in suffixes else suffix_rule(name, ignored)
             )
             if rule is None:
                 infos[name] = info
@@ -92,6 +93,11 @@ def _find(
     if not infos:
         raise ConfigError(f"{field}: {path} does not exist; check the path")
     return {p: infos[p].get("size") for p in sorted(infos)}
+
+
+def _format(name: str) -> str:
+    found = table_format(name)
+    return "tar" if found in _COMPRESSED_TARS else found
 
 
 def _listed(filesystem: Any, plain: str, path: str, field: str) -> Any:

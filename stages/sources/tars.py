@@ -27,7 +27,7 @@ from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.tables import captions_of
 from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice, is_content
 from stages.sources.tarfiles.index import Members, TarIndex
-from stages.sources.tarfiles.opening import TAR_SUFFIXES, OpenTars, Span, read_span
+from stages.sources.tarfiles.opening import OpenTars, Span, read_span
 
 _LABEL = "cls"
 _DROP = "drop"
@@ -141,7 +141,7 @@ class WebdatasetSource(Source):
         if self.config.file_list is not None:
             return iter(named_parts(find_listed(self.path, self.config.file_list)))
         self.ignored_files.clear()
-        found = find_files(self.path, "source.path", TAR_SUFFIXES, braces=True, ignored=self.ignored_files)
+        found = find_files(self.path, "source.path", ("tar",), braces=True, ignored=self.ignored_files)
         return iter(named_parts(found))
 
     def estimate_rows(self) -> int | None:

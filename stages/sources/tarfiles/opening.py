@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 
-TAR_SUFFIXES = ("tar", "tgz", "tbz", "tbz2", "txz", "tzst")
 _BLOCK = 2**20
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what decompressors raise for damaged data
 
