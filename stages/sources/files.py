@@ -47,25 +47,25 @@ def find_files(
     filesystem, _ = open_filesystem(path, field)
     filesystem.invalidate_cache()  # others write there while this process lives
     found: dict[str, int | None] = {}
-    for pattern in _expand_braces(filesystem, path, field) if braces else [path]:
-        plain = filesystem._strip_protocol(pattern)
-        found.update(_find(filesystem, plain, pattern, field, suffixes, Counter() if ignored is None else ignored))
+    plain = filesystem._strip_protocol(path)
+    for each, name in _expand_braces(filesystem, plain, path, field) if braces else [(plain, path)]:
+        found.update(_find(filesystem, each, name, field, suffixes, Counter() if ignored is None else ignored))
     base = filesystem._strip_protocol(base_folder(path)).rstrip("/")
     return {plain[len(base) :].lstrip("/"): size for plain, size in found.items()}
 
 
-def _expand_braces(filesystem: Any, path: str, field: str) -> Iterable[str]:
-    """The paths that braces stand for; a path that exists is itself."""
+def _expand_braces(filesystem: Any, plain: str, path: str, field: str) -> Iterable[tuple[str, str]]:
+    """The paths that braces stand for, and what to call each; a file or folder that exists is no pattern."""
     from braceexpand import UnbalancedBracesError, braceexpand
 
-    if "{" not in path or filesystem.exists(filesystem._strip_protocol(path)):
-        return [path]
+    folder = plain if filesystem.exists(plain) else _existing_folder(filesystem, plain)
+    pattern = plain[len(folder) :]
+    if "{" not in pattern:
+        return [(plain, path)]
     try:
-        return braceexpand(path)
+        return ((folder + one, folder + one) for one in list(braceexpand(pattern)))
     except UnbalancedBracesError as error:
-        raise ConfigError(
-            f"{field}: {path} does not exist, and is no range either: {error}; check the path"
-        ) from error
+        raise ConfigError(f"{field}: {path} does not exist, and is no range: {error}; check the path") from error
 
 
 def _find(

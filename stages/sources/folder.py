@@ -36,6 +36,7 @@ _SPELLED = sorted({spelled for suffix in _ANY_IMAGE for spelled in (suffix, suff
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
 _METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))
+_MOST_SPLITS = 64
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _CAPTION = "caption"
 _ORPHAN = "caption files without an image"
@@ -48,8 +49,9 @@ class FolderConfig(AnnotationsConfig):
     kind: Literal["folder"] = "folder"
     path: str | None = None
     """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples; or
-    with a metadata.jsonl|csv|parquet in it or in its subfolders, as Hugging Face's imagefolder has them. Without, all
-    images below the folder, each with the captions of NAME.txt or NAME.caption next to it (one per line)."""
+    with a metadata.jsonl|csv|parquet in it or in its subfolders (the first 64), as Hugging Face's imagefolder has them.
+    Without, all images below the folder, each with the captions of NAME.txt or NAME.caption next to it (one per
+    line)."""
     file_column: str = "file"
     """Column of the image's path in the captions table, relative to the folder or its `images/`. In a metadata table
     also `file_name`, relative to the folder of the table."""
@@ -88,8 +90,10 @@ class FolderSource(Source):
         found = next((name for name in _TABLES if self.tree.size(name) is not None), None)
         if found is not None:
             return {found: (config.file_column, config.caption_column)}
-        folders = ("", *(f"{name}/" for name in self.tree.folders() if ignored_by_name(name) is None))
-        places = (next(self._metadata(folder), None) for folder in folders)
+        if (place := next(self._metadata(""), None)) is not None:
+            return dict([place])
+        folders = [name for name in self.tree.folders() if ignored_by_name(name) is None]
+        places = (next(self._metadata(f"{name}/"), None) for name in folders[:_MOST_SPLITS])
         return dict(place for place in places if place is not None)
 
     def _metadata(self, folder: str) -> Iterator[tuple[str, tuple[str, str]]]:

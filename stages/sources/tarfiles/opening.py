@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError
 
 _BLOCK = 2**20
+_REMEMBERED = 2**14
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what decompressors raise for damaged data
 
 Span = tuple[int, int]
@@ -31,6 +33,21 @@ _OPENERS: Mapping[bytes, Callable[[Any], Any]] = {
 }
 
 
+class _Borrowed(io.RawIOBase):
+    """The bytes of a file that stays open when this is closed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class Decompressed:
     """The decompressed bytes of a file; reads forward, and from the beginning again where it is sent back.
 
@@ -40,28 +57,43 @@ class Decompressed:
     def __init__(self, file: BinaryIO, opener: Callable[[Any], Any]):
         self.damage = ""
         self._file, self._opener = file, opener
+        self._restart()
+
+    def _restart(self) -> None:
+        self._file.seek(0)
+        self._stream = self._opener(_Borrowed(self._file))
         self._at = 0
-        self._stream = opener(file)
+        self._behind, self._ahead = b"", b""  # tars are sought back by a block at their end
 
     def read(self, size: int) -> bytes:
         parts: list[bytes] = []
-        while size > 0 and not self.damage:
-            try:
-                part = self._stream.read(min(size, _BLOCK))
-            except _DAMAGED as error:
-                self.damage = f"the compressed data is damaged: {error}"
-                break
-            if not part:
-                break
+        while size > 0 and (part := self._next(size)):
             parts.append(part)
             size -= len(part)
             self._at += len(part)
+            self._behind = (self._behind + part)[-_REMEMBERED:]
         return b"".join(parts)
 
+    def _next(self, size: int) -> bytes:
+        if self._ahead:
+            part, self._ahead = self._ahead[:size], self._ahead[size:]
+            return part
+        if self.damage:
+            return b""
+        try:
+            return self._stream.read(min(size, _BLOCK))
+        except _DAMAGED as error:
+            self.damage = f"the compressed data is damaged: {error}"
+            return b""
+
     def seek(self, offset: int) -> int:
-        if offset < self._at:
-            self._file.seek(0)
-            self._stream, self._at, self.damage = self._opener(self._file), 0, ""
+        back = self._at - offset
+        if 0 < back <= len(self._behind):
+            self._ahead = self._behind[-back:] + self._ahead
+            self._behind, self._at = self._behind[:-back], offset
+        elif back > 0:
+            self.damage = ""
+            self._restart()
         while offset > self._at and self.read(min(offset - self._at, _BLOCK)):
             pass
         return self._at
