@@ -63,7 +63,7 @@ def _expand_braces(filesystem: Any, plain: str, path: str, field: str) -> Iterab
     if "{" not in pattern:
         return [(plain, path)]
     try:
-        return ((folder + one, folder + one) for one in list(braceexpand(pattern)))
+        return [(folder + one, path.removesuffix(pattern) + one) for one in braceexpand(pattern)]
     except UnbalancedBracesError as error:
         raise ConfigError(f"{field}: {path} does not exist, and is no range: {error}; check the path") from error
 

@@ -49,7 +49,7 @@ class FolderConfig(AnnotationsConfig):
     kind: Literal["folder"] = "folder"
     path: str | None = None
     """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples; or
-    with a metadata.jsonl|csv|parquet in it or in its subfolders (the first 64), as Hugging Face's imagefolder has them.
+    with a metadata.jsonl|csv|parquet in it or in its subfolders (the first 64), as Hugging Face's imagefolder has it.
     Without, all images below the folder, each with the captions of NAME.txt or NAME.caption next to it (one per
     line)."""
     file_column: str = "file"
