@@ -56,15 +56,16 @@ def find_files(
 
 def _expand_braces(filesystem: Any, plain: str, path: str, field: str) -> Iterable[tuple[str, str]]:
     """The paths that braces stand for, and what to call each; a file or folder that exists is no pattern."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     folder = plain if filesystem.exists(plain) else _existing_folder(filesystem, plain)
     pattern = plain[len(folder) :]
     if "{" not in pattern:
         return [(plain, path)]
     try:
-        return [(folder + one, path.removesuffix(pattern) + one) for one in braceexpand(pattern)]
-    except UnbalancedBracesError as error:
+        before = len(plain) - len(path) if plain.endswith(path) else 0  # what makes a relative path absolute
+        return [(each, each[before:]) for each in (folder + one for one in braceexpand(pattern))]
+    except ValueError as error:
         raise ConfigError(f"{field}: {path} does not exist, and is no range: {error}; check the path") from error
 
 

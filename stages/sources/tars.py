@@ -74,8 +74,12 @@ class WebdatasetConfig(AnnotationsConfig):
     def choice(self) -> MemberChoice:
         """How the members of a sample are told from each other."""
         arrays = frozenset(array.member.lower() for array in self.arrays.values() if array.member is not None)
-        named = (self.image_member, self.caption_member, self.label_member)
-        return MemberChoice(*map(_alternatives, named), arrays)
+        return MemberChoice(
+            _alternatives(self.image_member),
+            _alternatives(self.caption_member),
+            _alternatives(self.label_member),
+            arrays,
+        )
 
     @property
     def member_settings(self) -> dict[str, object]:
