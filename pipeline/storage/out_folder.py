@@ -52,6 +52,8 @@ def _inputs(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Key and path of everything that a configuration reads; of a pattern, the folder before its wildcards."""
     if isinstance(value, Mapping):
         for name, item in value.items():
+            if name == "path" and value.get("file_list"):
+                continue  # only the listed files are read
             yield from _inputs(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):

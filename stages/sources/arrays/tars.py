@@ -90,22 +90,26 @@ def read_member(
         if array.pickle_key is None:
             return PrecomputedEmbedding(where, parse(data, where))
         is_npz = array.member.lower().endswith("npz")
-        return _precached(_read_npz(data) if is_npz else read_pickle(data, where), array.pickle_key, where)
+        return _precached(
+            _read_npz(data, array.pickle_key, where) if is_npz else read_pickle(data, where), array.pickle_key, where
+        )
     except Damaged as error:
         return PrecomputedEmbedding(where, reason="unreadable_embedding", detail=str(error))
 
 
-def _read_npz(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; objects are not read.
+def _read_npz(data: bytes, key: str, where: str) -> dict[str, np.ndarray | None]:
+    """The arrays of an .npz by name, of which only `key` is read.
 
     Raises:
-        Damaged: it is not a complete one, or has objects.
+        ConfigError: it does not hold numbers.
+        Damaged: it is not a complete .npz.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise Damaged(f"not an .npz of numbers: {error}") from error
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            return {name: parse(archive.read(full), where) if name == key else None for name, full in names.items()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise Damaged(f"not an .npz: {error}") from error
 
 
 def _precached(content: Any, key: str, where: str) -> PrecomputedEmbedding:

@@ -48,6 +48,7 @@ def test_inside_the_input_is_refused(root: str) -> None:
         check(f"{root}/data/run", source={"path": f"{root}/data/**/x.tar"})
     with pytest.raises(ConfigError, match=r"is inside stages.1.checkpoint="):
         check(f"{root}/m/out", stages=[{"checkpoint": f"{root}/k"}, {"checkpoint": f"{root}/m"}])
+    check(f"{root}/data/run", source={"path": f"{root}/data", "file_list": f"{root}/list.txt"})
     for path in ("data.parquet", "data/urls.parquet", "data/*.tar", "database"):
         check(f"{root}/data", source={"path": f"{root}/other/{path}"})
         check(f"{root}/data/run", source={"path": f"{root}/{path}"})

@@ -500,9 +500,6 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["pickle", "npz"])
 def test_arrays_without_encodings_as_nemo_precaches_them(tmp_path: Path, suffix: str) -> None:
     arrays = [vectors(row, 2 + row).astype(np.float16) for row in range(3)]
-    file = io.BytesIO()
-    np.savez_compressed(file, t5xxl=np.array([object()], dtype=object))
-    damaged = {"pickle": b"no pickle", "npz": file.getvalue()}[suffix]  # objects are not read
 
     def written(array: np.ndarray) -> bytes:
         if suffix == "pickle":
@@ -512,7 +509,7 @@ def test_arrays_without_encodings_as_nemo_precaches_them(tmp_path: Path, suffix:
         return file.getvalue()
 
     samples = {f"{row}": sample(f"c{row}", **{suffix: written(array)}) for row, array in enumerate(arrays)}
-    write_tar(tmp_path / "tars" / "0.tar", {**samples, "3": sample("c3", **{suffix: damaged})})
+    write_tar(tmp_path / "tars" / "0.tar", {**samples, "3": sample("c3", **{suffix: written(arrays[0])[:-30]})})
     source = f"{{a: {{member: {suffix}, pickle_key: t5xxl}}}}"
     summary = precompute(
         tmp_path / "run", *tar_source(tmp_path / "tars", source, f"encoders={given('a', 't5')}"), ANY_DROPS
