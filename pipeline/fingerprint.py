@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
-
 _MAX_SHOWN = 200
 
 

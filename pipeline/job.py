@@ -22,6 +22,7 @@ from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_errors_explained
 from pipeline.storage.events import EventLog
 from pipeline.storage.mirror import working_folder
+from pipeline.storage.out_folder import check_out
 from pipeline.storage.run_folder import CONFIG, PLAN, SUMMARY, RunFolder
 from pipeline.workflow import Workflow
 
@@ -83,6 +84,7 @@ class JobWorkflow(Workflow):
     def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
         if options != PlanOptions(executor=options.executor):
             raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
+        check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
         return {"workflow": self.name, "out": str(out), "summary": dict(self.dry_run())}
 
 
@@ -97,18 +99,25 @@ def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
         PipelineError: what `work` raises.
     """
     run = RunFolder(out)
+    if not _is_follower():
+        check_out(run, workflow.name, workflow.config.model_dump(mode="json"))
     with disk_errors_explained(run.storage.local):
         return _run(workflow, Job(run, options, Lines(quiet=options.quiet)))
 
 
 def _run(workflow: JobWorkflow, job: Job) -> Summary:
     options = job.options
-    if int(os.environ.get("RANK", "0")) > 0:
+    if _is_follower():
         job.lines.quiet = True
         results = _work(workflow, job)
         return {"workflow": workflow.name, "outcome": "finished", "summary": dict(results), "seconds": 0.0}
     with job.run.lock(take_over=options.take_over):
         return _execute(workflow, job)
+
+
+def _is_follower() -> bool:
+    """True in all processes of torchrun but the first, which keeps the run folder."""
+    return int(os.environ.get("RANK", "0")) > 0
 
 
 def _execute(workflow: JobWorkflow, job: Job) -> Summary:

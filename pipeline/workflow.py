@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.plan import Plan
 from pipeline.planning.preview import preview
+from pipeline.storage.out_folder import check_out
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -51,9 +52,11 @@ class ShardedWorkflow(Workflow):
         """
 
     def run(self, out: str, options: RunOptions) -> Summary:
+        check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
         return run_workflow(self.name, self.config, self.plan, out, options)
 
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
+        check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
         return preview(self.name, self.config, self.plan, out, options or PlanOptions())
 
 

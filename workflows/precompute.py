@@ -29,6 +29,7 @@ from stages.precompute.manifest import build_manifest
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
+from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
@@ -126,7 +127,10 @@ class Precompute(ShardedWorkflow):
             ),
             shards=batches.shards,
             input=batches,
-            finalize=build_manifest,
+            finalize=lambda run, rows, failed: {
+                **build_manifest(run, rows, failed),
+                **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
+            },
             final_file="store/manifest.json",
             estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),
             row_group=SAMPLES,
@@ -162,7 +166,9 @@ class Precompute(ShardedWorkflow):
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
         losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
         lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
+        ignored = ignored_line(summary.get("ignored", {}))
         return [
+            *([("ignored", ignored)] if ignored else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             *_retry_hint(summary),

@@ -55,6 +55,10 @@ class Storage(ABC):
         """Names of the files directly in a folder, without the folder, in no order."""
 
     @abstractmethod
+    def entries(self) -> Iterator[tuple[str, bool]]:
+        """Name of everything directly in this folder, and whether it is a folder; nothing if there is no folder."""
+
+    @abstractmethod
     def walk(self) -> Iterator[str]:
         """Names of all files, sorted within a folder."""
 

@@ -57,6 +57,11 @@ class LocalStorage(Storage):
             with os.scandir(self.root / folder) as entries:
                 yield from (e.name for e in entries if not e.name.startswith(TEMPORARY_MARK) and not e.is_dir())
 
+    def entries(self) -> Iterator[tuple[str, bool]]:
+        if self.root.is_dir():
+            with os.scandir(self.root) as entries:
+                yield from ((entry.name, entry.is_dir()) for entry in entries)
+
     def walk(self) -> Iterator[str]:
         for folder, folders, names in os.walk(self.root):
             folders.sort()

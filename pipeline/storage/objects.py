@@ -78,6 +78,16 @@ class ObjectStorage(Storage):
             return
         yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    def entries(self) -> Iterator[tuple[str, bool]]:
+        try:
+            entries = self._call("listed", "", lambda path: self._fs.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            if entry["name"].rstrip("/") != self._root:
+                yield name, entry["type"] == "directory"
+
     def walk(self) -> Iterator[str]:
         found: list[str] = self._call("listed", "", self._fs.find)
         yield from (path[len(self._root) + 1 :] for path in sorted(found))

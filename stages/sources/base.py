@@ -3,8 +3,10 @@
 import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Self
@@ -167,6 +169,21 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+
+    @cached_property
+    def ignored_files(self) -> Counter[str]:
+        """How many files the last listing by `parts` ignored, by rule."""
+        return Counter()
+
+    @cached_property
+    def ignored_members(self) -> Counter[str]:
+        """How many files or members the last pass by `rows` ignored, by rule."""
+        return Counter()
+
+    @property
+    def ignored(self) -> Counter[str]:
+        """How many files and members are no data, by rule; known after a pass over all rows."""
+        return self.ignored_files + self.ignored_members
 
     @property
     def grows(self) -> bool:

@@ -1,24 +1,48 @@
-"""A folder of images with captions: `NAME.txt` next to `NAME.png`, or a captions table."""
+"""A folder of images with captions: `NAME.txt` next to `NAME.png`, or tables of captions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.lines import split_lines
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
+from stages.sources.base import Emit, InputPart, KeyRegistry, Original, Source, SourceRow, require_path
+from stages.sources.files import READABLE
+from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
 from stages.sources.tables import columns, count_rows, estimate_rows, read_parts
-from stages.sources.tree import Content, Tree
+from stages.sources.tree import Content, Sizes, Tree
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"))
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo"),
+    )
+)
+"""Suffixes of the formats that are decoded."""
+OTHER_IMAGE_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".tga", ".ico", ".psd", ".svg"),
+        *(".exr", ".hdr", ".pfm", ".dds", ".pcx", ".sgi", ".xbm", ".xpm", ".qoi", ".dng", ".cr2", ".nef", ".arw"),
+    )
+)
+"""Suffixes of images that are not decoded, unless they hold one of those formats: their rows are counted drops."""
+_ANY_IMAGE = IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
+_SPELLED = sorted({spelled for suffix in _ANY_IMAGE for spelled in (suffix, suffix.upper())})
 _CAPTIONS_AT_ONCE = 256
 _TABLES = tuple(f"captions.{suffix}" for suffix in ("tsv", "csv", "jsonl", "parquet"))
+_METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))
+_MOST_SPLITS = 64
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_CAPTION = "caption"
+_ORPHAN = "caption files without an image"
+_UNNAMED = "images that no row of the table names"
 
 
 class FolderConfig(AnnotationsConfig):
@@ -26,13 +50,18 @@ class FolderConfig(AnnotationsConfig):
 
     kind: Literal["folder"] = "folder"
     path: str | None = None
-    """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples;
-    without, all images below the folder, each with the captions of NAME.txt next to it (one per line)."""
+    """The folder, local or any fsspec URL. With a captions.tsv|csv|jsonl|parquet in it, its rows are the samples; or
+    with a metadata.jsonl|csv|parquet in it or in its subfolders (the first 64), as Hugging Face's imagefolder has it.
+    Without, all images below the folder, each with the captions of NAME.txt or NAME.caption next to it (one per
+    line)."""
     file_column: str = "file"
-    """Column of the image's path in the captions table, relative to the folder or its `images/`."""
+    """Column of the image's path in the captions table, relative to the folder or its `images/`. In a metadata table
+    also `file_name`, relative to the folder of the table."""
     caption_column: str | None = "caption"
-    """Column of the caption, or of a list of captions, in the captions table. null: every caption is empty, also
-    without a table."""
+    """Column of the caption, or of a list of captions, in the captions table; in a metadata table also `text`. null:
+    every caption is empty, also without a table."""
+    use_tables: bool = True
+    """false: the captions are in files next to the images, though there are tables."""
 
     def build(self) -> "FolderSource":
         return FolderSource(self)
@@ -56,75 +85,124 @@ class FolderSource(Source):
         return Tree(self.path)
 
     @cached_property
-    def table(self) -> str | None:
-        """Name of the captions table."""
-        return next((name for name in _TABLES if self.tree.size(name) is not None), None)
+    def tables(self) -> dict[str, tuple[str, str | None]]:
+        """The tables, each with its columns of files and captions, the latter None if they are not wanted."""
+        config = self.config
+        if not config.use_tables:
+            return {}
+        found = next((name for name in _TABLES if self.tree.size(name) is not None), None)
+        if found is not None:
+            return {found: (config.file_column, config.caption_column)}
+        if (place := next(self._metadata(""), None)) is not None:
+            return dict([place])
+        folders = [name for name in self.tree.folders() if ignored_by_name(name) is None]
+        places = (next(self._metadata(f"{name}/"), None) for name in folders[:_MOST_SPLITS])
+        return dict(place for place in places if place is not None)
+
+    def _metadata(self, folder: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
+        """The metadata tables of a folder that name files."""
+        for name in (f"{folder}{table}" for table in _METADATA if self.tree.size(f"{folder}{table}") is not None):
+            present = columns(f"{self.tree.url}/{name}")
+            named = (self.config.file_column, "file_name"), (self.config.caption_column, "text")
+            file, caption = (next((c for c in choices if c in present), choices[0]) for choices in named)
+            if file in present:
+                yield name, (str(file), None if self.config.caption_column is None else caption)
 
     @property
     def grows(self) -> bool:
-        return self.table is not None
+        return bool(self.tables)
 
     def check(self) -> None:
         if not self.tree.is_folder():
             raise ConfigError(f"source.path: {self.tree.url} is not a folder; check the path")
-        where = f"{self.tree.url}/{self.table}" if self.table else self.tree.url
-        if self.table is not None:
+        where = self.tree.url
+        for name, (file, caption) in self.tables.items():
+            where = f"{self.tree.url}/{name}"
             if present := columns(where):
-                self.config.check_columns(("file_column", "caption_column"), present, where)
-            parts: Iterable[object] = read_parts(self.tree.url, self.parts(), [])
-        else:
+                named = self.config.model_copy(update={"file_column": file, "caption_column": caption})
+                named.check_columns(("file_column", "caption_column"), present, where)
+        if not self.tables:
             for field, column in self.config.annotation_columns.items():
                 raise ConfigError(
                     f"source.{field}_column: {column!r} is a column of a captions table, and {where} has none; "
                     f"add one ({', '.join(_TABLES)})"
                 )
-            parts = self.parts()
-        if not any(True for _ in parts):
+        found = read_parts(self.tree.url, self.parts(), []) if self.tables else self.parts()
+        if not any(True for _ in found):
             raise ConfigError(f"source.path: {where} holds no images; give a folder with at least one")
 
     def parts(self) -> Iterator[InputPart]:
-        if self.table is not None:
-            yield InputPart(self.table, self.tree.size(self.table))
+        if self.tables:
+            yield from (InputPart(name, self.tree.size(name)) for name in self.tables)
             return
-        for name, size in self.tree.walk():
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+        self.ignored_files.clear()
+        for name, size, siblings in self.tree.walk_with_siblings():
+            rule = ignored_by_name(name) or _ignored_by_suffix(name, siblings, self.ignored_files)
+            if rule is None:
                 yield InputPart(name, size)
+            elif rule != _CAPTION:
+                self.ignored_files[rule] += 1
 
     def count_rows(self, path: str) -> int:
         return count_rows(f"{self.tree.url}/{path}")
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
-        return self._loose_rows(parts) if self.table is None else self._table_rows(parts)
+        return self._table_rows(parts) if self.tables else self._loose_rows(parts)
 
     def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
-        config = self.config
-        with self.tree.sizes() as size_of:
-            wanted = [c for c in (config.file_column, config.caption_column) if c is not None]
-            wanted += config.annotation_columns.values()
-            for part, record in read_parts(self.tree.url, parts, wanted):
-                name, payload, captions = "", (-1,), None
-                try:
-                    name = text_of(record, config.file_column) or ""
-                    sizes = (size_of(place) for place in _places(name))
-                    payload = (next((size for size in sizes if size is not None), -1),)
-                    if config.caption_column is not None:
-                        captions = captions_of(record, config.caption_column)
-                    annotations = config.annotations(record)
-                    row = SourceRow(name, captions=captions, payload=payload, annotations=annotations)
-                except BadCell as bad:
-                    row = SourceRow(name, captions=captions, payload=payload).dropped(bad)
+        named = KeyRegistry()
+        wanted = {column for both in self.tables.values() for column in both if column is not None}
+        wanted |= set(self.config.annotation_columns.values())
+        images = 0
+        with self.tree.sizes() as size_of, closing(named):
+            for part, record in read_parts(self.tree.url, parts, sorted(wanted)):
+                row, place = self._row(part, record, size_of)
+                images += bool(place) and is_image(place) and named.is_new(place)
                 yield part, row
+        self._count_unnamed(images)
+
+    def _row(self, part: InputPart, record: Mapping[str, Any], size_of: Sizes) -> tuple[SourceRow, str]:
+        """The row of a record, and the file that it names; "" if there is none."""
+        config = self.config
+        file_column, caption_column = self.tables.get(part.path, (config.file_column, config.caption_column))
+        folder = part.path.rpartition("/")[0]
+        name, place, payload, captions = "", "", (-1,), None
+        try:
+            name = text_of(record, file_column) or ""
+            name = f"{folder}/{name}" if folder and name else name
+            found = ((place, size) for place in _places(name) if (size := size_of(place)) is not None)
+            place, size = next(found, ("", -1))
+            payload = (size,)
+            captions = None if caption_column is None else captions_of(record, caption_column)
+            annotations = config.annotations(record)
+        except BadCell as bad:
+            return SourceRow(name, captions=captions, payload=payload).dropped(bad), place
+        return SourceRow(name, captions=captions, payload=payload, annotations=annotations), place
+
+    def _count_unnamed(self, named: int) -> None:
+        """Counts the files that no row of the tables names, of which `named` are images."""
+        ignored = self.ignored_members
+        ignored.clear()
+        for name, _, siblings in self.tree.walk_with_siblings():
+            rule = ignored_by_name(name) or _ignored_by_suffix(name, siblings, ignored) or _UNNAMED
+            if name not in self.tables and rule != _CAPTION:
+                ignored[rule] += 1
+        ignored[_UNNAMED] = max(0, ignored[_UNNAMED] - named)
 
     def _loose_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         parts = iter(parts)
         while some := list(islice(parts, _CAPTIONS_AT_ONCE)):
-            texts = self.tree.read([PurePosixPath(part.path).with_suffix(".txt").as_posix()] for part in some)
+            texts = self.tree.read(_caption_files(part.path) for part in some)
             for part, text in zip(some, texts, strict=True):
+                if isinstance(text, PermissionError):
+                    raise ConfigError(
+                        f"source.path: the captions of {part.path} cannot be read: {text.strerror or text}; {READABLE}"
+                    ) from text
                 captions = None if self.config.caption_column is None else _lines(text)
                 yield part, SourceRow(part.path, captions=captions, payload=(part.bytes,))
 
     def estimate_rows(self) -> int | None:
-        return estimate_rows([f"{self.tree.url}/{self.table}"]) if self.table else None
+        return estimate_rows([f"{self.tree.url}/{name}" for name in self.tables]) if self.tables else None
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del shard, scratch
@@ -142,8 +220,29 @@ class FolderSource(Source):
         return replace(original, data=content)
 
     def fingerprint(self) -> dict[str, object]:
-        suffix = PurePosixPath(self.table).suffix if self.table else ".txt beside each image"
-        return {"captions": suffix, **self.config.annotation_settings}
+        suffixes = sorted({name.rpartition("/")[2].removeprefix("captions") for name in self.tables})
+        captions = " ".join(suffixes) if suffixes else ".txt beside each image"
+        return {"captions": captions, **self.config.annotation_settings}
+
+
+def is_image(name: str) -> bool:
+    """True if the suffix is one of an image, whether or not its format is decoded."""
+    return PurePosixPath(name).suffix.lower() in _ANY_IMAGE
+
+
+def _ignored_by_suffix(name: str, siblings: Set[str], ignored: Mapping[str, int]) -> str | None:
+    """The rule by which a file is not an image, None for an image; `siblings` are the names in its folder."""
+    if is_image(name):
+        return None
+    path = PurePosixPath(name)
+    if path.suffix.lower() not in _CAPTION_SUFFIXES:
+        return suffix_rule(name, ignored)
+    has_image = any(f"{path.stem}{suffix}" in siblings for suffix in _SPELLED)
+    return _CAPTION if has_image else _ORPHAN
+
+
+def _caption_files(image: str) -> list[str]:
+    return [PurePosixPath(image).with_suffix(suffix).as_posix() for suffix in _CAPTION_SUFFIXES]
 
 
 def _places(name: str) -> tuple[str, ...]:

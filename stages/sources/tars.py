@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
@@ -25,7 +25,13 @@ from stages.sources.base import (
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of
-from stages.sources.tar_members import CONTENT, OpenTars, Span, index_tar, read_span
+from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice, is_content
+from stages.sources.tarfiles.index import Members, TarIndex
+from stages.sources.tarfiles.opening import OpenTars, Span, read_span
+
+_LABEL = "cls"
+_DROP = "drop"
+"""In place of members: reason and detail of a row that is dropped unread."""
 
 
 class WebdatasetConfig(AnnotationsConfig):
@@ -34,14 +40,59 @@ class WebdatasetConfig(AnnotationsConfig):
     kind: Literal["webdataset"] = "webdataset"
     path: str | None = None
     """A tar, a folder of tars, a glob, or a brace range such as `data/{00000..00099}.tar`; with `file_list` the folder
-    that its names are relative to."""
+    that its names are relative to. Tars may be compressed (gzip, bzip2, xz, Zstandard)."""
     file_list: str | None = None
     """A list of the tars to read: one name per line, or NeMo's wdinfo.pkl."""
     caption_column: str | None = "caption"
     """Key of the caption in KEY.json, or of a list of captions; used where there is no KEY.txt. null: every caption is
     empty, also where there is a KEY.txt."""
+    key_ends_at: Literal["first_dot", "last_dot"] = "first_dot"
+    """Where a member's key ends: at the first dot of its file name, as in webdataset, or at the last dot, for keys
+    that have dots themselves."""
+    image_member: str | None = None
+    """Suffix of the image, such as `jpg` for KEY.jpg, or several of which the first present one is taken (`jpg;png`).
+    null: the only image of a sample; a sample of several is refused."""
+    caption_member: str | None = None
+    """Suffix of the text with the caption, or several as above. null: KEY.txt."""
+    label_member: str | None = None
+    """Suffix of the text with the number of the image's class, or several as above. null: KEY.cls, where
+    label_column=cls."""
     arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the samples, by a name that encoders of kind `given` request."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.label_member is not None and self.label_column is not None:
+            raise ValueError("give either label_member or label_column, which is a key of KEY.json")
+        return self
+
+    @property
+    def annotation_columns(self) -> dict[str, str]:
+        label = {} if self.label_member is None else {"label": _LABEL}
+        return {**super().annotation_columns, **label}
+
+    @property
+    def choice(self) -> MemberChoice:
+        """How the members of a sample are told from each other."""
+        arrays = frozenset(array.member.lower() for array in self.arrays.values() if array.member is not None)
+        return MemberChoice(
+            _alternatives(self.image_member),
+            _alternatives(self.caption_member),
+            _alternatives(self.label_member),
+            arrays,
+        )
+
+    @property
+    def member_settings(self) -> dict[str, object]:
+        """The members' part of the fingerprint: what is not the default."""
+        named = {name: getattr(self, name) for name in ("image_member", "caption_member", "label_member")}
+        ends = {} if self.key_ends_at == "first_dot" else {"key_ends_at": self.key_ends_at}
+        return {**{name: value for name, value in named.items() if value is not None}, **ends}
+
+    def split_name(self, name: str) -> tuple[str, str]:
+        """The last part of the key, and the suffix, of a member's file name."""
+        key, _, suffix = name.partition(".") if self.key_ends_at == "first_dot" else name.rpartition(".")
+        return (key, suffix) if key else (suffix, "")
 
     def build(self) -> "WebdatasetSource":
         return WebdatasetSource(self)
@@ -60,6 +111,7 @@ class WebdatasetSource(Source):
     def __init__(self, config: WebdatasetConfig):
         self.config = config
         self.path = require_path(config.path, "webdataset")
+        self._choice = config.choice
         self.folders = {
             name: ArrayFolder(name, array.folder) for name, array in config.arrays.items() if array.folder is not None
         }
@@ -71,29 +123,59 @@ class WebdatasetSource(Source):
     def check(self) -> None:
         for folder in self.folders.values():
             folder.check(part.path for part in self.parts())
-        if next(self.shards(1), None) is None:
-            raise ConfigError(f"source.path: {self.path} holds no samples; give tars with at least one member")
+        damage = ""
+        for part in self.parts():
+            index = self._index(part)
+            samples = index.head()
+            for key, members in samples:
+                try:
+                    self._choice.of(members)
+                except Ambiguous as error:
+                    raise ConfigError(f"source.path: {index.path}: the sample {key!r} has {error}") from error
+            if samples:
+                return
+            damage = damage or (index.damage and f"{index.path} is not a readable tar: {index.damage}")
+        raise ConfigError(
+            f"source.path: {damage or f'{self.path} holds no samples'}; give tars with at least one member"
+        )
+
+    def _index(self, part: InputPart) -> TarIndex:
+        return TarIndex(f"{self.folder}/{part.path}", self.config.split_name)
 
     def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
             return iter(named_parts(find_listed(self.path, self.config.file_list)))
-        return iter(named_parts(find_files(self.path, "source.path", ("tar",), braces=True)))
+        self.ignored_files.clear()
+        found = find_files(self.path, "source.path", ("tar",), braces=True, ignored=self.ignored_files)
+        return iter(named_parts(found))
 
     def estimate_rows(self) -> int | None:
         return None if self.config.file_list is None else listed_rows(self.config.file_list)
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+        self.ignored_members.clear()
         for part in parts:
-            samples = index_tar(f"{self.folder}/{part.path}")
-            if not self.folders:
-                for key, members in samples:
-                    yield part, SourceRow(f"{part.name}/{key}", part.name, payload=(members,))
-                continue
-            indexed = list(samples)  # all of a tar must fit its arrays before any of it is used
-            places = {name: self._places(name, part, [key for key, _ in indexed]) for name in self.folders}
-            for index, (key, members) in enumerate(indexed):
-                arrays = {name: [rows[index], digest] for name, (rows, digest) in places.items()}
-                yield part, SourceRow(f"{part.name}/{key}", part.name, payload=(members, arrays))
+            index = self._index(part)
+            samples: Iterable[tuple[str, Members]] = index.samples()
+            places: dict[str, tuple[Sequence[int], str]] = {}
+            if self.folders:  # all of a tar must fit its arrays before any of it is used
+                samples = list(samples)
+                places = {name: self._places(name, part, [key for key, _ in samples]) for name in self.folders}
+            for number, (key, members) in enumerate(samples):
+                arrays = {name: [rows[number], digest] for name, (rows, digest) in places.items()}
+                payload = (self._chosen(members), arrays) if self.folders else (self._chosen(members),)
+                yield part, SourceRow(f"{part.name}/{key}", part.name, payload=payload)
+            if index.damage and not (index.is_cut and is_content(index.last_suffix)):  # else a sample is `truncated`
+                payload = ({_DROP: ["damaged_tar", index.damage]}, *([{}] if self.folders else []))
+                yield part, SourceRow(part.path, part.name, payload=payload)
+            self.ignored_members.update(index.ignored)
+
+    def _chosen(self, members: Members) -> dict[str, Any]:
+        """The members of a sample by what they are; or why it is dropped."""
+        try:
+            return self._choice.of(members)
+        except Ambiguous as error:
+            return {_DROP: ["ambiguous_members", str(error)]}
 
     def _places(self, name: str, part: InputPart, keys: Sequence[str]) -> tuple[Sequence[int], str]:
         """The row in the .npy of each sample of a tar, and the digest of the .npy.
@@ -111,7 +193,8 @@ class WebdatasetSource(Source):
         del scratch
         with self._open_tars(shard) as tars:
             for row in rows:
-                emit(self._read(tars.open(row.name), row))
+                drop = row.payload[0].get(_DROP)
+                emit(self._read(tars.open(row.name), row) if drop is None else Original.dropped(row, *drop))
 
     def _open_tars(self, shard: Shard) -> OpenTars:
         return OpenTars(lambda name: path_of(shard, name, self.folder, self.parts))
@@ -124,7 +207,9 @@ class WebdatasetSource(Source):
         content = {kind: read_span(file, span) for kind, span in wanted.items()}
         if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
             return Original.dropped(row, "truncated", "the tar ends inside this sample")
-        metadata = {"cls": content.get("cls", b"").decode("ascii", "replace"), **_json_object(content.get("json"))}
+        label = {_LABEL: content.get("cls", b"").decode("ascii", "replace")}
+        described = _json_object(content.get("json"))
+        metadata = {**label, **described} if self.config.label_member is None else {**described, **label}
         url = metadata.get("url")
         url = url if isinstance(url, str) else None
         try:
@@ -142,7 +227,8 @@ class WebdatasetSource(Source):
         return tuple(captions_of(metadata, self.config.caption_column))
 
     def fingerprint(self) -> dict[str, object]:
-        return {"caption_column": self.config.caption_column, **self.config.annotation_settings}
+        config = self.config
+        return {"caption_column": config.caption_column, **config.annotation_settings, **config.member_settings}
 
     def describe_array(self, name: str) -> dict[str, object]:
         array = self.config.arrays.get(name)
@@ -160,6 +246,10 @@ class WebdatasetSource(Source):
                     yield PrecomputedEmbedding(*self.folders[name].read(path, index))
                 else:
                     yield read_member(tars, row.name, row.key, row.payload[0], array)
+
+
+def _alternatives(suffixes: str | None) -> tuple[str, ...]:
+    return tuple(suffix.strip().lstrip(".") for suffix in (suffixes or "").split(";") if suffix.strip(" ."))
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:

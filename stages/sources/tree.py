@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -11,7 +11,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from stages.sources.files import open_filesystem
+from pipeline.errors import ConfigError
+from stages.sources.files import READABLE, open_filesystem
 
 _READS_AT_ONCE = 16
 Content = bytes | OSError
@@ -36,22 +37,43 @@ class Tree:
         return self._filesystem.isdir(self._root)
 
     def walk(self) -> Iterator[tuple[str, int]]:
-        """Name and bytes of every file, each folder sorted. Holds one folder's list at a time."""
+        """Name and bytes of every file, each folder sorted. Holds one folder's list at a time.
+
+        Raises:
+            ConfigError: a folder may not be read.
+        """
+        return ((name, size) for name, size, _ in self.walk_with_siblings() if size >= 0)
+
+    def walk_with_siblings(self) -> Iterator[tuple[str, int, Set[str]]]:
+        """As `walk`, with the names of all in the folder of each file; a link to nothing is a file of -1 bytes."""
         self._filesystem.invalidate_cache()
         yield from self._walk("", frozenset())
 
-    def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
+    def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, int, Set[str]]]:
         if self.is_local:
             real = os.path.realpath(self._path(folder))
             if real in above:  # a link to a folder above would never end
                 return
             above |= {real}
-        for name, size in sorted(self._entries(folder)):
+        entries = self._sorted_entries(folder)
+        siblings = frozenset(name for name, _ in entries)
+        for name, size in entries:
             below = f"{folder}/{name}" if folder else name
             if size is None:
                 yield from self._walk(below, above)
             else:
-                yield below, size
+                yield below, size, siblings
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        return [name for name, size in self._sorted_entries("") if size is None]
+
+    def _sorted_entries(self, folder: str) -> list[tuple[str, int | None]]:
+        try:
+            return sorted(self._entries(folder))
+        except PermissionError as error:
+            where = error.filename or self._path(folder)
+            raise ConfigError(f"source.path: {where} cannot be read: {error.strerror or error}; {READABLE}") from error
 
     def _entries(self, folder: str) -> Iterator[tuple[str, int | None]]:
         """Name and bytes of the entries of a folder; None for a folder."""
@@ -63,6 +85,8 @@ class Tree:
                         yield entry.name, None
                     elif entry.is_file():
                         yield entry.name, entry.stat().st_size
+                    elif entry.is_symlink():
+                        yield entry.name, -1
             return
         for info in self._filesystem.ls(path, detail=True):
             name = info["name"].rstrip("/").rpartition("/")[2]

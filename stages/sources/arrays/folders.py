@@ -151,5 +151,5 @@ def no_array(name: str, present: Iterable[str]) -> ConfigError:
 
 def number_of(path: str) -> int | None:
     """The digits at the end of a file's name."""
-    found = re.search(r"\d+$", PurePosixPath(path).stem)
+    found = re.search(r"\d+$", PurePosixPath(path).stem.removesuffix(".tar"))
     return int(found[0]) if found else None

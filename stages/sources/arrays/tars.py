@@ -1,5 +1,8 @@
 """Embeddings that come with the samples of tars: members of the tar, or rows of .npy files next to it."""
 
+import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,16 +16,21 @@ from stages.sources.arrays.npy import parse
 from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.base import PrecomputedEmbedding
 from stages.sources.files import Damaged
-from stages.sources.tar_members import PICKLES, OpenTars, Span, read_span
+from stages.sources.tarfiles.choice import PICKLES
+from stages.sources.tarfiles.opening import OpenTars, Span, read_span
+
+_WITH_ENTRIES = (*PICKLES, "npz")
 
 
 class ArrayConfig(Config):
     """Where each sample of a tar has its array: as a member of the tar, or in a folder of .npy files."""
 
     member: str | None = None
-    """Suffix of the member: `npy` for KEY.npy next to KEY.jpg. `.pickle` and `.pkl` are read as plain data only."""
+    """Suffix of the member: `npy` for KEY.npy next to KEY.jpg. `.pickle`, `.pkl` and `.npz` are read as plain data
+    only."""
     pickle_key: str | None = None
-    """Of a pickle: the entry that has `encodings`, and perhaps a `mask`; NeMo's `precached_key`."""
+    """Of a pickle or .npz: the entry that is the array, as NeMo's precaching writes it, or that has `encodings` and
+    perhaps a `mask`, as NeMo's training reads it (`precached_key`)."""
     folder: str | None = None
     """A folder of .npy files, as img_emb_0007.npy for 00007.tar, local or any fsspec URL."""
     index_width: int | None = Field(default=None, ge=1)
@@ -35,9 +43,9 @@ class ArrayConfig(Config):
             raise ValueError("give either member or folder")
         if self.index_width is not None and self.folder is None:
             raise ValueError("index_width goes with folder")
-        is_pickle = self.member is not None and self.member.rpartition(".")[2] in PICKLES
-        if is_pickle != (self.pickle_key is not None):
-            raise ValueError(f"pickle_key goes with a member of {' or '.join(PICKLES)} (member {self.member!r})")
+        has_entries = self.member is not None and self.member.lower().rpartition(".")[2] in _WITH_ENTRIES
+        if has_entries != (self.pickle_key is not None):
+            raise ValueError(f"pickle_key goes with a member of {' or '.join(_WITH_ENTRIES)} (member {self.member!r})")
         return self
 
 
@@ -81,20 +89,41 @@ def read_member(
             raise Damaged("the tar ends inside it")
         if array.pickle_key is None:
             return PrecomputedEmbedding(where, parse(data, where))
-        return _precached(read_pickle(data, where), array.pickle_key, where)
+        is_npz = array.member.lower().endswith("npz")
+        return _precached(
+            _read_npz(data, array.pickle_key, where) if is_npz else read_pickle(data, where), array.pickle_key, where
+        )
     except Damaged as error:
         return PrecomputedEmbedding(where, reason="unreadable_embedding", detail=str(error))
 
 
+def _read_npz(data: bytes, key: str, where: str) -> dict[str, np.ndarray | None]:
+    """The arrays of an .npz by name, of which only `key` is read.
+
+    Raises:
+        ConfigError: it does not hold numbers.
+        Damaged: it is not a complete .npz.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            return {name: parse(archive.read(full), where) if name == key else None for name, full in names.items()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise Damaged(f"not an .npz: {error}") from error
+
+
 def _precached(content: Any, key: str, where: str) -> PrecomputedEmbedding:
-    """The array in what NeMo pickles of a sample: {key: {"encodings": (tokens, dim), "mask": (tokens,)}}."""
+    """The array in what NeMo pickles of a sample: {key: (tokens, dim)} or {key: {"encodings": (tokens, dim), "mask":
+    (tokens,)}}."""
     found = content.get(key) if isinstance(content, dict) else None
+    if isinstance(found, np.ndarray):
+        return PrecomputedEmbedding(where, found)
     entry: dict[str, Any] = found if isinstance(found, dict) else {}
     encodings = entry.get("encodings")
     if not isinstance(encodings, np.ndarray):
         has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         return PrecomputedEmbedding(
-            where, reason="missing_embedding", detail=f"no {key}.encodings; it has: {has}"[:200]
+            where, reason="missing_embedding", detail=f"no {key} or {key}.encodings; it has: {has}"[:200]
         )
     mask = entry.get("mask")
     if mask is not None:

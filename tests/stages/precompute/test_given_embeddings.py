@@ -497,6 +497,28 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
         precompute(tmp_path / "run", *tar_source(tmp_path / "tars", *NEMO))
 
 
+@pytest.mark.parametrize("suffix", ["pickle", "npz"])
+def test_arrays_without_encodings_as_nemo_precaches_them(tmp_path: Path, suffix: str) -> None:
+    arrays = [vectors(row, 2 + row).astype(np.float16) for row in range(3)]
+
+    def written(array: np.ndarray) -> bytes:
+        if suffix == "pickle":
+            return pickle.dumps({"t5xxl": array})
+        file = io.BytesIO()
+        np.savez_compressed(file, t5xxl=array)
+        return file.getvalue()
+
+    samples = {f"{row}": sample(f"c{row}", **{suffix: written(array)}) for row, array in enumerate(arrays)}
+    write_tar(tmp_path / "tars" / "0.tar", {**samples, "3": sample("c3", **{suffix: written(arrays[0])[:-30]})})
+    source = f"{{a: {{member: {suffix}, pickle_key: t5xxl}}}}"
+    summary = precompute(
+        tmp_path / "run", *tar_source(tmp_path / "tars", source, f"encoders={given('a', 't5')}"), ANY_DROPS
+    )
+    assert summary["tally"]["groups"]["text-t5"]["drops"] == {"unreadable_embedding": 1}
+    for one, array in zip(Store.open(tmp_path / "run" / "store"), arrays, strict=True):
+        np.testing.assert_array_equal(one.text["t5"][0], array.astype(np.float32))
+
+
 @pytest.mark.parametrize("arrays", ["{a: {}}", "{a: {member: npy, folder: x}}", "{a: {member: pickle}}"])
 def test_an_array_is_a_member_or_a_folder(tmp_path: Path, arrays: str) -> None:
     with pytest.raises(ConfigError, match=r"source.arrays.a: (give either member or folder|pickle_key goes with)"):
