@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
 from stages.sources.download.config import DownloadConfig
@@ -37,6 +38,10 @@ class HuggingfaceConfig(AnnotationsConfig):
 
     download: DownloadConfig = DownloadConfig()
     """How to fetch what `url_column` names."""
+
+    exif_column: str | None = "exif"
+    """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The column need not be there. null: it is not used."""
 
     def build(self) -> "HuggingfaceSource":
         return HuggingfaceSource(self)
@@ -119,7 +124,8 @@ class HuggingfaceSource(Source):
             record = dataset[row.payload[0]]
             data = self._image(record)
             reason = "no_image" if data is None else None
-            emit(replace(self._without_image(row, record), data=data, reason=reason))
+            orientation = orientation_in(record.get(config.exif_column))
+            emit(replace(self._without_image(row, record), data=data, reason=reason, orientation=orientation))
 
     def _without_image(self, row: SourceRow, record: dict[str, Any]) -> Original:
         config = self.config
@@ -141,5 +147,6 @@ class HuggingfaceSource(Source):
             "image_column": self.config.image_column,
             "caption_column": self.config.caption_column,
             **({"url_column": self.config.url_column} if self.config.url_column else {}),
+            **exif_settings(self.config.exif_column),
             **self.config.annotation_settings,
         }

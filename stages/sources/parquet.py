@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, FolderArrayConfig, no_array
 from stages.sources.base import (
@@ -45,6 +46,9 @@ class ParquetConfig(AnnotationsConfig):
     """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key; default: file name and row number."""
+    exif_column: str | None = "exif"
+    """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The column need not be there. null: it is not used."""
     arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the rows, by a name that encoders of kind `given` request."""
 
@@ -133,6 +137,7 @@ class ParquetSource(Source):
         numbers = [row.payload[0] for row in rows]
         with fsspec.open(path, "rb") as file:
             table = pq.ParquetFile(cast(Any, file))
+            names += [name for name in table.schema_arrow.names if name == config.exif_column and name not in names]
             first = 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).num_rows
@@ -155,6 +160,7 @@ class ParquetSource(Source):
             data,
             "no_image" if config.image_column and data is None else None,
             annotations=config.annotations(record),
+            orientation=orientation_in(record.get(config.exif_column)),
         )
 
     def fingerprint(self) -> dict[str, object]:
@@ -162,6 +168,7 @@ class ParquetSource(Source):
         return {
             "image_column": config.image_column,
             "caption_column": config.caption_column,
+            **exif_settings(config.exif_column),
             **config.annotation_settings,
         }
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
@@ -39,6 +40,9 @@ class WebdatasetConfig(AnnotationsConfig):
     """A list of the tars to read: one name per line, or NeMo's wdinfo.pkl."""
     caption_column: str = "caption"
     """Key of the caption in KEY.json; used where there is no KEY.txt."""
+    exif_column: str | None = "exif"
+    """Key in KEY.json of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The key need not be there. null: it is not used."""
     arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the samples, by a name that encoders of kind `given` request."""
 
@@ -131,10 +135,23 @@ class WebdatasetSource(Source):
         url = metadata.get("url")
         url = url if isinstance(url, str) else None
         annotations = self.config.annotations(metadata)
-        return Original(row.position, row.key, url, tuple(captions), content["image"], annotations=annotations)
+        orientation = orientation_in(metadata.get(self.config.exif_column))
+        return Original(
+            row.position,
+            row.key,
+            url,
+            tuple(captions),
+            content["image"],
+            annotations=annotations,
+            orientation=orientation,
+        )
 
     def fingerprint(self) -> dict[str, object]:
-        return {"caption_column": self.config.caption_column, **self.config.annotation_settings}
+        return {
+            "caption_column": self.config.caption_column,
+            **exif_settings(self.config.exif_column),
+            **self.config.annotation_settings,
+        }
 
     def describe_array(self, name: str) -> dict[str, object]:
         array = self.config.arrays.get(name)
