@@ -3,8 +3,10 @@
 Every file goes through a folder, tars, Parquet and URLs of a server on this machine. It must become a sample within
 one level of Pillow's reading, or a counted drop.
 
-    pip download --no-deps --no-binary pillow,scikit-image pillow scikit-image
-    python -m benchmarks.real_images pillow-*.tar.gz scikit_image-*.tar.gz --out benchmarks/results/real_images.json
+    pip download --no-deps --no-binary pillow,scikit-image,matplotlib pillow scikit-image matplotlib
+    python -m benchmarks.real_images *.tar.gz --out benchmarks/results/real_images.json
+
+image-rs is the crate `image`, or its repository as a .tar.gz.
 """
 
 import argparse
@@ -37,12 +39,13 @@ from workflows.precompute import Precompute, PrecomputeConfig
 
 SIZE_PX = 64
 SUFFIXES = re.compile(
-    r"\.(apng|avif|blp|bmp|cur|dds|dib|emf|eps|exr|ff|fits|fl[ci]|gif|hdr|hei[cf]|icns|ico|im|j2[ck]|jfif|jp2|jpe|jpe?g|jxl|mpo"
-    r"|msp|p7|p[bfgnp]m|pcx|pdf|png|psd|qoi|ras|rgba?|sgi|svg|tga|tiff?|webp|wmf|xbm|xpm)",
+    r"\.(apng|avif|blp|bmp|cur|dds|dib|exr|ff|fits|fl[ci]|gif|hdr|hei[cf]|icns|ico|im|j2[ck]|jfif|jp2|jpe|jpe?g|jxl|mpo"
+    r"|msp|p7|p[bfgnp]m|pcx|png|psd|qoi|ras|rgba?|sgi|tga|tiff?|webp|xbm|xpm)",
     re.IGNORECASE,
 )
 """Files of these suffixes are called images; the others of the archives are left out."""
 MAX_SECONDS = 30
+MOST_OFF_BY_2 = 1e-3
 
 
 def main() -> None:
@@ -68,6 +71,8 @@ def main() -> None:
             "files = samples + drops + ignored; a source ignores suffixes that it does not read",
             f"within 1 level at {SIZE_PX} px of Pillow's first frame, turned, on white: as it is, or with its profile "
             "converted by ImageCms; of more than 8 bits: values scaled by the range that the file states",
+            "off by 2: in fewer than 1 of 1,000 values, which torch's resizing rounds otherwise than Pillow's; the "
+            "decoded pixels are equal",
             f"neither: {'; '.join(others) or 'none'}",
         ],
     )
@@ -182,8 +187,11 @@ def agreement(ours: np.ndarray, data: bytes) -> str:
             reference = reading(ImageOps.exif_transpose(image))
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             continue
-        if not is_deep and np.abs(ours.astype(int) - squared(reference)).max() <= 1:
+        difference = np.abs(ours.astype(int) - squared(reference))
+        if not is_deep and difference.max() <= 1:
             return kind
+        if not is_deep and difference.max() <= 2 and (difference > 1).mean() < MOST_OFF_BY_2:
+            return f"{kind}, off by 2"
     return "more than 8 bits" if is_deep else "neither"
 
 
