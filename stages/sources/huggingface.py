@@ -63,9 +63,7 @@ class HuggingfaceSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise MachineError(
-                "source.kind=huggingface needs `datasets`: pip install 'imagen-precompute[huggingface]'"
-            ) from error
+            raise MachineError("source.kind=huggingface needs `datasets`: pip install 'datasets>=4.0'") from error
         try:
             if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
                 loaded = datasets.load_from_disk(self.path)

@@ -8,7 +8,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import save_file
 
-from imagen_core.files import file_digest
+from imagen_core.files import file_digest, share
 from imagen_core.train.errors import CheckpointError
 
 _METADATA_KEY = "imagen"  # the entry of the file's metadata
@@ -22,6 +22,7 @@ def write_model(path: Path, model: Any) -> None:
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
     temporary = path.with_name(f".tmp-{path.name}")
     save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata)})
+    share(temporary)
     os.replace(temporary, path)
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from imagen_core.evaluation.checks import check_rows
+from imagen_core.files import share
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, temporary_name
 from stages.evaluation.features.base import Extracted
@@ -33,6 +34,7 @@ def write_features(path: Path, extracted: Extracted, label: str) -> None:
     temporary = temporary_name(path)
     arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
     save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: json.dumps(dict(extracted.counts))})
+    share(temporary)
     commit_file(temporary, path)
 
 
