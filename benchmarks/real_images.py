@@ -119,7 +119,7 @@ def run_all(files: list[tuple[str, bytes]], work: Path) -> tuple[list[dict[str, 
             options = [*source, f"images.sizes_px=[{SIZE_PX}]", "encoders=[]", "max_drop_fraction=1"]
             options.append("filters=[{kind: too_small, action: upscale}]")
             config = load_config(PrecomputeConfig, None, options)
-            summary = Precompute(config).run(out, RunOptions("inline", quiet=True))
+            summary: dict[str, Any] = Precompute(config).run(str(out), RunOptions("inline", quiet=True))
             drops = summary["tally"]["groups"]["samples"]["drops"]
             samples = summary["num_samples"]
             ignored = len(files) - samples - sum(drops.values())

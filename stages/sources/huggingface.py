@@ -122,7 +122,7 @@ class HuggingfaceSource(Source):
             record = dataset[row.payload[0]]
             data = self._image(record)
             reason = "no_image" if data is None else None
-            orientation = orientation_in(record.get(config.exif_column))
+            orientation = orientation_in(record.get(config.exif_column or ""))
             emit(replace(self._without_image(row, record), data=data, reason=reason, orientation=orientation))
 
     def _without_image(self, row: SourceRow, record: dict[str, Any]) -> Original:

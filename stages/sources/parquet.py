@@ -160,7 +160,7 @@ class ParquetSource(Source):
             data,
             "no_image" if config.image_column and data is None else None,
             annotations=config.annotations(record),
-            orientation=orientation_in(record.get(config.exif_column)),
+            orientation=orientation_in(record.get(config.exif_column or "")),
         )
 
     def fingerprint(self) -> dict[str, object]:

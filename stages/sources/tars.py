@@ -135,7 +135,7 @@ class WebdatasetSource(Source):
         url = metadata.get("url")
         url = url if isinstance(url, str) else None
         annotations = self.config.annotations(metadata)
-        orientation = orientation_in(metadata.get(self.config.exif_column))
+        orientation = orientation_in(metadata.get(self.config.exif_column or ""))
         return Original(
             row.position,
             row.key,
