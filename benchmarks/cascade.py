@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks.common import report
 from benchmarks.scene_score import Score, score_single
-from imagen_core.images import read_image, tile, write_png
+from imagen_core.images import tile, write_png
+from stages.images import read_image
 from stages.sources.synthetic.scenes import Scene, is_held_out, scene
 
 HELD_OUT_SEED = 7

@@ -19,7 +19,8 @@ import yaml
 from benchmarks.cascade import PARTS, held_out_scenes, pipeline, score, working_seconds
 from benchmarks.common import report
 from benchmarks.small_clip import DIM, train_small_clip
-from imagen_core.images import read_image, tile, write_png
+from imagen_core.images import tile, write_png
+from stages.images import read_image
 
 PRESET = Path(__file__).resolve().parents[1] / "workflows/configs/train/demo-base.yaml"
 

@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks.cascade import last_metrics, option, pipeline, working_seconds
 from benchmarks.common import report
 from benchmarks.word_score import CHANCE, color_right, letters_right
-from imagen_core.images import read_image, tile, write_png
+from imagen_core.images import tile, write_png
+from stages.images import read_image
 from stages.sources.synthetic.words import WordScene, word_scene
 
 HELD_OUT_SEED = 7

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 
@@ -23,24 +23,6 @@ def from_pixels(pixels: np.ndarray | Tensor) -> Tensor:
 def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 of any shape -> `dtype` in [-1, 1] of the same shape."""
     return pixels.to(dtype).div(127.5).sub(1)
-
-
-def read_image(path: str | Path, size_px: int | None = None) -> np.ndarray:
-    """An RGB image, rotated by its EXIF orientation: uint8 (h, w, 3).
-
-    Args:
-        size_px: crop the centre square and resize it (bicubic, antialiased) to this side; None keeps the image.
-    Raises:
-        ValueError: the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); give a PNG, JPEG or WebP file") from error
-    if size_px is not None:
-        image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)
-    return np.asarray(image)
 
 
 def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndarray:

@@ -4,6 +4,7 @@ Every problem is reported in one `ConfigError` with the field's path, the value 
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -58,6 +59,7 @@ def _validated(config_class: type[ConfigT], tree: Tree) -> ConfigT:
         kind = getattr(field.default, "kind", None)
         if kind is not None and isinstance(section, dict):
             section.setdefault("kind", kind)  # so that `source.seed=1` alone changes the default source
+    tree = cast(Tree, expand_home(tree))
     for name, value in _leaves(tree):
         if isinstance(value, str):
             check_no_credentials(value, name)  # the configuration is written into the run folder
@@ -65,6 +67,15 @@ def _validated(config_class: type[ConfigT], tree: Tree) -> ConfigT:
         return config_class.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(config_class, error)) from error
+
+
+def expand_home(value: object) -> object:
+    """The value with `~/` at the beginning of each of its texts replaced by the home folder, as a shell does."""
+    if isinstance(value, dict):
+        return {key: expand_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

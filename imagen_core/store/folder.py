@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_core.files import fsync_path
+from imagen_core.files import fsync_path, share
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.records import FileEntry
@@ -41,7 +41,7 @@ class StoreFolder:
     def _connect(self) -> None:
         self._pid = os.getpid()
         self._fs: Any = None
-        self._root = os.path.abspath(self.url)
+        self._root = os.path.abspath(os.path.expanduser(self.url))
         if "://" not in self.url:
             return
         import fsspec
@@ -112,6 +112,7 @@ class StoreFolder:
         with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-") as file:
             file.write(data)
             file.flush()
+            share(file.name)
             os.fsync(file.fileno())
             try:
                 os.link(file.name, final)

@@ -3,7 +3,7 @@
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -50,6 +50,22 @@ class Sample:
     transcription: str | None = None
     safebox: tuple[int, int, int, int] | None = None
     label: int | None = None
+
+    def __repr__(self) -> str:
+        """All fields, with types and shapes instead of the values of arrays."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"Sample({', '.join(f'{name}={_short(value)}' for name, value in values)})"
+
+
+def _short(value: object) -> str:
+    """Like `repr`, but an array is its type and shape."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_short(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return repr(value)
 
 
 class Store(StoreReader, Sequence[Sample]):

@@ -73,9 +73,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TrainError(
-                "loggers: tensorboard is not installed; pip install 'imagen-precompute[tensorboard]'"
-            ) from error
+            raise TrainError("loggers: tensorboard is not installed; pip install 'tensorboard>=2.18'") from error
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -96,7 +94,7 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise TrainError("loggers: wandb is not installed; pip install 'imagen-precompute[wandb]'") from error
+            raise TrainError("loggers: wandb is not installed; pip install 'wandb>=0.18'") from error
         self._wandb = wandb
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when the run resumes
         settings = config.model_dump(mode="json")

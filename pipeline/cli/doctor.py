@@ -102,6 +102,6 @@ def _ray_port() -> Check:
 
 def _hub() -> Check:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    where = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+    where = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     text = "HF_HUB_OFFLINE is set; models come from local folders and the cache" if offline else "online"
     return _check("model hub", "ok", f"{text}; cache {where}")

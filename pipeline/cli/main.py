@@ -2,23 +2,39 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
-from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError
+from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
 from pipeline.signals import raise_when_preempted
 
 if TYPE_CHECKING:
     from pipeline.deploy.submit import RayJobs
 
+
+class _Commands(TyperGroup):
+    """The commands; arguments and values of options that begin with `~/` are paths in the home folder."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        home = os.path.expanduser("~/")
+        return super().parse_args(ctx, [_HOME.sub(lambda found: found[1] + home, arg) for arg in args])
+
+
+_HOME = re.compile(r"^(--[a-z-]+=|)~/")
+
 app = typer.Typer(
     name="pipeline",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,7 +46,8 @@ config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and ch
 app.add_typer(config_app, name="config")
 app.add_typer(stage_commands)
 
-WorkflowArg = Annotated[str, typer.Argument(help="Name of the workflow, for example: precompute.")]
+_WORKFLOWS = ", ".join(sorted({entry.name for entry in entry_points(group="pipeline.workflows")}))
+WorkflowArg = Annotated[str, typer.Argument(help=f"Name of the workflow: {_WORKFLOWS}.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -100,7 +117,7 @@ def run(
 ) -> None:
     """Run a workflow. The same command again resumes it."""
     if dry_run:
-        plan(workflow, overrides, config, out, executor, as_json=as_json)
+        _dry_run(partial(plan, workflow, overrides, config, out, executor, as_json=as_json), restart, as_json)
         return
     from pipeline.options import RunOptions
     from pipeline.storage.run_folder import RunFolder
@@ -356,6 +373,22 @@ def _build(name: str, config: str | None, overrides: list[str] | None, out: str 
         if source is not None:
             typer.echo(f"configuration: {out}/config.yaml", err=True)
     return workflow_class(load_config(workflow_class.config_class, source, overrides or ()))
+
+
+def _dry_run(show_plan: Callable[[], None], restart: bool, as_json: bool) -> None:
+    """Shows the plan; with `restart` also what would be made again."""
+    try:
+        show_plan()
+    except StaleOutputError as error:
+        if not restart:
+            raise
+        changes = str(error).splitlines()[:-1]
+        if as_json:
+            print_json({"rebuilt": changes})
+        else:
+            typer.echo("\n".join([*changes, "--restart would make this again"]))
+    if not as_json:
+        typer.echo("dry run: nothing was changed")
 
 
 def _follow(jobs: "RayJobs", job: str, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Prints results as text on standard output."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -8,15 +9,28 @@ from rich.table import Table
 
 from pipeline.units import human_bytes, human_seconds
 
+_WHOLE_CELL = 20
+"""Longest cell, in characters, of a column that is never wrapped."""
+
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """Prints a plain table."""
+    """Prints a plain table. Only long cells are wrapped: numbers and short names stay whole in a narrow terminal."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    needed = 0
+    for index, column in enumerate(columns):
+        width = max((len(str(row[index])) for row in rows), default=0)
+        if width <= _WHOLE_CELL:
+            width = max(width, *map(len, column.split()), 1)
+            table.add_column("\n".join(wrap(column, width)), no_wrap=True)
+        else:
+            width = _WHOLE_CELL
+            table.add_column(column, overflow="fold")
+        needed += width + 2
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(soft_wrap=False).print(table)
+    console = Console(soft_wrap=False)
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def show_summary(summary: Mapping[str, Any], next_steps: Sequence[tuple[str, str]]) -> None:

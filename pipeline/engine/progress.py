@@ -136,8 +136,15 @@ class Progress:
     def _advance(self, name: str) -> None:
         if self._bars is None:
             return
-        count = self.counts[name]
-        self._bars.update(self._bar_ids[name], advance=1, rate=self._rate(count), drops=count.drops)
+        count, bar = self.counts[name], self._bar_ids[name]
+        task = next(task for task in self._bars.tasks if task.id == bar)
+        if task.total is not None and task.completed >= task.total:
+            self._bars.update(bar, total=task.completed + 1)  # it was an estimate
+        self._bars.update(bar, advance=1, rate=self._rate(count), drops=count.drops)
+
+    def _of_total(self, done: int) -> str:
+        """`3/8`; the total is an estimate, so it grows with what is done."""
+        return f"{done}/{max(done, self.total_shards)}" if self.total_shards else str(done)
 
     def _rate(self, count: _StageCount) -> str:
         elapsed = time.perf_counter() - self.started
@@ -148,9 +155,8 @@ class Progress:
         if self.quiet or self._bars is not None or now < self._next_line:
             return
         self._next_line = now + _PLAIN_INTERVAL_S
-        total = f"/{self.total_shards}" if self.total_shards else ""
         parts = [
-            f"{name} {count.shards + self.skipped}{total} shards {self._rate(count)}"
+            f"{name} {self._of_total(count.shards + self.skipped)} shards {self._rate(count)}"
             + (f" {count.drops} drops" if count.drops else "")
             for name, count in self.counts.items()
         ]

@@ -96,15 +96,24 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
                 log_to_driver=False,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"--address {address}" if address else "a local Ray"
-        raise MachineError(
-            f"{where}: cannot be reached or started ({first_line(error)}); check the address, or use --executor local"
-        ) from error
+        raise MachineError(_not_connected(address, first_line(error))) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there
     nodes = living_nodes()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, nodes)
     return nodes
+
+
+def _not_connected(address: str | None, why: str) -> str:
+    """The message of a cluster that cannot be reached, or of a local Ray that cannot be started."""
+    if address:
+        return f"--address {address}: cannot be reached ({why}); check the address, or use --executor local"
+    if "path length" in why:
+        return (
+            f"the folder for temporary files is too long a path for Ray ({why}); set RAY_TMPDIR to a short one, such "
+            "as /tmp, or use --executor local"
+        )
+    return f"a local Ray: cannot be started ({why}); use --executor local"
 
 
 def probe(address: str) -> None:

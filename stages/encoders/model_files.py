@@ -1,9 +1,11 @@
 """Finds a model's files, on the hub or in a local folder, and identifies them by content."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from pipeline.errors import MachineError
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest, write_json
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*\.json|.*\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
@@ -177,11 +181,14 @@ def _content_digest(path: Path) -> str:
     status = real.stat()
     if status.st_size < 2**26:
         return file_digest(real)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imagen-precompute"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imagen-precompute"
     key = digest([str(real), status.st_size, status.st_mtime_ns])
     entry = cache / f"{key}.json"
-    if entry.is_file():
+    with suppress(OSError, ValueError, KeyError):  # the cache is optional: the file is hashed again
         return json.loads(entry.read_text(encoding="utf-8"))["sha256"]
     value = file_digest(real)
-    write_json(entry, {"path": str(real), "sha256": value})
+    try:
+        write_json(entry, {"path": str(real), "sha256": value})
+    except OSError as error:
+        log.warning("%s: cannot be written (%s), so the model is hashed at every start", cache, error.strerror)
     return value

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.filters.base import Filter, FilterRow, Rejection
+from stages.images import MAX_PIXELS
 
 
 class MaxPixels(Filter):
@@ -14,7 +15,7 @@ class MaxPixels(Filter):
     """
 
     kind: Literal["max_pixels"] = "max_pixels"
-    max: int = Field(default=100_000_000, ge=1)
+    max: int = Field(default=MAX_PIXELS, ge=1)
     """Largest width times height."""
 
     def reject(self, row: FilterRow) -> Rejection | None:

@@ -13,7 +13,6 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
@@ -32,28 +31,9 @@ from PIL import (
 )
 from PIL.ExifTags import Base as ExifTag
 
-
-class RejectReason(StrEnum):
-    """Why an image is not usable."""
-
-    EMPTY_FILE = "empty_file"
-    NOT_AN_IMAGE = "not_an_image"
-    """No allowed format: a web page, text, a format outside the list."""
-    DECODE_ERROR = "decode_error"
-    TRUNCATED = "truncated"
-    TOO_MANY_PIXELS = "too_many_pixels"
-
-
-class ImageRejected(Exception):
-    """An image that cannot be used; `reason` is for counting, `detail` for a person."""
-
-    def __init__(self, reason: RejectReason, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+from stages.images import deep_gray
+from stages.images.png_chunks import without_long_chunks
+from stages.images.rejection import ImageRejected, RejectReason
 
 
 @dataclass(frozen=True)
@@ -67,12 +47,15 @@ class Decoded:
     format: str
 
 
-def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
+def decode_rgb(data: bytes, *, max_pixels: int, orientation: int | None = None) -> Decoded:
     """Decode the first frame to upright sRGB on white.
 
     Transparency is put on white, an embedded colour profile is converted to sRGB (perceptual intent; a broken
-    or unfitting profile is ignored) and 16-bit grayscale keeps its high byte.
+    or unfitting profile is ignored) and 16-bit values keep their high byte. Grayscale that is signed, float or of
+    another depth is scaled by the range that the file states; see `stages.images.deep_gray`.
 
+    Args:
+        orientation: EXIF orientation (1 to 8) that is known from elsewhere; used where the file itself has none.
     Raises:
         ImageRejected: the image is unusable. Size is checked before any pixel is decoded.
     """
@@ -83,17 +66,40 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Decoded:
 
     name, plugin = _plugin_for(data)
     try:
-        image = plugin(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
-            detail = f"{image.width} x {image.height} is over {max_pixels} pixels"
-            raise ImageRejected(RejectReason.TOO_MANY_PIXELS, detail)
-        image.load()
-        pixels = np.asarray(_upright(_to_rgb(image), image))
+        image = _load(name, plugin, data, max_pixels)
+        pixels = np.asarray(_upright(_to_rgb(image), image, orientation))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, str(error)) from error
     except _DECODE_ERRORS as error:
         raise ImageRejected(_reason_of(error, data), f"{name}: {type(error).__name__}: {error}"[:200]) from error
     return Decoded(pixels, width=pixels.shape[1], height=pixels.shape[0], format=name)
+
+
+def _load(name: str, plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its pixels; where Pillow refuses a good one, the same image in a form that it reads."""
+    try:
+        return _open(plugin, data, max_pixels)
+    except (ValueError, SyntaxError) as error:
+        if name == "PNG" and "MAX_TEXT" in str(error):
+            shorter, profile = without_long_chunks(data)
+            image = _open(plugin, shorter, max_pixels)
+            image.info.update({} if profile is None else {"icc_profile": profile})
+            return image
+        if name == "TIFF" and "unknown pixel mode" in str(error):
+            unpacked = deep_gray.read_packed(data, max_pixels)
+            if unpacked is not None:
+                return unpacked
+        raise
+
+
+def _open(plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.Image:
+    image = plugin(io.BytesIO(data))
+    if image.width * image.height > max_pixels:
+        raise ImageRejected(
+            RejectReason.TOO_MANY_PIXELS, f"{image.width} x {image.height} is over {max_pixels} pixels"
+        )
+    image.load()
+    return image
 
 
 # What Pillow's parsers raise for damaged files. MemoryError is left out: it means the machine, not the file.
@@ -164,12 +170,17 @@ _TRANSPOSE = {
 }
 
 
-def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of `source`, already loaded: Pillow turns a TIFF while loading it."""
+def _upright(image: Image.Image, source: Image.Image, known: int | None) -> Image.Image:
+    """Apply the EXIF orientation of `source`, already loaded, or else the known one.
+
+    Pillow turns a TIFF while loading it, and removes the tag.
+    """
     try:
         orientation = source.getexif().get(ExifTag.Orientation)
     except (SyntaxError, ValueError, LookupError, TypeError, OSError, EOFError, struct.error, UserWarning):
-        return image  # broken EXIF is not a broken image
+        orientation = None  # broken EXIF is not a broken image
+    if orientation is None and not isinstance(source, TiffImagePlugin.TiffImageFile):
+        orientation = known
     transpose = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
     return image if transpose is None else image.transpose(transpose)
 
@@ -194,28 +205,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the image has any."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _split_deep_grayscale(image)
+    if deep_gray.is_deep(image):
+        return deep_gray.to_gray(image)
     if not image.has_transparency_data:
         if image.mode not in _PROFILE_SPACES:
             image = image.convert("L" if image.mode == "1" else "RGB")
         return image, None
     with_alpha = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
     return with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
-
-
-def _split_deep_grayscale(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Grayscale of more than 8 bits: integers in 0..65535 keep the high byte, floats are in 0..1."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        gray = np.rint(np.clip(np.nan_to_num(values), 0.0, 1.0) * 255)
-    else:
-        gray = np.clip(values, 0, 65535) >> 8
-    deep_gray = Image.fromarray(gray.astype(np.uint8))
-    transparent = image.info.get("transparency")  # PNG may declare one gray value transparent
-    if transparent is None:
-        return deep_gray, None
-    return deep_gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
 
 
 def _apply_profile(colour: Image.Image, profile: bytes) -> Image.Image:

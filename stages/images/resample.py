@@ -3,8 +3,9 @@
 The uint8 path of `torch.nn.functional.interpolate` is several times faster than Pillow, but keeps its
 weights in 16 bits. Where the side shrinks to half or less, none of 300 million bicubic values of noise, zone
 plates, photo-like images and emoji was more than one level off Pillow's; of images made of pixel-fine
-stripes or checks, up to one value in 200,000 was two levels off. Where the side shrinks less, or grows, noise
-reaches two levels too, so Pillow resizes these.
+stripes or checks, up to one value in 200,000 was two levels off, and of 1,400 plots with fine lines six had one
+to six such values of 12,288. Where the side shrinks less, or grows, noise reaches two levels too, so Pillow
+resizes these.
 """
 
 from collections.abc import Iterable

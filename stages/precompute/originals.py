@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from stages.images.exif_text import exif_with, orientation_in
 from stages.sources.base import Original
 
 _MAGIC = (
@@ -23,7 +24,7 @@ _MAGIC = (
     (b"MM\x00*", "tif"),
 )
 
-_ALWAYS = ("key", "url", "captions", "reason", "detail")
+_ALWAYS = ("key", "url", "captions", "reason", "detail", "exif")
 
 
 class OriginalsWriter:
@@ -42,6 +43,7 @@ class OriginalsWriter:
             "captions": list(original.captions or ()),
             "reason": original.reason,
             "detail": original.detail,
+            **({} if original.orientation is None else {"exif": exif_with(original.orientation)}),
             **original.annotations,
         }
         sample: dict[str, object] = {
@@ -125,6 +127,7 @@ def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
                 for name, value in values.items()
                 if name not in _ALWAYS
             },
+            orientation=orientation_in(values.get("exif")),
             offset=offset,
             size=size,
         )

@@ -200,7 +200,9 @@ class ResizeStage(Stage):
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
         data = originals.data(entry)
-        pixels = decode_rgb(data, max_pixels=self.max_pixels).pixels if sizes else None
+        pixels = None
+        if sizes:
+            pixels = decode_rgb(data, max_pixels=self.max_pixels, orientation=entry.orientation).pixels
         row = FilterRow(entry.key, entry.url, entry.captions, data, sizes, pixels, entry.annotations)
         for filter in self.filters:
             rejection = filter.reject(row)

@@ -53,7 +53,7 @@ class InpaintConfig(Config):
     image: str
     """Image of which a part is kept."""
     mask: str
-    """Image that is white where `image` is kept."""
+    """Image that is white where `image` is kept; what is transparent counts as white."""
     resample_times: int = Field(default=5, ge=1)
     """Rounds of denoising and re-noising at each step (RePaint)."""
 

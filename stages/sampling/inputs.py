@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from imagen_core.images import from_pixels, read_image
+from imagen_core.images import from_pixels
 from imagen_core.samplers import Inpaint
 from pipeline.errors import ConfigError
+from stages.images import read_image
 from stages.sampling.config import InpaintConfig
 
 
@@ -20,10 +21,7 @@ def read_squares(paths: Sequence[str | None], size_px: int | None) -> torch.Tens
     given = [path for path in paths if path is not None]
     if not given:
         return None
-    try:
-        return from_pixels(np.stack([read_image(path, size_px) for path in given]))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return from_pixels(np.stack([read_image(path, size_px) for path in given]))
 
 
 def read_inpaint(config: InpaintConfig) -> Inpaint:
@@ -32,10 +30,7 @@ def read_inpaint(config: InpaintConfig) -> Inpaint:
     Raises:
         ConfigError: one cannot be read, or they have different sizes.
     """
-    try:
-        image, mask = read_image(config.image), read_image(config.mask)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    image, mask = read_image(config.image), read_image(config.mask)
     if image.shape != mask.shape:
         raise ConfigError(f"inpaint.mask: {mask.shape[:2]} pixels for an image of {image.shape[:2]}; make them equal")
     height, width, _ = image.shape

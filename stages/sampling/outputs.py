@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from imagen_core.images import read_image, tile, write_png
+from imagen_core.images import tile, write_png
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
 from pipeline.storage.files import file_digest, read_json, write_json, write_text
+from stages.images import read_image
 from stages.sampling.config import InpaintConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.session import SamplingSession

@@ -97,6 +97,8 @@ class Original:
     detail: str = ""
     annotations: Annotations = field(default_factory=dict)
     """What the source tells of the image in addition to captions."""
+    orientation: int | None = None
+    """EXIF orientation (1 to 8) that the source tells, for a file that has none itself."""
 
     @classmethod
     def of(cls, row: SourceRow, data: bytes | None = None) -> Self:

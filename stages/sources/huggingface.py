@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.captions import clean_captions
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
 from stages.sources.download.config import DownloadConfig
@@ -37,6 +38,10 @@ class HuggingfaceConfig(AnnotationsConfig):
     download: DownloadConfig = DownloadConfig()
     """How to fetch what `url_column` names."""
 
+    exif_column: str | None = "exif"
+    """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The column need not be there. null: it is not used."""
+
     def build(self) -> "HuggingfaceSource":
         return HuggingfaceSource(self)
 
@@ -57,9 +62,7 @@ class HuggingfaceSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise MachineError(
-                "source.kind=huggingface needs `datasets`: pip install 'imagen-precompute[huggingface]'"
-            ) from error
+            raise MachineError("source.kind=huggingface needs `datasets`: pip install 'datasets>=4.0'") from error
         try:
             if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
                 loaded = datasets.load_from_disk(self.path)
@@ -143,7 +146,8 @@ class HuggingfaceSource(Source):
             return replace(original, reason="missing_file", detail=f"{path} is not found")
         except OSError as error:
             return replace(original, reason="unreadable_file", detail=error.strerror or "")
-        return replace(original, data=data, reason="no_image" if data is None else None)
+        orientation = orientation_in(record.get(self.config.exif_column or ""))
+        return replace(original, data=data, reason="no_image" if data is None else None, orientation=orientation)
 
     def fingerprint(self) -> dict[str, object]:
         return {
@@ -152,5 +156,6 @@ class HuggingfaceSource(Source):
             "image_column": self.config.image_column,
             "caption_column": self.config.caption_column,
             **({"url_column": self.config.url_column} if self.config.url_column else {}),
+            **exif_settings(self.config.exif_column),
             **self.config.annotation_settings,
         }

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, FolderArrayConfig, no_array
 from stages.sources.base import (
@@ -53,6 +54,9 @@ class ParquetConfig(AnnotationsConfig):
     """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: file name and row number."""
+    exif_column: str | None = "exif"
+    """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The column need not be there. null: it is not used."""
     arrays: dict[str, FolderArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the rows, by a name that encoders of kind `given` request."""
 
@@ -142,7 +146,7 @@ class ParquetSource(Source):
         version = (path, str(rows[0].payload[1]))
         if self._opened is None or self._opened[0] != version:
             self._close()
-            self._opened = (version, ParquetRows(path, wanted))
+            self._opened = (version, ParquetRows(path, wanted, [config.exif_column] if config.exif_column else []))
         try:
             yield from self._opened[1].read([row.payload[0] for row in rows])
         except BaseException:
@@ -163,7 +167,8 @@ class ParquetSource(Source):
         try:
             url, annotations = text_of(record, config.url_column), config.annotations(record)
             captions = None if config.caption_column is None else tuple(captions_of(record, config.caption_column))
-            original = Original(row.position, row.key, url, captions, annotations=annotations)
+            orientation = orientation_in(record.get(config.exif_column or ""))
+            original = Original(row.position, row.key, url, captions, annotations=annotations, orientation=orientation)
         except BadCell as bad:
             return Original.dropped(row, bad.reason, bad.detail)
         if config.image_column is None:
@@ -182,6 +187,7 @@ class ParquetSource(Source):
         return {
             "image_column": config.image_column,
             "caption_column": config.caption_column,
+            **exif_settings(config.exif_column),
             **config.annotation_settings,
         }
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
@@ -57,6 +58,9 @@ class WebdatasetConfig(AnnotationsConfig):
     label_member: str | None = None
     """Suffix of the text with the number of the image's class, or several as above. null: KEY.cls, where
     label_column=cls."""
+    exif_column: str | None = "exif"
+    """Key in KEY.json of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
+    orientation of their own. The key need not be there. null: it is not used."""
     arrays: dict[str, ArrayConfig] = Field(default_factory=dict)
     """Embeddings that come with the samples, by a name that encoders of kind `given` request."""
 
@@ -217,7 +221,15 @@ class WebdatasetSource(Source):
             annotations = self.config.annotations(metadata)
         except BadCell as bad:
             return Original.dropped(row, bad.reason, bad.detail)
-        return Original(row.position, row.key, url, captions, content["image"], annotations=annotations)
+        return Original(
+            row.position,
+            row.key,
+            url,
+            captions,
+            content["image"],
+            annotations=annotations,
+            orientation=orientation_in(metadata.get(self.config.exif_column or "")),
+        )
 
     def _captions(self, metadata: dict[str, Any], text: bytes | None) -> tuple[str, ...] | None:
         if self.config.caption_column is None:
@@ -228,7 +240,12 @@ class WebdatasetSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        return {"caption_column": config.caption_column, **config.annotation_settings, **config.member_settings}
+        return {
+            "caption_column": config.caption_column,
+            **exif_settings(config.exif_column),
+            **config.annotation_settings,
+            **config.member_settings,
+        }
 
     def describe_array(self, name: str) -> dict[str, object]:
         array = self.config.arrays.get(name)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from imagen_core.images import from_pixels, read_image, tile, to_pixels, write_png
+from imagen_core.images import from_pixels, tile, to_pixels, write_png
 
 
 def test_every_level_survives_the_round_trip() -> None:
@@ -20,21 +19,6 @@ def test_every_level_survives_the_round_trip() -> None:
 def test_values_out_of_range_are_clipped() -> None:
     assert to_pixels(torch.full((1, 3, 1, 1), 1.7)).max() == 255
     assert to_pixels(torch.full((1, 3, 1, 1), -1.7)).min() == 0
-
-
-def test_images_are_read_rotated_and_cropped_to_the_centre_square(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20), (255, 0, 0))
-    image.paste((0, 0, 255), (10, 0, 30, 20))
-    exif = image.getexif()
-    exif[274] = 6  # turned by 90 degrees
-    image.save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").shape == (40, 20, 3)
-    square = read_image(tmp_path / "a.png", 10)
-    assert square.shape == (10, 10, 3)
-    np.testing.assert_array_equal(square[5, 5], (0, 0, 255))
-    (tmp_path / "b.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"b\.png: cannot be read as an image"):
-        read_image(tmp_path / "b.png")
 
 
 def test_tiles_lie_in_rows_on_white(tmp_path: Path) -> None:

@@ -89,6 +89,17 @@ class Loader:
     def _global_batch_size(self) -> int:
         return self._options.batch_size * self._options.world_size
 
+    def __getitem__(self, index: object) -> Any:
+        """Refused: torch's DataLoader would ask for single items.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a store's loader yields whole batches itself and is no data set for torch.utils.data.DataLoader; write "
+            "`for batch in store.loader(...)`, with rank and world_size for several processes"
+        )
+
     def __len__(self) -> int:
         """Batches in a complete epoch; the same for all ranks."""
         num_global = len(self._samples) / self._global_batch_size

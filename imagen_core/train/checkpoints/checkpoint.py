@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
-from imagen_core.files import file_digest, fsync_path
+from imagen_core.files import file_digest, fsync_path, share
 from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
@@ -78,6 +78,7 @@ def write_checkpoint(
     for name, tensors in files.items():
         path = temporary / f"{name}.safetensors"
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
+        share(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         fsync_path(path)
     text = json.dumps({"format": _FORMAT, "step": step, "files": entries, **state}, indent=1, ensure_ascii=False)

@@ -8,7 +8,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import save_file
 
-from imagen_core.files import file_digest, sort_metadata
+from imagen_core.files import file_digest, share, sort_metadata
 from imagen_core.train.errors import CheckpointError
 
 _METADATA_KEY = "imagen"  # the entry of the file's metadata
@@ -23,6 +23,7 @@ def write_model(path: Path, model: Any) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     sort_metadata(temporary)
+    share(temporary)
     os.replace(temporary, path)
 
 

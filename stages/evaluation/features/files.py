@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from imagen_core.evaluation.checks import check_rows
-from imagen_core.files import sort_metadata
+from imagen_core.files import share, sort_metadata
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, temporary_name
 from stages.evaluation.features.base import Extracted
@@ -35,6 +35,7 @@ def write_features(path: Path, extracted: Extracted, label: str) -> None:
     arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
     save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: json.dumps(dict(extracted.counts), sort_keys=True)})
     sort_metadata(temporary)
+    share(temporary)
     commit_file(temporary, path)
 
 

@@ -9,18 +9,21 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from imagen_core.images import read_image
 from imagen_core.store import Store, StoreError
 from imagen_core.store.read.reader import OpenShard
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest
+from stages.images import MAX_PIXELS, read_image
 from stages.sampling.caption_sets import selection
 from stages.sources.folder import IMAGE_SUFFIXES
 from stages.stores import open_store
 
 T = TypeVar("T")
+
+_DECODING = 2
+"""Version of the rules by which files become pixels; features that were extracted by earlier ones are made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,15 @@ class ImageFolder(Config):
     kind: Literal["folder"] = "folder"
     path: str
     """The folder. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    """Largest width times height of an image; a larger one is an error that names it."""
 
     def open(self, field: str) -> ImageSet:
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise ConfigError(f"{field}.path: {self.path} holds no images; give a folder with at least one")
-        return image_files(files, partial(_texts_next_to, files))
+        return image_files(files, partial(_texts_next_to, files), self.max_pixels)
 
 
 class StoreImageSet(Config):
@@ -115,18 +120,16 @@ class FeatureFiles(Config):
 AnyImageSet = Annotated[ImageFolder | StoreImageSet | FeatureFiles, Field(discriminator="kind")]
 
 
-def image_files(files: Sequence[Path], captions: Callable[[], Sequence[str] | None]) -> ImageSet:
-    """Images of these files, identified by their content."""
-    identity = {"files": [file_digest(path) for path in files]}
-    return ImageSet(identity, len(files), partial(_file_pixels, files), captions)
+def image_files(
+    files: Sequence[Path], captions: Callable[[], Sequence[str] | None], max_pixels: int = MAX_PIXELS
+) -> ImageSet:
+    """Images of these files, identified by their content and by the rules of decoding."""
+    identity = {"files": [file_digest(path) for path in files], "decoding": _DECODING}
+    return ImageSet(identity, len(files), partial(_file_pixels, files, max_pixels), captions)
 
 
-def _file_pixels(files: Sequence[Path]) -> Iterator[np.ndarray]:
-    for path in files:
-        try:
-            yield read_image(path)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+def _file_pixels(files: Sequence[Path], max_pixels: int) -> Iterator[np.ndarray]:
+    return (read_image(path, max_pixels=max_pixels) for path in files)
 
 
 def _texts_next_to(files: Sequence[Path]) -> list[str] | None:

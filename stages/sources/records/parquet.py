@@ -43,7 +43,8 @@ class ParquetRows:
     Memory holds a few rows, or where the file has it so one page, never a row group.
     """
 
-    def __init__(self, path: str, wanted: Sequence[str]):
+    def __init__(self, path: str, wanted: Sequence[str], optional: Sequence[str] = ()):
+        """`optional` columns are left out of the records where the file has none."""
         import pyarrow.parquet as pq
 
         filesystem, plain = fsspec.core.url_to_fs(path)
@@ -52,7 +53,8 @@ class ParquetRows:
         # Mapped, as writers put a thousand images into one page: it is not copied, and only what is decoded is read.
         buffer_bytes = 0 if is_local else _BUFFER_BYTES
         self._table = pq.ParquetFile(self._file or plain, memory_map=is_local, buffer_size=buffer_bytes)
-        self._names = top_levels(wanted, self._table.schema_arrow.names)
+        present = self._table.schema_arrow.names
+        self._names = top_levels([*wanted, *(name for name in optional if name in present)], present)
         sizes = [self._table.metadata.row_group(group).num_rows for group in range(self._table.num_row_groups)]
         self._ends = list(accumulate(sizes))
         self._batches: Iterator[pa.RecordBatch] = iter(())

@@ -192,3 +192,14 @@ def test_reading_and_verifying_need_no_torch(make: Make) -> None:
         "assert not {'torch', 'ray', 'transformers', 'img2dataset'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_sample_is_printed_with_shapes_instead_of_values(make: Make) -> None:
+    made = make(num_captions=1)
+    sample = st.Store.open(made.path)[0]
+    printed = repr(sample)
+    assert f"key={sample.key!r}" in printed
+    assert "images={4: uint8[4, 4, 3], 8: uint8[8, 8, 3]}" in printed
+    tokens, dim = sample.text["t5"][0].shape
+    assert f"[{tokens}, {dim}]" in printed
+    assert len(printed) < 1000

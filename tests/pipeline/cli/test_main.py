@@ -1,12 +1,18 @@
 """The options of the `pipeline` command itself."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from imagen_core.store import Store
+from pipeline.engine.progress import Progress
 from tests.commands import call
+from tests.runs import REPOSITORY
 
 
 def test_version_prints_the_version_of_the_installed_package_and_stops() -> None:
@@ -27,3 +33,72 @@ def test_the_module_is_the_command(module: str) -> None:
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False, timeout=120
     )
     assert (result.returncode, result.stdout) == (0, f"pipeline {version('imagen-precompute')}\n")
+
+
+def test_help_of_run_lists_the_workflows() -> None:
+    words = " ".join(call("run", "--help").out.replace("│", " ").split())
+    assert "evaluate, likelihood, precompute, sample, train." in words
+
+
+def images(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("red")
+
+
+def test_a_tilde_is_the_home_folder_in_keys_options_and_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images(tmp_path / "data")
+    (tmp_path / "run.yaml").write_text(
+        "source: {kind: folder, path: ~/data}\nimages: {sizes_px: [16]}\nencoders: []\n"
+    )
+    options = ("--executor", "inline", "--quiet")
+    first = call("run", "precompute", "-c", "~/run.yaml", "--out=~/first", *options)
+    second = call("run", "precompute", "-c", "~/run.yaml", "--out", "~/second", "source.path=~/data", *options)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (tmp_path / "first/store/manifest.json").is_file()
+    assert (tmp_path / "second/store/manifest.json").is_file()
+    assert call("verify", "~/first").code == 0
+    assert len(Store.open("~/first/store")) == 1
+    shown = call("config", "show", "sample", "stages=[{checkpoint: ~/base}]", "prompts=[a ~/ b]").out
+    assert f"checkpoint: {tmp_path}/base" in shown
+    assert "a ~/ b" in shown
+
+
+def test_a_dry_run_of_a_restart_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    images(tmp_path / "data")
+    words = ["run", "precompute", "--out", str(tmp_path / "run"), "--executor", "inline", "--quiet"]
+    words += ["source.kind=folder", f"source.path={tmp_path}/data", "encoders=[]"]
+    assert call(*words, "images.sizes_px=[16]").code == 0
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = content()
+    changed = [*words, "images.sizes_px=[16]", "images.filter=box"]
+    assert call(*changed, "--dry-run").code == 2
+    shown = call(*changed, "--dry-run", "--restart")
+    assert shown.code == 0
+    assert "images-16.config.filter: bicubic -> box" in shown.out
+    assert "--restart would make this again" in shown.out
+    assert shown.out.endswith("dry run: nothing was changed\n")
+    assert content() == before
+    as_json = json.loads(call(*changed, "--dry-run", "--restart", "--json").out)
+    assert any("bicubic" in line for line in as_json["rebuilt"])
+
+
+def test_done_shards_are_never_more_than_all() -> None:
+    progress = Progress([], 1, quiet=True)
+    assert [progress._of_total(done) for done in (0, 1, 2)] == ["0/1", "1/1", "2/2"]
+    assert Progress([], None, quiet=True)._of_total(2) == "2"
+
+
+def test_no_remedy_names_a_package_of_the_index_that_is_not_there() -> None:
+    """This package is installed from a checkout."""
+    folders = ("pipeline", "stages", "imagen_core", "workflows", "docs")
+    files = [REPOSITORY / "README.md", *(path for name in folders for path in (REPOSITORY / name).rglob("*"))]
+    texts = [path for path in files if path.suffix in (".py", ".md", ".yaml")]
+    assert len(texts) > 100
+    assert [path for path in texts if "imagen-precompute[" in path.read_text("utf-8")] == []

@@ -13,11 +13,12 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from imagen_core.evaluation.lpips import Lpips
-from imagen_core.images import from_pixels, read_image, write_png
+from imagen_core.images import from_pixels, write_png
 from imagen_core.store import Store
 from pipeline.cli.presets import find_config
 from pipeline.config import load_config
 from stages.evaluation.config import EvaluateConfig
+from stages.images import read_image
 from tests.commands import Result, call, tree
 from tests.stages.encoders import tiny_models
 

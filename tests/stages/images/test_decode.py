@@ -233,16 +233,6 @@ def test_16_bit_colour_keeps_the_high_byte():
     assert decode(data).tolist() == [[[0x01, 0x80, 0xFF], [0x12, 0x56, 0x9A]]]
 
 
-def test_32_bit_grey_is_clipped_to_16_bits():
-    values = np.array([[-5, 0, 256, 65535, 70000]], np.int32)
-    assert decode(encode(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 1, 255, 255]
-
-
-def test_float_grey_is_zero_to_one():
-    values = np.array([[-1.0, 0.0, 0.5, 1.0, 3.0, np.nan]], np.float32)
-    assert decode(encode(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
-
-
 def test_cmyk_jpeg_equals_pillow():
     data = encode(Image.fromarray(image()).convert("CMYK"), "JPEG", quality=95)  # Pillow writes Adobe's inverted
     reference = Image.open(io.BytesIO(data))

@@ -406,3 +406,9 @@ def test_the_arguments_of_store_loader_are_the_fields_of_its_options() -> None:
 def test_an_unknown_loader_option_is_named(make: Make) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'imags'"):
         st.Store.open(make().path).loader(batch_size=2, imags=[4])
+
+
+def test_torchs_dataloader_is_refused_with_the_line_to_write_instead(make: Make) -> None:
+    loader = st.Store.open(make().path).loader(batch_size=2)
+    with pytest.raises(TypeError, match=r"yields whole batches itself .* `for batch in store\.loader"):
+        next(iter(torch.utils.data.DataLoader(loader, num_workers=0)))  # pyright: ignore[reportArgumentType]
