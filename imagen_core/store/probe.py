@@ -34,7 +34,7 @@ def probe_entry(name: str, ids: Sequence[int], embedding: np.ndarray) -> dict[st
         embedding: float32 (n_tokens, dim).
     """
     kept = np.concatenate([embedding[:_EDGE_TOKENS], embedding[_EDGE_TOKENS:][-_EDGE_TOKENS:]]).astype(np.float64)
-    finite = np.isfinite(kept).all(axis=1)
+    finite = np.asarray(np.isfinite(kept).all(axis=1))
     kept = np.where(finite[:, None], kept, 0.0)
     lengths = np.sqrt((kept**2).sum(axis=1))
     unit = kept / np.where(lengths > 0, lengths, 1.0)[:, None]

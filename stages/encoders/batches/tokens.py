@@ -64,6 +64,8 @@ def unknown_id(tokenizer: Any) -> int | None:
 
 def _unknown_of_backend(backend: Any) -> int | None:
     """The same as the model of a fast tokenizer knows it, which a tokenizer_config.json may not name."""
-    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    if backend is None:
+        return None
+    model = json.loads(backend.to_str())["model"]
     token = model.get("unk_token")
     return model.get("unk_id") if token is None else backend.token_to_id(token)
