@@ -129,7 +129,8 @@ class GroupResult:
     drops: list[Drop] = field(default_factory=list)
     counters: Mapping[str, float] = field(default_factory=dict)
     """Further numbers, summed over shards in the summary (`tokens`, `captions_truncated`, ...); of those that end in
-    `_min` or `_max` the minimum or maximum is kept."""
+    `_min` or `_max` the minimum or maximum is kept. Progress shows a drop at the stage that found it: `found_unusable`
+    counts rows that a later stage lists as drops, `found_before` drops that an earlier stage found."""
     info: Mapping[str, object] = field(default_factory=dict)
     """Further entries of the record (`excluded_rows` by reason, ...)."""
 

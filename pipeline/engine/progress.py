@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.executors.task import TaskOutcome
 from pipeline.stage import Shard, Stage
+from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -48,6 +49,12 @@ class Lines:
         elif final or now >= self._next_line:
             self._next_line = now + _PLAIN_INTERVAL_S
             print(line, file=sys.stderr, flush=True)
+
+
+def _drops_found(record: Record) -> int:
+    """Rows that the stage itself found unusable; see `GroupResult.counters`."""
+    counters = record.counters
+    return sum(record.drops.values()) + int(counters.get("found_unusable", 0) - counters.get("found_before", 0))
 
 
 class Progress:
@@ -107,7 +114,7 @@ class Progress:
         count.shards += 1
         count.seconds += outcome.seconds
         count.rows += max((record.rows for record in outcome.records.values()), default=0)
-        count.drops += max((sum(record.drops.values()) for record in outcome.records.values()), default=0)
+        count.drops += max(map(_drops_found, outcome.records.values()), default=0)
         self._advance(outcome.request.stage)
         self._plain()
 

@@ -42,7 +42,7 @@ class FetchStage(Stage):
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
         blocklist = Blocklist(load_removals(StoreFolder(task.run.store_url)))
-        counts = {"fetched": 0, "bytes": 0}
+        counts = {"fetched": 0, "bytes": 0, "unusable": 0}
         scratch = task.run.storage.new_folder()
         try:
             with OriginalsWriter(task.output(ORIGINALS, ".tar")) as writer:
@@ -55,6 +55,7 @@ class FetchStage(Stage):
                     original = _storable(original)
                     writer.write(original)
                     counts["fetched"] += original.data is not None
+                    counts["unusable"] += original.reason is not None
                     counts["bytes"] += len(original.data or b"")
 
                 fetch_originals(self.source, task.shard, wanted, scratch, write)
@@ -64,7 +65,7 @@ class FetchStage(Stage):
             ORIGINALS,
             GroupResult(
                 rows=counts["fetched"],
-                counters={"bytes_fetched": counts["bytes"]},
+                counters={"bytes_fetched": counts["bytes"], "found_unusable": counts["unusable"]},
                 info={"partial": wanted is not None},
             ),
         )

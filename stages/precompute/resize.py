@@ -161,6 +161,8 @@ class ResizeStage(Stage):
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
         write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
         counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
+        if found_before := sum(entry.reason is not None for entry in originals.entries):
+            counters["found_before"] = found_before
         task.done(SAMPLES, GroupResult(len(samples), drops, counters))
         for group in writers.groups:
             task.done(group, GroupResult(len(samples)))

@@ -99,7 +99,8 @@ class ParquetSource(Source):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
 
     def parts(self) -> Iterator[InputPart]:
-        return iter(named_parts(find_files(self.path, "source.path", ("parquet",))))
+        self.ignored_files.clear()
+        return iter(named_parts(find_files(self.path, "source.path", ("parquet",), ignored=self.ignored_files)))
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:

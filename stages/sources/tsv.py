@@ -67,7 +67,8 @@ class TsvSource(Source):
     def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
             return iter(named_parts(find_listed(self.path, self.config.file_list)))
-        return iter(named_parts(find_files(self.path, "source.path", ("tsv",))))
+        self.ignored_files.clear()
+        return iter(named_parts(find_files(self.path, "source.path", ("tsv",), ignored=self.ignored_files)))
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:

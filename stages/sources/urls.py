@@ -73,7 +73,9 @@ class UrlsSource(Source):
             self.config.check_columns(("url_column", "caption_column", "key_column"), present, file)
 
     def parts(self) -> Iterator[InputPart]:
-        return (InputPart(*found) for found in find_files(self.path, "source.path", FORMATS).items())
+        self.ignored_files.clear()
+        found = find_files(self.path, "source.path", FORMATS, ignored=self.ignored_files)
+        return (InputPart(*file) for file in found.items())
 
     def count_rows(self, path: str) -> int:
         return count_rows(f"{base_folder(self.path)}/{path}")
