@@ -18,6 +18,7 @@ from pipeline.storage.files import file_digest
 from stages.images import MAX_PIXELS, read_image
 from stages.sampling.caption_sets import selection
 from stages.sources.folder import IMAGE_SUFFIXES
+from stages.sources.ignored import ignored_by_name
 from stages.stores import open_store
 
 T = TypeVar("T")
@@ -50,7 +51,11 @@ class ImageFolder(Config):
 
     def open(self, field: str) -> ImageSet:
         folder = Path(self.path)
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and ignored_by_name(str(path.relative_to(folder))) is None
+        )
         if not files:
             raise ConfigError(f"{field}.path: {self.path} holds no images; give a folder with at least one")
         return image_files(files, partial(_texts_next_to, files), self.max_pixels)

@@ -22,3 +22,10 @@ def test_an_image_with_too_many_pixels_is_an_error_that_names_it(tmp_path: Path)
     assert len(list(ImageFolder(path=str(tmp_path), max_pixels=16).open("generated").read())) == 1
     with pytest.raises(ConfigError, match=r"a\.png: .*4 x 4 is over 15 pixels\); give a smaller image"):
         list(ImageFolder(path=str(tmp_path), max_pixels=15).open("generated").read())
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    for name in ("a.png", "._b.png", ".ipynb_checkpoints/c.png", "below/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert len(list(ImageFolder(path=str(tmp_path)).open("generated").read())) == 2
