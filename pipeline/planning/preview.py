@@ -12,7 +12,6 @@ from pipeline.planning.estimate import Basis, expected_bytes, predict
 from pipeline.planning.hardware import Hardware, load_profile, this_machine
 from pipeline.planning.probe import probe
 from pipeline.planning.survey import Survey, count_work, survey
-from pipeline.storage import LocalStorage
 from pipeline.storage.run_folder import ESTIMATE, RunFolder
 
 
@@ -26,8 +25,6 @@ def preview(
         PipelineError: the probe failed.
     """
     run = RunFolder(out)
-    if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():
-        raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
     if options.save and options.rows is not None:
         raise ConfigError(f"--save: a plan for --rows {options.rows} is not one for the run in {out}; leave one out")
     state = RunState(make_plan(run), run)

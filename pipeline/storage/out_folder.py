@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.storage.base import Storage
+from pipeline.storage.local import LocalStorage
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import CONFIG, ESTIMATE, METRICS, PLAN, STORE, SUMMARY, RunFolder
 
@@ -14,7 +15,9 @@ _PATH_KEYS = frozenset(("path", "folder", "store", "checkpoint", "file_list", "m
 _PARTS_OF_RUNS = frozenset(
     (STORE, "state", "staging", "quarantine", "input", "retries", "report", "checkpoints", "estimate")
 )
-_FILES_OF_RUNS = frozenset((CONFIG, PLAN, SUMMARY, METRICS, ESTIMATE, "events.jsonl", "start.json", "validation.json"))
+_FILES_OF_RUNS = frozenset(
+    (CONFIG, PLAN, SUMMARY, METRICS, ESTIMATE, "events.jsonl", "start.json", "starts.jsonl", "validation.json")
+)
 _MARKS_OF_RUNS = frozenset((PLAN, "events.jsonl", "state", "checkpoints"))
 _LOGS = frozenset((".log", ".out", ".err", ".yaml", ".yml", ".sh", ".md", ".pid"))
 _ELSEWHERE = "give --out a folder of its own, next to the data"
@@ -27,10 +30,12 @@ def check_out(run: RunFolder, workflow: str, config: Mapping[str, Any]) -> None:
         config: the configuration as JSON; what its keys such as `path` or `store` name is the run's input.
 
     Raises:
-        ConfigError: the folder is inside the input, inside a store, checkpoint or part of another run, or holds other
-            data, also the input.
+        ConfigError: it is a file; or the folder is inside the input, a store, a checkpoint or a part of another run, or
+            holds other data, also the input.
     """
     out = run.url
+    if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():
+        raise ConfigError(f"--out {out}: is not a folder; choose a folder that you can write to")
     place = _place(out)
     for key, value in _inputs(config):
         source = _place(value)

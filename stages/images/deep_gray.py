@@ -99,8 +99,9 @@ def _levels(values: np.ndarray, low: float, high: float, source: Image.Image) ->
         raise _unknown("floats that are not finite")
     if gray.max() == 0 and values.max() > max(low, 0):
         raise _unknown(f"values up to {values.max():g} of {high:g} would all be black")
-    is_inverted = isinstance(source, TiffImagePlugin.TiffImageFile) and source.mode != "L"
-    return 255 - gray if is_inverted and source.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
+    if isinstance(source, TiffImagePlugin.TiffImageFile) and source.mode != "L":
+        return 255 - gray if source.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
+    return gray
 
 
 def _unknown(detail: str) -> ImageRejected:

@@ -56,10 +56,10 @@ def test_a_good_store_verifies_by_its_folder_and_by_the_run_around_it(good: Path
         result = call("verify", str(path), "--json")
         found = json.loads(result.out)
         assert (result.code, found["ok"], found["num_samples"], found["problems"]) == (0, True, 4, [])
-        assert found["files_checked"] == len(tree(good / "store")) == 8
+        assert found["files_checked"] == len(tree(good / "store")) == 9
     rows, files = call("verify", str(good)).out.splitlines()
     assert rows == "5 input rows: 4 samples, 1 dropped (http_404 1), 0 excluded, 0 unaccounted"
-    assert files.startswith("good: 8 files, ")
+    assert files.startswith("good: 9 files, ")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -71,6 +71,7 @@ def pixels(out: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted((out / "images-16").glob("*.png"))]
 
 
+@pytest.mark.slow
 def test_a_prior_and_a_decoder_generate_images_from_prompts(work: Path, tmp_path: Path) -> None:
     result = sample(work, tmp_path / "two", "prompts=[a red circle,a blue square]")
     assert result.code == 0, result.err
@@ -84,6 +85,7 @@ def test_a_prior_and_a_decoder_generate_images_from_prompts(work: Path, tmp_path
     assert [stage["step"] for stage in record["stages"]] == [4, 4]
 
 
+@pytest.mark.slow
 def test_the_prior_samples_in_the_requested_precision(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +146,7 @@ def test_checkpoints_in_the_wrong_place_are_refused(work: Path, tmp_path: Path, 
         ("prior", "image_embed=dino", "the store has no image encoder 'dino' (image encoders: ['clip'])"),
         ("prior", "grid.every_steps=2", "grid.every_steps is for images"),
         ("decoder", "image_embed=null", "image_embed is None: a prior and a decoder"),
-        ("decoder", "denoiser.unet.image_embed_dim=9", "are 16 wide; set image_embed_dim=16"),
+        ("decoder", "denoiser.unet.image_embed_dim=9", "are 16 wide; set denoiser.unet.image_embed_dim=16"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(
@@ -155,6 +157,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(
     assert message in result.err
 
 
+@pytest.mark.slow
 def test_a_prior_resumes_where_it_was(work: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     assert train(work, "prior", half, "num_steps=2", "validation.every_steps=9").code == 0
@@ -177,7 +180,7 @@ def test_the_likelihood_of_a_decoder_is_measured_with_its_own_image_encoder_only
     assert result.code == 2
     assert "its images are encoded by another encoder than the model's: fingerprint.model" in result.err
     assert precompute(tmp_path / "plain", *few).code == 0
-    result = likelihood(tmp_path / "plain/store", "plain")
+    result = likelihood(tmp_path / "plain/store", "without")
     assert result.code == 2
     assert "has no encoder of images 'clip' (encoders: [])" in result.err
 

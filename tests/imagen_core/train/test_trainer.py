@@ -58,7 +58,7 @@ def three_steps(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("micro_batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
+@pytest.mark.parametrize("micro_batch_size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3)), 8])
 def test_gradients_do_not_depend_on_micro_batches(
     store: Path, three_steps: Path, tmp_path: Path, micro_batch_size: int
 ) -> None:
@@ -172,6 +172,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(store: Path, tmp_pa
         torch.testing.assert_close(found[1][key], values, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_dropout_is_sampled_again_in_each_step_and_the_same_on_resume(store: Path, tmp_path: Path) -> None:
     config = make_config(store, num_steps=3, batch_size=4, denoiser=BASE | {"unet": BASE_UNET | {"dropout": 0.3}})
     straight = train(config, tmp_path / "a")
@@ -207,6 +208,7 @@ def test_metrics_are_means_since_the_last_line(store: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_waiting_for_data_is_measured(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = BatchStream._epoch
 

@@ -213,7 +213,7 @@ def test_the_fingerprint_names_all_that_decides_the_embeddings_and_no_path(folde
     }
     assert (found["model"], found["revision"], found["max_tokens"]) == (TINY_MODEL, None, 128)
     assert str(folder.parent) not in json.dumps(found)
-    assert "/" not in json.dumps(found)
+    assert "/" not in json.dumps(found).replace("</s>", "")
 
 
 @pytest.mark.parametrize("how", ["moved", "trailing slash", "relative", "as the working directory"])

@@ -97,6 +97,7 @@ def test_a_guidance_sweep_has_a_folder_a_row_and_a_point_for_each_weight(finishe
     assert results["fingerprints"]["clip"]["output"] == "projected"
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_continues_and_gives_the_same_numbers(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_selection_of_captions_is_seeded_without_replacement_and_starts_like_a
     assert "99 requested, but there are 23" in refused.err
 
 
+@pytest.mark.slow
 def test_captions_of_a_store_need_no_encoder_and_give_the_same_images(cascade: Path, tmp_path: Path) -> None:
     captions = ["captions.kind=store", f"captions.path={cascade}/run/store", "captions.num_captions=3"]
     stored = sample(cascade, tmp_path / "stored", *captions, "encoder_model=absent/model")

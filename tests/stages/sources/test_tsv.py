@@ -50,7 +50,7 @@ def test_captions_and_images_of_all_lines_are_in_the_store(tmp_path: Path, name:
 
 def test_other_fields_can_be_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_bytes(base64.b64encode(plain_png(BLUE)) + b"\ta blue square\r\n")
-    precompute(tmp_path / "run", *source(tmp_path, "source.caption_field=2", "source.image_field=1"))
+    precompute(tmp_path / "run", *source(tmp_path / "a.tsv", "source.caption_field=2", "source.image_field=1"))
     (sample,) = Store.open(tmp_path / "run" / "store")
     assert sample.captions == ["a blue square"]
     assert tuple(sample.images[16][0, 0]) == BLUE

@@ -251,7 +251,9 @@ def test_a_sample_that_a_retry_brought_goes_from_the_lists_of_retries_too(tmp_pa
     assert verified(run)["num_samples"] == 3
 
 
-@pytest.mark.parametrize("identifier", ["key", "url", "sha256"])
+@pytest.mark.parametrize(
+    "identifier", ["key", *(pytest.param(name, marks=pytest.mark.slow) for name in ("url", "sha256"))]
+)
 def test_caption_url_and_transcription_of_a_retried_sample_are_in_no_file_of_the_run_after_compaction(
     tmp_path: Path, identifier: str
 ) -> None:
