@@ -45,7 +45,8 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_the_layers_of_the_packages_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_layers_of_the_packages_hold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logging.config.dictConfig", lambda _: None)  # import-linter's turns off all other loggers
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
 

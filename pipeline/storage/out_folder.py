@@ -30,8 +30,8 @@ def check_out(run: RunFolder, workflow: str, config: Mapping[str, Any]) -> None:
         config: the configuration as JSON; what its keys such as `path` or `store` name is the run's input.
 
     Raises:
-        ConfigError: it is a file; or the folder is inside the input, a store, a checkpoint or a part of another run, or
-            holds other data, also the input.
+        ConfigError: it is a file; or the folder is inside the input, a store, a checkpoint or part of another run,
+            or it holds other data, also the input.
     """
     out = run.url
     if isinstance(run.storage, LocalStorage) and run.root.exists() and not run.root.is_dir():

@@ -246,7 +246,7 @@ def image(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
         pytest.param(*(64, 1.5, 0, 0.99), marks=pytest.mark.slow),
         pytest.param(*(64, 1.5, 10, 0.98), marks=pytest.mark.slow),
         pytest.param(*(32, 0, 0, 0.99), marks=pytest.mark.slow),
-        (32, 1, 10, 0.93),
+        pytest.param(*(32, 1, 10, 0.93), marks=pytest.mark.slow),
         pytest.param(*(16, 0, 0, 0.97), marks=pytest.mark.slow),
         pytest.param(*(16, 0, 10, 0.97), marks=pytest.mark.slow),
         (16, 0.5, 10, 0.95),

@@ -42,8 +42,8 @@ def slow(store_format: str, kib: int, executor: str = "inline") -> Any:
     ("store_format", "kib", "executor"),
     [
         ("parquet", 16, "inline"),  # the driver's own files
-        ("parquet", 150, "inline"),  # images
-        ("hdf5", 150, "inline"),
+        slow("parquet", 150),  # images
+        slow("hdf5", 150),
         *(slow("parquet", kib) for kib in (60, 100, 200, 250, 300)),
         *(slow("hdf5", kib) for kib in (16, 60, 100, 200, 250, 300)),
         slow("hdf5", 150, "local"),

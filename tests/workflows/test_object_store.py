@@ -106,6 +106,7 @@ def test_no_credential_is_in_any_file_or_output(remote_run: str, s3: ObjectStore
         assert secret not in printed
 
 
+@pytest.mark.slow
 def test_the_same_command_again_finds_all_finished_and_changes_nothing(
     remote_run: str, data: Data, s3: ObjectStore
 ) -> None:

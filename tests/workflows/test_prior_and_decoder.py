@@ -103,6 +103,7 @@ def test_the_prior_samples_in_the_requested_precision(
     assert seen == [None, torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_validation_of_a_prior_says_how_alike_its_embeddings_are(work: Path) -> None:
     lines = [json.loads(line) for line in (work / "prior" / "metrics.jsonl").read_text().splitlines()]
     found = next(line for line in lines if "baseline" in line)

@@ -62,6 +62,7 @@ def test_the_same_command_again_trains_no_step(work: Path) -> None:
     assert all(np.array_equal(before[name], value) for name, value in weights(work / "base").items())
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_checkpoint(work: Path, tmp_path: Path) -> None:
     assert train(work, "base", tmp_path / "whole", "num_steps=8").code == 0
     assert train(work, "base", tmp_path / "parts", "num_steps=4").code == 0

@@ -258,6 +258,7 @@ def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(sto
     assert values[0] == values[1] == values[2]
 
 
+@pytest.mark.slow
 def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> None:
     quiet = make_config(store, num_steps=2, validation={"num_samples": 10, "every_steps": 100})
     busy = changed(quiet, validation={"every_steps": 1}, grid={"every_steps": 1, "num_images": 2, "num_steps": 2})

@@ -90,6 +90,7 @@ def test_more_rows_cost_in_proportion(machine: str) -> None:
     assert large["estimate"]["seconds"] == pytest.approx(large["estimate"]["stages"][-1]["alone_s"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_probe_for_a_profile_runs_no_model(machine: str) -> None:
     planned = plan("--profile", machine, "--probe", "--executor", "inline", *SMALL)
     assert "fetch, resize measured here on 120 rows" in planned["estimate"]["basis"]
@@ -115,6 +116,7 @@ def test_the_report_compares_a_run_with_its_saved_plan(tmp_path: Path) -> None:
     assert "Planned and actual" in (out / "report/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_neither_counted_nor_probed(tmp_path: Path, machine: str) -> None:
     out = tmp_path / "run"
     assert precompute(out, *SMALL).code == 0

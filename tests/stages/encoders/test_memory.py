@@ -36,7 +36,7 @@ def small_memory(forward: Callable[..., Any], fits: Callable[..., bool], failure
     return call
 
 
-@pytest.mark.parametrize("make", [tiny_models.t5, tiny_models.bert])
+@pytest.mark.parametrize("make", [pytest.param(tiny_models.t5, marks=pytest.mark.slow), tiny_models.bert])
 def test_captions_that_do_not_fit_together_are_encoded_in_smaller_batches(
     make: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

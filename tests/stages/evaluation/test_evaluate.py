@@ -113,6 +113,7 @@ def test_an_interrupted_sweep_continues_and_gives_the_same_numbers(
     assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
+@pytest.mark.slow
 def test_a_sweep_refuses_a_folder_of_other_settings_by_name(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[4]
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
+        pytest.param(
+            {"optimizer": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "decay_steps": 20}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {
                 "precision": "float32",
