@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_all_before_the_step(two: Path) -> None:
 
 def test_only_the_first_process_writes(two: Path) -> None:
     names = {path.name for path in (two / "base").iterdir()}
-    assert names == {"checkpoints", "metrics.jsonl", "rank-0.json", "rank-1.json"}
+    assert names == {"checkpoints", "metrics.jsonl", "starts.jsonl", "rank-0.json", "rank-1.json"}
     assert len(metrics(two / "base")) == 4
 
 
