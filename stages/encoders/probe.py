@@ -49,7 +49,8 @@ def take_probe(encoder: TextEncoder) -> dict[str, Any]:
     length = min(encoder.config.max_tokens + 8, _MOST_WORDS)
     captions = [*_CAPTIONS, " ".join(_WORDS[i % len(_WORDS)] for i in range(length))]
     ids, _ = tokenize(encoder.tokenizer, captions, encoder.config.max_tokens)
-    embeddings = encoder.encode(captions).embeddings
+    # One by one: a batch too large for the memory would lower the limit of all later ones.
+    embeddings = [encoder.encode([caption]).embeddings[0] for caption in captions]
     return {
         "inputs": [probe_entry(*values) for values in zip(captions, ids, embeddings, strict=True)],
         "environment": _environment(encoder),

@@ -114,7 +114,7 @@ def test_other_errors_of_a_model_are_not_taken_for_memory() -> None:
 def test_a_run_short_of_memory_ends_well_and_counts_the_halvings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (*SMALL, "store.dtype=float32", "encoders.0.compute_dtype=float32")
+    settings = (*SMALL, "store.dtype=float32", "encoders.0.compute_dtype=float32", "encoders.0.max_tokens=40")
     precompute(tmp_path / "plenty", *settings)
     limited = small_memory(PackedT5.__call__, lambda _, ids, __: len(ids) <= 40, [])
     monkeypatch.setattr(PackedT5, "__call__", limited)
