@@ -1,10 +1,8 @@
 """Whatever the internet and the disk hold: a bad row is a counted drop, and the others are unharmed."""
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from imagen_core.store import Sample, Store
 from tests.commands import Result, call, call_process, drops, precompute, summary, tree
 from tests.image_server import body, closed_port_url, hang_up, redirect, serve, silence, status
 from tests.images import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
+from tests.stages.sources.reading import tar_bytes
 
 SIZE = 16
 BASE = (f"images.sizes_px=[{SIZE}]", "max_drop_fraction=1", "execution.num_cpus=1")
@@ -403,16 +402,6 @@ def test_a_run_that_keeps_nothing_ends_with_3_and_an_empty_store(tmp_path: Path,
 # ---- webdataset ----
 
 
-def tar_of(members: list[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def tar_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("tars")
@@ -462,10 +451,10 @@ def tar_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     second = [("0.png", blue), ("0.txt", b"the same key in another tar"), ("9.png", red), ("9.txt", b"last")]
     cut_image = [("0.png", red), ("0.txt", b"whole"), ("1.txt", b"cut"), ("1.png", noise_jpeg())]
     cut_caption = [("0.png", red), ("0.txt", b"whole"), ("1.png", red), ("1.txt", b"half a caption " * 100)]
-    (data / "00.tar").write_bytes(tar_of(first))
-    (data / "01.tar").write_bytes(tar_of(second))
-    (data / "02.tar").write_bytes(tar_of(cut_image)[: 4 * 512 + 512 + 512 + 512 + 700])
-    (data / "03.tar").write_bytes(tar_of(cut_caption)[: 6 * 512 + 512 + 512 + 200])
+    (data / "00.tar").write_bytes(tar_bytes(first))
+    (data / "01.tar").write_bytes(tar_bytes(second))
+    (data / "02.tar").write_bytes(tar_bytes(cut_image)[: 4 * 512 + 512 + 512 + 512 + 700])
+    (data / "03.tar").write_bytes(tar_bytes(cut_caption)[: 6 * 512 + 512 + 512 + 200])
     return finished(
         root / "run",
         precompute(root / "run", "source.kind=webdataset", f"source.path={data}", "shard_size=8", *NO_TEXT),
