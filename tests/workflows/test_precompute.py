@@ -185,6 +185,12 @@ def test_plan_status_inspect_and_report_say_what_is_there(copy_of_small_run: Pat
     assert page.count("data:image/png;base64,") == 2 * 19
     assert "<svg" in page
     assert "http_404" in page
+    assert ".pair { display: flex; flex-wrap: wrap;" in page, "images of several sizes do not overlap"
+    tasks = [event for event in events(copy_of_small_run) if event["event"] == "task"]
+    assert max(task["setup_s"] for task in tasks) > 0
+    for row in report["throughput"]:
+        times = [task["seconds"] - task["setup_s"] for task in tasks if task["stage"] == row["stage"]]
+        assert row["busy_s"] == pytest.approx(sum(times), abs=0.01), "the start of workers does not count"
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href")), "self-contained"
     verified = printed("verify", out)
     assert (verified["ok"], verified["num_samples"]) == (True, 19)
