@@ -7,13 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
+from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
 from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
 from pipeline.signals import raise_when_preempted
@@ -42,23 +42,9 @@ app = typer.Typer(
     help="Precompute text embeddings and image pyramids for Imagen-style training, once and resumably; train, sample "
     "and evaluate.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
 app.add_typer(config_app, name="config")
 app.add_typer(stage_commands)
 
-_WORKFLOWS = ", ".join(sorted({entry.name for entry in entry_points(group="pipeline.workflows")}))
-WorkflowArg = Annotated[str, typer.Argument(help=f"Name of the workflow: {_WORKFLOWS}.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Config overrides; values are YAML, e.g. shard_size=500; KEY+=VALUE adds to a list. With neither these "
-        "nor -c, a run goes on with its own configuration.",
-    ),
-]
-ConfigFile = Annotated[
-    str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
-]
 Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...). Default: runs/WORKFLOW.")]
 ExecutorName = Annotated[
     str | None,
@@ -123,7 +109,7 @@ def run(
     from pipeline.storage.run_folder import RunFolder
 
     folder = out or f"runs/{workflow}"
-    chosen = _build(workflow, config, overrides, folder)
+    chosen = build(workflow, config, overrides, folder)
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
     raise_when_preempted()
     failure: RunError | None = None
@@ -185,7 +171,7 @@ def plan(
 
     options = PlanOptions(probe, profile, rows, executor, save)
     folder = out or f"runs/{workflow}"
-    result = _build(workflow, config, overrides, folder).preview(folder, options)
+    result = build(workflow, config, overrides, folder).preview(folder, options)
     print_json(result) if as_json else show_preview(result)
 
 
@@ -212,7 +198,7 @@ def submit(
     from pipeline.deploy.submit import RayJobs, check_shared
 
     check_shared(out)
-    resolved = _build(workflow, config, overrides, out).config
+    resolved = build(workflow, config, overrides, out).config
     options = ["--restart"] * restart + (["--retry-dropped", retry_dropped] if retry_dropped else [])
     jobs = RayJobs(address)
     job = jobs.submit(workflow, resolved, out, options, with_code=code)
@@ -299,7 +285,7 @@ def schedule(
     """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
     from pipeline.deploy.schedule import Schedule, install_command, render, write_files
 
-    _build(workflow, config, overrides)
+    build(workflow, config, overrides)
     wanted = Schedule(
         kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, folder=Path.cwd()
     )
@@ -311,68 +297,6 @@ def schedule(
         typer.echo(next(iter(files.values())), nl=False)
     else:
         typer.echo("\n".join(f"# {name}\n{text}" for name, text in files.items()), nl=False)
-
-
-@config_app.command("ls")
-def config_ls(as_json: AsJson = False) -> None:
-    """List the shipped configurations, and the model presets with their exact parameter counts."""
-    from pipeline.cli.presets import list_models, list_presets
-    from pipeline.cli.show import show_table
-
-    presets, models = list_presets(), list_models()
-    if as_json:
-        print_json([*presets, *models])
-    else:
-        show_table(["workflow", "name", "description"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
-        show_table(
-            ["model", "parameters", "description"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
-        )
-
-
-@config_app.command("show")
-def config_show(
-    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
-) -> None:
-    """Print the resolved configuration: defaults, file and overrides together."""
-    from pipeline.config import dump_yaml
-
-    resolved = _build(workflow, config, overrides).config
-    print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
-
-
-@config_app.command("schema")
-def config_schema(workflow: WorkflowArg) -> None:
-    """Print the JSON schema of a workflow's configuration, with a description of each field."""
-    from pipeline.workflow import load_workflow
-
-    print_json(load_workflow(workflow).config_class.model_json_schema())
-
-
-@config_app.command("validate")
-def config_validate(
-    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
-) -> None:
-    """Check a configuration. Exits with 2 and prints one line per problem if it is invalid."""
-    _build(workflow, config, overrides)
-    print_json({"valid": True}) if as_json else typer.echo("valid")
-
-
-def _build(name: str, config: str | None, overrides: list[str] | None, out: str | None = None):
-    """The workflow with its configuration: of the file, or else of the run in `out`, with the overrides.
-
-    The run's own configuration is used if nothing else is given, or if an override adds to it.
-    """
-    from pipeline.cli.presets import configuration_of_run, find_config
-    from pipeline.config import is_addition, load_config
-    from pipeline.workflow import load_workflow
-
-    workflow_class = load_workflow(name)
-    source = find_config(name, config) if config else None
-    if source is None and out is not None and (not overrides or any(map(is_addition, overrides))):
-        source = configuration_of_run(name, out)
-        if source is not None:
-            typer.echo(f"configuration: {out}/config.yaml", err=True)
-    return workflow_class(load_config(workflow_class.config_class, source, overrides or ()))
 
 
 def _dry_run(show_plan: Callable[[], None], restart: bool, as_json: bool) -> None:

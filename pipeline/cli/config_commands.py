@@ -1,0 +1,85 @@
+"""The configuration on the command line: how commands take one, and the commands that show and check it."""
+
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.stage_commands import AsJson, print_json
+
+_WORKFLOWS = ", ".join(sorted({entry.name for entry in entry_points(group="pipeline.workflows")}))
+config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
+WorkflowArg = Annotated[str, typer.Argument(help=f"Name of the workflow: {_WORKFLOWS}.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Config overrides; values are YAML, e.g. shard_size=500; KEY+=VALUE adds to a list. With neither these "
+        "nor -c, a run goes on with its own configuration.",
+    ),
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("-c", "--config", help="YAML file, or the name of a shipped one (see config ls).")
+]
+
+
+def build(name: str, config: str | None, overrides: list[str] | None, out: str | None = None):
+    """The workflow with its configuration: of the file, or else of the run in `out`, with the overrides.
+
+    The run's own configuration is used if nothing else is given, or if an override adds to it.
+    """
+    from pipeline.cli.presets import configuration_of_run, find_config
+    from pipeline.config import is_addition, load_config
+    from pipeline.workflow import load_workflow
+
+    workflow_class = load_workflow(name)
+    source = find_config(name, config) if config else None
+    if source is None and out is not None and (not overrides or any(map(is_addition, overrides))):
+        source = configuration_of_run(name, out)
+        if source is not None:
+            typer.echo(f"configuration: {out}/config.yaml", err=True)
+    return workflow_class(load_config(workflow_class.config_class, source, overrides or ()))
+
+
+@config_app.command("ls")
+def config_ls(as_json: AsJson = False) -> None:
+    """List the shipped configurations, and the model presets with their exact parameter counts."""
+    from pipeline.cli.presets import list_models, list_presets
+    from pipeline.cli.show import show_table
+
+    presets, models = list_presets(), list_models()
+    if as_json:
+        print_json([*presets, *models])
+    else:
+        show_table(["workflow", "name", "description"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
+        show_table(
+            ["model", "parameters", "description"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
+        )
+
+
+@config_app.command("show")
+def config_show(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved configuration: defaults, file and overrides together."""
+    from pipeline.config import dump_yaml
+
+    resolved = build(workflow, config, overrides).config
+    print_json(resolved.model_dump(mode="json")) if as_json else typer.echo(dump_yaml(resolved), nl=False)
+
+
+@config_app.command("schema")
+def config_schema(workflow: WorkflowArg) -> None:
+    """Print the JSON schema of a workflow's configuration, with a description of each field."""
+    from pipeline.workflow import load_workflow
+
+    print_json(load_workflow(workflow).config_class.model_json_schema())
+
+
+@config_app.command("validate")
+def config_validate(
+    workflow: WorkflowArg, overrides: Overrides = None, config: ConfigFile = None, as_json: AsJson = False
+) -> None:
+    """Check a configuration. Exits with 2 and prints one line per problem if it is invalid."""
+    build(workflow, config, overrides)
+    print_json({"valid": True}) if as_json else typer.echo("valid")
