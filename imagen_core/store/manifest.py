@@ -53,7 +53,7 @@ from imagen_core.store.records import (
     parse_group,
     parse_shard,
 )
-from imagen_core.store.removal_log import Removal, load_removals, removal_path
+from imagen_core.store.removal_log import Removal, check_listed, load_removals, removal_path
 
 _SHARDS = b'\n"shards":[\n'
 _END_OF_SHARDS = b"\n],\n"
@@ -244,10 +244,47 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
     """Read and check the manifest of a store (a folder or a fsspec URL), with the removals since it was written.
 
     Raises:
-        ManifestError: a byte was changed, or it is not a manifest.
+        ManifestError: a byte was changed, it is not a manifest, or the log of removals is damaged.
         StoreError: not a store, an unfinished one, or one of a newer schema version.
     """
     folder = source if isinstance(source, StoreFolder) else StoreFolder(source)
+    manifest = read_manifest(folder)
+    apply_removals(folder, manifest)
+    return manifest
+
+
+def read_manifest(folder: StoreFolder) -> Manifest:
+    """The manifest alone, without later removals; raises like `load_manifest`."""
+    data, digest = _intact_bytes(folder)
+    try:
+        manifest = _parse(data, len(data) - _TAIL_BYTES)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
+    manifest.sha256 = digest
+    return manifest
+
+
+def read_header(folder: StoreFolder) -> dict[str, Any]:
+    """The header of an intact manifest, without the shards; raises like `load_manifest`."""
+    return json.loads(_head(_intact_bytes(folder)[0])[:-1] + b"}")
+
+
+def apply_removals(folder: StoreFolder, manifest: Manifest) -> None:
+    """Exclude the rows of removals that were logged after the manifest was written.
+
+    Raises:
+        ManifestError: the log of removals is damaged, or shorter than the manifest says. In a far store the files that
+            the manifest lists are not read again, as it has their rows.
+    """
+    listed = manifest.listed_removals
+    if folder.is_local:
+        check_listed(folder, listed)
+    for removal in load_removals(folder, after=len(listed), listed=listed):
+        manifest.remove(removal)
+
+
+def _intact_bytes(folder: StoreFolder) -> tuple[bytes, str]:
+    """The bytes of a manifest that its digest fits, and this digest."""
     try:
         data = folder.read_bytes(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -265,14 +302,7 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
             f"{folder.path(MANIFEST_NAME)}: {len(data)} bytes that do not match their own sha256, so it "
             f"was changed or truncated; {ADVICE}"
         )
-    try:
-        manifest = _parse(data, len(data) - _TAIL_BYTES)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
-    manifest.sha256 = digest
-    for removal in load_removals(folder, after=len(manifest.listed_removals)):
-        manifest.remove(removal)
-    return manifest
+    return data, digest
 
 
 def _parse(data: bytes, stop: int) -> Manifest:

@@ -145,8 +145,7 @@ class Store(StoreReader, Sequence[Sample]):
         group = self.text_group(encoder)
         if group.null is None:
             raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
-        self._folder.check_size(group.null)
-        data = self._folder.read_bytes(group.null.path)
+        data = self._folder.read_checked(group.null)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
 
@@ -160,8 +159,7 @@ class Store(StoreReader, Sequence[Sample]):
         entry = self.text_group(encoder).probe
         if entry is None:
             return None
-        self._folder.check_size(entry)
-        return parse_probe(self._folder.read_bytes(entry.path), self._folder.path(entry.path))
+        return parse_probe(self._folder.read_checked(entry), self._folder.path(entry.path))
 
     @takes_options_of(LoaderOptions)
     def loader(self, options: LoaderOptions) -> "Loader":

@@ -26,6 +26,7 @@ from imagen_core.store import (
     load_manifest,
     load_removals,
     parse_group,
+    read_header,
     removed_rows,
     revision_of,
     rewrite_manifest,
@@ -58,17 +59,18 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
 
     Raises:
         ConfigError: a store of schema 1, or a run whose source is not known.
-        StoreError: a file cannot be read.
+        StoreError, MachineError: a file was changed since it was written, or cannot be read.
     """
     source = source_of_run(run) if run is not None and has_retries(run) else None
     remove_temporaries(store)  # of a compaction that was killed
     folder = StoreFolder(store)
-    removals = load_removals(folder)
+    header = read_header(folder) if folder.exists(MANIFEST_NAME) else {}
+    removals = load_removals(folder, listed=header.get("removals", ()))
     blocklist = Blocklist(removals)
     files: _StoreFiles = _StoreFiles(folder) if run is None else _RunFiles(run)
     result, new_files = Compacted(), {}
     for shard, revision in sorted(_last_removals(removals).items()):
-        for name, entry in _erase_shard(store, files, shard, revision, removals, result).items():
+        for name, entry in _erase_shard(folder, files, shard, revision, removals, result).items():
             new_files[shard, name] = entry
     if run is not None:
         _add_earlier_tries(run, result.removed_inputs)
@@ -133,19 +135,27 @@ class _RunFiles(_StoreFiles):
 
 
 def _erase_shard(
-    store: Path, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
+    folder: StoreFolder, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
 ) -> dict[str, FileEntry]:
-    """Writes the files that are not erased yet; returns all files of the shard as they are now, by group."""
+    """Writes the files that are not erased yet; returns all files of the shard as they are now, by group.
+
+    Only bytes that are still those of the manifest or the records are copied, so that the new digests hide no damage.
+    """
+    store = Path(folder.path(""))
     entries = files.entries(shard)
     if SAMPLES_GROUP not in entries:
         return {}
-    path = str(store / entries[SAMPLES_GROUP].path)
+    folder.check_bytes(entries[SAMPLES_GROUP])
+    path = folder.path(entries[SAMPLES_GROUP].path)
     samples = SamplesFile(path, path)
     removed = removed_rows(removals, shard, samples)
     if not removed:
         return {}
     result.removed_inputs[shard] = {samples.row(row).input_row for row in removed}
     erased = ErasedShard.of(shard, samples, removed)
+    for entry in entries.values():
+        if revision_of(entry.path) < revision:
+            folder.check_bytes(entry)
     new: dict[str, FileEntry] = {}
     for name, entry in entries.items():
         if revision_of(entry.path) < revision:
@@ -182,7 +192,7 @@ def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, resu
     """Erases images, captions and URLs from the fetched originals that the run keeps."""
     for record in run.records(ORIGINALS):
         shard = record.shard
-        path = run.root / record.file.path
+        path = run.proven_copy(record.file)
         removed = result.removed_inputs.get(shard, set())
         with OriginalsReader(path) as old:
             rows = set(_blocked_originals(old, blocklist, removed))

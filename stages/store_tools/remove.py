@@ -83,10 +83,9 @@ def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
     """
     if run is not None and not folder.exists(MANIFEST_NAME):
         for record in run.records(SAMPLES_GROUP):
-            name = record.file.path
-            copy = run.storage.copy(name)
+            copy = run.proven_copy(record.file)
             try:
-                samples = SamplesFile(str(copy), name)
+                samples = SamplesFile(str(copy), record.file.path)
             finally:
                 run.storage.release(copy)
             yield record.shard, samples, {}
@@ -95,7 +94,7 @@ def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
     for position in range(manifest.num_shards):
         entry = manifest.file(SAMPLES_GROUP, position)
         if entry is not None:
-            with folder.checked(entry) as source:
+            with folder.checked(entry, every_byte=True) as source:
                 samples = SamplesFile(source, folder.path(entry.path))
             yield int(manifest.index[position]), samples, manifest.excluded.get(position, {})
 
