@@ -124,9 +124,7 @@ def _of_format(store_format: str) -> dict[str, Scenario]:
             [[*_run("8", store_format), "images.filter=lanczos", "--restart"], _VERIFY],
             base=[run],
         ),
-        "retry-dropped": Scenario(
-            _images, [[*run, "--retry-dropped", "all"], _VERIFY], base=[run], change=_mend
-        ),
+        "retry-dropped": Scenario(_images, [[*run, "--retry-dropped", "all"], _VERIFY], base=[run], change=_mend),
         "growth": Scenario(_images, [run, _VERIFY], base=[run], change=_more),
         "add-a-size": Scenario(_images, [_run("8,12", store_format), _VERIFY], base=[run]),
         "remove": Scenario(_images, [remove, _VERIFY], base=[run]),

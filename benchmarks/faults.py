@@ -292,8 +292,10 @@ def faults_of(prepared: Prepared, name: str, kinds: list[str], chance: random.Ra
         Try(name, kind, point, label, chance.randrange(1 << 30))
         for (point, label), kind in itertools.product(enumerate(prepared.points), kinds)
     ]
-    yield from every if most >= len(every) else sorted(
-        chance.sample(every, most), key=lambda fault: (fault.point, fault.kind)
+    yield from (
+        every
+        if most >= len(every)
+        else sorted(chance.sample(every, most), key=lambda fault: (fault.point, fault.kind))
     )
 
 
