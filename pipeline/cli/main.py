@@ -338,8 +338,11 @@ def _debugging() -> bool:
 
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
+    from pipeline.storage.disk import disk_errors_explained
+
     try:
-        app(prog_name="pipeline")
+        with disk_errors_explained(Path.cwd()):
+            app(prog_name="pipeline")
     except PipelineError as error:
         if _debugging():
             traceback.print_exc()

@@ -127,5 +127,5 @@ def _foreign_entries(storage: Storage) -> Sequence[str]:
 
 def _workflow_of(storage: Storage) -> str | None:
     """The workflow of the last run in the folder."""
-    plan = storage.read_json(PLAN)
+    plan = storage.read_json_if_whole(PLAN)
     return plan.get("workflow") if isinstance(plan, dict) else None
