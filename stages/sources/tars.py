@@ -158,6 +158,7 @@ class WebdatasetSource(Source):
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         self.ignored_members.clear()
+        self.unread_bytes = 0
         for part in parts:
             index = self._index(part)
             samples: Iterable[tuple[str, Members]] = index.samples()
@@ -176,6 +177,7 @@ class WebdatasetSource(Source):
                 payload = ({_DROP: ["damaged_tar", index.damage]}, *([{}] if self.folders else []))
                 yield part, SourceRow(part.path, part.name, payload=payload)
             self.ignored_members.update(index.ignored)
+            self.unread_bytes += index.unread_bytes
 
     def _chosen(self, members: Members) -> dict[str, Any]:
         """The members of a sample by what they are; or why it is dropped."""

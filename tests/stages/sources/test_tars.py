@@ -283,14 +283,17 @@ def test_a_range_that_is_none_is_refused(tmp_path: Path) -> None:
         source(tmp_path / "{0.tar").check()
 
 
-def test_a_run_counts_what_it_ignored(tmp_path: Path) -> None:
+def test_a_run_counts_what_it_ignored_and_what_it_could_not_read(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.tar").write_bytes(tar_bytes([("._0.png", APPLE), ("0.png", plain_png()), ("0.txt", b"red")]))
     (data / "._a.tar").write_bytes(APPLE)
+    (data / "b.tar").write_bytes(tar_bytes([]) + b"rubbish")
     (data / "list.json").write_bytes(b"{}")
     settings = ("source.kind=webdataset", f"source.path={data}", "images.sizes_px=[16]", "encoders=[]")
     for _ in range(2):
         summary = precompute(tmp_path / "run", *settings)
         assert summary["ignored"] == {".json files": 1, "hidden": 2}
+        assert summary["unread_bytes"] == 7
+        assert summary["tally"]["groups"]["samples"]["drops"] == {"damaged_tar": 1}
     assert [sample.key for sample in Store.open(tmp_path / "run" / "store")] == ["a/0"]
