@@ -7,6 +7,10 @@ NORMALISATION = "control characters to spaces, strip"
 """Part of the encoder fingerprint; change it together with `clean_caption`."""
 
 
+MAX_CHARACTERS = 100_000
+"""Of all captions of a sample together. Tokenizers take seconds and hundreds of MB per million."""
+
+
 def clean_caption(caption: str) -> str:
     """Replaces control characters (NUL, newlines, tabs ...) by spaces and strips the ends.
 
@@ -28,10 +32,13 @@ def clean_captions(captions: Sequence[str] | None) -> tuple[tuple[str, ...], str
     Args:
         captions: None: the source has no captions; then the sample has one, the empty caption.
     Returns:
-        The captions, and the drop reason if none is left (`empty_caption`) or one is not text (`invalid_caption`).
+        The captions, and the drop reason if none is left (`empty_caption`), one is not text (`invalid_caption`) or
+        they have more than MAX_CHARACTERS (`caption_too_long`).
     """
     if captions is None:
         return ("",), None
+    if sum(len(caption.strip()) for caption in captions) > MAX_CHARACTERS:
+        return (), "caption_too_long"
     if not all(is_valid_text(caption) for caption in captions):
         return (), "invalid_caption"
     cleaned = tuple(dict.fromkeys(c for c in map(clean_caption, captions) if c))

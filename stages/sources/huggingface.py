@@ -101,8 +101,7 @@ class HuggingfaceSource(Source):
         if column is None:
             return [("",)] * shard.num_rows
         dataset = dataset.select_columns(top_levels([column], dataset.column_names))
-        records = (dataset[row.payload[0]] for row in self.rows_of(shard))
-        return [clean_captions(captions_of(record, column))[0] for record in records]
+        return [_clean(dataset[row.payload[0]], column) for row in self.rows_of(shard)]
 
     def estimate_rows(self) -> int:
         return len(self._load())
@@ -159,3 +158,11 @@ class HuggingfaceSource(Source):
             **exif_settings(self.config.exif_column),
             **self.config.annotation_settings,
         }
+
+
+def _clean(record: dict[str, Any], column: str) -> tuple[str, ...]:
+    """The captions of a record as a run would have them; none if the row would be dropped."""
+    try:
+        return clean_captions(captions_of(record, column))[0]
+    except BadCell:
+        return ()

@@ -1,7 +1,5 @@
 """Streams the records of tables: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
 
-import lzma
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -12,6 +10,7 @@ from pipeline.errors import ConfigError
 from stages.lines import stream_lines
 from stages.sources.base import InputPart
 from stages.sources.records.cells import InvalidLine, top_levels
+from stages.sources.records.compressed import DAMAGED, SUFFIXES, open_whole
 from stages.sources.records.parquet import open_parquet, to_records
 from stages.sources.records.text import Record, csv_records, json_records, tsv_records
 from stages.sources.records.types import Columns
@@ -19,7 +18,6 @@ from stages.sources.records.types import Columns
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 TYPED = ("csv", "tsv", "parquet")
 """Formats whose head names all columns."""
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BATCH_ROWS = 4096
 _HEAD_BYTES = 2**16
 _TEXTS = {"csv": csv_records, "tsv": tsv_records, "jsonl": json_records}
@@ -28,7 +26,7 @@ _TEXTS = {"csv": csv_records, "tsv": tsv_records, "jsonl": json_records}
 def table_format(path: str) -> str:
     """The format that a file name says, such as `csv` for `a.csv.gz`; the bare suffix if unknown."""
     name = path.lower()
-    for compression in _COMPRESSIONS:
+    for compression in SUFFIXES:
         name = name.removesuffix(compression)
     return name.rpartition(".")[2].replace("ndjson", "jsonl").replace("pq", "parquet")
 
@@ -67,7 +65,7 @@ def estimate_rows(files: Sequence[str]) -> int | None:
         if table_format(path) == "parquet":
             with open_parquet(path) as table:
                 total += table.metadata.num_rows
-        elif path.lower().endswith(_COMPRESSIONS):
+        elif path.lower().endswith(tuple(SUFFIXES)):
             return None
         else:
             with fsspec.open(path, "rb") as raw:
@@ -96,13 +94,13 @@ def read_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:
         yield from _parquet_rows(path, wanted)
         return
     try:
-        with fsspec.open(path, "rb", compression="infer") as raw:
-            lines = stream_lines(cast(Any, raw))
+        with open_whole(path) as file:
+            lines = stream_lines(file)
             if kind == "txt":
                 yield from ({"url": line.strip()} for line in lines if line.strip())
             else:
                 yield from _TEXTS[kind](lines)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (*DAMAGED, ValueError) as error:
         raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
 
 

@@ -26,7 +26,7 @@ from stages.sources.base import (
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of
-from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice, is_content
+from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice
 from stages.sources.tarfiles.index import Members, TarIndex
 from stages.sources.tarfiles.opening import OpenTars, Span, read_span
 
@@ -158,6 +158,7 @@ class WebdatasetSource(Source):
 
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         self.ignored_members.clear()
+        self.unread_bytes = 0
         for part in parts:
             index = self._index(part)
             samples: Iterable[tuple[str, Members]] = index.samples()
@@ -165,14 +166,18 @@ class WebdatasetSource(Source):
             if self.folders:  # all of a tar must fit its arrays before any of it is used
                 samples = list(samples)
                 places = {name: self._places(name, part, [key for key, _ in samples]) for name in self.folders}
+            is_told = False
             for number, (key, members) in enumerate(samples):
                 arrays = {name: [rows[number], digest] for name, (rows, digest) in places.items()}
-                payload = (self._chosen(members), arrays) if self.folders else (self._chosen(members),)
+                chosen = self._chosen(members)
+                is_told |= _is_truncated(chosen, index.cut) and not index.unread_bytes
+                payload = (chosen, arrays) if self.folders else (chosen,)
                 yield part, SourceRow(f"{part.name}/{key}", part.name, payload=payload)
-            if index.damage and not (index.is_cut and is_content(index.last_suffix)):  # else a sample is `truncated`
+            if index.damage and not is_told:  # else the drop `truncated` of a sample tells all
                 payload = ({_DROP: ["damaged_tar", index.damage]}, *([{}] if self.folders else []))
                 yield part, SourceRow(part.path, part.name, payload=payload)
             self.ignored_members.update(index.ignored)
+            self.unread_bytes += index.unread_bytes
 
     def _chosen(self, members: Members) -> dict[str, Any]:
         """The members of a sample by what they are; or why it is dropped."""
@@ -267,6 +272,11 @@ class WebdatasetSource(Source):
 
 def _alternatives(suffixes: str | None) -> tuple[str, ...]:
     return tuple(suffix.strip().lstrip(".") for suffix in (suffixes or "").split(";") if suffix.strip(" ."))
+
+
+def _is_truncated(members: dict[str, Any], cut: Span | None) -> bool:
+    """Whether a sample is dropped as `truncated`, as the tar ends inside its member at `cut`."""
+    return cut is not None and "image" in members and any(members.get(kind) == cut for kind in CONTENT)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:

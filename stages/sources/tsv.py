@@ -1,14 +1,12 @@
 """Lines of tab-separated fields with an image in base64: the format of PaddleFleetX."""
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
-import fsspec
 import xxhash
 from pydantic import Field
 
@@ -19,6 +17,7 @@ from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, re
 from stages.sources.file_lists import find_listed
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, from_base64
+from stages.sources.records.compressed import open_whole
 
 _BLOCK_BYTES = 2**20
 _MAX_LINE_BYTES = 2**28
@@ -29,8 +28,8 @@ class TsvConfig(Config):
 
     kind: Literal["tsv"] = "tsv"
     path: str | None = None
-    """A file, plain or .gz, a folder of .tsv and .tsv.gz files, or a glob; local or any fsspec URL. With `file_list`
-    the folder that its names are relative to."""
+    """A file, plain or compressed (gzip, bzip2, xz, Zstandard), a folder of .tsv files, or a glob; local or any fsspec
+    URL. With `file_list` the folder that its names are relative to."""
     file_list: str | None = None
     """A text file that names the files to read, one per line."""
     caption_field: int | None = Field(default=3, ge=1)
@@ -47,7 +46,7 @@ class TsvConfig(Config):
 class TsvSource(Source):
     """The payload of a row is offset, bytes and digest of its line; offsets are in the uncompressed file.
 
-    The driver reads every file once, block by block. A shard of a .gz is read from the beginning of the file.
+    The driver reads every file once, block by block. A shard of a compressed file is read from its beginning.
     """
 
     layout = ("key", "name", "payload")
@@ -74,19 +73,19 @@ class TsvSource(Source):
         for part in parts:
             path = f"{self.folder}/{part.path}"
             try:
-                with fsspec.open(path, "rb", compression="infer") as file:
-                    for number, line in enumerate(_lines(cast(BinaryIO, file))):
+                with open_whole(path) as file:
+                    for number, line in enumerate(_lines(file)):
                         yield part, SourceRow(f"{part.name}/{number:07d}", part.name, payload=line)
-            except (OSError, EOFError, zlib.error) as error:
+            except OSError as error:
                 raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write it again") from error
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
         for name, file_rows in groupby(rows, key=lambda row: row.name):
             path = path_of(shard, name, self.folder, self.parts)
-            with fsspec.open(path, "rb", compression="infer") as opened:
+            with open_whole(path) as file:
                 for row in file_rows:
-                    emit(self._original(row, cast(BinaryIO, opened)))
+                    emit(self._original(row, file))
 
     def _original(self, row: SourceRow, file: BinaryIO) -> Original:
         config = self.config

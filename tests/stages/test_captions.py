@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.captions import clean_caption, clean_captions, is_valid_text
+from stages.captions import MAX_CHARACTERS, clean_caption, clean_captions, is_valid_text
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_samples_of_a_source_without_captions_have_the_empty_caption() -> None:
 
 def test_one_caption_that_is_not_text_drops_the_sample() -> None:
     assert clean_captions(["a cat", "caf\udce9"]) == ((), "invalid_caption")
+
+
+@pytest.mark.parametrize(
+    "captions", [["x" * (MAX_CHARACTERS + 1)], ["x" * 60_000, "y" * 60_000], ["x\n" * MAX_CHARACTERS]]
+)
+def test_captions_of_too_many_characters_are_a_drop(captions: list[str]) -> None:
+    assert clean_captions(captions) == ((), "caption_too_long")
+
+
+def test_captions_of_as_many_characters_as_allowed_are_kept() -> None:
+    longest = "x" * MAX_CHARACTERS
+    assert clean_captions([f"  {longest}{' ' * 9}"]) == ((longest,), None)

@@ -1,11 +1,19 @@
 """Captions as token ids."""
 
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import MachineError
 from stages.encoders.model_files import ModelFiles
+
+_CHARACTERS_PER_TOKEN = 16
+_MORE = 4
+_WORD_END = re.compile(r"\w ")
+_SPACE_BEHIND_TEXT = re.compile("[^\\s\u2581\u0120][\\s\u2581\u0120]")
+"""In a token: U+2581 is the space of SentencePiece, U+0120 that of byte-level BPE."""
 
 
 def load_tokenizer(files: ModelFiles) -> Any:
@@ -19,11 +27,11 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[
     """Token ids with start and end tokens, at most max_tokens each; and how many captions were truncated.
 
     "" has at least one token, the `empty_token` if need be; another caption of which the tokenizer leaves nothing has
-    none.
+    none. Of a caption much longer than max_tokens only the beginning is read where that gives the same tokens.
     """
     if not captions:
         return [], 0
-    all_ids: list[list[int]] = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    captions, all_ids = _beginnings(tokenizer, captions, max_tokens)
     long = [i for i, ids in enumerate(all_ids) if len(ids) > max_tokens]
     if long:  # the tokenizer knows which tokens must stay at the end
         cut = tokenizer([captions[i] for i in long], truncation=True, max_length=max_tokens)["input_ids"]
@@ -33,6 +41,51 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[
         if not caption and not all_ids[i]:
             all_ids[i] = [tokenizer.convert_tokens_to_ids(empty_token(tokenizer))]
     return all_ids, len(long)
+
+
+def _beginnings(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[str], list[list[int]]]:
+    """Of each caption as much as has more than max_tokens tokens, or all of it; and the token ids of that."""
+    texts, characters = list(captions), _CHARACTERS_PER_TOKEN * max_tokens
+    shortened = {i for i, caption in enumerate(captions) if len(caption) > _MORE * characters}
+    if shortened and not reads_words_alone(tokenizer):
+        shortened.clear()
+    for i in shortened:
+        texts[i] = _beginning(captions[i], characters)
+    all_ids: list[list[int]] = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    while short := [i for i in shortened if len(all_ids[i]) <= max_tokens and len(texts[i]) < len(captions[i])]:
+        characters *= _MORE
+        for i in short:
+            texts[i] = _beginning(captions[i], characters)
+        again = tokenizer([texts[i] for i in short], truncation=False, verbose=False)["input_ids"]
+        for i, ids in zip(short, again, strict=True):
+            all_ids[i] = ids
+    return texts, all_ids
+
+
+def _beginning(caption: str, characters: int) -> str:
+    """The caption up to the first space behind these many characters that ends a word; all of it if none does."""
+    for found in _WORD_END.finditer(caption, characters):
+        if unicodedata.is_normalized("NFKC", found[0][0]):
+            return caption[: found.start() + 1]
+    return caption
+
+
+def reads_words_alone(tokenizer: Any) -> bool:
+    """Whether the tokens of a text up to the end of a word cannot depend on what follows behind a space.
+
+    So it is where no token of the vocabulary goes on behind a space, and unknown text does not make a token of more
+    than its word.
+    """
+    from transformers import ByT5Tokenizer
+
+    if tokenizer.truncation_side != "right" or any(map(_SPACE_BEHIND_TEXT.search, tokenizer.get_vocab())):
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return isinstance(tokenizer, ByT5Tokenizer)
+    if json.loads(backend.to_str())["model"]["type"] in ("BPE", "Unigram"):
+        return True
+    return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str("a b")) > 1
 
 
 def empty_token(tokenizer: Any) -> str | None:

@@ -62,12 +62,6 @@ class MemberChoice:
         return _first_of(members, configured or (usual, f"{before}{usual}"), setting, exactly=bool(configured))
 
 
-def is_content(suffix: str) -> bool:
-    """True if the member may be the image of its sample, its text or its label."""
-    last = _last(suffix)
-    return last in CONTENT or f".{last}" in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
-
-
 def _first_of(members: Members, wanted: Sequence[str], setting: str, *, exactly: bool = True) -> str | None:
     """The first of the wanted suffixes that a sample has; upper and lower case count as equal, exact ones go first."""
     for suffix in wanted:

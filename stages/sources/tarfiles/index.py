@@ -19,20 +19,28 @@ Members = dict[str, Span]
 """The members of a sample by suffix, as they are spelled."""
 
 _HEAD_MEMBERS = 1000
-_BLOCKS = 20 * tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE
+_END_MARK = 2 * tarfile.BLOCKSIZE
+_MOST_ZEROS = 2**20 + _END_MARK
+"""At the end of a file: the largest records that GNU tar fills (`-b 2048`) and the end mark in front of it."""
+_SEARCHED = 2**20
+_MAGIC, _MAGIC_PLACE = b"ustar", 257
 _SPECIAL = "links and devices in tars"
-_TRAILING = "behind the end of a tar"
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises for damaged headers
 
 
 class TarIndex:
-    """The samples of one tar.
+    """The samples of one tar, which is read to its end.
 
-    The key is the member's path up to a dot of its file name. Tars joined with `cat` are read to their end.
+    The key is the member's path up to a dot of its file name. The end of a tar is two blocks of zeros, and nothing but
+    zeros or another tar (they were joined with `cat`) behind them. Behind what cannot be read, reading goes on at the
+    next header whose checksum is right.
 
     Attributes:
-        damage: why the tar could not be read to its end; known after all samples.
-        is_cut: True if the tar ends inside a member, so that the sample of that member is known to be incomplete.
+        damage: what could not be read, and how many bytes; known after all samples.
+        unread_bytes: how many bytes are neither members nor end marks; of a compressed tar that is damaged, how many
+            bytes of the file at least were not used.
+        cut: place of the member that the tar ends inside of, so that its sample is known to be incomplete.
         ignored: number of members that are no data, by rule.
     """
 
@@ -42,11 +50,16 @@ class TarIndex:
             split_name: the key's last part and the suffix of a file name.
         """
         self.path = path
-        self.damage = ""
-        self.is_cut = False
-        self.ignored: Counter[str] = Counter()
-        self.last_suffix = ""
         self._split_name = split_name
+        self._reset()
+
+    def _reset(self) -> None:
+        self.damage = ""
+        self.unread_bytes = 0
+        self.cut: Span | None = None
+        self.ignored: Counter[str] = Counter()
+        self._first_damage, self._damaged_places = "", 0
+        self._origin = self._end = 0
 
     def head(self) -> list[tuple[str, Members]]:
         """The first samples."""
@@ -71,7 +84,7 @@ class TarIndex:
 
     def _members(self) -> Iterator[tuple[str, str, Span]]:
         """Key, suffix and place of each member that may be data."""
-        self.damage, self.is_cut, self.ignored = "", False, Counter()
+        self._reset()
         with closing(open_tar(self.path)) as file:
             start: int | None = 0
             while start is not None:
@@ -83,17 +96,15 @@ class TarIndex:
                         self.ignored[rule] += 1
                         continue
                     folder, _, name = member.name.rpartition("/")
-                    base, self.last_suffix = self._split_name(name)
+                    base, suffix = self._split_name(name)
                     key = f"{folder}/{base}" if folder else base
-                    yield key, self.last_suffix, (member.offset_data, member.size)
-                start = None if self.damage else self._next_archive(file, start)
-            self.damage = self.damage or getattr(file, "damage", "")
-        if self.damage:
-            log.warning("%s is damaged (%s); the samples before that place are used", self.path, self.damage)
+                    yield key, suffix, (member.offset_data, member.size)
+                start = None if self.cut else self._next_start(file)
+            self._conclude(getattr(file, "damage", ""), getattr(file, "unread_bytes", 0))
 
     def _archive(self, file: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
         """The members up to the end-of-archive blocks, or to the damage; `_end` is that place."""
-        self._end = start
+        self._end, span = start, (start, 0)
         try:
             if file.seek(start) != start:
                 return
@@ -102,32 +113,96 @@ class TarIndex:
                     cast(Any, archive).members = []  # or the list of all headers would grow in memory
                     end = cast(Any, archive).offset
                     if end <= self._end:
-                        raise tarfile.ReadError(f"a header at byte {self._end:,} names a negative size")
-                    self._end = end
+                        raise tarfile.ReadError("its size is negative")
+                    self._end, span = end, (member.offset_data, member.size)
                     yield member
-        except _DAMAGED as error:
-            self.is_cut = "unexpected end of data" in str(error)
-            self.damage = str(error) or type(error).__name__
+        except _DAMAGED:
+            if span[1] and not _has_byte(file, sum(span) - 1):
+                self.cut = span
+                self._note(f"it ends inside the member at byte {span[0]:,}")
 
-    def _next_archive(self, file: BinaryIO, start: int) -> int | None:
-        """Where the next of several joined tars starts; None at the end of the file."""
-        at = end = self._end
-        if file.seek(end) != end:
+    def _next_start(self, file: BinaryIO) -> int | None:
+        """Where reading goes on behind an archive: at a joined one, or behind damage. None: the end of the file."""
+        end = self._end
+        at, is_end = _skip_zeros(file, end)
+        zeros = at - end
+        if is_end:
+            if zeros < _END_MARK:
+                self._note(f"it ends at byte {at:,} without an end mark" if at else "it is empty")
+            elif zeros > _MOST_ZEROS:
+                self._note(f"it ends with zeros from byte {end:,}", zeros)
             return None
-        while block := file.read(_BLOCKS):
-            rest = block.lstrip(b"\0")
-            if not rest:
-                at += len(block)
-                continue
-            at += (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            if at > end:
-                return at
-            if start == end and start > 0:  # behind the end-of-archive blocks of the tar before
-                self.ignored[_TRAILING] += 1
-            else:
-                self.damage = f"no header at byte {at:,}"
-            return None
-        return None
+        is_filled = zeros > _END_MARK and (at - self._origin) % _RECORD == 0
+        is_marked = zeros == _END_MARK or is_filled
+        found, size = _find_header(file, at if zeros else end + tarfile.BLOCKSIZE)
+        if is_marked and found == at:
+            self._origin = at
+        elif is_marked:
+            self._note(f"no tar behind the end mark at byte {end:,}", (size if found is None else found) - at)
+        else:
+            what = "zeros between members" if found == at else "no valid header"
+            self._note(f"{what} at byte {end:,}", (size if found is None else found) - end)
+        return found
+
+    def _note(self, damage: str, unread_bytes: int = 0) -> None:
+        self._first_damage = self._first_damage or damage
+        self._damaged_places += 1
+        self.unread_bytes += unread_bytes
+
+    def _conclude(self, compressed_damage: str, compressed_unread: int) -> None:
+        """Puts what was noted into `damage`."""
+        parts: list[str] = []
+        if compressed_damage:
+            parts = [compressed_damage, f"{compressed_unread:,} compressed bytes were not read"]
+        if self._damaged_places and (
+            self.unread_bytes or not compressed_damage
+        ):  # else the one follows from the other
+            more = self._damaged_places - 1
+            parts += [self._first_damage, *([f"{more:,} more such places"] if more else [])]
+            parts.append(f"{self.unread_bytes:,} bytes were not read")
+        self.unread_bytes += compressed_unread
+        self.damage = "; ".join(parts)
+        if self.damage:
+            log.warning("%s is damaged (%s); its other samples are used", self.path, self.damage)
+
+
+def _has_byte(file: BinaryIO, place: int) -> bool:
+    return file.seek(place) == place and len(file.read(1)) == 1
+
+
+def _skip_zeros(file: BinaryIO, start: int) -> tuple[int, bool]:
+    """The first block at or behind `start` that is not all zeros; or the end of the file, and True."""
+    at = start
+    if file.seek(start) != start:
+        return file.tell(), True
+    while block := file.read(_RECORD):
+        rest = block.lstrip(b"\0")
+        if rest:
+            return at + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE, False
+        at += len(block)
+    return at, True
+
+
+def _find_header(file: BinaryIO, start: int) -> tuple[int | None, int]:
+    """The first header at or behind `start`, at any byte; or None. And how far the file was read."""
+    at, window = file.seek(start), b""
+    while block := file.read(_SEARCHED):
+        window += block
+        magic = window.find(_MAGIC, _MAGIC_PLACE)
+        while magic >= 0 and (place := magic - _MAGIC_PLACE) + tarfile.BLOCKSIZE <= len(window):
+            if _is_header(window[place : place + tarfile.BLOCKSIZE]):
+                return at + place, at + len(window)
+            magic = window.find(_MAGIC, magic + 1)
+        kept = max(0, len(window) - tarfile.BLOCKSIZE + 1)
+        at, window = at + kept, window[kept:]
+    return None, at + len(window)
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
+    except (tarfile.HeaderError, ValueError, OverflowError):
+        return False
 
 
 def _neighbours(members: Iterable[tuple[str, str, Span]]) -> Iterator[tuple[str, Members]]:

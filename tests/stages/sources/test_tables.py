@@ -56,11 +56,24 @@ def write_list(path: Path, rows: list[dict[str, str]]) -> None:
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
         ".xz": lzma.compress,
+        ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
     }
     path.write_bytes(pack.get(path.suffix, bytes)(data))
 
 
-NAMES = ["l.csv", "l.tsv", "l.jsonl", "l.ndjson", "l.parquet", "l.pq", "l.csv.gz", "l.tsv.bz2", "l.jsonl.xz", "L.CSV"]
+NAMES = [
+    "l.csv",
+    "l.tsv",
+    "l.jsonl",
+    "l.ndjson",
+    "l.parquet",
+    "l.pq",
+    "l.csv.gz",
+    "l.tsv.bz2",
+    "l.jsonl.xz",
+    "l.csv.zst",
+    "L.CSV",
+]
 
 LOOPBACK = DownloadConfig(retries=0, allow_private_addresses=True)
 

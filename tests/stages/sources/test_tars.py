@@ -74,11 +74,11 @@ def test_tars_joined_with_cat_are_read_to_their_end(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_behind_the_end_of_a_tar_is_counted(tmp_path: Path) -> None:
+def test_what_is_behind_the_end_of_a_tar_is_a_drop_that_counts_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD) + b"a signature")
     tar = source(tmp_path / "a.tar")
-    assert outcomes(tar) == {"a/0": ["zero"], "a/1": ["one"]}
-    assert tar.ignored == {"behind the end of a tar": 1}
+    assert outcomes(tar) == {"a/0": ["zero"], "a/1": ["one"], "a.tar": "damaged_tar"}
+    assert read_originals(tar)[-1].detail == "no tar behind the end mark at byte 4,096; 11 bytes were not read"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_compressed_tars_are_read_whatever_their_name(
 
 
 @pytest.mark.parametrize("cut", ["header", "data", "garbage", "compressed", "flipped"])
-def test_a_damaged_tar_keeps_the_samples_before_and_counts_the_rest(tmp_path: Path, cut: str) -> None:
+def test_a_damaged_tar_keeps_the_samples_around_the_damage_and_counts_the_rest(tmp_path: Path, cut: str) -> None:
     noise = random.Random(0).randbytes(200_000)
     whole = tar_bytes([*GOOD, ("2.jpg", noise), ("2.txt", b"two"), ("3.jpg", IMAGE), ("3.txt", b"three")])
     behind_first = 8 * 512
@@ -116,9 +116,73 @@ def test_a_damaged_tar_keeps_the_samples_before_and_counts_the_rest(tmp_path: Pa
     }[cut]
     (tmp_path / "a.tar").write_bytes(data)
     (tmp_path / "b.tar").write_bytes(tar_bytes(GOOD))
+    behind = {"a/2": "no_image", "a/3": ["three"]} if cut in ("garbage", "flipped") else {}
     last = {"a/2": "truncated"} if cut in ("data", "compressed") else {"a.tar": "damaged_tar"}
     good = {"a/0": ["zero"], "a/1": ["one"], "b/0": ["zero"], "b/1": ["one"]}
-    assert outcomes(source(tmp_path)) == {**good, **last}
+    assert outcomes(source(tmp_path)) == {**good, **behind, **last}
+
+
+def whole_tar() -> bytes:
+    """Ten samples of an image of 1,000 bytes and a caption: 5 blocks each, from byte 0."""
+    return tar_bytes(
+        [(f"{i}.{suffix}", data) for i in range(10) for suffix, data in (("jpg", b"x" * 1000), ("txt", b"t"))]
+    )
+
+
+SAMPLE = 5 * 512
+DAMAGES = {
+    "a cut between two members": (lambda tar: tar[: 6 * SAMPLE], range(6), 0),
+    "a cut in the padding of the last member": (lambda tar: tar[: 6 * SAMPLE - 100], range(6), 0),
+    "a single block of zeros at the end": (lambda tar: tar[: 10 * SAMPLE + 512], range(10), 0),
+    "a page of zeros": (
+        lambda tar: tar[: 2 * SAMPLE] + bytes(4096) + tar[2 * SAMPLE + 4096 :], (0, 1, 4, 5, 6, 7, 8, 9), 4096
+    ),
+    "zeros that end at a member": (
+        lambda tar: tar[:SAMPLE] + bytes(2 * SAMPLE) + tar[3 * SAMPLE :], (0, 3, 4, 5, 6, 7, 8, 9), 2 * SAMPLE
+    ),
+    "a bad checksum": (
+        lambda tar: tar[: 3 * SAMPLE + 150] + b"9" + tar[3 * SAMPLE + 151 :], (0, 1, 2, 4, 5, 6, 7, 8, 9), 1536
+    ),
+    "bytes that are gone": (lambda tar: tar[: 3 * SAMPLE] + tar[3 * SAMPLE + 700 :], (0, 1, 2, 4, 5, 6, 7, 8, 9), 836),
+    "a tail of zeros": (lambda tar: tar[: 4 * SAMPLE] + bytes(2**21), range(4), 2**21),
+    "rubbish behind a second tar": (lambda tar: tar + tar_bytes([]) + b"rubbish", range(10), 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
+def test_the_end_of_a_tar_is_proven_or_a_drop_counts_the_bytes_that_were_not_read(
+    tmp_path: Path, damage: str, compress: Callable[[bytes], bytes]
+) -> None:
+    change, whole, unread = DAMAGES[damage]
+    (tmp_path / "a.tar").write_bytes(compress(change(whole_tar())))
+    tar = source(tmp_path / "a.tar")
+    found = read_originals(tar)
+    assert [o.key for o in found if o.reason is None] == [f"a/{i}" for i in whole]
+    (drop,) = [o for o in found if o.reason == "damaged_tar"]
+    assert drop.key == "a.tar"
+    assert drop.detail.endswith(f"; {unread:,} bytes were not read")
+
+
+@pytest.mark.parametrize(
+    "behind", [b"", bytes(512), bytes(10_240), bytes(2**20 - 20_480), tar_bytes([("10.jpg", IMAGE), ("10.txt", b"x")])]
+)
+def test_zeros_and_further_tars_behind_the_end_mark_are_no_damage(tmp_path: Path, behind: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(whole_tar() + behind)
+    found = read_originals(source(tmp_path / "a.tar"))
+    assert [o.reason for o in found] == [None] * (11 if behind.strip(b"\0") else 10)
+
+
+def test_a_cut_in_a_member_that_is_no_content_is_counted(tmp_path: Path) -> None:
+    hidden = tar_bytes([*GOOD, ("._2.jpg", b"x" * 5000)])
+    (tmp_path / "a.tar").write_bytes(hidden[: 9 * 512 + 1000])
+    assert outcomes(source(tmp_path / "a.tar")) == {"a/0": ["zero"], "a/1": ["one"], "a.tar": "damaged_tar"}
+
+
+def test_a_tar_in_a_tar_is_not_read_while_the_outer_one_is_whole(tmp_path: Path) -> None:
+    inner = tar_bytes([("9.jpg", IMAGE), ("9.txt", b"nine")])
+    tar = source_of(tmp_path, [*GOOD, ("1.bin", inner)])
+    assert outcomes(tar) == {"a/0": ["zero"], "a/1": ["one"]}
 
 
 def test_a_tar_of_which_nothing_can_be_read_is_a_counted_drop_among_others(tmp_path: Path) -> None:
@@ -140,7 +204,7 @@ def test_a_tar_that_may_not_be_opened_is_refused(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     tar = source_of(tmp_path, GOOD)
-    monkeypatch.setattr("stages.sources.tarfiles.opening.fsspec.open", refuse)
+    monkeypatch.setattr("stages.sources.records.compressed.fsspec.open", refuse)
     with pytest.raises(ConfigError, match=r"source.path: .*a.tar cannot be opened: Permission denied; "):
         tar.check()
 
@@ -219,14 +283,17 @@ def test_a_range_that_is_none_is_refused(tmp_path: Path) -> None:
         source(tmp_path / "{0.tar").check()
 
 
-def test_a_run_counts_what_it_ignored(tmp_path: Path) -> None:
+def test_a_run_counts_what_it_ignored_and_what_it_could_not_read(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.tar").write_bytes(tar_bytes([("._0.png", APPLE), ("0.png", plain_png()), ("0.txt", b"red")]))
     (data / "._a.tar").write_bytes(APPLE)
+    (data / "b.tar").write_bytes(tar_bytes([]) + b"rubbish")
     (data / "list.json").write_bytes(b"{}")
     settings = ("source.kind=webdataset", f"source.path={data}", "images.sizes_px=[16]", "encoders=[]")
     for _ in range(2):
         summary = precompute(tmp_path / "run", *settings)
         assert summary["ignored"] == {".json files": 1, "hidden": 2}
+        assert summary["unread_bytes"] == 7
+        assert summary["tally"]["groups"]["samples"]["drops"] == {"damaged_tar": 1}
     assert [sample.key for sample in Store.open(tmp_path / "run" / "store")] == ["a/0"]
