@@ -17,6 +17,7 @@ from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
 from pipeline.fingerprint import digest
 from pipeline.stage import GroupResult, Shard, Stage, Task
 from pipeline.storage import LocalStorage
+from pipeline.storage.credentials import without_secrets
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
 from pipeline.storage.record import CommittedFile, Record
@@ -87,6 +88,8 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
             outcome.error, outcome.fatal_exit_code = disk_message(error, run.storage.local), EXIT_ENVIRONMENT
     finally:
         task.release()
+    if outcome.error is not None:  # it is written into files
+        outcome.error, outcome.traceback = without_secrets(outcome.error), without_secrets(outcome.traceback)
     outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
 
@@ -145,7 +148,8 @@ def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupRes
         return
     lines = (
         json.dumps(
-            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": drop.detail}, ensure_ascii=False
+            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": without_secrets(drop.detail)},
+            ensure_ascii=False,
         )
         for drop in result.drops
     )
