@@ -15,7 +15,7 @@ from typing import Literal
 
 from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
 from pipeline.fingerprint import digest
-from pipeline.stage import GroupResult, Shard, Stage, Task
+from pipeline.stage import GroupResult, Shard, Stage, Task, note_progress
 from pipeline.storage import LocalStorage
 from pipeline.storage.credentials import without_secrets
 from pipeline.storage.disk import disk_message, takes_no_data
@@ -40,6 +40,8 @@ class TaskRequest:
     attempt: int = 1
     alone: bool = False
     """A worker died while it ran this task: no other task may run in its worker at the same time."""
+    limit_s: float | None = None
+    """The worker is ended after so many seconds without a sign of progress; None for never."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
     try:
         prepared = _prepare(stage, run)
+        note_progress()
         outcome.setup_s, cpu_started = time.perf_counter() - started, time.process_time()
         prepared.process(task)
         outcome.records = _commit(run, task, request)
@@ -124,6 +127,7 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> R
     for name, local in task.outputs(group).items():
         files.append(CommittedFile(name, os.path.getsize(local), file_digest(local)))
         run.storage.publish(local, name)
+        note_progress()
     _write_quarantine(run, task.shard, group, result)
     record = Record(
         group=group,
