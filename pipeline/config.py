@@ -60,9 +60,10 @@ def _validated(config_class: type[ConfigT], tree: Tree) -> ConfigT:
         if kind is not None and isinstance(section, dict):
             section.setdefault("kind", kind)  # so that `source.seed=1` alone changes the default source
     tree = cast(Tree, expand_home(tree))
-    for name, value in _leaves(tree):
+    for name, value in _leaves(tree):  # the configuration is written into the run folder
+        check_no_credentials(name, "config")
         if isinstance(value, str):
-            check_no_credentials(value, name)  # the configuration is written into the run folder
+            check_no_credentials(value, name)
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:

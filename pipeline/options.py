@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.executors.base import ExecutionConfig
+from pipeline.storage.credentials import check_no_credentials
 
 
 class WorkflowConfig(Config):
@@ -28,6 +29,9 @@ class RunOptions:
     quiet: bool = False
     take_over: bool = False
     """Take over the folder of a dead run, without waiting for its lease to expire."""
+
+    def __post_init__(self) -> None:
+        check_no_credentials(self.address or "", "--address")
 
 
 @dataclass(frozen=True, slots=True)

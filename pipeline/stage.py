@@ -5,6 +5,7 @@ A group is a column of the result (`samples`, `images-64`, `text-t5`): one or mo
 """
 
 import json
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,20 @@ from typing import Any, ClassVar
 from pipeline.fingerprint import canonical_json, text_digest
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
+
+_last_sign = time.monotonic()
+
+
+def note_progress() -> None:
+    """Tells that this worker gets on; without such a sign for `execution.task_limit_s` it is ended. A stage tells it
+    after every row, batch or the like; it costs nothing."""
+    global _last_sign
+    _last_sign = time.monotonic()
+
+
+def seconds_without_progress() -> float:
+    """Seconds since the last sign of progress in this process."""
+    return time.monotonic() - _last_sign
 
 
 class Shard:
@@ -167,6 +182,7 @@ class Task:
         Raises:
             MachineError: the file was changed since then.
         """
+        note_progress()
         file = self.run.committed_file(group, self.shard.name)
         if file.path not in self._copies:
             self._copies[file.path] = self.run.proven_copy(file)
@@ -186,6 +202,7 @@ class Task:
 
     def done(self, group: str, result: GroupResult) -> None:
         """Declares the group's files complete."""
+        note_progress()
         self.results[group] = result
 
     def outputs(self, group: str) -> dict[str, Path]:
@@ -237,7 +254,7 @@ class Stage(ABC):
         """Writes the wanted groups of one shard.
 
         Must be a pure function of the config and the input rows. A bad sample is a `Drop`, never an
-        exception; an exception means that the shard failed and is retried.
+        exception; an exception means that the shard failed and is retried. Calls `note_progress` as it gets on.
         """
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:

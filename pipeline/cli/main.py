@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, bui
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
 from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
 from pipeline.signals import raise_when_preempted
+from pipeline.storage.credentials import without_secrets
 
 if TYPE_CHECKING:
     from pipeline.deploy.submit import RayJobs
@@ -76,9 +78,14 @@ def _global(
 ) -> None:
     if debug:
         os.environ["PIPELINE_DEBUG"] = "1"
-    logging.basicConfig(
-        level=logging.DEBUG if _debugging() else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.DEBUG if _debugging() else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_WithoutSecrets("%(levelname)s %(name)s: %(message)s"))
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 @app.command()
@@ -338,6 +345,7 @@ def _debugging() -> bool:
 
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
+    sys.excepthook = _show_traceback
     from pipeline.storage.disk import disk_errors_explained
 
     try:
@@ -345,9 +353,14 @@ def main() -> None:
             app(prog_name="pipeline")
     except PipelineError as error:
         if _debugging():
-            traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
+            _show_traceback(type(error), error, error.__traceback__)
+        typer.echo(f"error: {without_secrets(str(error))}", err=True)
         sys.exit(error.exit_code)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In the place of Python's own."""
+    typer.echo(without_secrets("".join(traceback.format_exception(kind, error, trace))), err=True, nl=False)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pipeline.errors import (
     EXIT_USAGE,
     ConfigError,
 )
+from pipeline.storage.credentials import check_no_credentials
 
 FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
 """Exit codes after which a retry would end the same way; after any other code the same command resumes."""
@@ -115,7 +116,7 @@ def render(schedule: Schedule) -> dict[str, str]:
     """The files of a schedule: name and text.
 
     Raises:
-        ConfigError: an unknown kind, an unsupported or missing option, or a value that the files cannot hold.
+        ConfigError: an unknown kind, an unsupported or missing option, or a value that the files must not hold.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -170,6 +171,10 @@ def _check(schedule: Schedule) -> _Kind:
         raise ConfigError(f"--kind {schedule.kind}: there is none of this name; choose from {', '.join(KINDS)}")
     kind = KINDS[schedule.kind]
     options = {option: getattr(schedule, option) for option in (*_OPTIONS, "config", "out")}
+    named = [(f"--{option}", value) for option, value in options.items() if value is not None]
+    named += [("KEY=VALUE", override) for override in schedule.overrides]
+    for what, value in named:
+        check_no_credentials(value, what)
     for option in _OPTIONS:
         if options[option] is not None and option not in kind.uses:
             raise ConfigError(f"--{option} {options[option]}: --kind {schedule.kind} cannot use it; leave it out")
@@ -181,8 +186,7 @@ def _check(schedule: Schedule) -> _Kind:
             f"--out {schedule.out}: --kind {schedule.kind} runs elsewhere; give a URL, or the absolute path of a "
             "folder in shared storage, such as /mnt/shared/run1"
         )
-    named = [(f"--{option}", value) for option, value in options.items() if value is not None]
-    for what, value in [*named, *(("KEY=VALUE", v) for v in schedule.overrides), ("cwd", str(schedule.folder))]:
+    for what, value in [*named, ("cwd", str(schedule.folder))]:
         if not value.isprintable():
             raise ConfigError(f"{what} {value!r}: has a line break or another control character; leave it out")
     return kind

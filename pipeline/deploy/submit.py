@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, MachineError, first_line
 from pipeline.executors.ray_cluster import probe
+from pipeline.storage.credentials import check_no_credentials
 from pipeline.storage.scratch import temporary_folder
 
 _ENTRY_POINTS = ("pipeline.workflows", "pipeline.commands", "pipeline.models")
@@ -37,9 +38,10 @@ class RayJobs:
         """Connects; `address` is like `http://HEAD:8265`.
 
         Raises:
-            ConfigError: it is not such an address.
+            ConfigError: it is not such an address, or holds a user or password.
             MachineError: no answer, or a wrong token.
         """
+        check_no_credentials(address, "--address")
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"--address {address}: must be the head's HTTP address, like http://HEAD:8265")
         self.address = address

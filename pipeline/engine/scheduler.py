@@ -166,9 +166,8 @@ class Scheduler:
         fingerprints = {name: self.plan.digests[name] for name in wanted}
         retried = frozenset(self.retried_rows.get(job.shard.index, ()))
         alone = job.losses[stage.name, "worker"] > 0
-        request = TaskRequest(
-            stage.name, job.shard, wanted, fingerprints, frozenset(job.present), retried, attempt, alone
-        )
+        present, limit_s = frozenset(job.present), self.config.task_limit_s
+        request = TaskRequest(stage.name, job.shard, wanted, fingerprints, present, retried, attempt, alone, limit_s)
         self.executor.submit(stage, request)
 
     def _handle(self, outcome: TaskOutcome) -> None:

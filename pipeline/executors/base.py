@@ -26,6 +26,9 @@ class ExecutionConfig(Config):
     max_attempts: int = Field(default=3, ge=1)
     """Tries of a failing shard before it is skipped and its traceback recorded; deaths of its worker are counted
     separately, and the loss of a node does not count."""
+    task_limit_s: float | None = Field(default=7200.0, gt=0)
+    """A worker whose tasks show no sign of progress (a row, a batch, a model loaded) for this long is ended, and its
+    shards count one of their tries as with a worker that dies. null: never. The inline executor has no such limit."""
     retry_delay_s: float = Field(default=5.0, ge=0)
     """Seconds before the second try; doubled for each further try."""
     give_up_after_shards: int = Field(default=8, ge=1)

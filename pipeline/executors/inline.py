@@ -1,6 +1,7 @@
 """Runs tasks one after another in this process: for debugging with breakpoints, and for quick tests."""
 
 from collections import deque
+from dataclasses import replace
 
 from pipeline.executors.base import Executor
 from pipeline.executors.task import TaskOutcome, TaskRequest, release_stages, run_task
@@ -18,7 +19,7 @@ class InlineExecutor(Executor):
         self.queue: deque[tuple[Stage, TaskRequest]] = deque()
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
-        self.queue.append((stage, request))
+        self.queue.append((stage, replace(request, limit_s=None)))  # it would end this process
 
     @property
     def num_tasks(self) -> int:

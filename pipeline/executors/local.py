@@ -13,7 +13,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from pipeline.executors.base import ExecutionConfig, Executor, usable_cpus
-from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.executors.watchdog import run_watched, worker_lost
 from pipeline.signals import stop_signals_held
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
@@ -67,8 +68,7 @@ class LocalExecutor(Executor):
                 outcomes.append(future.result())
             except BrokenProcessPool:
                 worker.stop()
-                error = "the worker process died (killed, or out of memory)"
-                outcomes.append(TaskOutcome(request, error=error, lost="worker"))
+                outcomes.append(worker_lost(self.run, request, "the worker process died (killed, or out of memory)"))
             pool.idle.append(worker)
         return outcomes
 
@@ -102,7 +102,7 @@ class _Worker:
     def submit(self, stage: Stage, run: RunFolder, request: TaskRequest) -> Future[TaskOutcome]:
         if self.process is not None:
             try:
-                return self.process.submit(run_task, stage, run, request)
+                return self.process.submit(run_watched, stage, run, request)
             except BrokenProcessPool:  # it was killed while it was idle
                 self.stop()
         with stop_signals_held():
@@ -114,7 +114,7 @@ class _Worker:
                 initializer=_start_worker,
                 initargs=(self.gpu,),
             )
-            return self.process.submit(run_task, stage, run, request)
+            return self.process.submit(run_watched, stage, run, request)
 
     def stop(self) -> None:
         """Kills the process; its unfinished files have temporary names."""

@@ -13,6 +13,7 @@ from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
 from pipeline.executors.ray_pool import RayWorker, StageActor, Started, WorkerPool, run_here
 from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.executors.watchdog import worker_lost
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
 
@@ -136,7 +137,7 @@ class RayExecutor(Executor):
             if error.preempted or worker.node not in {node.id for node in living_nodes()}:
                 return TaskOutcome(request, error="its node was lost", lost="node", node=worker.node)
         if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError):
-            return TaskOutcome(request, error=f"the worker died: {first_line(error)}", lost="worker")
+            return worker_lost(self.run, request, f"the worker died: {first_line(error)}")
         return TaskOutcome(request, error=f"Ray could not run the task: {first_line(error)}")
 
     def _start(self) -> None:

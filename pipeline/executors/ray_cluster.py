@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from pipeline.errors import MachineError, first_line
 from pipeline.executors.base import usable_cpus
@@ -121,7 +122,8 @@ def probe(address: str) -> None:
 
     Raises:
         OSError: no connection.
+        ValueError: it is no address.
     """
-    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=_PROBE_TIMEOUT_S).close()

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.errors import MachineError, first_line
 from pipeline.executors.ray_cluster import ClusterNode, Demand
-from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
+from pipeline.executors.task import TaskOutcome, TaskRequest
+from pipeline.executors.watchdog import run_watched
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
 
@@ -134,7 +135,7 @@ class StageActor:
 
 def run_here(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     """Runs the task in this Ray process and records the node."""
-    outcome = run_task(stage, run, request)
+    outcome = run_watched(stage, run, request)
     outcome.node = node_id()
     return outcome
 

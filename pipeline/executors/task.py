@@ -16,8 +16,9 @@ from typing import Literal
 
 from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
 from pipeline.fingerprint import digest
-from pipeline.stage import Drop, Shard, Stage, Task
+from pipeline.stage import Drop, Shard, Stage, Task, note_progress
 from pipeline.storage import LocalStorage
+from pipeline.storage.credentials import without_secrets
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
 from pipeline.storage.record import CommittedFile, Record
@@ -40,6 +41,8 @@ class TaskRequest:
     attempt: int = 1
     alone: bool = False
     """A worker died while it ran this task: no other task may run in its worker at the same time."""
+    limit_s: float | None = None
+    """The worker is ended after so many seconds without a sign of progress; None for never."""
 
 
 @dataclass(slots=True)
@@ -75,6 +78,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
     try:
         prepared = _prepare(stage, run)
+        note_progress()
         outcome.setup_s, cpu_started = time.perf_counter() - started, time.process_time()
         prepared.process(task)
         outcome.records = _commit(run, task, request)
@@ -89,6 +93,8 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
             outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
     finally:
         task.release()
+    if outcome.error is not None:  # it is written into files
+        outcome.error, outcome.traceback = without_secrets(outcome.error), without_secrets(outcome.traceback)
     outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
 
@@ -123,6 +129,7 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> R
     for name, local in task.outputs(group).items():
         files.append(CommittedFile(name, os.path.getsize(local), file_digest(local)))
         run.storage.publish(local, name)
+        note_progress()
     write_drops(run, task.shard.name, group, result.drops)
     record = Record(
         group=group,
@@ -148,7 +155,8 @@ def write_drops(run: RunFolder, shard: str, group: str, drops: Sequence[Drop]) -
         return
     lines = (
         json.dumps(
-            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": drop.detail}, ensure_ascii=False
+            {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": without_secrets(drop.detail)},
+            ensure_ascii=False,
         )
         for drop in drops
     )

@@ -4,7 +4,6 @@ On each, a file is either complete or absent. Stages see local paths only: they 
 published when they are finished.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from imagen_core.store import REMOVED, RETRIED, Blocklist
-from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task
+from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task, note_progress
 from pipeline.storage.run_folder import RunFolder
 from stages.captions import is_valid_text
 from stages.precompute.originals import OriginalsWriter
@@ -58,6 +58,7 @@ class FetchStage(Stage):
                         original = replace(original, captions=(), data=None, reason=REMOVED, detail="", annotations={})
                     original = _storable(original)
                     writer.write(original)
+                    note_progress()
                     counts["fetched"] += original.data is not None
                     counts["unusable"] += original.reason is not None
                     counts["bytes"] += len(original.data or b"")

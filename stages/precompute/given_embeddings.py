@@ -18,7 +18,7 @@ from imagen_core.store import (
     token_errors,
 )
 from pipeline.errors import ConfigError
-from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
+from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.given import PrecomputedEmbeddingsConfig, as_tokens, without_padding
 from stages.precompute.embedding_files import EmbeddingFiles, SharedFiles
@@ -116,6 +116,7 @@ class PrecomputedEmbeddingsStage(Stage):
         found: list[np.ndarray] = []
         bad: dict[int, tuple[str, str]] = {}
         for row, (sample, one) in enumerate(zip(samples, arrays, strict=True)):
+            note_progress()
             array = np.zeros((0, self.encoder.dim)) if one.array is None else one.array
             tokens = without_padding(as_tokens(array, self.encoder.dim, one.where))
             if one.array is None:

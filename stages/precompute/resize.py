@@ -23,7 +23,7 @@ from imagen_core.store import (
     write_samples,
 )
 from pipeline.config import Config
-from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
+from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
@@ -211,6 +211,7 @@ class ResizeStage(Stage):
             _Unusable: the row was not fetched, or a filter rejects it.
             ImageRejected: the image cannot be decoded.
         """
+        note_progress()
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
         data = originals.data(entry)

@@ -1,13 +1,16 @@
 """A small plan of toy stages, importable by worker processes."""
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+from pipeline import stage as stage_module
 from pipeline.config import Config
 from pipeline.errors import MachineError
+from pipeline.executors import watchdog
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
 from pipeline.stage import Drop, Group, GroupResult, Shard, Stage, Task
@@ -26,6 +29,10 @@ class ToyOptions(Config):
     """`square` kills its own process once on this shard."""
     deadly_shard: int = -1
     """`square` kills its own process each time on this shard."""
+    hanging_shard: int = -1
+    """`square` hangs once on this shard."""
+    holds_interpreter: bool = False
+    """While it hangs, no other thread of Python runs."""
     gate: str = ""
     """A file that `square` waits for."""
     broken_setup: bool = False
@@ -68,6 +75,8 @@ class Square(Stage):
         if shard.index == options.kill_shard and not (Path(options.trace) / "killed").exists():
             (Path(options.trace) / "killed").touch()
             os.kill(os.getpid(), 9)
+        if shard.index == options.hanging_shard:
+            hang_once(Path(options.trace), holds_interpreter=options.holds_interpreter)
         if shard.index == options.deadly_shard:
             os.kill(os.getpid(), 9)
         values = [int(v) for v in task.input("raw").read_text().split()]
@@ -140,6 +149,20 @@ def wait_for(gate: str) -> None:
     deadline = time.monotonic() + 30
     while gate and not Path(gate).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def hang_once(trace: Path, *, holds_interpreter: bool) -> None:
+    """Hangs, as if for 12 days already."""
+    if (trace / "hung").exists():
+        return
+    (trace / "hung").touch()
+    with watchdog._watchdog._changed:
+        stage_module._last_sign -= 1e6
+        watchdog._GRACE_S = 1.0
+        watchdog._watchdog._arm()
+        if not holds_interpreter:
+            watchdog._watchdog._changed.notify()
+    (ctypes.PyDLL if holds_interpreter else ctypes.CDLL)(None).sleep(60)
 
 
 def mark(options: ToyOptions, name: str) -> None:

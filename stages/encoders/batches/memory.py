@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.errors import first_line
+from pipeline.stage import note_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,7 @@ def run_batches(
             log.warning("out of memory (%s): batches of at most %d from now on", first_line(error), done.limit)
         else:
             waiting.popleft()
+            note_progress()
             continue
         _release()  # now that the error no longer holds the batch's tensors
         waiting = deque(split([item for batch in waiting for item in batch], done.limit))

@@ -13,24 +13,32 @@ class DownloadConfig(Config):
     """
 
     threads: int = Field(default=32, ge=1)
-    """Downloads at once in each task."""
+    """Downloads at once in each task. Those that get nowhere for two seconds, and those of hosts whose last download
+    failed, do not count, so that bad hosts do not hold up the good ones; up to 3 * `threads` of them run beside the
+    others."""
     max_per_host: int = Field(default=6, ge=1)
     """Downloads at once from one host (browsers take 6); other hosts go ahead of the waiting ones. Where a URL
     redirects to is not counted."""
     min_interval_s: float = Field(default=0.0, ge=0)
     """Least time between the starts of two downloads from one host."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Longest wait for a connection, and for a server's next bytes."""
+    """Longest wait for a connection, the lookup of the name included, and for a server's next bytes."""
+    min_bytes_per_s: float = Field(default=500.0, ge=0)
+    """Least rate at which a server sends, on average over `timeout_s`; a slower one is a `timeout`, as a silent one
+    is."""
     deadline_s: float = Field(default=60.0, gt=0)
-    """Longest time for one download in all, redirects included, however the bytes trickle in. Only the lookup of
-    a name has the resolver's own limit. Over it, as over `timeout_s`: `timeout`."""
+    """Longest time for one image in all: lookups, redirects, further tries and the pauses between them. Only the time
+    in which it waits behind other downloads from its host does not count. Over it: the reason of the last failure, or
+    `timeout`."""
     max_bytes: int = Field(default=64 * 2**20, ge=1)
     """Most bytes received for one image, headers and redirects included, whatever Content-Length says; more is
-    `too_large`. A task may hold 3 * `threads` images at once."""
+    `too_large`. A task holds at most 2 * `threads` images that it has not handed on yet, beside those that are
+    being received."""
     max_redirects: int = Field(default=10, ge=0)
     """Most redirects followed for one image; more are `too_many_redirects`."""
     retries: int = Field(default=2, ge=0)
-    """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx."""
+    """Further tries after failures that may pass: timeouts, connection errors, HTTP 408, 425, 429, 5xx; none that
+    would start after `deadline_s`."""
     max_retry_after_s: float = Field(default=30.0, ge=0)
     """Longest pause that a host gets when it answers 429 or 503 with Retry-After. If it asks for more, the rest of
     its URLs in the shard are dropped as `host_unreachable`."""

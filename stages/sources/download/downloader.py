@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Semaphore
 from types import FunctionType, SimpleNamespace
 from typing import Any
 from urllib.request import Request
@@ -19,7 +20,7 @@ from urllib.request import Request
 import pyarrow as pa
 
 from stages.sources.download.config import DownloadConfig
-from stages.sources.download.host_queue import HostQueue, Ticket
+from stages.sources.download.host_queue import Failures, HostQueue, Ticket, num_threads
 from stages.sources.download.open_url import Endpoint, FetchAttempt, make_opener
 from stages.sources.download.uri import to_uri
 
@@ -29,6 +30,8 @@ Result = Callable[[int, bytes | None, str | None, str], None]
 _RETRYABLE = re.compile(r"timeout|connection_\w+|dns_error|incomplete|download_error|http_(408|425|429|5\d\d)")
 _UNREACHABLE = re.compile(r"timeout|connection_\w+|dns_error|tls_error")
 _BACKOFF_S = 0.5
+_host_failures: Failures = {}
+"""From one shard of this process to its next."""
 
 
 def load_downloader() -> tuple[Any, type[Any]]:
@@ -66,7 +69,9 @@ class _Fetcher:
     def __init__(self, urls: Sequence[str], config: DownloadConfig, own: Endpoint | None):
         self.config = config
         self.own = own
-        self.queue = HostQueue(dict(enumerate(urls)), config)
+        self.queue = HostQueue(dict(enumerate(urls)), config, failures=_host_failures)
+        self.places = Semaphore(2 * config.threads)
+        """For images that were fetched and not yet handed on."""
         self.answered: set[int] = set()
         self.failure: Exception | None = None
         self._downloader, _ = load_downloader()
@@ -84,12 +89,17 @@ class _Fetcher:
             if turn.verdict is not None:
                 self.answered.add(turn.key)
                 return turn.key, None, turn.verdict
-            visit = FetchAttempt(self.config, self._opener, self.own)
+            visit = FetchAttempt(self.config, self._opener, self.own, turn.spent_s)
+            turn.received = lambda visit=visit: visit.received
             try:
                 stream, turn.message = self._fetch(turn, visit, options)
             except Exception as error:  # noqa: BLE001 - raised when the Downloader has ended
                 self.stop(error)
                 stream, turn.message = None, str(error)
+            turn.spent_s += visit.spent_s
+            turn.fetched = True
+            if stream is not None:
+                self.places.acquire()
             if not self._give_back(turn, visit):
                 self.answered.add(turn.key)
                 return turn.key, stream, turn.message
@@ -105,13 +115,16 @@ class _Fetcher:
         """Whether the URL is to be tried again. A failure after a redirect says nothing about the URL's host."""
         reason = "" if turn.message is None else classify(turn.message)
         turn.tries += 1
+        pause_s = max(_BACKOFF_S * 2 ** (turn.tries - 1), visit.retry_after_s)
         retry_in_s = None
         if (
             turn.tries <= self.config.retries
             and _RETRYABLE.fullmatch(reason)
             and visit.retry_after_s <= self.config.max_retry_after_s
+            and turn.spent_s + pause_s < self.config.deadline_s
         ):
-            retry_in_s = max(_BACKOFF_S * 2 ** (turn.tries - 1), visit.retry_after_s)
+            retry_in_s = pause_s
+            turn.spent_s += pause_s
         if visit.redirects:
             self.queue.give_back(turn, retry_in_s=retry_in_s)
         else:
@@ -134,7 +147,13 @@ def _bind(function: Any, **names: object) -> FunctionType:
 
 
 _PATTERNS = (
-    (re.compile(r"^(too_large|too_many_redirects|forbidden_address|host_unreachable): "), r"\1"),
+    (
+        re.compile(
+            r"^(too_large|too_many_redirects|forbidden_address|host_unreachable|invalid_url|invalid_response): "
+        ),
+        r"\1",
+    ),
+    (re.compile(r"^got more than \d+ bytes when reading"), "invalid_response"),
     (re.compile(r"redirect error that would lead to an infinite loop"), "redirect_loop"),
     (re.compile(r"X-Robots-Tag"), "robots_disallowed"),
     (re.compile(r"HTTP Error (\d{3})"), r"http_\1"),
@@ -192,10 +211,17 @@ def _run_downloader(urls: Mapping[int, str], folder: Path, fetcher: _Fetcher, re
         def close(self) -> None: ...
 
     config = fetcher.config
+    resizer = Resizer(256, "no", resize_only_if_bigger=False, disable_all_reencoding=True)
+
+    def hand_through(stream: Any, boxes: object) -> object:
+        """The first that happens to an image on its way to `HandOn`, which comes next."""
+        fetcher.places.release()
+        return resizer(stream, boxes)
+
     shard = downloader.Downloader(
         sample_writer_class=HandOn,
-        resizer=Resizer(256, "no", resize_only_if_bigger=False, disable_all_reencoding=True),
-        thread_count=min(config.threads, len(rows)),
+        resizer=hand_through,
+        thread_count=min(num_threads(config), len(rows)),
         save_caption=False,
         extract_exif=False,
         output_folder=str(folder),

@@ -1,4 +1,4 @@
-"""Opens a URL as urllib does, within limits of time, bytes, redirects and addresses.
+"""Opens a URL as urllib does, within limits of time, rate, bytes, redirects and addresses.
 
 Every connection is made in `FetchAttempt.connect`, and every byte received comes through `_Wire`, also the bytes of
 redirects and proxies. So it does not matter what a server claims or leaves out.
@@ -17,12 +17,15 @@ from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from http import HTTPStatus
 from ipaddress import ip_address
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from stages.sources.download.addresses import is_public
 from stages.sources.download.config import DownloadConfig
+from stages.sources.download.uri import HAS_LOGIN
 
 Endpoint = tuple[str, int]
 """IP address, port."""
@@ -54,9 +57,16 @@ class FetchAttempt:
     Args:
         opener: from `make_opener`; visits may share it, also at the same time.
         own: an address of this program itself, allowed though it be private.
+        spent_s: seconds of `deadline_s` that earlier attempts took.
     """
 
-    def __init__(self, config: DownloadConfig, opener: urllib.request.OpenerDirector, own: Endpoint | None = None):
+    def __init__(
+        self,
+        config: DownloadConfig,
+        opener: urllib.request.OpenerDirector,
+        own: Endpoint | None = None,
+        spent_s: float = 0.0,
+    ):
         self.config = config
         self.opener = opener
         self.own = own
@@ -65,8 +75,17 @@ class FetchAttempt:
         """Whether `open` was called."""
         self.retry_after_s = 0.0
         """The pause that a 429 or 503 requested."""
-        self._ends = time.monotonic() + config.deadline_s
-        self._bytes_left = config.max_bytes
+        self.received = 0
+        """Bytes so far."""
+        self._started = time.monotonic()
+        self._ends = self._started + config.deadline_s - spent_s
+        self._measured: tuple[float, int] | None = None
+        """Since when the rate of the present connection is measured, and the bytes received until then."""
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
 
     def open(self, request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
         """In the place of `urllib.request.urlopen`."""
@@ -79,6 +98,10 @@ class FetchAttempt:
                 self.retry_after_s = retry_after_s(error.headers, time.time())
             error.close()
             raise
+        except http.client.HTTPException as error:
+            if isinstance(error, http.client.InvalidURL | http.client.IncompleteRead | ConnectionError):
+                raise
+            raise Refused(f"invalid_response: {type(error).__name__}: {error}") from error
 
     def connect(self, host: str, port: int, *, proxy: bool) -> socket.socket:
         """Connects to the first allowed address of a host that answers; each is checked after the one lookup.
@@ -87,16 +110,22 @@ class FetchAttempt:
             Refused: no address is allowed.
             OSError: none answered.
         """
+        ends = time.monotonic() + self.wait_s()
         failure: Exception | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            if not (proxy or self._is_allowed(str(address[0]), int(address[1]))):
+        allowed = []
+        for found in _look_up(host, port, self.wait_s()):
+            address = found[4]
+            if proxy or self._is_allowed(str(address[0]), int(address[1])):
+                allowed.append(found)
+            else:
                 failure = failure or Refused(f"forbidden_address: {host} is at {address[0]}")
-                continue
+        for number, (family, kind, protocol, _, address) in enumerate(allowed):
             sock = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(self.wait_s())
+                sock.settimeout(max(_LEAST_WAIT_S, (ends - time.monotonic()) / (len(allowed) - number)))
                 sock.connect(address)
                 sock.settimeout(self.wait_s())  # for the TLS handshake
+                self._measured = None
                 return sock
             except OSError as error:
                 sock.close()
@@ -104,7 +133,11 @@ class FetchAttempt:
         raise failure or OSError(f"No address for {host}")
 
     def check_written(self, url: str) -> None:
-        """Checks the address written into a URL that a proxy will fetch; a name is looked up by the proxy."""
+        """Checks the address written into a URL that a proxy will fetch; a name is looked up by the proxy.
+
+        Raises:
+            Refused: it is not allowed.
+        """
         host = urlsplit(url).hostname or ""
         try:
             address = str(ip_address(host))
@@ -128,9 +161,23 @@ class FetchAttempt:
         return min(self.config.timeout_s, left_s)
 
     def count_bytes(self, received: int) -> None:
-        self._bytes_left -= received
-        if self._bytes_left < 0:
+        """Counts what came over the present connection, and measures its rate from the first byte on.
+
+        Raises:
+            Refused: more than `max_bytes` in all.
+            TimeoutError: slower than `min_bytes_per_s` over `timeout_s`.
+        """
+        self.received += received
+        if self.received > self.config.max_bytes:
             raise self.too_large()
+        now = time.monotonic()
+        since, before = self._measured or (now, self.received - received)
+        seconds = now - since
+        if received and seconds >= self.config.timeout_s:
+            if self.received - before < self.config.min_bytes_per_s * seconds:
+                raise TimeoutError(f"timed out: {self.received - before} bytes in {seconds:.0f} s")
+            since, before = now, self.received
+        self._measured = since, before
 
     def count_redirect(self) -> None:
         self.redirects += 1
@@ -154,6 +201,34 @@ def retry_after_s(headers: Message, now: float) -> float:
         return max(0.0, parsedate_to_datetime(text).timestamp() - now)
     except (ValueError, OverflowError):
         return 0.0
+
+
+_LEAST_WAIT_S = 0.001  # a socket that waits for 0 s does not wait at all
+
+
+def _look_up(host: str, port: int, wait_s: float) -> list[Any]:
+    """What `socket.getaddrinfo` says; the thread that asks is left behind if the resolver takes longer.
+
+    Raises:
+        TimeoutError: no answer in time.
+        OSError: there is no such name.
+    """
+    answers: SimpleQueue[list[Any] | BaseException] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            answers.put(error)
+
+    Thread(target=ask, daemon=True, name="look-up").start()
+    try:
+        answer = answers.get(timeout=wait_s)
+    except Empty:
+        raise TimeoutError(f"timed out while {host} was looked up") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 @cache
@@ -228,6 +303,8 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
 
     def _connection(self, kind: type[_Http], request: urllib.request.Request, host: str, **options: Any) -> _Http:
         visit: FetchAttempt = vars(request)["visit"]
+        if "@" in urlsplit(request.full_url).netloc or "@" in host:  # urllib would look it up as part of the name
+            raise Refused(f"invalid_url: {HAS_LOGIN}")
         connection = kind(host, **options)
         connection.visit = visit
         connection.to_proxy = request.has_proxy() or bool(request._tunnel_host)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import re
 from urllib.parse import quote, urlsplit
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+HAS_LOGIN = "it holds a user or password, which is sent to nobody"
 _SAFE = "!#$%&'()*+,-./:;=?@[\\]^_|~"
 """What stays as it is: all that has a meaning in a URL, and `%`, so that what is encoded is not encoded again."""
 
@@ -14,8 +15,8 @@ def to_uri(url: str) -> str:
     What is percent-encoded already stays as it is, and so does the rest. Spaces around the URL are left out.
 
     Raises:
-        ValueError: it is no http or https URL, has control characters or bytes that are not UTF-8, or a host that
-            cannot be.
+        ValueError: it is no http or https URL, has control characters or bytes that are not UTF-8, a user or password,
+            or a host that cannot be.
     """
     url = url.strip()
     if _CONTROL.search(url):
@@ -25,10 +26,11 @@ def to_uri(url: str) -> str:
         raise ValueError("only http and https URLs are fetched")
     if not parts.netloc:
         raise ValueError("no host given")
-    user, at, place = parts.netloc.rpartition("@")
+    if "@" in parts.netloc:
+        raise ValueError(HAS_LOGIN)
     scheme, _, rest = url.partition("://")
     after = rest[len(parts.netloc) :]
-    return f"{scheme}://{quote(user, safe=_SAFE)}{at}{_ascii_host(place)}{quote(after, safe=_SAFE)}"
+    return f"{scheme}://{_ascii_host(parts.netloc)}{quote(after, safe=_SAFE)}"
 
 
 def _ascii_host(place: str) -> str:

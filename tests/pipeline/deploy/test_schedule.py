@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.deploy.schedule import KINDS, Schedule, render
+from pipeline.errors import ConfigError
 from tests.commands import Result, call
 from tests.pipeline.deploy.kubernetes import ConfigMap, CronJob, RayJob, Role, read_manifests
 
@@ -404,3 +405,21 @@ def test_the_name_tells_run_folders_apart() -> None:
     names = [replace(Schedule("cron", "precompute"), out=out).name for out in (None, "/a/Run_1/", "s3://b/x.y")]
     assert names == ["precompute", "precompute-run-1", "precompute-x-y"]
     assert len(Schedule("cron", "precompute", out="a" * 99).name) == 40
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"out": "s3://KEY:secret/word@bucket/run"},
+        {"out": "simplecache::s3://key:secret-word@bucket/run"},
+        {"address": "ray://me:secret-word@head:10001"},
+        {"overrides": ("source.path=https://h/list.csv?sig=secret-word",)},
+        {"image": "https://me:secret-word@registry/image"},
+    ],
+    ids=["out", "chain", "address", "signed", "image"],
+)
+def test_credentials_reach_no_file_of_a_scheduler(kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="holds a ") as caught:
+        render(Schedule(kind, "precompute", **{"out": "/mnt/a/b", **options}))
+    assert "secret" not in str(caught.value)

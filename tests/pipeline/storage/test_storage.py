@@ -250,15 +250,31 @@ def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
     assert "secret-word" not in str(caught.value)
 
 
-def test_a_configuration_with_a_password_in_a_url_is_refused_and_not_shown() -> None:
-    for override in (
-        "source={kind: urls, path: 's3://key:secret-word@bucket/urls'}",
-        "encoders.0.model=https://me@hub/x",
-    ):
-        result = call("config", "show", "precompute", override)
-        assert result.code == 2
-        assert "holds a user or password" in result.err
-        assert "secret-word" not in result.out + result.err
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("source={kind: urls, path: 's3://key:secret-word@bucket/urls'}", "holds a user or password"),
+        ("source={kind: urls, path: 'simplecache::s3://KEY:secret-word/x@bucket/urls'}", "holds a user or password"),
+        ("source={kind: urls, path: 'https://h/l.csv?X-Amz-Signature=secret-word'}", "holds a signature"),
+        ("encoders.0.model=https://me@hub/x", "holds a user or password"),
+        ("execution.resources={'s3://key:secret-word@b': 1}", "holds a user or password"),
+        ("images.sizes_px=['https://h/?sig=secret-word']", "holds a signature"),
+        ("source.path=[s3://key:secret-word@bucket/x", "not valid YAML"),
+    ],
+)
+def test_credentials_in_urls_of_the_configuration_are_refused_and_not_shown(override: str, why: str) -> None:
+    result = call("config", "show", "precompute", override)
+    assert result.code == 2
+    assert why in result.err
+    assert "secret-word" not in result.out + result.err
+
+
+@pytest.mark.parametrize("command", [("run", "precompute"), ("submit", "precompute", "--out", "/x"), ("stop", "job")])
+def test_an_address_with_a_password_is_refused_not_looked_up_and_not_shown(command: tuple[str, ...]) -> None:
+    result = call(*command, "--address", "http://me:secret-word@example.invalid:8265")
+    assert result.code == 2
+    assert "--address: http://...@example.invalid:8265: holds a user or password" in result.err
+    assert "secret-word" not in result.out + result.err
 
 
 def test_an_unknown_protocol_is_refused() -> None:

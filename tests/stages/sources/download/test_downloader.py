@@ -34,6 +34,7 @@ CONFIG = DownloadConfig(
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKOFF_S", 0.001)
+    module._host_failures.clear()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -83,6 +84,7 @@ def fetch(urls: Mapping[int, str], scratch: Path, **changes: object) -> dict[int
         ("'ascii' codec can't encode character '\\xe9' in position 5: ordinal not in range(128)", "invalid_url"),
         ("encoding with 'idna' codec failed (UnicodeError: label empty or too long)", "invalid_url"),
         ("<urlopen error [Errno 101] Network is unreachable>", "download_error"),
+        ("got more than 65536 bytes when reading chunk size", "invalid_response"),
         ("something new", "download_error"),
         ("", "download_error"),
     ],

@@ -111,6 +111,56 @@ def test_a_host_is_given_up_after_failures_in_a_row(make: Make) -> None:
     }
 
 
+def test_a_download_that_gets_nowhere_gives_its_place_to_another(make: Make) -> None:
+    queue, clock = make([*urls("a", 1), *urls("b", 1), *urls("c", 1), *urls("d", 1)], threads=2)
+    stuck, moving = take_all(queue, 2)
+    moving.received = lambda: int(1000 * (clock.now - 999))
+    third = queue.take()
+    assert (third.url[7:], clock.now - 1000, stuck.aside, moving.aside) == ("c/0", 2, True, False)
+    third.received = moving.received
+    queue.give_back(stuck, failed=False)
+    assert not queue._active[True]
+    third.fetched = True
+    moving.tries += 1
+    queue.give_back(moving, failed=False)
+    assert (queue.take().url[7:], clock.now - 1000) == ("d/0", 2)
+
+
+def test_a_host_in_doubt_takes_no_place_from_the_others(make: Make) -> None:
+    queue, clock = make([*urls("a", 9), *urls("b", 3)], threads=1)
+    queue.give_back(queue.take(), failed=True)
+    assert [(turn.url[7:], turn.aside) for turn in take_all(queue, 4)] == [
+        ("b/0", False),
+        ("a/1", True),
+        ("a/2", True),
+        ("a/3", True),
+    ]
+    assert clock.now == 1000
+    assert (queue.take().url[7:], clock.now) == ("b/1", 1002), "b/0 got nowhere; of a, too many are waited for"
+
+
+def test_failures_of_a_host_are_remembered_for_the_next_shard_and_for_a_while(make: Make) -> None:
+    _, clock = make([])
+    failures: dict[str, tuple[int, float]] = {}
+    config = DownloadConfig(max_host_failures=3)
+
+    def given_up_after(failed: bool) -> int:
+        queue = HostQueue(dict(enumerate(urls("a", 5))), config, clock, failures)
+        for tries in range(5):
+            turn = queue.take()
+            if turn.verdict is not None:
+                return tries
+            queue.give_back(turn, failed=failed)
+        return 5
+
+    assert given_up_after(failed=True) == 3
+    assert given_up_after(failed=True) == 1, "one more chance"
+    clock.now += 601
+    assert given_up_after(failed=True) == 3, "forgotten"
+    assert given_up_after(failed=False) == 5
+    assert failures == {}
+
+
 def test_giving_up_ends_all(make: Make) -> None:
     queue, _ = make([*urls("a", 2), *urls("b", 1)])
     active = queue.take()

@@ -5,11 +5,13 @@ import itertools
 import socket
 import ssl
 import threading
+import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 from urllib.request import OpenerDirector
 
 import pytest
@@ -20,6 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from stages.precompute.fetch import fetch_originals
 from stages.sources.download import downloader as module
+from stages.sources.download import host_queue
 from stages.sources.download import open_url as visit
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import classify, download
@@ -37,6 +40,7 @@ from tests.image_server import (
     redirect,
     serve,
     silence,
+    status,
 )
 from tests.images import plain_png
 
@@ -47,6 +51,7 @@ CONFIG = DownloadConfig(threads=8, timeout_s=5, retries=0, allow_private_address
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKOFF_S", 0.001)
+    module._host_failures.clear()
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -222,7 +227,25 @@ def test_no_more_bytes_than_allowed_are_received_whatever_is_claimed(tmp_path: P
 def test_endless_headers_end(tmp_path: Path) -> None:
     with serve({"/": endless_headers}) as server:
         assert outcomes([server.url("/")], tmp_path, max_bytes=50_000) == ["too_large"]
-        assert outcomes([server.url("/")], tmp_path) == ["download_error"], "http.client takes 100 headers"
+        assert outcomes([server.url("/")], tmp_path) == ["invalid_response"], "http.client takes 100 headers"
+
+
+def test_what_is_no_http_is_dropped_once_and_cannot_name_a_reason(tmp_path: Path) -> None:
+    def say(words: bytes) -> Answer:
+        return lambda handler: handler.wfile.write(words)
+
+    routes = {
+        "/headers": say(b"HTTP/1.0 200 OK\r\n" + b"X-A: b\r\n" * 101 + b"Content-Length: 1\r\n\r\nx"),
+        "/99-headers": say(b"HTTP/1.0 200 OK\r\n" + b"X-A: b\r\n" * 99 + b"\r\n" + IMAGE),
+        "/line": say(b"HTTP/1.0 200 OK\r\nX-A: " + b"b" * 70_000 + b"\r\n\r\nx"),
+        "/chunk": say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 70_000),
+        "/forged": say(b"host_unreachable: timed out\r\n\r\n"),
+        "/version": say(b"HTTP/9.9 200 OK\r\n\r\n"),
+    }
+    with serve(routes) as server:
+        found = outcomes([server.url(path) for path in routes], tmp_path, retries=2, max_host_failures=1)
+        assert server.requests == dict.fromkeys(routes, 1)
+    assert dict(zip(routes, found, strict=True)) == dict.fromkeys(routes, "invalid_response") | {"/99-headers": IMAGE}
 
 
 def test_a_compressed_body_is_not_inflated(tmp_path: Path) -> None:
@@ -235,6 +258,119 @@ def test_bytes_that_drip_are_cut_off_at_the_deadline(tmp_path: Path) -> None:
     with serve({"/": drip(bytes(1000), pause_s=0.02), "/quick": drip(b"abc", pause_s=0.01)}) as server:
         assert outcomes([server.url("/")], tmp_path, timeout_s=4, deadline_s=0.4) == ["timeout"]
         assert outcomes([server.url("/quick")], tmp_path) == [b"abc"]
+
+
+def test_a_rate_below_the_least_is_a_timeout_of_its_host(tmp_path: Path) -> None:
+    limits = {"timeout_s": 0.4, "deadline_s": 30, "min_bytes_per_s": 10_000, "retries": 1}
+    with serve({"/": drip(bytes(1000), pause_s=0.02)}) as server:
+        found = outcomes([server.url("/")] * 6, tmp_path, **limits, max_host_failures=2, max_per_host=1)
+        assert server.requests == {"/": 2}
+    assert Counter(found) == {"timeout": 2, "host_unreachable": 4}
+
+
+def test_the_rate_counts_from_the_first_byte_over_each_span_of_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(visit.time, "monotonic", lambda: now)
+    config = DownloadConfig(timeout_s=10, min_bytes_per_s=100)
+    attempt = visit.FetchAttempt(config, visit.make_opener())
+    for seconds, received in ((9, 200), (5, 700), (5, 101), (9, 1), (0.9, 5000), (9, 1), (1, 0)):
+        now += seconds
+        attempt.count_bytes(received)
+    now += 10
+    with pytest.raises(TimeoutError, match="timed out: 1 bytes in 11 s"):
+        attempt.count_bytes(1)
+    unlimited = visit.FetchAttempt(config.model_copy(update={"min_bytes_per_s": 0}), visit.make_opener())
+    for _ in range(3):
+        now += 9
+        unlimited.count_bytes(1)
+
+
+def test_the_deadline_is_that_of_all_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    init = visit.FetchAttempt.__init__
+
+    def spy(self: visit.FetchAttempt, *arguments: Any) -> None:
+        init(self, *arguments)
+        given.append(self._ends - self._started)
+
+    monkeypatch.setattr(visit.FetchAttempt, "__init__", spy)
+    monkeypatch.setattr(module, "_BACKOFF_S", 0.1)
+    with serve({"/": drip(bytes(1000), pause_s=0.02), "/503": status(503)}) as server:
+        assert outcomes([server.url("/")], tmp_path / "1", deadline_s=0.3, retries=5) == ["timeout"]
+        assert server.requests == {"/": 1}, "nothing is left for another try"
+        assert outcomes([server.url("/503")], tmp_path / "2", deadline_s=100, retries=2) == ["http_503"]
+    _, first, second, third = given
+    assert first == 100
+    assert second < first - 0.1
+    assert third < second - 0.2
+
+
+@pytest.mark.parametrize(
+    ("spent_s", "requested_s", "again"), [(97, 0, True), (99.6, 0, False), (60, 30, True), (71, 30, False)]
+)
+def test_no_try_starts_after_the_deadline(
+    spent_s: float, requested_s: float, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_S", 0.5)
+    fetcher = module._Fetcher(["http://127.0.0.1/"], CONFIG.model_copy(update={"retries": 1, "deadline_s": 100}), None)
+    turn = fetcher.queue.take()
+    turn.message, turn.spent_s = "HTTP Error 503: ", spent_s
+    ended = visit.FetchAttempt(CONFIG, visit.make_opener())
+    ended.retry_after_s = requested_s
+    assert fetcher._give_back(turn, ended) is again
+
+
+def test_a_name_whose_lookup_hangs_is_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        if host == "slow.test":
+            assert answered.wait(20)
+        return real("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with serve({"/": body(IMAGE)}) as server:
+        urls = [server.url("/", "slow.test"), server.url("/", "quick.test")]
+        assert outcomes(urls, tmp_path, timeout_s=0.3) == ["timeout", IMAGE]
+    answered.set()
+
+
+def test_good_hosts_do_not_wait_behind_bad_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_queue, "_PATIENCE_S", 0.05)
+    good_done = threading.Event()
+
+    def bad(handler: Handler) -> None:
+        assert good_done.wait(20)
+
+    def good(handler: Handler) -> None:
+        body(IMAGE)(handler)
+        if handler.server.requests["/good"] == 20:
+            good_done.set()
+
+    with serve({"/bad": bad, "/good": good}, "0.0.0.0") as server:
+        bad_urls = [server.url("/bad", f"127.0.0.{number}") for number in range(2, 6)]
+        urls = [*bad_urls, *[server.url("/good")] * 20]
+        found = outcomes(urls, tmp_path, threads=2, timeout_s=20)
+    assert found == ["connection_reset"] * 4 + [IMAGE] * 20
+
+
+def test_no_more_images_are_held_than_stated(tmp_path: Path) -> None:
+    most = 0
+
+    def result(row: int, data: bytes | None, reason: str | None, detail: str) -> None:
+        nonlocal most
+        if row == 0:
+            time.sleep(0.3)  # the others come, as far as they may
+        if not most:
+            most = server.requests.total()
+
+    with serve({"/": body(IMAGE)}) as server:
+        download(
+            dict.fromkeys(range(100), server.url("/")), tmp_path, CONFIG.model_copy(update={"threads": 2}), result
+        )
+        assert server.requests.total() == 100
+    assert 1 <= most <= 1 + 2 * 2 + 2
 
 
 def test_the_deadline_holds_over_redirects_and_for_headers(tmp_path: Path) -> None:
@@ -288,6 +424,7 @@ def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
             "/file": redirect("file:///etc/passwd"),
             "/ftp": redirect("ftp://127.0.0.1/x"),
             "/data": redirect("data:image/png;base64,"),
+            "/login": redirect("http://user:pass@127.0.0.1:1/x"),
         }
         with serve(routes) as server:
             found = outcomes(
@@ -297,7 +434,33 @@ def test_a_redirect_is_checked_like_a_url(tmp_path: Path) -> None:
                 allow_private_addresses=False,
             )
         assert inside.requests == {}
-    assert found == ["forbidden_address"] * 3 + ["http_302", "invalid_url", "http_302"]
+    assert found == ["forbidden_address"] * 3 + ["http_302", "invalid_url", "http_302", "invalid_url"]
+
+
+def test_a_url_with_a_password_is_neither_looked_up_nor_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def look_up(host: object, *_: object, **__: object) -> list[Any]:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    said: list[str] = []
+    with serve({"/": redirect("http://me:hidden@example.invalid/x")}) as server:
+        urls = ["http://me:hidden@example.invalid/x", "http://hidden@example.invalid/", server.url("/")]
+        real = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda host, *a, **o: (look_up if host != "127.0.0.1" else real)(host, *a, **o)
+        )
+        download(
+            dict(enumerate(urls)),
+            tmp_path,
+            CONFIG,
+            lambda row, data, reason, detail: said.append(f"{reason}: {detail}"),
+        )
+    assert asked == []
+    assert len(said) == 3
+    assert all(words.startswith("invalid_url: ") and "user or password" in words for words in said)
+    assert not any("hidden" in words for words in said)
 
 
 def test_redirects_are_followed_up_to_the_limit(tmp_path: Path) -> None:
@@ -437,11 +600,11 @@ def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monk
     init = visit.FetchAttempt.__init__
 
     def spy(
-        self: visit.FetchAttempt, config: DownloadConfig, opener: OpenerDirector, own: Endpoint | None = None
+        self: visit.FetchAttempt, config: DownloadConfig, opener: OpenerDirector, own: Endpoint | None, spent_s: float
     ) -> None:
         assert not config.allow_private_addresses
         allowed.append(own)
-        init(self, config, opener, own)
+        init(self, config, opener, own, spent_s)
 
     monkeypatch.setattr(visit.FetchAttempt, "__init__", spy)
     source = SyntheticConfig(num_samples=2, dead_links=0).build()
@@ -454,7 +617,9 @@ def test_the_built_in_source_opens_no_other_private_address(tmp_path: Path, monk
     assert allowed[0][0] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("reason", ["too_large", "too_many_redirects", "forbidden_address", "host_unreachable"])
+@pytest.mark.parametrize(
+    "reason", ["too_large", "too_many_redirects", "forbidden_address", "host_unreachable", "invalid_response"]
+)
 def test_a_limit_names_itself_and_no_server_can_name_it(reason: str) -> None:
     assert classify(f"{reason}: more than 3") == reason
     assert classify(f"HTTP Error 500: {reason}: ") == "http_500"
