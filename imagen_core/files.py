@@ -31,6 +31,24 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a small file under another name, makes it durable and renames it, which is made durable too.
+
+    Whatever happens, the file has its old content or the new one. What a kill leaves, the next write replaces.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
 def sort_metadata(path: str | os.PathLike[str]) -> None:
     """Orders the metadata in the header of a safetensors file by key, in place.
 

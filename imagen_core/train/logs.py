@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from imagen_core.files import write_durably
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
+
+log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
 
 
 class Logger(Protocol):
@@ -29,20 +34,25 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object per line, by rising step; lines after the step resumed from are removed."""
+    """`metrics.jsonl`: one object per line, by rising step.
+
+    Lines after the step resumed from are removed, as is what cannot be read. A line that is there already, of a step
+    that was evaluated again because a kill followed, is not repeated.
+    """
 
     def __init__(self, path: Path, resumed_step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path, warn=True) if line["step"] <= resumed_step]
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = path.with_name(f".{path.name}.tmp")
-            kept.write_text("".join(line for line in lines if _step_of(line) <= resumed_step), encoding="utf-8")
-            kept.replace(path)
+            write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._there = {(line["step"], frozenset(line)) for line in kept if line["step"] == resumed_step}
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = {"step": step, **values}
+        if (step, frozenset(line)) not in self._there:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         return
@@ -53,17 +63,37 @@ class JsonLines:
 
 def last_values(path: Path) -> dict[str, float]:
     """The newest value of each metric in a `metrics.jsonl`; empty where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    complete = (line for line in lines if _step_of(line) < float("inf"))
-    return {name: value for line in complete for name, value in json.loads(line).items()}
+    return {name: value for line in read_metrics(path) for name, value in line.items()}
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a kill truncated."""
+def read_metrics(path: Path, *, warn: bool = False) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` that can be read; none where there is no file.
+
+    Args:
+        warn: name lines that cannot be read, except for a last one that a kill cut.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found, bad = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        values = _parsed(line)
+        if values is not None:
+            found.append(values)
+        elif line:
+            bad.append(number)
+    if warn and any(number < text.count("\n") + 1 for number in bad):
+        log.warning("%s: line %d of %d cannot be read, and is removed", path, bad[0], text.count("\n"))
+    return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The numbers of a line with a step; None for one that a kill truncated, or that was damaged."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int) or values["step"] < 0:
+        return None
+    return values if all(isinstance(value, int | float) for value in values.values()) else None
 
 
 class TensorBoard:
@@ -120,7 +150,7 @@ class Loggers:
         self._loggers: list[Logger] = []
         for name in config.logging.loggers if writes else ():
             if name == "jsonl":
-                self._loggers.append(JsonLines(out / "metrics.jsonl", resumed_step))
+                self._loggers.append(JsonLines(out / METRICS, resumed_step))
             elif name == "tensorboard":
                 self._loggers.append(TensorBoard(out / "tensorboard", resumed_step))
             else:

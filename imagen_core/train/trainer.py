@@ -1,6 +1,5 @@
 """The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -13,18 +12,22 @@ import torch
 
 from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
+from imagen_core.sealed import write_sealed
 from imagen_core.train.checkpoints.checkpoint import (
     LoadedDenoiser,
-    best_checkpoints,
     checkpoints,
     load_checkpoint,
     read_state,
-    record_validation,
     refuse_other,
-    remove_old,
-    remove_unfinished,
 )
 from imagen_core.train.checkpoints.init_from import LoadCheckpoint, initialize_from
+from imagen_core.train.checkpoints.kept import (
+    best_checkpoints,
+    record_validation,
+    remove_old,
+    remove_unfinished,
+    validation_losses,
+)
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
@@ -120,7 +123,7 @@ def train(
         if found is None and config.init_from is not None:
             loaded = initialize_from(denoiser, config, load)
             if world.is_main:
-                _write_json(out / "start.json", asdict(loaded))
+                write_sealed(out / "start.json", asdict(loaded))
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
@@ -172,6 +175,7 @@ class TrainingRun:
         stream = BatchStream(context.store, config, self.world, loader_state, context.encode)
         checkpoint = None
         try:
+            self._evaluate_what_is_due()
             while state.step < config.num_steps:
                 profiler.before(state.step + 1)
                 batch = stream.next()
@@ -202,6 +206,25 @@ class TrainingRun:
             self._validate()
         if grid.every_steps and (step % grid.every_steps == 0 or last):
             self._write_grid()
+
+    def _evaluate_what_is_due(self) -> None:
+        """What a kill left out after the checkpoint that this start resumes from."""
+        step, validation, grid = self.state.step, self.config.validation, self.config.grid
+        last = step == self.config.num_steps
+        if not step:
+            return
+        folder = self.out / "checkpoints"
+        loss = validation_losses(folder).get(f"step-{step:08d}")
+        loss, drawn = self.world.gather((loss, self._grid(step).exists()))[0]  # as the process sees it that writes
+        if loss is not None and self.world.is_main:
+            record_validation(folder, step, loss)  # perhaps known from the metrics alone
+        if loss is None and validation.num_samples and (step % validation.every_steps == 0 or last):
+            self._validate()
+        if not drawn and grid.every_steps and (step % grid.every_steps == 0 or last):
+            self._write_grid()
+
+    def _grid(self, step: int) -> Path:
+        return self.out / "grids" / f"step-{step:08d}.png"
 
     def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[TrainingProgress], None] | None) -> None:
         values = meter.values(waited_s)
@@ -243,22 +266,20 @@ class TrainingRun:
             plain = validation_loss(self.context)
         with self._evaluating(averaged=True):
             averaged = validation_loss(self.context)
-        if self.world.is_main:
-            record_validation(self.out / "checkpoints", self.state.step, averaged)
-        self.last["validation_loss"] = averaged
         values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
                 values |= similarities(self.context)
         self.last |= values
         self.loggers.scalars(self.state.step, values)
+        if self.world.is_main:  # last: without it the validation is due when the training resumes
+            record_validation(self.out / "checkpoints", self.state.step, averaged)
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
             pixels = sample_grid(self.context)
         if self.world.is_main:
-            (self.out / "grids").mkdir(exist_ok=True)
-            write_png(self.out / "grids" / f"step-{self.state.step:08d}.png", pixels)
+            write_png(self._grid(self.state.step), pixels)
             self.loggers.image(self.state.step, "grid", pixels)
 
     def _save(self, loader_state: dict[str, Any] | None) -> Path | None:
@@ -324,11 +345,6 @@ def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
             f"{option} is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
             f"{encoder.record['dim']} wide; set {option}={encoder.record['dim']}"
         )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _json(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Batches of a store for one rank of a training run, resumable in the middle of an epoch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,28 @@ from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices,
 from imagen_core.store.read.reader import StoreReader
 from imagen_core.store.records import EmbeddingGroup
 
+_STATE_NUMBERS = ("epoch", "position", "num_samples", "first_sample", "shuffle_window_shards", "num_removals")
 _PADDED_DTYPES = {"bfloat16": np.dtype(np.int16), "float32": np.dtype(np.float32)}  # of others: float16
+
+
+def check_loader_state(state: Any) -> Any:
+    """Returns a value of `Loader.state_dict` that may have been damaged, or written by hand.
+
+    Raises:
+        ValueError: a field is missing, or of another type or range.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"loader state must be a mapping (got {state!r})")
+    for name in ("epoch", "position"):
+        if name not in state:
+            raise ValueError(f"loader state lacks {name}")
+    for name in _STATE_NUMBERS:
+        value = state.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"loader state has {name} {value!r}, which must be an integer of 0 or more")
+    if state["position"] > state.get("num_samples", state["position"]):
+        raise ValueError(f"loader state has position {state['position']} of {state['num_samples']} samples")
+    return state
 
 
 class Loader:
@@ -143,8 +164,9 @@ class Loader:
         A state from before a removal keeps its order, for all epochs; the removed samples are missing from it.
 
         Raises:
-            ValueError: the state is of another seed, shuffle or store length, and so of another order.
+            ValueError: the state is of another seed, shuffle or store length, and so of another order; or damaged.
         """
+        check_loader_state(state)
         self._arrange_as(state)
         mine = self.state_dict()
         for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):

@@ -4,7 +4,7 @@
                     noise_levels.safetensors, where the noise levels depend on the losses
 
 Tensors are unsharded and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
-other. state.json names each file's SHA-256.
+other. state.json has each file's SHA-256, and ends with its own; checkpoints of earlier versions lack the latter.
 """
 
 import json
@@ -24,17 +24,18 @@ from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path, share
+from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.store import comparable_records, record_probe_differences
+from imagen_core.train.checkpoints.record import StateRecord, wrong_fields
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
 
 _FORMAT = 1
-_FOLDER = re.compile(r"step-(\d{8,})")
-_VALIDATION = "validation.json"
-_STATE = "state.json"
+FOLDER = re.compile(r"step-(\d{8,})")
+STATE = "state.json"
+"""Written last into a checkpoint's folder, and removed first: a folder without it is no checkpoint."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
-_FIELDS = ("step", "samples", "ema_updates", "files", "loader", "denoiser", "encoder", "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def write_checkpoint(
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(f"{temporary.name}*"):
+        shutil.rmtree(left)
     temporary.mkdir()
     entries = {}
     for name, tensors in files.items():
@@ -81,64 +83,23 @@ def write_checkpoint(
         share(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         fsync_path(path)
-    text = json.dumps({"format": _FORMAT, "step": step, "files": entries, **state}, indent=1, ensure_ascii=False)
-    (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
-    fsync_path(temporary / _STATE)
-    fsync_path(temporary)
-    shutil.rmtree(final, ignore_errors=True)
+    write_sealed(temporary / STATE, {"format": _FORMAT, "step": step, "files": entries, **state})
+    if final.exists():  # moved away as a whole: a half-removed one would look complete
+        os.replace(final, folder / f".tmp-step-{step:08d}-before")
     os.replace(temporary, final)
     fsync_path(folder)
+    shutil.rmtree(folder / f".tmp-step-{step:08d}-before", ignore_errors=True)
     return final
-
-
-def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
-    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written."""
-    found = checkpoints(folder)
-    stay = {*found[-keep:], *best_checkpoints(folder)[:keep_best]}
-    for path in found:
-        if path not in stay:
-            (path / _STATE).unlink()  # first, so that a kill leaves no checkpoint that looks complete
-            shutil.rmtree(path)
-    remove_unfinished(folder)
-
-
-def record_validation(folder: Path, step: int, loss: float) -> None:
-    """Records the validation loss of a step's checkpoint, if there is one, in a file next to the folder."""
-    path = folder / f"step-{step:08d}"
-    if not (path / _STATE).exists():
-        return
-    losses = _validation_losses(folder)
-    known = {p.name: losses[p.name] for p in checkpoints(folder) if p.name in losses}
-    temporary = folder.parent / f".tmp-{_VALIDATION}"
-    temporary.write_text(json.dumps({**known, path.name: loss}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder.parent / _VALIDATION)
-
-
-def best_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose validation loss is known, the least first; of equal ones the later."""
-    losses = _validation_losses(folder)
-    known = [path for path in reversed(checkpoints(folder)) if path.name in losses]
-    return sorted(known, key=lambda path: losses[path.name])
-
-
-def _validation_losses(folder: Path) -> dict[str, float]:
-    path = folder.parent / _VALIDATION
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a kill left of checkpoints that were being written or removed."""
-    for path in folder.glob(".tmp-step-*"):
-        shutil.rmtree(path)
-    for path in folder.glob("step-*"):
-        if _FOLDER.fullmatch(path.name) and not (path / _STATE).exists():
-            shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and (p / _STATE).exists()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    found = [p for p in folder.glob("step-*") if FOLDER.fullmatch(p.name) and (p / STATE).exists()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -148,21 +109,59 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or of a newer format.
     """
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        known = state["format"] == _FORMAT
-        missing = [field for field in _FIELDS if field not in state] if known else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / _STATE}: cannot be read ({error}); {_REMEDY}") from error
-    if missing:
-        raise CheckpointError(f"{path / _STATE}: lacks {', '.join(missing)}; {_REMEDY}")
-    if not known:
+        return _state(path)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; {_remedy(path)}") from error
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """Raises DamagedFileError where the file is damaged, and CheckpointError where it is of a newer format."""
+    try:
+        state = read_sealed(path / STATE)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{path / STATE}: is missing") from error
+    if isinstance(state.get("format"), int) and state["format"] > _FORMAT:
         raise CheckpointError(
             f"{path}: has format {state['format']}, this version reads {_FORMAT}; install a newer one"
         )
+    if wrong := wrong_fields(StateRecord, state):
+        raise DamagedFileError(f"{path / STATE}: {'; '.join(wrong[:3])}")
+    named = FOLDER.fullmatch(path.name)
+    if named and int(named[1]) != state["step"]:
+        raise DamagedFileError(f"{path / STATE}: is of step {state['step']}, and so of another checkpoint")
     return state
 
 
-_REMEDY = "remove this checkpoint folder to resume from the previous one"
+def _remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint: names the newest one before it that is intact."""
+    named = FOLDER.fullmatch(path.name)
+    before = [p for p in checkpoints(path.parent) if named and _step(p) < int(named[1])]
+    intact = next((p for p in reversed(before) if _is_intact(p)), None)
+    if intact is None:
+        return "no checkpoint before it is intact; restore the file, or start again in another --out"
+    return f"{intact} is intact: remove {path} to resume from it, or give it as the checkpoint"
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was written."""
+    try:
+        for name, entry in _state(path)["files"].items():
+            _check_file(path / name, entry)
+    except (DamagedFileError, CheckpointError):
+        return False
+    return True
+
+
+def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
+    """Raises DamagedFileError unless the file is the one of its entry in state.json."""
+    try:
+        digest = file_digest(file)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{file}: is missing") from error
+    except OSError as error:
+        raise DamagedFileError(f"{file}: cannot be read ({error})") from error
+    if digest != entry["sha256"]:
+        raise DamagedFileError(f"{file}: its checksum is not the one of {STATE}")
 
 
 def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -172,15 +171,15 @@ def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, T
         CheckpointError: the file is missing or was changed.
     """
     file = path / f"{name}.safetensors"
-    entry = state["files"].get(file.name)
-    if entry is None or not file.exists():
-        raise CheckpointError(f"{file}: is missing; {_REMEDY}")
-    if file_digest(file) != entry["sha256"]:
-        raise CheckpointError(f"{file}: its checksum is not the one of {_STATE}; {_REMEDY}")
     try:
+        if file.name not in state["files"]:
+            raise DamagedFileError(f"{file}: is missing, also in {STATE}")
+        _check_file(file, state["files"][file.name])
         return load_file(file)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; {_remedy(path)}") from error
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{file}: is not safetensors ({error}); {_REMEDY}") from error
+        raise CheckpointError(f"{file}: is not safetensors ({error}); {_remedy(path)}") from error
 
 
 def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
@@ -194,7 +193,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     """
     if path.is_file():
         return _load_file(path, weights)
-    if not (path / _STATE).exists():
+    if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
         if not found:
             raise CheckpointError(
@@ -207,7 +206,7 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     chosen = weights or (averages[-1] if averages else "model")
     if chosen not in names:
         raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
-    denoiser = _built(path / _STATE, state["denoiser"], read_tensors(path, state, chosen))
+    denoiser = _built(path / STATE, state["denoiser"], read_tensors(path, state, chosen))
     sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
     encoders = state["encoder"], state.get("embed_encoders", {})
     return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens)
@@ -298,4 +297,6 @@ def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
     for name in sorted({*wanted, *found}):
         have = [tuple(side[name].shape) if name in side else None for side in (wanted, found)]
         if have[0] != have[1]:
-            raise CheckpointError(f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {_remedy(path)}"
+            )

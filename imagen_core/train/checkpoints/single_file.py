@@ -8,7 +8,9 @@ from typing import Any
 import safetensors
 from safetensors.torch import save_file
 
-from imagen_core.files import file_digest, share, sort_metadata
+from imagen_core.files import file_digest, fsync_path, share, sort_metadata
+from imagen_core.sealed import SEAL, UNSEALED, DamagedFileError, check_tensors, seal_tensors
+from imagen_core.train.checkpoints.record import ExportRecord, wrong_fields
 from imagen_core.train.errors import CheckpointError
 
 _METADATA_KEY = "imagen"  # the entry of the file's metadata
@@ -16,31 +18,43 @@ _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_toke
 
 
 def write_model(path: Path, model: Any) -> None:
-    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs; atomic."""
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs, and
+    the file's own digest; atomic and durable."""
     metadata = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
     metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
     temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    sort_metadata(temporary)
-    share(temporary)
-    os.replace(temporary, path)
+    entries = {"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True), SEAL: UNSEALED}
+    try:
+        save_file(tensors, temporary, metadata=entries)
+        sort_metadata(temporary)
+        seal_tensors(temporary)
+        share(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], str]:
     """What `write_model` wrote of the model besides its weights, and the SHA-256 of the file.
 
     Raises:
-        CheckpointError: it is not a safetensors file, or one without a model's configuration.
+        CheckpointError: it is not a safetensors file, one without a model's configuration, or a damaged one.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
         metadata = json.loads(entries[_METADATA_KEY]) if _METADATA_KEY in entries else {}
-    except (safetensors.SafetensorError, ValueError) as error:
+        check_tensors(path)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{error}; export the model again") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is not safetensors ({error}); give a file of `pipeline export`") from error
-    if missing := [field for field in _FIELDS if field not in metadata]:
+    if wrong := wrong_fields(ExportRecord, metadata):
         raise CheckpointError(
-            f"{path}: its metadata lacks {', '.join(missing)}; give a file of `pipeline export`, or a run folder"
+            f"{path}: its metadata do not fit: {'; '.join(wrong[:3])}; give a file of `pipeline export`, or a "
+            "run folder"
         )
     return {field: metadata[field] for field in _FIELDS}, file_digest(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_core.train import TrainError
-from imagen_core.train.logs import JsonLines, Loggers
+from imagen_core.train.logs import JsonLines, Loggers, last_values
 from tests.imagen_core.train.small import make_config
 
 
@@ -106,3 +106,22 @@ def test_what_wandb_refuses_is_an_error_with_its_remedy(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(TrainError, match="loggers: wandb: No API key configured; run `wandb login`"):
         Loggers(make_config(store, logging={"loggers": ["wandb"]}), tmp_path, 0, writes=True)
+
+
+def test_lines_that_cannot_be_read_are_named_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "loss": 1}\n{"step": \xff}\n5\n{"step": "two"}\n[1]\n{"step": 2, "loss": 0.5}\n{"st'
+    )
+    JsonLines(path, 3).close()
+    assert steps(path) == [1, 2]
+    assert "metrics.jsonl: line 2 of 6 cannot be read, and is removed" in caplog.text
+    assert last_values(path) == {"step": 2, "loss": 0.5}
+
+
+def test_a_cut_last_line_is_removed_without_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n{"st')
+    JsonLines(path, 3).close()
+    assert steps(path) == [1]
+    assert not caplog.text

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,28 +111,58 @@ def remove_tensors(path: Path) -> None:
     (path / "ema-0.9.safetensors").unlink()
 
 
+def flip_in_state(path: Path) -> None:
+    """Another number of samples, in JSON that is otherwise valid."""
+    file = path / "state.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"samples": 32', '"samples": 33'), encoding="utf-8")
+
+
 def cut_state(path: Path) -> None:
     file = path / "state.json"
     file.write_text(file.read_text(encoding="utf-8")[:200], encoding="utf-8")
 
 
 def edit_state(path: Path, **changes: Any) -> None:
+    """Without its digest, as earlier versions wrote it."""
     file = path / "state.json"
-    state = json.loads(file.read_text(encoding="utf-8")) | changes
+    state = json.loads(file.read_text(encoding="utf-8")) | {"sha256": "(gone)"} | changes
     file.write_text(json.dumps({k: v for k, v in state.items() if v != "(gone)"}), encoding="utf-8")
+
+
+def edit_loader(path: Path, **changes: Any) -> None:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    edit_state(path, loader=state["loader"] | changes)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damage_tensors, r"ema-0.9.safetensors: its checksum .*; remove this checkpoint"),
-        (cut_tensors, r"ema-0.9.safetensors: its checksum .*; remove this checkpoint"),
-        (remove_tensors, r"ema-0.9.safetensors: is missing; remove this checkpoint"),
-        (cut_state, r"state.json: cannot be read .*; remove this checkpoint"),
-        (lambda path: edit_state(path, loader="(gone)"), r"state.json: lacks loader; remove this checkpoint"),
+        (damage_tensors, r"ema-0.9.safetensors: its checksum .*; no checkpoint before it is intact"),
+        (cut_tensors, r"ema-0.9.safetensors: its checksum .*; no checkpoint before it is intact"),
+        (remove_tensors, r"ema-0.9.safetensors: is missing; no checkpoint before it is intact"),
+        (cut_state, r"state.json: cannot be read .*; no checkpoint before it is intact"),
+        (
+            lambda path: edit_state(path, loader="(gone)"),
+            r"state.json: loader: is missing; no checkpoint before it is intact",
+        ),
         (lambda path: edit_state(path, format=2), "has format 2, this version reads 1"),
         (lambda path: edit_state(path, denoiser={"size_px": 3}), "configuration is not valid"),
         (lambda path: (path / "state.json").write_text("[]"), r"state.json: cannot be read"),
+        (lambda path: (path / "state.json").write_bytes(b""), r"state.json: cannot be read"),
+        (lambda path: (path / "state.json").write_bytes(b'{"a": "\xff"}'), r"state.json: cannot be read .*utf-8"),
+        (lambda path: (path / "state.json").unlink(), "has no checkpoint"),
+        (flip_in_state, r"state.json: was changed since it was written"),
+        (lambda path: edit_state(path, step="four"), r"step: input should be a valid integer \(got 'four'\)"),
+        (lambda path: edit_state(path, step=3), r"state.json: is of step 3, and so of another checkpoint"),
+        (lambda path: edit_state(path, samples=-1), r"state.json: samples: .*greater than or equal to 0 \(got -1\)"),
+        (lambda path: edit_state(path, files=[]), r"state.json: files: input should be a valid dictionary"),
+        (lambda path: edit_state(path, files={"model.safetensors": 3}), r"state.json: files.model.safetensors: "),
+        (lambda path: edit_state(path, config={"max_tokens": "x"}), r"state.json: config.max_tokens: "),
+        (lambda path: edit_state(path, encoder={"name": "t5"}), r"state.json: encoder.dim: is missing"),
+        (lambda path: edit_state(path, loader="x"), r"state.json: loader: input should be a valid dictionary"),
+        (lambda path: edit_loader(path, position=-8), r"loader: .*position -8, which must be an integer of 0 or more"),
+        (lambda path: edit_loader(path, position=41), r"loader: .*position 41 of 40 samples"),
+        (lambda path: edit_loader(path, epoch="one"), r"loader: .*epoch 'one', which must be an integer"),
     ],
 )
 def test_damage_is_named_with_what_to_do(trained: Path, tmp_path: Path, spoil: Any, message: str) -> None:
@@ -139,6 +171,29 @@ def test_damage_is_named_with_what_to_do(trained: Path, tmp_path: Path, spoil: A
     spoil(path)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
+
+
+def test_an_intact_checkpoint_before_a_damaged_one_is_named(store: Path, tmp_path: Path) -> None:
+    train(make_config(store, num_steps=3, checkpoints={"every_steps": 1}), tmp_path)
+    first, second, third = checkpoints(tmp_path / "checkpoints")
+    damage_tensors(third)
+    offers = rf"{re.escape(str(second))} is intact: remove {re.escape(str(third))} to resume from it"
+    with pytest.raises(CheckpointError, match=offers):
+        load_checkpoint(tmp_path)
+    cut_state(second)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(first))} is intact"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(first))} is intact"):
+        train(make_config(store, num_steps=4), tmp_path)
+    shutil.rmtree(third)
+    shutil.rmtree(second)
+    assert load_checkpoint(tmp_path).step == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest_of_its_own_and_loads(trained: Path, tmp_path: Path) -> None:
+    path = copied(trained, tmp_path)
+    edit_state(path)
+    assert load_checkpoint(path).step == 4
 
 
 def test_training_refuses_a_damaged_checkpoint(trained: Path, store: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from imagen_core.train import TrainingStopped, train, trainer
 from imagen_core.train.checkpoints.checkpoint import checkpoints
+from imagen_core.train.checkpoints.kept import validation_losses
 from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
 
 ROOT = Path(__file__).parents[4]
@@ -176,3 +177,54 @@ def test_a_killed_process_resumes_exactly(store: Path, tmp_path: Path) -> None:
     assert kills >= 1
     assert files(resumed) == files(straight["checkpoint"])
     assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 61))
+
+
+class Killed(BaseException):
+    """Ends a training as a kill does: nothing of it runs on."""
+
+
+@pytest.mark.parametrize("steps", [4, 2], ids=["in the middle", "after the last step"])
+@pytest.mark.parametrize("at", ["validation_loss", "record_validation", "sample_grid"])
+def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, steps: int
+) -> None:
+    settings: dict[str, Any] = {
+        "num_steps": steps,
+        "checkpoints": {"every_steps": 2, "keep": 1, "keep_best": 1},
+        "validation": {"num_samples": 4, "every_steps": 2},
+        "grid": {"every_steps": 2, "num_images": 1, "num_steps": 1},
+    }
+    straight = train(make_config(store, **settings), tmp_path / "a")
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, at, killed)
+        with pytest.raises(Killed):
+            train(make_config(store, **settings), tmp_path / "b")
+    assert [path.name for path in checkpoints(tmp_path / "b/checkpoints")] == ["step-00000002"]
+    resumed = train(make_config(store, **settings), tmp_path / "b")
+    for name in ("validation_loss", "steps"):
+        assert resumed[name] == straight[name]
+    assert Path(resumed["best_checkpoint"]).name == Path(straight["best_checkpoint"]).name
+    for name in ("validation.json", *(f"grids/step-0000000{step}.png" for step in range(2, steps + 1, 2))):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
+    lines = [[line for line in metrics(tmp_path / run) if "validation_loss" in line] for run in "ab"]
+    assert lines[0] == lines[1]
+
+
+def test_validation_losses_that_are_lost_or_damaged_are_taken_from_the_metrics(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"checkpoints": {"every_steps": 1}, "validation": {"num_samples": 4, "every_steps": 1}}
+    train(make_config(store, num_steps=2, **settings), tmp_path)
+    file = tmp_path / "validation.json"
+    before = file.read_bytes()
+    for spoil in (file.unlink, lambda: file.write_bytes(b""), lambda: file.write_bytes(before.replace(b"0.", b"1."))):
+        spoil()
+        losses = validation_losses(tmp_path / "checkpoints")
+        assert losses == {name: value for name, value in json.loads(before).items() if name != "sha256"}
+    assert "validation.json: was changed since it was written" in caplog.text
+    train(make_config(store, num_steps=3, **settings), tmp_path)
+    assert sorted(json.loads(file.read_bytes())) == ["sha256", "step-00000001", "step-00000002", "step-00000003"]

@@ -1,5 +1,6 @@
 """A trained model as one file: it samples and starts other trainings as its checkpoint does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_an_export_is_the_same_file_each_time(run: Path, tmp_path: Path) -> None
         exported.add(path.read_bytes())
     assert len(exported) == 1
     with safe_open(path, framework="pt") as file:
-        assert file.metadata().keys() == {"format", "imagen"}
+        assert file.metadata().keys() == {"format", "imagen", "sha256"}
 
 
 def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
@@ -59,10 +60,45 @@ def test_other_files_are_refused(run: Path, tmp_path: Path) -> None:
     plain, broken = tmp_path / "plain.safetensors", tmp_path / "broken.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
     broken.write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match=r"plain.safetensors: its metadata lacks denoiser, .*pipeline export"):
+    lacks = r"plain.safetensors: its metadata do not fit: step: is missing; denoiser.*pipeline export"
+    with pytest.raises(CheckpointError, match=lacks):
         load_checkpoint(plain)
     with pytest.raises(CheckpointError, match=r"broken.safetensors: is not safetensors"):
         load_checkpoint(broken)
     write_model(plain, load_checkpoint(run, "model"))
     with pytest.raises(CheckpointError, match=r"has no weights 'ema-0.9', but 'model' alone"):
         load_checkpoint(plain, "ema-0.9")
+
+
+@pytest.mark.parametrize("place", [-1, 500, 2000])
+def test_a_changed_byte_of_an_export_is_found(run: Path, tmp_path: Path, place: int) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, load_checkpoint(run))
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: (was changed since it was written|is not safetens)"
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": "six"}, r"step: input should be a valid integer \(got 'six'\)"),
+        ({"max_tokens": 0}, "max_tokens: input should be greater than or equal to 1"),
+        ({"encoder": 5}, "encoder: "),
+        ({"embed_encoders": {"text_embed": {}}}, "embed_encoders.text_embed.name: is missing"),
+        ({"denoiser": [1]}, "denoiser: input should be a valid dictionary"),
+        ({"weights": None}, "weights: input should be a valid string"),
+    ],
+)
+def test_metadata_of_another_type_are_refused_by_name(run: Path, tmp_path: Path, change: dict, words: str) -> None:
+    written, path = tmp_path / "written.safetensors", tmp_path / "model.safetensors"
+    write_model(written, load_checkpoint(run))
+    with safe_open(written, framework="pt") as file:
+        metadata = json.loads(file.metadata()["imagen"])
+    save_file({"a": torch.zeros(1)}, path, metadata={"imagen": json.dumps(metadata | change)})
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(path)
