@@ -38,6 +38,7 @@ from imagen_core.store.layout import (
 from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
+from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
@@ -76,6 +77,7 @@ __all__ = [
     "DEFAULT_CACHE_BYTES",
     "IDENTIFIERS",
     "LATER_FIELDS",
+    "LOOK_EVERY_S",
     "MANIFEST_NAME",
     "PROBE",
     "REMOVED",

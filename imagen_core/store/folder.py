@@ -89,6 +89,16 @@ class StoreFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def version(self, name: str) -> str | None:
+        """What is another one whenever the file was written again; None if it does not exist."""
+        try:
+            if self.is_local:
+                status = os.stat(self.path(name))
+                return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            return self.fs.ukey(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading in binary mode."""
         if self.is_local:

@@ -74,6 +74,17 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
         raise
 
 
+def file_system_type(folder: Path) -> str:
+    """Type of the file system of a folder, such as `ext4` or `nfs4`; "" where it cannot be told."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return ""
+    place = folder.resolve()
+    above = [(len(point), kind) for _, point, kind, *_ in mounts if place.is_relative_to(point.replace("\\040", " "))]
+    return max(above, default=(0, ""))[1]
+
+
 def _number(error: BaseException, numbers: tuple[int, ...]) -> int | None:
     """Which of these an error is; some libraries say so only in the text, or as the cause of another error."""
     while True:

@@ -1,10 +1,11 @@
 """`pipeline remove --compact`: erases removed samples from every file of a store and of the run around it.
 
 New files are written next to the old ones, under names with a revision; the manifest then names all of them at once,
-and last the old ones are deleted. Killed at any moment, the store is the old one or the new one, and the same command
-again does the rest.
+and last, after a time of grace, the old ones are deleted. Killed at any moment, the store is the old one or the new
+one, and the same command again does the rest.
 """
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from imagen_core.store import (
+    LOOK_EVERY_S,
     MANIFEST_NAME,
     REMOVED,
     SAMPLES_GROUP,
@@ -34,6 +36,7 @@ from imagen_core.store import (
 )
 from pipeline.engine.retries import has_retries, redact_retries, retry_origins
 from pipeline.errors import ConfigError
+from pipeline.storage.disk import file_system_type
 from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
 from pipeline.storage.record import CommittedFile, Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
@@ -42,6 +45,23 @@ from stages.precompute.manifest import run_group
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
 from stages.sources.base import Original
 from stages.sources.registry import source_of_run
+
+_NETWORK_FILE_SYSTEMS = frozenset(
+    (
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "lustre",
+        "ceph",
+        "glusterfs",
+        "fuse.glusterfs",
+        "beegfs",
+        "gpfs",
+        "afs",
+        "fuse.sshfs",
+    )
+)
 
 
 @dataclass(slots=True)
@@ -54,9 +74,13 @@ class Compacted:
     """Input rows of the removed samples, earlier tries included, by shard index."""
 
 
-def compact(store: Path, run: RunFolder | None) -> Compacted:
-    """Erases all removed samples; the caller holds the run's lock.
+def compact(store: Path, run: RunFolder | None, grace_s: float | None = None) -> Compacted:
+    """Erases all removed samples; the caller holds the lock of the run, or of the store.
 
+    Args:
+        grace_s: seconds between the switch to the new files and the deletion of the old ones. Readers look for new
+            files once a minute. None: 120 on a network file system, where a file that is deleted ends those who read
+            it; 0 elsewhere, where it can be read until it is closed.
     Raises:
         ConfigError: a store of schema 1, or a run whose source is not known.
         StoreError, MachineError: a file was changed since it was written, or cannot be read.
@@ -81,9 +105,16 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
         run.storage.delete_folder("report")  # shows images and captions
     if (store / MANIFEST_NAME).exists():
         rewrite_manifest(folder, new_files)
-    for (shard, _), entry in new_files.items():
-        _delete_others(store / entry.path, shard)
+    replaced = [other for (shard, _), entry in new_files.items() for other in _others(store / entry.path, shard)]
+    if replaced:
+        time.sleep(_default_grace_s(store) if grace_s is None else grace_s)
+    for other in replaced:
+        _delete(other)
     return result
+
+
+def _default_grace_s(store: Path) -> float:
+    return 2 * LOOK_EVERY_S if file_system_type(store) in _NETWORK_FILE_SYSTEMS else 0.0
 
 
 def _last_removals(removals: Sequence[Removal]) -> dict[int, int]:
@@ -181,11 +212,13 @@ def _replace_file(run: RunFolder, group: str, shard: int, name: str, entry: File
     run.write_record(replace(record, files=(CommittedFile(name, entry.bytes, entry.sha256),)))
 
 
-def _delete_others(path: Path, shard: int) -> None:
-    """Deletes the files of a shard that `path` has replaced."""
-    for other in path.parent.glob(f"{shard_name(shard)}.*"):
-        if other != path:
-            other.unlink()
+def _others(path: Path, shard: int) -> list[Path]:
+    """The files of a shard that `path` has replaced."""
+    return [other for other in path.parent.glob(f"{shard_name(shard)}.*") if other != path]
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
 
 
 def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, result: Compacted) -> None:
@@ -208,7 +241,8 @@ def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, resu
                 _replace_file(run, ORIGINALS, shard, final.relative_to(run.root).as_posix(), entry)
                 path = final
                 result.files += 1
-        _delete_others(path, shard)
+        for other in _others(path, shard):
+            _delete(other)
 
 
 def _blocked_originals(originals: OriginalsReader, blocklist: Blocklist, removed: Collection[int]) -> Iterator[int]:

@@ -49,6 +49,7 @@ def remove_command(
     sha256: Sequence[str] = (),
     reason: str = "",
     compact_files: bool = False,
+    grace_s: float | None = None,
     dry_run: bool = False,
 ) -> CommandResult:
     """Hides the samples with these keys, URLs or sha256 from readers at once; they are never stored again.
@@ -60,6 +61,7 @@ def remove_command(
         place: a run folder, or a store: a folder or a fsspec URL.
         key, url, sha256: files with one value per line, or values.
         compact_files: also erase removed samples, of this call and of earlier ones, from all files.
+        grace_s: how long compaction keeps the files that it replaced, see `compact`.
         dry_run: only say what would be removed.
     Raises:
         ConfigError: nothing was requested, a value that is not valid, or a store that cannot be changed.
@@ -84,7 +86,7 @@ def remove_command(
                 done = "the removal took effect, but its files were" if any(values.values()) else "the store was"
                 raise LockedError(f"{place}: {done} not compacted, as this is at work on it: {holder}; wait for it")
             if compact_files and not dry_run:
-                done = compact(Path(folder.path("")), run)
+                done = compact(Path(folder.path("")), run, grace_s)
                 result["compacted"] = {"files": done.files, "bytes_freed": done.bytes_freed}
                 lines.append(f"compacted: {done.files} files written again, {human_bytes(done.bytes_freed)} less")
     except StoreError as error:

@@ -129,3 +129,46 @@ def test_kept_originals_that_were_changed_are_not_compacted(tmp_path: Path) -> N
     flip(tar)
     result = call("remove", str(run), "--key", REMOVED, "--compact")
     assert (result.code, f"staging/originals/{tar.name}: " in result.err) == (4, True)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "zeros", "cut", "missing"])
+def test_the_lineage_names_damaged_files_and_searches_the_others(copy_of_small_run: Path, damage: str) -> None:
+    run = copy_of_small_run
+    path = run / "store" / "samples" / "00001.parquet"
+    if damage == "a flipped byte":
+        flip(path)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if damage == "cut" else bytes(path.stat().st_size))
+    result = call("inspect", str(run), "--key", REMOVED)
+    first, *_, last = result.out.splitlines()
+    assert (result.code, first, result.err) == (1, "sample in shard 00000 row 3", "")
+    assert last.startswith(f"bad: {path}: ")
+    found = json.loads(call("inspect", str(run), "--key", "nobody", "--json").out)
+    assert (found["found"], len(found["problems"])) == ([], 1)
+    assert call("inspect", str(run), "--key", "nobody").out.startswith(
+        "key nobody: unknown in the other files: no sample, removed or dropped row has it\nbad: "
+    )
+
+
+def test_a_damaged_file_of_a_group_is_named_by_the_lineage(copy_of_small_run: Path) -> None:
+    path = copy_of_small_run / "store" / "text-t5" / "00000.parquet"
+    path.write_bytes(bytes(path.stat().st_size))
+    result = call("inspect", str(copy_of_small_run), "--key", REMOVED)
+    assert (result.code, f"bad: {path}: not readable as parquet" in result.out) == (1, True)
+
+
+def test_verify_says_that_a_run_is_at_work(copy_of_small_run: Path) -> None:
+    run = copy_of_small_run
+    assert "at_work" not in json.loads(call("verify", str(run), "--json").out)
+    with RunFolder(run).lock():
+        for path in (run, run / "store"):
+            lines = call("verify", str(path)).out.splitlines()
+            assert lines[-2].startswith("note: a run is at work on it (process ")
+            assert lines[-1].startswith("good: ")
+        (run / "store" / "manifest.json").unlink()
+        result = call("verify", str(run), "--json")
+        found = json.loads(result.out)
+        assert (result.code, found["ok"], found["at_work"].startswith("process ")) == (1, False, True)
+        assert "note: a run is at work on it (process " in call("verify", str(run)).out
