@@ -1,8 +1,8 @@
 """Faults at the points where a process writes: it ends there, the disk is full or broken, or the power goes.
 
 `FaultPoints` takes the place of Python's `open` and of the functions of `os` that change a folder, in this process and
-for good, so it belongs into a forked child. A point is: a file opened for writing, its first write, a sync, a rename, a
-link, an unlink, a folder made or removed, and, for libraries that write without Python (Parquet, safetensors), the
+for good, so it belongs into a forked child. A point is: a file opened for writing, its first write, a sync, a rename,
+a link, an unlink, a folder made or removed, and, for libraries that write without Python (Parquet, safetensors), the
 call that opens and the call that closes a file.
 
 A loss of power takes what was not synced: the content of a file since its last sync, and names (new, renamed, deleted)

@@ -1,5 +1,6 @@
 """Images between disk, uint8 pixels and the [-1, 1] range of the models."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from imagen_core.files import write_durably
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -37,8 +40,7 @@ def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndar
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 (h, w, 3) as PNG, atomically: the file appears complete or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write uint8 (h, w, 3) as PNG, atomically and durably: the file appears complete or not at all."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="PNG")
+    write_durably(Path(path), data.getvalue())

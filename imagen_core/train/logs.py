@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from imagen_core.files import write_durably
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
 
@@ -32,17 +34,16 @@ class JsonLines:
     """`metrics.jsonl`: one object per line, by rising step; lines after the step resumed from are removed."""
 
     def __init__(self, path: Path, resumed_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = path.with_name(f".{path.name}.tmp")
-            kept.write_text("".join(line for line in lines if _step_of(line) <= resumed_step), encoding="utf-8")
-            kept.replace(path)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        if kept != lines or not path.exists():
+            write_durably(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # the metrics up to a checkpoint are not written again
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         return
@@ -53,12 +54,21 @@ class JsonLines:
 
 def last_values(path: Path) -> dict[str, float]:
     """The newest value of each metric in a `metrics.jsonl`; empty where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    complete = (line for line in lines if _step_of(line) < float("inf"))
-    return {name: value for line in complete for name, value in json.loads(line).items()}
+    return {name: value for line in _complete_lines(path) for name, value in json.loads(line).items()}
 
 
-def _step_of(line: str) -> float:
+def logged_values(path: Path, name: str) -> dict[int, float]:
+    """Step -> value of one metric in a `metrics.jsonl`."""
+    values = map(json.loads, _complete_lines(path))
+    return {int(line["step"]): float(line[name]) for line in values if name in line}
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [line for line in lines if _step_of(line) < float("inf")]
+
+
+def _step_of(line: bytes) -> float:
     """The step of a line; infinite for one that a kill truncated."""
     try:
         return float(json.loads(line)["step"])

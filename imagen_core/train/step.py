@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagen_core.files import write_durably
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.example import make_example
@@ -126,8 +127,7 @@ def _report_non_finite(context: TrainingContext, step: int, batch: Batch, loss: 
     keys = [key for part in context.world.gather(batch.keys) for key in part]
     if context.world.is_main:
         report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_durably(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     raise NonFiniteLossError(
         f"step {step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. Resume from the "
         "last checkpoint, or start again, with a lower optimizer.lr or without these samples"

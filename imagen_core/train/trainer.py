@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from imagen_core.diffusion import Denoiser, PriorConfig
+from imagen_core.files import write_durably
 from imagen_core.images import write_png
 from imagen_core.train.checkpoints.checkpoint import (
     LoadedDenoiser,
@@ -327,8 +328,7 @@ def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_durably(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _json(config: Any) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
-from imagen_core.files import file_digest, fsync_path, share
+from imagen_core.files import file_digest, fsync_path, make_folder, share, write_durably
 from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
+from imagen_core.train.logs import logged_values
 
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -71,7 +72,7 @@ def write_checkpoint(
     """Writes `folder/step-STEP` from CPU tensors by file and name; atomic and durable."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     entries = {}
@@ -109,9 +110,7 @@ def record_validation(folder: Path, step: int, loss: float) -> None:
         return
     losses = _validation_losses(folder)
     known = {p.name: losses[p.name] for p in checkpoints(folder) if p.name in losses}
-    temporary = folder.parent / f".tmp-{_VALIDATION}"
-    temporary.write_text(json.dumps({**known, path.name: loss}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder.parent / _VALIDATION)
+    write_durably(folder.parent / _VALIDATION, (json.dumps({**known, path.name: loss}, indent=1) + "\n").encode())
 
 
 def best_checkpoints(folder: Path) -> list[Path]:
@@ -122,8 +121,15 @@ def best_checkpoints(folder: Path) -> list[Path]:
 
 
 def _validation_losses(folder: Path) -> dict[str, float]:
-    path = folder.parent / _VALIDATION
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Validation losses by the name of the checkpoint; where their file is damaged, those of the metrics."""
+    try:
+        losses = json.loads((folder.parent / _VALIDATION).read_bytes())
+        return {str(name): float(loss) for name, loss in losses.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        steps = logged_values(folder.parent / "metrics.jsonl", "validation_loss")
+        return {f"step-{step:08d}": loss for step, loss in steps.items()}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """A trained model as one safetensors file that holds its configuration: to share, to sample, to train on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,16 @@ _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_toke
 
 
 def write_model(path: Path, model: Any) -> None:
-    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs; atomic."""
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs.
+
+    The same model gives the same bytes. Temporary names, fsync and renames are up to the caller.
+    """
     metadata = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
     metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    sort_metadata(temporary)
-    share(temporary)
-    os.replace(temporary, path)
+    save_file(tensors, path, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    sort_metadata(path)
+    share(path)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], str]:
