@@ -21,6 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.parquet
+import safetensors.numpy
+import safetensors.torch
+
 KINDS = ("exit", "full", "eio", "power")
 EXIT_CODE = 137
 """Of a process that a fault has ended, as of one that was killed."""
@@ -68,10 +72,6 @@ class FaultPoints:
             setattr(os, name, getattr(self, f"_{name}"))
         os.open = self._os_open  # type: ignore[assignment]
         shutil._use_fd_functions = False  # type: ignore[attr-defined] - rmtree then passes whole paths
-        import pyarrow.parquet
-        import safetensors.numpy
-        import safetensors.torch
-
         opening, closing = pyarrow.parquet.ParquetWriter.__init__, pyarrow.parquet.ParquetWriter.close
 
         def open_parquet(writer: Any, where: Any, *arguments: Any, **options: Any) -> None:
