@@ -1,8 +1,8 @@
 """Faults at the points where a process writes: it ends there, the disk is full or broken, or the power goes.
 
 `FaultPoints` takes the place of Python's `open` and of the functions of `os` that change a folder, in this process and
-for good, so it belongs into a forked child. A point is: a file opened for writing, its first write, a sync, a rename, a
-link, an unlink, a folder made or removed, and, for libraries that write without Python (Parquet, safetensors), the
+for good, so it belongs into a forked child. A point is: a file opened for writing, its first write, a sync, a rename,
+a link, an unlink, a folder made or removed, and, for libraries that write without Python (Parquet, safetensors), the
 call that opens and the call that closes a file.
 
 A loss of power takes what was not synced: the content of a file since its last sync, and names (new, renamed, deleted)
@@ -20,6 +20,10 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+import pyarrow.parquet
+import safetensors.numpy
+import safetensors.torch
 
 KINDS = ("exit", "full", "eio", "power")
 EXIT_CODE = 137
@@ -68,10 +72,6 @@ class FaultPoints:
             setattr(os, name, getattr(self, f"_{name}"))
         os.open = self._os_open  # type: ignore[assignment]
         shutil._use_fd_functions = False  # type: ignore[attr-defined] - rmtree then passes whole paths
-        import pyarrow.parquet
-        import safetensors.numpy
-        import safetensors.torch
-
         opening, closing = pyarrow.parquet.ParquetWriter.__init__, pyarrow.parquet.ParquetWriter.close
 
         def open_parquet(writer: Any, where: Any, *arguments: Any, **options: Any) -> None:

@@ -1,8 +1,8 @@
 """Does every command survive a fault at every point where it writes?
 
-Small runs, each with one fault: the process ends (exit), the disk is full until it ends (full), one call fails (eio), or
-the power goes and takes what was not synced (power). Then `status`, and the same command again in a new process, up to
-three times, until it succeeds. The folder must then be that of an uninterrupted run: every byte of the store, the
+Small runs, each with one fault: the process ends (exit), the disk is full until it ends (full), one call fails (eio),
+or the power goes and takes what was not synced (power). Then `status`, and the same command again in a new process, up
+to three times, until it succeeds. The folder must then be that of an uninterrupted run: every byte of the store, the
 records, the lists and the checkpoints, and the same names, also in the folder for temporary files.
 
 python -m benchmarks.faults --work FOLDER --out benchmarks/results/faults.json
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from benchmarks.fault_points import EXIT_CODE, KINDS, FaultPoints
+from benchmarks.fault_points import KINDS, FaultPoints
 from benchmarks.fault_scenarios import SCENARIOS, Scenario
 
 _LIMIT_S = 120.0
@@ -97,6 +97,11 @@ class Place:
             shutil.copytree(base, self.work, symlinks=True)
         self.temporary.mkdir()
         self.shadow.mkdir()
+
+    def left_behind(self) -> list[str]:
+        """What is in the folder for temporary files, but for the folder that all processes of a user share."""
+        found = (path.relative_to(self.temporary).as_posix() for path in self.temporary.rglob("*"))
+        return [f"$TMPDIR/{name}" for name in found if name != f"imagen-precompute-{os.getuid()}"]
 
     def start(
         self, commands: list[list[str]], kind: str = "", at: int = -1, seed: int = 0, *, before: Callable[..., Any]
@@ -209,10 +214,11 @@ def fix_time() -> None:
     remove.datetime = FixedTime  # type: ignore[misc]
 
 
-def load_modules(place: Place) -> None:
+def load_modules(place: Place, names: list[str]) -> None:
     """Imports into this process what the commands import, once for all tries. It runs none of them itself: threads,
     which libraries start when they compute, do not survive a fork."""
-    for scenario in SCENARIOS.values():
+    kinds = {name.split()[0]: name for name in names}
+    for scenario in (SCENARIOS[name] for name in kinds.values()):
         place.reset(None)
         scenario.prepare(place.work)
         for name in place.start([*scenario.base, *scenario.commands], before=fix_time).modules:
@@ -246,7 +252,7 @@ def prepare(place: Place, name: str, scenario: Scenario) -> Prepared:
     place.reset(base)
     ended = place.start(scenario.commands, before=fix_time)
     assert ended.code == 0, f"{name}: exit {ended.code}: {ended.output}"
-    left = [path.name for path in place.temporary.rglob("*")]
+    left = place.left_behind()
     assert not left, f"{name}: an uninterrupted run left {left}"
     return Prepared(scenario, base, snapshot(place.work), ended.points)
 
@@ -273,7 +279,7 @@ def attempt(place: Place, prepared: Prepared, fault: Try) -> Try:
         fault.differences = [name for name in both if found[name] != prepared.expected[name]]
         fault.differences += [f"{name} is missing" for name in prepared.expected.keys() - found.keys()]
         fault.leftovers = sorted(found.keys() - prepared.expected.keys())
-        fault.leftovers += [f"$TMPDIR/{path.name}" for path in place.temporary.iterdir()]
+        fault.leftovers += place.left_behind()
     return fault
 
 
@@ -282,8 +288,10 @@ def _note(fault: Try, when: str, ended: Ended) -> None:
         lines = [line for line in ended.output.splitlines() if line.strip()]
         place = next((line.strip() for line in reversed(lines) if line.lstrip().startswith("File ")), "")
         fault.tracebacks.append(f"{when}: {place}: {lines[-1] if lines else 'hung'}")
-    elif ended.code != 0 and not (when == "fault" and ended.code == EXIT_CODE):
-        fault.tracebacks += [f"{when}: exit {ended.code}: {ended.output[-400:]}"] if ended.code not in (0, 4) else []
+    elif when == "fault" and fault.kind == "full" and ended.code not in (0, 4):
+        fault.tracebacks.append(f"{when}: exit {ended.code} instead of 4: {ended.output[-400:]}")
+    elif when != "fault" and ended.code != 0:
+        fault.tracebacks.append(f"{when}: exit {ended.code}: {ended.output[-400:]}")
 
 
 def faults_of(prepared: Prepared, name: str, kinds: list[str], chance: random.Random, most: int) -> Iterator[Try]:
@@ -319,7 +327,7 @@ def run(place: Place, arguments: argparse.Namespace) -> list[Try]:
     done_file = place.folder / "tries.jsonl"
     known = [json.loads(line) for line in done_file.read_text().splitlines()] if done_file.exists() else []
     done = {(one["scenario"], one["kind"], one["point"], one["seed"]): Try(**one) for one in known}
-    load_modules(place)
+    load_modules(place, arguments.scenarios)
     tries: list[Try] = []
     for name in arguments.scenarios:
         prepared = prepare(place, name, SCENARIOS[name])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_core.files import fsync_path, share
+from imagen_core.files import create_durably
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, RESTORE, StoreError
 from imagen_core.store.records import FileEntry
@@ -127,19 +127,7 @@ class StoreFolder:
             except FileExistsError:
                 return False
             return True
-        final = Path(self.path(name))
-        final.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-") as file:
-            file.write(data)
-            file.flush()
-            share(file.name)
-            os.fsync(file.fileno())
-            try:
-                os.link(file.name, final)
-            except FileExistsError:
-                return False
-        fsync_path(final.parent)
-        return True
+        return create_durably(Path(self.path(name)), data)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file atomically and durably; it replaces a previous one."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ class JsonLines:
         if (step, frozenset(line)) not in self._there:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            os.fsync(self._file.fileno())  # the metrics up to a checkpoint are not written again
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         return

@@ -86,6 +86,9 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()
+        if error.__cause__ is not None and takes_no_data(error.__cause__):  # else it reads as damage of the input
+            explained = disk_message(error.__cause__, run.storage.local)
+            outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
         if takes_no_data(error):

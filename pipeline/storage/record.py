@@ -1,5 +1,6 @@
 """Completion records: the files of each finished (group, shard), and what they were made from."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class Record:
             raise ValueError(f"not a record: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
+        fields = json.loads(json.dumps(asdict(self)))  # as it will be read
         return {**fields, _DIGEST: digest(fields)}
 
     @property
