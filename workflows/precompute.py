@@ -115,8 +115,9 @@ class Precompute(ShardedWorkflow):
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
         source = config.source.build()
-        source.check()
-        rows = source.estimate_rows()
+        with source.reaching():
+            source.check()
+            rows = source.estimate_rows()
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
             stages=(
