@@ -118,9 +118,10 @@ class Precompute(ShardedWorkflow):
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
         source = config.source.build()
-        source.check()
+        with source.reaching():
+            source.check()
+            rows = source.estimate_rows()
         run_removals(run, previous_header(run))  # before anything is deleted: without the log, samples come back
-        rows = source.estimate_rows()
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
             stages=(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_core.files import create_durably
+from imagen_core.files import create_durably, write_durably
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, RESTORE, StoreError
 from imagen_core.store.records import FileEntry
@@ -131,21 +131,10 @@ class StoreFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file atomically and durably; it replaces a previous one."""
-        if not self.is_local:
+        if self.is_local:
+            write_durably(Path(self.path(name)), data)
+        else:
             self.fs.pipe_file(self.path(name), data)
-            return
-        final = Path(self.path(name))
-        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                share(file.name)
-                os.fsync(file.fileno())
-                os.replace(file.name, final)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        fsync_path(final.parent)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:

@@ -11,12 +11,14 @@ from stages.images import MAX_PIXELS
 class MaxPixels(Filter):
     """Drops images with too many pixels (`too_many_pixels`): a guard against decompression bombs.
 
-    It is always active. The decoder applies it to the size in the file's header, before any pixel is decoded.
+    It is always active. The decoder applies it to the size in the file's header, before any pixel is decoded. Decoding
+    takes at most 10 bytes per pixel of it, 1 GB by default: pixels of formats that take more count more than once.
     """
 
     kind: Literal["max_pixels"] = "max_pixels"
     max: int = Field(default=MAX_PIXELS, ge=1)
-    """Largest width times height."""
+    """Largest width times height; a pixel of WebP counts as 2, of AVIF as 1.6, of progressive CMYK JPEG and of TIFF
+    with 64 bits per pixel as 1.2."""
 
     def reject(self, row: FilterRow) -> Rejection | None:
         if row.width * row.height <= self.max:

@@ -34,6 +34,14 @@ from PIL.ExifTags import Base as ExifTag
 from stages.images import deep_gray
 from stages.images.png_chunks import without_long_chunks
 from stages.images.rejection import ImageRejected, RejectReason
+from stages.images.tiles import box, tiles
+
+BYTES_PER_PIXEL = 10
+"""Memory that decoding takes at most, per pixel of `max_pixels`: 4 bytes as Pillow holds a pixel, 3 as the result, and
+what the decoder or the conversion of colours needs."""
+_DECODER_BYTES = {"WEBP": 20, "AVIF": 16}
+"""Where it is more, as measured with Pillow 12 and 13: libwebp holds two frames beside Pillow's two copies."""
+_TIFF_BITS = 258
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ def decode_rgb(data: bytes, *, max_pixels: int, orientation: int | None = None) 
     another depth is scaled by the range that the file states; see `stages.images.deep_gray`.
 
     Args:
+        max_pixels: largest width times height. A format whose decoder takes more than BYTES_PER_PIXEL counts each
+            pixel several times, so that memory is at most BYTES_PER_PIXEL * max_pixels for every format.
         orientation: EXIF orientation (1 to 8) that is known from elsewhere; used where the file itself has none.
     Raises:
         ImageRejected: the image is unusable. Size is checked before any pixel is decoded.
@@ -67,7 +77,7 @@ def decode_rgb(data: bytes, *, max_pixels: int, orientation: int | None = None) 
     name, plugin = _plugin_for(data)
     try:
         image = _load(name, plugin, data, max_pixels)
-        pixels = np.asarray(_upright(_to_rgb(image), image, orientation))
+        pixels = _upright(_to_rgb(image), _orientation_of(image, orientation))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, str(error)) from error
     except _DECODE_ERRORS as error:
@@ -94,15 +104,27 @@ def _load(name: str, plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.I
 
 def _open(plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.Image:
     image = plugin(io.BytesIO(data))
-    if image.width * image.height > max_pixels:
-        raise ImageRejected(
-            RejectReason.TOO_MANY_PIXELS, f"{image.width} x {image.height} is over {max_pixels} pixels"
-        )
+    weight = _weight(image)
+    if image.width * image.height * weight > max_pixels:
+        each = "" if weight == 1 else f", each of which counts as {weight:g} ({image.format}),"
+        detail = f"{image.width} x {image.height}{each} is over {max_pixels} pixels"
+        raise ImageRejected(RejectReason.TOO_MANY_PIXELS, detail)
     image.load()
     return image
 
 
-# What Pillow's parsers raise for damaged files. MemoryError is left out: it means the machine, not the file.
+def _weight(image: ImageFile.ImageFile) -> float:
+    """How many pixels a pixel counts as: more than one where its decoder takes more than BYTES_PER_PIXEL."""
+    needed = _DECODER_BYTES.get(image.format or "", 0)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.info.get("progressive"):
+        needed = 4 + 2 * len(image.getbands())  # libjpeg holds all coefficients
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2.get(_TIFF_BITS, 1)
+        needed = 4 + sum(bits if isinstance(bits, tuple) else (bits,)) / 8  # a strip may be all of it
+    return max(1.0, needed / BYTES_PER_PIXEL)
+
+
+# What Pillow's parsers raise for damaged files. MemoryError is left out: callers know what else takes memory.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -159,30 +181,32 @@ def _plugin_for(data: bytes) -> tuple[str, _Plugin]:
 
 # ---- orientation ----
 
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
-
-def _upright(image: Image.Image, source: Image.Image, known: int | None) -> Image.Image:
-    """Apply the EXIF orientation of `source`, already loaded, or else the known one.
+def _orientation_of(image: Image.Image, known: int | None) -> int | None:
+    """The EXIF orientation of a loaded image, or else the known one.
 
     Pillow turns a TIFF while loading it, and removes the tag.
     """
     try:
-        orientation = source.getexif().get(ExifTag.Orientation)
+        orientation = image.getexif().get(ExifTag.Orientation)
     except (SyntaxError, ValueError, LookupError, TypeError, OSError, EOFError, struct.error, UserWarning):
         orientation = None  # broken EXIF is not a broken image
-    if orientation is None and not isinstance(source, TiffImagePlugin.TiffImageFile):
+    if orientation is None and not isinstance(image, TiffImagePlugin.TiffImageFile):
         orientation = known
-    transpose = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if transpose is None else image.transpose(transpose)
+    return orientation if isinstance(orientation, int) else None
+
+
+def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """A read-only view of (height, width, 3) pixels, turned by an EXIF orientation."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    pixels = pixels.view()
+    pixels.flags.writeable = False
+    return pixels
 
 
 # ---- colour ----
@@ -191,11 +215,23 @@ _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 """Modes that convert to sRGB through a profile, with the name of that colour space in an ICC header."""
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to sRGB on white."""
-    colour, alpha = _split_alpha(image)
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Any mode to uint8 (height, width, 3), sRGB on white; tile by tile, as colours take many bytes on their way."""
     profile = image.info.get("icc_profile")
-    rgb = _apply_profile(colour, profile if isinstance(profile, bytes) else b"")
+    profile = profile if isinstance(profile, bytes) else b""
+    deep = deep_gray.to_gray(image) if deep_gray.is_deep(image) else None
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for tile in tiles(image.height, image.width):
+        if deep is None:
+            colour, alpha = _split_alpha(image.crop(box(tile)))
+        else:
+            colour, alpha = (None if channel is None else channel.crop(box(tile)) for channel in deep)
+        assert colour is not None
+        pixels[tile] = np.asarray(_on_white(_apply_profile(colour, profile), alpha))
+    return pixels
+
+
+def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image:
     if alpha is None or alpha.getextrema()[0] == 255:
         return rgb
     rgb.putalpha(alpha)
@@ -205,8 +241,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """8-bit colour in mode L, RGB, CMYK or LAB, and 8-bit alpha where the image has any."""
-    if deep_gray.is_deep(image):
-        return deep_gray.to_gray(image)
     if not image.has_transparency_data:
         if image.mode not in _PROFILE_SPACES:
             image = image.convert("L" if image.mode == "1" else "RGB")

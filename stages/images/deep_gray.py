@@ -15,11 +15,14 @@ rejected.
 
 import io
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from stages.images.rejection import ImageRejected, RejectReason
+from stages.images.tiles import Tile, box, tiles
 
 _WIDTH, _BITS, _PHOTOMETRIC, _SAMPLES, _SAMPLE_FORMAT, _MIN, _MAX = 256, 258, 262, 277, 339, 340, 341
 _PREDICTOR, _TILE_WIDTH = 317, 322
@@ -39,20 +42,41 @@ def to_gray(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     Raises:
         ImageRejected: the file does not say which values are black and white.
     """
-    values = np.asarray(image)
-    gray = _levels(_values(image, values), *_range(image, values), source=image)
+    found = [_extrema(values) for _, values in _tiles(image)]
+    extrema = _Extrema(min(e.low for e in found), max(e.high for e in found), all(e.is_finite for e in found))
+    low, high = _range(image, extrema)
     transparent = image.info.get("transparency")  # PNG may declare one gray value transparent
-    if transparent is None:
-        return Image.fromarray(gray), None
-    return Image.fromarray(gray), Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    gray = np.empty((image.height, image.width), np.uint8)
+    alpha = None if transparent is None else np.empty_like(gray)
+    for tile, values in _tiles(image):
+        gray[tile] = _levels(values, low, high)
+        if alpha is not None:
+            alpha[tile] = np.where(values == transparent, 0, 255)
+    if gray.max() == 0 and extrema.high > max(low, 0):
+        raise _unknown(f"values up to {extrema.high:g} of {high:g} would all be black")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode != "L":
+        gray = 255 - gray if image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
+    return Image.fromarray(gray), None if alpha is None else Image.fromarray(alpha)
 
 
-def _values(image: Image.Image, values: np.ndarray) -> np.ndarray:
-    """The values as the file means them; Pillow reads all integers of 32 bits as signed and all of 8 as unsigned."""
-    if image.mode == "L":
-        return values.view(np.int8)
+class _Extrema(NamedTuple):
+    low: float
+    high: float
+    is_finite: bool
+
+
+def _extrema(values: np.ndarray) -> _Extrema:
+    return _Extrema(float(values.min()), float(values.max()), bool(np.isfinite(values).all()))
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[Tile, np.ndarray]]:
+    """The values of each tile as the file means them; Pillow reads all integers of 32 bits as signed and all of 8 as
+    unsigned."""
     is_unsigned_32 = image.mode == "I" and _sample_format(image) == _UNSIGNED
-    return values.view(np.uint32) if is_unsigned_32 else values
+    kind = np.int8 if image.mode == "L" else np.uint32 if is_unsigned_32 else None
+    for tile in tiles(image.height, image.width):
+        values = np.asarray(image.crop(box(tile)))
+        yield tile, values if kind is None else values.view(kind)
 
 
 def _sample_format(image: Image.Image) -> int | None:
@@ -66,7 +90,7 @@ def _first(value: object) -> int:
     return value[0] if isinstance(value, tuple) else value  # pyright: ignore[reportReturnType]
 
 
-def _range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+def _range(image: Image.Image, found: _Extrema) -> tuple[float, float]:
     """The values of black and white."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0, 65535  # PNG; Pillow scales PGM to it
@@ -80,28 +104,21 @@ def _range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
     if kind == _UNSIGNED:
         return 0, 2 ** _first(tags.get(_BITS, 1)) - 1
     if kind == _FLOAT:
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite(values).all() or (low >= -_FLOAT_TOLERANCE and high <= 1 + _FLOAT_TOLERANCE):
+        if not found.is_finite or (found.low >= -_FLOAT_TOLERANCE and found.high <= 1 + _FLOAT_TOLERANCE):
             return 0, 1  # what is not finite is rejected below
-        raise _unknown(f"floats from {low:g} to {high:g}, which is not 0 to 1")
+        raise _unknown(f"floats from {found.low:g} to {found.high:g}, which is not 0 to 1")
     raise _unknown("signed integers without SMinSampleValue and SMaxSampleValue")
 
 
-def _levels(values: np.ndarray, low: float, high: float, source: Image.Image) -> np.ndarray:
+def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """uint8 levels: whole bit depths keep their high byte, other ranges are rounded."""
     shift = int(high).bit_length() - 8
     if values.dtype.kind != "f" and low == 0 and high == 2 ** (shift + 8) - 1 and shift >= 0:
-        gray = (np.clip(values, 0, int(high)) >> shift).astype(np.uint8)
-    elif np.isfinite(values).all():
+        return (np.clip(values, 0, int(high)) >> shift).astype(np.uint8)
+    if np.isfinite(values).all():
         scaled = (np.clip(values, low, high) - low) / (high - low)
-        gray = np.rint(scaled * 255).astype(np.uint8)
-    else:
-        raise _unknown("floats that are not finite")
-    if gray.max() == 0 and values.max() > max(low, 0):
-        raise _unknown(f"values up to {values.max():g} of {high:g} would all be black")
-    if isinstance(source, TiffImagePlugin.TiffImageFile) and source.mode != "L":
-        return 255 - gray if source.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
-    return gray
+        return np.rint(scaled * 255).astype(np.uint8)
+    raise _unknown("floats that are not finite")
 
 
 def _unknown(detail: str) -> ImageRejected:
@@ -147,6 +164,8 @@ def read_packed(data: bytes, max_pixels: int) -> Image.Image | None:
         struct.pack_into(order + letter, as_bytes, place, new)
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(as_bytes))
     image.load()
-    packed = np.unpackbits(np.asarray(image), axis=1)[:, : width * bits].reshape(height, width, bits)
-    values = packed.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1))
-    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    gray, stored = np.empty((height, width), np.uint8), np.asarray(image)
+    for row, line in zip(gray, stored, strict=True):
+        packed = np.unpackbits(line)[: width * bits].reshape(width, bits)
+        row[:] = packed[:, :8] @ (1 << np.arange(7, -1, -1))  # its high byte
+    return Image.fromarray(gray)

@@ -30,4 +30,4 @@ def read_image(path: str | Path, size_px: int | None = None, *, max_pixels: int 
         if error.reason == RejectReason.TOO_MANY_PIXELS:
             remedy = "give a smaller image"
         raise ConfigError(f"{path}: cannot be read as an image ({error}); {remedy}") from error
-    return pixels.copy() if size_px is None else resize_square(center_square(pixels), size_px)
+    return np.array(pixels, order="C") if size_px is None else resize_square(center_square(pixels), size_px)

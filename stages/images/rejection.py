@@ -12,6 +12,8 @@ class RejectReason(StrEnum):
     DECODE_ERROR = "decode_error"
     TRUNCATED = "truncated"
     TOO_MANY_PIXELS = "too_many_pixels"
+    OUT_OF_MEMORY = "out_of_memory"
+    """The machine had no memory for it; another try may succeed."""
     UNSUPPORTED_RANGE = "unsupported_range"
     """The file does not say which of its values are black and white."""
 

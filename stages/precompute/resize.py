@@ -23,12 +23,14 @@ from imagen_core.store import (
     write_samples,
 )
 from pipeline.config import Config
+from pipeline.errors import first_line
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
+from stages.encoders.batches.memory import is_out_of_memory
 from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
 from stages.filters.size import MaxPixels, TooSmall
-from stages.images import ImageRejected, center_square, decode_rgb, pyramid
+from stages.images import ImageRejected, RejectReason, center_square, decode_rgb, pyramid
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
 from stages.precompute.originals import OriginalsReader, StoredOriginal
 from stages.stores import run_removals
@@ -209,11 +211,19 @@ class ResizeStage(Stage):
 
         Raises:
             _Unusable: the row was not fetched, or a filter rejects it.
-            ImageRejected: the image cannot be decoded.
+            ImageRejected: the image cannot be decoded, or memory does not suffice.
         """
         note_progress()
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
+        try:
+            return self._make_fetched(entry, originals, sizes)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ImageRejected(RejectReason.OUT_OF_MEMORY, first_line(error)) from None  # releases what it held
+
+    def _make_fetched(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
         data = originals.data(entry)
         pixels = None
         if sizes:

@@ -4,6 +4,7 @@ import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice
@@ -19,6 +20,7 @@ from pipeline.storage.scratch import temporary_folder
 from stages.captions import clean_captions
 from stages.sources.annotations import Annotations, has_label
 from stages.sources.records.cells import BadCell
+from stages.sources.records.far import reaching
 
 PAYLOAD = "payload"
 _DROP = "drop"
@@ -216,8 +218,19 @@ class Source(ABC):
 
     def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
         """Streams the rows of `parts`, by default of all parts, as shards, without holding them in memory."""
-        rows = self.rows(self.parts() if parts is None else parts)
-        return _split_into_shards(mark_duplicates(rows) if self.keys_may_repeat else rows, shard_size, self.layout)
+        with self.reaching():
+            rows = self.rows(self.parts() if parts is None else parts)
+            rows = mark_duplicates(rows) if self.keys_may_repeat else rows
+            yield from _split_into_shards(rows, shard_size, self.layout)
+
+    def reaching(self) -> AbstractContextManager[None]:
+        """Where the driver of a run reads the source: what URLs raise becomes an error with words.
+
+        Raises:
+            ConfigError: a URL leads to nothing.
+            MachineError: a URL cannot be reached, or its server refuses.
+        """
+        return reaching(getattr(self, "path", ""))
 
     def rows_of(self, shard: Shard) -> list[SourceRow]:
         """The rows of a shard, with their positions."""

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, cast
-
-import fsspec
 
 from pipeline.errors import ConfigError
 from stages.lines import split_lines
 from stages.sources.arrays.plain_pickle import read_pickle
 from stages.sources.files import Damaged
+from stages.sources.records.compressed import open_whole
 from stages.sources.tree import Tree
 
 _FIELD = "source.file_list"
@@ -48,8 +46,8 @@ def listed_rows(file_list: str) -> int | None:
 
 def _read(file_list: str) -> tuple[Sequence[str], int | None]:
     try:
-        with fsspec.open(file_list, "rb") as file:
-            data = cast(Any, file).read()
+        with open_whole(file_list) as file:
+            data = file.read()
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{_FIELD}: {file_list} cannot be read: {error}; check the path") from error
     if not file_list.endswith(".pkl"):

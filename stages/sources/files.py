@@ -11,7 +11,7 @@ from typing import Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.sources.base import InputPart
 from stages.sources.ignored import ignored_by_name, suffix_rule
@@ -145,11 +145,14 @@ def open_filesystem(path: str, field: str) -> tuple[Any, str]:
     """The file system behind a path or URL, and the path there.
 
     Raises:
-        ConfigError: the URL's protocol is unknown, or needs a package.
+        ConfigError: the URL's protocol is unknown.
+        MachineError: it needs a package.
     """
     try:
         return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise MachineError(f"{field}: {path} cannot be opened: {error}") from error
+    except ValueError as error:
         raise ConfigError(f"{field}: {path} cannot be opened: {error}") from error
 
 

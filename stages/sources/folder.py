@@ -102,8 +102,8 @@ class FolderSource(Source):
     def _metadata(self, folder: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
         """The metadata tables of a folder that name files."""
         for name in (f"{folder}{table}" for table in _METADATA if self.tree.size(f"{folder}{table}") is not None):
-            present = columns(f"{self.tree.url}/{name}")
             named = (self.config.file_column, "file_name"), (self.config.caption_column, "text")
+            present = columns(f"{self.tree.url}/{name}", [choices[0] for choices in named if choices[0] is not None])
             file, caption = (next((c for c in choices if c in present), choices[0]) for choices in named)
             if file in present:
                 yield name, (str(file), None if self.config.caption_column is None else caption)
@@ -118,7 +118,8 @@ class FolderSource(Source):
         where = self.tree.url
         for name, (file, caption) in self.tables.items():
             where = f"{self.tree.url}/{name}"
-            if present := columns(where):
+            wanted = [c for c in (file, caption, *self.config.annotation_columns.values()) if c is not None]
+            if present := columns(where, wanted):
                 named = self.config.model_copy(update={"file_column": file, "caption_column": caption})
                 named.check_columns(("file_column", "caption_column"), present, where)
         if not self.tables:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError, MachineError, first_line
 from pipeline.stage import Shard
 from stages.captions import clean_captions
 from stages.images.exif_text import exif_settings, orientation_in
@@ -68,7 +68,12 @@ class HuggingfaceSource(Source):
                 loaded = datasets.load_from_disk(self.path)
                 return loaded[self.config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             return datasets.load_dataset(self.path, split=self.config.split, revision=self.config.revision)
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
+        except (ConnectionError, TimeoutError) as error:
+            raise MachineError(
+                f"source.path: {self.path!r}: the hub cannot be reached: {first_line(error)}; check the network, "
+                "or give a folder made by save_to_disk"
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"source.path: dataset {self.path!r}, split {self.config.split!r} cannot be loaded: {error}"
             ) from error

@@ -70,7 +70,7 @@ class InputBatches:
         return self._new
 
     def _compare(self, new: Path) -> None:
-        with closing(_KnownParts(self.source, self._recorded())) as known:
+        with self.source.reaching(), closing(_KnownParts(self.source, self._recorded())) as known:
             found = (left for part in self.source.parts() if (left := known.new_part(part)) is not None)
             if known.names:
                 found = named_parts({part.path: part.bytes for part in found}, known.names)
@@ -89,7 +89,8 @@ class InputBatches:
     def _with_row_count(self, part: InputPart) -> InputPart:
         if not self.source.grows or part.rows is not None:
             return part
-        return replace(part, rows=self.source.count_rows(part.path))
+        with self.source.reaching():
+            return replace(part, rows=self.source.count_rows(part.path))
 
     def _recorded(self) -> Iterator[InputPart]:
         for number, file in enumerate(self._files, start=1):

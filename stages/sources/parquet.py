@@ -5,9 +5,8 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
 import xxhash
 from pydantic import Field
 
@@ -27,6 +26,7 @@ from stages.sources.base import (
 )
 from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of, top_levels
+from stages.sources.records.far import open_file
 from stages.sources.records.image_files import read_image_file
 from stages.sources.records.parquet import ParquetRows, open_parquet, to_records
 from stages.sources.tables import columns, count_rows, estimate_rows
@@ -206,8 +206,7 @@ class ParquetSource(Source):
 
 def _footer_digest(path: str) -> str:
     """Digest of a file's footer: sizes, offsets and statistics of every column chunk."""
-    with fsspec.open(path, "rb") as raw:
-        file = cast(Any, raw)
+    with open_file(path) as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little")

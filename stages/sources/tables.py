@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, cast
-
-import fsspec
 
 from pipeline.errors import ConfigError
 from stages.lines import stream_lines
 from stages.sources.base import InputPart
-from stages.sources.records.cells import InvalidLine, top_levels
+from stages.sources.records.cells import InvalidLine, top_level, top_levels
 from stages.sources.records.compressed import DAMAGED, SUFFIXES, open_whole
+from stages.sources.records.far import open_file
 from stages.sources.records.parquet import open_parquet, to_records
 from stages.sources.records.text import Record, csv_records, json_records, tsv_records
 from stages.sources.records.types import Columns
@@ -31,8 +29,11 @@ def table_format(path: str) -> str:
     return name.rpartition(".")[2].replace("ndjson", "jsonl").replace("pq", "parquet")
 
 
-def columns(path: str) -> Columns:
-    """Columns of a table, from its head: names in the first line, keys of the first record, or Parquet's schema.
+def columns(path: str, wanted: Iterable[str] = ()) -> Columns:
+    """Columns of a table: names in the first line, Parquet's schema, or the keys of all JSON objects.
+
+    Args:
+        wanted: columns, or paths into nested ones; JSON is read only as far as until all were seen.
 
     Raises:
         ConfigError: no line can be parsed.
@@ -43,16 +44,42 @@ def columns(path: str) -> Columns:
     if kind == "parquet":
         with open_parquet(path) as table:
             return {field.name: field.type for field in table.schema_arrow}
-    invalid: InvalidLine | None = None
-    for record in read_rows(path, None):
-        if not isinstance(record, InvalidLine):
-            return dict.fromkeys(record)
-        invalid = record if invalid is None else invalid
-    if invalid is not None:
-        raise ConfigError(
-            f"source.path: {path}: {invalid.detail}, and no other line can be used; write the file again"
-        )
-    return {}
+    return json_columns([path], wanted) if kind == "jsonl" else _keys(islice(_parsed([path]), 1), ())
+
+
+def json_columns(files: Iterable[str], wanted: Iterable[str]) -> Columns:
+    """The keys of all JSON objects in some files, which may leave some out each; see `columns`."""
+    return _keys(_parsed(files), wanted)
+
+
+def _keys(records: Iterable[Record], wanted: Iterable[str]) -> Columns:
+    found: dict[str, None] = {}
+    missing = set(wanted)
+    for record in records:
+        if not record.keys() <= found.keys():
+            found.update(dict.fromkeys(record))
+            missing = {column for column in missing if top_level(column, found) is None}
+            if wanted and not missing:
+                break
+    return found
+
+
+def _parsed(files: Iterable[str]) -> Iterator[Record]:
+    """The records of some files.
+
+    Raises:
+        ConfigError: there are lines, and none can be parsed.
+    """
+    invalid, some = "", False
+    for path in files:
+        for record in read_rows(path, None):
+            if isinstance(record, InvalidLine):
+                invalid = invalid or f"{path}: {record.detail}"
+                continue
+            some = True
+            yield record
+    if invalid and not some:
+        raise ConfigError(f"source.path: {invalid}, and no other line can be used; write the file again")
 
 
 def estimate_rows(files: Sequence[str]) -> int | None:
@@ -68,8 +95,7 @@ def estimate_rows(files: Sequence[str]) -> int | None:
         elif path.lower().endswith(tuple(SUFFIXES)):
             return None
         else:
-            with fsspec.open(path, "rb") as raw:
-                file = cast(Any, raw)
+            with open_file(path) as file:
                 head = file.read(_HEAD_BYTES)
                 size = file.seek(0, 2)
             total += size / len(head) * max(1, head.count(b"\n")) if head else 0

@@ -19,6 +19,7 @@ from stages.sources.tables import (
     columns,
     count_rows,
     estimate_rows,
+    json_columns,
     read_parts,
     read_rows,
     table_format,
@@ -59,18 +60,16 @@ class UrlsSource(Source):
 
     def check(self) -> None:
         files = expand(self.path, "source.path", FORMATS)
+        named = ("url_column", "caption_column", "key_column")
         for file in files:
-            if file == files[0] or table_format(file) in TYPED:
-                self._check_columns(file)
+            if table_format(file) in TYPED and (present := columns(file)):
+                self.config.check_columns(named, present, file)
+        objects = [file for file in files if table_format(file) == "jsonl"]
+        wanted = [column for field in named if (column := getattr(self.config, field)) is not None]
+        if present := json_columns(objects, [*wanted, *self.config.annotation_columns.values()]):
+            self.config.check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
-
-    def _check_columns(self, file: str) -> None:
-        if table_format(file) == "txt":
-            return
-        present = columns(file)
-        if present:
-            self.config.check_columns(("url_column", "caption_column", "key_column"), present, file)
 
     def parts(self) -> Iterator[InputPart]:
         self.ignored_files.clear()

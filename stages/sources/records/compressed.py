@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import fsspec
 import pyarrow as pa
+
+from stages.sources.records.far import open_file
 
 SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
 """What the names of compressed files end with, and the compression's name."""
@@ -176,7 +177,7 @@ def open_random(path: str) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
-    file = _open(path)
+    file = open_file(path)
     head = file.read(_HEAD_BYTES)
     compression = _compression_of(head)
     if compression is None:
@@ -192,7 +193,7 @@ def open_whole(path: str) -> Iterator[io.BufferedReader]:
     Raises:
         OSError: it cannot be opened, is not compressed although its name says so, or where it is read: it is damaged.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         head = file.read(_HEAD_BYTES)
         compression = _compression_of(head)
         expected = next((name for suffix, name in SUFFIXES.items() if path.lower().endswith(suffix)), None)
@@ -214,10 +215,6 @@ class _Plain(_Borrowed):
 
     def tell(self) -> int:
         return self._file.tell() - len(self._head)
-
-
-def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, cast(Any, fsspec.open(path, "rb")).open())
 
 
 def _compression_of(head: bytes) -> _Compression | None:

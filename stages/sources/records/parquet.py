@@ -4,13 +4,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
 from stages.sources.records.cells import top_levels
+from stages.sources.records.far import open_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,8 +32,8 @@ def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
     import pyarrow.parquet as pq
 
     try:
-        with fsspec.open(path, "rb") as file:
-            yield pq.ParquetFile(cast(Any, file), buffer_size=_BUFFER_BYTES)
+        with open_file(path) as file:
+            yield pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error
 
@@ -49,10 +50,12 @@ class ParquetRows:
 
         filesystem, plain = fsspec.core.url_to_fs(path)
         is_local = isinstance(filesystem, LocalFileSystem)
-        self._file = None if is_local else filesystem.open(plain, "rb")
+        self._file = None if is_local else open_file(path)
         # Mapped, as writers put a thousand images into one page: it is not copied, and only what is decoded is read.
         buffer_bytes = 0 if is_local else _BUFFER_BYTES
-        self._table = pq.ParquetFile(self._file or plain, memory_map=is_local, buffer_size=buffer_bytes)
+        self._table = pq.ParquetFile(
+            self._file or plain, memory_map=is_local, buffer_size=buffer_bytes, page_checksum_verification=True
+        )
         present = self._table.schema_arrow.names
         self._names = top_levels([*wanted, *(name for name in optional if name in present)], present)
         sizes = [self._table.metadata.row_group(group).num_rows for group in range(self._table.num_row_groups)]

@@ -4,6 +4,8 @@ import io
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
 from stages.images import ImageRejected, RejectReason, decode_rgb
+from stages.images.decode import BYTES_PER_PIXEL
 
 LIMIT = 10**6
 
@@ -484,6 +487,72 @@ def test_size_limit_is_inclusive():
     data = encode(image(), "PNG")
     assert decode_rgb(data, max_pixels=24 * 40).width == 40
     assert rejection(data, max_pixels=24 * 40 - 1) == "too_many_pixels"
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "options", "weight"),
+    [
+        ("PNG", "RGBA", {}, 1),
+        ("JPEG", "RGB", {}, 1),
+        ("JPEG", "RGB", {"progressive": True}, 1),
+        ("JPEG", "CMYK", {"progressive": True}, 1.2),
+        ("WEBP", "RGB", {}, 2),
+        ("AVIF", "RGB", {}, 1.6),
+        ("TIFF", "RGB", {}, 1),
+    ],
+)
+def test_a_pixel_counts_as_much_as_its_decoder_needs(format, mode, options, weight):
+    data = encode(Image.new(mode, (40, 30)), format, **options)
+    counted = round(40 * 30 * weight)
+    assert decode_rgb(data, max_pixels=counted).format == format
+    assert rejection(data, max_pixels=counted - 1) == "too_many_pixels"
+
+
+def test_tiles_of_a_large_image_are_put_together_as_the_whole():
+    rng = np.random.default_rng(0)
+    values = np.kron(rng.integers(0, 256, (130, 90, 4), dtype=np.uint8), np.ones((10, 10, 1), np.uint8))
+    values[:700, :, 3] = 255  # the first tiles are opaque
+    found = decode_rgb(encode(Image.fromarray(values), "PNG", compress_level=1), max_pixels=10**7).pixels
+    colour, alpha = values[..., :3].astype(int), values[..., 3:].astype(int)
+    assert np.abs(found - (colour * alpha + 255 * (255 - alpha)) / 255).max() <= 1
+    assert (found[:700] == values[:700, :, :3]).all()
+
+
+MEASURE = """
+import resource, sys
+from stages.images import center_square, decode_rgb, pyramid
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small, large = (open(path, "rb").read() for path in sys.argv[1:])
+def use(data):
+    return pyramid(center_square(decode_rgb(data, max_pixels=10**9).pixels), [64, 256])
+use(small)
+before = peak()
+use(large)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "mode", "options", "weight"),
+    [
+        ("PNG", "RGBA", {"compress_level": 1}, 1),
+        ("JPEG", "CMYK", {"progressive": True}, 1.2),
+        ("WEBP", "RGBA", {"lossless": True, "quality": 0, "method": 0}, 2),
+        ("AVIF", "RGBA", {"speed": 10}, 1.6),
+        ("TIFF", "F", {"compression": "tiff_lzw"}, 1),
+    ],
+)
+def test_memory_stays_under_ten_bytes_per_counted_pixel(tmp_path, format, mode, options, weight):
+    side = 4500
+    for name, size in (("small", 300), ("large", side)):
+        colour = 0.5 if mode == "F" else (120,) * len(Image.new(mode, (1, 1)).getbands())
+        (tmp_path / name).write_bytes(encode(Image.new(mode, (size, size), colour), format, **options))
+    command = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    tiles_bytes = 2**20 * 24
+    assert int(found.stdout) <= BYTES_PER_PIXEL * weight * side * side + tiles_bytes
 
 
 def test_only_the_given_limit_counts(monkeypatch):

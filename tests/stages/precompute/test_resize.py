@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import Summary
+from stages.images import Decoded, decode_rgb
 from stages.store_tools.inspect import inspect_command
 from stages.store_tools.report import report_command
 from tests.runs import precompute
@@ -78,6 +80,21 @@ def test_a_size_added_later_excludes_rows_it_cannot_have_and_keeps_all_others_in
     assert verify_store(tmp_path / "run" / "store").ok
     listed = (tmp_path / "run" / "quarantine" / "images-64" / "00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in listed] == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_an_image_for_which_memory_does_not_suffice_is_a_drop_and_not_the_shard(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def short_of_memory(data: bytes, **options: Any) -> Decoded:
+        if data == png(100, 30):
+            raise error
+        return decode_rgb(data, **options)
+
+    monkeypatch.setattr("stages.precompute.resize.decode_rgb", short_of_memory)
+    summary = run(tmp_path, images, "[16]", "encoders=[]")
+    assert summary["tally"]["groups"]["samples"]["drops"] == {"out_of_memory": 1}
+    assert [s.key for s in Store.open(tmp_path / "run" / "store")] == ["a.png", "b.png", "d.png"]
 
 
 def test_kept_originals_are_not_fetched_again(images: Path, tmp_path: Path) -> None:

@@ -111,6 +111,15 @@ def test_the_metadata_of_an_imagefolder_is_a_table(tmp_path: Path, suffix: str) 
     assert folder.ignored == {"images that no row of the table names": 2, ".json files": 1}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_metadata_does_not_decide_its_columns(tmp_path: Path, order: int) -> None:
+    rows: list[dict[str, object]] = [{"file_name": "a.png"}, {"file_name": "b.png", "text": "two"}]
+    metadata(rows[::order], "jsonl", tmp_path / "data" / "metadata.jsonl")
+    folder = source_of(tmp_path, {"a.png": b"x", "b.png": b"x"})
+    folder.check()
+    assert outcomes(folder) == {"a.png": "empty_caption", "b.png": ["two"]}
+
+
 def test_metadata_in_the_folder_itself_goes_before_that_of_subfolders(tmp_path: Path) -> None:
     metadata([{"file_name": "train/a.png", "caption": "root"}], "jsonl", tmp_path / "data" / "metadata.jsonl")
     metadata([{"file_name": "a.png", "caption": "sub"}], "jsonl", tmp_path / "data" / "train" / "metadata.jsonl")

@@ -284,6 +284,29 @@ def test_a_table_with_a_first_line_alone_has_no_rows_and_is_no_error(tmp_path: P
         source.check()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+@pytest.mark.parametrize("files", [1, 3])
+def test_the_order_of_json_objects_does_not_decide_the_columns(
+    tmp_path: Path, order: tuple[int, ...], files: int
+) -> None:
+    rows = ['{"url": "a"}', '{"caption": "x", "url": "b", "written": "w"}', "{broken"]
+    for number, place in enumerate(order):
+        with (tmp_path / f"{number % files}.jsonl").open("a") as file:
+            file.write(rows[place] + "\n")
+    source = UrlsSource(UrlsConfig(path=str(tmp_path), transcription_column="written"))
+    source.check()
+    found = [row for shard in source.shards(10) for row in source.rows_of(shard)]
+    assert sorted((row.url, tuple(row.captions or ())) for row in found) == [("", ()), ("a", ()), ("b", ("x",))]
+    with pytest.raises(ConfigError, match=r"has no column 'text'; it has: "):
+        UrlsSource(UrlsConfig(path=str(tmp_path), caption_column="text")).check()
+
+
+def test_json_is_read_only_until_all_wanted_columns_were_seen(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text('{"a": 1}\n{"b": {"c": 2}}\n{"d": 3}\n')
+    assert list(columns(str(tmp_path / "l.jsonl"), ["a", "b.c"])) == ["a", "b"]
+    assert list(columns(str(tmp_path / "l.jsonl"))) == ["a", "b", "d"]
+
+
 def test_every_table_of_a_list_must_have_the_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("url,caption\nu,x\n")
     (tmp_path / "b.csv").write_text("url,text\nu,x\n")

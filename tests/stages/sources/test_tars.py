@@ -204,7 +204,7 @@ def test_a_tar_that_may_not_be_opened_is_refused(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     tar = source_of(tmp_path, GOOD)
-    monkeypatch.setattr("stages.sources.records.compressed.fsspec.open", refuse)
+    monkeypatch.setattr("stages.sources.records.far.fsspec.open", refuse)
     with pytest.raises(ConfigError, match=r"source.path: .*a.tar cannot be opened: Permission denied; "):
         tar.check()
 

@@ -1,0 +1,105 @@
+"""A URL that leads to nothing, that cannot be reached or whose server refuses ends a run with words."""
+
+import gzip
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imagen_core.store import Store
+from pipeline.errors import ConfigError, MachineError
+from stages.sources.records.far import Unreachable, is_far, open_file, reaching
+from stages.sources.tables import read_rows
+from tests.commands import precompute
+from tests.image_server import body, serve, status
+from tests.images import plain_png
+from tests.stages.sources.reading import tar_bytes
+
+CLOSED = "http://127.0.0.1:1"
+FILES = {"urls": "l.csv", "parquet": "a.parquet", "webdataset": "a.tar", "tsv": "a.tsv", "folder": "images"}
+
+
+def run(out: Path, kind: str, url: str) -> tuple[int, str]:
+    result = precompute(out, f"source.kind={kind}", f"source.path={url}", "images.sizes_px=[16]", "encoders=[]")
+    assert "Traceback" not in result.err
+    return result.code, result.err
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_server_that_cannot_be_reached_is_exit_4_with_words(tmp_path: Path, kind: str) -> None:
+    code, message = run(tmp_path / "run", kind, f"{CLOSED}/{FILES[kind]}")
+    assert code == 4, message
+    assert f"source.path: {CLOSED}/" in message
+    assert "cannot be read: ClientConnectorError: Cannot connect to host 127.0.0.1:1" in message
+    assert "check the address, the network and what this user may read" in message
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_server_that_refuses_is_exit_4_and_one_without_the_file_exit_2(tmp_path: Path, kind: str) -> None:
+    with serve({f"/{FILES[kind]}": status(403)}) as server:
+        code, message = run(tmp_path / "refused", kind, server.url(f"/{FILES[kind]}"))
+        assert code == 4, message
+        assert "403" in message
+        code, message = run(tmp_path / "missing", kind, server.url(f"/no/{FILES[kind]}"))
+    assert code == 2, message
+    assert "source.path: " in message
+
+
+def test_a_tar_on_a_server_is_read(tmp_path: Path) -> None:
+    with serve({"/a.tar": body(tar_bytes([("0.png", plain_png()), ("0.txt", b"red")]))}) as server:
+        code, message = run(tmp_path / "run", "webdataset", server.url("/a.tar"))
+    assert code == 0, message
+    assert [sample.captions for sample in Store.open(tmp_path / "run" / "store")] == [["red"]]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lambda data: pa.compress(data, "zstd", asbytes=True)])
+def test_a_list_on_a_server_is_read(compress: Callable[[bytes], bytes]) -> None:
+    with serve({"/l.csv": body(compress(b"url,caption\nu,red\n"))}) as server:
+        assert list(read_rows(server.url("/l.csv"), None)) == [{"url": "u", "caption": "red"}]
+
+
+def test_a_server_without_ranges_cannot_serve_parquet_and_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [plain_png()], "caption": ["red"]}), tmp_path / "a.parquet")
+    with serve({"/a.parquet": body((tmp_path / "a.parquet").read_bytes())}) as server:
+        code, message = run(tmp_path / "run", "parquet", server.url("/a.parquet"))
+    assert code == 4
+    assert "a.parquet cannot be read: ValueError: The HTTP server doesn't appear to support range requests" in message
+
+
+def test_a_package_that_is_missing_is_exit_4_and_an_unknown_protocol_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    code, message = run(tmp_path / "run", "urls", "s3://bucket/l.csv")
+    assert code == 4, message
+    assert "source.path: s3://bucket/l.csv cannot be opened: " in message
+    assert "s3fs" in message
+    code, message = run(tmp_path / "run", "urls", "nothing://bucket/l.csv")
+    assert code == 2, message
+
+
+def test_only_urls_of_other_machines_are_far() -> None:
+    assert [is_far(path) for path in ("http://a/b", "s3://b/c", "/a/b", "a://", "file:///a", "memory://a")] == [
+        *(True, True, False, True, False, False)
+    ]
+
+
+def test_errors_of_local_files_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), reaching(str(tmp_path)):
+        open_file(str(tmp_path / "missing"))
+    with pytest.raises(ZeroDivisionError), reaching(str(tmp_path)):
+        _ = 1 / 0
+
+
+def test_a_connection_that_breaks_while_a_file_is_read_is_told_apart_from_damage() -> None:
+    with serve({"/a.csv": body(b"x" * 100)}) as server:
+        url = server.url("/a.csv")
+        file = open_file(url)
+        assert file.read(1) == b"x"
+    with pytest.raises(MachineError, match=r"a\.csv cannot be read: "), reaching(url):
+        raise Unreachable(f"{url} cannot be read: it broke")
+    with pytest.raises(ConfigError, match="does not exist"), reaching(url):
+        raise FileNotFoundError(url)
