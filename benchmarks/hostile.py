@@ -48,16 +48,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 256
     daemon_threads = True
 
-    def __init__(self, good_s: float, seed: int):
-        super().__init__(("0.0.0.0", 0), Handler)
-        chance = random.Random(seed)
-        self.images = [_noise(chance) for _ in range(8)]
-        self.good_s = good_s
-        self.seed = seed
-        self.closing = threading.Event()
+    def __init__(self, address: str, images: list[bytes], arguments: argparse.Namespace, closing: threading.Event):
+        super().__init__((address, 0), Handler)
+        self.images = images
+        self.good_s: float = arguments.good_seconds
+        self.seed: int = arguments.seed
+        self.closing = closing
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        with self:
+            super().serve_forever(poll_interval)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients hang up on bad servers."""
@@ -151,16 +153,19 @@ def measure(name: str, urls: list[tuple[str, int, str]], arguments: argparse.Nam
     folder = arguments.work / name.replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    server = Server(arguments.good_seconds, arguments.seed)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    chance, closing = random.Random(arguments.seed), threading.Event()
+    images = [_noise(chance) for _ in range(8)]
+    servers = {address: Server(address, images, arguments, closing) for address in {address for *_, address in urls}}
+    for server in servers.values():
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        lines = [f"http://{address}:{server.server_port}/{kind}/{number}" for kind, number, address in urls]
+        lines = [f"http://{address}:{servers[address].server_port}/{kind}/{number}" for kind, number, address in urls]
         (folder / "urls.txt").write_text("\n".join(lines) + "\n")
         seconds = run(folder, -(-arguments.urls // 2))
     finally:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+        closing.set()
+        for server in servers.values():
+            server.shutdown()
     summary = json.loads((folder / "run" / "summary.json").read_text())
     num_good = sum(kind == "good" for kind, *_ in urls)
     row = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.network import forbid_outside_access
+from tests.network import forbid_outside_access, refused
 from tests.runs import cascade, copy_of_small_run, emoji, small_run  # noqa: F401 (fixtures)
 
 forbid_outside_access()
@@ -16,6 +16,13 @@ def pytest_collection_finish() -> None:
     """Takes all that was imported out of garbage collections, which would walk through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_this_machine() -> Iterator[None]:
+    """Fails the test in which anything was refused, here or in a process that was started."""
+    yield
+    assert refused() == []
 
 
 @pytest.fixture(scope="session", autouse=True)

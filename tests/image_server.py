@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Answer = Callable[["Handler"], None]
 """Writes the whole response."""
@@ -15,8 +16,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, routes: Mapping[str, Answer], address: str):
-        super().__init__((address, 0), Handler)
+    def __init__(self, routes: Mapping[str, Answer]):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.routes = routes
         self.requests: Counter[str] = Counter()
         self.agents: list[str] = []
@@ -29,6 +30,23 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are part of the tests."""
+
+
+class _Twin(ThreadingHTTPServer):
+    """The same server at another address of the loopback interface."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, server: Server, address: str):
+        super().__init__((address, server.server_port), Handler)
+        self.server = server
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        Handler(request, client_address, self.server)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """As `Server`."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,18 +63,24 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(routes: Mapping[str, Answer], address: str = "127.0.0.1") -> Iterator[Server]:
-    """`address` 0.0.0.0 is every address of this machine; on Linux 127.0.0.0/8 are among them."""
-    server = Server(routes, address)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
+def serve(routes: Mapping[str, Answer], *also: str) -> Iterator[Server]:
+    """A server at 127.0.0.1, and at other addresses in 127.0.0.0/8 with the same port."""
+    server = Server(routes)
+    servers = [server, *(_Twin(server, address) for address in also)]
+    threads = [
+        threading.Thread(target=each.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True) for each in servers
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield server
     finally:
         server.closing.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        for each in servers:
+            each.shutdown()
+            each.server_close()
+        for thread in threads:
+            thread.join()
 
 
 def body(data: bytes, *, claimed: int | None = None, **headers: str) -> Answer:

@@ -27,6 +27,7 @@ from stages.encoders.registry import AnyEncoder, AnyImageEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from tests.commands import call, drops, precompute, summary
+from tests.network import guarded
 from tests.runs import REPOSITORY
 from tests.trained import BASE, train
 
@@ -231,7 +232,7 @@ def test_help_stays_light_with_a_package_installed(installed: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={"PYTHONPATH": f"{installed}:{REPOSITORY}", "PATH": ""},
+        env={**guarded(installed, REPOSITORY), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.network import guarded
 from tests.runs import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: Path, *arguments: str, folder: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**os.environ, **guarded()}
     done = subprocess.run(
         [str(command), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -6,7 +6,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -60,8 +61,8 @@ def describe(demand: Demand) -> str:
 def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     """Joins or starts Ray; returns its nodes.
 
-    A Ray started here listens on the loopback interface only, has no dashboard, and keeps Ray's default: token
-    authentication on every gRPC port.
+    A Ray started here listens on the loopback interface only, asks no other machine for anything, has no dashboard,
+    and keeps Ray's default: token authentication on every gRPC port.
 
     Raises:
         MachineError: the cluster cannot be reached, or Ray not be started.
@@ -87,15 +88,16 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
         else:
             os.environ.pop("RAY_ADDRESS", None)
             ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or usable_cpus(),
-                include_dashboard=False,
-                dashboard_host="127.0.0.1",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            with without_api_server():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus or usable_cpus(),
+                    include_dashboard=False,
+                    dashboard_host="127.0.0.1",
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise MachineError(_not_connected(address, first_line(error))) from error
     if threading.current_thread() is threading.main_thread():
@@ -103,6 +105,23 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     nodes = living_nodes()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, nodes)
     return nodes
+
+
+@contextmanager
+def without_api_server() -> Iterator[None]:
+    """Lets Ray start no API server in the block, as if that had failed, which Ray goes on after.
+
+    Without a dashboard it has one module, UsageStatsHead. This asks 169.254.169.254 and metadata.google.internal for
+    the cloud that it is in, also where usage statistics are off; no setting of Ray 2.60 stops that.
+    """
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *_, **__: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 def _not_connected(address: str | None, why: str) -> str:

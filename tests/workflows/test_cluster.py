@@ -35,8 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def start(cluster: RayNodes, out: Path, *overrides: str) -> subprocess.Popen[str]:
     """`pipeline run precompute` on the cluster, in its own process."""
     arguments = command("run", "precompute", "--out", str(out), "--address", cluster.address, *CONFIG, *overrides)
-    environment = {**cluster.environment, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(arguments, env=cluster.environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
 
 def nodes_of(out: Path, stage: str) -> set[object]:

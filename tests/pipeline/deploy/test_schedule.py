@@ -247,7 +247,10 @@ def test_a_rayjob_runs_the_command_on_cpu_and_gpu_workers(machine: Machine) -> N
         assert container.image == "registry/image:1"
         assert container.resources.limits.get("nvidia.com/gpu") == {"cpu": None, "gpu": "1"}[name]
         assert [source.secretRef.name for source in container.envFrom] == ["precompute-run-1-env"]
-        assert container.env == []  # nothing secret in the manifest
+        assert {variable.name: variable.value for variable in container.env} == {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+        }, "nothing secret in the manifest"
         assert [mount.mountPath for mount in container.volumeMounts] == ["/mnt/my data"]
     assert job.spec.shutdownAfterJobFinishes
 

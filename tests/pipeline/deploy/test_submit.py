@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
 def start(cluster: RayNodes, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(*arguments, "--address", cluster.dashboard),
-        env={**cluster.environment, "PYTHONPATH": str(REPOSITORY)},
+        env=cluster.environment,
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_the_job_alone_and_stop_ends_it(cluster: RayNodes, tmp_pat
 def test_a_wrong_token_is_refused(cluster: RayNodes, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
-    environment = {**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**cluster.environment, "RAY_AUTH_TOKEN_PATH": str(wrong)}
     asked = command("status", "job", "--address", cluster.dashboard)
     result = subprocess.run(asked, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 4

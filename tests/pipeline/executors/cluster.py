@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.network import guarded
 from tests.processes import descendants
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -49,6 +50,9 @@ class RayNodes:
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",  # or a head reports that they are off
+            "HOME": str(self.folder),  # with a file, without which a head asks which cloud it is in
+            **guarded(REPOSITORY),
             "RAY_enable_metrics_collection": "false",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_health_check_period_ms": "500",
@@ -67,7 +71,7 @@ class RayNodes:
         with log.open("wb") as output:
             self.nodes[name] = subprocess.Popen(
                 [sys.executable, "-c", _RAY_START, *arguments, "--object-store-memory=80000000", *where, *options],
-                env={**self.environment, "PYTHONPATH": str(REPOSITORY)},
+                env=self.environment,
                 cwd=self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -103,6 +107,7 @@ def ray_nodes(folder: Path) -> Iterator[RayNodes]:
     """
     folder.mkdir()
     (folder / "token").write_text(secrets.token_hex(32))
+    (folder / "ray_bootstrap_config.yaml").write_text("{}\n")
     with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
         cluster = RayNodes(folder, Path(ray_folder))
         try:

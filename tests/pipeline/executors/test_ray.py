@@ -194,7 +194,8 @@ def test_a_shard_that_brings_down_worker_after_worker_is_set_aside(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_local_ray_listens_on_the_loopback_interface_only() -> None:
+def test_a_local_ray_listens_on_the_loopback_interface_only_and_asks_no_cloud() -> None:
+    """The audit hook of the tests is in Ray's processes of Python, and fails the test if one asked."""
     import ray
 
     connect(1, None)
@@ -203,5 +204,6 @@ def test_a_local_ray_listens_on_the_loopback_interface_only() -> None:
         pids = {os.getpid(), *descendants(os.getpid())}
         assert len(pids) > 5, "they are Ray's"
         assert open_ports(pids) == set()
+        assert not any("dashboard.py" in line for line in descendants(os.getpid()).values()), "it would ask"
     finally:
         ray.shutdown()

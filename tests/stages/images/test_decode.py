@@ -477,9 +477,9 @@ def huge(format: str) -> bytes:
 def test_bomb_is_rejected_from_its_header(format):
     data = huge(format)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     assert rejection(data, max_pixels=100_000_000) == "too_many_pixels"
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 50 * 1024
 
 
