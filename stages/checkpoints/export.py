@@ -6,6 +6,7 @@ from imagen_core.train import CheckpointError
 from imagen_core.train.checkpoints.single_file import write_model
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
+from pipeline.storage.out_folder import check_place
 from pipeline.units import human_bytes
 from stages.checkpoints.load import _ONE_FILE, load_checkpoint_from
 
@@ -20,6 +21,7 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
     if target.suffix != _ONE_FILE or target.exists():
         wrong = "exists" if target.exists() else f"must end in {_ONE_FILE}"
         raise ConfigError(f"--out {out}: {wrong}; give a new file")
+    check_place("--out", out)
     try:
         model = load_checkpoint_from(place, weights)
     except CheckpointError as error:

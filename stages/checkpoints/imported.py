@@ -13,6 +13,7 @@ import yaml
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
 from pipeline.storage.files import write_text
+from pipeline.storage.out_folder import check_place
 from stages.encoders.t5 import T5EncoderConfig
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class ImportedStage:
 
 
 def new_folder(out: str) -> Path:
-    """The folder of --out; ConfigError if it is not empty."""
+    """The folder of --out; ConfigError if it is not empty, or cannot be made."""
     target = Path(out)
+    check_place("--out", out)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give a new folder")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"--out {out}: is not empty; give a new folder")
     return target

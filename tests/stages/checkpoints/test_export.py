@@ -1,0 +1,29 @@
+"""`pipeline export` and `pipeline import` refuse a place that cannot be made before they read anything."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import call
+
+
+@pytest.mark.parametrize("below", ["file", "file/new", "file/new/deeper"])
+@pytest.mark.parametrize("command", [["export", "nothing"], ["import", "minimagen", "nothing"]])
+def test_a_place_below_a_file_is_refused_by_name(tmp_path: Path, command: list[str], below: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    out = tmp_path / (f"{below}.safetensors" if command[0] == "export" else below)
+    if below == "file" and command[0] == "export":
+        out.write_bytes(b"")
+    result = call(*command, "--out", str(out))
+    assert result.code == 2
+    assert result.err.startswith(f"error: --out {out}: ")
+    assert str(tmp_path / "file") in result.err
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: str(place) != str(tmp_path))
+    result = call("import", "minimagen", "nothing", "--out", str(tmp_path / "new"))
+    assert result.code == 2
+    assert f"cannot be made, as {tmp_path} may not be written to" in result.err
