@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from imagen_core.train import CheckpointError
+from stages.checkpoints.load import load_checkpoint_from
 from tests.commands import call
 
 
@@ -27,3 +30,11 @@ def test_a_folder_that_may_not_be_written_to_is_refused_by_name(
     result = call("import", "minimagen", "nothing", "--out", str(tmp_path / "new"))
     assert result.code == 2
     assert f"cannot be made, as {tmp_path} may not be written to" in result.err
+
+
+def test_a_damaged_checkpoint_of_an_object_store_is_named_by_its_place() -> None:
+    place = "memory://far-checkpoint/checkpoints/step-00000002/state.json"
+    fsspec.filesystem("memory").pipe_file(place, b"{")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint_from("memory://far-checkpoint", None)
+    assert str(caught.value).startswith(f"{place}: cannot be read")
