@@ -24,7 +24,7 @@ class StoreLostError(TrainError):
         again: whether the same command can go on later, without anybody mending anything.
     """
 
-    def __init__(self, message: str, *, again: bool) -> None:
+    def __init__(self, message: str, *, again: bool = False) -> None:  # the default is for pickle
         super().__init__(message)
         self.again = again
 

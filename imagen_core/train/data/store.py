@@ -35,8 +35,12 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
+        StoreLostError: its files cannot be reached.
     """
-    store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+    try:
+        store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+    except OSError as error:
+        raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
     for size in stored_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
@@ -157,10 +161,12 @@ def opened_again(store: Store, config: TrainConfig, error: Exception, *, online:
     """
     try:
         now = open_store(config, online=online)
-    except (StoreError, OSError) as reason:
+    except StoreLostError as reason:
+        raise reason from error
+    except StoreError as reason:
         unfinished = not _has_manifest(config.store)
-        why = "it is gone, or is being made again" if unfinished else str(reason)
-        raise StoreLostError(why, again=unfinished or _passes(reason)) from error
+        why = "it is gone, or is being made again" if unfinished else _words(reason)
+        raise StoreLostError(why, again=unfinished) from error
     except TrainError as reason:
         raise StoreLostError(f"it was made again: {reason}", again=False) from error
     before, after = store.manifest, now.manifest
