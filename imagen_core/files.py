@@ -31,12 +31,20 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, durably; one that exists stays."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_path(path.parent)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a small file under another name, makes it durable and renames it, which is made durable too.
 
     Whatever happens, the file has its old content or the new one. What a kill leaves, the next write replaces.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with temporary.open("wb") as file:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
-from imagen_core.files import file_digest, fsync_path, share
+from imagen_core.files import file_digest, fsync_path, make_folder, share
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.train.checkpoints.record import StateRecord, wrong_fields
@@ -72,7 +72,7 @@ def write_checkpoint(
     """Writes `folder/step-STEP` from CPU tensors by file and name; atomic and durable."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for left in folder.glob(f"{temporary.name}*"):
         shutil.rmtree(left)
     temporary.mkdir()
