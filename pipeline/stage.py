@@ -162,11 +162,15 @@ class Task:
         self._copies: dict[str, Path] = {}
 
     def input(self, group: str) -> Path:
-        """The committed file of `group` for this shard, or a local copy of it."""
-        name = self.run.committed_file(group, self.shard.name)
-        if name not in self._copies:
-            self._copies[name] = self.run.storage.copy(name)
-        return self._copies[name]
+        """The committed file of `group` for this shard, or a local copy of it, with the bytes that were committed.
+
+        Raises:
+            MachineError: the file was changed since then.
+        """
+        file = self.run.committed_file(group, self.shard.name)
+        if file.path not in self._copies:
+            self._copies[file.path] = self.run.proven_copy(file)
+        return self._copies[file.path]
 
     def has(self, group: str) -> bool:
         """True if `group` was committed for this shard when the task was planned."""

@@ -1,7 +1,18 @@
 """Opens stores and run folders for the commands that read them."""
 
-from imagen_core.store import MANIFEST_NAME, Store, StoreError, StoreFolder
-from pipeline.errors import ConfigError
+from typing import Any
+
+from imagen_core.store import (
+    MANIFEST_NAME,
+    ManifestError,
+    Removal,
+    Store,
+    StoreError,
+    StoreFolder,
+    load_removals,
+    read_header,
+)
+from pipeline.errors import ConfigError, MachineError
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import PLAN, STORE, RunFolder
 
@@ -43,3 +54,25 @@ def open_place(place: str) -> tuple[StoreFolder, RunFolder | None]:
     outer, _, name = store.rpartition("/")
     run = RunFolder(outer) if outer and name == STORE else None
     return StoreFolder(store), run if run is not None and run.started_groups() else None
+
+
+def previous_header(run: RunFolder) -> dict[str, Any]:
+    """The header of the manifest of a run's store; {} if there is none, or if it is damaged: a run makes it again."""
+    try:
+        return read_header(StoreFolder(run.store_url))
+    except StoreError:
+        return {}
+
+
+def run_removals(run: RunFolder, header: dict[str, Any] | None = None) -> list[Removal]:
+    """The removals from a run's store.
+
+    Args:
+        header: of the manifest, so that a log that is shorter than it says is found too.
+    Raises:
+        MachineError: the log of removals is damaged; without it, removed samples would come back.
+    """
+    try:
+        return load_removals(StoreFolder(run.store_url), listed=(header or {}).get("removals", ()))
+    except ManifestError as error:
+        raise MachineError(str(error)) from error

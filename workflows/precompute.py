@@ -34,6 +34,7 @@ from stages.sources.incremental import InputBatches
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
+from stages.stores import previous_header, run_removals
 
 
 class StoreConfig(Config):
@@ -116,6 +117,7 @@ class Precompute(ShardedWorkflow):
         config = self.config
         source = config.source.build()
         source.check()
+        run_removals(run, previous_header(run))  # before anything is deleted: without the log, samples come back
         rows = source.estimate_rows()
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(

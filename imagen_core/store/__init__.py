@@ -4,7 +4,7 @@ from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
-from imagen_core.store.files.null import parse_null, write_null
+from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
@@ -35,9 +35,10 @@ from imagen_core.store.layout import (
     shard_path,
     text_group,
 )
-from imagen_core.store.manifest import Manifest, load_manifest, write_manifest
+from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
+from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
@@ -50,13 +51,21 @@ from imagen_core.store.records import (
     parse_group,
 )
 from imagen_core.store.removal.erase import ErasedShard
-from imagen_core.store.removal.remove import add_removal, find_rows, matching_rows, removal_entries, rewrite_manifest
+from imagen_core.store.removal.remove import (
+    RemovalRaceError,
+    add_removal,
+    find_blocked,
+    find_rows,
+    matching_rows,
+    rewrite_manifest,
+)
 from imagen_core.store.removal_log import (
     IDENTIFIERS,
     Blocklist,
     Removal,
     RemovedRow,
     load_removals,
+    removal_entries,
     removed_rows,
     value_digest,
 )
@@ -68,6 +77,7 @@ __all__ = [
     "DEFAULT_CACHE_BYTES",
     "IDENTIFIERS",
     "LATER_FIELDS",
+    "LOOK_EVERY_S",
     "MANIFEST_NAME",
     "PROBE",
     "REMOVED",
@@ -94,6 +104,7 @@ __all__ = [
     "NotFiniteError",
     "Problem",
     "Removal",
+    "RemovalRaceError",
     "RemovedRow",
     "Sample",
     "SampleRow",
@@ -117,8 +128,10 @@ __all__ = [
     "codec_settings",
     "comparable",
     "comparable_records",
+    "dump_null",
     "embedding_shard_bytes",
     "file_suffix",
+    "find_blocked",
     "find_rows",
     "image_embed_group",
     "image_group",
@@ -135,6 +148,7 @@ __all__ = [
     "probe_differences",
     "probe_entry",
     "probe_path",
+    "read_header",
     "read_samples",
     "record_probe_differences",
     "removal_entries",
@@ -149,6 +163,5 @@ __all__ = [
     "verify_store",
     "write_embedding_shard",
     "write_manifest",
-    "write_null",
     "write_samples",
 ]

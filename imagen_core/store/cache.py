@@ -4,6 +4,7 @@ fsspec's `filecache` keeps complete files too, but neither limits their size nor
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,18 @@ from imagen_core.store.records import FileEntry
 
 DEFAULT_CACHE_BYTES = 32 << 30
 _PARTIAL = ".part"
+_Version = tuple[int, int, int]
+"""Size, modification time and inode of a file."""
 
 
 class FileCache:
     """Copies named by their sha256; the least recently used ones are removed first. Processes may share the folder.
 
     A file is downloaded under another name, checked against the manifest, synced and renamed: a file with its final
-    name is complete. A file that is being downloaded or opened holds the lock of its first two digits, and no file is
-    removed without that lock. A removed file that some process still has open takes disk space until it is closed.
+    name is complete. Each process compares a copy with its name when it first opens it, and when the file has changed
+    since; a copy that does not match is downloaded again. A file that is being downloaded or opened holds the lock of
+    its first two digits, and no file is removed without that lock. A removed file that some process still has open
+    takes disk space until it is closed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
@@ -39,6 +44,7 @@ class FileCache:
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
+        self._compared: dict[str, _Version] = {}
 
     @contextmanager
     def file(self, entry: FileEntry, name: str, download: Callable[[Path], None]) -> Iterator[str]:
@@ -53,15 +59,30 @@ class FileCache:
         """
         path = self._folder / entry.sha256
         with self._lock(path):
-            if path.is_file() and path.stat().st_size == entry.bytes:
-                os.utime(path)  # its last use
+            if self._is_intact(path, entry):
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # its last use
             else:
                 partial = path.with_suffix(_PARTIAL)
                 download(partial)
                 _check(partial, entry, name)
                 os.replace(partial, path)
+                self._compared[entry.sha256] = _version(path)
                 self._evict(path)
             yield str(path)
+
+    def _is_intact(self, path: Path, entry: FileEntry) -> bool:
+        """Whether there is a copy with the bytes that its name says; they are read once per process and version."""
+        try:
+            version = _version(path)
+        except FileNotFoundError:
+            return False
+        if version[0] != entry.bytes:
+            return False
+        if self._compared.get(entry.sha256) != version:
+            if file_digest(path) != entry.sha256:
+                return False
+            self._compared[entry.sha256] = version
+        return True
 
     def _lock(self, path: Path, timeout_s: float = -1) -> FileLock:
         return FileLock(self._folder / f".{path.name[:2]}.lock", timeout=timeout_s, poll_interval=0.005)
@@ -72,7 +93,7 @@ class FileCache:
         for entry in os.scandir(self._folder):
             if not entry.name.startswith("."):
                 try:
-                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                    found.append((entry.stat().st_atime_ns, entry.stat().st_size, Path(entry.path)))
                 except FileNotFoundError:  # removed by another process
                     continue
         total = sum(size for _, size, _ in found)
@@ -90,6 +111,11 @@ class FileCache:
                 except Timeout:  # in use
                     continue
             total -= size
+
+
+def _version(path: Path) -> _Version:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _check(path: Path, entry: FileEntry, name: str) -> None:

@@ -5,13 +5,25 @@ from contextlib import contextmanager
 
 ADVICE = "check the store with `pipeline verify STORE`, then run the pipeline command that made it again"
 
+RESTORE = (
+    "restore it from a copy, or move it away and run the pipeline command that made the store again: it makes only "
+    "this file again"
+)
+
 
 class StoreError(ValueError):
     """The store on disk does not match its manifest, or is not a store."""
 
 
 class ManifestError(StoreError):
-    """manifest.json does not match its own checksum, or is not a manifest."""
+    """manifest.json or the log of removals does not match its own checksums, or is nothing of the kind.
+
+    `file` is the file, relative to the store.
+    """
+
+    def __init__(self, message: str, file: str = "manifest.json") -> None:
+        super().__init__(message)
+        self.file = file
 
 
 def unreadable(file: str, kind: str, error: Exception) -> StoreError:

@@ -1,5 +1,6 @@
 """Access to a store's folder: a local path, or a fsspec URL."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 
 from imagen_core.files import fsync_path, share
 from imagen_core.store.cache import FileCache
-from imagen_core.store.errors import ADVICE, StoreError
+from imagen_core.store.errors import ADVICE, RESTORE, StoreError
 from imagen_core.store.records import FileEntry
 
 _REMOTE_BLOCK_BYTES = 1 << 20
@@ -88,6 +89,16 @@ class StoreFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def version(self, name: str) -> str | None:
+        """What is another one whenever the file was written again; None if it does not exist."""
+        try:
+            if self.is_local:
+                status = os.stat(self.path(name))
+                return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            return self.fs.ukey(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading in binary mode."""
         if self.is_local:
@@ -98,6 +109,15 @@ class StoreFolder:
         """All bytes of a file; FileNotFoundError if it does not exist."""
         with self.open(name) as file:
             return file.read()
+
+    def read_checked(self, entry: FileEntry) -> bytes:
+        """All bytes of a small file; StoreError if it is missing, or if they are not those that the entry names."""
+        try:
+            data = self.read_bytes(entry.path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self.path(entry.path)}: missing; {ADVICE}") from error
+        self._compare(entry, len(data), hashlib.sha256(data).hexdigest())
+        return data
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file atomically and durably; False if it exists already, which leaves it as it is."""
@@ -121,6 +141,24 @@ class StoreFolder:
         fsync_path(final.parent)
         return True
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file atomically and durably; it replaces a previous one."""
+        if not self.is_local:
+            self.fs.pipe_file(self.path(name), data)
+            return
+        final = Path(self.path(name))
+        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                share(file.name)
+                os.fsync(file.fileno())
+                os.replace(file.name, final)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        fsync_path(final.parent)
+
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """A local path to write a file to, which replaces the previous one when the block ends."""
@@ -137,13 +175,19 @@ class StoreFolder:
         return self.path(name) if self.is_local else self.open(name)
 
     @contextmanager
-    def checked(self, entry: FileEntry) -> Iterator[str | BinaryIO]:
+    def checked(self, entry: FileEntry, *, every_byte: bool = False) -> Iterator[str | BinaryIO]:
         """`source` of a file that matches the manifest: by size, or with a cache by sha256, as its local copy.
 
+        Args:
+            every_byte: compare the sha256 of the original, and use no cache: for whatever copies stored bytes, or
+                decides by them what is written.
         Raises:
             StoreError: the file is missing or does not match.
         """
-        if self._cache is None:
+        if every_byte:
+            self.check_bytes(entry)
+            yield self.source(entry.path)
+        elif self._cache is None:
             self.check_size(entry)
             yield self.source(entry.path)
         else:
@@ -167,6 +211,20 @@ class StoreFolder:
             raise StoreError(f"{path}: missing; {ADVICE}")
         if size != entry.bytes:
             raise StoreError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {ADVICE}")
+
+    def check_bytes(self, entry: FileEntry) -> None:
+        """Raises StoreError if a file is missing, or if its bytes are not those that the entry names."""
+        self.check_size(entry)
+        with self.open(entry.path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - it has readinto
+        self._compare(entry, entry.bytes, digest)
+
+    def _compare(self, entry: FileEntry, size_bytes: int, sha256: str) -> None:
+        if (size_bytes, sha256) != (entry.bytes, entry.sha256):
+            raise StoreError(
+                f"{self.path(entry.path)}: {size_bytes} bytes with sha256 {sha256}, but {entry.bytes} bytes with "
+                f"{entry.sha256} were written, so it was changed since; {RESTORE}"
+            )
 
     def walk(self) -> Iterator[str]:
         """Names of all files, relative to the store, sorted within a folder."""

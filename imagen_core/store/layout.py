@@ -23,6 +23,7 @@ StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
 SCHEMA_VERSION = 2
 OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
 MANIFEST_NAME = "manifest.json"
+LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
 SAMPLES_GROUP = "samples"
 NULL_TENSOR = "embedding"
 RETRIED = "retried"  # drop reason of an input row that a later shard tries again

@@ -53,7 +53,7 @@ from imagen_core.store.records import (
     parse_group,
     parse_shard,
 )
-from imagen_core.store.removal_log import Removal, load_removals, removal_path
+from imagen_core.store.removal_log import Removal, check_listed, load_removals, removal_path
 
 _SHARDS = b'\n"shards":[\n'
 _END_OF_SHARDS = b"\n],\n"
@@ -73,6 +73,7 @@ class Manifest:
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
             bytes are those of all files but the manifest.
         num_removals: removals from the store; their rows are excluded.
+        version: of the file when it was read, see `StoreFolder.version`.
         sha256: the manifest's own digest; equal digests and num_removals mean equal stores.
         index: int64 (num_shards,), the number in each shard's file names, increasing.
         rows: int64 (num_shards,), rows of each shard, excluded ones included.
@@ -87,6 +88,7 @@ class Manifest:
         self.input_rows: int | None = header.get("input_rows")
         self.failed_shards: tuple[int, ...] = tuple(header.get("failed_shards", ()))
         self.sha256 = ""
+        self.version: str | None = None
         self.excluded: dict[int, dict[int, str]] = {}
         self.retries: dict[int, np.ndarray] = {}
         indices: list[int] = []
@@ -244,35 +246,64 @@ def load_manifest(source: str | os.PathLike[str] | StoreFolder) -> Manifest:
     """Read and check the manifest of a store (a folder or a fsspec URL), with the removals since it was written.
 
     Raises:
-        ManifestError: a byte was changed, or it is not a manifest.
+        ManifestError: a byte was changed, it is not a manifest, or the log of removals is damaged.
         StoreError: not a store, an unfinished one, or one of a newer schema version.
     """
     folder = source if isinstance(source, StoreFolder) else StoreFolder(source)
+    manifest = read_manifest(folder)
+    apply_removals(folder, manifest)
+    return manifest
+
+
+def read_manifest(folder: StoreFolder) -> Manifest:
+    """The manifest alone, without later removals; raises like `load_manifest`."""
+    version = folder.version(MANIFEST_NAME)  # of the bytes below, or earlier
+    data, digest = _intact_bytes(folder)
+    try:
+        manifest = _parse(data, len(data) - _TAIL_BYTES)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
+    manifest.sha256, manifest.version = digest, version
+    return manifest
+
+
+def read_header(folder: StoreFolder) -> dict[str, Any]:
+    """The header of an intact manifest, without the shards; raises like `load_manifest`."""
+    return json.loads(_head(_intact_bytes(folder)[0])[:-1] + b"}")
+
+
+def apply_removals(folder: StoreFolder, manifest: Manifest) -> None:
+    """Exclude the rows of removals that were logged after the manifest was written.
+
+    Files that the manifest lists are compared only in a local store, as it has their rows. Raises ManifestError if the
+    log is damaged, or shorter than the manifest says.
+    """
+    listed = manifest.listed_removals
+    if folder.is_local:
+        check_listed(folder, listed)
+    for removal in load_removals(folder, after=len(listed), listed=listed):
+        manifest.remove(removal)
+
+
+def _intact_bytes(folder: StoreFolder) -> tuple[bytes, str]:
+    """The bytes of a manifest that its digest fits, and this digest."""
     try:
         data = folder.read_bytes(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise _no_manifest(folder) from error
     digest = hashlib.sha256(memoryview(data)[:-_TAIL_BYTES]).hexdigest()
-    intact = data[-_TAIL_BYTES:] == _TAIL % digest.encode()
+    intact, path = data[-_TAIL_BYTES:] == _TAIL % digest.encode(), folder.path(MANIFEST_NAME)
     version = _schema_version(data, intact)
     if version is not None and version > SCHEMA_VERSION:
         raise StoreError(
-            f"{folder.path(MANIFEST_NAME)}: schema_version is {version}, this library reads up to "
-            f"{SCHEMA_VERSION}; upgrade imagen-precompute"
+            f"{path}: schema_version is {version}, this library reads up to {SCHEMA_VERSION}; upgrade "
+            "imagen-precompute"
         )
     if not intact:
         raise ManifestError(
-            f"{folder.path(MANIFEST_NAME)}: {len(data)} bytes that do not match their own sha256, so it "
-            f"was changed or truncated; {ADVICE}"
+            f"{path}: {len(data)} bytes that do not match their own sha256, so it was changed or truncated; {ADVICE}"
         )
-    try:
-        manifest = _parse(data, len(data) - _TAIL_BYTES)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{folder.path(MANIFEST_NAME)}: not a manifest ({error}); {ADVICE}") from error
-    manifest.sha256 = digest
-    for removal in load_removals(folder, after=len(manifest.listed_removals)):
-        manifest.remove(removal)
-    return manifest
+    return data, digest
 
 
 def _parse(data: bytes, stop: int) -> Manifest:

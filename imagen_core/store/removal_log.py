@@ -2,25 +2,40 @@
 
     STORE/removed/00001.json         one removal, never changed afterwards
       removed/00002.json ...
+      removed/log.json               how many there are at least, and the sha256 of the last of them
 
 A file is a tombstone: once it exists, readers that open the store leave its rows out. When the manifest is next
 written, it includes the rows and lists the files with their sha256, so a reader only looks for later files. The rows
 keep their places, so that nothing else moves. `blocked` has digests of all requested values, found or not: later runs
 do not store such samples again. Keys, URLs and sha256 are in these files only as digests.
+
+The log is a chain: each file names the sha256 of the one before (`previous`; files of earlier versions do not), and
+the manifest and `log.json` say how long it is. A file that was changed, or is missing, is an error: without it,
+removed samples would come back.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Any
 
-from imagen_core.store.errors import ADVICE, ManifestError
+from imagen_core.store.errors import ManifestError
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import REMOVED, shard_name
+from imagen_core.store.layout import MANIFEST_NAME, REMOVED, shard_name
+from imagen_core.store.records import FileEntry
 
 IDENTIFIERS = ("key", "url", "sha256")
 """The fields by which a removal can name a sample."""
+
+_FOLDER = "removed"
+REMOVAL_HEAD = f"{_FOLDER}/log.json"
+_NUMBERED = re.compile(r"(\d{5,})\.json")
+_RESTORE = "restore it from a copy of the store: without it, removed samples would come back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +61,18 @@ class Removal:
         reason: free text by the person who removed the samples.
         blocked: digests of the requested values, by identifier, sorted.
         rows: the removed rows by shard index.
+        previous: sha256 of the previous file of the log, "" in the first; None in a file of an earlier version.
+        at_work: logged while a run was at work, which may have stored a sample that `rows` lacks.
+        file: the file that it was read from.
     """
 
     time: str
     reason: str
     blocked: Mapping[str, tuple[str, ...]]
     rows: Mapping[int, tuple[RemovedRow, ...]] = field(default_factory=dict)
+    previous: str | None = None
+    at_work: bool = False
+    file: FileEntry | None = field(default=None, compare=False)
 
     @property
     def num_rows(self) -> int:
@@ -61,11 +82,15 @@ class Removal:
     def dump(self) -> bytes:
         """The removal as JSON; the same removal gives the same bytes."""
         rows = {shard_name(shard): [asdict(row) for row in self.rows[shard]] for shard in sorted(self.rows)}
-        value = {"time": self.time, "reason": self.reason, "blocked": dict(self.blocked), "rows": rows}
+        value: dict[str, Any] = {"time": self.time, "reason": self.reason, "blocked": dict(self.blocked), "rows": rows}
+        if self.previous is not None:
+            value["previous"] = self.previous
+        if self.at_work:
+            value["at_work"] = True
         return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def parse_removal(data: bytes, file: str) -> Removal:
+def parse_removal(data: bytes, file: str, entry: FileEntry | None = None) -> Removal:
     """The removal in a file of the log; `file` names it in errors.
 
     Raises:
@@ -75,30 +100,120 @@ def parse_removal(data: bytes, file: str) -> Removal:
         raw = json.loads(data)
         rows = {int(shard): tuple(RemovedRow(**row) for row in listed) for shard, listed in raw["rows"].items()}
         blocked = {str(name): tuple(raw["blocked"].get(name, ())) for name in IDENTIFIERS}
-        return Removal(str(raw["time"]), str(raw["reason"]), blocked, rows)
+        chain = raw.get("previous"), bool(raw.get("at_work", False))
+        return Removal(str(raw["time"]), str(raw["reason"]), blocked, rows, *chain, file=entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{file}: not a list of removed samples ({error}); {ADVICE}") from error
+        name = MANIFEST_NAME if entry is None else entry.path
+        raise ManifestError(f"{file}: not a list of removed samples ({error}); {_RESTORE}", name) from error
 
 
 def removal_path(number: int) -> str:
     """Path of a removal by its number, from 1, relative to the store."""
-    return f"removed/{number:05d}.json"
+    return f"{_FOLDER}/{number:05d}.json"
 
 
-def load_removals(folder: StoreFolder, after: int = 0) -> list[Removal]:
+def removal_entries(removals: Iterable[Removal]) -> list[dict[str, Any]]:
+    """The value of "removals" in the manifest's header, of removals that `load_removals` read."""
+    files = (removal.file for removal in removals if removal.file is not None)
+    return [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files]
+
+
+def load_removals(folder: StoreFolder, after: int = 0, listed: Sequence[Mapping[str, Any]] = ()) -> list[Removal]:
     """The removals of a store, by number, without the first `after`.
 
+    Args:
+        listed: the removals that a manifest lists; the log is not shorter.
     Raises:
-        ManifestError: a file of the log is damaged.
+        ManifestError: a file of the log is damaged or missing.
     """
+    at_least, last_digest = _read_head(folder)
+    least = max(at_least, len(listed), _highest_number(folder) if folder.is_local else 0)
+    digests = {0: "", **({at_least: last_digest} if at_least else {})}
+    digests.update((number, str(entry["sha256"])) for number, entry in enumerate(listed, start=1))
     result: list[Removal] = []
-    while True:
-        path = removal_path(after + len(result) + 1)
+    previous = digests.get(after)
+    for number in count(after + 1):
+        witness = MANIFEST_NAME if number <= len(listed) else REMOVAL_HEAD if number <= at_least else "a later file"
         try:
-            data = folder.read_bytes(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return result
-        result.append(parse_removal(data, folder.path(path)))
+            data, entry = _read(folder, number, digests.get(number), witness)
+        except FileNotFoundError:
+            if number > least:
+                return result
+            raise _missing(folder, number, witness) from None
+        removal = parse_removal(data, folder.path(entry.path), entry)
+        if None not in (removal.previous, previous) and removal.previous != previous:
+            raise ManifestError(
+                f"{folder.path(entry.path)}: follows a file of sha256 {removal.previous or 'none'}, but that of "
+                f"{removal_path(number - 1)} is {previous or 'none'}, so one of the two was changed; {_RESTORE}",
+                entry.path,
+            )
+        previous = entry.sha256
+        result.append(removal)
+    raise AssertionError("the count never ends")
+
+
+def check_listed(folder: StoreFolder, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Compares the files of the log that a manifest lists with their sha256.
+
+    Raises:
+        ManifestError: one was changed, or is missing.
+    """
+    for number, entry in enumerate(listed, start=1):
+        try:
+            _read(folder, number, str(entry["sha256"]), MANIFEST_NAME)
+        except FileNotFoundError:
+            raise _missing(folder, number, MANIFEST_NAME) from None
+
+
+def _read(folder: StoreFolder, number: int, digest: str | None, witness: str) -> tuple[bytes, FileEntry]:
+    """A file of the log, which has the sha256 that `witness` says, if it says one."""
+    path = removal_path(number)
+    try:
+        data = folder.read_bytes(path)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(path) from error
+    entry = FileEntry(path, len(data), hashlib.sha256(data).hexdigest(), 0)
+    if digest not in (None, entry.sha256):
+        raise ManifestError(
+            f"{folder.path(path)}: sha256 {entry.sha256}, but {witness} says {digest}, so one of the two was changed; "
+            f"{_RESTORE}",
+            path,
+        )
+    return data, entry
+
+
+def _missing(folder: StoreFolder, number: int, witness: str) -> ManifestError:
+    path = removal_path(number)
+    return ManifestError(f"{folder.path(path)}: missing, but {witness} says that there is one; {_RESTORE}", path)
+
+
+def write_head(folder: StoreFolder, number: int, data: bytes) -> None:
+    """Records that the log has at least `number` removals, the last of them with this content."""
+    head = {"removals": number, "sha256": hashlib.sha256(data).hexdigest()}
+    folder.write(REMOVAL_HEAD, json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+
+
+def _read_head(folder: StoreFolder) -> tuple[int, str]:
+    """How many removals the log has at least, and the sha256 of the last of these; logs of earlier versions: 0, ""."""
+    try:
+        head = json.loads(folder.read_bytes(REMOVAL_HEAD))
+        number, digest = head["removals"], head["sha256"]
+        if type(number) is not int or type(digest) is not str:
+            raise ValueError(f"removals {number!r}, sha256 {digest!r}")
+        return number, digest
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, ""
+    except (ValueError, KeyError, TypeError) as error:
+        path = folder.path(REMOVAL_HEAD)
+        raise ManifestError(f"{path}: not the end of a log of removals ({error}); {_RESTORE}", REMOVAL_HEAD) from error
+
+
+def _highest_number(folder: StoreFolder) -> int:
+    try:
+        names = os.listdir(folder.path(_FOLDER))
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return max((int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name))), default=0)
 
 
 def value_digest(identifier: str, value: str) -> str:

@@ -112,7 +112,8 @@ class Store(StoreReader, Sequence[Sample]):
 
         Raises:
             IndexError: out of range.
-            StoreError: a file of the sample is missing, truncated or unreadable.
+            StoreError: a file of the sample is missing, truncated or unreadable, or the sample was removed since the
+                store was opened.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -122,9 +123,14 @@ class Store(StoreReader, Sequence[Sample]):
         return self._read(*self.locate(number % count))
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
+        for i in range(len(self)):
+            if self.locate(i) not in self.removed_since:
+                yield self[i]
 
     def _read(self, shard: int, row: int) -> Sample:
+        generation = self.generation
+        if (shard, row) in self.removed_since:
+            raise StoreError(f"{self._folder.url}: the sample was removed since the store was opened; open it again")
         files = self.shard(shard)
         key, captions, caption_ids, url, sha256, width, height, _, *annotations = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
@@ -133,6 +139,8 @@ class Store(StoreReader, Sequence[Sample]):
             for encoder, dtype in self._dtypes.items()
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
+        if generation != self.generation:
+            return self._read(shard, row)
         return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations)
 
     def null(self, encoder: str) -> np.ndarray:
@@ -145,8 +153,7 @@ class Store(StoreReader, Sequence[Sample]):
         group = self.text_group(encoder)
         if group.null is None:
             raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
-        self._folder.check_size(group.null)
-        data = self._folder.read_bytes(group.null.path)
+        data = self._folder.read_checked(group.null)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
 
@@ -160,8 +167,7 @@ class Store(StoreReader, Sequence[Sample]):
         entry = self.text_group(encoder).probe
         if entry is None:
             return None
-        self._folder.check_size(entry)
-        return parse_probe(self._folder.read_bytes(entry.path), self._folder.path(entry.path))
+        return parse_probe(self._folder.read_checked(entry), self._folder.path(entry.path))
 
     @takes_options_of(LoaderOptions)
     def loader(self, options: LoaderOptions) -> "Loader":

@@ -60,12 +60,22 @@ def remove(
         bool,
         typer.Option("--compact", help="Also erase all removed samples from the files, instead of only hiding them."),
     ] = False,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="How long --compact keeps the files that it replaced, for readers on other machines. Default: 120 on "
+            "a network file system, 0 elsewhere.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove samples permanently: readers omit them at once, and later runs do not store them again."""
     values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
-    _stage_command("remove", run_or_store, as_json, **values, reason=reason, compact_files=compact, dry_run=dry_run)
+    options = {"reason": reason, "compact_files": compact, "grace_s": grace, "dry_run": dry_run}
+    _stage_command("remove", run_or_store, as_json, **values, **options)
 
 
 @stage_commands.command()

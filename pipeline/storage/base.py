@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.storage.files import json_text
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -129,7 +131,7 @@ class Storage(ABC):
             return None
 
     def write_json(self, name: str, value: object) -> None:
-        self.write_text(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        self.write_text(name, json_text(value))
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, text.encode("utf-8", "backslashreplace"))

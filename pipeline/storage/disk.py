@@ -56,3 +56,14 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
         if takes_no_data(error):
             raise MachineError(disk_message(error, folder)) from error
         raise
+
+
+def file_system_type(folder: Path) -> str:
+    """Type of the file system of a folder, such as `ext4` or `nfs4`; "" where it cannot be told."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return ""
+    place = folder.resolve()
+    above = [(len(point), kind) for _, point, kind, *_ in mounts if place.is_relative_to(point.replace("\\040", " "))]
+    return max(above, default=(0, ""))[1]

@@ -33,7 +33,12 @@ def read_json(path: Path) -> dict[str, object] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a small JSON file atomically and durably."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """A JSON value as all small files of a run have it: the same value gives the same text."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.files import file_digest
 from pipeline.storage.lock import Lease, RunLock
 from pipeline.storage.open import open_storage
-from pipeline.storage.record import Record, shard_name
+from pipeline.storage.record import CommittedFile, Record, shard_name
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -93,12 +94,32 @@ class RunFolder:
         """Groups that any run of the folder has started, sorted."""
         return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
 
-    def committed_file(self, group: str, shard: str) -> str:
-        """Name of the only file of a committed (group, shard)."""
+    def proven_copy(self, file: CommittedFile) -> Path:
+        """A local path of a committed file with the bytes of its record, to be released with `storage.release`.
+
+        Whatever is made from committed files reads them through this, so that nothing is made of a damaged one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            MachineError: it was changed since it was committed.
+        """
+        copy = self.storage.copy(file.path)
+        size_bytes, digest = copy.stat().st_size, file_digest(copy)
+        if (size_bytes, digest) != (file.bytes, file.sha256):
+            self.storage.release(copy)
+            raise MachineError(
+                f"{self.url}/{file.path}: {size_bytes} bytes with sha256 {digest}, but {file.bytes} bytes with "
+                f"{file.sha256} were committed, so it was changed since; move it away and run the same command again: "
+                "it makes only this file, and what was made from it, again"
+            )
+        return copy
+
+    def committed_file(self, group: str, shard: str) -> CommittedFile:
+        """The only file of a committed (group, shard)."""
         record = self.read_record(group, shard)
         if record is None:
             raise FileNotFoundError(f"{group}/{shard} is not committed in {self.url}")
-        return record.file.path
+        return record.file
 
     def delete_shard(self, group: str, shard: str) -> None:
         """Deletes a (group, shard): the record first, so that after a kill no record names a missing file."""

@@ -1,6 +1,7 @@
 """The files of a group of embeddings: three stages make them, of captions and of images."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from imagen_core.store import (
     text_group,
     write_embedding_shard,
 )
+from pipeline.errors import MachineError
 from pipeline.stage import Task
+from pipeline.storage.run_folder import STORE, RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +71,71 @@ class EmbeddingFiles:
             captions=names,
             fingerprint=self.fingerprint,
         )
+
+
+class SharedFiles:
+    """Files of a group that belong to no shard, such as the encoding of "".
+
+    They are written once, by the first worker, and their digests are recorded next to the records of shards; whoever
+    reads or lists one compares it.
+    """
+
+    def __init__(self, run: RunFolder, group: str, previous: Mapping[str, Any]):
+        """`previous`: the header of the store's manifest, which knows the files that earlier versions wrote."""
+        self.run = run
+        self.group = group
+        self._previous = previous.get("groups", {}).get(group, {})
+
+    def keep(self, path: str, make: Callable[[], bytes]) -> bytes | None:
+        """The content of a file of the store that the run has already; None if this call made it.
+
+        Raises:
+            MachineError: the file was changed since it was written.
+        """
+        if self.run.storage.size(f"{STORE}/{path}") is None:
+            data = make()
+            self.run.storage.delete(self._record(path))
+            made = self.run.storage.create(f"{STORE}/{path}", data)
+            kept = self.run.storage.read(f"{STORE}/{path}")
+            self.run.storage.write_json(self._record(path), _entry(path, kept))
+            return None if made else kept
+        data = self.run.storage.read(f"{STORE}/{path}")
+        entry = self._compared(path, data)
+        if self._recorded(path) != entry:
+            self.run.storage.write_json(self._record(path), entry)
+        return data
+
+    def entry(self, path: str) -> dict[str, object]:
+        """Path, bytes and sha256 for the manifest; raises like `keep`."""
+        return self._compared(path, self.run.storage.read(f"{STORE}/{path}"))
+
+    def _compared(self, path: str, data: bytes) -> dict[str, object]:
+        found = _entry(path, data)
+        known = [entry for entry in (self._recorded(path), self._listed(path)) if entry is not None]
+        if known and found not in known:
+            raise MachineError(
+                f"{self.run.url}/{STORE}/{path}: {found['bytes']} bytes with sha256 {found['sha256']}, but "
+                f"{self._record(path)} says {known[0]['bytes']} bytes with {known[0]['sha256']}, so it was changed "
+                "since; restore it from a copy, or move it away and run the same command again: it makes it again"
+            )
+        return found
+
+    def _recorded(self, path: str) -> dict[str, object] | None:
+        try:
+            return self.run.storage.read_json(self._record(path))
+        except ValueError:  # damaged; the manifest may still know the file
+            return None
+
+    def _listed(self, path: str) -> dict[str, object] | None:
+        """The file's entry in the manifest."""
+        for listed in self._previous.values():
+            if isinstance(listed, dict) and listed.get("path") == path:
+                return {name: listed[name] for name in ("path", "bytes", "sha256")}
+        return None
+
+    def _record(self, path: str) -> str:
+        return f"state/{self.group}/{path.rpartition('/')[2]}.json"
+
+
+def _entry(path: str, data: bytes) -> dict[str, object]:
+    return {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from imagen_core.store import (
     StoreDtype,
     StoreFormat,
+    dump_null,
     embedding_shard_bytes,
     is_finite_as,
     null_path,
@@ -13,18 +14,19 @@ from imagen_core.store import (
     parse_probe,
     probe_path,
     read_samples,
-    write_null,
 )
 from pipeline.errors import MachineError
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
-from pipeline.storage.run_folder import STORE, RunFolder
+from pipeline.storage.files import json_text
+from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import EncoderConfig
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.identity import identity_to_keep, is_complete
 from stages.encoders.probe import OTHER_NUMBERS, null_problem, probe_problem, take_probe
-from stages.precompute.embedding_files import EmbeddingFiles
+from stages.precompute.embedding_files import EmbeddingFiles, SharedFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store, quantisation_summary
+from stages.stores import previous_header
 
 
 class EncodeStage(Stage):
@@ -69,36 +71,37 @@ class EncodeStage(Stage):
         """
         self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
-        self._keep_null(run, self._model)
+        shared = SharedFiles(run, self.files.group, previous_header(run))
+        self._keep_null(shared, self._model)
         if len(self.shared) > 1:
-            self._keep_probe(run, self._model, f"{STORE}/{probe_path(self.encoder.name)}")
+            self._keep_probe(shared, self._model)
 
-    def _keep_null(self, run: RunFolder, model: TextEncoder) -> None:
-        name, dtype = f"{STORE}/{null_path(self.encoder.name)}", self.files.dtype
+    def _keep_null(self, shared: SharedFiles, model: TextEncoder) -> None:
+        name, dtype = null_path(self.encoder.name), self.files.dtype
         embedding = model.encode([""]).embeddings[0]
-        if run.storage.size(name) is not None:
-            stored, _ = parse_null(run.storage.read(name), name)
+
+        def dump() -> bytes:
+            if not is_finite_as(embedding, dtype):
+                raise MachineError(
+                    f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as {dtype}; use "
+                    "store.dtype=bfloat16 or float32, or compute_dtype=float32"
+                )
+            return dump_null(embedding, dtype)
+
+        kept = shared.keep(name, dump)
+        if kept is not None:
+            stored, _ = parse_null(kept, name)
             problem = null_problem(stored, embedding, self.encoder.compute_dtype, dtype)
             if problem is not None:
                 raise MachineError(f"encoders.{self.encoder.name}: {name}: {problem}; {OTHER_NUMBERS}")
-            return
-        if not is_finite_as(embedding, dtype):
-            raise MachineError(
-                f"encoders.{self.encoder.name}: the encoding of the empty caption is not finite as {dtype}; use "
-                "store.dtype=bfloat16 or float32, or compute_dtype=float32"
-            )
-        with run.storage.writing(name) as path:
-            write_null(path, embedding, dtype)
 
-    def _keep_probe(self, run: RunFolder, model: TextEncoder, name: str) -> None:
-        found = take_probe(model)
-        if run.storage.size(name) is None:
-            run.storage.write_json(name, found)
-            return
-        recorded = parse_probe(run.storage.read(name), name)
-        problem = probe_problem(recorded, found, self.encoder.compute_dtype)
-        if problem is not None:
-            raise MachineError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
+    def _keep_probe(self, shared: SharedFiles, model: TextEncoder) -> None:
+        name, found = probe_path(self.encoder.name), take_probe(model)
+        kept = shared.keep(name, lambda: json_text(found).encode())
+        if kept is not None:
+            problem = probe_problem(parse_probe(kept, name), found, self.encoder.compute_dtype)
+            if problem is not None:
+                raise MachineError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
 
     def process(self, task: Task) -> None:
         assert self._model is not None

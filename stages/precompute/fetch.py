@@ -5,16 +5,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from imagen_core.store import REMOVED, RETRIED, Blocklist, StoreFolder, load_removals
+from imagen_core.store import REMOVED, RETRIED, Blocklist
 from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task
 from pipeline.storage.run_folder import RunFolder
 from stages.captions import is_valid_text
 from stages.precompute.originals import OriginalsWriter
 from stages.sources.annotations import check_annotations
 from stages.sources.base import Original, Source
+from stages.stores import run_removals
 
 ORIGINALS = "originals"
 SAMPLES = "samples"
+NUM_REMOVALS = "removals"
+"""Entry of a record: how many removals from the store its rows were compared with."""
 
 _FETCH_CPUS = 0.5  # mostly waits for the network or the disk
 
@@ -41,7 +44,8 @@ class FetchStage(Stage):
 
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
-        blocklist = Blocklist(load_removals(StoreFolder(task.run.store_url)))
+        removals = run_removals(task.run)
+        blocklist = Blocklist(removals)
         counts = {"fetched": 0, "bytes": 0, "unusable": 0}
         scratch = task.run.storage.new_folder()
         try:
@@ -66,7 +70,7 @@ class FetchStage(Stage):
             GroupResult(
                 rows=counts["fetched"],
                 counters={"bytes_fetched": counts["bytes"], "found_unusable": counts["unusable"]},
-                info={"partial": wanted is not None},
+                info={"partial": wanted is not None, NUM_REMOVALS: len(removals)},
             ),
         )
 

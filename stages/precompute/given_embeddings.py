@@ -10,21 +10,22 @@ from imagen_core.store import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    dump_null,
     embedding_shard_bytes,
     is_finite_as,
     null_path,
     read_samples,
     token_errors,
-    write_null,
 )
 from pipeline.errors import ConfigError
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, rows_by_reason
-from pipeline.storage.run_folder import STORE, RunFolder
+from pipeline.storage.run_folder import RunFolder
 from stages.encoders.given import PrecomputedEmbeddingsConfig, as_tokens, without_padding
-from stages.precompute.embedding_files import EmbeddingFiles
+from stages.precompute.embedding_files import EmbeddingFiles, SharedFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store, quantisation_summary
 from stages.sources.base import PrecomputedEmbedding, Source
+from stages.stores import previous_header
 
 _MAX_DIFFERENCE = 0.05
 """Largest relative error of a token between embeddings of one caption that were computed in different batches."""
@@ -72,16 +73,16 @@ class PrecomputedEmbeddingsStage(Stage):
 
     def setup(self, run: RunFolder) -> None:
         """Writes the encoding of "" if it came with the data too."""
-        name = f"{STORE}/{null_path(self.encoder.name)}"
         null = self.encoder.null_embedding() if self.of == "captions" else None
-        if null is not None and run.storage.size(name) is None:
-            if not is_finite_as(null, self.files.dtype):
-                raise ConfigError(
-                    f"encoders.{self.encoder.name}.null: {self.encoder.null} is not finite as {self.files.dtype}; use "
-                    "store.dtype=bfloat16 or float32"
-                )
-            with run.storage.writing(name) as path:
-                write_null(path, null, self.files.dtype)
+        if null is None:
+            return
+        if not is_finite_as(null, self.files.dtype):
+            raise ConfigError(
+                f"encoders.{self.encoder.name}.null: {self.encoder.null} is not finite as {self.files.dtype}; use "
+                "store.dtype=bfloat16 or float32"
+            )
+        shared = SharedFiles(run, self.files.group, previous_header(run))
+        shared.keep(null_path(self.encoder.name), lambda: dump_null(null, self.files.dtype))
 
     def process(self, task: Task) -> None:
         samples = read_samples(task.input(SAMPLES))

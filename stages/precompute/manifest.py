@@ -1,41 +1,49 @@
 """Writes the store's manifest from the completion records: all files of the store with their checksums."""
 
-import hashlib
 from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from typing import Any
 
 import imagen_core.store as store_format
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.engine.retries import retry_origins
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
-from stages.precompute.fetch import ORIGINALS, SAMPLES
+from stages.precompute.embedding_files import SharedFiles
+from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
+from stages.stores import previous_header, run_removals
 
 _WRITER = "imagen-precompute"
+_COMPARED = "state/removals/compared.json"
+"""How many removals all finished samples were compared with."""
 
 
 def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[int] = ()) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
     Streams the records, so that memory does not grow with the number of shards. The same records give the
-    same bytes.
+    same bytes. Nothing is listed by its bytes alone: each file has the digest that was recorded when it was written.
 
     Args:
         input_rows: rows of the source, as the driver counted them.
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
     Returns:
         Entries for the run's summary.
+    Raises:
+        MachineError: the log of removals, or a file that belongs to no shard, was changed since it was written.
     """
     failed = frozenset(failed_shards)
     groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
     totals = {"num_samples": 0}
+    previous = previous_header(run)
     header: dict[str, object] = {
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
         "input_rows": input_rows,
-        "groups": {name: _describe(run, config) for name, config in groups.items()},
+        "groups": {name: _describe(run, name, config, previous) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
     }
-    removals = store_format.load_removals(store_format.StoreFolder(run.store_url))
+    removals = _all_removals(run, previous)
     if removals:
         header["removals"] = store_format.removal_entries(removals)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
@@ -77,16 +85,57 @@ def _wants_null(config: dict[str, object]) -> bool:
     return config["kind"] == "text" and config.get("null", "") is not None
 
 
-def _describe(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
+def _describe(run: RunFolder, group: str, config: dict[str, object], previous: dict[str, Any]) -> dict[str, object]:
     if not _wants_null(config):
         return config
+    shared = SharedFiles(run, group, previous)
     encoder = str(config["encoder"])
-    described = {**config, "null": _file_entry(run, store_format.null_path(encoder))}
+    described = {**config, "null": shared.entry(store_format.null_path(encoder))}
     probe = store_format.probe_path(encoder)
     if run.storage.size(f"{STORE}/{probe}") is not None:  # earlier versions recorded none
+        entry = shared.entry(probe)
         taken_in = run.storage.read_json(f"{STORE}/{probe}")["environment"]
-        described[store_format.PROBE] = {**_file_entry(run, probe), "environment": taken_in}
+        described[store_format.PROBE] = {**entry, "environment": taken_in}
     return described
+
+
+def _all_removals(run: RunFolder, previous: dict[str, Any]) -> list[store_format.Removal]:
+    """The log of removals, once the samples that came while the run was at work are in it too.
+
+    A removal that is logged while a run is at work has the rows of the shards that were finished then, and the run
+    drops what it meets later. What it had in its hands at that moment is found here.
+    """
+    removals = run_removals(run, previous)
+    compared = run.storage.read_json(_COMPARED) or 0
+    while any(removal.at_work for removal in removals[compared:]):
+        found = store_format.find_blocked(_behind(run, len(removals)), removals)
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        reason = "requested before, while the run was at work"
+        try:
+            store_format.add_removal(store_format.StoreFolder(run.store_url), removals, found, {}, time, reason)
+        except store_format.RemovalRaceError:
+            removals = run_removals(run, previous)
+            continue
+        compared = len(removals)
+        run.storage.write_json(_COMPARED, compared)
+        removals = run_removals(run, previous)
+    return removals
+
+
+def _behind(run: RunFolder, num_removals: int) -> Iterator[tuple[int, store_format.SamplesFile, dict[int, str]]]:
+    """The samples that were compared with fewer removals; of earlier versions' records none, as nobody could remove
+    samples while they ran."""
+    for record in run.records(SAMPLES):
+        if record.info.get(NUM_REMOVALS, num_removals) < num_removals:
+            yield record.shard, _samples(run, record), {}
+
+
+def _samples(run: RunFolder, record: Record) -> store_format.SamplesFile:
+    copy = run.proven_copy(record.file)
+    try:
+        return store_format.SamplesFile(str(copy), record.file.path)
+    finally:
+        run.storage.release(copy)
 
 
 def _shards(
@@ -104,7 +153,7 @@ def _shards(
         assert samples is not None
         shard = samples.shard
         files: dict[str, object] = {}
-        excluded = _removed(run, shard, removals) if shard in touched else {}
+        excluded = _removed(run, samples, removals) if shard in touched else {}
         for group, record in records.items():
             assert record is not None
             for reason, listed in record.info.get("excluded_rows", {}).items():
@@ -118,13 +167,8 @@ def _shards(
         yield {"index": shard, "rows": rows, "files": files, "excluded": by_reason, **retry_of}
 
 
-def _removed(run: RunFolder, shard: int, removals: list[store_format.Removal]) -> dict[int, str]:
-    name = run.committed_file(SAMPLES, shard_name(shard))
-    copy = run.storage.copy(name)
-    try:
-        removed = store_format.removed_rows(removals, shard, store_format.SamplesFile(str(copy), name))
-    finally:
-        run.storage.release(copy)
+def _removed(run: RunFolder, record: Record, removals: list[store_format.Removal]) -> dict[int, str]:
+    removed = store_format.removed_rows(removals, record.shard, _samples(run, record))
     return {row: entry.excluded for row, entry in removed.items()}
 
 
@@ -135,8 +179,3 @@ def _record_entry(record: Record) -> dict[str, object]:
         "sha256": record.file.sha256,
         "rows": record.info.get("captions", record.rows),
     }
-
-
-def _file_entry(run: RunFolder, relative: str) -> dict[str, object]:
-    data = run.storage.read(f"{STORE}/{relative}")
-    return {"path": relative, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -10,6 +10,8 @@ import numpy as np
 from pydantic import ValidationInfo, field_validator
 
 from imagen_core.store import (
+    REMOVED,
+    Blocklist,
     Codec,
     SampleRow,
     StoreFormat,
@@ -27,8 +29,9 @@ from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
 from stages.filters.size import MaxPixels, TooSmall
 from stages.images import ImageRejected, center_square, decode_rgb, pyramid
-from stages.precompute.fetch import ORIGINALS, SAMPLES
+from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
 from stages.precompute.originals import OriginalsReader, StoredOriginal
+from stages.stores import run_removals
 
 
 class ImagesConfig(Config):
@@ -133,13 +136,22 @@ class ResizeStage(Stage):
                 self._follow_samples(task, originals)
 
     def _begin_shard(self, task: Task, originals: OriginalsReader) -> None:
-        """Decides the rows, and writes samples and images together."""
+        """Decides the rows, and writes samples and images together.
+
+        Rows that were removed from the store since they were fetched are no samples.
+        """
+        record = task.run.read_record(ORIGINALS, task.shard.name)
+        removals = run_removals(task.run)
+        later = removals[record.info.get(NUM_REMOVALS, 0) if record else 0 :]
+        blocklist = Blocklist(later)
         samples: list[SampleRow] = []
         drops: list[Drop] = []
         caption_ids: dict[str, int] = {}
         with _ImageWriters(self, task) as writers:
             for entry in originals.entries:
                 try:
+                    if later and blocklist.blocks(entry.key, entry.url, originals.data(entry) if entry.size else None):
+                        raise _Unusable(REMOVED, "")
                     made = self._make(entry, originals, writers.sizes)
                 except (ImageRejected, _Unusable) as rejected:
                     drops.append(Drop(entry.row, entry.key, str(rejected.reason), rejected.detail))
@@ -163,7 +175,7 @@ class ResizeStage(Stage):
         counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
         if found_before := sum(entry.reason is not None for entry in originals.entries):
             counters["found_before"] = found_before
-        task.done(SAMPLES, GroupResult(len(samples), drops, counters))
+        task.done(SAMPLES, GroupResult(len(samples), drops, counters, {NUM_REMOVALS: len(removals)}))
         for group in writers.groups:
             task.done(group, GroupResult(len(samples)))
 

@@ -1,10 +1,11 @@
 """`pipeline remove --compact`: erases removed samples from every file of a store and of the run around it.
 
 New files are written next to the old ones, under names with a revision; the manifest then names all of them at once,
-and last the old ones are deleted. Killed at any moment, the store is the old one or the new one, and the same command
-again does the rest.
+and last, after a time of grace, the old ones are deleted. Killed at any moment, the store is the old one or the new
+one, and the same command again does the rest.
 """
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from imagen_core.store import (
+    LOOK_EVERY_S,
     MANIFEST_NAME,
     REMOVED,
     SAMPLES_GROUP,
@@ -26,6 +28,7 @@ from imagen_core.store import (
     load_manifest,
     load_removals,
     parse_group,
+    read_header,
     removed_rows,
     revision_of,
     rewrite_manifest,
@@ -33,6 +36,7 @@ from imagen_core.store import (
 )
 from pipeline.engine.retries import has_retries, redact_retries, retry_origins
 from pipeline.errors import ConfigError
+from pipeline.storage.disk import file_system_type
 from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
 from pipeline.storage.record import CommittedFile, Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
@@ -41,6 +45,23 @@ from stages.precompute.manifest import run_group
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
 from stages.sources.base import Original
 from stages.sources.registry import source_of_run
+
+_NETWORK_FILE_SYSTEMS = frozenset(
+    (
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "lustre",
+        "ceph",
+        "glusterfs",
+        "fuse.glusterfs",
+        "beegfs",
+        "gpfs",
+        "afs",
+        "fuse.sshfs",
+    )
+)
 
 
 @dataclass(slots=True)
@@ -53,22 +74,27 @@ class Compacted:
     """Input rows of the removed samples, earlier tries included, by shard index."""
 
 
-def compact(store: Path, run: RunFolder | None) -> Compacted:
-    """Erases all removed samples; the caller holds the run's lock.
+def compact(store: Path, run: RunFolder | None, grace_s: float | None = None) -> Compacted:
+    """Erases all removed samples; the caller holds the lock of the run, or of the store.
 
+    Args:
+        grace_s: seconds between the switch to the new files and the deletion of the old ones. Readers look for new
+            files once a minute. None: 120 on a network file system, where a file that is deleted ends those who read
+            it; 0 elsewhere, where it can be read until it is closed.
     Raises:
         ConfigError: a store of schema 1, or a run whose source is not known.
-        StoreError: a file cannot be read.
+        StoreError, MachineError: a file was changed since it was written, or cannot be read.
     """
     source = source_of_run(run) if run is not None and has_retries(run) else None
     remove_temporaries(store)  # of a compaction that was killed
     folder = StoreFolder(store)
-    removals = load_removals(folder)
+    header = read_header(folder) if folder.exists(MANIFEST_NAME) else {}
+    removals = load_removals(folder, listed=header.get("removals", ()))
     blocklist = Blocklist(removals)
     files: _StoreFiles = _StoreFiles(folder) if run is None else _RunFiles(run)
     result, new_files = Compacted(), {}
     for shard, revision in sorted(_last_removals(removals).items()):
-        for name, entry in _erase_shard(store, files, shard, revision, removals, result).items():
+        for name, entry in _erase_shard(folder, files, shard, revision, removals, result).items():
             new_files[shard, name] = entry
     if run is not None:
         _add_earlier_tries(run, result.removed_inputs)
@@ -79,9 +105,16 @@ def compact(store: Path, run: RunFolder | None) -> Compacted:
         run.storage.delete_folder("report")  # shows images and captions
     if (store / MANIFEST_NAME).exists():
         rewrite_manifest(folder, new_files)
-    for (shard, _), entry in new_files.items():
-        _delete_others(store / entry.path, shard)
+    replaced = [other for (shard, _), entry in new_files.items() for other in _others(store / entry.path, shard)]
+    if replaced:
+        time.sleep(_default_grace_s(store) if grace_s is None else grace_s)
+    for other in replaced:
+        _delete(other)
     return result
+
+
+def _default_grace_s(store: Path) -> float:
+    return 2 * LOOK_EVERY_S if file_system_type(store) in _NETWORK_FILE_SYSTEMS else 0.0
 
 
 def _last_removals(removals: Sequence[Removal]) -> dict[int, int]:
@@ -133,19 +166,27 @@ class _RunFiles(_StoreFiles):
 
 
 def _erase_shard(
-    store: Path, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
+    folder: StoreFolder, files: _StoreFiles, shard: int, revision: int, removals: Sequence[Removal], result: Compacted
 ) -> dict[str, FileEntry]:
-    """Writes the files that are not erased yet; returns all files of the shard as they are now, by group."""
+    """Writes the files that are not erased yet; returns all files of the shard as they are now, by group.
+
+    Only bytes that are still those of the manifest or the records are copied, so that the new digests hide no damage.
+    """
+    store = Path(folder.path(""))
     entries = files.entries(shard)
     if SAMPLES_GROUP not in entries:
         return {}
-    path = str(store / entries[SAMPLES_GROUP].path)
+    folder.check_bytes(entries[SAMPLES_GROUP])
+    path = folder.path(entries[SAMPLES_GROUP].path)
     samples = SamplesFile(path, path)
     removed = removed_rows(removals, shard, samples)
     if not removed:
         return {}
     result.removed_inputs[shard] = {samples.row(row).input_row for row in removed}
     erased = ErasedShard.of(shard, samples, removed)
+    for entry in entries.values():
+        if revision_of(entry.path) < revision:
+            folder.check_bytes(entry)
     new: dict[str, FileEntry] = {}
     for name, entry in entries.items():
         if revision_of(entry.path) < revision:
@@ -171,18 +212,20 @@ def _replace_file(run: RunFolder, group: str, shard: int, name: str, entry: File
     run.write_record(replace(record, files=(CommittedFile(name, entry.bytes, entry.sha256),)))
 
 
-def _delete_others(path: Path, shard: int) -> None:
-    """Deletes the files of a shard that `path` has replaced."""
-    for other in path.parent.glob(f"{shard_name(shard)}.*"):
-        if other != path:
-            other.unlink()
+def _others(path: Path, shard: int) -> list[Path]:
+    """The files of a shard that `path` has replaced."""
+    return [other for other in path.parent.glob(f"{shard_name(shard)}.*") if other != path]
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
 
 
 def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, result: Compacted) -> None:
     """Erases images, captions and URLs from the fetched originals that the run keeps."""
     for record in run.records(ORIGINALS):
         shard = record.shard
-        path = run.root / record.file.path
+        path = run.proven_copy(record.file)
         removed = result.removed_inputs.get(shard, set())
         with OriginalsReader(path) as old:
             rows = set(_blocked_originals(old, blocklist, removed))
@@ -198,7 +241,8 @@ def _compact_originals(run: RunFolder, blocklist: Blocklist, revision: int, resu
                 _replace_file(run, ORIGINALS, shard, final.relative_to(run.root).as_posix(), entry)
                 path = final
                 result.files += 1
-        _delete_others(path, shard)
+        for other in _others(path, shard):
+            _delete(other)
 
 
 def _blocked_originals(originals: OriginalsReader, blocklist: Blocklist, removed: Collection[int]) -> Iterator[int]:

@@ -6,9 +6,11 @@ from typing import Any
 
 from imagen_core.store import (
     IDENTIFIERS,
+    SAMPLES_GROUP,
     EmbeddingGroup,
     Removal,
     Store,
+    StoreError,
     StoreFolder,
     TextGroup,
     load_removals,
@@ -30,54 +32,75 @@ def lineage_command(
 ) -> CommandResult:
     """All samples with a key, URL or sha256: in the store, removed, or dropped (by key or URL, in a run folder).
 
-    The URL of a dropped row is looked for in the source.
+    The URL of a dropped row is looked for in the source. Files that were changed, or cannot be read, are named; the
+    others are searched.
 
     Raises:
-        ConfigError: more than one identifier is given, or the source has to be read and cannot be.
+        ConfigError: more than one identifier is given, the log of removals is damaged, or the source has to be read
+            and cannot be.
     """
     identifiers = [(name, value) for name, value in requested.items() if value is not None]
     if len(identifiers) != 1:
         raise ConfigError(f"give one of {', '.join('--' + name for name in IDENTIFIERS)}")
     ((name, value),) = identifiers
-    removals = load_removals(folder)
-    found = list(_stored(store, removals, name, value)) or list(_removed(removals, name, value))
+    try:
+        removals = load_removals(folder, listed=store.manifest.listed_removals)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    problems: list[str] = []
+    found = list(_stored(store, folder, removals, name, value, problems)) or list(_removed(removals, name, value))
     if run is not None and name == "key":
         found += _dropped(run, value)
     if run is not None and name == "url" and not found:
         found += [_dropped_entry(drop) for drop in drops_of_url(run, value)]
-    result: dict[str, object] = {name: value, "found": found}
+    result: dict[str, object] = {name: value, "found": found, **({"problems": problems} if problems else {})}
+    lines = [line for entry in found for line in _lines(entry)] + [f"bad: {problem}" for problem in problems]
     if not found:
-        return result, [f"{name} {value}: unknown: no sample, removed or dropped row has it"], EXIT_FAILED
-    return result, [line for entry in found for line in _lines(entry)], EXIT_OK
+        others = " in the other files" if problems else ""
+        lines.insert(0, f"{name} {value}: unknown{others}: no sample, removed or dropped row has it")
+    return result, lines, EXIT_OK if found and not problems else EXIT_FAILED
 
 
-def _stored(store: Store, removals: list[Removal], name: str, value: str) -> Iterator[dict[str, Any]]:
-    manifest = store.manifest
-    for position in range(manifest.num_shards):
-        if not manifest.rows[position]:
-            continue
-        shard = int(manifest.index[position])
-        samples = store.shard(position).samples
-        for row, _ in matching_rows(samples, {name: (value,)}):
-            sample = samples.row(row)
-            reason = manifest.excluded.get(position, {}).get(row)
-            yield {
-                "fate": "stored" if reason is None else "excluded",
-                **({} if reason is None else {"reason": reason}),
-                "shard": shard,
-                "row": row,
-                "key": sample.key,
-                "url": sample.url,
-                "sha256": sample.sha256,
-                "width": sample.width,
-                "height": sample.height,
-                "input_row": sample.input_row,
-                "retry_of": _retry_of(store, position, sample.input_row),
-                **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
-                "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
-                "groups": _groups(store, position, row, sample.caption_ids),
-                **_removal_of(removals, shard, row),
-            }
+def _stored(
+    store: Store, folder: StoreFolder, removals: list[Removal], name: str, value: str, problems: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The samples in the store; files that are not as they were written are named in `problems`."""
+    for position in range(store.manifest.num_shards):
+        if store.manifest.rows[position]:
+            try:
+                entry = store.manifest.file(SAMPLES_GROUP, position)
+                assert entry is not None
+                folder.check_bytes(entry)
+                yield from list(_stored_in(store, position, removals, name, value))
+            except StoreError as error:
+                problems.append(str(error))
+
+
+def _stored_in(
+    store: Store, position: int, removals: list[Removal], name: str, value: str
+) -> Iterator[dict[str, Any]]:
+    manifest, shard = store.manifest, int(store.manifest.index[position])
+    samples = store.shard(position).samples
+    for row, _ in matching_rows(samples, {name: (value,)}):
+        sample = samples.row(row)
+        reason = manifest.excluded.get(position, {}).get(row)
+        yield {
+            "fate": "stored" if reason is None else "excluded",
+            **({} if reason is None else {"reason": reason}),
+            "shard": shard,
+            "row": row,
+            "key": sample.key,
+            "url": sample.url,
+            "sha256": sample.sha256,
+            "width": sample.width,
+            "height": sample.height,
+            "input_row": sample.input_row,
+            "retry_of": _retry_of(store, position, sample.input_row),
+            **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
+            "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
+            "groups": _groups(store, position, row, sample.caption_ids),
+            **_removal_of(removals, shard, row),
+        }
 
 
 def _retry_of(store: Store, position: int, input_row: int) -> dict[str, int] | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,18 +12,22 @@ from imagen_core.store import (
     SAMPLES_GROUP,
     Blocklist,
     Removal,
+    RemovalRaceError,
     SamplesFile,
     StoreError,
     StoreFolder,
     add_removal,
+    find_blocked,
     find_rows,
     load_manifest,
     load_removals,
+    read_header,
     rewrite_manifest,
     value_digest,
 )
 from pipeline.commands import CommandResult
-from pipeline.errors import EXIT_OK, ConfigError
+from pipeline.errors import EXIT_OK, ConfigError, LockedError
+from pipeline.storage.lock import LEASE, describe
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
 from stages.lines import split_lines
@@ -31,6 +35,7 @@ from stages.store_tools.compact import compact
 from stages.stores import open_place
 
 _MAX_LISTED = 20
+_MOST_TRIES = 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Shards = Iterator[tuple[int, SamplesFile, Mapping[int, str]]]
@@ -44,17 +49,23 @@ def remove_command(
     sha256: Sequence[str] = (),
     reason: str = "",
     compact_files: bool = False,
+    grace_s: float | None = None,
     dry_run: bool = False,
 ) -> CommandResult:
     """Hides the samples with these keys, URLs or sha256 from readers at once; they are never stored again.
+
+    While a run is at work on the store, it honours the removal: it drops what it meets later, and its manifest leaves
+    out what it has already. Only compaction needs the store for itself.
 
     Args:
         place: a run folder, or a store: a folder or a fsspec URL.
         key, url, sha256: files with one value per line, or values.
         compact_files: also erase removed samples, of this call and of earlier ones, from all files.
+        grace_s: how long compaction keeps the files that it replaced, see `compact`.
         dry_run: only say what would be removed.
     Raises:
         ConfigError: nothing was requested, a value that is not valid, or a store that cannot be changed.
+        LockedError: compaction of a store that a run, or another removal, is at work on.
     """
     given: dict[str, Sequence[str]] = dict(zip(IDENTIFIERS, (key, url, sha256), strict=True))
     values = {name: _read_values(name, texts) for name, texts in given.items()}
@@ -64,10 +75,18 @@ def remove_command(
     if compact_files and not folder.is_local:
         raise ConfigError(f"--compact: {place} is not on this machine; removals work there, but compact a local copy")
     try:
-        with run.lock() if run is not None and not dry_run else nullcontext():
-            result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run)
+        if run is None:
+            read_header(folder)  # there is a store, before its lock is made
+        with _held(folder, run, dry_run=dry_run) as holder:
+            result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run, at_work=holder is not None)
+            if holder is not None:
+                result["at_work"] = holder
+                lines.append(f"note: at work on it, and honours the removal: {holder}")
+            if compact_files and holder is not None:
+                done = "the removal took effect, but its files were" if any(values.values()) else "the store was"
+                raise LockedError(f"{place}: {done} not compacted, as this is at work on it: {holder}; wait for it")
             if compact_files and not dry_run:
-                done = compact(Path(folder.path("")), run)
+                done = compact(Path(folder.path("")), run, grace_s)
                 result["compacted"] = {"files": done.files, "bytes_freed": done.bytes_freed}
                 lines.append(f"compacted: {done.files} files written again, {human_bytes(done.bytes_freed)} less")
     except StoreError as error:
@@ -75,18 +94,36 @@ def remove_command(
     return result, lines, EXIT_OK
 
 
-def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
+@contextmanager
+def _held(folder: StoreFolder, run: RunFolder | None, *, dry_run: bool) -> Iterator[str | None]:
+    """Holds the run, or the store that has none, while the block runs; yields who holds it if another process does."""
+    owner, holder = run or RunFolder(folder.url), None
+    with ExitStack() as stack:
+        if not dry_run:
+            try:
+                stack.enter_context(owner.lock())
+            except LockedError:
+                holder = describe(owner.storage.read_json(LEASE))
+        yield holder
+
+
+def samples_files(folder: StoreFolder, run: RunFolder | None, seen: set[int] | None = None) -> Shards:
     """Index, samples and excluded rows of each shard; of a run that has not finished, what it has so far.
 
+    Args:
+        seen: of a run that is at work: shards to leave out; the others are added.
     Raises:
         StoreError: not a store.
     """
-    if run is not None and not folder.exists(MANIFEST_NAME):
+    if run is not None and (seen is not None or not folder.exists(MANIFEST_NAME)):
+        seen = set() if seen is None else seen
         for record in run.records(SAMPLES_GROUP):
-            name = record.file.path
-            copy = run.storage.copy(name)
+            if record.shard in seen:
+                continue
+            seen.add(record.shard)
+            copy = run.proven_copy(record.file)
             try:
-                samples = SamplesFile(str(copy), name)
+                samples = SamplesFile(str(copy), record.file.path)
             finally:
                 run.storage.release(copy)
             yield record.shard, samples, {}
@@ -95,7 +132,7 @@ def samples_files(folder: StoreFolder, run: RunFolder | None) -> Shards:
     for position in range(manifest.num_shards):
         entry = manifest.file(SAMPLES_GROUP, position)
         if entry is not None:
-            with folder.checked(entry) as source:
+            with folder.checked(entry, every_byte=True) as source:
                 samples = SamplesFile(source, folder.path(entry.path))
             yield int(manifest.index[position]), samples, manifest.excluded.get(position, {})
 
@@ -108,11 +145,40 @@ def _remove(
     reason: str,
     *,
     dry_run: bool,
+    at_work: bool,
+) -> tuple[dict[str, object], list[str]]:
+    """Finds and logs; again if others changed the store meanwhile.
+
+    Args:
+        at_work: another process holds the store, so the manifest is left to it.
+    """
+    for tries_left in reversed(range(_MOST_TRIES)):
+        try:
+            return _try_to_remove(folder, run, values, given, reason, dry_run=dry_run, at_work=at_work)
+        except RemovalRaceError:
+            if not tries_left:
+                raise
+        except (StoreError, FileNotFoundError):  # such as a file that a compaction has just replaced
+            if not (at_work and tries_left):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _try_to_remove(
+    folder: StoreFolder,
+    run: RunFolder | None,
+    values: Mapping[str, set[str]],
+    given: Mapping[str, Sequence[str]],
+    reason: str,
+    *,
+    dry_run: bool,
+    at_work: bool,
 ) -> tuple[dict[str, object], list[str]]:
     removals = load_removals(folder)
     files = {name: {text for text in texts if Path(text).is_file()} for name, texts in given.items()}
     wanted = {name: values[name] | files[name] for name in IDENTIFIERS}
-    found = find_rows(samples_files(folder, run), removals, wanted)
+    seen: set[int] | None = set() if at_work else None
+    found = find_rows(samples_files(folder, run, seen), removals, wanted)
     for name, names in files.items():
         if both := sorted(names & found.matched[name]):
             raise ConfigError(
@@ -131,8 +197,13 @@ def _remove(
     removed = sum(len(rows) for rows in found.rows.values())
     if not dry_run and any(values.values()):
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        add_removal(folder, removals, found, values, time, reason)
-        if folder.exists(MANIFEST_NAME):
+        add_removal(folder, removals, found, values, time, reason, at_work=at_work)
+        if at_work and run is not None:  # shards that were finished meanwhile; the run compares what it finishes later
+            removals = load_removals(folder)
+            late = find_blocked(samples_files(folder, run, seen), removals)
+            add_removal(folder, removals, late, {}, time, reason, at_work=True)
+            removed += sum(len(rows) for rows in late.rows.values())
+        elif not at_work and folder.exists(MANIFEST_NAME):
             rewrite_manifest(folder)
     result: dict[str, object] = {
         "store": folder.path(""),

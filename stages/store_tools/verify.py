@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING
 from imagen_core.store import Store, StoreError, VerifyReport, verify_store
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from pipeline.storage.lock import LEASE, describe, is_running
+from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
-from stages.stores import store_folder
+from stages.stores import open_place, store_folder
 
 if TYPE_CHECKING:
     from stages.store_tools.reencode import Comparison
 
 
 _MAX_NOTES = 10
+_AT_WORK = (
+    "note: a run is at work on it ({}): what it makes is not in the manifest yet, and what it makes again is missing; "
+    "verify again when it has ended"
+)
 
 
 def verify_command(
@@ -28,10 +34,13 @@ def verify_command(
     """
     store = store_folder(path)
     models = dict(_name_and_model(text) for text in encoder_models)
+    holder = _holder(path)
+    at_work, note = ({}, []) if holder is None else ({"at_work": holder}, [_AT_WORK.format(holder)])
     try:
         report = verify_store(store)
     except StoreError as error:
-        return {"ok": False, "problems": [{"file": store, "message": str(error)}]}, [f"bad: {error}"], EXIT_FAILED
+        problems = [{"file": store, "message": str(error)}]
+        return {"ok": False, "problems": problems, **at_work}, [f"bad: {error}", *note], EXIT_FAILED
     comparisons = {}
     if reencode is not None and report.ok:
         from stages.store_tools.reencode import reencode as encode_again
@@ -39,7 +48,7 @@ def verify_command(
         comparisons = encode_again(Store.open(store), reencode, seed=seed, models=models)
         report.problems += [problem for comparison in comparisons.values() for problem in comparison.problems]
         report.ok = not report.problems
-    result = asdict(report)
+    result = {**asdict(report), **at_work}
     if reencode is not None:
         result["reencoded"] = {name: comparison.summary() for name, comparison in comparisons.items()}
     lines = [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
@@ -52,11 +61,19 @@ def verify_command(
     lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
     if report.input_rows is not None:
         lines.append(_coverage_line(report))
-    if not report.ok:
+    lines += note
+    if not report.ok and holder is None:
         lines.append("Move the bad files away and run the same pipeline command again: it makes only these again.")
     checked = f"{report.files_checked} files, {human_bytes(report.bytes_checked)}, {report.num_samples} samples"
     lines.append(f"{'good' if report.ok else 'NOT good'}: {checked} checked in {store}")
     return result, lines, EXIT_OK if report.ok else EXIT_FAILED
+
+
+def _holder(path: str) -> str | None:
+    """The process that works on the store or on the run around it, in words; None if there is none."""
+    folder, run = open_place(path)
+    storage = (run or RunFolder(folder.url)).storage
+    return describe(storage.read_json(LEASE)) if is_running(storage) else None
 
 
 def _name_and_model(text: str) -> tuple[str, str]:

@@ -1,8 +1,5 @@
 """The null embedding (the encoding of "") of one encoder, as safetensors."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -14,8 +11,8 @@ from imagen_core.store.layout import NULL_TENSOR, StoreDtype
 _DTYPES: dict[str, StoreDtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
-def write_null(path: str | os.PathLike[str], embedding: np.ndarray, dtype: StoreDtype) -> None:
-    """Write a float (n_tokens, dim) embedding as tensor "embedding"; an int8 store keeps it as float16.
+def dump_null(embedding: np.ndarray, dtype: StoreDtype) -> bytes:
+    """The file of a float (n_tokens, dim) embedding, as tensor "embedding"; an int8 store keeps it as float16.
 
     Raises:
         ValueError: not two-dimensional, or not finite after the cast.
@@ -27,10 +24,8 @@ def write_null(path: str | os.PathLike[str], embedding: np.ndarray, dtype: Store
         from safetensors.torch import save
 
         tensor = torch.from_numpy(values.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
-        data = save({NULL_TENSOR: tensor})
-    else:
-        data = safetensors.numpy.save({NULL_TENSOR: values})
-    Path(path).write_bytes(data)
+        return save({NULL_TENSOR: tensor})
+    return safetensors.numpy.save({NULL_TENSOR: values})
 
 
 def parse_null(data: bytes, file: str) -> tuple[np.ndarray, StoreDtype]:

@@ -54,7 +54,9 @@ class Loader:
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
     received as many batches) restores all of them, with any world size and batch size. The next `for`
     after one that was left early continues from there. If samples were removed since the state was taken, the others
-    come in the same batches as before; these are smaller by the removed samples, and can be empty.
+    come in the same batches as before; these are smaller by the removed samples, and can be empty. The same holds for
+    samples that are removed while the loader reads, which it notices within a minute; and where compaction replaces
+    files, it goes on with the new ones in the same order.
 
     Attributes:
         global_size: samples of the last batch over all ranks.
@@ -147,7 +149,7 @@ class Loader:
     def _advance(self, size: int) -> None:
         """Goes on behind the next global batch, which has `size` samples before removals."""
         self.global_size = size
-        if self._removed:
+        if self._removed or self._store.removed_since:
             self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
         self._position += size
         if not self._next_global_size():
@@ -213,10 +215,19 @@ class Loader:
         """The samples at some positions that are not removed: their positions, indices, and shards with rows."""
         indices = self._order(epoch, np.arange(positions.start, positions.stop))
         places = [self._places.locate(index) for index in indices.tolist()]
-        kept = [k for k, place in enumerate(places) if place not in self._removed]
+        gone = self._removed | self._store.removed_since if self._store.removed_since else self._removed
+        kept = [k for k, place in enumerate(places) if place not in gone]
         return kept, indices[kept], [places[k] for k in kept]
 
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
+        """Reads a batch; again if the store was changed meanwhile, so that no erased sample is in it."""
+        while True:
+            generation = self._store.generation
+            batch = self._read_once(epoch, positions)
+            if generation == self._store.generation:
+                return batch
+
+    def _read_once(self, epoch: int, positions: range) -> dict[str, Any]:
         kept, indices, located = self._kept(epoch, positions)
         keys, captions, transcriptions = ([""] * len(kept) for _ in range(3))
         labels = self._empty((len(kept),), np.dtype(np.int64))

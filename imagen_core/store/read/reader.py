@@ -12,6 +12,7 @@ from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddi
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest
+from imagen_core.store.read.generations import Generations
 from imagen_core.store.read.places import Places
 from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import load_removals
@@ -30,8 +31,9 @@ class OpenShard:
         image_embeds: the file of image embeddings by encoder.
     """
 
-    def __init__(self, folder: StoreFolder, manifest: Manifest, position: int) -> None:
-        self._folder, self._manifest, self._position = folder, manifest, position
+    def __init__(self, folder: StoreFolder, manifest: Manifest, generations: Generations, position: int) -> None:
+        self._folder, self._generations, self._position = folder, generations, position
+        self._manifest = manifest
         self.images: dict[int, ImageFile] = _Lazy(self._open_images)
         self.text: dict[str, EmbeddingFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
         self.image_embeds: dict[str, EmbeddingFile] = _Lazy(
@@ -50,11 +52,28 @@ class OpenShard:
         return self._file(group.name, lambda source, name: open_embeddings(source, name, group))
 
     def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
-        entry = self._manifest.file(group, self._position)
-        assert entry is not None, "a shard with samples has all files"
+        if self._folder.is_local:
+            self._generations.look(after_s=0)
+        try:
+            return self._open_now(group, opener)
+        except StoreError:
+            before = self._generations.number
+            self._generations.look(after_s=0)
+            if self._generations.number == before:
+                raise
+        return self._open_now(group, opener)
+
+    def _open_now(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
+        entry = self._generations.entry(group, self._position)
         path = self._folder.path(entry.path)
-        with self._folder.checked(entry) as source:
-            file = opener(source, path)
+        is_gone = self._folder.is_local and self._generations.is_gone
+        try:
+            with self._folder.checked(entry, every_byte=is_gone) as source:
+                file = opener(source, path)
+        except StoreError as error:
+            if is_gone:
+                raise StoreError(f"{error}; the store has no manifest now, as while a run makes it again") from error
+            raise
         if file.num_rows != entry.rows:
             raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
         return file
@@ -89,10 +108,25 @@ class StoreReader:
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
         self._places = Places(manifest.rows, manifest.excluded)
+        self._generations = Generations(folder, manifest)
+        self._open_of = 0
+        """Number of the generation whose files are open."""
 
     @property
     def manifest(self) -> Manifest:
+        """The manifest with which the store was opened."""
         return self._manifest
+
+    @property
+    def generation(self) -> int:
+        """How often the store was changed while it was open: compacted, or samples removed. Looks once a minute."""
+        self._generations.look()
+        return self._generations.number
+
+    @property
+    def removed_since(self) -> frozenset[tuple[int, int]]:
+        """Shard position and row of samples that were removed since the store was opened, as of the last look."""
+        return self._generations.removed
 
     @property
     def image_sizes(self) -> list[int]:
@@ -127,7 +161,8 @@ class StoreReader:
         excluded = self._manifest.excluded
         if num_removals is None or num_removals == self._manifest.num_removals:
             return self._places, set()
-        later = load_removals(self._folder, after=num_removals)[: self._manifest.num_removals - num_removals]
+        later = load_removals(self._folder, num_removals, self._manifest.listed_removals)
+        del later[self._manifest.num_removals - num_removals :]
         named = {(index, row.row) for removal in later for index, rows in removal.rows.items() for row in rows}
         removed = {
             (shard, row)
@@ -160,11 +195,13 @@ class StoreReader:
         """The files of the shard at a position."""
         if self._pid != os.getpid():  # forked: the parent's handles are not ours
             self._open, self._pid = OrderedDict(), os.getpid()
+        if self._open_of != self.generation:
+            self._open, self._open_of = OrderedDict(), self._generations.number
         files = self._open.get(position)
         if files is not None:
             self._open.move_to_end(position)
             return files
-        files = self._open[position] = OpenShard(self._folder, self._manifest, position)
+        files = self._open[position] = OpenShard(self._folder, self._manifest, self._generations, position)
         if len(self._open) > self._max_open_shards:
             self._open.popitem(last=False)
         return files

@@ -1,6 +1,5 @@
 """Remove samples from a store: find them, log the removal, and rewrite the manifest."""
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,17 @@ from imagen_core.store.removal_log import (
     Removal,
     RemovedRow,
     load_removals,
+    removal_entries,
     removal_path,
     row_digests,
     value_digest,
+    write_head,
 )
+
+
+class RemovalRaceError(StoreError):
+    """Another removal took the place in the log."""
+
 
 Values = Mapping[str, Collection[str]]
 """Requested keys, URLs and sha256, by identifier."""
@@ -67,31 +73,53 @@ def find_rows(
     return found
 
 
+def find_blocked(
+    shards: Iterable[tuple[int, SamplesFile, Mapping[int, str]]], removals: Collection[Removal]
+) -> RemovalMatches:
+    """Rows of shards, given as for `find_rows`, whose removal was requested, and that none of the removals has."""
+    found = RemovalMatches()
+    blocklist = Blocklist(removals)
+    removed = {(shard, row.row) for removal in removals for shard, rows in removal.rows.items() for row in rows}
+    for shard, samples, excluded in shards:
+        for row, sample in enumerate(map(samples.row, range(samples.num_rows))):
+            identifiers = dict(zip(IDENTIFIERS, (sample.key, sample.url, sample.sha256), strict=True))
+            if (shard, row) not in removed and any(blocklist.has(*pair) for pair in identifiers.items()):
+                digests: dict[str, Any] = row_digests(*identifiers.values())
+                removed_row = RemovedRow(row, **digests, excluded=excluded.get(row, REMOVED))
+                found.rows.setdefault(shard, []).append(removed_row)
+    return found
+
+
 def add_removal(
-    folder: StoreFolder, removals: list[Removal], found: RemovalMatches, values: Values, time: str, reason: str
+    folder: StoreFolder,
+    removals: list[Removal],
+    found: RemovalMatches,
+    values: Values,
+    time: str,
+    reason: str,
+    *,
+    at_work: bool = False,
 ) -> Removal | None:
     """Log a removal: from then on readers leave its rows out. None if the log has all of it already.
 
+    Args:
+        at_work: a run is at work, which may store a sample that was not found.
     Raises:
-        StoreError: another removal was logged in the meantime.
+        RemovalRaceError: another removal was logged in the meantime.
     """
     known = Blocklist(removals)
     if not found.rows and all(known.has(name, value) for name, listed in values.items() for value in listed):
         return None
     blocked = {name: tuple(sorted({value_digest(name, v) for v in values.get(name, ())})) for name in IDENTIFIERS}
-    removal = Removal(time, reason, blocked, {shard: tuple(rows) for shard, rows in found.rows.items()})
-    path = removal_path(len(removals) + 1)
-    if not folder.create(path, removal.dump()):
-        raise StoreError(f"{folder.path(path)}: was written meanwhile by another removal; run the command again")
+    last = removals[-1].file if removals else None
+    rows = {shard: tuple(rows) for shard, rows in found.rows.items()}
+    removal = Removal(time, reason, blocked, rows, last.sha256 if last else "", at_work)
+    number, data = len(removals) + 1, removal.dump()
+    path = removal_path(number)
+    if not folder.create(path, data):
+        raise RemovalRaceError(f"{folder.path(path)}: was written meanwhile by another removal; run the command again")
+    write_head(folder, number, data)
     return removal
-
-
-def removal_entries(removals: Iterable[Removal]) -> list[dict[str, Any]]:
-    """The value of "removals" in the manifest's header."""
-    return [
-        {"path": removal_path(number), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for number, data in enumerate((removal.dump() for removal in removals), start=1)
-    ]
 
 
 def rewrite_manifest(folder: StoreFolder, new_files: Mapping[tuple[int, str], FileEntry] | None = None) -> Manifest:
@@ -103,7 +131,7 @@ def rewrite_manifest(folder: StoreFolder, new_files: Mapping[tuple[int, str], Fi
         The new manifest.
     """
     manifest = load_manifest(folder)
-    removals = load_removals(folder)
+    removals = load_removals(folder, listed=manifest.listed_removals)
     header = {**manifest.header, **({"removals": removal_entries(removals)} if removals else {})}
     with folder.replacing(MANIFEST_NAME) as path:
         write_manifest(path, header, (_raw_shard(shard, new_files or {}) for shard in manifest.shards()))

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from imagen_core.store.errors import StoreError
+from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
 from imagen_core.store.files.shard import open_embeddings, open_images, read_digests
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
-from imagen_core.store.manifest import Manifest, load_manifest
+from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
+from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
-from imagen_core.store.removal_log import removal_path
+from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
 
 _MAX_NAMED_KEYS = 10
@@ -86,12 +86,16 @@ def verify_store(
     folder = StoreFolder(path, storage_options)
     report = VerifyReport()
     try:
-        manifest = load_manifest(folder)
+        manifest = read_manifest(folder)
     except StoreError as error:
         if not folder.exists(MANIFEST_NAME):
             raise
         report.problems.append(Problem(MANIFEST_NAME, str(error)))
         return report
+    try:
+        apply_removals(folder, manifest)
+    except ManifestError as error:
+        report.problems.append(Problem(error.file, str(error)))
     report.num_samples = manifest.num_samples
     check = _Check(folder, manifest, report, on_file)
     check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
@@ -342,12 +346,15 @@ class _Check:
 
     def removals(self) -> None:
         """Check the log of removals that the manifest was written with; rows of later ones are excluded already."""
+        reported = {problem.file for problem in self._report.problems}
         for entry in self._manifest.listed_removals:
-            self._bytes(FileEntry(**entry, rows=0))
+            if entry["path"] not in reported:
+                self._bytes(FileEntry(**entry, rows=0))
 
     def strays(self) -> None:
         """Warn of files that the manifest does not know: leftovers, or a group that is not finished for all shards."""
-        known = {MANIFEST_NAME, *(removal_path(i + 1) for i in range(self._manifest.num_removals))}
+        known = {MANIFEST_NAME, REMOVAL_HEAD, *LOCK_FILES}
+        known.update(removal_path(i + 1) for i in range(self._manifest.num_removals))
         shared = (file for group in self._manifest.texts.values() for file in (group.null, group.probe))
         known.update(file.path for file in shared if file is not None)
         known.update(entry.path for shard in self._manifest.shards() for entry in shard.files.values())

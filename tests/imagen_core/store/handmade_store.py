@@ -128,7 +128,7 @@ def make_store(
                 made.captions.append(list(sample.captions))
                 made.text.append([embeddings[i] for i in sample.caption_ids])
     made.null = rng.normal(size=(1, DIM)).astype(np.float32)
-    st.write_null(root / st.null_path("t5"), made.null, dtype)
+    (root / st.null_path("t5")).write_bytes(st.dump_null(made.null, dtype))
     null = file_entry(root, st.null_path("t5"), 1)
     header_groups: dict[str, dict] = {"samples": {"kind": "samples"}}
     for size in sizes:

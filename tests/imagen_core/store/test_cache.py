@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from imagen_core import store as st
+from imagen_core.files import file_digest
 from imagen_core.store.cache import FileCache
 from tests.imagen_core.store.handmade_store import Made
 from tests.imagen_core.store.test_store import check_equal
@@ -129,6 +130,26 @@ def test_half_written_and_truncated_copies_are_fetched_again(far: tuple[str, Mad
     (cache / truncated.sha256).write_bytes(bytes(truncated.bytes - 1))
     check_equal(st.Store.open(url, cache_dir=cache), made, "float16")
     assert not any(name.endswith(".part") for name in copies(cache))
+
+
+def test_a_copy_that_was_changed_is_fetched_again(
+    far: tuple[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, made = far
+    cache = tmp_path / "cache"
+    check_equal(st.Store.open(url, cache_dir=cache), made, "float16")
+    whole = copies(cache)
+    for path in cache.iterdir():
+        if not path.name.startswith("."):
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+    check_equal(st.Store.open(url, cache_dir=cache), made, "float16")
+    assert copies(cache) == whole
+    read = []
+    monkeypatch.setattr("imagen_core.store.cache.file_digest", lambda path: read.append(path) or file_digest(path))
+    store = st.Store.open(url, cache_dir=cache, max_open_shards=1)
+    for _ in range(2):
+        check_equal(store, made, "float16")
+    assert len(read) == len(whole), "each copy is read once per process to compare it"
 
 
 def test_a_missing_original_is_named(far: tuple[str, Made], tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_record_on_disk_is_read_and_written_byte_for_byte(tmp_path: Path) -> N
     path.unlink()
     run.write_record(record)
     assert path.read_text() == ON_DISK
-    assert (run.committed_file("samples", "00007"), record.bytes) == ("store/samples/00007.parquet", 12)
+    assert (run.committed_file("samples", "00007").path, record.bytes) == ("store/samples/00007.parquet", 12)
 
 
 def test_a_record_of_several_files_has_no_single_one() -> None:

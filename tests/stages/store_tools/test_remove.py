@@ -160,7 +160,7 @@ def compact_and_die(run: Path, step: int) -> None:
 
         return call_or_die
 
-    for name in ("commit_file", "rewrite_manifest", "_delete_others"):
+    for name in ("commit_file", "rewrite_manifest", "_delete"):
         setattr(compaction, name, dying(getattr(compaction, name)))
     LocalStorage.write_json = dying(LocalStorage.write_json)  # type: ignore[method-assign]
     compaction.compact(run / "store", RunFolder(run))

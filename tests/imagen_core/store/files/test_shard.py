@@ -265,7 +265,7 @@ def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
                 xs = embeddings([3, 0, 2])
                 write_text(folder / f"{dtype}-{store_format}", xs, 16, dtype, store_format)
         for dtype in DTYPES:
-            st.write_null(folder / f"null-{dtype}", embeddings([1])[0], dtype)
+            (folder / f"null-{dtype}").write_bytes(st.dump_null(embeddings([1])[0], dtype))
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     first = write(tmp_path / "a")
