@@ -40,7 +40,7 @@ def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndar
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 (h, w, 3) as PNG: the file appears complete or not at all, also after a loss of power."""
+    """Write uint8 (h, w, 3) as PNG, atomically and durably: the file appears complete or not at all."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, format="PNG")
     write_durably(Path(path), data.getvalue())

@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Protocol
 
 from pipeline.fingerprint import digest
-from pipeline.stage import Group, Shard, Stage
+from pipeline.stage import Drop, Group, Shard, Stage
+from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -64,6 +65,8 @@ class Plan:
     """Rows of a full shard; None means that the largest shard is a full one."""
     notices: tuple[str, ...] = ()
     """What the user should know of the result before the run; shown by the run, its summary and `pipeline plan`."""
+    lost_drops: Callable[[RunFolder, Shard, Record], Sequence[Drop]] | None = None
+    """The dropped rows of a committed (group, shard) whose list is gone, from its files; None: it stays gone."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
 

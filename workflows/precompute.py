@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +26,7 @@ from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
+from stages.precompute.lost_lists import lost_drops
 from stages.precompute.manifest import build_manifest
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
@@ -134,6 +136,7 @@ class Precompute(ShardedWorkflow):
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
             },
             final_file="store/manifest.json",
+            lost_drops=partial(lost_drops, source=source),
             estimated_shards=None if rows is None else math.ceil(rows / config.shard_size),
             row_group=SAMPLES,
             max_drop_fraction=config.max_drop_fraction,

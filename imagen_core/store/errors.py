@@ -1,5 +1,7 @@
 """Errors of the store."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,10 +35,24 @@ def unreadable(file: str, kind: str, error: Exception) -> StoreError:
 
 @contextmanager
 def reading(file: str, kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turns `errors`, which a library raises about a bad file, into a StoreError that names the file."""
+    """Turns `errors`, which a library raises about a bad file, into a StoreError that names the file.
+
+    Raises:
+        OSError: too many files are open, which says nothing about the file.
+    """
     try:
         yield
     except StoreError:
         raise
     except errors as error:
+        if (number := _too_many_files(error)) is not None:
+            raise OSError(number, os.strerror(number), file) from error
         raise unreadable(file, kind, error) from error
+
+
+def _too_many_files(error: Exception) -> int | None:
+    """EMFILE or ENFILE, if that is what an error is; some libraries say so only in its text."""
+    known = {errno.EMFILE, errno.ENFILE}
+    if isinstance(error, OSError) and error.errno in known:
+        return error.errno
+    return next((number for number in sorted(known) if os.strerror(number) in str(error)), None)

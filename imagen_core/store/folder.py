@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_core.files import fsync_path, share
+from imagen_core.files import create_durably, write_durably
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, RESTORE, StoreError
 from imagen_core.store.records import FileEntry
@@ -127,37 +127,14 @@ class StoreFolder:
             except FileExistsError:
                 return False
             return True
-        final = Path(self.path(name))
-        final.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-") as file:
-            file.write(data)
-            file.flush()
-            share(file.name)
-            os.fsync(file.fileno())
-            try:
-                os.link(file.name, final)
-            except FileExistsError:
-                return False
-        fsync_path(final.parent)
-        return True
+        return create_durably(Path(self.path(name)), data)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file atomically and durably; it replaces a previous one."""
         if not self.is_local:
             self.fs.pipe_file(self.path(name), data)
             return
-        final = Path(self.path(name))
-        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=".tmp-", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                share(file.name)
-                os.fsync(file.fileno())
-                os.replace(file.name, final)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        fsync_path(final.parent)
+        write_durably(Path(self.path(name)), data)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:

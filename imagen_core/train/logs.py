@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from imagen_core.files import write_durably
+from imagen_core.files import make_folder, write_durably
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
 
@@ -41,7 +42,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         kept = [line for line in read_metrics(path, warn=True) if line["step"] <= resumed_step]
         if path.exists():
             write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -53,6 +54,7 @@ class JsonLines:
         if (step, frozenset(line)) not in self._there:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            os.fsync(self._file.fileno())  # the metrics up to a checkpoint are not written again
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         return

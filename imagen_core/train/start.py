@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from imagen_core.files import append_line
 from imagen_core.train.checkpoints.checkpoint import changed_fields
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
@@ -83,6 +84,4 @@ def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def record_start(out: Path, start: TrainingStart) -> None:
     """Appends a start to `out/starts.jsonl`, with the time in seconds since 1970."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **asdict(start)}) + "\n")
+    append_line(out / "starts.jsonl", json.dumps({"time": round(time.time(), 3), **asdict(start)}))

@@ -349,9 +349,12 @@ def _print_any_text() -> None:
 
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
+    from pipeline.storage.disk import disk_errors_explained
+
     _print_any_text()
     try:
-        app(prog_name="pipeline")
+        with disk_errors_explained(Path.cwd()):
+            app(prog_name="pipeline")
     except PipelineError as error:
         if _debugging():
             traceback.print_exc()

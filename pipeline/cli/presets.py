@@ -60,7 +60,7 @@ def configuration_of_run(workflow: str, out: str) -> dict[str, Any] | None:
     run = RunFolder(out)
     if run.storage.size(CONFIG) is None:
         return None
-    plan = run.storage.read_json(PLAN) or {}
+    plan = run.read_engine_file(PLAN) or {}
     if plan.get("workflow", workflow) != workflow:
         raise ConfigError(f"--out {out}: is a run of {plan['workflow']}; use pipeline run {plan['workflow']}")
     return parse_yaml(run.storage.read(CONFIG), f"{out}/{CONFIG}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,7 +126,11 @@ def _stage_command(name: str, path: str, as_json: bool, **options: object) -> No
 
 def _show(command: Callable[..., Any], path: str | list[str], as_json: bool, **options: object) -> None:
     """Calls a function that returns a `CommandResult`, prints the result, and exits with its code."""
-    result, lines, exit_code = command(path, **options)
+    from pipeline.storage.disk import disk_errors_explained
+
+    target = options.get("out") or path
+    with disk_errors_explained(Path(target if isinstance(target, str) else ".")):
+        result, lines, exit_code = command(path, **options)
     if as_json:
         print_json(result)
     else:

@@ -5,7 +5,6 @@ import logging
 import os
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, MachineError, first_line
 from pipeline.executors.ray_cluster import probe
+from pipeline.storage.scratch import temporary_folder
 
 _ENTRY_POINTS = ("pipeline.workflows", "pipeline.commands", "pipeline.models")
 _DISTRIBUTION = "imagen-precompute"
@@ -65,14 +65,14 @@ class RayJobs:
         """
         words = ["python", "-m", "pipeline", "run", workflow, "-c", _CONFIG_FILE, "--out", out]
         words += ["--executor", "ray", "--address", "auto", *options]
-        with tempfile.TemporaryDirectory() as folder, self._errors_explained():
-            (Path(folder) / _CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
+        with temporary_folder() as folder, self._errors_explained():
+            (folder / _CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
             if with_code:
-                pack_code(Path(folder))
+                pack_code(folder)
             return self.client.submit_job(
                 entrypoint=f"exec {shlex.join(words)}",
                 runtime_env={
-                    "working_dir": folder,
+                    "working_dir": str(folder),
                     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
                 },
                 metadata={"workflow": workflow, "out": out},

@@ -1,20 +1,33 @@
 """The finished work: compares records on disk with the plan, and refuses what no longer fits."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from pipeline.errors import StaleOutputError
+from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.executors.task import write_drops
 from pipeline.fingerprint import differences, digest
 from pipeline.plan import Plan
 from pipeline.stage import Shard
-from pipeline.storage.record import Record, shard_name
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.files import damaged
+from pipeline.storage.record import Record, shard_name, shard_of
+from pipeline.storage.run_folder import QUARANTINE, RunFolder
 
 
 def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | None:
-    """The fingerprint that the group was started with, or None if it was never started."""
-    return run.storage.read_json(_group_name(group))
+    """The fingerprint that the group was started with, or None if it was never started.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
+    name = _group_name(group)
+    remedy = f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
+    fingerprint = run.storage.read_json(name, remedy)
+    if fingerprint is not None and not (
+        isinstance(fingerprint, dict) and all(isinstance(fingerprint.get(part), dict) for part in ("config", "inputs"))
+    ):
+        raise damaged(f"{run.url}/{name}", "not a fingerprint", remedy)
+    return fingerprint
 
 
 def changed_input(run: RunFolder, shard: Shard, record: Record) -> str:
@@ -37,6 +50,8 @@ class _Found:
     """Groups to delete, so that they are made again."""
     refused: str | None = None
     """Why the run cannot continue from this shard."""
+    unlisted: list[str] = field(default_factory=list)
+    """Groups with drops whose list is gone."""
 
 
 class Ledger:
@@ -83,7 +98,7 @@ class Ledger:
         Raises:
             StaleOutputError: a group was made with another configuration; lists every difference.
         """
-        started = {group: read_group_fingerprint(self.run, group) for group in self.plan.fingerprints}
+        started = {group: self._started(group) for group in self.plan.fingerprints}
         changed: dict[str, list[str]] = {}
         stale: set[str] = set()
         for group, old in started.items():
@@ -101,6 +116,25 @@ class Ledger:
             if write and started[group] != fingerprint:
                 self.run.storage.write_json(_group_name(group), fingerprint)
         return stale
+
+    def _started(self, group: str) -> dict[str, object] | None:
+        """The fingerprint that a planned group was started with; the planned one if its file is damaged and its
+        records were made with it."""
+        try:
+            found = read_group_fingerprint(self.run, group)
+        except ConfigError:
+            if self._is_planned(group):
+                return None  # as of a new group: written again
+            raise
+        if found is None or digest(found) == self.plan.digests[group] or not self._is_planned(group):
+            return found
+        return None
+
+    def _is_planned(self, group: str) -> bool:
+        """Whether the first record of a group says that it was made as planned now; True if it has none."""
+        first = min(self.run.recorded_shards(group), default=None)
+        record = None if first is None else self.run.read_record(group, shard_name(first))
+        return record is not None and record.fingerprint == self.plan.digests[group]
 
     def _changed_configuration(self, changed: Mapping[str, list[str]], stale: set[str]) -> str:
         lines = [line for own in changed.values() for line in own]
@@ -153,6 +187,10 @@ class Ledger:
                 raise StaleOutputError(found.refused)
             for group in () if read_only else found.stale:
                 self._delete_shard(group, found.shard.name)
+            for group in () if read_only else found.unlisted:
+                assert self.plan.lost_drops is not None
+                drops = self.plan.lost_drops(self.run, found.shard, found.finished[group])
+                write_drops(self.run, found.shard.name, group, drops)
             yield found.shard, found.finished
 
     def _find(self, shard: Shard) -> _Found:
@@ -170,6 +208,8 @@ class Ledger:
             complete = fits and self._has_shared_files(group) and self._has_files(record)
             if complete and all(name in finished for name in self.dependencies[group]):
                 finished[group] = record
+                if record.drops and self._has_lost_list(group, shard):
+                    found.unlisted.append(group)
             else:
                 stale.append(group)
         for group in self.transient & finished.keys():
@@ -188,6 +228,11 @@ class Ledger:
                 return False
             self._complete.add(group)
         return True
+
+    def _has_lost_list(self, group: str, shard: Shard) -> bool:
+        if self.plan.lost_drops is None or group in self.transient:
+            return False
+        return self.run.storage.size(self.run.drops_name(group, shard.name)) is None
 
     def _has_files(self, record: Record) -> bool:
         return all(self.run.storage.size(file.path) == file.bytes for file in record.files)
@@ -210,6 +255,34 @@ class Ledger:
                     )
                 self._delete_shard(group, shard_name(index))
 
+    def sweep(self) -> int:
+        """Deletes what no record has of the groups that this folder's runs made: files under their real names whose
+        record a killed run deleted, or had not written yet.
+
+        Returns:
+            The number of files.
+        """
+        count = 0
+        for group in sorted({*self.plan.groups, *self.run.started_groups()}):
+            shards = set(self.run.recorded_shards(group))
+            for folder in (self.run.group_folder(group), f"{QUARANTINE}/{group}"):
+                names: dict[int, list[str]] = {}
+                for name in self.run.storage.names(folder):
+                    if (index := shard_of(name)) is not None:
+                        names.setdefault(index, []).append(f"{folder}/{name}")
+                for index, paths in names.items():
+                    if index not in shards or (len(paths) > 1 and folder == self.run.group_folder(group)):
+                        count += self._delete_unrecorded(group, index, paths)
+        return count
+
+    def _delete_unrecorded(self, group: str, index: int, paths: list[str]) -> int:
+        record = self.run.read_record(group, shard_name(index))
+        known = {file.path for file in record.files} if record is not None else set()
+        unknown = [path for path in paths if path not in known]
+        for path in unknown:
+            self.run.storage.delete(path)
+        return len(unknown)
+
     def _delete_shard(self, group: str, shard: str) -> None:
         if group not in self.transient:
             self._delete_final_file()
@@ -218,7 +291,7 @@ class Ledger:
     def _delete_final_file(self) -> None:
         """Deletes the manifest, before the first file that it lists is deleted or replaced."""
         if self.plan.final_file is not None:
-            self.run.storage.delete(self.plan.final_file)
+            self.run.storage.delete(self.plan.final_file, durably=True)
 
     def _record(self, index: int) -> None:
         if self._seen and self._seen[-1][1] == index - 1:

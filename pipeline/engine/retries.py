@@ -118,7 +118,7 @@ class Retries:
     def _drops(self, shard: str) -> Iterator[dict[str, Any]]:
         name = self.run.drops_name(self.plan.row_group, shard)
         if self.run.storage.size(name) is not None:
-            yield from _read(self.run, name)
+            yield from self.run.storage.read_json_lines(name, "delete it: the next run writes it again")
 
 
 def retry_shards(run: RunFolder) -> Iterator[Shard]:
@@ -157,7 +157,7 @@ def _round_files(run: RunFolder) -> list[str]:
 
 
 def _read(run: RunFolder, name: str) -> Iterator[dict[str, Any]]:
-    return map(json.loads, run.storage.read_lines(name))
+    return run.storage.read_json_lines(name, "restore it from a copy: it has the rows of this round's shards")
 
 
 def has_retries(run: RunFolder) -> bool:

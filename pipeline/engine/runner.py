@@ -63,7 +63,6 @@ def _prepare(state: RunState, options: RunOptions) -> None:
         retries.delete()
     if options.retry_dropped:
         retries.begin_round(options.retry_dropped)
-    run.storage.clean()
     run.storage.delete(SUMMARY)
     run.storage.delete_folder(run.failures)
 
@@ -75,7 +74,12 @@ def _changed_settings(run: RunFolder, config: WorkflowConfig) -> list[str]:
     """
     if run.storage.size(CONFIG) is None:
         return []
-    previous = yaml.safe_load(run.storage.read(CONFIG))
+    try:
+        previous = yaml.safe_load(run.storage.read(CONFIG))
+    except (yaml.YAMLError, ValueError):
+        previous = None
+    if not isinstance(previous, dict):
+        return [f"{CONFIG}: was damaged, so what changed since the previous run is not known"]
     changes = differences(previous, config.model_dump(mode="json"))
     return [change for change in changes if not change.startswith("execution.")]
 
@@ -103,6 +107,7 @@ def _execute(
                 tally = scheduler.execute()
             tally.subtract_retried(plan.row_group, state.retries.drops())
             results = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            state.ledger.sweep()
             outcome = "failed" if tally.shards_failed else "finished"
         except BaseException as error:
             outcome = f"stopped: {type(error).__name__}"

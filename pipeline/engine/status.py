@@ -15,11 +15,11 @@ def run_status(place: str) -> dict[str, object]:
         ConfigError: the folder is not a run folder.
     """
     run = RunFolder(place)
-    plan = run.storage.read_json(PLAN)
+    plan, summary = run.read_engine_file(PLAN), run.read_engine_file(SUMMARY)
     if plan is None:
         raise ConfigError(f"{place}: not a run folder (no plan.json); give the --out of a `pipeline run`")
     groups = {}
-    for stage in plan["stages"]:
+    for stage in plan.get("stages", ()):
         for name in stage["groups"]:
             if name in plan["transient_groups"]:
                 continue
@@ -30,12 +30,11 @@ def run_status(place: str) -> dict[str, object]:
                 for reason, count in record.drops.items():
                     drops[reason] = drops.get(reason, 0) + count
             groups[name] = {"shards": shards, "rows": rows, "drops": drops}
-    summary = run.storage.read_json(SUMMARY)
     return {
         "run": place,
-        "workflow": plan["workflow"],
+        "workflow": plan.get("workflow"),
         "running": is_running(run.storage),
-        "outcome": summary["outcome"] if summary else None,
+        "outcome": summary.get("outcome") if summary else None,
         "groups": groups,
         "metrics": _newest_metrics(run),
     }

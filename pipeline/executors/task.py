@@ -10,12 +10,13 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
 from pipeline.fingerprint import digest
-from pipeline.stage import GroupResult, Shard, Stage, Task
+from pipeline.stage import Drop, Shard, Stage, Task
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
@@ -81,10 +82,14 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()
+        if error.__cause__ is not None and takes_no_data(error.__cause__):  # else it reads as damage of the input
+            explained = disk_message(error.__cause__, run.storage.local)
+            outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
         if takes_no_data(error):
-            outcome.error, outcome.fatal_exit_code = disk_message(error, run.storage.local), EXIT_ENVIRONMENT
+            explained = disk_message(error, run.storage.local)
+            outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
     finally:
         task.release()
     outcome.seconds = time.perf_counter() - started - task.waited_s
@@ -121,7 +126,7 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> R
     for name, local in task.outputs(group).items():
         files.append(CommittedFile(name, os.path.getsize(local), file_digest(local)))
         run.storage.publish(local, name)
-    _write_quarantine(run, task.shard, group, result)
+    write_drops(run, task.shard.name, group, result.drops)
     record = Record(
         group=group,
         shard=task.shard.index,
@@ -138,15 +143,16 @@ def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> R
     return record
 
 
-def _write_quarantine(run: RunFolder, shard: Shard, group: str, result: GroupResult) -> None:
-    name = run.drops_name(group, shard.name)
-    if not result.drops:
+def write_drops(run: RunFolder, shard: str, group: str, drops: Sequence[Drop]) -> None:
+    """Writes the list of the dropped rows of a (group, shard); deletes it if there are none."""
+    name = run.drops_name(group, shard)
+    if not drops:
         run.storage.delete(name)
         return
     lines = (
         json.dumps(
             {"row": drop.row, "key": drop.key, "reason": drop.reason, "detail": drop.detail}, ensure_ascii=False
         )
-        for drop in result.drops
+        for drop in drops
     )
     run.storage.write_text(name, "\n".join(lines) + "\n")

@@ -1,10 +1,8 @@
 """Measures the cost of the stages on this machine: runs them on a few input rows, in a temporary run folder."""
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import linear_regression
 
 from pipeline.errors import PipelineError
@@ -14,6 +12,7 @@ from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.plan import Plan
 from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.scratch import temporary_folder
 
 _FIRST_ROWS = 16
 _BUDGET_S = 5.0
@@ -74,8 +73,8 @@ def probe(
     """
     started = time.perf_counter()
     tasks: list[_Timed] = []
-    with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
-        run = RunFolder(Path(folder) / "run", plan.transient_groups)
+    with temporary_folder("pipeline-plan-") as folder:
+        run = RunFolder(folder / "run", plan.transient_groups)
         executor = make_executor(kind, stages, run, config, None)
         try:
             spent = 0.0

@@ -1,6 +1,5 @@
 """Predicts how long a run takes: the real scheduler, on a simulated clock."""
 
-import tempfile
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
 from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.scratch import temporary_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def simulate(
     names = {simulated.name for simulated in simulated_stages}
     stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
     plan = Plan(stages, lambda: _shards(shards), lambda *_: {})
-    with tempfile.TemporaryDirectory(prefix="pipeline-plan-") as folder:
+    with temporary_folder("pipeline-plan-") as folder:
         run = _SimulatedRun(folder, plan, shards)
         events = EventLog(run.storage)
         try:

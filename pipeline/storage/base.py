@@ -4,7 +4,6 @@ On each, a file is either complete or absent. Stages see local paths only: they 
 published when they are finished.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.storage.files import json_text
+from pipeline.errors import ConfigError
+from pipeline.storage.files import RESTORE, json_text, parse_json, remove_if_present
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,8 +73,12 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Deletes a file if it exists."""
+    def delete(self, name: str, *, durably: bool = False) -> None:
+        """Deletes a file if it exists.
+
+        Args:
+            durably: before what follows; else a loss of power may bring it back.
+        """
 
     @abstractmethod
     def delete_folder(self, name: str) -> None:
@@ -112,22 +116,43 @@ class Storage(ABC):
             yield local
             self.publish(local, name)
         finally:
-            local.unlink(missing_ok=True)
+            remove_if_present(local)
 
     def read_lines(self, name: str) -> Iterator[str]:
-        """The lines of a text file, streamed."""
+        """The lines of a text file, streamed; bytes that are not UTF-8 as U+FFFD."""
         copy = self.copy(name)
         try:
-            with copy.open(encoding="utf-8") as lines:
+            with copy.open(encoding="utf-8", errors="replace") as lines:
                 yield from lines
         finally:
             self.release(copy)
 
-    def read_json(self, name: str) -> Any:
-        """The value in a JSON file, None if there is none."""
+    def read_json_lines(self, name: str, remedy: str = RESTORE) -> Iterator[Any]:
+        """The values in a file of one JSON value per line, streamed.
+
+        Raises:
+            ConfigError: a line is damaged; names it.
+        """
+        for number, line in enumerate(self.read_lines(name), start=1):
+            yield parse_json(line.encode(), f"{self.url}/{name} line {number}", remedy)
+
+    def read_json(self, name: str, remedy: str = RESTORE) -> Any:
+        """The value in a JSON file, None if there is none.
+
+        Raises:
+            ConfigError: the file is damaged; names it and the remedy.
+        """
         try:
-            return json.loads(self.read(name))
+            data = self.read(name)
         except FileNotFoundError:
+            return None
+        return parse_json(data, f"{self.url}/{name}", remedy)
+
+    def read_json_if_whole(self, name: str) -> Any:
+        """The same for a file that is written anew: None also if it is damaged."""
+        try:
+            return self.read_json(name)
+        except ConfigError:
             return None
 
     def write_json(self, name: str, value: object) -> None:

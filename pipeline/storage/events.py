@@ -29,7 +29,10 @@ class EventLog:
         self._file: io.FileIO | None = None
         self._mutex = threading.Lock()
         if isinstance(storage, LocalStorage):
-            self._file = (storage.root / _FILE).open("ab", buffering=0)
+            self._file = (storage.root / _FILE).open("ab+", buffering=0)
+            end = self._file.seek(0, os.SEEK_END)
+            if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
+                _append(self._file, b"\n")  # ends the line that a killed run left unfinished
         self._next_write = time.monotonic() + _GATHER_S
 
     def write(self, event: str, **fields: object) -> None:
@@ -75,6 +78,7 @@ def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
             continue
         for line in storage.read_lines(name):
             try:
-                yield json.loads(line)
+                event = json.loads(line)
             except ValueError:
-                yield {}
+                event = None
+            yield event if isinstance(event, dict) else {}

@@ -1,14 +1,27 @@
-"""Files that are either complete or absent: write under a temporary name, fsync, rename."""
+"""Files that are either complete or absent: write under a temporary name, fsync, rename, fsync the folder.
 
+Every file that a command writes for good goes through here, so that a kill, a full disk and a loss of power leave the
+old file or the new one.
+"""
+
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
 
 TEMPORARY_MARK = ".tmp-"
+RESTORE = "restore it from a copy, or delete it"
+_LOCK = ".lock"
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL, errno.EXDEV)
+"""What file systems without hard links answer: exFAT, FAT, many FUSE mounts."""
 
 
 def temporary_name(final: Path) -> Path:
@@ -16,19 +29,86 @@ def temporary_name(final: Path) -> Path:
     return final.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}-{final.name}")
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, durably; nothing happens if it exists."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_path(path.parent)
+
+
 def commit_file(temporary: Path, final: Path) -> None:
     """Makes a finished temporary file durable, then visible under its final name, atomically."""
-    _fsync(temporary)
+    with _named(final):
+        fsync_path(temporary)
+        os.replace(temporary, final)
+        fsync_path(final.parent)
+
+
+def create_file(temporary: Path, final: Path) -> bool:
+    """Makes a finished temporary file durable, then visible under a name that is not taken.
+
+    Without hard links the name is taken first, and the content follows: a reader may see an empty file in between.
+
+    Returns:
+        False if the name is taken; that file stays as it is.
+    """
+    with _named(final):
+        fsync_path(temporary)
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            try:
+                os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return False
+            os.replace(temporary, final)
+        fsync_path(final.parent)
+    return True
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """The same as `commit_file` for a folder of files; `final` is absent, or empty."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
     os.replace(temporary, final)
-    _fsync(final.parent)
+    fsync_path(final.parent)
 
 
-def read_json(path: Path) -> dict[str, object] | None:
-    """The JSON object of a file; None if there is no such file."""
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; None if there is no such file.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         return None
+
+
+def parse_json(data: bytes, file: str | os.PathLike[str], remedy: str = RESTORE) -> Any:
+    """The value in the bytes of a JSON file.
+
+    Raises:
+        ConfigError: it is damaged; names the file.
+    """
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise damaged(file, error, remedy) from error
+
+
+def damaged(file: str | os.PathLike[str], error: object, remedy: str = RESTORE) -> ConfigError:
+    """The error for a small file that does not hold what it should."""
+    return ConfigError(f"{os.fspath(file)}: is damaged ({error}); {remedy}")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -43,13 +123,26 @@ def json_text(value: object) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a small file atomically and durably."""
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with _named(path):
+            temporary.write_bytes(data)
         commit_file(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_if_present(temporary)
+
+
+def remove_if_present(path: Path) -> None:
+    """Deletes a temporary file that may be gone; it is no error if the disk does not let it go, as the next run tries
+    again."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def file_digest(path: Path) -> str:
@@ -58,28 +151,48 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_temporaries(folder: Path) -> int:
-    """Deletes unfinished files of killed processes anywhere under `folder`; returns their number."""
-    leftovers = list(_temporaries(folder)) if folder.is_dir() else []
+def remove_temporaries(folder: Path, linked: str = "") -> int:
+    """Deletes unfinished files of killed processes anywhere under `folder`; returns their number.
+
+    Folders of other runs, which have a `.lock`, are left alone. Links to folders are followed directly below the
+    subfolder `linked`, so that the groups of a store may lie on other disks.
+    """
+    leftovers = list(_temporaries(folder, linked)) if folder.is_dir() else []
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            remove_if_present(path)
     return len(leftovers)
 
 
-def _temporaries(folder: Path | str) -> Iterator[Path]:
+def _temporaries(folder: Path | str, linked: str = "", *, follow: bool = False) -> Iterator[Path]:
     """Streamed: `Path.rglob` would hold a list of each folder's files, 100,000 of them in a large run."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(TEMPORARY_MARK):
                 yield Path(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                yield from _temporaries(entry.path)
+            elif entry.is_dir(follow_symlinks=follow or entry.name == linked) and not _is_run(entry.path):
+                yield from _temporaries(entry.path, follow=entry.name == linked)
 
 
-def _fsync(path: Path) -> None:
+def _is_run(folder: str) -> bool:
+    return os.path.exists(f"{folder}/{_LOCK}")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the disk name the file that was to be written: those of a write have no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Makes the bytes of a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

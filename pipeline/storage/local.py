@@ -8,9 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.storage.base import Storage
-from pipeline.storage.files import TEMPORARY_MARK, commit_file, remove_temporaries, temporary_name
+from pipeline.storage.files import (
+    TEMPORARY_MARK,
+    commit_file,
+    create_file,
+    fsync_path,
+    make_folder,
+    remove_if_present,
+    remove_temporaries,
+    temporary_name,
+    write_bytes,
+)
+from pipeline.storage.scratch import clean_scratch
 
-_WRITTEN_BY_RUNS = ("store", "staging", "state", "quarantine", "input", "retries")
+_STORE = "store"
 
 
 class LocalStorage(Storage):
@@ -32,19 +43,15 @@ class LocalStorage(Storage):
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
-        with self.writing(name) as path:
-            path.write_bytes(data)
+        write_bytes(self.root / name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         temporary = self.new_file(name)
-        temporary.write_bytes(data)
         try:
-            os.link(temporary, self.root / name)
-        except FileExistsError:
-            return False
+            temporary.write_bytes(data)
+            return create_file(temporary, self.root / name)
         finally:
-            temporary.unlink()
-        return True
+            remove_if_present(temporary)
 
     def size(self, name: str) -> int | None:
         try:
@@ -72,12 +79,19 @@ class LocalStorage(Storage):
         with self.writing(name) as path:
             shutil.copyfile(local, path)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durably: bool = False) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self._path(name))
+            if durably:
+                fsync_path((self.root / name).parent)
 
     def delete_folder(self, name: str) -> None:
-        shutil.rmtree(self.root / name, ignore_errors=True)
+        folder = self.root / name
+        if not folder.is_symlink():
+            shutil.rmtree(folder, onerror=_unless_gone)
+            return
+        for entry in folder.iterdir():  # a group on another disk: the link stays
+            shutil.rmtree(entry, onerror=_unless_gone) if entry.is_dir() else entry.unlink(missing_ok=True)
 
     def copy(self, name: str) -> Path:
         if not (self.root / name).is_file():
@@ -89,7 +103,7 @@ class LocalStorage(Storage):
 
     def new_file(self, name: str) -> Path:
         final = self.root / name
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         return temporary_name(final)
 
     def publish(self, local: Path, name: str) -> None:
@@ -97,8 +111,13 @@ class LocalStorage(Storage):
 
     def new_folder(self) -> Path:
         staging = self.root / "staging"
-        staging.mkdir(parents=True, exist_ok=True)
+        make_folder(staging)
         return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=staging))
 
     def clean(self) -> int:
-        return sum(remove_temporaries(self.root / part) for part in _WRITTEN_BY_RUNS)
+        return remove_temporaries(self.root, linked=_STORE) + clean_scratch()
+
+
+def _unless_gone(function: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]

@@ -2,7 +2,8 @@
 
 The owner writes a lease, `.lease.json`, and renews it every 15 s; a lease that was not renewed for 120 s belongs to a
 dead run, and is taken over. On a local folder a file lock detects dead processes of this machine at once; the lease is
-for other machines that share the folder. Clocks must agree within a minute.
+for other machines that share the folder. Clocks must agree within a minute; a lease from a clock that is further ahead
+is watched, and taken over if nobody renews it. A lease that cannot be read is nobody's.
 """
 
 import getpass
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigError, LockedError, PipelineError
 from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.disk import takes_no_data
+from pipeline.storage.files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,10 @@ LEASE = ".lease.json"
 RENEW_S = 15.0
 EXPIRE_S = 120.0
 _LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
+_POLL_S = 1.0
+_MOST_CLOCKS_DIFFER_S = 60.0
+_NUMBERS = ("pid", "since", "renewed")
+_TEXTS = ("owner", "host", "user")
 
 
 class Lease:
@@ -40,7 +47,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises LockedError if another run has taken the folder over."""
-        found = self.storage.read_json(LEASE)
+        found = read_lease(self.storage)
         if found is None or found["owner"] != self.owner:
             raise LockedError(
                 f"--out {self.storage.url}: this run lost the folder to {describe(found)}; it stops, and its finished "
@@ -85,7 +92,7 @@ class RunLock:
         self._ended.set()
         self._renewal.join()
         try:
-            found = self.storage.read_json(LEASE)
+            found = read_lease(self.storage)
             if found is not None and found["owner"] == self.lease.owner:
                 self.storage.delete(LEASE)
         finally:
@@ -93,8 +100,10 @@ class RunLock:
 
     def _lock_file(self, storage: LocalStorage) -> None:
         try:
-            storage.root.mkdir(parents=True, exist_ok=True)
+            make_folder(storage.root)
         except OSError as error:
+            if takes_no_data(error):
+                raise
             raise ConfigError(
                 f"--out {storage.url}: cannot be made ({error.strerror}); choose a folder that you can write to"
             ) from error
@@ -102,7 +111,7 @@ class RunLock:
         try:
             lock.acquire(timeout=_LOCK_TIMEOUT_S)
         except Timeout as error:
-            raise self._refusal(storage.read_json(LEASE)) from error
+            raise self._refusal(read_lease(storage)) from error
         self._file_lock = lock
 
     def _unlock_file(self) -> None:
@@ -112,18 +121,35 @@ class RunLock:
     def _acquire(self) -> None:
         if self.storage.create(LEASE, self._content()):
             return
-        found = self.storage.read_json(LEASE)
+        found = read_lease(self.storage)
+        if found is None and self.storage.size(LEASE) is not None:
+            time.sleep(_POLL_S)  # without hard links its name is there before its content
+            found = read_lease(self.storage)
         if found is not None and not (self.take_over or self._is_dead(found)):
             raise self._refusal(found)
         self.storage.delete(LEASE)
         if not self.storage.create(LEASE, self._content()):
-            raise self._refusal(self.storage.read_json(LEASE))
+            raise self._refusal(read_lease(self.storage))
 
     def _is_dead(self, lease: dict[str, Any]) -> bool:
         """With the file lock held here, a lease of this machine belongs to a process that has ended."""
         if self._file_lock is not None and lease["host"] == socket.gethostname():
             return True
-        return time.time() - lease["renewed"] > EXPIRE_S
+        age_s = time.time() - lease["renewed"]
+        if age_s < -_MOST_CLOCKS_DIFFER_S:
+            return self._is_not_renewed(lease)
+        return age_s > EXPIRE_S
+
+    def _is_not_renewed(self, lease: dict[str, Any]) -> bool:
+        """Whether a lease stays as it is for as long as one that is not renewed is honoured; clocks do not matter."""
+        waiting = "--out %s: its lease is from a clock that is ahead; waiting %g s whether %s renews it"
+        log.warning(waiting, self.storage.url, EXPIRE_S, describe(lease))
+        end = time.monotonic() + EXPIRE_S
+        while time.monotonic() < end:
+            time.sleep(_POLL_S)
+            if read_lease(self.storage) != lease:
+                return False
+        return True
 
     def _content(self) -> bytes:
         lease = {
@@ -155,16 +181,30 @@ class RunLock:
         )
 
 
+def read_lease(storage: Storage) -> dict[str, Any] | None:
+    """The lease of a folder; None if there is none that can be read."""
+    lease = storage.read_json_if_whole(LEASE)
+    if not isinstance(lease, dict):
+        return None
+    whole = all(isinstance(lease.get(name), str) for name in _TEXTS)
+    return lease if whole and all(isinstance(lease.get(name), int | float) for name in _NUMBERS) else None
+
+
 def is_running(storage: Storage) -> bool:
-    """True while some process holds the folder."""
-    lease = storage.read_json(LEASE)
-    if lease is None or not isinstance(storage, LocalStorage) or lease["host"] != socket.gethostname():
-        return lease is not None and time.time() - lease["renewed"] <= EXPIRE_S
+    """True while some process holds the folder; on a local folder that cannot be written to, as far as is known."""
+    lease = read_lease(storage)
+    if lease is None:
+        return False
+    recent = abs(time.time() - lease["renewed"]) <= EXPIRE_S
+    if not isinstance(storage, LocalStorage) or lease["host"] != socket.gethostname():
+        return recent
     lock = FileLock(storage.root / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
+    except OSError:
+        return recent
     lock.release()
     return False
 
@@ -181,7 +221,12 @@ def describe(lease: dict[str, Any] | None) -> str:
     if lease is None:
         return "an unknown process"
     now = time.time()
+    ahead = "" if now >= lease["renewed"] else ", by a clock that is ahead of this one"
     return (
-        f"process {lease['pid']} of {lease['user']} on {lease['host']}, started {now - lease['since']:.0f} s ago, "
-        f"last renewal {now - lease['renewed']:.0f} s ago"
+        f"process {lease['pid']} of {lease['user']} on {lease['host']}, started {_ago(now - lease['since'])}, "
+        f"last renewal {_ago(now - lease['renewed'])}{ahead}"
     )
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds:.0f} s ago" if seconds >= 0 else f"in {-seconds:.0f} s"

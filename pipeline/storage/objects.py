@@ -1,8 +1,6 @@
 """An object store such as `s3://` or `gs://`: an object appears when its upload ends."""
 
 import logging
-import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from typing import Any, TypeVar
 from pipeline.errors import ConfigError, MachineError, first_line
 from pipeline.storage.base import Storage
 from pipeline.storage.credentials import without_secrets
+from pipeline.storage.scratch import clean_scratch, scratch
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class ObjectStorage(Storage):
 
     @property
     def local(self) -> Path:
-        return _scratch()
+        return scratch()
 
     def read(self, name: str) -> bytes:
         return self._call("read", name, self._fs.cat_file)
@@ -96,7 +95,7 @@ class ObjectStorage(Storage):
         local.stat()
         self._call("written", name, lambda path: self._fs.put_file(str(local), path))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, durably: bool = False) -> None:
         with suppress(FileNotFoundError):
             self._call("deleted", name, self._fs.rm_file)
 
@@ -117,23 +116,18 @@ class ObjectStorage(Storage):
         copy.unlink(missing_ok=True)
 
     def new_file(self, name: str) -> Path:
-        return _scratch() / f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
+        return scratch() / f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
 
     def publish(self, local: Path, name: str) -> None:
         self.write_file(name, local)
         local.unlink()
 
     def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=_scratch()))
+        return Path(tempfile.mkdtemp(dir=scratch()))
 
     def clean(self) -> int:
-        """Objects are never partly written; deletes local files of ended processes of this machine."""
-        count = 0
-        for folder in _scratch().parent.iterdir():
-            if folder.name.isdigit() and not Path(f"/proc/{folder.name}").exists():
-                count += sum(1 for path in folder.rglob("*") if path.is_file())
-                shutil.rmtree(folder, ignore_errors=True)
-        return count
+        """Objects are never partly written; deletes local folders of ended processes of this machine."""
+        return clean_scratch()
 
     def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
         from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
@@ -194,10 +188,3 @@ def _options(protocol: str) -> dict[str, Any]:
     if protocol in ("s3", "s3a"):
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
     return {key: value for key, value in options.items() if key not in conf.get(protocol, {})}
-
-
-def _scratch() -> Path:
-    """This process's folder for files before upload and after download, below TMPDIR."""
-    folder = Path(tempfile.gettempdir()) / f"imagen-precompute-{os.getuid()}" / str(os.getpid())
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder

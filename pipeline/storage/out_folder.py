@@ -53,22 +53,6 @@ def check_out(run: RunFolder, workflow: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_place(option: str, out: str) -> None:
-    """Refuses a local file or folder that cannot be made. Writes nothing.
-
-    Raises:
-        ConfigError: something above it is a file, or a folder that may not be written to; begins with `option`.
-    """
-    place = os.path.abspath(os.path.expanduser(out))
-    above = os.path.dirname(place)
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise ConfigError(f"{option} {out}: cannot be made, as {above} is no folder; choose another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option} {out}: cannot be made, as {above} may not be written to; choose another place")
-
-
 def _inputs(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Key and path of everything that a configuration reads; of a pattern, the folder before its wildcards."""
     if isinstance(value, Mapping):
@@ -143,5 +127,5 @@ def _foreign_entries(storage: Storage) -> Sequence[str]:
 
 def _workflow_of(storage: Storage) -> str | None:
     """The workflow of the last run in the folder."""
-    plan = storage.read_json(PLAN)
+    plan = storage.read_json_if_whole(PLAN)
     return plan.get("workflow") if isinstance(plan, dict) else None

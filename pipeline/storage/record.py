@@ -1,13 +1,25 @@
 """Completion records: the files of each finished (group, shard), and what they were made from."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.fingerprint import digest
+
+_DIGEST = "digest"
+_DIGITS = 5
+
 
 def shard_name(index: int) -> str:
     """The name of a shard in file names and messages: its index, with at least five digits."""
-    return f"{index:05d}"
+    return f"{index:0{_DIGITS}d}"
+
+
+def shard_of(file: str) -> int | None:
+    """The index of the shard that a file name like 00012.r1.parquet belongs to; None for other names."""
+    digits = file.partition(".")[0]
+    return int(digits) if len(digits) >= _DIGITS and digits.isascii() and digits.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +53,24 @@ class Record:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Record":
-        return cls(**{**value, "files": tuple(CommittedFile(**file) for file in value["files"])})
+    def from_json(cls, value: Any) -> "Record":
+        """The record in a JSON value.
+
+        Raises:
+            ValueError: it is not one, or was changed since it was written.
+        """
+        try:
+            fields = dict(value)
+            written = fields.pop(_DIGEST, None)  # records of earlier versions have none
+            if written not in (None, digest(fields)):
+                raise ValueError("its digest is another")
+            return cls(**{**fields, "files": tuple(CommittedFile(**file) for file in fields["files"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a record: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = json.loads(json.dumps(asdict(self)))  # as it will be read
+        return {**fields, _DIGEST: digest(fields)}
 
     @property
     def file(self) -> CommittedFile:

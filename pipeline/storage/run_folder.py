@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.storage import LocalStorage, Storage
-from pipeline.storage.files import file_digest
+from pipeline.storage.files import damaged, file_digest
 from pipeline.storage.lock import Lease, RunLock
 from pipeline.storage.open import open_storage
-from pipeline.storage.record import CommittedFile, Record, shard_name
+from pipeline.storage.record import CommittedFile, Record, shard_name, shard_of
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -70,16 +71,34 @@ class RunFolder:
         return f"{QUARANTINE}/{group}/{shard}.jsonl"
 
     def read_record(self, group: str, shard: str) -> Record | None:
-        """The completion record, or None if this (group, shard) is not finished."""
-        value = self.storage.read_json(self.record_name(group, shard))
-        return None if value is None else Record.from_json(value)
+        """The completion record, or None if this (group, shard) is not finished; a damaged one is unfinished work."""
+        value = self.storage.read_json_if_whole(self.record_name(group, shard))
+        if value is None:
+            return None
+        try:
+            record = Record.from_json(value)
+        except ValueError:
+            return None
+        return record if (record.group, shard_name(record.shard)) == (group, shard) else None
+
+    def read_engine_file(self, name: str) -> dict[str, Any] | None:
+        """What every run writes anew: its plan or its summary; None if there is none.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        remedy = "the same `pipeline run` again writes it anew"
+        value = self.storage.read_json(name, remedy)
+        if value is not None and not isinstance(value, dict):
+            raise damaged(f"{self.url}/{name}", "no mapping", remedy)
+        return value
 
     def write_record(self, record: Record) -> None:
         """Declares a (group, shard) finished."""
         self.storage.write_json(self.record_name(record.group, shard_name(record.shard)), record.to_json())
 
     def records(self, group: str) -> Iterator[Record]:
-        """All completion records of a group in shard order, a few at a time."""
+        """All completion records of a group in shard order, a few at a time; without damaged ones."""
         names = map(shard_name, sorted(self.recorded_shards(group)))
         for record in self.storage.map(lambda name: self.read_record(group, name), names):
             if record is not None:
@@ -87,8 +106,8 @@ class RunFolder:
 
     def recorded_shards(self, group: str) -> Iterator[int]:
         """Indices of the shards with a completion record, in no order."""
-        names = self.storage.names(f"state/{group}")
-        yield from (int(name.removesuffix(".json")) for name in names if name[0].isdigit())
+        found = map(shard_of, self.storage.names(f"state/{group}"))
+        yield from (index for index in found if index is not None)
 
     def started_groups(self) -> list[str]:
         """Groups that any run of the folder has started, sorted."""
@@ -136,8 +155,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self, *, take_over: bool = False) -> Iterator[Lease]:
-        """Holds the folder for this process while the block runs; see `RunLock`."""
+        """Holds the folder for this process while the block runs, without what killed ones left half-written; see
+        `RunLock`."""
         with RunLock(self.storage, take_over=take_over) as lease:
+            self.storage.clean()
             self.lease = lease
             try:
                 yield lease

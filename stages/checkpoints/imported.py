@@ -12,14 +12,15 @@ import yaml
 
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
-from pipeline.storage.files import write_text
-from pipeline.storage.out_folder import check_place
+from pipeline.storage.files import TEMPORARY_MARK, commit_folder, file_digest, make_folder, write_text
 from stages.encoders.t5 import T5EncoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from imagen_core.diffusion import DenoiserConfig
+
+_SAMPLE = "sample.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,20 @@ class ImportedStage:
 
 
 def new_folder(out: str) -> Path:
-    """The folder of --out; ConfigError if it is not empty, or cannot be made."""
+    """The folder of --out; ConfigError if it holds anything but an import, which `write_stages` compares."""
     target = Path(out)
-    check_place("--out", out)
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"--out {out}: is a file; give a new folder")
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty; give a new folder")
+    check_above(target, out)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _SAMPLE).exists())):
+        wrong = "is not empty" if target.is_dir() else "is a file"
+        raise ConfigError(f"--out {out}: {wrong}; give a new folder")
     return target
+
+
+def check_above(target: Path, out: str) -> None:
+    """ConfigError if a file is where a folder above `target` would have to be."""
+    for above in target.absolute().parents:
+        if above.is_file():
+            raise ConfigError(f"--out {out}: {above} is a file, not a folder; give another place")
 
 
 def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
@@ -89,18 +96,36 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
 
 
 def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
-    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; or nothing, if the
-    tensors of a stage do not fit."""
+    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
+
+    Raises:
+        ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
+            that a killed import may be started again, whatever it had done.
+    """
+    make_folder(target.absolute().parent)
+    temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        result = _write_stages(temporary, target, stages, encoder)
+        if not target.exists() or not any(target.iterdir()):
+            commit_folder(temporary, target)
+        elif not _same_files(temporary, target):
+            raise ConfigError(f"--out {target}: holds another import; give a new folder")
+        return result
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_stages(
+    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]
+) -> CommandResult:
+    """Writes into `folder` what will be at `target`."""
     session, rows = [], []
     for index, stage in enumerate(stages):
         run = target / f"unet-{index}"
-        try:
-            path = _write_checkpoint(run, stage, encoder)
-        except ConfigError:
-            shutil.rmtree(target, ignore_errors=True)  # it was a new folder
-            raise
+        path = run / _write_checkpoint(folder / run.name, stage, encoder).relative_to(folder / run.name)
         _write_yaml(
-            run / "train.yaml",
+            folder / run.name / "train.yaml",
             {
                 "denoiser": stage.config.model_dump(mode="json"),
                 "init_from": {"path": str(run.absolute())},
@@ -109,11 +134,17 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
         )
         session.append({"checkpoint": str(run.absolute()), "sampling": dict(stage.sampling)})
         rows.append({"stage": index, "weights": stage.source, "checkpoint": str(path)})
-    _write_yaml(target / "sample.yaml", {"stages": session})
+    _write_yaml(folder / _SAMPLE, {"stages": session})
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
     lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
-    return {"stages": rows, "sample": str(target / "sample.yaml")}, lines, EXIT_OK
+    return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
+
+
+def _same_files(new: Path, old: Path) -> bool:
+    """Whether every file of an import is in another folder with the same bytes; runs may have added others."""
+    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    return all((old / file).is_file() and file_digest(new / file) == file_digest(old / file) for file in files)
 
 
 def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any]) -> Path:

@@ -1,7 +1,6 @@
 """What an encoder is: the settings that all encoders share, those of text encoders, and those of image encoders."""
 
 import json
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.errors import ConfigError, MachineError
 from pipeline.executors.base import usable_cpus
+from pipeline.storage.scratch import temporary_folder
 from stages.captions import NORMALISATION
 from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
 from stages.encoders.model_files import ModelFiles, find_model
@@ -202,8 +202,8 @@ class FrozenModelConfig(Config):
         if self.model != TINY_MODEL:
             yield find_model(self.model, self.revision)
             return
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / TINY_MODEL
+        with temporary_folder() as parent:
+            folder = parent / TINY_MODEL
             write_tiny_model(folder)
             yield find_model(str(folder), None)
 

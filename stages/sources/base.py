@@ -1,7 +1,6 @@
 """What a source is: a stream of shards in the driver, and the reading of one shard in a worker."""
 
 import sqlite3
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from pipeline.storage.scratch import temporary_folder
 from stages.captions import clean_captions
 from stages.sources.annotations import Annotations, has_label
 from stages.sources.records.cells import BadCell
@@ -258,8 +258,8 @@ class Source(ABC):
         if "captions" in self.layout:
             return [Original.of(row).cleaned().captions or () for row in rows]
         found: list[tuple[str, ...]] = []
-        with tempfile.TemporaryDirectory() as scratch:
-            self.fetch(shard, rows, Path(scratch), lambda original: found.append(original.cleaned().captions or ()))
+        with temporary_folder() as scratch:
+            self.fetch(shard, rows, scratch, lambda original: found.append(original.cleaned().captions or ()))
         return found
 
     def estimate_rows(self) -> int | None:

@@ -5,10 +5,7 @@ that a later run found in addition, and so on; each is written before the first 
 """
 
 import json
-import os
 import sqlite3
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +13,9 @@ from pathlib import Path
 
 from pipeline.errors import StaleOutputError
 from pipeline.stage import Shard
+from pipeline.storage.files import damaged
 from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.scratch import temporary_file
 from stages.sources.base import InputPart, Source
 from stages.sources.files import named_parts
 from stages.sources.tree import encoded
@@ -63,7 +62,7 @@ class InputBatches:
     def _new_parts(self) -> Path:
         """The list of new parts; the first call compares the source with the recorded parts."""
         if self._new is None:
-            self._new = _temporary(self)
+            self._new = temporary_file(self, "pipeline-input-")
             self._compare(self._new)
             if self._lost and not set(self.run.recorded_shards(self.row_group)):
                 self._files = []
@@ -82,7 +81,7 @@ class InputBatches:
         """Takes parts that are gone out of their batch, and records changed ones as they are now."""
         with closing(_KnownParts(self.source, self.source.parts())) as present:
             for file in self._files:
-                parts = _parse(self.run.storage.read_lines(file))
+                parts = self._batch(file)
                 self._write(file, (left for part in parts if (left := present.part_of(part)) is not None))
         assert self._new is not None
         self._compare(self._new)
@@ -94,7 +93,20 @@ class InputBatches:
 
     def _recorded(self) -> Iterator[InputPart]:
         for number, file in enumerate(self._files, start=1):
-            yield from _parse(self.run.storage.read_lines(file), number)
+            yield from self._batch(file, number)
+
+    def _batch(self, file: str, batch: int = 0) -> Iterator[InputPart]:
+        """The parts that a list has.
+
+        Raises:
+            ConfigError: the list is damaged.
+        """
+        remedy = "restore it from a copy: it has the input of this run's shards"
+        for number, entry in enumerate(self.run.storage.read_json_lines(file, remedy), start=1):
+            try:
+                yield InputPart(**entry, batch=batch)
+            except TypeError as error:
+                raise damaged(f"{self.run.url}/{file} line {number}", error, remedy) from error
 
     def _parts(self) -> Iterator[InputPart]:
         yield from self._recorded()
@@ -195,12 +207,3 @@ def _dump(file: Path, parts: Iterable[InputPart]) -> None:
             if part.rows is not None:
                 entry.update(first=part.first, rows=part.rows)
             lines.write(json.dumps(entry) + "\n")
-
-
-def _temporary(owner: object) -> Path:
-    """An empty local file that is deleted with its owner."""
-    number, name = tempfile.mkstemp(prefix="pipeline-input-")
-    os.close(number)
-    path = Path(name)
-    weakref.finalize(owner, path.unlink, missing_ok=True)
-    return path

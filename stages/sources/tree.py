@@ -12,6 +12,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
+from pipeline.storage.disk import takes_no_data
 from stages.sources.files import READABLE, open_filesystem
 
 _READS_AT_ONCE = 16
@@ -152,6 +153,8 @@ class Tree:
             with open(self._path(name), "rb") as file:
                 return file.read()
         except OSError as error:
+            if takes_no_data(error):  # too many open files are no property of this one
+                raise
             return error
 
     def _read_far(self, names: Sequence[str]) -> Content:

@@ -1,6 +1,7 @@
 """A full disk ends the run with a message that names it; with room again, the same command resumes."""
 
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagen_core.store import cast_embedding, write_embedding_shard
 from imagen_core.store.files import hdf5
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.events import EventLog
-from tests.commands import call, precompute
+from tests.commands import call, precompute, summary
 from tests.runs import SMALL, events, store_bytes
 
 
@@ -119,6 +121,28 @@ def test_a_full_disk_is_known_by_number_or_text_and_other_errors_are_not() -> No
     assert takes_no_data(OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"))
     assert not takes_no_data(FileNotFoundError(errno.ENOENT, "No such file or directory"))
     assert not takes_no_data(ValueError("28"))
+
+
+def test_too_many_open_files_end_the_run_and_drop_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be opened for that reason is neither missing nor unreadable."""
+    (tmp_path / "input").mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"input/{number}.png")
+        (tmp_path / f"input/{number}.txt").write_text("an image\n")
+    settings = ("source.kind=folder", f"source.path={tmp_path}/input", "images.sizes_px=[8]")
+
+    def too_many(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith("2.png"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr("stages.sources.tree.open", too_many, raising=False)
+    stopped = precompute(tmp_path / "run", *settings)
+    assert stopped.code == 4
+    assert "ulimit -n" in stopped.err
+    monkeypatch.undo()
+    assert precompute(tmp_path / "run", *settings).code == 0
+    assert summary(tmp_path / "run")["tally"]["groups"]["samples"]["rows"] == 4
 
 
 def test_the_message_names_the_file_systems_place(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """A trained model as one safetensors file that holds its configuration: to share, to sample, to train on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
 
-from imagen_core.files import file_digest, fsync_path, share, sort_metadata
+from imagen_core.files import file_digest, share, sort_metadata
 from imagen_core.sealed import SEAL, UNSEALED, DamagedFileError, check_tensors, seal_tensors
 from imagen_core.train.checkpoints.record import ExportRecord, wrong_fields
 from imagen_core.train.errors import CheckpointError
@@ -18,23 +17,18 @@ _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_toke
 
 
 def write_model(path: Path, model: Any) -> None:
-    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs, and
-    the file's own digest; atomic and durable."""
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata all else that sampling needs, and a digest.
+
+    The same model gives the same bytes. Temporary names, fsync and renames are up to the caller.
+    """
     metadata = {field: getattr(model, field) for field in _FIELDS if field != "denoiser"}
     metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
-    temporary = path.with_name(f".tmp-{path.name}")
     entries = {"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True), SEAL: UNSEALED}
-    try:
-        save_file(tensors, temporary, metadata=entries)
-        sort_metadata(temporary)
-        seal_tensors(temporary)
-        share(temporary)
-        fsync_path(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    save_file(tensors, path, metadata=entries)
+    sort_metadata(path)
+    seal_tensors(path)
+    share(path)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], str]:

@@ -39,7 +39,7 @@ def report_command(path: str) -> CommandResult:
 
 def _content(store: Store, run: RunFolder) -> dict[str, Any]:
     sizes = group_bytes(store)
-    summary = run.storage.read_json(SUMMARY)
+    summary = run.read_engine_file(SUMMARY)
     return {
         "title": run.url.rpartition("/")[2],
         "num_samples": len(store),

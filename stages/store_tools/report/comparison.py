@@ -18,8 +18,8 @@ def compare_with_plan(run: RunFolder, sizes: Mapping[str, int]) -> dict[str, Any
     Args:
         sizes: bytes on disk of each group.
     """
-    saved: dict[str, Any] | None = run.storage.read_json(ESTIMATE)
-    plan = run.storage.read_json(PLAN)
+    saved: dict[str, Any] | None = run.storage.read_json(ESTIMATE, "delete it, or run `pipeline plan --save` again")
+    plan = run.read_engine_file(PLAN)
     if saved is None or plan is None:
         return None
     if saved["fingerprints"] != plan["fingerprints"]:

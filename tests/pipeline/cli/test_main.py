@@ -1,7 +1,9 @@
 """The options of the `pipeline` command itself."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -127,3 +129,40 @@ def test_no_remedy_names_a_package_of_the_index_that_is_not_there() -> None:
     texts = [path for path in files if path.suffix in (".py", ".md", ".yaml")]
     assert len(texts) > 100
     assert [path for path in texts if "imagen-precompute[" in path.read_text("utf-8")] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "are free on the file system at"),
+        (errno.EDQUOT, "are free on the file system at"),
+        (errno.EROFS, "are free on the file system at"),
+        (errno.EMFILE, "Raise the limit, as with ulimit -n"),
+        (errno.EIO, "The disk, or the connection to it, failed"),
+        (errno.EACCES, "This user may not do that"),
+    ],
+)
+@pytest.mark.parametrize("command", [["verify"], ["remove", "--compact"], ["export", "--out", "{}/a.safetensors"]])
+def test_what_the_machine_refuses_is_explained_whatever_the_command(
+    command: list[str], number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pipeline.workflow.load_command", lambda name: refused)
+    result = call(command[0], str(tmp_path), *(word.format(tmp_path) for word in command[1:]))
+    assert result.code == 4
+    assert result.err.startswith(f"error: {tmp_path}: ")
+    assert os.strerror(number) in result.err
+    assert words in result.err
+
+
+def test_what_the_machine_refuses_is_explained_in_commands_that_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "plan.json"))
+
+    monkeypatch.setattr("pipeline.engine.status.run_status", refused)
+    result = call("status", str(tmp_path))
+    assert (result.code, f"{tmp_path}: OSError" in result.err) == (4, True)

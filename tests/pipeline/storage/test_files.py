@@ -1,5 +1,6 @@
 """Files are whole or absent, whenever the process stops."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from imagen_core.store import StoreFolder
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.tally import Tally
+from pipeline.errors import ConfigError
 from pipeline.options import RunOptions
-from pipeline.storage import files
+from pipeline.storage import LocalStorage, files
 from pipeline.storage.files import (
     TEMPORARY_MARK,
     commit_file,
+    commit_folder,
     file_digest,
+    read_json,
     remove_temporaries,
     temporary_name,
     write_json,
@@ -80,6 +85,72 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["f.txt"]
 
 
+def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(tmp_path / "f.txt", "new")
+    assert caught.value.filename == str(tmp_path / "f.txt")
+
+
+def test_new_folders_are_durable_before_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(files, "fsync_path", lambda path: synced.append(path.name))
+    write_text(tmp_path / "a" / "b" / "f.txt", "x")
+    assert [name if ".tmp-" not in name else "file" for name in synced] == [tmp_path.name, "a", "file", "b"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_hard_links_creates_a_file_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_links)
+    for storage in (LocalStorage(tmp_path), StoreFolder(tmp_path / "store")):
+        assert storage.create("f.json", b"first")
+        assert not storage.create("f.json", b"second")
+        assert (tmp_path / "f.json").read_bytes() == b"first"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["f.json", "f.json", "store"]
+
+
+def test_other_errors_of_links_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    for storage in (LocalStorage(tmp_path), StoreFolder(tmp_path)):
+        with pytest.raises(OSError, match="No space left"):
+            storage.create("f.json", b"first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_files_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / ".tmp-model" / "a" / "f.txt", "x")
+    write_text(tmp_path / ".tmp-model" / "g.txt", "y")
+    synced: list[str] = []
+    monkeypatch.setattr(files, "fsync_path", lambda path: synced.append(path.name))
+    commit_folder(tmp_path / ".tmp-model", tmp_path / "model")
+    assert sorted(synced) == sorted([".tmp-model", "a", "f.txt", "g.txt", tmp_path.name])
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")} == {
+        "model/a/f.txt",
+        "model/g.txt",
+    }
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", bytes(8)])
+def test_a_damaged_file_is_refused_by_name(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_bytes(data)
+    for read in (lambda: read_json(tmp_path / "f.json"), lambda: LocalStorage(tmp_path).read_json("f.json")):
+        with pytest.raises(ConfigError, match=r"f\.json: is damaged \(.*\); restore it from a copy, or delete it"):
+            read()
+    assert LocalStorage(tmp_path).read_json_if_whole("f.json") is None
+    assert read_json(tmp_path / "absent.json") is None
+
+
 def test_json_is_sorted_readable_and_the_same_every_time(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "f.json"
     write_json(path, {"b": 1, "a": "é 🐈"})
@@ -111,6 +182,20 @@ def test_a_run_ends_without_what_its_dead_workers_left(tmp_path: Path, monkeypat
     workflow = Toy(ToyConfig.model_validate({"toy": {"num_shards": 2}}))
     workflow.run(tmp_path / "run", RunOptions("inline", quiet=True))
     assert sorted(p.name for p in (tmp_path / "run" / "store" / "squares").iterdir()) == ["00000.txt", "00001.txt"]
+
+
+def test_half_written_files_of_linked_groups_are_removed_and_those_of_other_runs_are_not(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for name in ("run/store", "run/training", "run/input", "disk/images-64", "disk/data"):
+        (tmp_path / name).mkdir(parents=True)
+    (run / "store" / "images-64").symlink_to(disk / "images-64")
+    (run / "input" / "data").symlink_to(disk / "data")
+    (run / "training" / ".lock").touch()  # another run, perhaps at work
+    left = [disk / "data" / ".tmp-1-mine", run / "training" / ".tmp-2-plan.json"]
+    for path in (*left, disk / "images-64" / ".tmp-3-00000.h5", run / ".tmp-4-config.yaml"):
+        path.write_text("half")
+    LocalStorage(run).clean()
+    assert sorted(path for path in tmp_path.rglob(".tmp-*") if path.is_file()) == sorted(left)
 
 
 def test_only_what_is_half_written_is_removed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One run at a time, on a local folder and on S3."""
 
+import errno
 import json
 import re
 import socket
@@ -69,6 +70,50 @@ def test_a_run_without_a_sign_of_life_is_taken_over(run: RunFolder) -> None:
     assert not is_running(run.storage)
     with run.lock() as lease:
         lease.check()
+
+
+@pytest.mark.parametrize("data", [b"", b'{"owner": "oth', bytes(40), b"null", b'{"owner": 3}'])
+def test_a_lease_that_cannot_be_read_locks_nobody_out(
+    data: bytes, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_POLL_S", 0.0)
+    run.storage.write(LEASE, data)
+    assert not is_running(run.storage)
+    with run.lock() as lease:
+        lease.check()
+
+
+def test_a_lease_from_a_clock_that_is_ahead_ends_if_nobody_renews_it(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "EXPIRE_S", 0.05)
+    monkeypatch.setattr(lock, "_POLL_S", 0.01)
+    lease_of(run, host="node-3", renewed_s_ago=-86400)
+    assert not is_running(run.storage)
+    with run.lock() as lease:
+        lease.check()
+
+
+def test_a_lease_from_a_clock_that_is_ahead_holds_if_it_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(lock, "EXPIRE_S", 100.0)
+    lease_of(run, host="node-3", renewed_s_ago=-86400)
+    monkeypatch.setattr(time, "sleep", lambda _: lease_of(run, host="node-3", renewed_s_ago=-86401))
+    with pytest.raises(LockedError, match=r"last renewal in 864\d\d s, by a clock that is ahead"), run.lock():
+        pass
+
+
+def test_the_state_of_a_folder_on_a_read_only_disk_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(lock.FileLock, "acquire", read_only)
+    for ago, running in ((1, True), (10_000, False)):
+        lease_of(run, host=socket.gethostname(), renewed_s_ago=ago)
+        assert is_running(run.storage) is running
 
 
 def test_a_live_run_can_be_taken_over_on_request_and_then_knows_it(run: RunFolder) -> None:

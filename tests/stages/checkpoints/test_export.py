@@ -23,15 +23,6 @@ def test_a_place_below_a_file_is_refused_by_name(tmp_path: Path, command: list[s
     assert str(tmp_path / "file") in result.err
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.access", lambda place, mode: str(place) != str(tmp_path))
-    result = call("import", "minimagen", "nothing", "--out", str(tmp_path / "new"))
-    assert result.code == 2
-    assert f"cannot be made, as {tmp_path} may not be written to" in result.err
-
-
 def test_a_damaged_checkpoint_of_an_object_store_is_named_by_its_place() -> None:
     place = "memory://far-checkpoint/checkpoints/step-00000002/state.json"
     fsspec.filesystem("memory").pipe_file(place, b"{")
