@@ -18,7 +18,8 @@ import torch
 from benchmarks.common import report
 from benchmarks.store_formats import Captions, write_store
 from imagen_core.train import TrainConfig, train
-from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.models.count import count_parameters
 

@@ -26,11 +26,17 @@ class DamagedFileError(ValueError):
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically and durably, with the digest of its text as the last field."""
+    """Writes a JSON object atomically and durably, with the digest of its text as the last field. One process only
+    may write it at a time."""
+    write_durably(path, sealed(value))
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """The content of a file for `read_sealed`."""
     text = json.dumps(value, indent=1, ensure_ascii=False).removesuffix("}").rstrip()
     start = text + ("\n " if text == "{" else ",\n ")
     data = start.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
-    write_durably(path, data + (_TAIL % hashlib.sha256(data).hexdigest()).encode())
+    return data + (_TAIL % hashlib.sha256(data).hexdigest()).encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -88,6 +88,16 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML whose keys are what is written: `null: x.npy` has the key `null`, and `on: 1` the key `on`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: Path) -> Tree:
     """Reads a YAML mapping.
 
@@ -95,10 +105,21 @@ def read_yaml(path: Path) -> Tree:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"config file {path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    return parse_yaml(data, path)
+
+
+def parse_yaml(data: bytes, path: Path | str) -> Tree:
+    """The mapping in the content of a YAML file; `path` names it.
+
+    Raises:
+        ConfigError: it is not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.load(data.decode(), _YamlLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -163,8 +184,8 @@ _GLOB_STARTS = ("*", "{", "?", "%")
 def _parse_value(override: str, text: str) -> object:
     """The value as YAML; paths that are not valid YAML, such as `*.csv` and `{00..09}.tar`, stay as they are."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _YamlLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if text.startswith(_GLOB_STARTS):
             return text
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error

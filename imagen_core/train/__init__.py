@@ -8,6 +8,7 @@ from imagen_core.train.errors import (
     CheckpointError,
     CheckpointMismatchError,
     NonFiniteLossError,
+    StoreLostError,
     TrainError,
     TrainingStopped,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "OnlineEncoder",
     "OptimizerConfig",
     "ParameterGroup",
+    "StoreLostError",
     "TrainConfig",
     "TrainError",
     "TrainingProgress",

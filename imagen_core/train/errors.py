@@ -17,5 +17,17 @@ class NonFiniteLossError(TrainError):
     """The loss or a gradient is not finite; the weights are the ones before this step."""
 
 
+class StoreLostError(TrainError):
+    """The store could not be read any more; a checkpoint was saved.
+
+    Attributes:
+        again: whether the same command can go on later, without anybody mending anything.
+    """
+
+    def __init__(self, message: str, *, again: bool = False) -> None:  # the default is for pickle
+        super().__init__(message)
+        self.again = again
+
+
 class TrainingStopped(TrainError):
     """The training received a request to stop, and saved a checkpoint."""

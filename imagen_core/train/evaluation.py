@@ -21,8 +21,10 @@ from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.dropout import NO_DROPOUT
 from imagen_core.train.data.example import all_conditions, make_example
 from imagen_core.train.data.randomness import RandomStream, mix
+from imagen_core.train.data.store import agree
 from imagen_core.train.data.stream import Batch, full_images, loader_options, random_views, read_batches
 from imagen_core.train.parallel.precision import autocast_dtype, weights_dtype
+from imagen_core.train.parallel.wrap import is_sharded
 
 
 @torch.no_grad()
@@ -37,7 +39,8 @@ def validation_loss(context: TrainingContext) -> float:
     loader = Loader(context.store, replace(options, **order, samples=samples, crop=random_views(fixed)))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     done = 0
-    for raw in read_batches(loader, config, context.encode):
+    errors: list[Exception] = []
+    for raw in read_batches(loader, config, context.encode, errors):
         state = loader.state_dict()
         size = (state["position"] or len(samples)) - done
         first = done + world.rank * size // world.size
@@ -46,6 +49,7 @@ def validation_loss(context: TrainingContext) -> float:
         losses = context.loss(make_example(batch, fixed, context.denoiser, world.device, step=0))
         total += losses[: len(batch.keys)].sum().double()
         done += size
+    agree(world, errors)
     return float(world.sum(total)) / len(samples)
 
 
@@ -82,7 +86,9 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
     settings, count = config.denoiser, min(config.grid.num_images, len(context.store))
     assert isinstance(settings, DenoiserConfig)
     first = len(context.store) - config.validation.num_samples if config.validation.num_samples >= count else 0
-    raw = next(_read_all(context, count, range(first, first + count)))
+    errors: list[Exception] = []
+    raw = next(_read_all(context, count, range(first, first + count), errors))
+    agree(context.world, errors)
     shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
     dtype = weights_dtype(config.precision)
     conditioning = all_conditions(raw, settings.unet, device, dtype)
@@ -117,8 +123,15 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     generated: dict[int, list[Tensor]] = {steps: [] for steps in config.validation.similarity_num_steps}
     images, texts = [], []
     batch_size = config.micro_batch_size or config.batch_size
+    errors: list[Exception] = []
+    batches = _read_all(context, batch_size, _validation_samples(context), errors)
+    if is_sharded(config, context.world):  # processes meet in each batch, so all must be readable
+        batches = list(batches)
+        agree(context.world, errors)
     with _autocast(context):
-        for raw in _read_all(context, batch_size, _validation_samples(context)):
+        for raw in batches:
+            if errors:
+                break
             conditioning = all_conditions(raw, config.denoiser.network, context.world.device, dtype)
             assert conditioning.image_embed is not None
             assert conditioning.text_embed is not None
@@ -129,6 +142,7 @@ def similarities(context: TrainingContext) -> dict[str, float]:
                 seeds = [sum(map(len, rows)) + row for row in range(len(raw["keys"]))]
                 settings = PriorSamplingConfig(num_steps=steps)
                 rows.append(generate_embeddings(context.denoiser, captions, seeds, settings, dtype=dtype))
+    agree(context.world, errors)
     found: dict[str, float] = {}
     for steps, rows in generated.items():
         for name, value in asdict(prior_similarities(torch.cat(rows), torch.cat(images), torch.cat(texts))).items():
@@ -136,11 +150,13 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     return found
 
 
-def _read_all(context: TrainingContext, batch_size: int, samples: range) -> Iterator[Mapping[str, Any]]:
-    """Batches of full images in the store's order, the same on every process."""
+def _read_all(
+    context: TrainingContext, batch_size: int, samples: range, errors: list[Exception]
+) -> Iterator[Mapping[str, Any]]:
+    """Batches of full images in the store's order, the same on every process; `errors` as of `read_batches`."""
     options = loader_options(context.config, batch_size, online=context.encode is not None)
     options = replace(options, shuffle=False, samples=samples, crop=full_images(context.config))
-    return read_batches(Loader(context.store, options), context.config, context.encode)
+    return read_batches(Loader(context.store, options), context.config, context.encode, errors)
 
 
 def _autocast(context: TrainingContext) -> torch.autocast:

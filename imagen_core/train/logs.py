@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from imagen_core.files import write_durably
+from imagen_core.files import make_folder, write_durably
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
 
@@ -42,7 +42,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         kept = [line for line in read_metrics(path, warn=True) if line["step"] <= resumed_step]
         if path.exists():
             write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -14,7 +14,7 @@ from imagen_core.files import append_line
 from imagen_core.train.checkpoints.checkpoint import changed_fields
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.stream import training_samples
+from imagen_core.train.data.store import training_samples
 
 _SCHEDULES = ("logging.", "checkpoints.", "validation.", "grid.")
 

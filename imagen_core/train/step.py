@@ -28,11 +28,13 @@ class StepResult:
         loss: mean over the global batch.
         grad_norm: of the gradients before clipping; not finite in a skipped step of float16.
         stopping: whether any process wants to stop.
+        lost: whether any process could not read its part of the batch; then nothing was changed.
     """
 
     loss: float
     grad_norm: float
     stopping: bool
+    lost: bool = False
 
 
 def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Path, *, stop: bool) -> StepResult:
@@ -50,9 +52,13 @@ def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Pa
     total, recorded = _backward(context, state, batch, scale)
     norm = _clip_gradients(context, scale)
     broken = (~torch.isfinite(total + norm)).double()
-    sums = torch.stack([total, norm.double() / world.size, broken, total.new_tensor(float(stop))])
+    flags = total.new_tensor([float(stop), float(batch.error is not None)])
+    sums = torch.cat([torch.stack([total, norm.double() / world.size, broken]), flags])
     sums = world.sum(torch.cat([sums, recorded.flatten()])).tolist()  # the one time a step waits for the GPU
-    (loss, norm, broken, stopping), sums = sums[:4], sums[4:]
+    (loss, norm, broken, stopping, lost), sums = sums[:5], sums[5:]
+    if lost:
+        state.optimizer.zero_grad(set_to_none=True)
+        return StepResult(math.nan, math.nan, stopping > 0, lost=True)
 
     mean_loss = loss / batch.global_size
     overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1

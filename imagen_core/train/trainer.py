@@ -4,9 +4,9 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,9 +35,10 @@ from imagen_core.train.data.encoders import encoder_records
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.data.randomness import RandomStream, mix
-from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.data.store import UnreadableError, agree, open_store, opened_again, store_lost
+from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.errors import TrainError, TrainingStopped
+from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_loss
 from imagen_core.train.logs import Loggers, last_values
 from imagen_core.train.loss import TrainingLoss
@@ -49,6 +50,8 @@ from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.start import TrainingStart, record_start, training_start
 from imagen_core.train.step import take_step
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ def train(
         TrainError: settings, store or checkpoint do not fit; see its children.
         NonFiniteLossError: the batch's keys are in `out/nan/`.
         TrainingStopped: should_stop returned true; a checkpoint was saved.
-        StoreError: the store cannot be read.
+        StoreLostError: the store cannot be read any more; a checkpoint was saved.
+        StoreError: it cannot be read from the beginning.
     """
     with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
         # Model: the same random weights on every process.
@@ -158,6 +162,7 @@ class TrainingRun:
         self, context: TrainingContext, out: Path, state: TrainState, loggers: Loggers, encoders: dict[str, Any]
     ):
         """`encoders`: the `encoder_records` that checkpoints keep."""
+        self._saved_step = state.step
         self.context, self.out, self.state, self.loggers, self.encoders = context, out, state, loggers, encoders
         self.config, self.world = context.config, context.world
         self.last: dict[str, Any] = {}
@@ -181,6 +186,8 @@ class TrainingRun:
                 batch = stream.next()
                 stop = should_stop is not None and should_stop()
                 result = take_step(context, state, batch, self.out, stop=stop)
+                if result.lost:
+                    raise UnreadableError(batch.error)
                 loader_state = batch.loader_state
                 meter.add(result.loss, result.grad_norm, batch.global_size)
                 step, last, stopping = state.step, state.step == config.num_steps, result.stopping
@@ -195,9 +202,33 @@ class TrainingRun:
                     if stopping and not last:
                         raise TrainingStopped(f"stopped after step {step}, and saved its checkpoint")
                     self._evaluate(step, last=last)
+        except UnreadableError as unreadable:
+            if state.step > self._saved_step:
+                self._save(loader_state)
+            raise store_lost(unreadable.error, config, state.step, self.world) from unreadable.error
         finally:
             stream.close()
         return self._summary(checkpoint)
+
+    def _of_store(self, evaluate: Callable[[TrainingContext], T]) -> T:
+        """What `evaluate` makes of the store, also if that was compacted, or made again with the same samples.
+
+        Raises:
+            UnreadableError: it cannot be read any more.
+        """
+        try:
+            return evaluate(self.context)
+        except UnreadableError as unreadable:
+            store, errors = self.context.store, []
+            if unreadable.error is not None:
+                try:
+                    online = self.context.encode is not None
+                    store = opened_again(store, self.config, unreadable.error, online=online)
+                except StoreLostError as error:
+                    errors.append(error)
+            agree(self.world, errors)
+        self.context = replace(self.context, store=store)
+        return evaluate(self.context)
 
     def _evaluate(self, step: int, *, last: bool) -> None:
         """Validation losses and grids, if it is their step."""
@@ -263,13 +294,13 @@ class TrainingRun:
 
     def _validate(self) -> None:
         with self._evaluating(averaged=False):
-            plain = validation_loss(self.context)
+            plain = self._of_store(validation_loss)
         with self._evaluating(averaged=True):
-            averaged = validation_loss(self.context)
+            averaged = self._of_store(validation_loss)
         values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
-                values |= similarities(self.context)
+                values |= self._of_store(similarities)
         self.last |= values
         self.loggers.scalars(self.state.step, values)
         if self.world.is_main:  # last: without it the validation is due when the training resumes
@@ -277,7 +308,7 @@ class TrainingRun:
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
-            pixels = sample_grid(self.context)
+            pixels = self._of_store(sample_grid)
         if self.world.is_main:
             write_png(self._grid(self.state.step), pixels)
             self.loggers.image(self.state.step, "grid", pixels)
@@ -295,6 +326,7 @@ class TrainingRun:
             },
             writes=self.world.is_main,
         )
+        self._saved_step = self.state.step
         if self.world.is_main:
             remove_old(folder, self.config.checkpoints.keep, self.config.checkpoints.keep_best)
         self.world.wait()

@@ -1,5 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that --help is quick."""
 
+import io
 import logging
 import os
 import re
@@ -343,11 +344,22 @@ def _debugging() -> bool:
     return os.environ.get("PIPELINE_DEBUG", "") not in ("", "0")
 
 
+def _print_any_text() -> None:
+    r"""From now on what the terminal's encoding lacks is printed as `\xff` or `\udcff`, instead of ending the command.
+
+    Names of files and keys may hold bytes that are not UTF-8. In JSON it is the escape of the same text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Entry point of the `pipeline` command; usage errors exit with 2, Ctrl-C with 130."""
     sys.excepthook = _show_traceback
     from pipeline.storage.disk import disk_errors_explained
 
+    _print_any_text()
     try:
         with disk_errors_explained(Path.cwd()):
             app(prog_name="pipeline")

@@ -5,8 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.config import parse_yaml
 from pipeline.errors import ConfigError
 from pipeline.storage.run_folder import CONFIG, PLAN, RunFolder
 
@@ -64,4 +63,4 @@ def configuration_of_run(workflow: str, out: str) -> dict[str, Any] | None:
     plan = run.read_engine_file(PLAN) or {}
     if plan.get("workflow", workflow) != workflow:
         raise ConfigError(f"--out {out}: is a run of {plan['workflow']}; use pipeline run {plan['workflow']}")
-    return yaml.safe_load(run.storage.read(CONFIG))
+    return parse_yaml(run.storage.read(CONFIG), f"{out}/{CONFIG}")

@@ -46,7 +46,9 @@ def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:
         return None
     for line in reversed(run.storage.read(METRICS).splitlines()):
         try:
-            return json.loads(line)
-        except ValueError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(values, dict):
+            return values
     return None

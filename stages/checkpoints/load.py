@@ -34,9 +34,17 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
         for name in names:
             if name.startswith(folder) and "optimizer" not in name:
                 storage.copy(name).replace(local / Path(name).name)
-        return load_checkpoint(local, weights=weights)
+        return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights)
     finally:
         shutil.rmtree(local)
+
+
+def _loaded(local: Path, place: str, weights: str | None) -> LoadedDenoiser:
+    """A checkpoint from its local copy; errors name its place."""
+    try:
+        return load_checkpoint(local, weights=weights)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(local), place)) from error
 
 
 def _of_file(place: str, weights: str | None) -> LoadedDenoiser:
@@ -46,7 +54,7 @@ def _of_file(place: str, weights: str | None) -> LoadedDenoiser:
         raise CheckpointError(f"{place}: there is no such file")
     local = storage.copy(name)
     try:
-        return load_checkpoint(local, weights=weights)
+        return _loaded(local, place, weights)
     finally:
         storage.release(local)
 

@@ -1,6 +1,7 @@
 """Bits per dimension of stored images under a trained stage: `imagen_core.diffusion.likelihood` over a store."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from imagen_core.diffusion.schedules import Discrete
 from imagen_core.diffusion.steps import AnyGrid, Uniform
 from imagen_core.images import in_range
 from imagen_core.samplers import SeededNoise
+from imagen_core.sealed import DamagedFileError, read_sealed, sealed
 from imagen_core.store import Store, StoreError
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train import LoadedDenoiser, TrainError
@@ -26,11 +28,12 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
 from pipeline.job import Job
-from pipeline.storage.files import read_json, write_json
+from pipeline.storage.files import write_text
 from stages.checkpoints.load import load_checkpoint_from
 from stages.device import choose_device
 from stages.encoders.identity import record_changes
 
+log = logging.getLogger(__name__)
 _CHANGES_NOTHING = {"device"}
 _PER_STEP = ("bound_bits", "x0_mse", "noise_mse")
 
@@ -100,16 +103,30 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
     results: list[dict[str, Any]] = []
     for start in range(config.first_image, end, config.batch_size):
         path = root / "batches" / f"{start:08d}.json"
-        result: dict[str, Any] | None = read_json(path)
+        result = _finished(path)
         if result is None:
             if job.should_stop():
                 return {}
             result = _measure_batch(
                 config, loaded, store, range(start, min(start + config.batch_size, end)), sigmas, job
             )
-            write_json(path, result)
+            write_text(path, sealed(result).decode())
         results.append(result)
     return {"steps": len(sigmas) - 1, "device": str(device), **_means(results)}
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The measurements of a batch; None if there are none that can be read."""
+    try:
+        result = read_sealed(path)
+        if missing := {"keys", "bits_per_dimension", "prior_bits", *_PER_STEP} - result.keys():
+            raise DamagedFileError(f"{path}: lacks {', '.join(sorted(missing))}")
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        log.warning("%s; the batch is measured again", error)
+        return None
+    return result
 
 
 def _measure_batch(
@@ -254,8 +271,7 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
     }
     path = root / "likelihood.json"
     measured = sorted((root / "batches").glob("*.json"))
-    previous = read_json(path) if measured else None
-    changes = [] if previous is None else differences(previous, record)
+    changes = _changes(path, record) if measured else []
     if changes and not job.options.restart:
         raise StaleOutputError(
             f"{job.run.url}: holds measurements of other settings: {'; '.join(changes[:5])}; "
@@ -264,7 +280,17 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
     if changes:
         for batch in measured:
             batch.unlink()
-    write_json(path, record)
+    write_text(path, sealed(record).decode())
+
+
+def _changes(path: Path, record: dict[str, Any]) -> list[str]:
+    """What differs from the record of the measurements that are there."""
+    try:
+        return differences(read_sealed(path), record)
+    except FileNotFoundError:
+        return [f"{path.name} is missing, so nothing says what they are of"]
+    except DamagedFileError as error:
+        return [f"{error}, so nothing says what they are of"]
 
 
 def _noise_seed(seed: int, key: str) -> int:

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from imagen_core.images import tile, write_png
+from imagen_core.sealed import DamagedFileError, read_sealed, sealed
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
-from pipeline.storage.files import file_digest, read_json, write_json, write_text
+from pipeline.storage.files import file_digest, write_text
 from stages.images import read_image
 from stages.sampling.config import InpaintConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.session import SamplingSession
+
+_RECORD = "images.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,9 @@ class ImageFolder:
         """Writes each prompt next to its images."""
         for request in requests:
             for path in self._paths(request):
-                if not path.with_suffix(".txt").exists():
-                    write_text(path.with_suffix(".txt"), request.prompt + "\n")
+                text, content = path.with_suffix(".txt"), request.prompt + "\n"
+                if not text.exists() or text.read_bytes() != content.encode("utf-8", "backslashreplace"):
+                    write_text(text, content)
 
     def write_grid(self) -> None:
         """Writes `grid.png`: the first 64 images of the last stage."""
@@ -63,9 +68,8 @@ class ImageFolder:
         Raises:
             StaleOutputError: the folder holds images of other settings.
         """
-        path = self.root / "images.json"
-        previous = read_json(path) if any(self.root.glob("images-*/*.png")) else None
-        changes = [] if previous is None else differences(_by_file(previous), _by_file(record))
+        path = self.root / _RECORD
+        changes = _changes(path, record) if any(self.root.glob("images-*/*.png")) else []
         if changes and not (restart and alone):
             remedy = "use another --out, or --restart to sample again"
             remedy += "" if alone else " (in one process, at first)"
@@ -73,9 +77,17 @@ class ImageFolder:
         if changes:
             for file in self.root.glob("images-*/*"):
                 file.unlink()
-        write_json(path, record)
+        write_text(path, sealed(record).decode())
         for size in self.sizes_px:
             (self.root / f"images-{size}").mkdir(exist_ok=True)
+
+    def remove_damaged(self, requests: Sequence[ImageRequest]) -> int:
+        """Removes images that cannot be read, so that they are generated again; returns their number."""
+        paths = (path for request in requests for path in self._paths(request))
+        damaged = [path for path in paths if path.exists() and not _is_png(path)]
+        for path in damaged:
+            path.unlink()
+        return len(damaged)
 
     def _paths(self, request: ImageRequest) -> Iterator[Path]:
         return (self.path(request, size) for size in self.sizes_px)
@@ -106,9 +118,31 @@ def sampling_record(
     }
 
 
+def _changes(path: Path, record: Mapping[str, Any]) -> list[str]:
+    """What differs from the record of the images that are there."""
+    try:
+        previous = read_sealed(path)
+        return differences(_by_file(previous), _by_file(record))
+    except FileNotFoundError:
+        return [f"{path.name} is missing, so nothing says how they were made"]
+    except (DamagedFileError, TypeError, KeyError, AttributeError) as error:
+        return [f"{error}, so nothing says how they were made"]
+
+
+def _is_png(path: Path) -> bool:
+    """Whether all checksums of an image are right."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def _by_file(record: Mapping[str, Any]) -> dict[str, object]:
     """The record with a mapping of images, whose differences are lines about single images."""
-    return {**record, "images": {image["file"]: image for image in record["images"]}}
+    images = record.get("images", ())
+    return {**record, "images": {image["file"]: image for image in images}}
 
 
 def _digests(requests: Sequence[ImageRequest], inpaint: InpaintConfig | None) -> dict[str, str]:

@@ -68,6 +68,8 @@ def sample_into(
     folder.claim(record, url, restart=job.options.restart, alone=num_shares == 1)
     if config.output.text:
         folder.write_texts(folder.requests[share::num_shares])
+    if damaged := folder.remove_damaged(folder.requests[share::num_shares]):
+        job.lines.message(f"{url}: {damaged:,} images cannot be read, and are generated again")
     todo = [request for request in folder.missing() if request.index % num_shares == share]
     times = _generate(todo, folder, config, session, job, f"{name}: " if name else "")
     num_missing = len(folder.missing())

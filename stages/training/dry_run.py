@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data.stream import open_store, stored_sizes, training_samples
+from imagen_core.train.data.store import open_store, stored_sizes, training_samples
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
 from pipeline.storage.open import open_storage

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from imagen_core.train import TrainConfig
+from imagen_core.store import StoreError
+from imagen_core.train import TrainConfig, TrainError
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
@@ -58,6 +59,9 @@ def train_on_ray(
         job.lines.message(f"training on {num_workers} workers; pipeline status {job.run.url} shows how far it is")
         result = trainer.fit()
     except TrainingFailedError as error:
+        own = _own_error(error)
+        if own is not None:
+            raise own from error
         raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error
     finally:
         ray.shutdown()
@@ -76,6 +80,13 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
         summary = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
     return at_url(summary, folder, settings["out"])
+
+
+def _own_error(error: BaseException) -> TrainError | StoreError | None:
+    """What the trainer raised in a worker, as it would without Ray; None for everything else, such as a death."""
+    failures = getattr(error, "worker_failures", {})
+    raised = (getattr(failure, "_base_exc", failure) for failure in failures.values())
+    return next((found for found in raised if isinstance(found, TrainError | StoreError)), None)
 
 
 def _cause(error: BaseException) -> str:

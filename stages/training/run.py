@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from imagen_core.store import StoreError
+from imagen_core.store.errors import ADVICE
 from imagen_core.train import (
     CheckpointError,
     CheckpointMismatchError,
     NonFiniteLossError,
+    StoreLostError,
     TrainConfig,
     TrainError,
     TrainingProgress,
@@ -16,7 +18,7 @@ from imagen_core.train import (
     TrainingStopped,
     train,
 )
-from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.errors import ConfigError, MachineError, PreemptedError, StaleOutputError
 from pipeline.executors.registry import EXECUTORS
 from pipeline.job import Job
 from pipeline.units import human_seconds
@@ -37,6 +39,8 @@ def run_training(
         ConfigError: the store, the model and the settings do not fit together.
         StaleOutputError: the folder holds a training of another model or on other embeddings.
         TrainingFailedError: a loss that is not finite, or a damaged checkpoint.
+        MachineError: the store cannot be read any more; the checkpoint is saved.
+        PreemptedError: likewise, and it may be readable later.
     """
     if job.options.executor not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {job.options.executor!r})")
@@ -92,5 +96,12 @@ def _translated() -> Iterator[None]:
         raise TrainingFailedError(str(error)) from error
     except TrainingStopped:
         raise
-    except (TrainError, StoreError) as error:
+    except StoreLostError as error:
+        raise (PreemptedError if error.again else MachineError)(str(error)) from error
+    except StoreError as error:
+        text = str(error)
+        if text.endswith(ADVICE):  # to make the store again is not a training's advice
+            text = text.removesuffix(ADVICE) + "check it with `pipeline verify`, and put back what is damaged"
+        raise ConfigError(text) from error
+    except TrainError as error:
         raise ConfigError(str(error)) from error

@@ -191,6 +191,7 @@ def test_a_long_value_is_not_repeated() -> None:
         (b"text", "must be a mapping of keys, got str"),
         (b"a: [1\n", "not valid YAML: while parsing a flow sequence"),
         (b"a: \xff", "not valid YAML: 'utf-8' codec can't decode"),
+        (b"a: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
     ],
 )
@@ -200,6 +201,12 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, content: bytes, says
     with pytest.raises(ConfigError) as caught:
         read_yaml(path)
     assert str(caught.value).startswith(f"config file {path}: {says}")
+
+
+def test_keys_are_what_is_written_also_where_yaml_has_a_value_for_them(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("null: x.npy\n'null ': y\non: {yes: 1, ~: null}\n8: b\n")
+    expected = {"null": "x.npy", "null ": "y", "on": {"yes": 1, "~": None}, 8: "b"}
+    assert read_yaml(tmp_path / "c.yaml") == expected
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
-from imagen_core.train.data.stream import open_store
+from imagen_core.train.data.store import open_store
 from imagen_core.train.evaluation import sample_grid, validation_loss
 from pipeline.errors import ConfigError, StaleOutputError
 from stages.evaluation.run import with_guidance

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,10 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from imagen_core.store import StoreError
+from imagen_core.train import StoreLostError, trainer
+from imagen_core.train.data.store import opened_again
+from imagen_core.train.data.stream import Batch, BatchStream
 from tests.commands import call, call_process, precompute
 from tests.runs import REPOSITORY, command
 from tests.trained import BASE, train, write_cascade
@@ -117,6 +123,35 @@ def test_a_loss_that_is_not_finite_is_a_failure_and_no_usage_error(work: Path, t
     result = train(work, "base", tmp_path / "nan", "optimizer.lr=1e30", "optimizer.warmup_steps=0")
     assert result.code == 1
     assert "the batch's keys are in" in result.err
+
+
+@pytest.mark.parametrize(("gone", "code"), [("store/images-16/00000.parquet", 4), ("store", 75)])
+def test_a_training_that_loses_its_store_saves_and_says_how_to_go_on(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str, code: int
+) -> None:
+    shutil.copytree(work / "run/store", tmp_path / "store")
+
+    class Losing(BatchStream):
+        steps = 0
+
+        def next(self) -> Batch:
+            batch, self.steps = super().next(), self.steps + 1
+            if self.steps < 2:
+                return batch
+            where = tmp_path / gone
+            shutil.rmtree(where) if where.is_dir() else where.unlink()
+            missing = StoreError("images-16/00000.parquet: missing")
+            with pytest.raises(StoreLostError) as caught:
+                opened_again(self._store, self._config, missing, online=False)
+            return replace(batch.part(0, 0), error=caught.value)
+
+    monkeypatch.setattr(trainer, "BatchStream", Losing)
+    result = train(work, "base", tmp_path / "out", f"store={tmp_path}/store")
+    assert result.code == code, result.err
+    assert "the checkpoint of step 1 is saved" in result.err
+    assert "run the same command again to go on from there" in result.err
+    assert "made it again" not in result.err
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_store_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> None:

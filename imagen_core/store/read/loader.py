@@ -134,13 +134,26 @@ class Loader:
             first = self._position + self._options.rank * size // self._options.world_size
             stop = self._position + (self._options.rank + 1) * size // self._options.world_size
             batch = self._read(self._epoch, range(first, stop))
-            self.global_size = size
-            if self._removed or self._store.removed_since:
-                self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
-            self._position += size
-            if not self._next_global_size():
-                self._epoch, self._position = self._epoch + 1, 0
+            self._advance(size)
             yield batch
+
+    def skip(self) -> dict[str, Any]:
+        """An empty batch instead of the next one, which counts as consumed; no file is read.
+
+        For a rank that cannot read its part of a batch, but takes part in what the ranks do together.
+        """
+        batch = self._read(self._epoch, range(self._position, self._position))
+        self._advance(self._next_global_size())
+        return batch
+
+    def _advance(self, size: int) -> None:
+        """Goes on behind the next global batch, which has `size` samples before removals."""
+        self.global_size = size
+        if self._removed or self._store.removed_since:
+            self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
+        self._position += size
+        if not self._next_global_size():
+            self._epoch, self._position = self._epoch + 1, 0
 
     def _next_global_size(self) -> int:
         """Samples in the next global batch; 0 at the end of the epoch."""

@@ -135,7 +135,9 @@ def _state(path: Path) -> dict[str, Any]:
 def _remedy(path: Path) -> str:
     """What to do about a damaged checkpoint: names the newest one before it that is intact."""
     named = FOLDER.fullmatch(path.name)
-    before = [p for p in checkpoints(path.parent) if named and _step(p) < int(named[1])]
+    if named is None:
+        return "restore the file, or take another checkpoint"
+    before = [p for p in checkpoints(path.parent) if _step(p) < int(named[1])]
     intact = next((p for p in reversed(before) if _is_intact(p)), None)
     if intact is None:
         return "no checkpoint before it is intact; restore the file, or start again in another --out"

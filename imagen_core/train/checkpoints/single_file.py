@@ -17,8 +17,7 @@ _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_toke
 
 
 def write_model(path: Path, model: Any) -> None:
-    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata everything else sampling needs, and
-    the file's own digest.
+    """Writes a `LoadedDenoiser`: its weights, and in the file's metadata all else that sampling needs, and a digest.
 
     The same model gives the same bytes. Temporary names, fsync and renames are up to the caller.
     """

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from imagen_core.diffusion import PriorConfig
-from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import Crop, FullImage, Store, View
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.augment import Flipped, RandomResizedCrop
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.online import Encode, with_text
 from imagen_core.train.data.randomness import RandomStream, SampleColumn, sample_uniform
+from imagen_core.train.data.store import needed_sizes, opened_again, training_samples
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.world import World
 
@@ -38,6 +36,7 @@ class Batch:
         global_size: samples of the batch over all processes.
         largest_part: most samples of the batch that any process has.
         loader_state: where the loader is once this batch is consumed.
+        error: why the batch could not be read; then it is empty, and the last one.
     """
 
     raw: Mapping[str, Any]
@@ -45,6 +44,7 @@ class Batch:
     global_size: int
     largest_part: int
     loader_state: dict[str, Any]
+    error: Exception | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -63,108 +63,6 @@ class Batch:
             for name, value in self.raw.items()
         }
         return replace(self, raw=raw, counters=self.counters[rows])
-
-
-def open_store(config: TrainConfig, *, online: bool = False) -> Store:
-    """The store, with everything the configuration reads.
-
-    Args:
-        online: captions are encoded in the training loop, so `text` need not be in the store.
-    Raises:
-        TrainError: a size or an encoder is missing, or has another width.
-        StoreError: there is no readable store.
-    """
-    store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
-    for size in stored_sizes(config):
-        if size not in store.image_sizes:
-            raise TrainError(
-                f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
-                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
-                "views.resized_crop.from_px"
-            )
-    network = config.denoiser.network
-    if isinstance(network, PriorNetworkConfig):
-        image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
-    else:
-        image_dim, where = network.image_embed_dim, "denoiser.unet"
-        embed_option = f"{where}.image_embed_dim"
-    text = None if online else config.text
-    _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
-    _check_one_vector(store, config.text_embed)
-    _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
-    _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
-    if config.transcription is not None:
-        _check_annotation("transcription", store, config, "denoiser.unet.transcription")
-    if config.num_classes is not None:
-        _check_annotation("label", store, config, "denoiser.unet.num_classes")
-    count = config.validation.num_samples
-    if len(store) <= count:
-        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
-    chosen, end = training_samples(store, config), len(store) - count
-    if not (0 <= chosen.start < chosen.stop <= end):
-        raise TrainError(
-            f"data.samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for "
-            "validation"
-        )
-    return store
-
-
-def training_samples(store: Store, config: TrainConfig) -> range:
-    """Indices in the store of the samples to train on."""
-    return range(*(config.data.samples or (0, len(store) - config.validation.num_samples)))
-
-
-def _check_encoder(
-    field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
-) -> None:
-    """Refuses an encoder that the store lacks, or whose embeddings have another width than `option`."""
-    if encoder is None:
-        return
-    if encoder not in groups:
-        kind = "image encoder" if field == "image_embed" else "encoder"
-        raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
-    if groups[encoder].dim != dim:
-        raise TrainError(
-            f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
-            f"{option}={groups[encoder].dim}"
-        )
-
-
-def _check_one_vector(store: Store, encoder: str | None) -> None:
-    """Refuses an encoder of tokens as `text_embed`, by the first shards."""
-    if encoder is None or encoder not in store.manifest.texts:
-        return  # refused by name
-    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
-        most = max(store.shard(shard).text[encoder].num_tokens, default=1)
-        if most != 1:
-            raise TrainError(
-                f"text_embed: {encoder!r} has {most} vectors per caption; name an encoder of one, such as "
-                f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
-            )
-
-
-def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
-    """Refuses a store without what the model reads because of `option`, by its first shards."""
-    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
-        if any(value is not None for value in store.shard(shard).samples.column(field)):
-            return
-    raise TrainError(
-        f"{option}: the store {config.store} has no {field}s; name their column with `pipeline run precompute` and "
-        f"source.{field}_column, or set {option}=null"
-    )
-
-
-def needed_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the images of a batch; none for a prior."""
-    if isinstance(config.denoiser, PriorConfig):
-        return []
-    sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
-    return [size for size in sizes if size is not None]
-
-
-def stored_sizes(config: TrainConfig) -> list[int]:
-    """Sizes of the images a run reads."""
-    return needed_sizes(config) if config.views.resized_crop is None else [config.views.resized_crop.from_px]
 
 
 def full_images(config: TrainConfig) -> View:
@@ -215,10 +113,22 @@ def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> Loa
     )
 
 
-def read_batches(loader: Loader, config: TrainConfig, encode: Encode | None) -> Iterator[Mapping[str, Any]]:
-    """One epoch of a loader of `loader_options`, with the embeddings of the captions where `encode` makes them."""
-    for raw in loader:
-        yield with_text(raw, encode, config)
+def read_batches(
+    loader: Loader, config: TrainConfig, encode: Encode | None, errors: list[Exception]
+) -> Iterator[Mapping[str, Any]]:
+    """One epoch of a loader of `loader_options`, with the embeddings of the captions where `encode` makes them.
+
+    An error of the store is added to `errors`; the batches that are left are then empty, so that this process takes
+    part in what the processes do together.
+    """
+    epoch = loader.state_dict()["epoch"]
+    try:
+        for raw in loader:
+            yield with_text(raw, encode, config)
+    except Exception as error:  # noqa: BLE001 - the caller raises it
+        errors.append(error)
+        while loader.state_dict()["epoch"] == epoch:
+            yield with_text(loader.skip(), encode, config)
 
 
 class BatchStream:
@@ -238,39 +148,46 @@ class BatchStream:
         self._config, self._world, self._encode = config, world, encode
         if config.batch_size % world.size:
             raise TrainError(f"batch_size {config.batch_size} must be a multiple of the {world.size} processes")
-        options = replace(
+        self._options = replace(
             loader_options(config, config.batch_size // world.size, online=encode is not None),
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            samples=training_samples(store, config),
             crop=random_views(config),
             shuffle_window_shards=config.data.shuffle_window_shards,
             pin_memory=world.device.type == "cuda",
         )
-        self._loader = Loader(copy.copy(store), options)  # a copy opens its own files, for the reading thread
-        if state is not None:
-            try:
-                self._loader.load_state_dict(state)
-            except ValueError as error:
-                raise TrainError(
-                    f"the checkpoint's place in the data does not fit: {error}; store, seed and "
-                    "data.samples must stay the same, or start again in another --out"
-                ) from error
+        try:
+            self._read_from(store, state)
+        except ValueError as error:
+            raise TrainError(
+                f"the checkpoint's place in the data does not fit: {error}; store, seed and "
+                "data.samples must stay the same, or start again in another --out"
+            ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._last: Batch | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batches", daemon=True)
         self._thread.start()
         self.waited_s = 0.0
         """Time the training has spent waiting for batches."""
 
+    def _read_from(self, store: Store, state: dict[str, Any] | None) -> None:
+        """Raises ValueError if a loader's state does not fit the store."""
+        self._store = copy.copy(store)  # a copy opens its own files, for the reading thread
+        loader = Loader(self._store, replace(self._options, samples=training_samples(store, self._config)))
+        if state is not None:
+            loader.load_state_dict(state)
+        self._loader = loader
+
     def next(self) -> Batch:
-        """The next batch; raises what reading it raised."""
+        """The next batch; one with an `error` is the last. Raises what reading raised that is no fault of a store."""
         started = time.perf_counter()
-        item = self._queue.get()
+        item = self._last or self._queue.get()
         self.waited_s += time.perf_counter() - started
         if isinstance(item, BaseException):
             raise item
+        self._last = None if item.error is None else item
         return replace(item, raw=with_text(item.raw, self._encode, self._config))
 
     def close(self) -> None:
@@ -285,20 +202,44 @@ class BatchStream:
     def _read_ahead(self) -> None:
         try:
             while not self._stopped.is_set():
-                for batch in self._epoch():
-                    self._queue.put(batch)
-                    if self._stopped.is_set():
+                try:
+                    for batch in self._epoch():
+                        self._queue.put(batch)
+                        if self._stopped.is_set():
+                            return
+                except Exception as error:  # noqa: BLE001 - handed to the training loop
+                    unreadable = self._read_again(error)
+                    if unreadable is not None:
+                        self._queue.put(self._empty_batch(unreadable))
                         return
         except BaseException as error:  # noqa: BLE001 - handed to the training loop, which raises it
             self._queue.put(error)
+
+    def _read_again(self, error: Exception) -> Exception | None:
+        """Goes on with the store as it is now, if it was compacted or made again with the same samples; otherwise the
+        reason why not."""
+        try:
+            store = opened_again(self._store, self._config, error, online=self._encode is not None)
+            self._read_from(store, self._loader.state_dict())
+        except Exception as reason:  # noqa: BLE001 - handed to the training loop
+            return reason
+        return None
+
+    def _empty_batch(self, error: Exception) -> Batch:
+        """What stands for the batch that could not be read: as many micro-batches, without samples."""
+        while True:
+            before = self._loader.state_dict()
+            raw = self._loader.skip()
+            if self._loader.global_size:
+                size = _consumed(self._loader.state_dict()) - _consumed(before)
+                return Batch(raw, range(0), self._loader.global_size, -(-size // self._world.size), before, error)
 
     def _epoch(self) -> Iterator[Batch]:
         before = self._loader.state_dict()
         for raw in self._loader:
             after = self._loader.state_dict()
-            samples = after["num_samples"]
-            start = before["epoch"] * samples + before["position"]
-            size = after["epoch"] * samples + after["position"] - start
+            start = _consumed(before)
+            size = _consumed(after) - start
             first = self._world.rank * size // self._world.size
             before = after
             if not self._loader.global_size:  # all of its samples were removed from the store
@@ -310,3 +251,8 @@ class BatchStream:
                 -(-size // self._world.size),
                 after,
             )
+
+
+def _consumed(state: Mapping[str, Any]) -> int:
+    """Samples that a loader has gone through since its first epoch."""
+    return state["epoch"] * state["num_samples"] + state["position"]

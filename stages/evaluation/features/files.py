@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from imagen_core.evaluation.checks import check_rows
 from imagen_core.files import share, sort_metadata
+from imagen_core.sealed import SEAL, UNSEALED, DamagedFileError, check_tensors, seal_tensors
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, temporary_name
 from stages.evaluation.features.base import Extracted
@@ -33,17 +34,30 @@ def write_features(path: Path, extracted: Extracted, label: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
-    save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: json.dumps(dict(extracted.counts), sort_keys=True)})
+    counts = json.dumps(dict(extracted.counts), sort_keys=True)
+    save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: counts, SEAL: UNSEALED})
     sort_metadata(temporary)
+    seal_tensors(temporary)
     share(temporary)
     commit_file(temporary, path)
 
 
 def read_extracted(path: Path) -> Extracted:
-    """Reads a file of `write_features`."""
-    with safe_open(path, framework="np") as opened:
-        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
-        return Extracted(arrays, json.loads(opened.metadata()[_COUNTS]))
+    """Reads a file of `write_features`.
+
+    Raises:
+        DamagedFileError: it cannot be read, or was changed.
+    """
+    try:
+        with safe_open(path, framework="np") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+            counts = json.loads(opened.metadata()[_COUNTS])
+        check_tensors(path)
+    except DamagedFileError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error})") from error
+    return Extracted(arrays, counts)
 
 
 def read_features(path: str | Path, field: str) -> FeatureFile:
@@ -77,6 +91,7 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
 
 def _read_safetensors(file: Path, field: str) -> FeatureFile:
     with safe_open(file, framework="np") as opened:
+        check_tensors(file)
         names = list(opened.keys())
         name = _TENSOR if _TENSOR in names else names[0] if len(names) == 1 else None
         if name is None:

@@ -1,5 +1,6 @@
 """The features that metrics are computed from: extracted once, and kept in the run folder."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from imagen_core.evaluation import Moments
+from imagen_core.sealed import DamagedFileError
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
 from stages.evaluation.features.base import Extracted, FeatureModel, Named
@@ -15,6 +17,8 @@ from stages.evaluation.features.clip import ClipFeatures
 from stages.evaluation.features.files import read_extracted, read_features, write_features
 from stages.evaluation.features.image_sets import FeatureFiles, ImageSet
 from stages.evaluation.features.lpips import LpipsDistance
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class FeatureCache:
         stem = f"{name}-{digest(model.fingerprint())[:8]}"
         path = self._folder / f"{stem}-{digest(identity)[:16]}.safetensors"
         if path.exists():
-            return read_extracted(path)
+            try:
+                return read_extracted(path)
+            except DamagedFileError as error:
+                log.warning("%s; it is made again", error)
         extracted = extract()
         for previous in self._folder.glob(f"{stem}-*.safetensors"):
             previous.unlink()

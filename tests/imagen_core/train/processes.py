@@ -41,7 +41,7 @@ def launched(folder: Path, jobs: list[dict[str, Any]], size: int = 2) -> Iterato
 
 
 def job(store: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    extra = {name: changes.pop(name) for name in ("stop_at", "poison") if name in changes}
+    extra = {name: changes.pop(name) for name in ("stop_at", "poison", "unreadable") if name in changes}
     return {"config": make_config(store, **changes).model_dump(mode="json"), "out": str(out)} | extra
 
 

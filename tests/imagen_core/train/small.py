@@ -16,7 +16,8 @@ from imagen_core import store as st
 from imagen_core.diffusion import Denoiser
 from imagen_core.train import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.stream import Batch, BatchStream, open_store
+from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
 

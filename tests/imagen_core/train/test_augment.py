@@ -16,7 +16,8 @@ from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.augment import BlurConfig, Flipped, RandomResizedCrop, ResizedCropConfig, blur, stored_box
 from imagen_core.train.components import ViewsConfig
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.stream import Batch, BatchStream, full_images, open_store
+from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stream import Batch, BatchStream, full_images
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, SUPER, changed, make_config, make_store
 

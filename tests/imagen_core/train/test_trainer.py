@@ -17,7 +17,8 @@ from imagen_core.train import NonFiniteLossError, TrainError, TrainingProgress, 
 from imagen_core.train import loss as loss_module
 from imagen_core.train import step as step_module
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.evaluation import validation_loss
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World

@@ -12,7 +12,7 @@ from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
-from imagen_core.train.data.stream import open_store
+from imagen_core.train.data.store import open_store
 from imagen_core.train.evaluation import sample_grid, validation_loss
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_context, make_store, tensors

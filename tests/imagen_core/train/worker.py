@@ -2,7 +2,7 @@
 
     python -m tests.imagen_core.train.worker JOBS.json [SIZE FILE]
 
-JOBS.json lists runs: {"config": {...}, "out": path, "stop_at": step or null, "poison": step or null}. They run one
+JOBS.json lists runs: {"config": {...}, "out": path, "stop_at", "poison" or "unreadable": step}. They run one
 after the other in one process group; {"wait_for": path} waits for a file. Each writes out/rank-R.json: the keys of its
 batches, and the error if there was one. With SIZE the process forks until there are so many, which import torch only
 once; without it the process group is left to the trainer (torchrun).
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def run(job: dict[str, Any], rank: int) -> None:
             keys.append(batch.keys)
             if job.get("poison") == len(keys) and rank == 0:
                 batch.images[16] = batch.images[16].float() * torch.nan
+            if job.get("unreadable") == len(keys) and rank == 1:
+                batch = replace(batch.part(0, 0), error=ConnectionError("the store is far away"))
             return batch
 
     def should_stop() -> bool:

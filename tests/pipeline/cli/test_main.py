@@ -1,6 +1,7 @@
 """The options of the `pipeline` command itself."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store
+from pipeline.cli.main import main
 from pipeline.engine.progress import Progress
+from pipeline.errors import ConfigError
 from tests.commands import call
 from tests.runs import REPOSITORY
 
@@ -35,6 +38,28 @@ def test_the_module_is_the_command(module: str) -> None:
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False, timeout=120
     )
     assert (result.returncode, result.stdout) == (0, f"pipeline {version('imagen-precompute')}\n")
+
+
+@pytest.mark.parametrize(("name", "printed"), [("caf\udcff", b"caf\\udcff"), ("a→b", b"a\\u2192b")])
+def test_text_that_the_terminal_cannot_show_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, name: str, printed: bytes
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="latin-1") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "argv", ["pipeline", "status", name])
+
+    def broken(place: str) -> dict[str, object]:
+        print(place)
+        raise ConfigError(f"{place}: is no run")
+
+    monkeypatch.setattr("pipeline.engine.status.run_status", broken)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    for stream in streams:
+        stream.flush()
+        assert printed in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_help_of_run_lists_the_workflows() -> None:

@@ -88,6 +88,23 @@ def test_finished_batches_are_not_measured_again(work: Path, tmp_path: Path) -> 
     assert facts(measure(work, tmp_path, "batch_size=2", "seed=3", "--restart")) != first
 
 
+def test_damaged_measurements_are_made_again_and_a_damaged_record_is_refused(work: Path, tmp_path: Path) -> None:
+    few = ("num_images=1", "num_steps=2")
+    first = facts(measure(work, tmp_path, *few))
+    batch, record = tmp_path / "batches/00000000.json", tmp_path / "likelihood.json"
+    data, written = batch.read_bytes(), record.read_bytes()
+    for damaged in (data.replace(b"1", b"2", 1), data[:50], b"", b"{}"):
+        batch.write_bytes(damaged)
+        assert facts(measure(work, tmp_path, *few)) == first
+        assert batch.read_bytes() == data
+    for spoil in (record.unlink, lambda: record.write_bytes(b""), lambda: record.write_bytes(written[:-9] + b"0" * 9)):
+        spoil()
+        refused = measure(work, tmp_path, *few)
+        assert refused.code == 2
+        assert "likelihood.json" in refused.err
+        assert "so nothing says what they are of" in refused.err
+
+
 def test_a_continuous_super_resolution_model_is_measured_on_a_grid(work: Path, tmp_path: Path) -> None:
     found = facts(measure(work, tmp_path / "out", "num_steps=4", model="sr"))
     assert (found["steps"], found["images"]) == (4, 5)

@@ -262,7 +262,8 @@ def test_the_encoding_of_the_empty_caption_can_be_given_too(laion: Path, tmp_pat
     with pytest.raises(StoreError, match="no null embedding"):
         Store.open(tmp_path / "without" / "store").null("clip")
     np.save(tmp_path / "null.npy", vectors(5, 1)[0])
-    precompute(tmp_path / "run", *laion_source(laion), f"encoders.0.null={tmp_path / 'null.npy'}")
+    encoder = f"name: clip, kind: given, array: text, model: clip, dim: 8, null: {tmp_path / 'null.npy'}"
+    precompute(tmp_path / "run", *laion_source(laion), f"encoders=[{{{encoder}}}]")
     np.testing.assert_array_equal(Store.open(tmp_path / "run" / "store").null("clip"), vectors(5, 1))
     assert verify_store(tmp_path / "run" / "store").ok
 

@@ -12,7 +12,8 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.train import load_checkpoint, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
-from imagen_core.train.data.stream import BatchStream, open_store
+from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, files, make_config, tensors
 

@@ -41,6 +41,7 @@ TWO: dict[str, dict[str, Any]] = {
     "uneven": {**ONE["uneven"], "micro_batch_size": 3},
     "times-micro": {**ONE["times"], "micro_batch_size": 3},
     "stopped": {"stop_at": 2},
+    "lost": {"unreadable": 3},
     "poisoned": {"poison": 3, "checkpoints": {"every_steps": 1}},
 }
 
@@ -107,6 +108,15 @@ def test_a_loss_that_is_not_finite_stops_all_before_the_step(two: Path) -> None:
     assert (saved["step"], saved["loss"]) == (2, "nan")
     assert newest(two / "poisoned").name == "step-00000002"
     assert all(bool(values.isfinite().all()) for values in tensors(newest(two / "poisoned")).values())
+
+
+def test_a_process_that_cannot_read_the_store_ends_all_with_a_checkpoint(one: Path, two: Path) -> None:
+    for rank in range(2):
+        error = report(two, "lost", f"rank-{rank}")["error"]
+        assert error.startswith("StoreLostError: store ")
+        assert "ConnectionError: the store is far away; the checkpoint of step 2 is saved" in error
+    assert newest(two / "lost").name == "step-00000002"
+    assert not metrics(two / "lost")[2:]
 
 
 def test_only_the_first_process_writes(two: Path) -> None:

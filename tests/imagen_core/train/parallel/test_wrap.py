@@ -14,7 +14,7 @@ from imagen_core.models.layers.positions import Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.train import load_checkpoint, train
 from imagen_core.train.parallel.wrap import shard
-from tests.imagen_core.train.processes import keys_in_order, newest, train_split
+from tests.imagen_core.train.processes import keys_in_order, newest, report, train_split
 from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -44,10 +44,11 @@ def one(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, sharded over two processes; the one named split is unsharded in one process in the middle."""
     folder = tmp_path_factory.mktemp("two")
-    half = {"num_steps": 2, "precision": "bfloat16", "text": None, "denoiser": WITHOUT_TEXT}
-    runs = {
-        name: changes | {"parallel": {"kind": "fsdp2"}} for name, changes in (SHARDED | {"bfloat16": half}).items()
+    more = {
+        "bfloat16": {"num_steps": 2, "precision": "bfloat16", "text": None, "denoiser": WITHOUT_TEXT},
+        "lost": {"unreadable": 2, **ONE["uneven"]},
     }
+    runs = {name: changes | {"parallel": {"kind": "fsdp2"}} for name, changes in (SHARDED | more).items()}
     train_split(store, folder, runs, parallel={"kind": "fsdp2"})
     return folder
 
@@ -104,6 +105,12 @@ def test_each_sample_is_seen_once_an_epoch_over_two_one_and_two_processes(two: P
 def test_bfloat16_keeps_float32_weights(two: Path) -> None:
     assert {values.dtype for values in tensors(newest(two / "bfloat16")).values()} == {torch.float32}
     assert all(0 < line["loss"] < 10 for line in metrics(two / "bfloat16"))
+
+
+def test_a_process_that_cannot_read_the_store_ends_all_with_a_checkpoint(two: Path) -> None:
+    errors = [report(two, "lost", f"rank-{rank}")["error"] for rank in range(2)]
+    assert all("the store is far away; the checkpoint of step 1 is saved" in error for error in errors)
+    assert newest(two / "lost").name == "step-00000001"
 
 
 class Frequencies(nn.Module):

@@ -1,0 +1,252 @@
+"""The store of a training: opened with everything the training reads, and opened again once it has changed."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from imagen_core.diffusion import PriorConfig
+from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.store import (
+    MANIFEST_NAME,
+    REMOVED,
+    SAMPLES_GROUP,
+    Manifest,
+    Store,
+    StoreError,
+    StoreFolder,
+    revision_of,
+)
+from imagen_core.store.errors import ADVICE
+from imagen_core.store.records import EmbeddingGroup
+from imagen_core.train.config import TrainConfig
+from imagen_core.train.errors import StoreLostError, TrainError
+from imagen_core.train.parallel.world import World
+
+log = logging.getLogger(__name__)
+_SHARDS_TO_CHECK = 16  # for annotations
+
+
+def open_store(config: TrainConfig, *, online: bool = False) -> Store:
+    """The store, with everything the configuration reads.
+
+    Args:
+        online: captions are encoded in the training loop, so `text` need not be in the store.
+    Raises:
+        TrainError: a size or an encoder is missing, or has another width.
+        StoreError: there is no readable store.
+        StoreLostError: its files cannot be reached.
+    """
+    try:
+        store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+    except OSError as error:
+        raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
+    for size in stored_sizes(config):
+        if size not in store.image_sizes:
+            raise TrainError(
+                f"store {config.store}: has no images-{size} (sizes: {store.image_sizes}); add the size with "
+                "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
+                "views.resized_crop.from_px"
+            )
+    network = config.denoiser.network
+    if isinstance(network, PriorNetworkConfig):
+        image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
+    else:
+        image_dim, where = network.image_embed_dim, "denoiser.unet"
+        embed_option = f"{where}.image_embed_dim"
+    text = None if online else config.text
+    _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    _check_one_vector(store, config.text_embed)
+    _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
+    _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
+    if config.transcription is not None:
+        _check_annotation("transcription", store, config, "denoiser.unet.transcription")
+    if config.num_classes is not None:
+        _check_annotation("label", store, config, "denoiser.unet.num_classes")
+    count = config.validation.num_samples
+    if len(store) <= count:
+        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
+    chosen, end = training_samples(store, config), len(store) - count
+    if not (0 <= chosen.start < chosen.stop <= end):
+        raise TrainError(
+            f"data.samples: [{chosen.start}, {chosen.stop}] is no part of the {end} samples that are not for "
+            "validation"
+        )
+    return store
+
+
+def training_samples(store: Store, config: TrainConfig) -> range:
+    """Indices in the store of the samples to train on."""
+    return range(*(config.data.samples or (0, len(store) - config.validation.num_samples)))
+
+
+def _check_encoder(
+    field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
+) -> None:
+    """Refuses an encoder that the store lacks, or whose embeddings have another width than `option`."""
+    if encoder is None:
+        return
+    if encoder not in groups:
+        kind = "image encoder" if field == "image_embed" else "encoder"
+        raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
+    if groups[encoder].dim != dim:
+        raise TrainError(
+            f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
+            f"{option}={groups[encoder].dim}"
+        )
+
+
+def _check_one_vector(store: Store, encoder: str | None) -> None:
+    """Refuses an encoder of tokens as `text_embed`, by the first shards."""
+    if encoder is None or encoder not in store.manifest.texts:
+        return  # refused by name
+    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
+        most = max(store.shard(shard).text[encoder].num_tokens, default=1)
+        if most != 1:
+            raise TrainError(
+                f"text_embed: {encoder!r} has {most} vectors per caption; name an encoder of one, such as "
+                f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
+            )
+
+
+def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
+    """Refuses a store without what the model reads because of `option`, by its first shards."""
+    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
+        if any(value is not None for value in store.shard(shard).samples.column(field)):
+            return
+    raise TrainError(
+        f"{option}: the store {config.store} has no {field}s; name their column with `pipeline run precompute` and "
+        f"source.{field}_column, or set {option}=null"
+    )
+
+
+def needed_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the images of a batch; none for a prior."""
+    if isinstance(config.denoiser, PriorConfig):
+        return []
+    sizes = (config.denoiser.size_px, config.denoiser.low_res_px)
+    return [size for size in sizes if size is not None]
+
+
+def stored_sizes(config: TrainConfig) -> list[int]:
+    """Sizes of the images a run reads."""
+    return needed_sizes(config) if config.views.resized_crop is None else [config.views.resized_crop.from_px]
+
+
+class UnreadableError(Exception):
+    """A process could not read the store; raised on all processes at the same place.
+
+    Attributes:
+        error: what this process met; None on the others.
+    """
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def agree(world: World, errors: Sequence[Exception]) -> None:
+    """Raises UnreadableError on all processes if one of them has an error; all must call it."""
+    if any(world.gather(bool(errors))):
+        raise UnreadableError(errors[0] if errors else None)
+
+
+def opened_again(store: Store, config: TrainConfig, error: Exception, *, online: bool) -> Store:
+    """The store as it is now, if it was compacted, or made again with the same samples, since it was opened.
+
+    Args:
+        error: what reading it raised.
+    Raises:
+        StoreLostError: it is the same as before, is not finished, or has other samples.
+    """
+    try:
+        now = open_store(config, online=online)
+    except StoreLostError as reason:
+        raise reason from error
+    except StoreError as reason:
+        unfinished = not _has_manifest(config.store)
+        why = "it is gone, or is being made again" if unfinished else _words(reason)
+        raise StoreLostError(why, again=unfinished) from error
+    except TrainError as reason:
+        raise StoreLostError(f"it was made again: {reason}", again=False) from error
+    before, after = store.manifest, now.manifest
+    if (before.sha256, before.num_removals) == (after.sha256, after.num_removals):
+        raise StoreLostError(_words(error), again=_passes(error)) from error
+    if difference := _difference(before, after, config):
+        raise StoreLostError(f"it was made again with other content: {difference}", again=False) from error
+    log.warning(
+        "store %s: was compacted or made again while it was read; the training goes on with it as it is now, in the "
+        "same order",
+        config.store,
+    )
+    return now
+
+
+def store_lost(error: Exception | None, config: TrainConfig, step: int, world: World) -> StoreLostError:
+    """The error with which a training ends that cannot read its store; all processes must call it.
+
+    Args:
+        error: what this process met; None on the others.
+        step: of the newest checkpoint.
+    """
+    mine = None if error is None else (_words(error), error.again if isinstance(error, StoreLostError) else False)
+    words, again = next(found for found in world.gather(mine) if found is not None)
+    saved = f"the checkpoint of step {step:,} is saved" if step else "no step was made yet"
+    remedy = (
+        "" if again else f" check it with `pipeline verify {config.store}`, put back what is damaged from a copy, and"
+    )
+    then = "to go on from there" if step else "to begin"
+    return StoreLostError(
+        f"store {config.store}: cannot be read any more: {words}; {saved};{remedy} run the same command again {then}",
+        again=again,
+    )
+
+
+def _has_manifest(place: str) -> bool:
+    try:
+        return StoreFolder(place).exists(MANIFEST_NAME)
+    except OSError:
+        return True
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error may pass by itself."""
+    return isinstance(error, ConnectionError | TimeoutError)
+
+
+def _words(error: Exception) -> str:
+    """An error without the advice to make the store again, which a training must not give."""
+    text = str(error).removesuffix(f"; {ADVICE}")
+    return text if isinstance(error, StoreError | StoreLostError) else f"{type(error).__name__}: {text}"
+
+
+def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str | None:
+    """Why a training cannot go on in the same order with the same data; None if it can."""
+    if not (np.array_equal(before.index, after.index) and np.array_equal(before.rows, after.rows)):
+        return (
+            f"{after.num_rows:,} rows in {after.num_shards:,} shards, not {before.num_rows:,} in {before.num_shards:,}"
+        )
+    if after.num_removals < before.num_removals:
+        return f"{after.num_removals} removals, not {before.num_removals}"
+    for position in range(before.num_shards):
+        old, new = before.file(SAMPLES_GROUP, position), after.file(SAMPLES_GROUP, position)
+        if old is None or new is None or old.sha256 == new.sha256:
+            continue
+        # Compaction writes files with removed rows again, under a later revision; the rows stay where they are.
+        erased = REMOVED in after.excluded.get(position, {}).values() and revision_of(new.path) > revision_of(old.path)
+        if not erased:
+            return f"{new.path} holds other samples"
+    for size in stored_sizes(config):
+        if before.images[size].config != after.images[size].config:
+            return f"images-{size} are resized in another way"
+    for encoder in {config.text, config.text_embed} & before.texts.keys():
+        if _made_by(before.texts[encoder]) != _made_by(after.texts[encoder]):
+            return f"text-{encoder} is by another encoder"
+    embeds = {config.image_embed} & before.image_embeds.keys()
+    if any(_made_by(before.image_embeds[name]) != _made_by(after.image_embeds[name]) for name in embeds):
+        return f"image-embed-{config.image_embed} is by another encoder"
+    return None
+
+
+def _made_by(group: EmbeddingGroup) -> tuple[object, ...]:
+    return group.dim, group.dtype, group.fingerprint
