@@ -198,7 +198,7 @@ def damage_file(root: Path, kind: str, place: str, how: str, chance: random.Rand
     elif how == "cut":
         del data[chance.randrange(len(data)) :]
     elif how == "zeros":
-        start = chance.randrange(len(data))
+        start = chance.choice([place for place in range(0, len(data), 16) if any(data[place : place + 4096])] or [0])
         data[start : start + 4096] = bytes(len(data[start : start + 4096]))
     else:
         others = [other for other in of_kind if other != name] or [other for other in names if other != name]
