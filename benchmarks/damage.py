@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -263,16 +263,21 @@ def _names(text: str, name: str) -> bool:
     return "/".join(name.split("/")[-2:]) in text
 
 
-def one_try(work: Path, number: int, seed: int, case: Case, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The case on a copy of its place; what happened, for the list of tries."""
+def one_try(
+    work: Path, number: int, seed: int, case: Case, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, Any]:
+    """The case on a copy of its place; what happened, for the list of tries.
+
+    Args:
+        before, after: what users get from the place before and after the command, without damage.
+    """
     root = work / "tries" / f"{number:05d}"
     shutil.rmtree(root, ignore_errors=True)
-    place = f"{case.place}-{case.store_format}"
-    shutil.copytree(work / "good" / place, root)
+    shutil.copytree(work / "good" / f"{case.place}-{case.store_format}", root)
     name = damage_file(root, case.kind, case.place, case.damage, random.Random(f"{seed}/{number}"))
     found = {"outcome": "no such file", "detail": ""}
     if name:
-        found = outcome(case, root, name, expected[f"{place} before"], expected[f"{place} {case.command}"])
+        found = outcome(case, root, name, before, after)
     shutil.rmtree(root, ignore_errors=True)
     return {"number": number, **asdict(case), "file": name, **found}
 
@@ -301,21 +306,30 @@ def in_process(work: Callable[[], Any], folder: Path, timeout_s: float = _TRY_S)
     return json.loads(file.read_text())
 
 
-def expectations(work: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """What users get from each place before and after each command, without damage."""
-    for good in sorted((work / "good").iterdir()):
-        place, _, store_format = good.name.partition("-")
-        yield f"{good.name} before", in_process(lambda g=good, p=place: content(p, g), work)
-        for name in commands(place, store_format, good):
+class Expected:
+    """What users get from each place before and after each command, without damage; made when it is first needed."""
 
-            def run(place: str = place, store_format: str = store_format, name: str = name, good: Path = good) -> Any:
-                root = work / "tries" / "expected"
-                shutil.rmtree(root, ignore_errors=True)
-                shutil.copytree(good, root)
-                _must(call(*commands(place, store_format, root)[name]))
-                return content(place, root)
+    def __init__(self, work: Path):
+        self._work = work
+        self._found: dict[tuple[str, str, str], dict[str, str]] = {}
 
-            yield f"{good.name} {name}", in_process(run, work)
+    def of(self, case: Case, command: str = "") -> dict[str, str]:
+        """After a command on the case's place; before any without one."""
+        key = (case.place, case.store_format, command)
+        if key not in self._found:
+            value = in_process(lambda: self._make(*key), self._work)
+            assert "outcome" not in value, value
+            self._found[key] = value
+        return self._found[key]
+
+    def _make(self, place: str, store_format: str, command: str) -> dict[str, str]:
+        good, root = self._work / "good" / f"{place}-{store_format}", self._work / "tries" / "expected"
+        if not command:
+            return content(place, good)
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(good, root)
+        _must(call(*commands(place, store_format, root)[command]))
+        return content(place, root)
 
 
 def main() -> None:
@@ -329,18 +343,15 @@ def main() -> None:
     (work / "tries").mkdir(parents=True, exist_ok=True)
     (work / "good").mkdir(exist_ok=True)
     load_modules(in_process(lambda: make_places(work), work, 3600))
-    expected = {}
-    for name, value in expectations(work):
-        assert "outcome" not in value, value
-        expected[name] = value
-        print(f"without damage: {name}", flush=True)
+    expected = Expected(work)
     log = work / "tries.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     results = {entry["number"]: entry for entry in done if entry["seed"] == arguments.seed}
     planned = cases(arguments.seed, arguments.tries)
     for number, case in enumerate(planned):
         if number not in results:
-            answer = in_process(lambda n=number, c=case: one_try(work, n, arguments.seed, c, expected), work)
+            both = expected.of(case), expected.of(case, case.command)
+            answer = in_process(lambda n=number, c=case, b=both: one_try(work, n, arguments.seed, c, *b), work)
             results[number] = {"number": number, **asdict(case), "file": "", **answer, "seed": arguments.seed}
             with log.open("a") as lines:
                 lines.write(json.dumps(results[number]) + "\n")
