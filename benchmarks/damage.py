@@ -277,7 +277,10 @@ def one_try(
     name = damage_file(root, case.kind, case.place, case.damage, random.Random(f"{seed}/{number}"))
     found = {"outcome": "no such file", "detail": ""}
     if name:
-        found = outcome(case, root, name, before, after)
+        try:
+            found = outcome(case, root, name, before, after)
+        except Exception:  # noqa: BLE001 - what a command should not end with
+            found = {"outcome": "traceback", "detail": traceback.format_exc()}
     shutil.rmtree(root, ignore_errors=True)
     return {"number": number, **asdict(case), "file": name, **found}
 
@@ -385,14 +388,11 @@ def write(results: Sequence[Mapping[str, Any]], out: Path | None) -> None:
         out,
         packages=["imagen-precompute", "pyarrow", "h5py", "safetensors"],
         notes=[
-            f"{len(tried)} damages: " + ", ".join(f"{n} {name}" for name, n in Counter(_hows(tried)).most_common()),
+            f"{len(tried)} damages: "
+            + ", ".join(f"{n} {name}" for name, n in Counter(entry["damage"] for entry in tried).most_common()),
             *(f"{e['outcome']}: {e['damage']} of {e['file']}, then {e['command']}" for e in bad[:20]),
         ],
     )
-
-
-def _hows(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(entry["damage"]) for entry in tried]
 
 
 if __name__ == "__main__":
