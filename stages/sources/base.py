@@ -24,6 +24,8 @@ from stages.sources.records.far import reaching
 
 PAYLOAD = "payload"
 _DROP = "drop"
+MAX_FILE_BYTES = 2**30
+"""Of a file of a sample whose size is known before it is read; larger ones are the drop `too_large`."""
 
 
 @dataclass(frozen=True, slots=True)

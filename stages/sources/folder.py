@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.lines import split_lines
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import Emit, InputPart, KeyRegistry, Original, Source, SourceRow, require_path
+from stages.sources.base import MAX_FILE_BYTES, Emit, InputPart, KeyRegistry, Original, Source, SourceRow, require_path
 from stages.sources.files import READABLE
 from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
@@ -207,6 +207,11 @@ class FolderSource(Source):
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del shard, scratch
+        for row in rows:
+            if row.payload[0] > MAX_FILE_BYTES:
+                detail = f"{row.payload[0]:,} bytes, over {MAX_FILE_BYTES:,}"
+                emit(replace(Original.of(row), reason="too_large", detail=detail))
+        rows = [row for row in rows if row.payload[0] <= MAX_FILE_BYTES]
         for row, content in zip(rows, self.tree.read(_places(row.key) for row in rows), strict=True):
             emit(self._original(row, content))
 

@@ -1,5 +1,6 @@
 """Datasets in the Hugging Face format, from the hub or saved locally. Needs the extra `huggingface`."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.records.cells import BadCell, captions_of, image_of, text_of, top_levels
+
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class HuggingfaceConfig(AnnotationsConfig):
@@ -92,6 +95,7 @@ class HuggingfaceSource(Source):
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         for part in parts:
             dataset = self._load()
+            _check_ends(dataset)
             # The fingerprint is the library's own hash of the data and what was done to them.
             fingerprint = dataset._fingerprint
             for number in range(len(dataset)):
@@ -163,6 +167,25 @@ class HuggingfaceSource(Source):
             **exif_settings(self.config.exif_column),
             **self.config.annotation_settings,
         }
+
+
+def _check_ends(dataset: Any) -> None:
+    """Checks that each Arrow file of a dataset ends with the mark of its end.
+
+    A file that was cut between two batches is read as one of fewer rows.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for file in dataset.cache_files:
+        with Path(file["filename"]).open("rb") as arrow:
+            arrow.seek(max(0, arrow.seek(0, os.SEEK_END) - len(_ARROW_END)))
+            end = arrow.read()
+        if end != _ARROW_END:
+            raise ConfigError(
+                f"source.path: {file['filename']} ends without the end mark of Arrow, so rows may be missing; copy or "
+                "save it again"
+            )
 
 
 def _clean(record: dict[str, Any], column: str) -> tuple[str, ...]:

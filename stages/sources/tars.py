@@ -15,6 +15,7 @@ from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
 from stages.sources.base import (
+    MAX_FILE_BYTES,
     Emit,
     InputPart,
     Original,
@@ -213,6 +214,9 @@ class WebdatasetSource(Source):
         if "image" not in members:
             return Original.dropped(row, "no_image", f"members: {', '.join(sorted(members))}")
         wanted = {kind: span for kind, span in members.items() if kind in CONTENT}
+        largest = max(size for _, size in wanted.values())
+        if largest > MAX_FILE_BYTES:
+            return Original.dropped(row, "too_large", f"a member of {largest:,} bytes, over {MAX_FILE_BYTES:,}")
         content = {kind: read_span(file, span) for kind, span in wanted.items()}
         if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
             return Original.dropped(row, "truncated", "the tar ends inside this sample")

@@ -23,11 +23,12 @@ class BadCell(Exception):
 
 
 class InvalidLine(dict[str, Any]):
-    """The record of a line that cannot be parsed: every access to a cell raises BadCell (`invalid_line`)."""
+    """The record of a line that cannot be parsed, or of an unreadable row: every access to a cell raises BadCell."""
 
-    def __init__(self, detail: str):
+    def __init__(self, detail: str, reason: str = "invalid_line"):
         super().__init__()
         self.detail = detail
+        self.reason = reason
 
 
 def splits(path: str) -> Iterator[tuple[str, str]]:
@@ -57,7 +58,7 @@ def value_at(record: Mapping[str, Any], column: str | None) -> Any:
         BadCell: the line could not be parsed, or the path leads into a cell without fields.
     """
     if isinstance(record, InvalidLine):
-        raise BadCell("invalid_line", record.detail)
+        raise BadCell(record.reason, record.detail)
     return None if column is None else _descend(record, column, column)
 
 

@@ -7,14 +7,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError
-from stages.sources.records.cells import top_levels
+from pipeline.errors import ConfigError, first_line
+from stages.sources.records.cells import InvalidLine, top_levels
 from stages.sources.records.far import open_file
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
 _ROWS_AT_ONCE = 16
@@ -28,7 +28,6 @@ def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
     Raises:
         ConfigError: it is not one, or is damaged where it was read.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -62,25 +61,46 @@ class ParquetRows:
         self._ends = list(accumulate(sizes))
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._group = -1
+        self._damage: InvalidLine | None = None
         self._batch: pa.RecordBatch | None = None
         self._first = 0
         """Number of the batch's first row in the file."""
 
     def read(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The records at these row numbers, counted from 0."""
+        """The records at these row numbers, counted from 0.
+
+        From a damaged page to the end of its row group they are `InvalidLine` (`unreadable_row`).
+
+        Raises:
+            OSError: the file, but not what is in it, cannot be read.
+        """
         for number in numbers:
             group = bisect_right(self._ends, number)
             if group != self._group or number < self._first:
                 self._open(group)
-            while self._batch is None or number >= self._first + self._batch.num_rows:
-                self._first += 0 if self._batch is None else self._batch.num_rows
-                self._batch = next(self._batches)
-            yield to_records(self._batch.slice(number - self._first, 1))[0] if self._names else {}
+            try:
+                yield self._record(number)
+            except (pa.ArrowException, MemoryError, OSError) as error:
+                if getattr(error, "errno", None) is not None:  # what pyarrow finds wrong with the content has none
+                    raise
+                reason = "out_of_memory" if isinstance(error, MemoryError) else "unreadable_row"
+                self._damage = InvalidLine(first_line(error), reason)
+                yield self._damage
+
+    def _record(self, number: int) -> dict[str, Any]:
+        if self._damage is not None:
+            return self._damage
+        while self._batch is None or number >= self._first + self._batch.num_rows:
+            self._first += 0 if self._batch is None else self._batch.num_rows
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise pa.ArrowInvalid(f"row group {self._group} has fewer rows than the footer says")
+        return to_records(self._batch.slice(number - self._first, 1))[0] if self._names else {}
 
     def _open(self, group: int) -> None:
         self._batch = None
         self._batches = self._table.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=self._names)
-        self._group, self._first = group, self._ends[group - 1] if group else 0
+        self._group, self._first, self._damage = group, self._ends[group - 1] if group else 0, None
 
     def close(self) -> None:
         self._batch, self._batches = None, iter(())
@@ -106,8 +126,6 @@ def _lossless(column: "pa.Array | pa.ChunkedArray") -> list[Any]:
 
 def _as_binary(kind: "pa.DataType") -> "pa.DataType":
     """The type with every text in it as bytes."""
-    import pyarrow as pa
-
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.large_binary()
     if pa.types.is_dictionary(kind):
@@ -121,8 +139,6 @@ def _as_binary(kind: "pa.DataType") -> "pa.DataType":
 
 def _decoded(value: Any, kind: "pa.DataType") -> Any:
     """A value of the type `_as_binary(kind)` as one of `kind`."""
-    import pyarrow as pa
-
     if pa.types.is_dictionary(kind):
         return _decoded(value, kind.value_type)
     if isinstance(value, list) and not pa.types.is_map(kind):

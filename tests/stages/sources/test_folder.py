@@ -111,6 +111,12 @@ def test_the_metadata_of_an_imagefolder_is_a_table(tmp_path: Path, suffix: str) 
     assert folder.ignored == {"images that no row of the table names": 2, ".json files": 1}
 
 
+def test_a_file_of_more_bytes_than_allowed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.sources.folder.MAX_FILE_BYTES", 1000)
+    folder = source_of(tmp_path, {"a.png": b"x" * 1000, "a.txt": "a", "b.png": b"x" * 1001, "b.txt": "b"})
+    assert outcomes(folder) == {"a.png": ["a"], "b.png": "too_large"}
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_metadata_does_not_decide_its_columns(tmp_path: Path, order: int) -> None:
     rows: list[dict[str, object]] = [{"file_name": "a.png"}, {"file_name": "b.png", "text": "two"}]

@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import ConfigError
 from stages.sources.parquet import ParquetConfig
 from stages.sources.records.parquet import ParquetRows
-from tests.stages.sources.fetching import all_fetched
+from tests.stages.sources.fetching import all_fetched, fetched
 
 IMAGE = b"an image"
 COCO = pa.list_(pa.struct([("raw", pa.string()), ("tokens", pa.list_(pa.string()))]))
@@ -242,3 +242,44 @@ def test_rows_without_any_wanted_column_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", pa.array(["a", "b"]))
     source = ParquetConfig(path=str(path), image_column=None, caption_column=None).build()
     assert [row.captions for row in all_fetched(source, tmp_path / "scratch")] == [("",), ("",)]
+
+
+@pytest.mark.parametrize("where", ["header", "checksum"])
+def test_a_damaged_page_costs_the_rest_of_its_row_group_and_nothing_else(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "a.parquet"
+    images = [bytes([number]) * 1000 for number in range(200)]
+    table = pa.table({"image": images, "caption": [f"number {number}" for number in range(200)]})
+    pq.write_table(
+        table,
+        path,
+        row_group_size=100,
+        write_batch_size=10,
+        data_page_size=10_000,
+        use_dictionary=False,
+        compression="none",
+        write_page_checksum=True,
+        write_statistics=False,
+    )
+    data = bytearray(path.read_bytes())
+    place = data.index(images[50]) if where == "checksum" else data.index(images[50]) - 30
+    data[place : place + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    source = ParquetConfig(path=str(path)).build()
+    rows = [row for shard in fetched(source, tmp_path / "scratch", 30) for row in shard[1]]
+    assert len(rows) == 200
+    bad = [number for number, row in enumerate(rows) if row.reason == "unreadable_row"]
+    assert bad == list(range(bad[0], 100))
+    assert 30 <= bad[0] <= 50
+    assert [row.data for row in rows if row.reason is None] == images[: bad[0]] + images[100:]
+
+
+def test_a_file_that_cannot_be_read_is_no_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", pa.array(["a", "b"]))
+    rows = ParquetRows(str(path), ["caption"])
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(rows, "_record", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(rows.read([0]))

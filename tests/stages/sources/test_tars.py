@@ -179,6 +179,15 @@ def test_a_cut_in_a_member_that_is_no_content_is_counted(tmp_path: Path) -> None
     assert outcomes(source(tmp_path / "a.tar")) == {"a/0": ["zero"], "a/1": ["one"], "a.tar": "damaged_tar"}
 
 
+def test_a_member_of_more_bytes_than_allowed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.sources.tars.MAX_FILE_BYTES", 1000)
+    tar = source_of(
+        tmp_path, [*GOOD, ("2.jpg", b"x" * 1000), ("2.txt", b"2"), ("3.jpg", b"x"), ("3.txt", b"3" * 1001)]
+    )
+    assert outcomes(tar) == {"a/0": ["zero"], "a/1": ["one"], "a/2": ["2"], "a/3": "too_large"}
+    assert read_originals(tar)[-1].detail == "a member of 1,001 bytes, over 1,000"
+
+
 def test_a_tar_in_a_tar_is_not_read_while_the_outer_one_is_whole(tmp_path: Path) -> None:
     inner = tar_bytes([("9.jpg", IMAGE), ("9.txt", b"nine")])
     tar = source_of(tmp_path, [*GOOD, ("1.bin", inner)])

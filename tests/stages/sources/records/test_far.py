@@ -13,10 +13,11 @@ from imagen_core.store import Store
 from pipeline.errors import ConfigError, MachineError
 from stages.sources.records.far import Unreachable, is_far, open_file, reaching
 from stages.sources.tables import read_rows
+from stages.sources.tars import WebdatasetConfig
 from tests.commands import precompute
 from tests.image_server import body, serve, status
 from tests.images import plain_png
-from tests.stages.sources.reading import tar_bytes
+from tests.stages.sources.reading import read_originals, tar_bytes
 
 CLOSED = "http://127.0.0.1:1"
 FILES = {"urls": "l.csv", "parquet": "a.parquet", "webdataset": "a.tar", "tsv": "a.tsv", "folder": "images"}
@@ -53,6 +54,17 @@ def test_a_tar_on_a_server_is_read(tmp_path: Path) -> None:
         code, message = run(tmp_path / "run", "webdataset", server.url("/a.tar"))
     assert code == 0, message
     assert [sample.captions for sample in Store.open(tmp_path / "run" / "store")] == [["red"]]
+
+
+def test_a_damaged_tar_on_a_server_is_a_drop_that_counts_the_bytes() -> None:
+    members = tar_bytes([(f"{i}.{suffix}", b"x") for i in range(4) for suffix in ("png", "txt")])
+    for damaged, detail in (
+        (members[:4096] + b"?" * 512 + members[4608:], "no valid header at byte 4,096; 1,024 bytes were not read"),
+        (members[:6144], "it ends at byte 6,144 without an end mark; 0 bytes were not read"),
+    ):
+        with serve({"/a.tar": body(damaged)}) as server:
+            rows = read_originals(WebdatasetConfig(path=server.url("/a.tar")).build())
+        assert [(row.reason, row.detail) for row in rows if row.reason][-1] == ("damaged_tar", detail)
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, lambda data: pa.compress(data, "zstd", asbytes=True)])
