@@ -88,7 +88,7 @@ def _check(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _looks_for_a_port() -> bool:
-    """Whether Ray calls, which binds a socket to all interfaces and closes it, without listening, to find a free port."""
+    """Whether Ray calls, which binds a socket to all interfaces, without listening, to find a free port."""
     return sys._getframe(2).f_code.co_filename.endswith("/ray/_common/network_utils.py")
 
 
