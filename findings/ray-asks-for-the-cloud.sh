@@ -44,6 +44,7 @@ sys.addaudithook(refuse)
 PYTHON
 export PYTHONPATH="$folder/guard" ATTEMPTS="$folder/attempts" HOME="$folder/home"
 export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # the latter: loopback only
+export RAY_raylet_start_wait_time_s=300 # on a busy machine
 touch "$ATTEMPTS"
 "$folder/venv/bin/python" - <<'PYTHON'
 import os
