@@ -38,7 +38,7 @@ def call(*arguments: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def call_process(*arguments: str, cwd: Path, timeout_s: float = 120, **environment: str) -> Result:
+def call_process(*arguments: str, cwd: Path, timeout_s: float = 280, **environment: str) -> Result:
     """The console script in its own process; `environment` overrides this one's."""
     script = Path(sys.executable).with_name("pipeline")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "pipeline"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,18 +149,30 @@ def test_no_token_the_model_sees_is_padding(encoder: TextEncoder) -> None:
     assert sum(seen) == sum(len(e) for e in encoded.embeddings)
 
 
-def test_threads_share_a_model_and_wait_for_it(encoder: TextEncoder) -> None:
+def test_threads_share_a_model_and_wait_for_it(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = encoder.encode(CAPTIONS).embeddings
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(encoder.encode, [CAPTIONS] * 8))
     for encoded in found:
         assert all(np.array_equal(a, b) for a, b in zip(encoded.embeddings, expected, strict=True))
-    with encoder._computing, ThreadPoolExecutor(1) as threads:
-        future = threads.submit(encoder.encode, CAPTIONS)
+    model, waits = threading.Lock(), threading.Event()
+
+    class Watched:
+        def __enter__(self) -> None:
+            waits.set()
+            model.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            model.release()
+
+    monkeypatch.setattr(encoder, "_computing", Watched())
+    model.acquire()
+    with ThreadPoolExecutor(1) as one:
+        future = one.submit(encoder.encode, CAPTIONS)
+        assert waits.wait(60)
         time.sleep(0.05)
-        encoder._computing.release()
-        assert future.result().waited_s >= 0.01
-        encoder._computing.acquire()
+        model.release()
+        assert future.result().waited_s >= 0.04
 
 
 def test_the_workload_is_known_without_the_weights(encoder: TextEncoder, folder: Path, tmp_path: Path) -> None:

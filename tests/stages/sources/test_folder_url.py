@@ -41,7 +41,7 @@ SECRET = b"secret"
 def bucket() -> Iterator[str]:
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(port=0)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
