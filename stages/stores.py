@@ -57,7 +57,13 @@ def open_place(place: str) -> tuple[StoreFolder, RunFolder | None]:
 
 
 def previous_header(run: RunFolder) -> dict[str, Any]:
-    """The header of the manifest of a run's store; {} if there is none, or if it is damaged: a run makes it again."""
+    """The header of the manifest of a run's store; {} if there is none, or if it is damaged: a run makes it again.
+
+    Raises:
+        MachineError: an object store cannot be reached.
+    """
+    if run.storage.size(f"{STORE}/{MANIFEST_NAME}") is None:
+        return {}
     try:
         return read_header(StoreFolder(run.store_url))
     except StoreError:

@@ -1,7 +1,7 @@
 """The files of a group of embeddings: three stages make them, of captions and of images."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from imagen_core.store import (
 from pipeline.errors import MachineError
 from pipeline.stage import Task
 from pipeline.storage.run_folder import STORE, RunFolder
+from stages.stores import previous_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,9 @@ class SharedFiles:
     reads or lists one compares it.
     """
 
-    def __init__(self, run: RunFolder, group: str, previous: Mapping[str, Any]):
-        """`previous`: the header of the store's manifest, which knows the files that earlier versions wrote."""
+    def __init__(self, run: RunFolder, group: str):
         self.run = run
         self.group = group
-        self._previous = previous.get("groups", {}).get(group, {})
 
     def keep(self, path: str, make: Callable[[], bytes]) -> bytes | None:
         """The content of a file of the store that the run has already; None if this call made it.
@@ -111,24 +110,31 @@ class SharedFiles:
 
     def _compared(self, path: str, data: bytes) -> dict[str, object]:
         found = _entry(path, data)
-        known = [entry for entry in (self._recorded(path), self._listed(path)) if entry is not None]
-        if known and found not in known:
+        recorded = self._recorded(path)
+        if recorded == found:
+            return found
+        listed = self._listed(path)  # the manifest is large, and seldom needed
+        expected = recorded or listed
+        if expected is not None and listed != found:
             raise MachineError(
                 f"{self.run.url}/{STORE}/{path}: {found['bytes']} bytes with sha256 {found['sha256']}, but "
-                f"{self._record(path)} says {known[0]['bytes']} bytes with {known[0]['sha256']}, so it was changed "
+                f"{self._record(path)} says {expected['bytes']} bytes with {expected['sha256']}, so it was changed "
                 "since; restore it from a copy, or move it away and run the same command again: it makes it again"
             )
         return found
 
     def _recorded(self, path: str) -> dict[str, object] | None:
+        """The entry that was recorded when the file was written; None if it is missing or damaged."""
         try:
-            return self.run.storage.read_json(self._record(path))
-        except ValueError:  # damaged; the manifest may still know the file
+            entry = self.run.storage.read_json(self._record(path))
+        except ValueError:
             return None
+        return entry if isinstance(entry, dict) and entry.keys() == {"path", "bytes", "sha256"} else None
 
     def _listed(self, path: str) -> dict[str, object] | None:
-        """The file's entry in the manifest."""
-        for listed in self._previous.values():
+        """The file's entry in the manifest, which knows the files that earlier versions wrote."""
+        groups = previous_header(self.run).get("groups", {})
+        for listed in groups.get(self.group, {}).values():
             if isinstance(listed, dict) and listed.get("path") == path:
                 return {name: listed[name] for name in ("path", "bytes", "sha256")}
         return None

@@ -26,7 +26,6 @@ from stages.encoders.probe import OTHER_NUMBERS, null_problem, probe_problem, ta
 from stages.precompute.embedding_files import EmbeddingFiles, SharedFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store, quantisation_summary
-from stages.stores import previous_header
 
 
 class EncodeStage(Stage):
@@ -71,7 +70,7 @@ class EncodeStage(Stage):
         """
         self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
-        shared = SharedFiles(run, self.files.group, previous_header(run))
+        shared = SharedFiles(run, self.files.group)
         self._keep_null(shared, self._model)
         if len(self.shared) > 1:
             self._keep_probe(shared, self._model)

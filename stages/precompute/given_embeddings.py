@@ -25,7 +25,6 @@ from stages.precompute.embedding_files import EmbeddingFiles, SharedFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.quantisation import cast_for_store, quantisation_summary
 from stages.sources.base import PrecomputedEmbedding, Source
-from stages.stores import previous_header
 
 _MAX_DIFFERENCE = 0.05
 """Largest relative error of a token between embeddings of one caption that were computed in different batches."""
@@ -81,7 +80,7 @@ class PrecomputedEmbeddingsStage(Stage):
                 f"encoders.{self.encoder.name}.null: {self.encoder.null} is not finite as {self.files.dtype}; use "
                 "store.dtype=bfloat16 or float32"
             )
-        shared = SharedFiles(run, self.files.group, previous_header(run))
+        shared = SharedFiles(run, self.files.group)
         shared.keep(null_path(self.encoder.name), lambda: dump_null(null, self.files.dtype))
 
     def process(self, task: Task) -> None:

@@ -40,7 +40,7 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
         "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
         "input_rows": input_rows,
-        "groups": {name: _describe(run, name, config, previous) for name, config in groups.items()},
+        "groups": {name: _describe(run, name, config) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
     }
     removals = _all_removals(run, previous)
@@ -85,10 +85,10 @@ def _wants_null(config: dict[str, object]) -> bool:
     return config["kind"] == "text" and config.get("null", "") is not None
 
 
-def _describe(run: RunFolder, group: str, config: dict[str, object], previous: dict[str, Any]) -> dict[str, object]:
+def _describe(run: RunFolder, group: str, config: dict[str, object]) -> dict[str, object]:
     if not _wants_null(config):
         return config
-    shared = SharedFiles(run, group, previous)
+    shared = SharedFiles(run, group)
     encoder = str(config["encoder"])
     described = {**config, "null": shared.entry(store_format.null_path(encoder))}
     probe = store_format.probe_path(encoder)

@@ -152,14 +152,14 @@ def _remove(
     Args:
         at_work: another process holds the store, so the manifest is left to it.
     """
-    for tries_left in reversed(range(_MOST_TRIES)):
+    for tried in range(_MOST_TRIES):
         try:
             return _try_to_remove(folder, run, values, given, reason, dry_run=dry_run, at_work=at_work)
         except RemovalRaceError:
-            if not tries_left:
+            if tried + 1 == _MOST_TRIES:
                 raise
         except (StoreError, FileNotFoundError):  # such as a file that a compaction has just replaced
-            if not (at_work and tries_left):
+            if not at_work or tried >= 2:
                 raise
     raise AssertionError("the last try returns or raises")
 

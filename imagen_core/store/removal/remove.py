@@ -82,9 +82,9 @@ def find_blocked(
     removed = {(shard, row.row) for removal in removals for shard, rows in removal.rows.items() for row in rows}
     for shard, samples, excluded in shards:
         for row, sample in enumerate(map(samples.row, range(samples.num_rows))):
-            identifiers = dict(zip(IDENTIFIERS, (sample.key, sample.url, sample.sha256), strict=True))
-            if (shard, row) not in removed and any(blocklist.has(*pair) for pair in identifiers.items()):
-                digests: dict[str, Any] = row_digests(*identifiers.values())
+            identifiers = zip(IDENTIFIERS, (sample.key, sample.url, sample.sha256), strict=True)
+            if (shard, row) not in removed and any(blocklist.has(*pair) for pair in identifiers):
+                digests: dict[str, Any] = row_digests(sample.key, sample.url, sample.sha256)
                 removed_row = RemovedRow(row, **digests, excluded=excluded.get(row, REMOVED))
                 found.rows.setdefault(shard, []).append(removed_row)
     return found

@@ -48,7 +48,7 @@ def test_a_removal_refuses_to_look_for_rows_in_a_damaged_file(copy_of_small_run:
     assert not (copy_of_small_run / "store" / "removed").exists()
 
 
-@pytest.mark.parametrize("damage", ["changed", "deleted", "zeros"])
+@pytest.mark.parametrize("damage", ["changed", "deleted", pytest.param("zeros", marks=pytest.mark.slow)])
 def test_a_run_refuses_a_damaged_log_of_removals_before_it_writes_anything(
     copy_of_small_run: Path, damage: str
 ) -> None:
@@ -71,8 +71,15 @@ def test_a_run_refuses_a_damaged_log_of_removals_before_it_writes_anything(
     assert store_bytes(run) == before
 
 
-@pytest.mark.parametrize("file", ["null.safetensors", "probe.json"])
-@pytest.mark.parametrize("known_by", ["record", "manifest"])
+@pytest.mark.parametrize(
+    ("file", "known_by"),
+    [
+        ("null.safetensors", "record"),
+        ("probe.json", "manifest"),
+        pytest.param("null.safetensors", "manifest", marks=pytest.mark.slow),
+        pytest.param("probe.json", "record", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_file_that_belongs_to_no_shard_is_not_listed(
     copy_of_small_run: Path, file: str, known_by: str
 ) -> None:
@@ -131,7 +138,9 @@ def test_kept_originals_that_were_changed_are_not_compacted(tmp_path: Path) -> N
     assert (result.code, f"staging/originals/{tar.name}: " in result.err) == (4, True)
 
 
-@pytest.mark.parametrize("damage", ["a flipped byte", "zeros", "cut", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["a flipped byte", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zeros", "cut", "missing"))]
+)
 def test_the_lineage_names_damaged_files_and_searches_the_others(copy_of_small_run: Path, damage: str) -> None:
     run = copy_of_small_run
     path = run / "store" / "samples" / "00001.parquet"

@@ -46,6 +46,29 @@ def test_an_export_is_the_same_file_each_time(run: Path, tmp_path: Path) -> None
         assert file.metadata().keys() == {"format", "imagen", "sha256"}
 
 
+def test_a_file_that_was_changed_anywhere_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, load_checkpoint(run))
+    written = path.read_bytes()
+    places = {"a weight": len(written) - 2, "its own digest": written.index(b'"sha256":"') + 20}
+    places["the configuration"] = written.index(b'\\"step\\": 2') + len(b'\\"step\\": ')
+    for place in places.values():
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed since it was written"):
+            load_checkpoint(path)
+    path.write_bytes(written)
+    assert load_checkpoint(path).step == 2
+
+
+def test_a_file_of_an_earlier_version_without_a_digest_is_read(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, load_checkpoint(run))
+    with safe_open(path, framework="pt") as file:
+        entries = {name: value for name, value in file.metadata().items() if name != "sha256"}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, path, metadata=entries)  # noqa: SIM118
+    assert load_checkpoint(path).step == 2
+
+
 def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", load_checkpoint(run))
     started = [
