@@ -38,7 +38,16 @@ _LIMIT_S = 120.0
 _STARTS = 3
 _UNCOMPARED = (".lock", "events.jsonl", "starts.jsonl", "report/index.html")
 """Files with times in them: that they are there is enough."""
-_VOLATILE = ("seconds", "this_run", "shards_skipped", "images_per_s", "loader_wait", "peak_memory_bytes", "time")
+_VOLATILE = (
+    "seconds",
+    "this_run",
+    "shards_skipped",
+    "changed_settings",
+    "images_per_s",
+    "loader_wait",
+    "peak_memory_bytes",
+    "time",
+)
 
 
 @dataclass
