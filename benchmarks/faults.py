@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report
+from benchmarks.common import git_commit, report
 from benchmarks.fault_points import KINDS, FaultPoints
 from benchmarks.fault_scenarios import SCENARIOS, Scenario
 
@@ -38,7 +38,16 @@ _LIMIT_S = 120.0
 _STARTS = 3
 _UNCOMPARED = (".lock", "events.jsonl", "starts.jsonl", "report/index.html")
 """Files with times in them: that they are there is enough."""
-_VOLATILE = ("seconds", "this_run", "shards_skipped", "images_per_s", "loader_wait", "peak_memory_bytes", "time")
+_VOLATILE = (
+    "seconds",
+    "this_run",
+    "shards_skipped",
+    "changed_settings",
+    "images_per_s",
+    "loader_wait",
+    "peak_memory_bytes",
+    "time",
+)
 
 
 @dataclass
@@ -322,9 +331,9 @@ def main() -> None:
 
 
 def run(place: Place, arguments: argparse.Namespace) -> list[Try]:
-    """All tries; what an earlier call with the same arguments has done is read from WORK/tries.jsonl."""
+    """All tries; those that an ended call at the same commit has made are read from WORK/tries-COMMIT.jsonl."""
     place.folder.mkdir(parents=True, exist_ok=True)
-    done_file = place.folder / "tries.jsonl"
+    done_file = place.folder / f"tries-{git_commit()}.jsonl"
     known = [json.loads(line) for line in done_file.read_text().splitlines()] if done_file.exists() else []
     done = {(one["scenario"], one["kind"], one["point"], one["seed"]): Try(**one) for one in known}
     load_modules(place, arguments.scenarios)

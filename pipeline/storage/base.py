@@ -105,8 +105,8 @@ class Storage(ABC):
         """An empty local folder for temporary files; the caller deletes it."""
 
     @abstractmethod
-    def clean(self) -> int:
-        """Deletes unfinished files of killed processes; returns their number."""
+    def clean(self, folder: str = "") -> int:
+        """Deletes unfinished files of killed processes, in all folders or below one; returns their number."""
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

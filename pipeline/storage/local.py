@@ -114,8 +114,8 @@ class LocalStorage(Storage):
         make_folder(staging)
         return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=staging))
 
-    def clean(self) -> int:
-        return remove_temporaries(self.root, linked=_STORE) + clean_scratch()
+    def clean(self, folder: str = "") -> int:
+        return remove_temporaries(self.root / folder, linked=_STORE) + clean_scratch()
 
 
 def _unless_gone(function: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:

@@ -125,7 +125,7 @@ class ObjectStorage(Storage):
     def new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=scratch()))
 
-    def clean(self) -> int:
+    def clean(self, folder: str = "") -> int:
         """Objects are never partly written; deletes local folders of ended processes of this machine."""
         return clean_scratch()
 

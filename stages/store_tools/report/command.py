@@ -18,7 +18,8 @@ from stages.store_tools.report.comparison import compare_with_plan, comparison_l
 from stages.store_tools.report.images import caption_histogram, caption_tokens, image_grid
 from stages.stores import group_bytes, open_store, store_folder
 
-_PAGE = "report/index.html"
+_FOLDER = "report"
+_PAGE = f"{_FOLDER}/index.html"
 _NUM_IMAGES = 24
 _NUM_DROPS = 100
 
@@ -32,6 +33,7 @@ def report_command(path: str) -> CommandResult:
     except StoreError as error:
         raise ConfigError(str(error)) from error
     page = f"{run.url}/{_PAGE}"
+    run.storage.clean(_FOLDER)
     run.storage.write_text(_PAGE, _render(content))
     result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
     return result, [f"report  {page}", *comparison_lines(content["planned"])], 0

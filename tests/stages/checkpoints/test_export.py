@@ -10,13 +10,11 @@ from stages.checkpoints.load import load_checkpoint_from
 from tests.commands import call
 
 
-@pytest.mark.parametrize("below", ["file", "file/new", "file/new/deeper"])
+@pytest.mark.parametrize("below", ["file/new", "file/new/deeper"])
 @pytest.mark.parametrize("command", [["export", "nothing"], ["import", "minimagen", "nothing"]])
 def test_a_place_below_a_file_is_refused_by_name(tmp_path: Path, command: list[str], below: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     out = tmp_path / (f"{below}.safetensors" if command[0] == "export" else below)
-    if below == "file" and command[0] == "export":
-        out.write_bytes(b"")
     result = call(*command, "--out", str(out))
     assert result.code == 2
     assert result.err.startswith(f"error: --out {out}: ")

@@ -12,7 +12,7 @@ import torch
 
 from imagen_core.models import Conditioning
 from imagen_core.train import CheckpointError, CheckpointMismatchError, load_checkpoint, train
-from imagen_core.train.checkpoints.checkpoint import checkpoints, write_checkpoint
+from imagen_core.train.checkpoints.checkpoint import best_checkpoints, checkpoints, record_validation, write_checkpoint
 from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store, tensors
 
 
@@ -291,3 +291,24 @@ def test_a_checkpoint_has_no_moments_of_parameters_that_are_not_trained(store: P
     again = tensors(newest(tmp_path))
     assert all(again[f"model/{name}"].equal(kept[f"model/{name}"]) for name in frozen)
     assert not again["model/net.conv_in.convs.0.weight"].equal(kept["model/net.conv_in.convs.0.weight"])
+
+
+@pytest.mark.parametrize("data", [b"", b'{"step-0000', b"[1]", b"\xff", bytes(9)])
+def test_a_damaged_file_of_validation_losses_is_made_again_from_the_metrics(data: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step, loss in ((2, 0.5), (4, 0.7), (6, 0.6)):
+        write_checkpoint(folder, step, {}, {})
+        record_validation(folder, step, loss)
+    assert [path.name for path in best_checkpoints(folder)] == ["step-00000002", "step-00000006", "step-00000004"]
+    lines = [{"step": step, "loss": 1.0} for step in range(1, 7)]
+    lines += [{"step": step, "validation_loss": loss} for step, loss in ((2, 0.5), (4, 0.7), (6, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
+    (tmp_path / "validation.json").write_bytes(data)
+    assert [path.name for path in best_checkpoints(folder)] == ["step-00000002", "step-00000006", "step-00000004"]
+    record_validation(folder, 6, 0.4)
+    assert best_checkpoints(folder)[0].name == "step-00000006"
+    assert json.loads((tmp_path / "validation.json").read_bytes()) == {
+        "step-00000002": 0.5,
+        "step-00000004": 0.7,
+        "step-00000006": 0.4,
+    }
