@@ -98,6 +98,14 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _load_yaml(text: str) -> Any:
+    loader = _YamlLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: Path) -> Tree:
     """Reads a YAML mapping.
 
@@ -118,7 +126,7 @@ def parse_yaml(data: bytes, path: Path | str) -> Tree:
         ConfigError: it is not YAML, or not a mapping.
     """
     try:
-        tree = yaml.load(data.decode(), _YamlLoader)
+        tree = _load_yaml(data.decode())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: not valid YAML: {error}") from error
     if tree is None:
@@ -184,7 +192,7 @@ _GLOB_STARTS = ("*", "{", "?", "%")
 def _parse_value(override: str, text: str) -> object:
     """The value as YAML; paths that are not valid YAML, such as `*.csv` and `{00..09}.tar`, stay as they are."""
     try:
-        return yaml.load(text, _YamlLoader)
+        return _load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if text.startswith(_GLOB_STARTS):
             return text

@@ -27,6 +27,7 @@ _EVENTS = _PLACES | _LOOKUPS | _REVERSE_LOOKUPS
 _INVENTED = ("test", "invalid", "example")
 """Top-level domains that nobody has (RFC 2606). These, and the name of this machine, are resolved to nothing."""
 _FILE = "TESTS_REFUSED_FILE"
+os.environ["HF_ENDPOINT"] = "https://hub.invalid"  # huggingface_hub reads it when it is imported
 _GUARD = str(Path(__file__).resolve().parent / "guard")
 
 

@@ -34,7 +34,7 @@ def simulate(
     stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
     plan = Plan(stages, lambda: _shards(shards), lambda *_: {})
     with temporary_folder("pipeline-plan-") as folder:
-        run = _SimulatedRun(folder, plan, shards)
+        run = _SimulatedRun(str(folder), plan, shards)
         events = EventLog(run.storage)
         try:
             progress, config = Progress(plan.stages, quiet=True), ExecutionConfig()

@@ -18,15 +18,16 @@ def lost_drops(run: RunFolder, shard: Shard, record: Record, source: Source) -> 
     keys = [source.identifiers(row)[0] for row in shard.rows]
     rows: Mapping[str, Sequence[int]] = record.info.get("excluded_rows", {})
     if record.group == SAMPLES:
-        copy = run.storage.copy(record.file.path)
+        copy = run.proven_copy(record.file)
         try:
             rows = SamplesFile(str(copy), record.file.path).dropped
         finally:
             run.storage.release(copy)
     elif rows:
-        copy = run.storage.copy(run.committed_file(SAMPLES, shard.name))
+        file = run.committed_file(SAMPLES, shard.name)
+        copy = run.proven_copy(file)
         try:
-            samples = SamplesFile(str(copy), record.file.path)
+            samples = SamplesFile(str(copy), file.path)
             keys = [samples.key(row) for row in range(samples.num_rows)]
         finally:
             run.storage.release(copy)

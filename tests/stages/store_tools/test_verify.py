@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from imagen_core import store as st
 from pipeline.errors import ShardError, StaleOutputError
+from pipeline.fingerprint import digest
 from pipeline.stage import Task
+from pipeline.storage.run_folder import RunFolder
 from stages.encoders.encoder import load_encoder
 from stages.encoders.tiny import write_tiny_model
 from stages.precompute.resize import ResizeStage
@@ -205,6 +208,9 @@ def test_each_field_of_a_fingerprint_is_shown_and_refused_with_both_values(
         place = place[parent]
     now, place[name] = place[name], value
     path.write_text(json.dumps(state))
+    run = RunFolder(copy_of_small_run)
+    for record in run.records("text-t5"):  # the store as the other configuration would have made it
+        run.write_record(replace(record, fingerprint=digest(state)))
     shown = call("inspect", str(copy_of_small_run)).out
     assert f"{name}: {now}" in shown if parents else f"dim 64, {now}" in shown
     with pytest.raises(StaleOutputError) as caught:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from imagen_core.models import Conditioning
+from imagen_core.sealed import read_sealed
 from imagen_core.train import CheckpointError, CheckpointMismatchError, load_checkpoint, train
-from imagen_core.train.checkpoints.checkpoint import best_checkpoints, checkpoints, record_validation, write_checkpoint
+from imagen_core.train.checkpoints.checkpoint import checkpoints, write_checkpoint
+from imagen_core.train.checkpoints.kept import best_checkpoints, record_validation, validation_losses
 from tests.imagen_core.train.small import BASE, BASE_UNET, make_config, make_store, tensors
 
 
@@ -307,8 +309,12 @@ def test_a_damaged_file_of_validation_losses_is_made_again_from_the_metrics(data
     assert [path.name for path in best_checkpoints(folder)] == ["step-00000002", "step-00000006", "step-00000004"]
     record_validation(folder, 6, 0.4)
     assert best_checkpoints(folder)[0].name == "step-00000006"
-    assert json.loads((tmp_path / "validation.json").read_bytes()) == {
-        "step-00000002": 0.5,
-        "step-00000004": 0.7,
-        "step-00000006": 0.4,
-    }
+    assert (
+        validation_losses(folder)
+        == read_sealed(tmp_path / "validation.json")
+        == {
+            "step-00000002": 0.5,
+            "step-00000004": 0.7,
+            "step-00000006": 0.4,
+        }
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from imagen_core.sealed import read_sealed, write_sealed
 from imagen_core.train import NonFiniteLossError, train, trainer
 from imagen_core.train.checkpoints.checkpoint import checkpoints
 from imagen_core.train.parallel.precision import LossScale
@@ -68,8 +69,7 @@ def test_steps_whose_gradients_overflow_are_left_out(
         assert torch.equal(kept[name], kept[name.replace("model/", "ema-0.9/")])
     monkeypatch.undo()
     state = checkpoints(tmp_path / "a" / "checkpoints")[-1] / "state.json"
-    saved = json.loads(state.read_text()) | {"loss_scale": {"value": 256.0, "good_steps": 0}}
-    state.write_text(json.dumps(saved))
+    write_sealed(state, read_sealed(state) | {"loss_scale": {"value": 256.0, "good_steps": 0}})
     train(make_config(store, batch_size=2, num_steps=3, precision="float16"), tmp_path / "a")
     assert scale_of(tmp_path / "a") == {"value": 256.0, "good_steps": 1}
 

@@ -84,11 +84,11 @@ def test_a_server_without_ranges_cannot_serve_parquet_and_is_named(tmp_path: Pat
 def test_a_package_that_is_missing_is_exit_4_and_an_unknown_protocol_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    code, message = run(tmp_path / "run", "urls", "s3://bucket/l.csv")
+    monkeypatch.setitem(sys.modules, "ossfs", None)
+    code, message = run(tmp_path / "run", "urls", "oss://bucket/l.csv")
     assert code == 4, message
-    assert "source.path: s3://bucket/l.csv cannot be opened: " in message
-    assert "s3fs" in message
+    assert "source.path: oss://bucket/l.csv cannot be opened: " in message
+    assert "ossfs" in message
     code, message = run(tmp_path / "run", "urls", "nothing://bucket/l.csv")
     assert code == 2, message
 
