@@ -56,6 +56,7 @@ def write_safe_and_unsafe(work: Path) -> None:
         (work / str(number)).touch()
 
 
+@pytest.mark.slow
 def test_a_loss_of_power_takes_what_was_not_synced_and_nothing_else(tmp_path: Path) -> None:
     found: list[str] = []
     while faulty(tmp_path, write_safe_and_unsafe, "power", at=len(found)) == EXIT_CODE:

@@ -108,7 +108,9 @@ class Killer:
         raise AssertionError("never ends")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "table" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_two_nights_make_the_same_store_however_often_they_are_killed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,10 @@ def test_a_gaussian_is_reached_in_mean_and_variance(name):
 
 
 @pytest.mark.parametrize("schedule", [LogSnrLinear(), LogSnrCosine(), Discrete(num_steps=2000)], ids=lambda s: s.kind)
-@pytest.mark.parametrize("name", ["ancestral", "ddim_0", "heun", "dpmpp_2m", "plms"])
+@pytest.mark.parametrize(
+    "name",
+    ["ancestral", "dpmpp_2m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddim_0", "heun", "plms"))],
+)
 def test_a_gaussian_is_reached_on_the_steps_of_every_schedule(name, schedule):
     sampler, _ = SAMPLERS[name]
     mean_error, variance_error = relative_errors(sampler, Uniform().sigmas(schedule, 2000), Gaussian())

@@ -13,8 +13,7 @@ from pipeline.errors import MachineError, PipelineError, ShardError, StaleOutput
 from pipeline.options import RunOptions, Summary
 from tests.pipeline.toy import Toy, ToyConfig, marks
 
-EXECUTORS = ["inline", "local", pytest.param("ray", marks=pytest.mark.ray)]
-RAY_IS_SLOW = ["inline", "local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+EXECUTORS = ["inline", "local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 
 
 def run(out: Path, executor: str, *, restart: bool = False, **toy: object) -> Summary:
@@ -83,7 +82,7 @@ def test_all_executors_write_the_same_bytes(finished_run: Callable[[str], Finish
     assert len(inline) == 10
 
 
-@pytest.mark.parametrize("executor", RAY_IS_SLOW)
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     executor: str, tmp_path: Path, trace: Path
 ) -> None:
@@ -97,7 +96,7 @@ def test_a_failing_shard_is_retried_set_aside_and_the_rest_finishes(
     assert marks(trace, "square-00001") == 1
 
 
-@pytest.mark.parametrize("executor", RAY_IS_SLOW[1:])
+@pytest.mark.parametrize("executor", EXECUTORS[1:])
 def test_a_killed_worker_costs_nothing_but_time(executor: str, tmp_path: Path, trace: Path) -> None:
     run(tmp_path / "r", executor, trace=str(trace), kill_shard=1)
     run(tmp_path / "plain", executor)
@@ -114,7 +113,7 @@ def test_a_worker_runs_as_many_tasks_at_once_as_its_stage_allows(tmp_path: Path,
     assert marks(trace, "setup") == 1
 
 
-@pytest.mark.parametrize("executor", RAY_IS_SLOW)
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_setup_that_cannot_work_ends_the_run_at_once_with_its_exit_code(executor: str, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"toy\.model: not found") as caught:
         run(tmp_path / "r", executor, add_cubes=True, broken_setup=True)

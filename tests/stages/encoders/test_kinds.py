@@ -124,7 +124,7 @@ def test_a_cut_caption_is_what_the_tokenizer_cuts_it_to_and_is_counted(case: Cas
     assert found.num_truncated == sum(length > 6 for length in lengths)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 30, 4096])
+@pytest.mark.parametrize("tokens_per_batch", [30, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4096))])
 def test_the_result_does_not_depend_on_the_batches(case: Case, tokens_per_batch: int) -> None:
     alone = [case.encoder.encode([caption]).embeddings[0] for caption in CAPTIONS]
     other = case.load(tokens_per_batch=tokens_per_batch)

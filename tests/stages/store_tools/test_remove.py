@@ -166,7 +166,9 @@ def compact_and_die(run: Path, step: int) -> None:
     compaction.compact(run / "store", RunFolder(run))
 
 
-@pytest.mark.parametrize("kills", [1, 4, 6, 7, 12, 15, 17, 18, 21])
+@pytest.mark.parametrize(
+    "kills", [4, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 7, 15, 17, 18, 21))]
+)
 def test_compaction_killed_anywhere_leaves_the_old_or_the_new_store_and_goes_on(
     copy_of_small_run: Path, kills: int
 ) -> None:

@@ -186,7 +186,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "steps", [pytest.param(4, marks=pytest.mark.slow), 2], ids=["in the middle", "after the last step"]
 )
-@pytest.mark.parametrize("at", ["validation_loss", "record_validation", "sample_grid"])
+@pytest.mark.parametrize(
+    "at",
+    ["validation_loss", *(pytest.param(at, marks=pytest.mark.slow) for at in ("record_validation", "sample_grid"))],
+)
 def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, steps: int
 ) -> None:
