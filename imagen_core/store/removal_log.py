@@ -187,9 +187,11 @@ def _missing(folder: StoreFolder, number: int, witness: str) -> ManifestError:
     return ManifestError(f"{folder.path(path)}: missing, but {witness} says that there is one; {_RESTORE}", path)
 
 
-def write_head(folder: StoreFolder, number: int, data: bytes) -> None:
-    """Records that the log has at least `number` removals, the last of them with this content."""
-    head = {"removals": number, "sha256": hashlib.sha256(data).hexdigest()}
+def write_head(folder: StoreFolder, number: int, sha256: str) -> None:
+    """Records that the log has at least `number` removals, the last of them with this sha256."""
+    if _read_head(folder) == (number, sha256):
+        return
+    head = {"removals": number, "sha256": sha256}
     folder.write(REMOVAL_HEAD, json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n")
 
 

@@ -1,5 +1,6 @@
 """Remove samples from a store: find them, log the removal, and rewrite the manifest."""
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,18 +108,19 @@ def add_removal(
     Raises:
         RemovalRaceError: another removal was logged in the meantime.
     """
-    known = Blocklist(removals)
+    known, last = Blocklist(removals), removals[-1].file if removals else None
     if not found.rows and all(known.has(name, value) for name, listed in values.items() for value in listed):
+        if last is not None:
+            write_head(folder, len(removals), last.sha256)  # a kill may have come before it
         return None
     blocked = {name: tuple(sorted({value_digest(name, v) for v in values.get(name, ())})) for name in IDENTIFIERS}
-    last = removals[-1].file if removals else None
     rows = {shard: tuple(rows) for shard, rows in found.rows.items()}
     removal = Removal(time, reason, blocked, rows, last.sha256 if last else "", at_work)
     number, data = len(removals) + 1, removal.dump()
     path = removal_path(number)
     if not folder.create(path, data):
         raise RemovalRaceError(f"{folder.path(path)}: was written meanwhile by another removal; run the command again")
-    write_head(folder, number, data)
+    write_head(folder, number, hashlib.sha256(data).hexdigest())
     return removal
 
 
