@@ -75,7 +75,8 @@ def test_a_node_that_is_killed_costs_nothing_but_time(
         cluster.start("gpu", "--num-cpus=2", "--num-gpus=1")
     out = tmp_path / "run"
     process = start(cluster, out, "execution.max_attempts=1")
-    while not list((out / "state" / "text-t5").glob("*.json")):
+    finished = out / "state" / "text-t5"
+    while not list(finished.glob("*.json")) or not nodes_of(out, "encode-t5"):  # the driver knows of it too
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     cluster.kill("gpu")
