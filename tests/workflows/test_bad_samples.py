@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core.store import Sample, Store
-from tests.commands import Result, call, call_process, drops, precompute, summary, tree
+from tests.commands import Result, call, drops, precompute, summary, tree
 from tests.image_server import body, closed_port_url, hang_up, redirect, serve, silence, status
 from tests.images import BLUE, RED, animation, bomb_png, noise_jpeg, plain_png
 from tests.stages.sources.reading import tar_bytes
@@ -154,18 +154,21 @@ class UrlRun(Run):
     outside: set[str]
     """Files that appeared anywhere but in the run folder."""
     temporary: set[str]
-    """Files left in the folder for temporary files."""
+    """Files left in the folder for temporary files, but for the lock that this process holds there until it ends."""
     never_asked: int
     overrides: tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
 def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
-    """One run over every bad URL, as a user starts it: the console script, in its own process."""
+    """One run over every bad URL."""
     root = tmp_path_factory.mktemp("urls")
     for name in ("data", "cwd", "tmp"):
         (root / name).mkdir()
-    with serve(routes()) as server:
+    with serve(routes()) as server, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "cwd")
+        patch.setattr("tempfile.tempdir", str(root / "tmp"))
+        patch.setenv("no_proxy", "127.0.0.1")
         rows = url_rows(server.url(""), closed_port_url())
         write_csv(root / "data" / "list.csv", rows)
         before = tree(root)
@@ -179,12 +182,7 @@ def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
             "shard_size=25",
             *BASE,
         )
-        result = call_process(
-            *("run", "precompute", "--out", str(root / "run"), "--executor", "inline", *overrides),
-            cwd=root / "cwd",
-            TMPDIR=str(root / "tmp"),
-            no_proxy="127.0.0.1",
-        )
+        result = call("run", "precompute", "--out", str(root / "run"), "--executor", "inline", *overrides)
         never_asked = server.requests["/never"]
     done = finished(root / "run", result)
     added = tree(root) - before
@@ -196,7 +194,7 @@ def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
         expected={key.decode("utf-8", "surrogateescape"): reason for key, _, _, reason in rows[:-2] + rows[-1:]},
         rows=len(rows),
         outside={name for name in added if not name.startswith(("run/", "tmp/"))},
-        temporary={name for name in added if name.startswith("tmp/")},
+        temporary={name for name in added if name.startswith("tmp/") and not name.endswith("/lock")},
         never_asked=never_asked,
         overrides=overrides,
     )

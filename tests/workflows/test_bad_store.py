@@ -63,7 +63,7 @@ def test_a_good_store_verifies_by_its_folder_and_by_the_run_around_it(good: Path
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("damage", [flip, pytest.param(cut, marks=pytest.mark.slow)])
 def test_a_damaged_file_alone_is_named_and_computed_again_by_the_advised_command(
     run: Path, good: Path, damage, name: str
 ) -> None:

@@ -122,7 +122,10 @@ def test_training_learns_a_few_images(store: Path, tmp_path: Path) -> None:
         {"denoiser": BASE | {"unet": BASE_UNET | {"text_dim": None, "attention_type": "self"}}, "text": None},
         {"denoiser": EFFICIENT},
         {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "log_snr_cosine"}, "objective": "v"}}},
-        {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "weight": "p2"}}},
+        pytest.param(
+            {"denoiser": BASE | {"diffusion": {"schedule": {"kind": "discrete"}, "objective": "eps", "weight": "p2"}}},
+            marks=pytest.mark.slow,
+        ),
         {
             "denoiser": BASE
             | {
@@ -131,7 +134,7 @@ def test_training_learns_a_few_images(store: Path, tmp_path: Path) -> None:
             }
         },
         {"precision": "bfloat16"},
-        {"precision": "float32", "compute": {"channels_last": True}},
+        pytest.param({"precision": "float32", "compute": {"channels_last": True}}, marks=pytest.mark.slow),
     ],
     ids=["super-resolution", "without text", "efficient", "v", "eps", "learned variance", "bfloat16", "channels last"],
 )

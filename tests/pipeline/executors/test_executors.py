@@ -76,6 +76,7 @@ def test_a_run_is_whole_and_the_same_command_again_does_nothing(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_all_executors_write_the_same_bytes(finished_run: Callable[[str], FinishedRun]) -> None:
     inline, local, ray = (files(finished_run(executor).out) for executor in ("inline", "local", "ray"))
     assert ray == local == inline

@@ -124,6 +124,7 @@ def test_a_sweep_refuses_a_folder_of_other_settings_by_name(
     assert "sweep/guidance-1: holds images of other settings: images.00000.png.seed: 0 -> 7" in result.err
 
 
+@pytest.mark.slow
 def test_shares_sample_what_one_process_samples_and_the_last_one_computes_the_metrics(
     cascade: Path, clip: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_removal_during_a_run_takes_effect_at_once_and_the_run_honours_it(
     assert store_bytes(run) == after
 
 
+@pytest.mark.slow
 def test_a_row_removed_after_it_was_fetched_is_no_sample(
     tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

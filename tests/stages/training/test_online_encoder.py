@@ -47,6 +47,7 @@ def state(out: Path) -> dict:
     return json.loads((sorted((out / "checkpoints").iterdir())[-1] / "state.json").read_text())
 
 
+@pytest.mark.slow
 def test_online_encoding_gives_the_losses_and_weights_of_cached_embeddings(work: Path) -> None:
     cached, online = lines(work / "cached"), lines(work / "online")
     for name in ("loss", "grad_norm", "validation_loss"):
