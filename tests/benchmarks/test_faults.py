@@ -69,7 +69,7 @@ def test_a_loss_of_power_takes_what_was_not_synced_and_nothing_else(tmp_path: Pa
 
 
 def test_points_are_counted_below_the_given_folders_only(tmp_path: Path) -> None:
-    points = FaultPoints([tmp_path / "work"], tmp_path / "shadow")
-    for path in (tmp_path / "work" / "f", tmp_path / "elsewhere" / "f", tmp_path / "workshop" / "f"):
+    points = FaultPoints([tmp_path / "run"], tmp_path / "shadow")
+    for path in (tmp_path / "run" / "f", tmp_path / "elsewhere" / "f", tmp_path / "runs" / "f"):
         points._point("open", path)
-    assert points.labels == [f"open {tmp_path}/work/f"]
+    assert points.labels == [f"open {tmp_path}/run/f"]
