@@ -30,11 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.common import report
 from imagen_core.store import Store
-from tests.commands import Result, call
+from tests.commands import Result
+from tests.commands import call as call_cli
 from tests.trained import BASE as TRAINING
 
 FORMATS = ("parquet", "hdf5")
@@ -175,6 +177,13 @@ def load_modules(names: list[str]) -> None:
     for name in (name for name in names if name.partition(".")[0] in _LOADED_ONCE):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+
+
+def call(*arguments: str) -> Result:
+    """The command line in this process; with one thread, as sums of floats depend on their number, which encoding sets
+    for the process."""
+    torch.set_num_threads(1)
+    return call_cli(*arguments)
 
 
 def _must(result: Result) -> None:

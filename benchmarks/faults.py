@@ -304,16 +304,15 @@ def _note(fault: Try, when: str, ended: Ended) -> None:
 
 
 def faults_of(prepared: Prepared, name: str, kinds: list[str], chance: random.Random, most: int) -> Iterator[Try]:
-    """The faults of a scenario: each kind at each point, or `most` of them by chance."""
+    """The faults of a scenario: each kind at each point, or `most` of them; which kinds then come to a point is by
+    chance, and no point has one more than another before it."""
+    orders = [chance.sample(kinds, len(kinds)) for _ in prepared.points]
     every = [
-        Try(name, kind, point, label, chance.randrange(1 << 30))
-        for (point, label), kind in itertools.product(enumerate(prepared.points), kinds)
+        Try(name, orders[point][turn], point, prepared.points[point], chance.randrange(1 << 30))
+        for turn in range(len(kinds))
+        for point in chance.sample(range(len(prepared.points)), len(prepared.points))
     ]
-    yield from (
-        every
-        if most >= len(every)
-        else sorted(chance.sample(every, most), key=lambda fault: (fault.point, fault.kind))
-    )
+    yield from sorted(every[:most], key=lambda fault: (fault.point, fault.kind))
 
 
 def main() -> None:
