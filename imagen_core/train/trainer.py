@@ -249,6 +249,7 @@ class TrainingRun:
         loss, drawn = self.world.gather((loss, self._grid(step).exists()))[0]  # as the process sees it that writes
         if loss is not None and self.world.is_main:
             record_validation(folder, step, loss)  # perhaps known from the metrics alone
+        self._remove_old()
         if loss is None and validation.num_samples and (step % validation.every_steps == 0 or last):
             self._validate()
         if not drawn and grid.every_steps and (step % grid.every_steps == 0 or last):
@@ -305,6 +306,7 @@ class TrainingRun:
         self.loggers.scalars(self.state.step, values)
         if self.world.is_main:  # last: without it the validation is due when the training resumes
             record_validation(self.out / "checkpoints", self.state.step, averaged)
+        self._remove_old()
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
@@ -327,10 +329,14 @@ class TrainingRun:
             writes=self.world.is_main,
         )
         self._saved_step = self.state.step
-        if self.world.is_main:
-            remove_old(folder, self.config.checkpoints.keep, self.config.checkpoints.keep_best)
-        self.world.wait()
+        self._remove_old()
         return path
+
+    def _remove_old(self) -> None:
+        """Leaves the checkpoints to keep: what they are may change with each one, and with each loss that is known."""
+        if self.world.is_main:
+            remove_old(self.out / "checkpoints", self.config.checkpoints.keep, self.config.checkpoints.keep_best)
+        self.world.wait()
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         last = self.last or last_values(self.out / "metrics.jsonl")  # nothing was left to do

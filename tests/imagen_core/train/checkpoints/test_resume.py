@@ -219,6 +219,33 @@ def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize(("last_loss", "kept"), [(0.5, [4]), (5.0, [2, 4])])
+def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_step(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_loss: float, kept: list[int]
+) -> None:
+    losses = [2.0, 1.0, 3.0, last_loss]
+    config = make_config(
+        store,
+        num_steps=4,
+        checkpoints={"every_steps": 1, "keep": 1, "keep_best": 1},
+        validation={"num_samples": 4, "every_steps": 1},
+    )
+
+    def killed_at_the_end(folder: Path, *_: Any) -> None:
+        if (folder / "step-00000004").exists():
+            raise Killed
+
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: losses[len(checkpoints(tmp_path / "checkpoints")) - 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "remove_old", killed_at_the_end)
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    assert len(checkpoints(tmp_path / "checkpoints")) == 4
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: last_loss)
+    train(config, tmp_path)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-0000000{step}" for step in kept]
+
+
 def test_validation_losses_that_are_lost_or_damaged_are_taken_from_the_metrics(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
