@@ -40,7 +40,7 @@ from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_loss
-from imagen_core.train.logs import Loggers, last_values
+from imagen_core.train.logs import METRICS, Loggers, last_values
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter
 from imagen_core.train.optimizer import make_optimizer
@@ -339,7 +339,7 @@ class TrainingRun:
         self.world.wait()
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
-        last = self.last or last_values(self.out / "metrics.jsonl")  # nothing was left to do
+        last = last_values(self.out / METRICS) | self.last  # this start may have had little left to do
         if checkpoint is None:  # saved earlier, or by the main process, perhaps in another folder
             checkpoint = next(reversed(checkpoints(self.out / "checkpoints")), None)
         return {

@@ -5,7 +5,6 @@ as further shards, numbered from ROUND x 10,000,000. So finished files stay as t
 groups stay aligned. A row's last try counts: a retried row no longer counts in the shard it came from.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,7 +57,7 @@ class Retries:
             ConfigError: no dropped sample has one of the reasons.
         """
         chosen: Counter[str] = Counter()
-        lines: list[str] = []
+        lines: list[dict[str, Any]] = []
         others: set[str] = set()
         shard_size = 1
         for shard in self.all_shards():
@@ -73,7 +72,7 @@ class Retries:
                     chosen[reason] += 1
                     line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
                     files = {name: path for name, path in shard.files.items() if name in rows[row]}
-                    lines.append(json.dumps({**line, "files": files} if files else line))
+                    lines.append({**line, "files": files} if files else line)
         if not lines and ALL not in reasons:
             available = ", ".join(sorted(others)) or "none"
             raise ConfigError(
@@ -81,7 +80,7 @@ class Retries:
             )
         if lines:
             number = len(_round_files(self.run)) + 1
-            self.run.storage.write_text(f"{_FOLDER}/{number:05d}-{shard_size}.jsonl", "\n".join(lines) + "\n")
+            self.run.storage.write_json_lines(f"{_FOLDER}/{number:05d}-{shard_size}.jsonl", lines)
             del self.rows
         return chosen
 
@@ -188,7 +187,7 @@ def redact_retries(
                 line.update(source=redact(line["source"]), removed=True)
                 redacted.add(shard)
         if redacted:
-            run.storage.write_text(file, "\n".join(json.dumps(line) for line in lines) + "\n")
+            run.storage.write_json_lines(file, lines)
         for shard in (shard for shard in retry_shards(run) if shard.index in redacted):
             for group in run.started_groups():
                 record = run.read_record(group, shard.name)

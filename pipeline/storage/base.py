@@ -4,6 +4,8 @@ On each, a file is either complete or absent. Stages see local paths only: they 
 published when they are finished.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import ConfigError
-from pipeline.storage.files import RESTORE, json_text, parse_json, remove_if_present
+from pipeline.storage.files import RESTORE, damaged, json_text, parse_json, remove_if_present
 
 T = TypeVar("T")
 R = TypeVar("R")
+_SEAL = "sha256"
 
 
 class Storage(ABC):
@@ -131,10 +134,34 @@ class Storage(ABC):
         """The values in a file of one JSON value per line, streamed.
 
         Raises:
-            ConfigError: a line is damaged; names it.
+            ConfigError: a line is damaged; names it. Or, after the last value: the file is not the one that
+                `write_json_lines` wrote under this name.
         """
+        seal, number, hasher = None, 0, _line_hasher(name)
         for number, line in enumerate(self.read_lines(name), start=1):
-            yield parse_json(line.encode(), f"{self.url}/{name} line {number}", remedy)
+            value = parse_json(line.encode(), f"{self.url}/{name} line {number}", remedy)
+            if number == 1 and isinstance(value, dict) and len(value) == 1:
+                seal = value.get(_SEAL, "")
+            else:
+                hasher.update(line.encode())
+                yield value
+        if not number or seal not in (None, hasher.hexdigest()):
+            raise damaged(f"{self.url}/{name}", "was changed since it was written" if number else "is empty", remedy)
+
+    def write_json_lines(self, name: str, values: Iterable[object]) -> None:
+        """Creates or replaces a file for `read_json_lines`: before the values it has one line with their digest.
+
+        The name counts as well, so that files which took each other's place are found.
+        """
+        hasher = _line_hasher(name)
+        with self.writing(name) as path, path.open("wb") as file:
+            file.write(_seal_line(hasher))  # as long as the last one
+            for value in values:
+                line = json.dumps(value).encode() + b"\n"
+                hasher.update(line)
+                file.write(line)
+            file.seek(0)
+            file.write(_seal_line(hasher))
 
     def read_json(self, name: str, remedy: str = RESTORE) -> Any:
         """The value in a JSON file, None if there is none.
@@ -205,3 +232,11 @@ class BackgroundTasks:
         """Waits for all tasks."""
         while self._pending:
             self._pending.popleft().result()
+
+
+def _line_hasher(name: str) -> "hashlib._Hash":
+    return hashlib.sha256(name.encode() + b"\n")
+
+
+def _seal_line(hasher: "hashlib._Hash") -> bytes:
+    return json.dumps({_SEAL: hasher.hexdigest()}).encode() + b"\n"

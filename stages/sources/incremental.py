@@ -107,15 +107,14 @@ class InputBatches:
             try:
                 yield InputPart(**entry, batch=batch)
             except TypeError as error:
-                raise damaged(f"{self.run.url}/{file} line {number}", error, remedy) from error
+                raise damaged(f"{self.run.url}/{file} entry {number}", error, remedy) from error
 
     def _parts(self) -> Iterator[InputPart]:
         yield from self._recorded()
         yield from _read(self._new_parts(), len(self._files) + 1)
 
     def _write(self, file: str, parts: Iterable[InputPart]) -> None:
-        with self.run.storage.writing(file) as path:
-            _dump(path, parts)
+        self.run.storage.write_json_lines(file, map(_entry, parts))
 
     def _refusal(self) -> StaleOutputError:
         return StaleOutputError(
@@ -201,10 +200,13 @@ def _parse(lines: Iterable[str], batch: int = 0) -> Iterator[InputPart]:
 
 def _dump(file: Path, parts: Iterable[InputPart]) -> None:
     with file.open("w", encoding="utf-8") as lines:
-        for part in parts:
-            entry: dict[str, object] = {"path": part.path, "bytes": part.bytes}
-            if part.name:
-                entry["name"] = part.name
-            if part.rows is not None:
-                entry.update(first=part.first, rows=part.rows)
-            lines.write(json.dumps(entry) + "\n")
+        lines.writelines(json.dumps(_entry(part)) + "\n" for part in parts)
+
+
+def _entry(part: InputPart) -> dict[str, object]:
+    entry: dict[str, object] = {"path": part.path, "bytes": part.bytes}
+    if part.name:
+        entry["name"] = part.name
+    if part.rows is not None:
+        entry.update(first=part.first, rows=part.rows)
+    return entry

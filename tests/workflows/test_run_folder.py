@@ -38,11 +38,19 @@ def test_a_deleted_list_of_drops_is_written_again_and_counts_as_before(copy_of_s
 def test_a_damaged_list_of_the_input_is_refused_by_name_and_nothing_is_lost(copy_of_small_run: Path) -> None:
     run = copy_of_small_run
     path, store = run / "input/00001.jsonl", store_bytes(run)
-    for data in (b"\xff\n", b'{"path": \n', b'{"unknown": 1}\n'):
+    whole = path.read_bytes()
+    for data, place in (
+        (b"\xff\n", " line 1"),
+        (b'{"path": \n', " line 1"),
+        (b'{"unknown": 1}\n', " entry 1"),
+        (whole[: whole.rindex(b"\n", 0, -1) + 1], ""),
+        (whole.replace(b"scenes", b"sce.es"), ""),
+        (b"", ""),
+    ):
         path.write_bytes(data)
         result = precompute(run, *SMALL)
         assert result.code == 2
-        assert "input/00001.jsonl line 1: is damaged (" in result.err
+        assert f"input/00001.jsonl{place}: is damaged (" in result.err
         assert "restore it from a copy: it has the input of this run's shards" in result.err
     assert store_bytes(run) == store
 

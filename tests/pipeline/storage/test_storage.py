@@ -47,6 +47,28 @@ def test_what_is_not_there_has_no_size_no_names_and_can_be_deleted(storage: Stor
         storage.copy("state/a")
 
 
+def test_a_list_of_values_proves_each_of_its_bytes_and_its_name(tmp_path: Path) -> None:
+    storage, values = LocalStorage(tmp_path), [{"path": "a", "bytes": 1}, {"path": "b", "bytes": 2}]
+    storage.write_json_lines("input/1.jsonl", values)
+    assert list(storage.read_json_lines("input/1.jsonl")) == values
+    whole = storage.read("input/1.jsonl")
+    damages = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
+    damages += [whole[:length] for length in range(len(whole))]
+    for data in damages:
+        storage.write("input/1.jsonl", data)
+        with pytest.raises(ConfigError, match=r"input/1\.jsonl( line \d)?: is damaged \(.*\); restore it"):
+            list(storage.read_json_lines("input/1.jsonl"))
+    storage.write("input/2.jsonl", whole)
+    with pytest.raises(ConfigError, match=r"input/2\.jsonl: is damaged \(was changed since it was written\)"):
+        list(storage.read_json_lines("input/2.jsonl"))
+
+
+def test_a_list_of_an_earlier_version_has_no_digest_and_is_read(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("input/1.jsonl", b'{"path": "a", "bytes": 1}\n')
+    assert list(storage.read_json_lines("input/1.jsonl")) == [{"path": "a", "bytes": 1}]
+
+
 def test_names_are_those_of_the_files_right_in_the_folder(storage: Storage) -> None:
     for name in ("state/b.json", "state/a.json", "state/deep/c.json", "statement/d.json"):
         storage.write(name, b"x")

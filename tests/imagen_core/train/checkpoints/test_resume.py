@@ -210,7 +210,7 @@ def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
             train(make_config(store, **settings), tmp_path / "b")
     assert [path.name for path in checkpoints(tmp_path / "b/checkpoints")] == ["step-00000002"]
     resumed = train(make_config(store, **settings), tmp_path / "b")
-    for name in ("validation_loss", "steps"):
+    for name in ("validation_loss", "loss", "steps", "samples"):
         assert resumed[name] == straight[name]
     assert Path(resumed["best_checkpoint"]).name == Path(straight["best_checkpoint"]).name
     for name in ("validation.json", *(f"grids/step-0000000{step}.png" for step in range(2, steps + 1, 2))):
