@@ -247,9 +247,7 @@ class TrainingRun:
         folder = self.out / "checkpoints"
         loss = validation_losses(folder).get(f"step-{step:08d}")
         loss, drawn = self.world.gather((loss, self._grid(step).exists()))[0]  # as the process sees it that writes
-        if loss is not None and self.world.is_main:
-            record_validation(folder, step, loss)  # perhaps known from the metrics alone
-        self._remove_old()
+        self._keep(loss)  # which is perhaps known from the metrics alone
         if loss is None and validation.num_samples and (step % validation.every_steps == 0 or last):
             self._validate()
         if not drawn and grid.every_steps and (step % grid.every_steps == 0 or last):
@@ -304,9 +302,7 @@ class TrainingRun:
                 values |= self._of_store(similarities)
         self.last |= values
         self.loggers.scalars(self.state.step, values)
-        if self.world.is_main:  # last: without it the validation is due when the training resumes
-            record_validation(self.out / "checkpoints", self.state.step, averaged)
-        self._remove_old()
+        self._keep(averaged)  # last: without it the validation is due when the training resumes
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
@@ -329,13 +325,20 @@ class TrainingRun:
             writes=self.world.is_main,
         )
         self._saved_step = self.state.step
-        self._remove_old()
+        self._keep()
         return path
 
-    def _remove_old(self) -> None:
-        """Leaves the checkpoints to keep: what they are may change with each one, and with each loss that is known."""
-        if self.world.is_main:
-            remove_old(self.out / "checkpoints", self.config.checkpoints.keep, self.config.checkpoints.keep_best)
+    def _keep(self, loss: float | None = None) -> None:
+        """Leaves the checkpoints to keep: what they are may change with each one, and with each loss that is known.
+
+        Args:
+            loss: the validation loss of this step's checkpoint, to be recorded.
+        """
+        folder, config = self.out / "checkpoints", self.config.checkpoints
+        if self.world.is_main and loss is None:
+            remove_old(folder, config.keep, config.keep_best)
+        elif self.world.is_main and loss is not None:
+            record_validation(folder, self.state.step, loss, config.keep, config.keep_best)
         self.world.wait()
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:

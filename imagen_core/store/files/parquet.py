@@ -366,7 +366,7 @@ def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
 def _new_parquet(
     path: str | os.PathLike[str], schema: pa.Schema, metadata: dict[str, str]
 ) -> Iterator[pq.ParquetWriter]:
-    with pq.ParquetWriter(
+    writer = pq.ParquetWriter(
         os.fspath(path),
         schema,
         version="2.6",
@@ -375,7 +375,11 @@ def _new_parquet(
         write_statistics=False,
         store_schema=False,
         data_page_size=1 << 30,  # one page per column chunk: its rows are contiguous
-    ) as writer:
-        if metadata:
-            writer.add_key_value_metadata(metadata)
-        yield writer
+    )
+    try:
+        with writer:
+            if metadata:
+                writer.add_key_value_metadata(metadata)
+            yield writer
+    finally:
+        writer.is_open = False  # its __del__ would close a second time what failed to close, and print a traceback

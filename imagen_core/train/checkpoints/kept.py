@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_core.files import fsync_path
@@ -13,10 +14,14 @@ log = logging.getLogger(__name__)
 _VALIDATION = "validation.json"
 
 
-def remove_old(folder: Path, keep: int, keep_best: int = 0) -> None:
-    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written."""
+def remove_old(folder: Path, keep: int, keep_best: int = 0, losses: Mapping[str, float] | None = None) -> None:
+    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written.
+
+    Args:
+        losses: by name of the checkpoint; default: the recorded ones.
+    """
     found = checkpoints(folder)
-    best = best_checkpoints(folder)[:keep_best] if keep_best else []
+    best = best_checkpoints(folder, losses)[:keep_best] if keep_best else []
     stay = {*found[-keep:], *best}
     for path in found:
         if path not in stay:
@@ -36,18 +41,29 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def record_validation(folder: Path, step: int, loss: float) -> None:
-    """Records the validation loss of a step's checkpoint, if there is one, in a file next to the folder."""
+def record_validation(folder: Path, step: int, loss: float, keep: int, keep_best: int = 0) -> None:
+    """Records the validation loss of a step's checkpoint, if there is one, in a file next to the folder.
+
+    Before that it removes the checkpoints that are not to be kept, now that the loss is known: a kill between the two
+    leaves the validation to be done again, and no loss of a checkpoint that is gone.
+    """
     path = folder / f"step-{step:08d}"
     if (path / STATE).exists():
-        write_sealed(folder.parent / _VALIDATION, {**validation_losses(folder), path.name: loss})
+        losses = {**validation_losses(folder), path.name: loss}
+        remove_old(folder, keep, keep_best, losses)
+        left = {path.name for path in checkpoints(folder)}
+        write_sealed(folder.parent / _VALIDATION, {name: loss for name, loss in losses.items() if name in left})
 
 
-def best_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose validation loss is known, the least first; of equal ones the later."""
-    losses = validation_losses(folder)
-    known = [path for path in reversed(checkpoints(folder)) if path.name in losses]
-    return sorted(known, key=lambda path: losses[path.name])
+def best_checkpoints(folder: Path, losses: Mapping[str, float] | None = None) -> list[Path]:
+    """Checkpoints whose validation loss is known, the least first; of equal ones the later.
+
+    Args:
+        losses: by name of the checkpoint; default: the recorded ones.
+    """
+    known_losses = validation_losses(folder) if losses is None else losses
+    known = [path for path in reversed(checkpoints(folder)) if path.name in known_losses]
+    return sorted(known, key=lambda path: known_losses[path.name])
 
 
 def validation_losses(folder: Path) -> dict[str, float]:

@@ -1,10 +1,16 @@
 """Files of one shard: what was written is what is read, in few and always the same bytes."""
 
+import errno
+import gc
+import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hs
@@ -251,6 +257,28 @@ def test_wrong_pixels_are_refused_and_leave_nothing(
 
     with pytest.raises(ValueError, match=r"row 1: .* not uint8 \(4, 4, 3\)"):
         write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_a_file_is_closed_is_one_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a second one when the writer is collected, which Python prints as an ignored traceback."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(pq.ParquetWriter, "close", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        st.open_image_writer(tmp_path / "images", 4, "parquet") as writer,
+    ):
+        writer.append(np.zeros((4, 4, 3), np.uint8), "key", "sha256")
+    del writer
+    gc.collect()
+    assert not ignored
     assert list(tmp_path.iterdir()) == []
 
 

@@ -300,14 +300,14 @@ def test_a_damaged_file_of_validation_losses_is_made_again_from_the_metrics(data
     folder = tmp_path / "checkpoints"
     for step, loss in ((2, 0.5), (4, 0.7), (6, 0.6)):
         write_checkpoint(folder, step, {}, {})
-        record_validation(folder, step, loss)
+        record_validation(folder, step, loss, keep=9)
     assert [path.name for path in best_checkpoints(folder)] == ["step-00000002", "step-00000006", "step-00000004"]
     lines = [{"step": step, "loss": 1.0} for step in range(1, 7)]
     lines += [{"step": step, "validation_loss": loss} for step, loss in ((2, 0.5), (4, 0.7), (6, 0.6))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
     (tmp_path / "validation.json").write_bytes(data)
     assert [path.name for path in best_checkpoints(folder)] == ["step-00000002", "step-00000006", "step-00000004"]
-    record_validation(folder, 6, 0.4)
+    record_validation(folder, 6, 0.4, keep=9)
     assert best_checkpoints(folder)[0].name == "step-00000006"
     assert (
         validation_losses(folder)

@@ -14,7 +14,7 @@ import torch
 
 from imagen_core.train import TrainingStopped, train, trainer
 from imagen_core.train.checkpoints.checkpoint import checkpoints
-from imagen_core.train.checkpoints.kept import validation_losses
+from imagen_core.train.checkpoints.kept import remove_old, validation_losses
 from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
 
 ROOT = Path(__file__).parents[4]
@@ -223,7 +223,7 @@ def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
 def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_step(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_loss: float, kept: list[int]
 ) -> None:
-    losses = [2.0, 1.0, 3.0, last_loss]
+    losses, folder = [2.0, 1.0, 3.0, last_loss], tmp_path / "checkpoints"
     config = make_config(
         store,
         num_steps=4,
@@ -231,19 +231,21 @@ def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_
         validation={"num_samples": 4, "every_steps": 1},
     )
 
-    def killed_at_the_end(folder: Path, *_: Any) -> None:
+    def killed_at_the_end(*arguments: Any) -> None:
         if (folder / "step-00000004").exists():
             raise Killed
+        remove_old(*arguments)
 
-    monkeypatch.setattr(trainer, "validation_loss", lambda *_: losses[len(checkpoints(tmp_path / "checkpoints")) - 1])
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: losses[int(checkpoints(folder)[-1].name[-1]) - 1])
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "remove_old", killed_at_the_end)
         with pytest.raises(Killed):
             train(config, tmp_path)
-    assert len(checkpoints(tmp_path / "checkpoints")) == 4
-    monkeypatch.setattr(trainer, "validation_loss", lambda *_: last_loss)
-    train(config, tmp_path)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-0000000{step}" for step in kept]
+    assert [path.name[-1] for path in checkpoints(folder)] == ["2", "3", "4"]
+    for _ in range(2):  # the second start has nothing to do
+        train(config, tmp_path)
+        assert [int(path.name[-1]) for path in checkpoints(folder)] == kept
+        assert validation_losses(folder) == {f"step-0000000{step}": losses[step - 1] for step in kept}
 
 
 def test_validation_losses_that_are_lost_or_damaged_are_taken_from_the_metrics(
