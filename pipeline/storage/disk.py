@@ -19,6 +19,7 @@ _NO_DATA = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _BROKEN = (errno.EIO,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+_OWN = "ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs ramfs overlay vfat exfat".split()  # noqa: SIM905
 _AGAIN = "and run the same command again: it resumes."
 
 
@@ -83,6 +84,11 @@ def file_system_type(folder: Path) -> str:
     place = folder.resolve()
     above = [(len(point), kind) for _, point, kind, *_ in mounts if place.is_relative_to(point.replace("\\040", " "))]
     return max(above, default=(0, ""))[1]
+
+
+def is_own_file_system(folder: Path) -> bool:
+    """Whether a folder is certainly on a disk that only this machine uses: not where the type is unknown."""
+    return file_system_type(folder) in _OWN
 
 
 def _number(error: BaseException, numbers: tuple[int, ...]) -> int | None:
