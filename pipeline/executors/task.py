@@ -63,6 +63,8 @@ class TaskOutcome:
     """The task did not fail: the worker that ran it died, or its node was lost."""
     node: str = ""
     """Ray's id of the node that ran it."""
+    unseen: str = ""
+    """The task was not begun: what its node found in the place of the run folder."""
     fatal_exit_code: int | None = None
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 
