@@ -171,7 +171,7 @@ def _tokenizer_digest(folder: Path) -> str | None:
 
 
 def _content_digest(path: Path) -> str:
-    """SHA-256 of a file; large files are hashed once, and the hash is cached by path, size and time of change.
+    """SHA-256 of a file; large files are hashed once, and the hash is cached by path, inode, size and times.
 
     The hub's cache names large files by their SHA-256, so they need no hashing.
     """
@@ -182,7 +182,7 @@ def _content_digest(path: Path) -> str:
     if status.st_size < 2**26:
         return file_digest(real)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imagen-precompute"
-    key = digest([str(real), status.st_size, status.st_mtime_ns])
+    key = digest([str(real), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     entry = cache / f"{key}.json"
     with suppress(OSError, ValueError, KeyError):  # the cache is optional: the file is hashed again
         return json.loads(entry.read_text(encoding="utf-8"))["sha256"]
