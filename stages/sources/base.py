@@ -198,6 +198,13 @@ class Source(ABC):
         """True if the parts are tables to which rows may be appended."""
         return False
 
+    def resume(self, begun_with: InputPart | None) -> None:  # noqa: B027
+        """Takes what the run folder has of the input, before `check`.
+
+        Args:
+            begun_with: the first part that the run's first start recorded; None at its first start.
+        """
+
     @abstractmethod
     def check(self) -> None:
         """Opens the source far enough to refuse what cannot work.
