@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +59,11 @@ class Storage(ABC):
     def names(self, folder: str) -> Iterator[str]:
         """Names of the files directly in a folder, without the folder, in no order."""
 
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and version of each file directly in a folder, in no order; a file that was written again has
+        another version."""
+        raise NotImplementedError
+
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, bool]]:
         """Name of everything directly in this folder, and whether it is a folder; nothing if there is no folder."""
@@ -82,6 +87,11 @@ class Storage(ABC):
         Args:
             durably: before what follows; else a loss of power may bring it back.
         """
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Deletes files that may be gone, in no order; on an object store many per request."""
+        for name in names:
+            self.delete(name)
 
     @abstractmethod
     def delete_folder(self, name: str) -> None:

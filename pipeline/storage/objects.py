@@ -1,9 +1,10 @@
 """An object store such as `s3://` or `gs://`: an object appears when its upload ends."""
 
+import errno
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,16 @@ class ObjectStorage(Storage):
         return scratch()
 
     def read(self, name: str) -> bytes:
-        return self._call("read", name, self._fs.cat_file)
+        return self._call("read", name, self._whole)
+
+    def _whole(self, path: str) -> bytes:
+        """As a range, since s3fs asks for the size of what it reads otherwise."""
+        try:
+            return self._fs.cat_file(path, start=0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return self._fs.cat_file(path)  # an empty object has no range
 
     def write(self, name: str, data: bytes) -> None:
         self._call("written", name, lambda path: self._fs.pipe_file(path, data))
@@ -77,6 +87,16 @@ class ObjectStorage(Storage):
             return
         yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        try:
+            entries = self._call("listed", folder, lambda path: self._fs.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry["type"] == "file":
+                version = next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
+                yield entry["name"].rpartition("/")[2], int(entry["size"]), version
+
     def entries(self) -> Iterator[tuple[str, bool]]:
         try:
             entries = self._call("listed", "", lambda path: self._fs.ls(path, detail=True, refresh=True))
@@ -98,6 +118,16 @@ class ObjectStorage(Storage):
     def delete(self, name: str, *, durably: bool = False) -> None:
         with suppress(FileNotFoundError):
             self._call("deleted", name, self._fs.rm_file)
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        paths = [f"{self._root}/{name}" for name in names]
+        if any(mark in self._root for mark in "*?["):  # `rm` would take it for a pattern
+            super().delete_all(names)
+        elif paths:
+            try:
+                self._call("deleted", "", lambda _: self._fs.rm(paths))
+            except FileNotFoundError:  # some file systems stop at the first that is gone
+                super().delete_all(names)
 
     def delete_folder(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -164,6 +194,8 @@ class ObjectStorage(Storage):
 _PATIENCE_S = 300.0  # most outages are shorter
 _LONGEST_PAUSE_S = 20.0
 _QUIET_TRIES = 5
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+"""What file systems call that which changes whenever an object is written; the first that there is counts."""
 _LASTING = (
     FileNotFoundError,
     FileExistsError,
