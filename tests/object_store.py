@@ -25,6 +25,9 @@ class Faults:
     slow: float = 0.0
     """Answered after `slow_s`."""
     slow_s: float = 0.5
+    rule: Callable[[str, str], str] = lambda method, path: ""
+    """Of method and path: a status such as `403` to answer with; `half` or `flip` of the body; `late`, 500 after the
+    request was carried out; or nothing."""
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     count: Counter[str] = field(default_factory=Counter)
     mutex: threading.Lock = field(default_factory=threading.Lock)
@@ -138,6 +141,8 @@ def _counted(app: Callable[..., Iterable[bytes]], requests: Requests) -> Callabl
 def _faulty(app: Callable[..., Iterable[bytes]], faults: Faults) -> Callable[..., Iterable[bytes]]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         kind, late = faults.sample()
+        if kind == "good" and (rule := faults.rule(environ["REQUEST_METHOD"], environ["PATH_INFO"])):
+            return _by_rule(rule, app, environ, start_response)
         if kind == "good":
             return app(environ, start_response)
         if kind == "slow":
@@ -151,3 +156,19 @@ def _faulty(app: Callable[..., Iterable[bytes]], faults: Faults) -> Callable[...
         return [b""]
 
     return answer
+
+
+def _by_rule(
+    rule: str, app: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
+) -> Iterable[bytes]:
+    """The answer of a `Faults.rule`."""
+    if rule.isdigit() or rule == "late":
+        environ["wsgi.input"].read(0 if rule == "late" else int(environ.get("CONTENT_LENGTH") or 0))
+        if rule == "late":
+            b"".join(app(environ, lambda *_: lambda _: None))
+        start_response({"403": "403 Forbidden", "503": "503 Slow Down"}.get(rule, "500 Internal Server Error"), [])
+        return [b""]
+    content = b"".join(app(environ, start_response))
+    if rule == "half":
+        return [content[: len(content) // 2]]
+    return [content[:-1] + bytes([content[-1] ^ 1])] if content else [b""]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from imagen_core.far import without_secrets
 from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
 from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
 from pipeline.signals import raise_when_preempted
-from pipeline.storage.credentials import without_secrets
 
 if TYPE_CHECKING:
     from pipeline.deploy.submit import RayJobs

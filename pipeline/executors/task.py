@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
+from imagen_core.far import StorageError, without_secrets
+from pipeline.errors import EXIT_ENVIRONMENT, PipelineError, storage_error
 from pipeline.fingerprint import digest
 from pipeline.stage import Drop, Shard, Stage, Task, note_progress
 from pipeline.storage import LocalStorage
-from pipeline.storage.credentials import without_secrets
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
 from pipeline.storage.lock import Lease
@@ -101,6 +101,9 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
         if error.__cause__ is not None and takes_no_data(error.__cause__):  # else it reads as damage of the input
             explained = disk_message(error.__cause__, run.storage.local)
             outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
+    except StorageError as error:  # patience has ended: the other shards would wait as long
+        outcome.error, outcome.traceback = str(error), traceback.format_exc()
+        outcome.fatal_exit_code = storage_error(error).exit_code if error.passes else None
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
         if takes_no_data(error):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import MachineError, PipelineError
+from imagen_core.far import StorageError
+from pipeline.errors import MachineError, PipelineError, storage_error
 
 _NO_DATA = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -58,12 +59,14 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     """Turns errors of the machine within the block into one that says what to do.
 
     Raises:
-        MachineError: the disk takes no more data, among others.
+        MachineError: the disk takes no more data, or storage cannot be reached, among others.
     """
     try:
         yield
     except MachineError:
         raise
+    except StorageError as error:
+        raise storage_error(error) from error
     except PipelineError as error:
         if error.__cause__ is None or not takes_no_data(error.__cause__):
             raise

@@ -1,20 +1,16 @@
 """An object store such as `s3://` or `gs://`: an object appears when its upload ends."""
 
-import errno
-import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pipeline.errors import ConfigError, MachineError, first_line
+from imagen_core.far import StorageError, call, create, download, open_filesystem, read_file
+from pipeline.errors import ConfigError, first_line, storage_error
 from pipeline.storage.base import Storage
-from pipeline.storage.credentials import without_secrets
 from pipeline.storage.scratch import clean_scratch, scratch
-
-log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -34,10 +30,8 @@ class ObjectStorage(Storage):
         self._connect()
 
     def _connect(self) -> None:
-        import fsspec
-
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url.partition("://")[0]))
+            self._fs, self._root = open_filesystem(self.url, use_listings_cache=False)  # others write here too
         except (ImportError, ValueError) as error:
             raise ConfigError(f"--out {self.url}: cannot be used: {first_line(error)}") from error
 
@@ -53,26 +47,17 @@ class ObjectStorage(Storage):
         return scratch()
 
     def read(self, name: str) -> bytes:
-        return self._call("read", name, self._whole)
-
-    def _whole(self, path: str) -> bytes:
-        """As a range, since s3fs asks for the size of what it reads otherwise."""
-        try:
-            return self._fs.cat_file(path, start=0)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return self._fs.cat_file(path)  # an empty object has no range
+        path, url = self._place(name)
+        with _told():
+            return read_file(self._fs, path, url)
 
     def write(self, name: str, data: bytes) -> None:
         self._call("written", name, lambda path: self._fs.pipe_file(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        try:
-            self._call("written", name, lambda path: self._fs.pipe_file(path, data, mode="create"))
-        except FileExistsError:
-            return self.read(name) == data  # the first try may have succeeded without its response arriving
-        return True
+        path, url = self._place(name)
+        with _told():
+            return create(self._fs, path, url, data)
 
     def size(self, name: str) -> int | None:
         try:
@@ -121,7 +106,7 @@ class ObjectStorage(Storage):
 
     def delete_all(self, names: Sequence[str]) -> None:
         paths = [f"{self._root}/{name}" for name in names]
-        if any(mark in self._root for mark in "*?["):  # `rm` would take it for a pattern
+        if len(names) == 1 or any(mark in self._root for mark in "*?["):  # `rm` would take it for a pattern
             super().delete_all(names)
         elif paths:
             try:
@@ -134,12 +119,9 @@ class ObjectStorage(Storage):
             self._call("deleted", name, lambda path: self._fs.rm(path, recursive=True))
 
     def copy(self, name: str) -> Path:
-        local = self.new_file(name)
-        try:
-            self._call("read", name, lambda path: self._fs.get_file(path, str(local)))
-        except BaseException:
-            local.unlink(missing_ok=True)
-            raise
+        local, (path, url) = self.new_file(name), self._place(name)
+        with _told():
+            download(self._fs, path, url, local)
         return local
 
     def release(self, copy: Path) -> None:
@@ -160,63 +142,23 @@ class ObjectStorage(Storage):
         return clean_scratch()
 
     def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
-        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+        path, url = self._place(name)
+        with _told():
+            return call(url, done, lambda: function(path))
 
-        path = f"{self._root}/{name}" if name else self._root
-
-        def warn(state: RetryCallState) -> None:
-            if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
-                error = state.outcome.exception()
-                what = without_secrets(first_line(error)) if error else ""
-                log.warning("%s/%s: not %s: %s; trying again for %g s", self.url, name, done, what, _PATIENCE_S)
-
-        retrying = Retrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_after_delay(_PATIENCE_S),
-            wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
-            before_sleep=warn,
-            reraise=True,
-        )
-        try:
-            return retrying(function, path)
-        except FileExistsError:
-            raise
-        except Exception as error:  # each file system has its own classes
-            if isinstance(error, FileNotFoundError) and done != "written":
-                raise
-            what = f"{type(error).__name__}: {without_secrets(first_line(error))}"
-            raise MachineError(
-                f"{self.url}/{name}: cannot be {done}: {what}; check that the address is right, that it can be "
-                "reached, and that the environment's credentials allow this"
-            ) from error
+    def _place(self, name: str) -> tuple[str, str]:
+        """Path on the file system and URL of a file, or of the whole folder."""
+        return (f"{self._root}/{name}", f"{self.url}/{name}") if name else (self._root, self.url)
 
 
-_PATIENCE_S = 300.0  # most outages are shorter
-_LONGEST_PAUSE_S = 20.0
-_QUIET_TRIES = 5
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 """What file systems call that which changes whenever an object is written; the first that there is counts."""
-_LASTING = (
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    ImportError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
 
 
-def _is_transient(error: BaseException) -> bool:
-    lasting = isinstance(error, _LASTING) or "redential" in type(error).__name__
-    return isinstance(error, Exception) and not lasting
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    """Options of the file system, except those that the user's fsspec configuration sets."""
-    from fsspec.config import conf
-
-    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write here too
-    if protocol in ("s3", "s3a"):
-        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
-    return {key: value for key, value in options.items() if key not in conf.get(protocol, {})}
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turns what storage refuses into the engine's errors."""
+    try:
+        yield
+    except StorageError as error:
+        raise storage_error(error) from error
