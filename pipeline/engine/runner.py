@@ -59,6 +59,8 @@ def run_workflow(
 def _prepare(state: RunState, options: RunOptions) -> None:
     """Refuses, or with --restart deletes, what no longer fits; deletes what the previous run said about itself."""
     run, plan, retries = state.run, state.plan, state.retries
+    if plan.input is not None:
+        plan.input.begin_run()
     state.ledger.refuse_changed_input()
     deleted = state.ledger.check_groups()
     record_input(state)

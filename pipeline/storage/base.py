@@ -200,21 +200,26 @@ class Storage(ABC):
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of each item, in order; on an object store a bounded number of calls runs concurrently."""
-        if self.parallel == 1:
-            yield from map(function, items)
-            return
-        with ThreadPoolExecutor(self.parallel, thread_name_prefix="storage") as threads:
-            ahead: deque[Future[R]] = deque()
-            try:
-                for item in items:
-                    ahead.append(threads.submit(function, item))
-                    if len(ahead) > 2 * self.parallel:
-                        yield ahead.popleft().result()
-                while ahead:
+        return parallel_map(function, items, self.parallel)
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], parallel: int) -> Iterator[R]:
+    """`function` of each item, in order, computed by threads, at most 2 x `parallel` items ahead."""
+    if parallel == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(parallel, thread_name_prefix="storage") as threads:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(threads.submit(function, item))
+                if len(ahead) > 2 * parallel:
                     yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 class BackgroundTasks:
