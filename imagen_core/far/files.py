@@ -1,5 +1,6 @@
 """Files behind URLs: file systems, and a file that is read with patience."""
 
+import errno
 import io
 from contextlib import suppress
 from pathlib import Path
@@ -39,11 +40,21 @@ def read_file(filesystem: Any, path: str, url: str, size_bytes: int | None = Non
     """
 
     def read() -> bytes:
-        data = filesystem.cat_file(path)
+        data = _whole(filesystem, path)
         _check_whole(filesystem, path, len(data), size_bytes)
         return data
 
     return call(url, "read", read)
+
+
+def _whole(filesystem: Any, path: str) -> bytes:
+    """All bytes, as a range: s3fs asks for the size of what it reads without one, which is a second request."""
+    try:
+        return filesystem.cat_file(path, start=0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return filesystem.cat_file(path)  # an empty object has no ranges
 
 
 def create(filesystem: Any, path: str, url: str, data: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -72,6 +72,16 @@ class ObjectStorage(Storage):
             return
         yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        try:
+            entries = self._call("listed", folder, lambda path: self._fs.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry["type"] == "file":
+                version = next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
+                yield entry["name"].rpartition("/")[2], int(entry["size"]), version
+
     def entries(self) -> Iterator[tuple[str, bool]]:
         try:
             entries = self._call("listed", "", lambda path: self._fs.ls(path, detail=True, refresh=True))
@@ -93,6 +103,16 @@ class ObjectStorage(Storage):
     def delete(self, name: str, *, durably: bool = False) -> None:
         with suppress(FileNotFoundError):
             self._call("deleted", name, self._fs.rm_file)
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        paths = [f"{self._root}/{name}" for name in names]
+        if len(names) == 1 or any(mark in self._root for mark in "*?["):  # `rm` would take it for a pattern
+            super().delete_all(names)
+        elif paths:
+            try:
+                self._call("deleted", "", lambda _: self._fs.rm(paths))
+            except FileNotFoundError:  # some file systems stop at the first that is gone
+                super().delete_all(names)
 
     def delete_folder(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -129,6 +149,10 @@ class ObjectStorage(Storage):
     def _place(self, name: str) -> tuple[str, str]:
         """Path on the file system and URL of a file, or of the whole folder."""
         return (f"{self._root}/{name}", f"{self.url}/{name}") if name else (self._root, self.url)
+
+
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+"""What file systems call that which changes whenever an object is written; the first that there is counts."""
 
 
 @contextmanager

@@ -43,6 +43,9 @@ class InputBatches:
             raise self._refusal()
         return self.source.shards(self.shard_size, self._parts())
 
+    def begin_run(self) -> None:
+        self.source.begin_run()
+
     def has_new_input(self) -> bool:
         return self._new_parts().stat().st_size > 0
 

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from imagen_core.far import FarFile, StorageError, call, is_far, open_filesystem, without_secrets
+from imagen_core.far.ranges import RangedFile, has_ranges
 from pipeline.errors import ConfigError, MachineError, PipelineError, first_line, storage_error
 
 _REMEDY = "check the address, the network and what this user may read, and run the same command again"
@@ -23,6 +24,18 @@ def open_file(path: str) -> BinaryIO:
         return cast(BinaryIO, cast(Any, fsspec.open(path, "rb")).open())
     filesystem, plain = call(path, "read", lambda: open_filesystem(path))
     return cast(BinaryIO, FarFile(filesystem, plain, path))
+
+
+def open_ranged(path: str, planned: tuple[int, int] = (0, 0)) -> BinaryIO:
+    """The same for a file of which parts are read: of an object store nothing else comes.
+
+    Args:
+        planned: first byte and end of a part that will be read from its beginning to its end.
+    """
+    if not has_ranges(path):
+        return open_file(path)
+    filesystem, plain = call(path, "read", lambda: open_filesystem(path))
+    return cast(BinaryIO, RangedFile(filesystem, plain, path, planned))
 
 
 @contextmanager
