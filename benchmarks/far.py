@@ -313,10 +313,12 @@ def run(place: Place, arguments: argparse.Namespace) -> list[Try]:
     tries: list[Try] = []
     for name in arguments.scenarios:
         scenario = scenarios(place.store.url)[name]
-        prepared, began, before = bases.prepare(name, scenario), time.monotonic(), len(tries)
+        prepared: Prepared | None = None  # made for the first try that is not known
+        began, before = time.monotonic(), len(tries)
         for one in tries_of(name, scenario, arguments):
             key = (one.scenario, one.kind, one.number, one.seed)
             if key not in done:
+                prepared = prepared or bases.prepare(name, scenario)
                 done[key] = Attempt(place, prepared, one).make()
                 with done_file.open("a") as file:
                     file.write(json.dumps(asdict(done[key])) + "\n")
@@ -325,8 +327,8 @@ def run(place: Place, arguments: argparse.Namespace) -> list[Try]:
             tries.append(done[key])
         made = tries[before:]
         good, seconds = sum(one.good for one in made), time.monotonic() - began
-        asked = len(prepared.requests)
-        print(f"{name}: {asked} requests, {good} of {len(made)} as uninterrupted, {seconds:.0f} s", flush=True)
+        asked = f"{len(prepared.requests)} requests" if prepared else "known"
+        print(f"{name}: {asked}, {good} of {len(made)} as uninterrupted, {seconds:.0f} s", flush=True)
         if arguments.out is not None and tries:
             with contextlib.redirect_stdout(None):
                 write(tries, arguments.out)  # after each scenario, so that it counts if this ends early

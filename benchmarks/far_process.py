@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.faults import call, fix_time
 
 PACKAGES = ("imagen_core", "pipeline", "stages", "workflows")
+_MODULES = ("pipeline.storage.", "pipeline.job", "pipeline.executors.task", "imagen_core.far.")
 SHORT_S = {
     "PATIENCE_S": 6.0,
     "LONGEST_PAUSE_S": 0.5,
@@ -30,35 +31,37 @@ SHORT_S = {
     "EXPIRE_S": 3.0,
     "POLL_S": 0.1,
 }
-"""Constants of our packages by name, whichever module has them (with or without a leading `_`), and their values
-here."""
+"""Constants by name, with or without a leading `_`, and their values here; in whichever of the modules has them."""
+ALSO_SHORT_S = {"LEASE_WITHIN_S": 0.2, "LEASE_HOLDS_S": 0.2, "FAR_STEP_S": 0.7, "STUCK_AFTER_S": 4.0}
+"""Likewise, but earlier versions have none of them."""
 LIBRARY = {"connect_timeout": 2, "read_timeout": 2, "retries": {"mode": "standard", "max_attempts": 2}}
 """The S3 library's own patience, by fsspec's configuration."""
 _PR_SET_PDEATHSIG = 1
 
 
-def constants() -> list[str]:
-    """The names of SHORT_S in the modules that are loaded, with their module.
+def constants() -> dict[str, float]:
+    """The constants to shorten that the loaded modules have, with their module, and their values here.
 
     Raises:
         LookupError: there is none of a name any more.
     """
-    found = [
-        f"{module.__name__}.{name}"
+    values = {**SHORT_S, **ALSO_SHORT_S}
+    found = {
+        f"{module.__name__}.{name}": values[name.lstrip("_")]
         for module in list(sys.modules.values())
-        if getattr(module, "__name__", "").partition(".")[0] in PACKAGES
+        if getattr(module, "__name__", "").startswith(_MODULES)
         for name in list(vars(module))
-        if name.lstrip("_") in SHORT_S
-    ]
+        if name.lstrip("_") in values
+    }
     if absent := SHORT_S.keys() - {name.rpartition(".")[2].lstrip("_") for name in found}:
-        raise LookupError(f"no constant {', '.join(sorted(absent))} in {', '.join(PACKAGES)}: name the new one here")
+        raise LookupError(f"no constant {', '.join(sorted(absent))} in {', '.join(_MODULES)}: name the new one here")
     return found
 
 
 def _shorten() -> None:
-    for found in constants():
+    for found, value in constants().items():
         module, _, name = found.rpartition(".")
-        setattr(sys.modules[module], name, SHORT_S[name.lstrip("_")])
+        setattr(sys.modules[module], name, value)
 
 
 def _child(commands: list[list[str]], environment: dict[str, str], folder: Path, output: Path) -> None:

@@ -170,19 +170,21 @@ def test_the_constants_that_are_shortened_exist() -> None:
     import pipeline.storage.objects  # noqa: F401
 
     names = {name.rpartition(".")[2].lstrip("_") for name in far_process.constants()}
-    assert names == far_process.SHORT_S.keys()
+    assert names >= far_process.SHORT_S.keys()
 
 
 @pytest.mark.slow
 def test_precompute_ends_as_undisturbed_after_faults_kills_and_take_overs(tmp_path: Path) -> None:
     out, work = tmp_path / "far.json", tmp_path / "work"
-    command = [sys.executable, "-m", "benchmarks.far", "--work", str(work), "--scenarios", "precompute"]
-    for most in ("3", "6"):
-        more = ["--most", most, "--out", str(out)]
-        done = subprocess.run([*command, *more], cwd=REPOSITORY, check=False, timeout=1000, capture_output=True)
+    command = [sys.executable, "-m", "benchmarks.far", "--work", str(work), "--scenarios", "precompute", "--most", "6"]
+    for _ in range(2):  # the second goes on where the first has ended
+        done = subprocess.run(
+            [*command, "--out", str(out)], cwd=REPOSITORY, check=False, timeout=1000, capture_output=True
+        )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert b"precompute: known, 6 of 6 as uninterrupted" in done.stdout
     (file,) = work.glob("tries-*.jsonl")
-    assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == list(range(6)), "it went on"
+    assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == list(range(6))
     document = json.loads(out.read_text())
     assert list(document["ratios"].values()) == [1]
     assert {row["kind"] for row in document["results"]} == {"fault", "kill", "faults", "take-over", "stopped"}
