@@ -46,7 +46,7 @@ def run_workflow(
         changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))
-        events = EventLog(run.storage)
+        events = EventLog(run.storage, run.lease)
         try:
             return _execute(workflow, config.execution, state, executor, events, options, changes)
         finally:
@@ -106,7 +106,9 @@ def _execute(
             with progress:
                 tally = scheduler.execute()
             tally.subtract_retried(plan.row_group, state.retries.drops())
+            run.check()
             results = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            run.check()  # what another run has written since is not for this one to sweep
             state.ledger.sweep()
             outcome = "failed" if tally.shards_failed else "finished"
         except BaseException as error:
@@ -114,7 +116,8 @@ def _execute(
             raise
         finally:
             executor.close()
-            run.storage.clean()  # of workers that died, or were abandoned
+            if run.lease is None or not run.lease.lost:
+                run.storage.clean()  # of workers that died, or were abandoned
             events.write("run_ended", outcome=outcome)
     summary: Summary = {
         "workflow": workflow,
@@ -127,6 +130,7 @@ def _execute(
         **({"changed_settings": changed_settings} if changed_settings else {}),
         **results,
     }
+    run.check()
     run.storage.write_json(SUMMARY, summary)
     _check_limits(state, tally, summary)
     return summary

@@ -64,6 +64,52 @@ class ObjectStorage(Storage):
             return self.read(name) == data  # the first try may have succeeded without its response arriving
         return True
 
+    def version(self, name: str) -> str | None:
+        try:
+            return _version(self._call("read", name, self._fs.info))
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        return self._replaced(name, version, lambda path, **match: self._fs.pipe_file(path, data, **match))
+
+    def replace_file(self, name: str, local: Path, version: str | None) -> bool:
+        """Creates a file (`version` None), or replaces the one of this version, with the content of a local file.
+
+        Returns:
+            False if there is another one, which stays unchanged.
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        local.stat()
+        return self._replaced(name, version, lambda path, **match: self._fs.put_file(str(local), path, **match))
+
+    def _replaced(self, name: str, version: str | None, write: Callable[..., object]) -> bool:
+        match: dict[str, str] = {"mode": "create"}
+        if version is not None:
+            match = {"IfMatch": version} if self._decides_by_version else {}
+            if not match and self.version(name) != version:
+                return False
+
+        def attempt(path: str) -> None:
+            try:
+                write(path, **match)
+            except OSError as error:
+                if _is_other_version(error):  # which s3fs does not tell from an invalid argument
+                    raise FileExistsError(str(error)) from error
+                raise
+
+        try:
+            self._call("written" if version is None else "replaced", name, attempt)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        return True
+
+    @property
+    def _decides_by_version(self) -> bool:
+        protocol = self._fs.protocol
+        return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
     def size(self, name: str) -> int | None:
         try:
             return int(self._call("read", name, self._fs.info)["size"])
@@ -90,6 +136,11 @@ class ObjectStorage(Storage):
     def walk(self) -> Iterator[str]:
         found: list[str] = self._call("listed", "", self._fs.find)
         yield from (path[len(self._root) + 1 :] for path in sorted(found))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Size in bytes of every file below a folder, by name."""
+        found: dict[str, dict[str, Any]] = self._call("listed", folder, lambda path: self._fs.find(path, detail=True))
+        return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
 
     def write_file(self, name: str, local: Path) -> None:
         local.stat()
@@ -178,6 +229,17 @@ _LASTING = (
 def _is_transient(error: BaseException) -> bool:
     lasting = isinstance(error, _LASTING) or "redential" in type(error).__name__
     return isinstance(error, Exception) and not lasting
+
+
+def _version(info: dict[str, Any]) -> str:
+    """The version of an object: what the store calls it, or else its size and time."""
+    known = info.get("ETag") or info.get("etag") or info.get("generation")
+    return str(known or [info.get(key) for key in ("size", "LastModified", "mtime", "created", "updated")])
+
+
+def _is_other_version(error: BaseException) -> bool:
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _options(protocol: str) -> dict[str, Any]:
