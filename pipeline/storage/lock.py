@@ -96,9 +96,9 @@ class Lease:
                 self.check(_STEP_S)
             return
         if not self.lost and _clock_s() - self._seen_s > _FAR_STEP_S and self._asking is None:
-            self._asking = threading.Thread(target=self._ask, daemon=True, name="lease-step")
-            self._asking.start()
-            self._asking.join(_ANSWER_S)
+            asking = self._asking = threading.Thread(target=self._ask, daemon=True, name="lease-step")
+            asking.start()
+            asking.join(_ANSWER_S)
         if self.lost:
             raise LockedError(self.lost)
 

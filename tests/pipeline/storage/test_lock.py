@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_with_the_owner_and_its_age(run: RunFolder) -> N
         pass
     assert re.search(
         r"another run is working in this folder: process 7 of ann on node-3, started 50\d\d s ago, last renewal "
-        r"3\d s ago\. .*--take-over",
+        r"\d\d s ago\. .*--take-over",
         str(caught.value),
     )
     assert caught.value.exit_code == 4
@@ -86,9 +86,10 @@ def test_a_lease_that_cannot_be_read_locks_nobody_out(
 
 
 def test_of_three_that_meet_an_expired_lease_one_gets_the_folder(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each reads the expired lease before the first one takes the folder."""
+    run = RunFolder(f"{s3.url}/{tmp_path.name}")
     lease_of(run, host="node-3", renewed_s_ago=lock.EXPIRE_S + 1)
     met, refused, has = threading.Barrier(3), [], []
     read, ended = lock.read_lease, threading.Event()
@@ -112,8 +113,6 @@ def test_of_three_that_meet_an_expired_lease_one_gets_the_folder(
                 ended.set()
 
     monkeypatch.setattr(lock, "read_lease", read_together)
-    monkeypatch.setattr(lock.FileLock, "acquire", lambda *_, **__: None)  # as on file systems of several machines
-    monkeypatch.setattr(lock.FileLock, "release", lambda *_, **__: None)
     threads = [threading.Thread(target=start) for _ in range(3)]
     for thread in threads:
         thread.start()
