@@ -49,7 +49,7 @@ def run_workflow(
         changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))
-        events = EventLog(run.storage)
+        events = EventLog(run.storage, run.lease)
         try:
             return _execute(workflow, config.execution, state, executor, events, options, changes)
         finally:
@@ -111,7 +111,9 @@ def _execute(
             with progress:
                 tally = scheduler.execute()
             tally.subtract_retried(plan.row_group, state.retries.drops())
+            run.check()
             results = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            run.check()  # what another run has written since is not for this one to sweep
             if run.index is not None and run.index.is_changed:
                 run.index.list_again()  # with what workers that died have left
             state.ledger.sweep()
@@ -121,8 +123,9 @@ def _execute(
             raise
         finally:
             executor.close()
-            run.storage.clean()  # of workers that died, or were abandoned
-            _save_index(run)
+            if run.lease is None or not run.lease.lost:
+                run.storage.clean()  # of workers that died, or were abandoned
+                _save_index(run)
             events.write("run_ended", outcome=outcome)
     summary: Summary = {
         "workflow": workflow,
@@ -135,6 +138,7 @@ def _execute(
         **({"changed_settings": changed_settings} if changed_settings else {}),
         **results,
     }
+    run.check()
     run.storage.write_json(SUMMARY, summary)
     _check_limits(state, tally, summary)
     return summary

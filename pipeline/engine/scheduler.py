@@ -130,8 +130,7 @@ class Scheduler:
             return
         for outcome in self.executor.wait(timeout_s):
             self._handle(outcome)
-        if self.run.lease is not None and self.run.lease.lost:
-            self.run.lease.check()
+        self.run.check_step()
 
     def _unfinished(self) -> Iterator[_AdmittedShard]:
         """Streams the shards that still need work; counts the finished ones."""

@@ -52,6 +52,18 @@ class Storage(ABC):
         """Creates a small file; False if it exists, and then it stays unchanged."""
 
     @abstractmethod
+    def version(self, name: str) -> str | None:
+        """Says of which version a file is: another one after each write; None if there is no file."""
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Replaces a small file; False if it is not of this version any more, and then it stays unchanged.
+
+        S3 decides that itself. Elsewhere the version is read just before, so two writers at the same moment may both
+        succeed, and the later one remains.
+        """
+
+    @abstractmethod
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, None if there is none."""
 

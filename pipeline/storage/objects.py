@@ -59,6 +59,44 @@ class ObjectStorage(Storage):
         with _told():
             return create(self._fs, path, url, data)
 
+    def version(self, name: str) -> str | None:
+        try:
+            return _version(self._call("read", name, self._fs.info))
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        return self._replaced(name, version, lambda path, **match: self._fs.pipe_file(path, data, **match))
+
+    def replace_file(self, name: str, local: Path, version: str | None) -> bool:
+        """Creates a file (`version` None), or replaces the one of this version, with the content of a local file.
+
+        Returns:
+            False if there is another one, which stays unchanged.
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        local.stat()
+        return self._replaced(name, version, lambda path, **match: self._fs.put_file(str(local), path, **match))
+
+    def _replaced(self, name: str, version: str | None, write: Callable[..., object]) -> bool:
+        match: dict[str, str] = {"mode": "create"}
+        if version is not None:
+            match = {"IfMatch": version} if self._decides_by_version else {}
+            if not match and self.version(name) != version:
+                return False
+
+        try:
+            self._call("written" if version is None else "replaced", name, lambda path: write(path, **match))
+        except (FileExistsError, FileNotFoundError):
+            return False
+        return True
+
+    @property
+    def _decides_by_version(self) -> bool:
+        protocol = self._fs.protocol
+        return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
     def size(self, name: str) -> int | None:
         try:
             return int(self._call("read", name, self._fs.info)["size"])
@@ -79,8 +117,7 @@ class ObjectStorage(Storage):
             return
         for entry in entries:
             if entry["type"] == "file":
-                version = next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
-                yield entry["name"].rpartition("/")[2], int(entry["size"]), version
+                yield entry["name"].rpartition("/")[2], int(entry["size"]), _version(entry)
 
     def entries(self) -> Iterator[tuple[str, bool]]:
         try:
@@ -95,6 +132,11 @@ class ObjectStorage(Storage):
     def walk(self) -> Iterator[str]:
         found: list[str] = self._call("listed", "", self._fs.find)
         yield from (path[len(self._root) + 1 :] for path in sorted(found))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Size in bytes of every file below a folder, by name."""
+        found: dict[str, dict[str, Any]] = self._call("listed", folder, lambda path: self._fs.find(path, detail=True))
+        return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
 
     def write_file(self, name: str, local: Path) -> None:
         local.stat()
@@ -153,6 +195,10 @@ class ObjectStorage(Storage):
 
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 """What file systems call that which changes whenever an object is written; the first that there is counts."""
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
 @contextmanager

@@ -222,6 +222,20 @@ class RunFolder:
         if self.index is not None:
             self.index.forget_group(group, folders)
 
+    def check(self) -> None:
+        """To be called before what must not be written by a run that lost the folder; nothing without a lease.
+
+        Raises:
+            LockedError: another run has taken the folder over.
+        """
+        if self.lease is not None:
+            self.lease.check()
+
+    def check_step(self) -> None:
+        """The same at the end of each step, at next to no cost; see `Lease.check_step`."""
+        if self.lease is not None:
+            self.lease.check_step()
+
     @contextmanager
     def lock(self, *, take_over: bool = False) -> Iterator[Lease]:
         """Holds the folder for this process while the block runs, without what killed ones left half-written; see

@@ -110,6 +110,7 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
             result = _measure_batch(
                 config, loaded, store, range(start, min(start + config.batch_size, end)), sigmas, job
             )
+            job.check()
             write_text(path, sealed(result).decode())
         results.append(result)
     return {"steps": len(sigmas) - 1, "device": str(device), **_means(results)}
@@ -281,6 +282,8 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
         for batch in measured:
             batch.unlink()
     write_text(path, sealed(record).decode())
+    if changes:
+        job.send()  # so that no measurement of other settings is taken for one of these
 
 
 def _changes(path: Path, record: dict[str, Any]) -> list[str]:

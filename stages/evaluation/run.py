@@ -77,6 +77,7 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
         rows.append({"name": name, **weight, **compute_metrics(features, reference, config)})
     label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
     clip = None if config.clip is None else config.clip.label
+    job.check()
     results = {"features_model": label, "clip_model": clip, "fingerprints": fingerprints, "rows": rows}
     return {**summary, **results, "files": write_report(root, results)}
 

@@ -66,6 +66,8 @@ def sample_into(
     record = sampling_record(config.recorded(), session, folder.requests, config.inpaint)
     url = f"{job.run.url}/{name}".rstrip("/")
     folder.claim(record, url, restart=job.options.restart, alone=num_shares == 1)
+    if job.options.restart:
+        job.send()  # so that no image of other settings is taken for one of these
     if config.output.text:
         folder.write_texts(folder.requests[share::num_shares])
     if damaged := folder.remove_damaged(folder.requests[share::num_shares]):
@@ -74,6 +76,7 @@ def sample_into(
     times = _generate(todo, folder, config, session, job, f"{name}: " if name else "")
     num_missing = len(folder.missing())
     if not num_missing:
+        job.check()
         folder.write_grid()
     return {
         "images": len(folder.requests),
@@ -116,5 +119,6 @@ def _generate(
         if image_embed is not None:
             times.done("prior")
         images = session.generate(batch, text, image_embed, strength=strength, inpaint=inpaint, on_step=on_step)
+        job.check()
         folder.write_images(batch, {size: to_pixels(images[size]) for size in folder.sizes_px})
     return times
