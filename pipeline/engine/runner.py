@@ -146,7 +146,7 @@ def _execute(
 
 def _save_index(run: RunFolder) -> None:
     """Keeps what is known of the records for the next run, which finds out by itself what this one cannot write."""
-    if run.index is None or (run.lease is not None and run.lease.lost):
+    if run.index is None:
         return
     try:
         run.index.save()

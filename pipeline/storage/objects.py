@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from imagen_core.far import StorageError, call, create, download, open_filesystem, read_file
 from pipeline.errors import ConfigError, first_line, storage_error
