@@ -224,7 +224,9 @@ class Ledger:
     def _has_shared_files(self, group: str) -> bool:
         if group not in self._complete:
             folder, files = self.run.group_folder(group), self.plan.groups[group].shared_files
-            if any(self.run.storage.size(f"{folder}/{file}") is None for file in files):
+            paths = [f"{folder}/{file}" for file in files]
+            missing = [path for path in paths if self.run.size(path) is None]
+            if any(self.run.storage.size(path) is None for path in missing):  # a worker may have written it since
                 return False
             self._complete.add(group)
         return True
@@ -232,10 +234,16 @@ class Ledger:
     def _has_lost_list(self, group: str, shard: Shard) -> bool:
         if self.plan.lost_drops is None or group in self.transient:
             return False
-        return self.run.storage.size(self.run.drops_name(group, shard.name)) is None
+        return self.run.size(self.run.drops_name(group, shard.name)) is None
+
+    def listed_drops(self, shard: Shard, groups: Iterable[str]) -> frozenset[str] | None:
+        """The groups that may have a list of drops of this shard, which an interrupted run left; None if any may."""
+        if self.run.index is None:
+            return None
+        return frozenset(g for g in groups if self.run.size(self.run.drops_name(g, shard.name)) is not None)
 
     def _has_files(self, record: Record) -> bool:
-        return all(self.run.storage.size(file.path) == file.bytes for file in record.files)
+        return all(self.run.size(file.path) == file.bytes for file in record.files)
 
     def check_leftovers(self) -> None:
         """Compares the committed shards with those that `finished` has seen, once the source has ended.
@@ -267,7 +275,7 @@ class Ledger:
             shards = set(self.run.recorded_shards(group))
             for folder in (self.run.group_folder(group), f"{QUARANTINE}/{group}"):
                 names: dict[int, list[str]] = {}
-                for name in self.run.storage.names(folder):
+                for name in self.run.names(folder):
                     if (index := shard_of(name)) is not None:
                         names.setdefault(index, []).append(f"{folder}/{name}")
                 for index, paths in names.items():

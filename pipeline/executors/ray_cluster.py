@@ -29,6 +29,8 @@ class ClusterNode:
 
     id: str
     resources: Demand
+    host: str = ""
+    address: str = ""
 
     def room(self, demand: Demand) -> int:
         """Workers of this demand that fit on the empty node; a worker's fraction of a GPU is on one GPU."""
@@ -45,7 +47,11 @@ def living_nodes() -> list[ClusterNode]:
     """The nodes of the cluster that are alive now."""
     import ray
 
-    return [ClusterNode(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [
+        ClusterNode(node["NodeID"], node["Resources"], node["NodeManagerHostname"], node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def total(nodes: Iterable[ClusterNode], name: str) -> float:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +71,11 @@ class Storage(ABC):
     def names(self, folder: str) -> Iterator[str]:
         """Names of the files directly in a folder, without the folder, in no order."""
 
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and version of each file directly in a folder, in no order; a file that was written again has
+        another version."""
+        raise NotImplementedError
+
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, bool]]:
         """Name of everything directly in this folder, and whether it is a folder; nothing if there is no folder."""
@@ -94,6 +99,11 @@ class Storage(ABC):
         Args:
             durably: before what follows; else a loss of power may bring it back.
         """
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Deletes files that may be gone, in no order; on an object store many per request."""
+        for name in names:
+            self.delete(name)
 
     @abstractmethod
     def delete_folder(self, name: str) -> None:
@@ -202,21 +212,26 @@ class Storage(ABC):
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of each item, in order; on an object store a bounded number of calls runs concurrently."""
-        if self.parallel == 1:
-            yield from map(function, items)
-            return
-        with ThreadPoolExecutor(self.parallel, thread_name_prefix="storage") as threads:
-            ahead: deque[Future[R]] = deque()
-            try:
-                for item in items:
-                    ahead.append(threads.submit(function, item))
-                    if len(ahead) > 2 * self.parallel:
-                        yield ahead.popleft().result()
-                while ahead:
+        return parallel_map(function, items, self.parallel)
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], parallel: int) -> Iterator[R]:
+    """`function` of each item, in order, computed by threads, at most 2 x `parallel` items ahead."""
+    if parallel == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(parallel, thread_name_prefix="storage") as threads:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(threads.submit(function, item))
+                if len(ahead) > 2 * parallel:
                     yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 class BackgroundTasks:

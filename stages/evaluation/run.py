@@ -56,8 +56,6 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
     fingerprints = _fingerprints(config)  # a missing model is found before any image is generated
     summary: dict[str, object] = {}
     if config.sample is not None:
-        if config.clip is not None:
-            config.clip.check_captions()
         folders, summary = _sample(config, config.sample, job, root)
         if summary["missing"] or job.should_stop() or not _computes_metrics(config.sample):
             return summary
@@ -187,9 +185,13 @@ def _feature_set(
     return gather(name, opened, config.features, clip, cache, lpips=config.lpips, originals=originals)
 
 
-def _fingerprints(config: EvaluateConfig) -> dict[str, object]:
-    return {
+def _fingerprints(config: EvaluateConfig) -> dict[str, dict[str, object]]:
+    """The fingerprints of all models; a model that is missing or cannot be used is found by it."""
+    found = {
         name: dict(model.fingerprint())
         for name, model in (("features", config.features), ("clip", config.clip), ("lpips", config.lpips))
         if model is not None
     }
+    if config.clip is not None:
+        found["clip"]["captions"] = dict(config.clip.captions.fingerprint())
+    return found

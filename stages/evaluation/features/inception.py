@@ -3,19 +3,20 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Config
-from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.base import BY_CONTENT, ROUNDING, Extracted, FrozenConfig
 from stages.evaluation.features.weights import load_weights, weights_digest
 from stages.images.resample import center_square
 
 
-class InceptionFeatures(Config):
+class InceptionFeatures(FrozenConfig):
     """Inception v3 as FID has it; with the weights of 2015 the distance is the published FID."""
+
+    inert: ClassVar[Mapping[str, str]] = {"path": BY_CONTENT, "batch_size": ROUNDING}
 
     kind: Literal["inception"] = "inception"
     path: str
@@ -33,7 +34,7 @@ class InceptionFeatures(Config):
         return weights_digest("features.path", self.path)
 
     def fingerprint(self) -> Mapping[str, object]:
-        return {"kind": self.kind, "sha256": self.sha256}
+        return {**self.acting(), "sha256": self.sha256}
 
     def extract(self, images: Iterable[np.ndarray]) -> Extracted:
         import torch
