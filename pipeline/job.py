@@ -150,8 +150,14 @@ def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
     run = RunFolder(out)
     if not _is_follower():
         check_out(run, workflow.name, workflow.config.model_dump(mode="json"))
-    with disk_errors_explained(run.storage.local):
-        return _run(workflow, Job(run, options, Lines(quiet=options.quiet)))
+    try:
+        with disk_errors_explained(run.storage.local):
+            return _run(workflow, Job(run, options, Lines(quiet=options.quiet)))
+    except PreemptedError as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        note = "torchrun makes 1 of this exit code 75, --executor ray keeps it"
+        raise PreemptedError(f"{error} ({note})") from error
 
 
 def _run(workflow: JobWorkflow, job: Job) -> Summary:

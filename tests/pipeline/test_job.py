@@ -133,3 +133,16 @@ def test_a_job_whose_changes_could_not_be_sent_for_long_stops_and_can_be_run_aga
         run(url, lambda job: work(job, comes_back=True))
     assert found.value.exit_code == EXIT_PREEMPTED
     assert open_storage(url).read("made") == b"1"
+
+
+def test_under_torchrun_a_preempted_job_says_that_its_exit_code_gets_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(job: Job) -> None:
+        job.signals.received = signal.SIGTERM
+
+    with pytest.raises(PreemptedError, match=r"^stopped by SIGTERM; run the same command again to resume$"):
+        run(str(tmp_path / "run"), stopped)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(PreemptedError, match=r"resume \(torchrun makes 1 of this exit code 75, --executor ray"):
+        run(str(tmp_path / "run"), stopped)
