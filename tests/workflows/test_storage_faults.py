@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from imagen_core.far import StorageError
 from pipeline.storage.open import open_storage
+from stages.sources.files import find_files
 from tests.commands import Result, call
 from tests.object_store import ObjectStore, object_store
 from tests.runs import SMALL
@@ -110,7 +112,7 @@ def test_a_data_file_that_never_comes_whole_is_exit_75_and_no_damage(
     s3.faults.rule = lambda method, path: answer if method == "GET" and "store/samples/" in path else ""
     result = execute(command, run, tmp_path)
     assert result.code == 75, result.err
-    assert "/store/samples/00000" in result.err
+    assert "/store/samples/0000" in result.err
     assert "also after" in result.err
     assert "damaged" not in result.err
 
@@ -169,3 +171,15 @@ def test_a_removal_whose_answer_was_lost_is_in_effect_and_says_so(s3: ObjectStor
     assert (result.code, len(late)) == (0, 1), result.err
     assert "1 samples removed, in 1 shards" in result.out
     assert list(s3.keys("removal/store/removed/")) == ["00001.json", "log.json"]
+
+
+def test_a_folder_on_s3_that_may_not_be_listed_is_not_left_out_of_a_pattern(s3: ObjectStore) -> None:
+    """fsspec leaves it out without a word."""
+    storage = open_storage(f"{s3.url}/globbed")
+    for name in ("a/0.tar", "b/1.tar"):
+        storage.write(name, b"")
+    pattern = f"{storage.url}/*/*.tar"
+    assert list(find_files(pattern, "source.path", ("tar",))) == ["a/0.tar", "b/1.tar"]
+    s3.faults.rule = lambda method, path: "403" if "prefix=globbed%2Fb" in path or "prefix=globbed/b" in path else ""
+    with pytest.raises(StorageError, match="globbed/b: cannot be listed: PermissionError"):
+        find_files(pattern, "source.path", ("tar",))

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.http_exceptions import BadStatusLine, ContentLengthError
 from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError
 from s3fs.errors import translate_boto_error
 
@@ -69,7 +70,8 @@ MEANINGS: list[tuple[Callable[[], Exception], str]] = [
     (lambda: http_error(403), "refused"),
     (lambda: http_error(502), "passing"),
     (lambda: caused(FileNotFoundError("u"), aiohttp.ClientConnectionError("no route")), "passing"),
-    (lambda: aiohttp.ClientPayloadError("400 of 800 bytes"), "passing"),
+    (lambda: caused(aiohttp.ClientPayloadError("half"), ContentLengthError("400 of 800 bytes")), "passing"),
+    (lambda: caused(http_error(400), BadStatusLine("no HTTP")), "passing"),
     (lambda: FlexibleChecksumError(error_msg="other"), "damaged"),
     (TimeoutError, "passing"),
     (ConnectionResetError, "passing"),
