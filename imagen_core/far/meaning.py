@@ -4,10 +4,12 @@ import errno
 from collections.abc import Iterator
 from typing import Any, Literal
 
-Meaning = Literal["missing", "exists", "no bucket", "refused", "machine", "passing"]
+Meaning = Literal["missing", "exists", "no bucket", "refused", "machine", "damaged", "passing"]
 """missing: no such file. exists: it was to be created, and is there. machine: a disk or a limit of this machine, no
-fault of the storage. passing: another try may succeed."""
+fault of the storage. damaged: other bytes came than the storage has a checksum of. passing: another try may do."""
 
+_HALF_ANSWERS = "aiohttp.http_exceptions"
+"""Errors about answers that were no whole HTTP; their code of 400 is not one that a server sent."""
 _MACHINE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE))
 _LASTING = (
     PermissionError,
@@ -37,6 +39,8 @@ _PASSING_CODES = frozenset(
 def meaning(error: Exception) -> Meaning:
     """What an error of a driver means; what is not known may pass."""
     chain = list(_chain(error))
+    if any(type(each).__module__ == _HALF_ANSWERS for each in chain):
+        return "passing"
     answers = [answer for answer in map(_answer, chain) if answer != (None, "")]
     status, code = answers[-1] if answers else (None, "")
     if code == "NoSuchBucket":
@@ -53,6 +57,8 @@ def meaning(error: Exception) -> Meaning:
         return "missing"
     if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
         return "machine"
+    if "ChecksumError" in type(cause).__name__:
+        return "damaged"
     lasting = isinstance(cause, _LASTING) or "redential" in type(cause).__name__
     return "refused" if lasting else "passing"
 
