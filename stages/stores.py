@@ -34,6 +34,7 @@ def open_store(path: str) -> Store:
 
     Raises:
         ConfigError: it cannot be opened; says why.
+        StorageError: far storage cannot be reached, or refuses.
     """
     try:
         return Store.open(store_folder(path))
@@ -62,7 +63,7 @@ def previous_header(run: RunFolder) -> dict[str, Any]:
     """The header of the manifest of a run's store; {} if there is none, or if it is damaged: a run makes it again.
 
     Raises:
-        MachineError: an object store cannot be reached.
+        StorageError, MachineError: an object store cannot be reached, or refuses.
     """
     if run.storage.size(f"{STORE}/{MANIFEST_NAME}") is None:
         return {}

@@ -26,8 +26,8 @@ class Faults:
     """Answered after `slow_s`."""
     slow_s: float = 0.5
     rule: Callable[[str, str], str] = lambda method, path: ""
-    """Of method and path: a status such as `403` to answer with; `half` or `flip` of the body; `late`, 500 after the
-    request was carried out; or nothing."""
+    """Of method and path with its query: a status such as `403` to answer with; `half` or `flip` of the body; `late`,
+    500 after the request was carried out; or nothing."""
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     count: Counter[str] = field(default_factory=Counter)
     mutex: threading.Lock = field(default_factory=threading.Lock)
@@ -141,7 +141,8 @@ def _counted(app: Callable[..., Iterable[bytes]], requests: Requests) -> Callabl
 def _faulty(app: Callable[..., Iterable[bytes]], faults: Faults) -> Callable[..., Iterable[bytes]]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         kind, late = faults.sample()
-        if kind == "good" and (rule := faults.rule(environ["REQUEST_METHOD"], environ["PATH_INFO"])):
+        path = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}".rstrip("?")
+        if kind == "good" and (rule := faults.rule(environ["REQUEST_METHOD"], path)):
             return _by_rule(rule, app, environ, start_response)
         if kind == "good":
             return app(environ, start_response)

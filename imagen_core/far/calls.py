@@ -15,6 +15,8 @@ PATIENCE_S = 300.0
 """So long a call is tried again: most outages are shorter."""
 LONGEST_PAUSE_S = 20.0
 _QUIET_TRIES = 5
+_TRIES_OF_DAMAGED = 3
+"""Bytes that were changed on their way come whole the next time; those that were changed in the storage never do."""
 _LOCAL = ("file", "local", "memory")
 
 
@@ -25,11 +27,12 @@ class StorageError(Exception):
 
     Attributes:
         passes: the same call may succeed later, without anybody mending anything.
+        damaged: the file is there, but its bytes do not fit their checksum.
     """
 
-    def __init__(self, message: str, *, passes: bool = False) -> None:  # the default is for pickle
+    def __init__(self, message: str, *, passes: bool = False, damaged: bool = False) -> None:  # defaults for pickle
         super().__init__(message)
-        self.passes = passes
+        self.passes, self.damaged = passes, damaged
 
 
 class IncompleteError(Exception):
@@ -56,7 +59,15 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
     """
     from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-    tries = 0
+    tries = damaged = 0
+
+    def may_pass(error: BaseException) -> bool:
+        nonlocal damaged
+        if not isinstance(error, Exception) or isinstance(error, StorageError):
+            return False
+        found = meaning(error)
+        damaged += found == "damaged"
+        return found == "passing" or (found == "damaged" and damaged < _TRIES_OF_DAMAGED)
 
     def warn(state: RetryCallState) -> None:
         nonlocal tries
@@ -67,7 +78,7 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
             log.warning("%s: not %s: %s; trying again for %g s", without_secrets(place), done, what, PATIENCE_S)
 
     retrying = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, Exception) and _passes(error)),
+        retry=retry_if_exception(may_pass),
         stop=stop_after_delay(PATIENCE_S),
         wait=wait_exponential_jitter(initial=0.1, max=LONGEST_PAUSE_S, jitter=min(1.0, LONGEST_PAUSE_S)),
         before_sleep=warn,
@@ -79,10 +90,6 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
         raise
     except Exception as error:
         raise _translated(error, without_secrets(place), done, tries) from error
-
-
-def _passes(error: Exception) -> bool:
-    return not isinstance(error, StorageError) and meaning(error) == "passing"
 
 
 def _translated(error: Exception, place: str, done: str, tries: int) -> Exception:
@@ -97,6 +104,12 @@ def _translated(error: Exception, place: str, done: str, tries: int) -> Exceptio
         bucket = "/".join(place.split("/")[:3])
         return StorageError(
             f"{place}: cannot be {done}: the bucket {bucket} does not exist; check its name, or create it"
+        )
+    if found == "damaged":
+        return StorageError(
+            f"{place}: cannot be {done}: its bytes do not fit their checksum, also after {tries + 1} tries "
+            f"({_words(error)}); restore it from a copy",
+            damaged=True,
         )
     if found in ("refused", "missing"):
         return StorageError(

@@ -4,9 +4,9 @@ import errno
 from collections.abc import Iterator
 from typing import Any, Literal
 
-Meaning = Literal["missing", "exists", "no bucket", "refused", "machine", "passing"]
+Meaning = Literal["missing", "exists", "no bucket", "refused", "machine", "damaged", "passing"]
 """missing: no such file. exists: it was to be created, and is there. machine: a disk or a limit of this machine, no
-fault of the storage. passing: another try may succeed."""
+fault of the storage. damaged: other bytes came than the storage has a checksum of. passing: another try may do."""
 
 _MACHINE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE))
 _LASTING = (
@@ -53,6 +53,8 @@ def meaning(error: Exception) -> Meaning:
         return "missing"
     if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
         return "machine"
+    if "ChecksumError" in type(cause).__name__:
+        return "damaged"
     lasting = isinstance(cause, _LASTING) or "redential" in type(cause).__name__
     return "refused" if lasting else "passing"
 

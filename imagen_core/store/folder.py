@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from imagen_core.far import FarFile, call, create, download, open_filesystem, read_file
+from imagen_core.far import FarFile, StorageError, call, create, download, open_filesystem, read_file
 from imagen_core.files import create_durably, file_digest, write_durably
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, RESTORE, StoreError
@@ -124,7 +124,8 @@ class StoreFolder:
     def read_bytes(self, name: str, size_bytes: int | None = None) -> bytes:
         """All bytes of a file, of which there should be so many; FileNotFoundError if it does not exist."""
         if not self.is_local:
-            return read_file(*self._far(name), size_bytes)
+            with _damage_told():
+                return read_file(*self._far(name), size_bytes)
         with self.open(name) as file:
             return file.read()
 
@@ -210,11 +211,17 @@ class StoreFolder:
             raise StoreError(f"{self.path(entry.path)}: missing; {ADVICE}") from error
 
     def fetch(self, entry: FileEntry, copy: Path) -> None:
-        """Copy a file to a local path, whatever its bytes are; FileNotFoundError if it does not exist."""
+        """Copy a file to a local path, whatever its bytes are.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            StoreError: its bytes do not fit the checksum that a remote storage has of them.
+        """
         if self.is_local:
             shutil.copyfile(self.path(entry.path), copy)
         else:
-            download(*self._far(entry.path), copy, entry.bytes)
+            with _damage_told():
+                download(*self._far(entry.path), copy, entry.bytes)
 
     def check_size(self, entry: FileEntry) -> None:
         """Raises StoreError if a file is missing or has another size than the manifest says."""
@@ -250,3 +257,14 @@ class StoreFolder:
             prefix = os.path.relpath(folder, self._root)
             for name in sorted(names):
                 yield name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/")
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """Turns what a remote storage says of a file's bytes into an error of the store."""
+    try:
+        yield
+    except StorageError as error:
+        if not error.damaged:
+            raise
+        raise StoreError(str(error)) from error

@@ -27,7 +27,8 @@ class Storage(ABC):
 
     Raises, on every call:
         FileNotFoundError: there is no such file.
-        MachineError: the object store cannot be reached, or refuses, also after retries.
+        MachineError: the object store refuses, or lacks the bucket.
+        UnavailableError: it could not be reached for as long as calls are tried again.
     """
 
     url: str

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from imagen_core.far import StorageError
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
 from pipeline.errors import ConfigError, PipelineError
@@ -19,6 +20,9 @@ from stages.checkpoints.load import load_checkpoint_from
 from stages.encoders.registry import AnyEncoder
 from stages.training.config import WorkersConfig, at_url
 from stages.training.online_encoder import online_encoder
+
+_OWN = (TrainError, StoreError, StorageError, PipelineError)
+"""What a worker may raise that says all by itself."""
 
 
 class RayTrainError(PipelineError):
@@ -82,11 +86,11 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return at_url(summary, folder, settings["out"])
 
 
-def _own_error(error: BaseException) -> TrainError | StoreError | None:
+def _own_error(error: BaseException) -> BaseException | None:
     """What the trainer raised in a worker, as it would without Ray; None for everything else, such as a death."""
     failures = getattr(error, "worker_failures", {})
     raised = (getattr(failure, "_base_exc", failure) for failure in failures.values())
-    return next((found for found in raised if isinstance(found, TrainError | StoreError)), None)
+    return next((found for found in raised if isinstance(found, _OWN)), None)
 
 
 def _cause(error: BaseException) -> str:

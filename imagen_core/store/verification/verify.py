@@ -214,6 +214,9 @@ class _Check:
         except (FileNotFoundError, NotADirectoryError):
             self._bad(entry.path, "missing")
             return False
+        except StoreError as error:
+            self._bad(entry.path, str(error))
+            return False
         self.count(entry.path, size)
         if size != entry.bytes:
             self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")

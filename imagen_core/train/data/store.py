@@ -41,7 +41,7 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     try:
         store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
     except StorageError as error:
-        raise StoreLostError(f"store {config.store}: {error}", again=error.passes) from error
+        raise StoreLostError(str(error), again=error.passes) from error
     except OSError as error:
         raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
     for size in stored_sizes(config):

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError
 from s3fs.errors import translate_boto_error
 
 from imagen_core.far import StorageError, call, create
@@ -70,6 +70,7 @@ MEANINGS: list[tuple[Callable[[], Exception], str]] = [
     (lambda: http_error(502), "passing"),
     (lambda: caused(FileNotFoundError("u"), aiohttp.ClientConnectionError("no route")), "passing"),
     (lambda: aiohttp.ClientPayloadError("400 of 800 bytes"), "passing"),
+    (lambda: FlexibleChecksumError(error_msg="other"), "damaged"),
     (TimeoutError, "passing"),
     (ConnectionResetError, "passing"),
     (NoCredentialsError, "refused"),
@@ -122,6 +123,18 @@ def test_patience_ends_with_an_error_that_says_that_it_may_pass_and_how_often_wa
     assert f"after {down.calls} tries" in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.passes) == (str(caught.value), True)
+
+
+def test_damaged_bytes_are_asked_for_again_and_are_damage_if_they_stay() -> None:
+    on_the_way = Failing(FlexibleChecksumError(error_msg="other"))
+    assert call(PLACE, "read", on_the_way) == "done"
+    stored = Failing(*(FlexibleChecksumError(error_msg="other") for _ in range(10)))
+    words = (
+        rf"{PLACE}: cannot be read: its bytes do not fit their checksum, also after 3 tries .*; restore it from a copy"
+    )
+    with pytest.raises(StorageError, match=words) as caught:
+        call(PLACE, "read", stored)
+    assert (stored.calls, caught.value.damaged, caught.value.passes) == (3, True, False)
 
 
 def test_a_missing_bucket_is_told_from_a_missing_file() -> None:
