@@ -1,8 +1,9 @@
 """Files behind URLs: file systems, and a file that is read with patience."""
 
-import errno
+import inspect
 import io
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,15 @@ def read_file(filesystem: Any, path: str, url: str, size_bytes: int | None = Non
 
 
 def _whole(filesystem: Any, path: str) -> bytes:
-    """All bytes, as a range: s3fs asks for the size of what it reads without one, which is a second request."""
-    try:
-        return filesystem.cat_file(path, start=0)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return filesystem.cat_file(path)  # an empty object has no ranges
+    return filesystem.cat_file(path, **_in_one_request(type(filesystem)))
+
+
+@cache
+def _in_one_request(kind: type) -> dict[str, int]:
+    """Options of `cat_file`: s3fs asks for the size first, which is a second request, to read large files in parts. A
+    range would not be compared with its checksum."""
+    parameters = inspect.signature(getattr(kind, "_cat_file", kind.cat_file)).parameters
+    return {"max_concurrency": 1} if "max_concurrency" in parameters else {}
 
 
 def create(filesystem: Any, path: str, url: str, data: bytes) -> bool:

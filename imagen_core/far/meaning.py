@@ -66,6 +66,8 @@ def meaning(error: Exception) -> Meaning:
 def reason(error: BaseException) -> BaseException:
     """The error that says most: drivers of fsspec raise FileNotFoundError because of whatever they met."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        if isinstance(error.__cause__, KeyError):  # the file system in memory looks its files up
+            break
         error = error.__cause__
     return error
 
