@@ -12,6 +12,7 @@ from typing import Any, cast
 from pipeline.errors import PipelineError, first_line
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
+from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
 from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here
 from pipeline.executors.task import TaskOutcome, TaskRequest
@@ -43,6 +44,7 @@ class RayExecutor(Executor):
         self.running: dict[Any, tuple[WorkerPool | None, RayWorker | None, TaskRequest | None]] = {}
         self.pools: dict[str, WorkerPool] = {}
         self.demands: dict[str, Demand] = {}
+        self.head: HeadWatch | None = None
         self.seeing: SeeingNodes | None = None
         self.unconfirmed: list[tuple[float, TaskOutcome]] = []
         """Finished tasks whose files have not appeared here yet, and until when they may (monotonic clock)."""
@@ -59,7 +61,12 @@ class RayExecutor(Executor):
             self.running[reference] = (None, None, request)
         else:
             pool.waiting.append(request)
-            self._track(pool, pool.feed())
+            if not self._is_headless():
+                self._track(pool, pool.feed())
+
+    def _is_headless(self) -> bool:
+        """Whether Ray's head is not reached at the moment: calls that need it would block."""
+        return self.head is not None and self.head.silent_s > 0
 
     @property
     def num_tasks(self) -> int:
@@ -69,6 +76,10 @@ class RayExecutor(Executor):
     def wait(self, timeout_s: float) -> list[TaskOutcome]:
         import ray
 
+        if self.head is not None and self._is_headless():
+            self.head.check()
+            time.sleep(min(timeout_s, _PAUSE_S))
+            return []
         if time.monotonic() - self.refreshed > _REFRESH_S:
             self._refresh(living_nodes())
         if self.unconfirmed:
@@ -149,11 +160,16 @@ class RayExecutor(Executor):
             return
         import ray
 
-        for pool in self.pools.values():
-            for worker in pool.workers:
-                pool.drop(worker)
-        ray.shutdown()
         self.started = False
+        if self.head is not None and self._is_headless():
+            self.head.leave()
+        else:
+            for pool in self.pools.values():
+                for worker in pool.workers:
+                    pool.drop(worker)
+            ray.shutdown()
+        if self.head is not None:
+            self.head.stop()
         if self.seeing is not None:
             with suppress(OSError, PipelineError):  # else the next run does
                 self.seeing.token.delete()
@@ -219,6 +235,7 @@ class RayExecutor(Executor):
 
         nodes = connect(self.config.num_cpus, self.address)
         self.started = True
+        self.head = HeadWatch.start(own=self.address is None)
         self.remote_task, self.stage_refs = {}, {}
         if self.address is not None:
             self.seeing = SeeingNodes(self.run)

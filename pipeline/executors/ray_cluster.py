@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipeline.errors import MachineError, first_line
+from pipeline.errors import MachineError, PipelineError, first_line
 from pipeline.executors.base import usable_cpus
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,9 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except PipelineError:  # a signal
+        raise
+    except Exception as error:  # Ray raises plain ones too
         raise MachineError(_not_connected(address, first_line(error))) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there

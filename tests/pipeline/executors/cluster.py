@@ -81,7 +81,7 @@ class RayNodes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         last = "Ray runtime started" if self.address else "view the dashboard at"
         while last not in log.read_text():
             assert self.nodes[name].poll() is None, log.read_text()
