@@ -288,10 +288,11 @@ def schedule(
     image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     write_to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
+        str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
     """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    from pipeline.config import local_path
     from pipeline.deploy.schedule import Schedule, install_command, render, write_files
 
     build(workflow, config, overrides)
@@ -300,7 +301,7 @@ def schedule(
     )
     files = render(wanted)
     if write_to is not None:
-        paths = write_files(files, write_to)
+        paths = write_files(files, local_path(write_to, "--write-to"))
         typer.echo("\n".join([*paths, f"install: {install_command(wanted, paths)}"]))
     elif len(files) == 1:
         typer.echo(next(iter(files.values())), nl=False)

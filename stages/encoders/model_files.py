@@ -68,6 +68,10 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
     folder = Path(model)
     if folder.is_dir():
         return _local(folder, folder.absolute().name, None, model)
+    if "://" in model:
+        raise MachineError(
+            f"encoders.model: {model} is a URL; give a hub id, or copy the folder to a path that all nodes see"
+        )
     if model.startswith((".", "/", "~")):
         raise MachineError(f"encoders.model: {model} is not a folder; give a model folder or a hub id")
     return _hub(model, revision)

@@ -8,6 +8,7 @@ from pipeline.errors import ConfigError
 from stages.images.decode import decode_rgb
 from stages.images.rejection import ImageRejected, RejectReason
 from stages.images.resample import center_square, resize_square
+from stages.places import read_place
 
 MAX_PIXELS = 100_000_000
 """Largest width times height, unless a configuration says otherwise."""
@@ -17,14 +18,15 @@ def read_image(path: str | Path, size_px: int | None = None, *, max_pixels: int 
     """An image as `decode_rgb` decodes it: uint8 (h, w, 3), upright sRGB on white.
 
     Args:
+        path: a path or a URL.
         size_px: crop the centre square and resize it (bicubic, antialiased) to this side; None keeps the image.
     Raises:
         ConfigError: the file is missing, no usable image, or has more than `max_pixels` pixels.
     """
     try:
-        pixels = decode_rgb(Path(path).read_bytes(), max_pixels=max_pixels).pixels
+        pixels = decode_rgb(read_place(path), max_pixels=max_pixels).pixels
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as an image ({error.strerror}); check the path") from error
+        raise ConfigError(f"{path}: cannot be read as an image ({error.strerror or error}); check the path") from error
     except ImageRejected as error:
         remedy = "give a PNG, JPEG or WebP file"
         if error.reason == RejectReason.TOO_MANY_PIXELS:

@@ -17,6 +17,7 @@ from pipeline.fingerprint import differences
 from pipeline.storage.files import file_digest, write_text
 from stages.checkpoints.load import comparable_origin
 from stages.images import read_image
+from stages.places import local_file
 from stages.sampling.config import InpaintConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.session import SamplingSession
@@ -156,8 +157,8 @@ def _digests(requests: Sequence[ImageRequest], inpaint: InpaintConfig | None) ->
     if inpaint is not None:
         paths |= {inpaint.image, inpaint.mask}
     try:
-        return {path: file_digest(Path(path)) for path in sorted(paths)}
+        return {path: file_digest(local_file(path)) for path in sorted(paths)}
     except OSError as error:
         raise ConfigError(
-            f"{error.filename}: cannot be read as an image ({error.strerror}); check the path"
+            f"{error.filename or error}: cannot be read as an image ({error.strerror}); check the path"
         ) from error

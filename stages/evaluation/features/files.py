@@ -15,6 +15,7 @@ from imagen_core.sealed import SEAL, UNSEALED, DamagedFileError, check_tensors, 
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, temporary_name
 from stages.evaluation.features.base import Extracted, Named
+from stages.places import local_file
 from stages.sources.arrays.npy import map_file
 from stages.sources.files import Damaged
 
@@ -74,6 +75,7 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
     """
     file = Path(path)
     try:
+        file = local_file(str(path))
         if file.suffix == ".npy":
             found = FeatureFile(map_file(file), None)
         elif file.suffix == ".safetensors":

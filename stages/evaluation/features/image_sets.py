@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest
 from stages.images import MAX_PIXELS, read_image
+from stages.places import local_folder
 from stages.sampling.caption_sets import selection
 from stages.sources.folder import IMAGE_SUFFIXES
 from stages.sources.ignored import ignored_by_name
@@ -45,12 +46,12 @@ class ImageFolder(Config):
 
     kind: Literal["folder"] = "folder"
     path: str
-    """The folder. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
+    """The folder; a path or a URL. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Largest width times height of an image; a larger one is an error that names it."""
 
     def open(self, field: str) -> ImageSet:
-        folder = Path(self.path)
+        folder = local_folder(self.path, f"{field}.path", _is_wanted)
         files = sorted(
             path
             for path in folder.rglob("*")
@@ -131,6 +132,10 @@ def image_files(
     """Images of these files, identified by their content and by the rules of decoding."""
     identity = {"files": [file_digest(path) for path in files], "decoding": _DECODING}
     return ImageSet(identity, len(files), partial(_file_pixels, files, max_pixels), captions)
+
+
+def _is_wanted(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (*IMAGE_SUFFIXES, ".txt") and ignored_by_name(name) is None
 
 
 def _file_pixels(files: Sequence[Path], max_pixels: int) -> Iterator[np.ndarray]:

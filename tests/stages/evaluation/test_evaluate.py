@@ -239,7 +239,7 @@ def test_metrics_are_computed_from_files_of_features_of_any_model_and_of_logits(
             {"generated": {"kind": "folder", "path": "a"}, "reference": {"kind": "folder", "path": "b"}},
             "features: needed to extract features of the images of generated",
         ),
-        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent holds no images"),
+        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent does not exist; give a folder"),
         ({"generated": {"kind": "features", "path": "a.pt"}}, "suffix '.pt' is not supported"),
         ({"generated": {"kind": "features", "path": "a.npy"}}, "generated.path: a.npy cannot be read"),
         ({"generated": {"kind": "features"}}, "no metric can be computed"),
