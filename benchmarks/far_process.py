@@ -34,7 +34,7 @@ SHORT_S = {
 """Constants by name, with or without a leading `_`, and their values here; in whichever of the modules has them."""
 ALSO_SHORT_S = {"LEASE_WITHIN_S": 0.2, "LEASE_HOLDS_S": 0.2, "FAR_STEP_S": 0.7, "STUCK_AFTER_S": 4.0}
 """Likewise, but earlier versions have none of them."""
-LIBRARY = {"connect_timeout": 2, "read_timeout": 2, "retries": {"mode": "standard", "max_attempts": 2}}
+LIBRARY = {"connect_timeout": 4, "read_timeout": 4, "retries": {"mode": "standard", "max_attempts": 2}}
 """The S3 library's own patience, by fsspec's configuration."""
 _PR_SET_PDEATHSIG = 1
 

@@ -33,7 +33,7 @@ KINDS = (
 one that comes after the client has given up. `refuse`: no new connection for a moment either."""
 
 DELAY_S = 0.3
-SILENCE_S = 2.5
+SILENCE_S = 4.5
 REFUSE_S = 0.3
 CHANGES = ("PUT", "POST", "DELETE")
 _CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
