@@ -112,7 +112,7 @@ def train(
         # Model: the same random weights on every process.
         store = open_store(config, online=online_encoder is not None)
         if online_encoder is not None:
-            _check_online(online_encoder, config)
+            online_encoder.check(config)
         torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
         denoiser = Denoiser(config.denoiser).to(world.device, weights_dtype(config.precision))
         if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
@@ -387,21 +387,6 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
             "machines share"
         )
     return newest
-
-
-def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
-    """Refuses an encoder whose captions the model does not read."""
-    if encoder.record["name"] != config.text:
-        raise TrainError(
-            f"text is {config.text!r}, but the online encoder is named {encoder.record['name']!r}; give both the "
-            "same name"
-        )
-    if encoder.record["dim"] != config.denoiser.network.text_dim:
-        option = f"denoiser.{'network' if isinstance(config.denoiser, PriorConfig) else 'unet'}.text_dim"
-        raise TrainError(
-            f"{option} is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
-            f"{encoder.record['dim']} wide; set {option}={encoder.record['dim']}"
-        )
 
 
 def _json(config: Any) -> dict[str, Any]:
