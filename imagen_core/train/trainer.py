@@ -397,5 +397,4 @@ def _peak_memory(world: World) -> int:
     """In bytes: of the GPU, or of this process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
