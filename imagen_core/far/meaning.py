@@ -58,8 +58,9 @@ def meaning(error: Exception) -> Meaning:
 
 
 def reason(error: BaseException) -> BaseException:
-    """The error that says most: drivers of fsspec raise FileNotFoundError because of whatever they met."""
-    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+    """The error that says most: drivers of fsspec raise FileNotFoundError because of whatever they met; but a key that
+    is not in a table, as in fsspec's memory, is that a file is missing."""
+    while isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, KeyError | None):
         error = error.__cause__
     return error
 
