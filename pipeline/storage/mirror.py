@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import EXIT_ENVIRONMENT, LockedError, MachineError, PipelineError
@@ -85,6 +85,8 @@ class Mirror(WorkingFolder):
         self._sending = threading.Lock()
         self._good_s = time.monotonic()
         self._failure: Exception | None = None
+        self.is_kept = False
+        """Whether the copy stays when the work has ended, as it could not be sent."""
 
     def fetch(self, *, sends: bool = True, alone: bool = True) -> None:
         """Makes the local copy: fetches it, or takes what this machine has kept of the run before.
@@ -123,7 +125,7 @@ class Mirror(WorkingFolder):
         log.warning("%s: going on with what could not be sent then, from %s", self.storage.url, kept)
         _check_own(kept.parent)
         self.path.rmdir()
-        shutil.move(kept, self.path)
+        self.path = kept.rename(_unsent(self.storage.url, self._marks.owner))  # and there it stays if it is killed
         here = self._walk()
         whole = {_folder(name) for name in there.keys() & here.keys() if _is_mark(name)}
         for name, size in there.items():
@@ -294,7 +296,10 @@ class Mirror(WorkingFolder):
         kept = _unsent(self.storage.url, self._marks.owner)
         kept.parent.mkdir(mode=0o700, exist_ok=True)
         _check_own(kept.parent)
-        return Path(shutil.move(self.path, kept))
+        if self.path != kept:
+            shutil.move(self.path, kept)
+        self.path, self.is_kept = kept, True
+        return kept
 
     def _send_now_and_then(self, ended: threading.Event) -> None:
         while not ended.wait(SEND_EVERY_S):
@@ -317,15 +322,13 @@ class Mirror(WorkingFolder):
 
     def _walk(self) -> dict[str, _Version]:
         found: dict[str, _Version] = {}
-        for path in self.path.rglob("*"):
-            parts = path.relative_to(self.path)
-            if not _is_work(parts.as_posix()) or any(part.startswith(TEMPORARY_MARK) for part in parts.parts):
-                continue
-            try:
-                if path.is_file():
-                    found[parts.as_posix()] = _version(path)
-            except FileNotFoundError:
-                continue
+        for above, folders, names in os.walk(self.path):  # it passes over folders that are removed meanwhile
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY_MARK)]
+            for path in (Path(above, name) for name in names if not name.startswith(TEMPORARY_MARK)):
+                name = path.relative_to(self.path).as_posix()
+                if _is_work(name):
+                    with suppress(FileNotFoundError):
+                        found[name] = _version(path)
         return found
 
 
@@ -353,7 +356,8 @@ def working_folder(
             mirror.fetch(sends=False)
             yield mirror
     finally:
-        shutil.rmtree(mirror.path, ignore_errors=True)
+        if not mirror.is_kept:
+            shutil.rmtree(mirror.path, ignore_errors=True)
 
 
 def _version(path: Path) -> _Version:

@@ -279,10 +279,13 @@ def test_what_the_last_send_could_not_send_is_kept_named_and_used_by_the_same_co
     with pytest.raises(MachineError, match=r"several processes need it; copy its files to memory://"):  # noqa: SIM117
         with working_folder(near, lease_of(near, "b"), alone=False):
             pass
+    killed = Mirror(near, new_folder(tmp_path / "killed"), lease_of(near, "killed"))
+    killed.fetch()  # and then ends before it sends
+    assert whole(killed.path) == {2}
     with working_folder(near, lease_of(near, "b")) as working:
         assert whole(working.path) == {2}
         assert (working.path / "metrics.jsonl").read_bytes() == b"2"
-    assert not kept.exists()
+    assert list(kept.parent.iterdir()) == []
     assert {name for name in contents(near) if name.endswith("state.json")} == {"checkpoints/step-2/state.json"}
     assert near.read("metrics.jsonl") == b"2"
 
@@ -301,7 +304,9 @@ def test_what_was_kept_is_not_used_once_another_run_has_been_there(
     with pytest.raises(MachineError, match="is kept in"):
         train_on()
     requests.refuse = ()
-    Mirror(near, new_folder(tmp_path / "elsewhere"), lease_of(near, "b")).fetch()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("tempfile.tempdir", str(new_folder(tmp_path / "elsewhere")))
+        Mirror(near, new_folder(tmp_path / "copy of b"), lease_of(near, "b")).fetch()
     with working_folder(near, lease_of(near, "c")) as working:
         assert whole(working.path) == {1}
 
