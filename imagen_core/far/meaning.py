@@ -64,11 +64,15 @@ def meaning(error: Exception) -> Meaning:
 
 
 def reason(error: BaseException) -> BaseException:
-    """The error that says most: drivers of fsspec raise FileNotFoundError because of whatever they met."""
-    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        if isinstance(error.__cause__, KeyError):  # the file system in memory looks its files up
+    """The error that says most: drivers of fsspec raise FileNotFoundError because of whatever they met.
+
+    A name that is not in a table of theirs (KeyError), as of files in memory or in an archive, is no reason.
+    """
+    while isinstance(error, FileNotFoundError):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, LookupError):
             break
-        error = error.__cause__
+        error = cause
     return error
 
 
