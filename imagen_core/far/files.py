@@ -53,7 +53,7 @@ def _whole(filesystem: Any, path: str) -> bytes:
 
 
 @cache
-def _in_one_request(kind: type) -> dict[str, int]:
+def _in_one_request(kind: Any) -> dict[str, int]:
     """Options of `cat_file`: s3fs asks for the size first, which is a second request, to read large files in parts. A
     range would not be compared with its checksum."""
     parameters = inspect.signature(getattr(kind, "_cat_file", kind.cat_file)).parameters

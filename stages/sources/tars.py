@@ -255,13 +255,16 @@ class WebdatasetSource(Source):
 
         def read(rows: list[SourceRow]) -> list[tuple[str, ...]]:
             with self._open_tars(shard) as tars:
-                found = ((row, tars.open(row.name)) for row in rows if _DROP not in row.payload[0])
-                originals = [self._read(file, row, image=False) for row, file in found]
-            return [original.cleaned().captions or () for original in originals]
+                return [self._caption(tars, row) for row in rows]
 
         size = max(1, -(-len(rows) // at_once))
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [captions for found in parallel_map(read, parts, at_once) for captions in found]
+
+    def _caption(self, tars: OpenTars, row: SourceRow) -> tuple[str, ...]:
+        if _DROP in row.payload[0]:
+            return ()
+        return self._read(tars.open(row.name), row, image=False).cleaned().captions or ()
 
     def _read(self, file: BinaryIO, row: SourceRow, *, image: bool = True) -> Original:
         """A row as it is fetched; without `image` all but the image's bytes."""

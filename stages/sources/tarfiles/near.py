@@ -37,7 +37,7 @@ class NearTars:
             return None
         if path not in self._copies:
             room = min(_MOST_BYTES, int(shutil.disk_usage(scratch()).free * _MOST_OF_FREE))
-            while self._copies and sum(bytes for _, bytes in self._copies.values()) + size > room:
+            while self._copies and sum(taken for _, taken in self._copies.values()) + size > room:
                 self._copies.popitem(last=False)[1][0].unlink(missing_ok=True)
             if size > room:
                 return None
