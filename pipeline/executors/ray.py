@@ -161,7 +161,7 @@ class RayExecutor(Executor):
         import ray
 
         self.started = False
-        if self.head is not None and self._is_headless():
+        if self.head is not None and self.head.is_lost:
             self.head.leave()
         else:
             for pool in self.pools.values():

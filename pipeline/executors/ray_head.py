@@ -63,9 +63,14 @@ class HeadWatch:
         since = self._silent_since
         return 0.0 if since is None else max(time.monotonic() - since, 1e-9)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the head has not been reached for so long that the run ends."""
+        return self.silent_s > self.patience_s
+
     def check(self) -> None:
         """Raises PreemptedError if the head is lost."""
-        if self.silent_s > self.patience_s:
+        if self.is_lost:
             raise PreemptedError(self.message())
 
     def message(self) -> str:

@@ -55,16 +55,20 @@ class Token:
     def problem(self) -> str:
         """Why this process does not see the token; empty if it does."""
         end = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                found = self.run.storage.read(self._name(_DRIVER)).decode(errors="replace")
-                return "" if found == self.value else f"{self._name(_DRIVER)} has another content there"
-            except FileNotFoundError:
-                if time.monotonic() > end:
-                    return self._absent()
-            except (OSError, PipelineError) as error:
-                return f"{type(error).__name__}: {first_line(error)}"
+        while problem := self._problem():
+            if time.monotonic() > end:
+                return problem
             time.sleep(_PAUSE_S)
+        return ""
+
+    def _problem(self) -> str:
+        try:
+            found = self.run.storage.read(self._name(_DRIVER)).decode(errors="replace")
+        except FileNotFoundError:
+            return self._absent()
+        except (OSError, PipelineError) as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return "" if found == self.value else f"{self._name(_DRIVER)} has another content there"
 
     def problem_now(self) -> str:
         """The same before a task; on an object store only before the first one of this process."""
