@@ -84,6 +84,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
     names = [path.name for path in folder.iterdir() if path.is_file()]
     weights = _weight_names(names, model)
     _refuse_adapter(names, model)
+    _check_headers(folder, weights)
     return ModelFiles(
         model=model,
         revision=revision,
@@ -146,6 +147,24 @@ def _online(model: str, revision: str | None) -> ModelFiles:
         },
         tokenizer_sha256=_tokenizer_digest(small),
     )
+
+
+def _check_headers(folder: Path, weights: Iterable[str]) -> None:
+    """Finds a cut or damaged file of weights without reading them.
+
+    Raises:
+        MachineError: names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in (folder / name for name in weights if name.endswith(".safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise MachineError(
+                f"encoders.model: {file} cannot be loaded: {error}; copy or download the model again"
+            ) from error
 
 
 def _refuse_adapter(names: Iterable[str], model: str) -> None:

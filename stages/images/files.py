@@ -1,8 +1,11 @@
 """Images in single files, read by the rules by which precompute reads them."""
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pipeline.errors import ConfigError
 from stages.images.decode import decode_rgb
@@ -33,3 +36,23 @@ def read_image(path: str | Path, size_px: int | None = None, *, max_pixels: int 
             remedy = "give a smaller image"
         raise ConfigError(f"{path}: cannot be read as an image ({error}); {remedy}") from error
     return np.array(pixels, order="C") if size_px is None else resize_square(center_square(pixels), size_px)
+
+
+def square_side(path: str | Path) -> int | None:
+    """Side of the centre square in pixels, from the header of a file; None if it does not tell, or is missing."""
+    try:
+        with Image.open(io.BytesIO(read_place(path)) if "://" in str(path) else path) as image:
+            return min(image.size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def check_images(paths: Iterable[str | Path]) -> None:
+    """Checks by their headers that files are images.
+
+    Raises:
+        ConfigError: names the first one that is not.
+    """
+    for path in paths:
+        if square_side(path) is None:
+            read_image(path)  # says why

@@ -1,7 +1,7 @@
 """The features that metrics are computed from: extracted once, and kept in the run folder."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import escape
@@ -97,11 +97,7 @@ def gather(
     extracted = Extracted({}) if model is None else extract(model)
     image_features, texts = None, Extracted({})
     if clip is not None:
-        captions = images.captions()
-        if captions is None:
-            raise ConfigError(
-                f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
-            )
+        captions = captions_of(name, images)
         image_features = extract(clip).arrays["features"]
         texts = cache.get("captions", captions, clip.captions, lambda: clip.captions.extract(captions))
     distances = None
@@ -119,6 +115,20 @@ def gather(
         {**extracted.counts, **texts.counts},
         None if model is None else model.fingerprint(),
     )
+
+
+def captions_of(name: str, images: ImageSet) -> Sequence[str]:
+    """The captions that the CLIP score needs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    captions = images.captions()
+    if captions is None:
+        raise ConfigError(
+            f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
+        )
+    return captions
 
 
 def read_set(files: FeatureFiles, name: str) -> FeatureSet:

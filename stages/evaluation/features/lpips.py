@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +12,9 @@ from pipeline.errors import ConfigError
 from stages.evaluation.features.base import BY_CONTENT, ROUNDING, Extracted, FrozenConfig
 from stages.evaluation.features.weights import load_weights, weights_digest
 from stages.images.resample import center_square
+
+if TYPE_CHECKING:
+    from imagen_core.evaluation.lpips import Lpips
 
 
 class LpipsDistance(FrozenConfig):
@@ -37,6 +40,16 @@ class LpipsDistance(FrozenConfig):
     def fingerprint(self) -> Mapping[str, object]:
         return {"kind": "lpips", **self.acting(), "sha256": self.sha256}
 
+    def load(self) -> "Lpips":
+        """The network.
+
+        Raises:
+            MachineError: the weights cannot be read, or do not fit.
+        """
+        from imagen_core.evaluation.lpips import Lpips
+
+        return load_weights("lpips.path", self.path, Lpips.of)
+
     def distances(self, images: Iterable[np.ndarray], originals: Iterable[np.ndarray]) -> Extracted:
         """`features` float32 (n, 1): the distance of each pair of centre squares.
 
@@ -46,10 +59,9 @@ class LpipsDistance(FrozenConfig):
         """
         import torch
 
-        from imagen_core.evaluation.lpips import Lpips
         from imagen_core.images import from_pixels
 
-        model = load_weights("lpips.path", self.path, Lpips.of)
+        model = self.load()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).eval().requires_grad_(False)
         found = []
