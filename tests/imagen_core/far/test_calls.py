@@ -76,6 +76,7 @@ MEANINGS: list[tuple[Callable[[], Exception], str]] = [
     (lambda: PermissionError("no"), "refused"),
     (lambda: ImportError("no s3fs"), "refused"),
     (lambda: FileNotFoundError("a"), "missing"),
+    (lambda: caused(FileNotFoundError("a"), KeyError("a")), "missing"),
     (lambda: OSError(errno.ENOSPC, "full"), "machine"),
     (MemoryError, "machine"),
 ]
