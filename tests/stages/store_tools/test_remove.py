@@ -17,6 +17,7 @@ from PIL import Image
 from imagen_core import store as st
 from pipeline.config import load_config
 from pipeline.engine.retries import retried_rows
+from pipeline.errors import LockedError
 from pipeline.options import RunOptions
 from pipeline.storage import LocalStorage
 from pipeline.storage.files import write_text
@@ -164,6 +165,24 @@ def compact_and_die(run: Path, step: int) -> None:
         setattr(compaction, name, dying(getattr(compaction, name)))
     LocalStorage.write_json = dying(LocalStorage.write_json)  # type: ignore[method-assign]
     compaction.compact(run / "store", RunFolder(run))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_compaction_that_lost_the_folder_deletes_no_file(copy_of_small_run: Path, last: int) -> None:
+    """Before its only shard, before the switch to the new files, and before the deletion of the old ones."""
+    run, calls = copy_of_small_run, itertools.count(1)
+    remove(run, "--key", st.Store.open(run / "store")[3].key)
+    files = [path for path in (run / "store").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+
+    def check() -> None:
+        if next(calls) == last:
+            raise LockedError("lost")
+
+    with pytest.raises(LockedError):
+        compaction.compact(run / "store", RunFolder(run), check=check)
+    changed = [path.name for path in files if path.read_bytes() != before[path]]
+    assert changed == ([] if last < 3 else ["manifest.json"])
 
 
 @pytest.mark.parametrize(
