@@ -50,9 +50,11 @@ _OFTEN = 0.1
 _PASSING = tuple(kind for kind in FAULTS if kind != "403")
 _STARTS = 3
 _SLOW_S = 0.2
-"""Added to each request of a process that is taken over while it works, so that it still does when the other comes."""
+"""Added to each request of a process that is taken over while it works."""
+_TAKES_S = 3.0
+"""Such a request waits for so long until the other one has the folder."""
 _MAY_END = (0, 4, 75)
-"""Exit codes of a command whose store fails: it passed, or can be run again."""
+"""Exit codes of a command whose store fails: it passed, or can be run again. One fault alone passes, but for a 403."""
 _KNOWS_S = 1.0
 """A process that lost the folder writes nothing after it has looked at the lease, or after this time."""
 _LEASE = ".lease.json"
@@ -146,27 +148,32 @@ class Attempt:
 
         with Proxy(self._place.upstream_port, chosen) as proxy:
             process = self._place.start([self._command], proxy)
-            self._note(one.kind, process, process.wait(LIMIT_S), _MAY_END)
+            passes = one.kind == "fault" and one.how != "403"
+            self._note(one.kind, process, process.wait(LIMIT_S), (0,) if passes else _MAY_END)
             one.faults = sum(bool(request.fault) for request in proxy.requests)
 
     def _killed(self) -> None:
         one, chance = self._one, self._chance
-        one.how = chance.choice(("before it is passed on", "before its answer"))
+        one.how = chance.choice(("before its answer", "before it arrives", "and it never arrives"))
         worker = one.kind == "kill a worker"
         started: Future[Process] = Future()
+        mutex = threading.Lock()
 
-        def kill(request: Request) -> None:
-            if request.number < one.request or one.kills:
-                return
-            driver = started.result(LIMIT_S).pid
-            pids = sorted(pid for pid, line in descendants(driver).items() if "spawn_main" in line)
-            if not worker or pids:
+        def kill(request: Request) -> str:
+            with mutex:
+                if request.number < one.request or one.kills:
+                    return ""
+                driver = started.result(LIMIT_S).pid
+                pids = sorted(pid for pid, line in descendants(driver).items() if "spawn_main" in line)
+                if worker and not pids:
+                    return ""
                 one.kills += 1
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(chance.choice(pids) if worker else driver, signal.SIGKILL)
+                return "reset" if one.how == "and it never arrives" else ""
 
         with Proxy(self._place.upstream_port) as proxy:
-            setattr(proxy, "before" if one.how.startswith("before it is") else "after", kill)
+            setattr(proxy, "after" if one.how == "before its answer" else "before", kill)
             started.set_result(process := self._place.start([self._command], proxy))
             self._note(one.kind, process, process.wait(LIMIT_S), _MAY_END if worker else (0, -signal.SIGKILL))
 
@@ -178,9 +185,9 @@ class Attempt:
         held = chance.random() < 0.5  # the request is passed on only when the process goes on
         one.how = ("expired" if expires else "--take-over") + (", its request held" if stopped and held else "")
         started: Future[Process] = Future()
-        reached, goes_on = threading.Event(), threading.Event()
+        reached, taken, goes_on = threading.Event(), threading.Event(), threading.Event()
 
-        def at(request: Request) -> None:
+        def at(request: Request) -> str:
             if request.number == one.request:
                 if stopped:
                     started.result(LIMIT_S).send(signal.SIGSTOP)
@@ -188,10 +195,18 @@ class Attempt:
                 if stopped and held:
                     goes_on.wait(LIMIT_S)
             elif request.number > one.request and not stopped:
+                taken.wait(_TAKES_S)
                 time.sleep(_SLOW_S)
+            return ""
+
+        def look(request: Request) -> str:
+            if request.key == f"{scenario.folder}/{_LEASE}" and request.method == "PUT" and request.changed:
+                taken.set()
+            return ""
 
         with Proxy(self._place.upstream_port) as proxy, Proxy(self._place.upstream_port) as other:
             setattr(proxy, "before" if held else "after", at)
+            other.after = look
             started.set_result(first := self._place.start([self._command], proxy))
             while not reached.wait(0.01) and not first.ended():
                 pass

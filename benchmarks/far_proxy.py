@@ -77,7 +77,8 @@ class Request:
 
 Chosen = Callable[[Request], str]
 """The fault of a request, "" for none. It is called once for each, one after another."""
-Hook = Callable[[Request], object]
+Hook = Callable[[Request], str]
+"""Called with a request; returns a fault that it gets now, or ""."""
 
 
 class Proxy:
@@ -93,10 +94,10 @@ class Proxy:
             chosen: decides which fault a request gets.
         """
         self.requests: list[Request] = []
-        self.before: Hook = lambda request: None
+        self.before: Hook = lambda request: ""
         """Called in the request's thread before it is passed on."""
-        self.after: Hook = lambda request: None
-        """Called when it was passed on, before its answer is sent."""
+        self.after: Hook = lambda request: ""
+        """Called when it was passed on, before its answer is sent; what it returns is ignored."""
         self._upstream_port, self._chosen = upstream_port, chosen
         self._mutex = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -216,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         body = self._body()
         request = proxy.note(self.command, self.path)
-        proxy.before(request)
+        request.fault = proxy.before(request) or request.fault
         headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED_ON}
         name, _, after = request.fault.partition(" ")
         passes = after or name in ("", "half", "delay", "silence")
