@@ -307,7 +307,9 @@ def test_nothing_is_written_once_the_check_raises(store: Path, tmp_path: Path, l
             seen.update(files())
             raise LostError
 
-    config = make_config(store, num_steps=2, checkpoints={"every_steps": 1}, validation={"num_samples": 4})
+    config = make_config(
+        store, num_steps=2, checkpoints={"every_steps": 1}, validation={"num_samples": 4, "every_steps": 1}
+    )
     with pytest.raises(LostError):
         train(config, tmp_path, check=check)
     assert files() == seen
