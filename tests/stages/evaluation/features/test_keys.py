@@ -51,7 +51,7 @@ def weights(tmp_path: Path) -> Path:
 
 def fields(*classes: type[Config]) -> Iterator[Any]:
     for config in classes:
-        for name in config.model_fields.keys() - set(PLACES):
+        for name in sorted(config.model_fields.keys() - set(PLACES)):
             yield pytest.param(config, name, id=f"{config.__name__}.{name}")
 
 
