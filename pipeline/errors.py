@@ -43,6 +43,10 @@ class UnavailableError(MachineError):
     exit_code = EXIT_PREEMPTED
 
 
+class LostFileError(MachineError):
+    """A file that was committed is no longer there."""
+
+
 class LockedError(MachineError):
     """Another run works in the run folder, or has taken it over."""
 

@@ -20,14 +20,21 @@ def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | No
     Raises:
         ConfigError: its file is damaged.
     """
-    name = _group_name(group)
-    remedy = f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
-    fingerprint = run.storage.read_json(name, remedy)
+    fingerprint = run.storage.read_json(_group_name(group), _remedy(run, group))
     if fingerprint is not None and not (
         isinstance(fingerprint, dict) and all(isinstance(fingerprint.get(part), dict) for part in ("config", "inputs"))
     ):
-        raise damaged(f"{run.url}/{name}", "not a fingerprint", remedy)
+        raise damaged_fingerprint(run, group, "not a fingerprint")
     return fingerprint
+
+
+def damaged_fingerprint(run: RunFolder, group: str, what: object) -> ConfigError:
+    """The error for the file of `read_group_fingerprint` that does not hold what it should."""
+    return damaged(f"{run.url}/{_group_name(group)}", what, _remedy(run, group))
+
+
+def _remedy(run: RunFolder, group: str) -> str:
+    return f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
 
 
 def changed_input(run: RunFolder, shard: Shard, record: Record) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError, LostFileError, MachineError
 from pipeline.storage import LocalStorage, Storage
 from pipeline.storage.files import damaged, file_digest
 from pipeline.storage.lock import Lease, RunLock
@@ -157,17 +157,22 @@ class RunFolder:
         Whatever is made from committed files reads them through this, so that nothing is made of a damaged one.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            LostFileError: it is gone.
             MachineError: it was changed since it was committed.
         """
-        copy = self.storage.copy(file.path)
+        remedy = "the same `pipeline run` again makes only this file, and what was made from it, again"
+        try:
+            copy = self.storage.copy(file.path)
+        except FileNotFoundError as error:
+            raise LostFileError(
+                f"{self.url}/{file.path}: is missing, but was committed; restore it from a copy; or {remedy}"
+            ) from error
         size_bytes, digest = copy.stat().st_size, file_digest(copy)
         if (size_bytes, digest) != (file.bytes, file.sha256):
             self.storage.release(copy)
             raise MachineError(
                 f"{self.url}/{file.path}: {size_bytes} bytes with sha256 {digest}, but {file.bytes} bytes with "
-                f"{file.sha256} were committed, so it was changed since; move it away and run the same command again: "
-                "it makes only this file, and what was made from it, again"
+                f"{file.sha256} were committed, so it was changed since; move it away: {remedy}"
             )
         return copy
 

@@ -26,7 +26,7 @@ from imagen_core.store import (
     value_digest,
 )
 from pipeline.commands import CommandResult
-from pipeline.errors import EXIT_OK, ConfigError, LockedError
+from pipeline.errors import EXIT_OK, ConfigError, LockedError, LostFileError
 from pipeline.storage.lock import LEASE, describe
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
@@ -159,7 +159,7 @@ def _remove(
         except RemovalRaceError:
             if tried + 1 == _MOST_TRIES:
                 raise
-        except (StoreError, FileNotFoundError):  # such as a file that a compaction has just replaced
+        except (StoreError, FileNotFoundError, LostFileError):  # such as a file that a compaction has just replaced
             if not at_work or tried >= 2:
                 raise
     raise AssertionError("the last try returns or raises")

@@ -126,6 +126,23 @@ def test_after_compaction_nothing_of_the_sample_is_left_and_the_run_is_still_fin
     assert store_bytes(run) == after
 
 
+def test_compaction_names_kept_originals_that_are_gone_and_the_run_that_makes_them_again(
+    folder: Path, run: Path
+) -> None:
+    (lost,) = (run / "staging" / "originals").glob("00000.*")
+    lost.unlink()
+    assert remove(run, "--key", "3.png")["removed"] == 1
+    result = call("remove", str(run), "--compact")
+    assert result.code == 4
+    assert (
+        f"staging/originals/{lost.name}: is missing, but was committed; restore it from a copy; or the" in result.err
+    )
+    precompute(run, *arguments(folder))
+    assert remove(run, "--compact")["compacted"]["files"] >= 0
+    assert not places_with(run, SECRET.encode())
+    assert verified(run)["excluded"] == {"removed": 1}
+
+
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden, originals fetched again", "erased, originals kept"])
 def test_a_size_added_later_leaves_the_removed_sample_out(folder: Path, run: Path, hidden: bool) -> None:
     remove(run, "--key", "3.png", *([] if hidden else ["--compact"]))
