@@ -93,6 +93,7 @@ class ObjectStore:
 def object_store() -> Iterator[ObjectStore]:
     """A server with an empty bucket; credentials and address are in the environment meanwhile."""
     import boto3
+    from moto.backends import get_backend
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -100,6 +101,7 @@ def object_store() -> Iterator[ObjectStore]:
         def log(self, *_: object, **__: object) -> None:
             pass
 
+    get_backend("s3").reset()  # this process has one for all servers
     faults, requests = Faults(), Requests()
     app = _counted(_faulty(DomainDispatcherApplication(create_backend_app), faults), requests)
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)

@@ -84,7 +84,6 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
     names = [path.name for path in folder.iterdir() if path.is_file()]
     weights = _weight_names(names, model)
     _refuse_adapter(names, model)
-    _check_headers(folder, weights)
     return ModelFiles(
         model=model,
         revision=revision,
@@ -149,15 +148,15 @@ def _online(model: str, revision: str | None) -> ModelFiles:
     )
 
 
-def _check_headers(folder: Path, weights: Iterable[str]) -> None:
-    """Finds a cut or damaged file of weights without reading them.
+def check_headers(files: ModelFiles) -> None:
+    """Finds a cut or damaged file of weights without reading them; only those that are on this machine.
 
     Raises:
         MachineError: names the file.
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in (folder / name for name in weights if name.endswith(".safetensors")):
+    for file in sorted(files.folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="np"):
                 pass

@@ -12,6 +12,7 @@ from pipeline.errors import EXIT_ENVIRONMENT, EXIT_PREEMPTED, ConfigError, Machi
 from pipeline.storage import BackgroundTasks, LocalStorage, ObjectStorage, Storage
 from pipeline.storage.files import TEMPORARY_MARK
 from pipeline.storage.open import open_storage
+from pipeline.storage.scratch import machine
 from tests.commands import call
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 
@@ -184,7 +185,7 @@ def test_cleaning_removes_half_written_files_and_nothing_else(storage: Storage) 
     if isinstance(storage, LocalStorage):
         (storage.root / "store" / "a" / f"{TEMPORARY_MARK}x-00001.txt").write_bytes(b"half")
     else:
-        dead = storage.new_file("x").parent.parent / "4194999"  # above the largest process id
+        dead = storage.new_file("x").parent.parent / f"{machine()}-4194999-x"  # above the largest process id
         dead.mkdir(exist_ok=True)
         (dead / "00001.txt").write_bytes(b"half")
     assert storage.clean() == 1
@@ -270,7 +271,7 @@ def test_an_endless_outage_ends_with_an_error_without_secrets(
     storage = open_storage(f"{s3.url}/outage")
     assert isinstance(storage, ObjectStorage)
 
-    def fail(path: str) -> bytes:
+    def fail(path: str, **_: object) -> bytes:
         raise OSError(f"signed with {os.environ['AWS_SECRET_ACCESS_KEY']} by {os.environ['AWS_ACCESS_KEY_ID']}")
 
     monkeypatch.setattr(storage._fs, "cat_file", fail, raising=False)
