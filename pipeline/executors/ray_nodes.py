@@ -143,7 +143,7 @@ class SeeingNodes:
 
         node = self._asked.pop(reference)
         try:
-            problem = ray.get(reference)
+            problem = str(ray.get(reference))
         except RayError as error:  # the node is gone, or cannot start a process; its tasks will tell
             log.debug("node %s gave no answer: %s", node.id, first_line(error))
             return False

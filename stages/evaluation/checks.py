@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -102,14 +103,15 @@ def _random(images: Opened, config: EvaluateConfig) -> FeatureSet:
     if isinstance(images, FeatureSet):
         names = ("features", "logits", "clip_images", "clip_texts", "lpips")
         known = {name: value for name in names if (value := getattr(images, name)) is not None}
-        arrays = {name: rows(len(value), 1 if name == "lpips" else 2) for name, value in known.items()}
+        arrays: dict[str, Any] = {name: rows(len(value), 1 if name == "lpips" else 2) for name, value in known.items()}
         return FeatureSet(images.label, **arrays, model=images.model)
     model, count = config.features, images.count
     return FeatureSet(
         None if model is None else model.label,
-        None if model is None else rows(count),
-        rows(count) if isinstance(model, InceptionFeatures) else None,
-        *([None, None] if config.clip is None else [rows(count), rows(count)]),
-        None if config.lpips is None else rows(count, 1),
+        features=None if model is None else rows(count),
+        logits=rows(count) if isinstance(model, InceptionFeatures) else None,
+        clip_images=None if config.clip is None else rows(count),
+        clip_texts=None if config.clip is None else rows(count),
+        lpips=None if config.lpips is None else rows(count, 1),
         model=None if model is None else model.fingerprint(),
     )

@@ -44,7 +44,8 @@ def _check_same_model(generated: FeatureSet, reference: FeatureSet) -> None:
         )
     if generated.model is None or reference.model is None:
         return
-    mine, other = ({k: v for k, v in each.model.items() if k not in _NAMES} for each in (reference, generated))
+    models = (reference.model, generated.model)
+    mine, other = ({k: v for k, v in model.items() if k not in _NAMES} for model in models)
     if changes := differences(mine, other):
         raise ConfigError(
             f"features of one model with different settings, in reference -> in generated: {'; '.join(changes[:5])}; "

@@ -133,7 +133,8 @@ class HuggingfaceSource(Source):
         else:
             names = _files_of_split(builder.config.data_files or {}, self.config.split)
         files = [Path(name) for name in names if "://" not in name]
-        others = [] if len(files) == len(names) else [builder.hash]  # what a dataset card names elsewhere
+        some_far = len(files) < len(names)  # as a dataset card may name them
+        others = [builder.hash] if builder is not None and some_far else []
         watched = {path: version_of(path) for path in files if not is_image(path.name)}
         content = remembered_digest(
             files,
