@@ -53,9 +53,12 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.store_dtype --work evidence-run/store-dtype --out benchmarks/results/store_dtype.json
 	$(BIN)/python -m benchmarks.dalle2 --work evidence-run/dalle2 --out benchmarks/results/dalle2.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --work evidence-run/faults --most 400 --out benchmarks/results/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.far --work evidence-run/far --out benchmarks/results/far.json
 	$(BIN)/python -m benchmarks.chaos --runs 30 --work evidence-run/chaos --out benchmarks/results/chaos.json
 	$(BIN)/python -m benchmarks.hostile --work evidence-run/hostile --out benchmarks/results/hostile.json
 	$(BIN)/python -m benchmarks.damage --work evidence-run/damage --out benchmarks/results/damage.json
+	$(BIN)/python -m benchmarks.resolve --out benchmarks/results/resolve.json
+	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made

@@ -186,19 +186,20 @@ def _wait(child: int) -> int | None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """The files below a folder, without what differs from run to run."""
     return {
-        path.relative_to(folder).as_posix(): _comparable(path)
+        path.relative_to(folder).as_posix(): comparable(path.as_posix(), path.read_bytes)
         for path in sorted(folder.rglob("*"))
         if path.is_file() or path.is_symlink()
     }
 
 
-def _comparable(path: Path) -> bytes:
-    if path.as_posix().endswith(_UNCOMPARED):
+def comparable(name: str, read: Callable[[], bytes]) -> bytes:
+    """What a file of a run holds, without what differs from run to run."""
+    if name.endswith(_UNCOMPARED):
         return b""
-    data = path.read_bytes()
-    if path.name == "metrics.jsonl":
+    data = read()
+    if name.endswith("metrics.jsonl"):
         return json.dumps([json.loads(line).get("step") for line in data.splitlines()]).encode()
-    if path.name == "summary.json":
+    if name.endswith("summary.json"):
         return json.dumps(_lasting(json.loads(data)), sort_keys=True).encode()
     return data
 

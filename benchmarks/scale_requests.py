@@ -1,20 +1,35 @@
 """Counts the requests that a run makes to an object store: a real run, on one in memory."""
 
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from pipeline.options import RunOptions, WorkflowConfig
 from pipeline.plan import Plan
 from pipeline.stage import Group, GroupResult, Shard, Stage, Task
-from pipeline.storage import ObjectStorage
 from pipeline.storage.run_folder import RunFolder
 from pipeline.workflow import ShardedWorkflow
 
 FEW, MANY = 10, 30
-KINDS = {"read": "GET", "written": "PUT", "deleted": "DELETE", "listed": "LIST"}
+REQUESTS = {
+    "cat_file": "GET",
+    "get_file": "GET",
+    "open": "GET",
+    "info": "HEAD",
+    "exists": "HEAD",
+    "pipe_file": "PUT",
+    "put_file": "PUT",
+    "rm_file": "DELETE",
+    "rm": "DELETE",
+    "ls": "LIST",
+    "find": "LIST",
+}
+"""Method of a file system -> the request that it is on S3; several deletions are one."""
 
 
 def requests_a_shard() -> tuple[dict[str, float], dict[str, float], float]:
@@ -28,7 +43,7 @@ def requests_a_shard() -> tuple[dict[str, float], dict[str, float], float]:
     again.pop("driver")
     return (
         {"LIST": 0.0, "HEAD": 0.0, **run},
-        {kind: again.get(kind, 0.0) for kind in (*KINDS.values(), "HEAD")},
+        {kind: again.get(kind, 0.0) for kind in {*REQUESTS.values()}},
         driver,
     )
 
@@ -67,23 +82,42 @@ def counted(shards: int) -> tuple[Counter[str], Counter[str]]:
     """Requests of a run of the given number of shards, and of the same command again."""
     workflow = Requests(WorkflowConfig())
     workflow.shards = shards
-    place, original, found = f"memory://scale-{time.time_ns()}", ObjectStorage._call, []
+    place, found = f"memory://scale-{time.time_ns()}", []
     for _ in range(2):
-        counts: Counter[str] = Counter()
-
-        def call(self: ObjectStorage, done: str, name: str, function: Callable[[str], Any], to: Any = counts) -> Any:
-            callers = list(_callers())
-            to["HEAD" if callers[0] == "size" else KINDS[done]] += 1
-            to["driver"] += "run_task" not in callers
-            return original(self, done, name, function)
-
-        ObjectStorage._call = call  # type: ignore[method-assign]
-        try:
+        with counting() as counts:
             workflow.run(place, RunOptions("inline", quiet=True))
-        finally:
-            ObjectStorage._call = original  # type: ignore[method-assign]
         found.append(counts)
     return found[0], found[1]
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Counts what the file system in memory is asked for, as requests: those of the driver also as `driver`."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    counts: Counter[str] = Counter()
+    inside = threading.local()
+
+    def counted(method: str, kind: str) -> Callable[..., Any]:
+        original = getattr(MemoryFileSystem, method)
+
+        def call(self: MemoryFileSystem, *arguments: Any, **options: Any) -> Any:
+            if getattr(inside, "call", False):
+                return original(self, *arguments, **options)
+            inside.call = True
+            try:
+                counts[kind] += 1
+                counts["driver"] += "run_task" not in _callers()
+                return original(self, *arguments, **options)
+            finally:
+                inside.call = False
+
+        return call
+
+    with ExitStack() as patches:
+        for method, kind in REQUESTS.items():
+            patches.enter_context(mock.patch.object(MemoryFileSystem, method, counted(method, kind)))
+        yield counts
 
 
 def _callers() -> list[str]:

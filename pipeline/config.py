@@ -24,6 +24,17 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
+def local_path(place: str, option: str) -> Path:
+    """A path on this machine that a user gave.
+
+    Raises:
+        ConfigError: it is a URL.
+    """
+    if "://" in place:
+        raise ConfigError(f"{option} {place}: is a URL, and only a local path works here; copy it to this machine")
+    return Path(place)
+
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 Tree = dict[str, object]
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from imagen_core.far import StorageError
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -35,6 +37,16 @@ class MachineError(PipelineError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class UnavailableError(MachineError):
+    """Storage could not be reached for as long as it is waited for; the same command can go on later."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class LostFileError(MachineError):
+    """A file that was committed is no longer there."""
+
+
 class LockedError(MachineError):
     """Another run works in the run folder, or has taken it over."""
 
@@ -63,6 +75,11 @@ class PreemptedError(PipelineError):
     """The run was stopped (SIGTERM, SIGHUP); the same command resumes it."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def storage_error(error: StorageError) -> MachineError:
+    """What ends a command because of storage: by itself it passes, or somebody has to mend something."""
+    return (UnavailableError if error.passes else MachineError)(str(error))
 
 
 def first_line(error: BaseException) -> str:

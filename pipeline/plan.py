@@ -22,6 +22,10 @@ class Input(Protocol):
         """
         ...
 
+    def begin_run(self) -> None:
+        """Called before a run, which reads all of the input, and not before a plan."""
+        ...
+
     def has_new_input(self) -> bool:
         """True if there is input that no run has recorded yet."""
         ...

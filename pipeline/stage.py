@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.fingerprint import canonical_json, text_digest
-from pipeline.storage.record import shard_name
+from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import RunFolder
 
 _last_sign = time.monotonic()
@@ -163,11 +163,13 @@ class Task:
         wanted: frozenset[str],
         present: frozenset[str] = frozenset(),
         retried_rows: frozenset[int] = frozenset(),
+        records: Mapping[str, Record] | None = None,
     ):
         self.run = run
         self.shard = shard
         self.wanted = wanted
         self.present = present
+        self.records = records or {}
         self.retried_rows = retried_rows
         """Rows that a retry round tries again; this shard drops them as `retried`."""
         self.waited_s = 0.0
@@ -183,10 +185,17 @@ class Task:
             MachineError: the file was changed since then.
         """
         note_progress()
-        file = self.run.committed_file(group, self.shard.name)
+        record = self.record(group)
+        if record is None:
+            raise FileNotFoundError(f"{group}/{self.shard.name} is not committed in {self.run.url}")
+        file = record.file
         if file.path not in self._copies:
             self._copies[file.path] = self.run.proven_copy(file)
         return self._copies[file.path]
+
+    def record(self, group: str) -> Record | None:
+        """The completion record of `group` for this shard; None if it is not finished."""
+        return self.records.get(group) or self.run.read_record(group, self.shard.name)
 
     def has(self, group: str) -> bool:
         """True if `group` was committed for this shard when the task was planned."""

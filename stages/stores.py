@@ -1,5 +1,6 @@
 """Opens stores and run folders for the commands that read them."""
 
+import time
 from typing import Any
 
 from imagen_core.store import (
@@ -13,6 +14,7 @@ from imagen_core.store import (
     read_header,
 )
 from pipeline.errors import ConfigError, MachineError
+from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import PLAN, STORE, RunFolder
 
@@ -32,6 +34,7 @@ def open_store(path: str) -> Store:
 
     Raises:
         ConfigError: it cannot be opened; says why.
+        StorageError: far storage cannot be reached, or refuses.
     """
     try:
         return Store.open(store_folder(path))
@@ -60,7 +63,7 @@ def previous_header(run: RunFolder) -> dict[str, Any]:
     """The header of the manifest of a run's store; {} if there is none, or if it is damaged: a run makes it again.
 
     Raises:
-        MachineError: an object store cannot be reached.
+        StorageError, MachineError: an object store cannot be reached, or refuses.
     """
     if run.storage.size(f"{STORE}/{MANIFEST_NAME}") is None:
         return {}
@@ -82,3 +85,23 @@ def run_removals(run: RunFolder, header: dict[str, Any] | None = None) -> list[R
         return load_removals(StoreFolder(run.store_url), listed=(header or {}).get("removals", ()))
     except ManifestError as error:
         raise MachineError(str(error)) from error
+
+
+_REMOVALS_HOLD_S = 30.0
+_read_removals: dict[str, tuple[str, float, list[Removal]]] = {}
+"""URL of a run -> owner of its lease, when the log was read (monotonic clock), and what was in it."""
+
+
+def known_removals(run: RunFolder) -> list[Removal]:
+    """The removals for a worker, on an object store as they were at most 30 s ago.
+
+    A record says with how many removals its rows were compared, and the end of the run compares them with those since.
+    """
+    if isinstance(run.storage, LocalStorage) or run.lease is None:
+        return run_removals(run)
+    owner, read, removals = _read_removals.get(run.url, ("", 0.0, []))
+    now = time.monotonic()
+    if owner != run.lease.owner or now - read >= _REMOVALS_HOLD_S:
+        removals = run_removals(run)
+        _read_removals[run.url] = run.lease.owner, now, removals
+    return removals

@@ -16,6 +16,7 @@ from imagen_core.train import TrainConfig
 from pipeline.config import load_config
 from tests.commands import call
 from tests.documents import DOCUMENTS, blocks, python_blocks
+from tests.named_tests import missing_tests, named_tests
 from tests.runs import REPOSITORY, precompute
 from workflows.precompute import PrecomputeConfig
 
@@ -124,6 +125,14 @@ def test_every_page_is_in_the_sites_navigation_and_in_the_index() -> None:
     assert [
         page for page in pages if f"]({page})" not in index and not page.startswith(("index", "reference/api/"))
     ] == []
+
+
+def test_every_promise_about_object_storage_names_tests_that_exist() -> None:
+    text = (REPOSITORY / "docs/how-to/storage.md").read_text("utf-8").partition("which test shows it")[2]
+    promises = [line for line in text.splitlines() if line.startswith("| ") and line != "| promise | test |"]
+    assert len(promises) > 15
+    assert [line for line in promises if not any(test for _, test in named_tests(line))] == []
+    assert missing_tests(text) == []
 
 
 def test_the_site_shows_a_link_to_a_file_of_the_repository_as_its_path_and_keeps_links_to_pages() -> None:

@@ -31,8 +31,9 @@ from stages.precompute.manifest import build_manifest
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
+from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
-from stages.sources.incremental import InputBatches
+from stages.sources.incremental import InputBatches, first_part
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
@@ -118,6 +119,8 @@ class Precompute(ShardedWorkflow):
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
         source = config.source.build()
+        if isinstance(config.source, HuggingfaceConfig):
+            source.resume(first_part(run))
         with source.reaching():
             source.check()
             rows = source.estimate_rows()

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from imagen_core.files import create_durably, write_durably
+from imagen_core.far import FarFile, StorageError, call, create, download, open_filesystem, read_file
+from imagen_core.files import create_durably, file_digest, write_durably
 from imagen_core.store.cache import FileCache
 from imagen_core.store.errors import ADVICE, RESTORE, StoreError
 from imagen_core.store.records import FileEntry
@@ -20,7 +21,8 @@ _REMOTE_BLOCK_BYTES = 1 << 20
 class StoreFolder:
     """A local folder or `s3://`, `memory://`, `file://` ... URL.
 
-    Picklable and safe over fork: each process opens its own file system.
+    Picklable and safe over fork: each process opens its own file system. Calls to a remote one are tried again while
+    what failed may pass; each of them raises StorageError where it did not, or where the storage refuses.
     """
 
     def __init__(
@@ -45,11 +47,10 @@ class StoreFolder:
         self._root = os.path.abspath(os.path.expanduser(self.url))
         if "://" not in self.url:
             return
-        import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
         options = {"use_listings_cache": False, **self.storage_options}  # others may write here
-        fs, root = fsspec.core.url_to_fs(self.url, **options)
+        fs, root = open_filesystem(self.url, **options)
         self._fs = None if isinstance(fs, LocalFileSystem) else fs
         self._root = root.rstrip("/")
 
@@ -73,19 +74,33 @@ class StoreFolder:
         return self.fs is None
 
     def path(self, name: str) -> str:
-        """Full path of a file or folder of the store."""
-        return f"{self._root}/{name}" if name else self._root
+        """Full path or URL of a file or folder of the store."""
+        root = self._root if self.is_local else self.url.rstrip("/")
+        return f"{root}/{name}" if name else root
+
+    def _far(self, name: str) -> tuple[Any, str, str]:
+        """File system, path there and URL, as calls to storage take them."""
+        return self.fs, f"{self._root}/{name}" if name else self._root, self.path(name)
+
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What a remote file system knows of a file or folder; None if there is none."""
+        fs, path, url = self._far(name)
+        try:
+            return call(url, "read", lambda: fs.info(path))
+        except FileNotFoundError:
+            return None
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder of this name exists."""
-        return os.path.exists(self.path(name)) if self.is_local else self.fs.exists(self.path(name))
+        return os.path.exists(self.path(name)) if self.is_local else self._info(name) is not None
 
     def size_bytes(self, name: str) -> int | None:
         """Size of a file; None if it does not exist."""
         try:
             if self.is_local:
                 return os.stat(self.path(name)).st_size
-            return int(self.fs.info(self.path(name))["size"])
+            info = self._info(name)
+            return None if info is None else int(info["size"])
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -95,7 +110,8 @@ class StoreFolder:
             if self.is_local:
                 status = os.stat(self.path(name))
                 return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
-            return self.fs.ukey(self.path(name))
+            fs, path, url = self._far(name)
+            return call(url, "read", lambda: fs.ukey(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -103,30 +119,32 @@ class StoreFolder:
         """Open a file for reading in binary mode."""
         if self.is_local:
             return open(self.path(name), "rb")
-        return self.fs.open(self.path(name), "rb", block_size=_REMOTE_BLOCK_BYTES)
+        return cast(BinaryIO, FarFile(*self._far(name), block_size=_REMOTE_BLOCK_BYTES))
 
-    def read_bytes(self, name: str) -> bytes:
-        """All bytes of a file; FileNotFoundError if it does not exist."""
+    def read_bytes(self, name: str, size_bytes: int | None = None) -> bytes:
+        """All bytes of a file, of which there should be so many; FileNotFoundError if it does not exist."""
+        if not self.is_local:
+            with _damage_told():
+                return read_file(*self._far(name), size_bytes)
         with self.open(name) as file:
             return file.read()
 
     def read_checked(self, entry: FileEntry) -> bytes:
         """All bytes of a small file; StoreError if it is missing, or if they are not those that the entry names."""
         try:
-            data = self.read_bytes(entry.path)
+            data = self.read_bytes(entry.path, entry.bytes)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(f"{self.path(entry.path)}: missing; {ADVICE}") from error
         self._compare(entry, len(data), hashlib.sha256(data).hexdigest())
         return data
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file atomically and durably; False if it exists already, which leaves it as it is."""
+        """Write a small file atomically and durably; False if it exists already with other bytes, which stay.
+
+        A local one that exists is False with the same bytes too.
+        """
         if not self.is_local:
-            try:
-                self.fs.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+            return create(*self._far(name), data)
         return create_durably(Path(self.path(name)), data)
 
     def write(self, name: str, data: bytes) -> None:
@@ -134,7 +152,8 @@ class StoreFolder:
         if self.is_local:
             write_durably(Path(self.path(name)), data)
         else:
-            self.fs.pipe_file(self.path(name), data)
+            fs, path, url = self._far(name)
+            call(url, "written", lambda: fs.pipe_file(path, data))
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -145,7 +164,8 @@ class StoreFolder:
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / Path(name).name
             yield local
-            self.fs.put_file(str(local), self.path(name))
+            fs, path, url = self._far(name)
+            call(url, "written", lambda: fs.put_file(str(local), path))
 
     def source(self, name: str) -> str | BinaryIO:
         """The argument of the file readers: the path of a local file, or an open remote file."""
@@ -161,7 +181,10 @@ class StoreFolder:
         Raises:
             StoreError: the file is missing or does not match.
         """
-        if every_byte:
+        if every_byte and not self.is_local:
+            with self._proven_copy(entry) as copy:
+                yield copy
+        elif every_byte:
             self.check_bytes(entry)
             yield self.source(entry.path)
         elif self._cache is None:
@@ -169,17 +192,36 @@ class StoreFolder:
             yield self.source(entry.path)
         else:
             name = self.path(entry.path)
-            with self._cache.file(entry, name, lambda path: self._download(entry.path, path)) as copy:
+            with self._cache.file(entry, name, lambda path: self._fetch(entry, path)) as copy:
                 yield copy
 
-    def _download(self, name: str, path: Path) -> None:
+    @contextmanager
+    def _proven_copy(self, entry: FileEntry) -> Iterator[str]:
+        """The path of a temporary copy of a remote file that has the bytes which the entry names."""
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / Path(entry.path).name
+            self._fetch(entry, copy)
+            self._compare(entry, copy.stat().st_size, file_digest(copy))
+            yield str(copy)
+
+    def _fetch(self, entry: FileEntry, copy: Path) -> None:
         try:
-            if self.is_local:
-                shutil.copyfile(self.path(name), path)
-            else:
-                self.fs.get_file(self.path(name), str(path))
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.path(name)}: missing; {ADVICE}") from error
+            self.fetch(entry, copy)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{self.path(entry.path)}: missing; {ADVICE}") from error
+
+    def fetch(self, entry: FileEntry, copy: Path) -> None:
+        """Copy a file to a local path, whatever its bytes are.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            StoreError: its bytes do not fit the checksum that a remote storage has of them.
+        """
+        if self.is_local:
+            shutil.copyfile(self.path(entry.path), copy)
+        else:
+            with _damage_told():
+                download(*self._far(entry.path), copy, entry.bytes)
 
     def check_size(self, entry: FileEntry) -> None:
         """Raises StoreError if a file is missing or has another size than the manifest says."""
@@ -206,7 +248,8 @@ class StoreFolder:
     def walk(self) -> Iterator[str]:
         """Names of all files, relative to the store, sorted within a folder."""
         if not self.is_local:
-            for path in sorted(self.fs.find(self._root)):
+            fs, root, url = self._far("")
+            for path in sorted(call(url, "listed", lambda: fs.find(root))):
                 yield path[len(self._root) + 1 :]
             return
         for folder, folders, names in os.walk(self._root):
@@ -214,3 +257,14 @@ class StoreFolder:
             prefix = os.path.relpath(folder, self._root)
             for name in sorted(names):
                 yield name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/")
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """Turns what a remote storage says of a file's bytes into an error of the store."""
+    try:
+        yield
+    except StorageError as error:
+        if not error.damaged:
+            raise
+        raise StoreError(str(error)) from error

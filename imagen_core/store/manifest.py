@@ -379,7 +379,7 @@ def _no_manifest(folder: StoreFolder) -> StoreError:
     root = folder.path("")
     if folder.exists(SAMPLES_GROUP):
         return StoreError(
-            f"{root}: has {SAMPLES_GROUP}/ but no {MANIFEST_NAME}: the run that writes it has not "
+            f"{folder.path(MANIFEST_NAME)} is missing, but {SAMPLES_GROUP}/ is there: the run that writes it has not "
             "finished; run the same pipeline command again"
         )
     if folder.exists(f"store/{MANIFEST_NAME}"):

@@ -24,6 +24,13 @@ class DataConfig(Config):
     cache_bytes: int = Field(default=DEFAULT_CACHE_BYTES, ge=1)
     """Most bytes of cache_dir; the least recently used files are removed."""
 
+    @field_validator("cache_dir")
+    @classmethod
+    def _check_is_local(cls, folder: str | None) -> str | None:
+        if folder is not None and "://" in folder:
+            raise ValueError("is a URL, and only a local path works here; give a folder of this machine's disk")
+        return folder
+
 
 class InitFromConfig(Config):
     """Weights of another training to start with, instead of random ones."""

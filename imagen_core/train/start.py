@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from imagen_core.train.checkpoints.checkpoint import changed_fields
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.store import training_samples
+from imagen_core.train.errors import TrainError
+from imagen_core.train.logs import METRICS, read_metrics
 
+STARTS = "starts.jsonl"
 _SCHEDULES = ("logging.", "checkpoints.", "validation.", "grid.")
 
 
@@ -39,6 +43,8 @@ class TrainingStart:
     torch: str
     changes: tuple[str, ...] = ()
     """`field: old -> new` of each setting that differs from the checkpoint's, schedules of logging left out."""
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints; None in starts of earlier versions."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
@@ -70,6 +76,7 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         samples=len(training_samples(context.store, config)),
         batch_size=config.batch_size,
         torch=torch.__version__,
+        checkpoint_every_steps=config.checkpoints.every_steps,
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
 
@@ -82,6 +89,33 @@ def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved  # of another version: all that differs is listed
 
 
+def refuse_lost(out: Path, config: TrainConfig) -> None:
+    """Refuses a folder without a checkpoint whose training has saved one: to begin it anew would hide the loss.
+
+    Raises:
+        TrainError: a start has resumed from one, or there are metrics of steps after the first one was due.
+    """
+    starts = _starts(out)
+    every = starts[-1].get("checkpoint_every_steps") if starts else None
+    every = every if isinstance(every, int) else config.checkpoints.every_steps
+    resumed = max((start["step"] for start in starts), default=0)
+    step = max((line["step"] for line in read_metrics(out / METRICS)), default=0)
+    if resumed or step > every:
+        raise TrainError(
+            f"{out}: this training was at step {max(step, resumed)} and has saved checkpoints, but none is in "
+            f"{out / 'checkpoints'}; put one back to go on, or delete {METRICS} and {STARTS} to begin at step 1"
+        )
+
+
+def _starts(out: Path) -> list[dict[str, Any]]:
+    """The lines of `starts.jsonl` that can be read."""
+    path, found = out / STARTS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [start for start in found if isinstance(start, dict) and isinstance(start.get("step"), int)]
+
+
 def record_start(out: Path, start: TrainingStart) -> None:
     """Appends a start to `out/starts.jsonl`, with the time in seconds since 1970."""
-    append_line(out / "starts.jsonl", json.dumps({"time": round(time.time(), 3), **asdict(start)}))
+    append_line(out / STARTS, json.dumps({"time": round(time.time(), 3), **asdict(start)}))

@@ -48,7 +48,7 @@ from imagen_core.train.parallel.precision import LossScale, matmul_precision, we
 from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
-from imagen_core.train.start import TrainingStart, record_start, training_start
+from imagen_core.train.start import TrainingStart, record_start, refuse_lost, training_start
 from imagen_core.train.step import take_step
 
 T = TypeVar("T")
@@ -80,6 +80,7 @@ def train(
     online_encoder: OnlineEncoder | None = None,
     load: LoadCheckpoint = _load_local,
     on_start: Callable[[TrainingStart], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Trains to `num_steps`, resuming from the newest checkpoint in `out/checkpoints`.
 
@@ -95,6 +96,8 @@ def train(
             comparison.
         load: reads `init_from.path`; the default reads local paths only.
         on_start: called on the first process before the first step, also if none is left to do.
+        check: called on every process at the end of each step and before each file that is written; what it raises
+            ends the training, and nothing more is written.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
         process without its files), best_checkpoint (of the least validation loss; None without validation).
@@ -109,7 +112,7 @@ def train(
         # Model: the same random weights on every process.
         store = open_store(config, online=online_encoder is not None)
         if online_encoder is not None:
-            _check_online(online_encoder, config)
+            online_encoder.check(config)
         torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
         denoiser = Denoiser(config.denoiser).to(world.device, weights_dtype(config.precision))
         if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
@@ -124,6 +127,8 @@ def train(
 
         # What training changes, as the newest checkpoint has it.
         found = _newest_checkpoint(out, world)
+        if found is None:
+            refuse_lost(out, config)
         if found is None and config.init_from is not None:
             loaded = initialize_from(denoiser, config, load)
             if world.is_main:
@@ -149,7 +154,7 @@ def train(
 
         loggers = Loggers(config, out, state.step, writes=world.is_main)
         try:
-            run = TrainingRun(context, out, state, loggers, encoders)
+            run = TrainingRun(context, out, state, loggers, encoders, check)
             return run.run(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
             loggers.close()
@@ -159,9 +164,16 @@ class TrainingRun:
     """One call of `train`: the loop, and logging, validation, grids and checkpoints on schedule."""
 
     def __init__(
-        self, context: TrainingContext, out: Path, state: TrainState, loggers: Loggers, encoders: dict[str, Any]
+        self,
+        context: TrainingContext,
+        out: Path,
+        state: TrainState,
+        loggers: Loggers,
+        encoders: dict[str, Any],
+        check: Callable[[], None] | None = None,
     ):
         """`encoders`: the `encoder_records` that checkpoints keep."""
+        self._check = check or (lambda: None)
         self._saved_step = state.step
         self.context, self.out, self.state, self.loggers, self.encoders = context, out, state, loggers, encoders
         self.config, self.world = context.config, context.world
@@ -190,6 +202,7 @@ class TrainingRun:
                     raise UnreadableError(batch.error)
                 loader_state = batch.loader_state
                 meter.add(result.loss, result.grad_norm, batch.global_size)
+                self._check()
                 step, last, stopping = state.step, state.step == config.num_steps, result.stopping
                 profiler.after(step, last=last or stopping)
 
@@ -300,6 +313,7 @@ class TrainingRun:
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
                 values |= self._of_store(similarities)
+        self._check()
         self.last |= values
         self.loggers.scalars(self.state.step, values)
         self._keep(averaged)  # last: without it the validation is due when the training resumes
@@ -307,6 +321,7 @@ class TrainingRun:
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
             pixels = self._of_store(sample_grid)
+        self._check()
         if self.world.is_main:
             write_png(self._grid(self.state.step), pixels)
             self.loggers.image(self.state.step, "grid", pixels)
@@ -323,6 +338,7 @@ class TrainingRun:
                 "torch": torch.__version__,
             },
             writes=self.world.is_main,
+            check=self._check,
         )
         self._saved_step = self.state.step
         self._keep()
@@ -373,21 +389,6 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
     return newest
 
 
-def _check_online(encoder: OnlineEncoder, config: TrainConfig) -> None:
-    """Refuses an encoder whose captions the model does not read."""
-    if encoder.record["name"] != config.text:
-        raise TrainError(
-            f"text is {config.text!r}, but the online encoder is named {encoder.record['name']!r}; give both the "
-            "same name"
-        )
-    if encoder.record["dim"] != config.denoiser.network.text_dim:
-        option = f"denoiser.{'network' if isinstance(config.denoiser, PriorConfig) else 'unet'}.text_dim"
-        raise TrainError(
-            f"{option} is {config.denoiser.network.text_dim}, but the embeddings of the online encoder are "
-            f"{encoder.record['dim']} wide; set {option}={encoder.record['dim']}"
-        )
-
-
 def _json(config: Any) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
@@ -396,5 +397,4 @@ def _peak_memory(world: World) -> int:
     """In bytes: of the GPU, or of this process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from imagen_core.far import without_secrets
 from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
-from pipeline.errors import EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
+from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
 from pipeline.signals import raise_when_preempted
-from pipeline.storage.credentials import without_secrets
 
 if TYPE_CHECKING:
     from pipeline.deploy.submit import RayJobs
@@ -33,6 +33,7 @@ class _Commands(TyperGroup):
         return super().parse_args(ctx, [_HOME.sub(lambda found: found[1] + home, arg) for arg in args])
 
 
+_TORCHRUN = "exit code {} of this process; torchrun ends with 1 instead. Use --executor ray where a scheduler reads it"
 _HOME = re.compile(r"^(--[a-z-]+=|)~/")
 
 app = typer.Typer(
@@ -287,10 +288,11 @@ def schedule(
     image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     write_to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
+        str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
     """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    from pipeline.config import local_path
     from pipeline.deploy.schedule import Schedule, install_command, render, write_files
 
     build(workflow, config, overrides)
@@ -299,7 +301,7 @@ def schedule(
     )
     files = render(wanted)
     if write_to is not None:
-        paths = write_files(files, write_to)
+        paths = write_files(files, local_path(write_to, "--write-to"))
         typer.echo("\n".join([*paths, f"install: {install_command(wanted, paths)}"]))
     elif len(files) == 1:
         typer.echo(next(iter(files.values())), nl=False)
@@ -367,6 +369,8 @@ def main() -> None:
         if _debugging():
             _show_traceback(type(error), error, error.__traceback__)
         typer.echo(f"error: {without_secrets(str(error))}", err=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ and error.exit_code != EXIT_FAILED:
+            typer.echo(_TORCHRUN.format(error.exit_code), err=True)
         sys.exit(error.exit_code)
 
 

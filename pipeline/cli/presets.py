@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import parse_yaml
+from pipeline.config import local_path, parse_yaml
 from pipeline.errors import ConfigError
 from pipeline.storage.run_folder import CONFIG, PLAN, RunFolder
 
@@ -41,7 +41,7 @@ def find_config(workflow: str, name: str) -> Path:
     Raises:
         ConfigError: neither exists.
     """
-    path = Path(name)
+    path = local_path(name, "--config")
     if path.exists() or path.suffix:
         return path
     shipped = {preset["name"]: Path(preset["path"]) for preset in list_presets() if preset["workflow"] == workflow}

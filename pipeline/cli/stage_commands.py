@@ -99,15 +99,18 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make checkpoints of another system's trained model; `pipeline run sample` samples from them."""
+    from pipeline.config import local_path
     from pipeline.workflow import load_import
 
+    for path in paths:
+        local_path(path, "PATH")
     _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
 
 
 @stage_commands.command()
 def export(
     training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write.")],
+    out: Annotated[str, typer.Option(help="The .safetensors file to write; a path or a URL.")],
     weights: Annotated[
         str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
     ] = None,

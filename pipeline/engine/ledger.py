@@ -20,14 +20,21 @@ def read_group_fingerprint(run: RunFolder, group: str) -> dict[str, object] | No
     Raises:
         ConfigError: its file is damaged.
     """
-    name = _group_name(group)
-    remedy = f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
-    fingerprint = run.storage.read_json(name, remedy)
+    fingerprint = run.storage.read_json(_group_name(group), _remedy(run, group))
     if fingerprint is not None and not (
         isinstance(fingerprint, dict) and all(isinstance(fingerprint.get(part), dict) for part in ("config", "inputs"))
     ):
-        raise damaged(f"{run.url}/{name}", "not a fingerprint", remedy)
+        raise damaged_fingerprint(run, group, "not a fingerprint")
     return fingerprint
+
+
+def damaged_fingerprint(run: RunFolder, group: str, what: object) -> ConfigError:
+    """The error for the file of `read_group_fingerprint` that does not hold what it should."""
+    return damaged(f"{run.url}/{_group_name(group)}", what, _remedy(run, group))
+
+
+def _remedy(run: RunFolder, group: str) -> str:
+    return f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
 
 
 def changed_input(run: RunFolder, shard: Shard, record: Record) -> str:
@@ -224,7 +231,9 @@ class Ledger:
     def _has_shared_files(self, group: str) -> bool:
         if group not in self._complete:
             folder, files = self.run.group_folder(group), self.plan.groups[group].shared_files
-            if any(self.run.storage.size(f"{folder}/{file}") is None for file in files):
+            paths = [f"{folder}/{file}" for file in files]
+            missing = [path for path in paths if self.run.size(path) is None]
+            if any(self.run.storage.size(path) is None for path in missing):  # a worker may have written it since
                 return False
             self._complete.add(group)
         return True
@@ -232,10 +241,16 @@ class Ledger:
     def _has_lost_list(self, group: str, shard: Shard) -> bool:
         if self.plan.lost_drops is None or group in self.transient:
             return False
-        return self.run.storage.size(self.run.drops_name(group, shard.name)) is None
+        return self.run.size(self.run.drops_name(group, shard.name)) is None
+
+    def listed_drops(self, shard: Shard, groups: Iterable[str]) -> frozenset[str] | None:
+        """The groups that may have a list of drops of this shard, which an interrupted run left; None if any may."""
+        if self.run.index is None:
+            return None
+        return frozenset(g for g in groups if self.run.size(self.run.drops_name(g, shard.name)) is not None)
 
     def _has_files(self, record: Record) -> bool:
-        return all(self.run.storage.size(file.path) == file.bytes for file in record.files)
+        return all(self.run.size(file.path) == file.bytes for file in record.files)
 
     def check_leftovers(self) -> None:
         """Compares the committed shards with those that `finished` has seen, once the source has ended.
@@ -267,7 +282,7 @@ class Ledger:
             shards = set(self.run.recorded_shards(group))
             for folder in (self.run.group_folder(group), f"{QUARANTINE}/{group}"):
                 names: dict[int, list[str]] = {}
-                for name in self.run.storage.names(folder):
+                for name in self.run.names(folder):
                     if (index := shard_of(name)) is not None:
                         names.setdefault(index, []).append(f"{folder}/{name}")
                 for index, paths in names.items():

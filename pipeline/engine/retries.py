@@ -116,7 +116,7 @@ class Retries:
 
     def _drops(self, shard: str) -> Iterator[dict[str, Any]]:
         name = self.run.drops_name(self.plan.row_group, shard)
-        if self.run.storage.size(name) is not None:
+        if self.run.size(name) is not None:
             yield from self.run.storage.read_json_lines(name, "delete it: the next run writes it again")
 
 

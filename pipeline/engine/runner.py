@@ -1,5 +1,6 @@
 """Runs a sharded workflow in a run folder: the main path of `pipeline run precompute`."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
-from pipeline.errors import EXIT_FAILED, DropLimitError, ShardError
+from pipeline.errors import EXIT_FAILED, DropLimitError, PipelineError, ShardError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.registry import make_executor
 from pipeline.fingerprint import differences
@@ -22,6 +23,8 @@ from pipeline.signals import StopSignals
 from pipeline.storage.disk import disk_errors_explained
 from pipeline.storage.events import EventLog
 from pipeline.storage.run_folder import CONFIG, PLAN, QUARANTINE, SUMMARY, RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def run_workflow(
@@ -46,7 +49,7 @@ def run_workflow(
         changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))
-        events = EventLog(run.storage)
+        events = EventLog(run.storage, run.lease)
         try:
             return _execute(workflow, config.execution, state, executor, events, options, changes)
         finally:
@@ -56,6 +59,8 @@ def run_workflow(
 def _prepare(state: RunState, options: RunOptions) -> None:
     """Refuses, or with --restart deletes, what no longer fits; deletes what the previous run said about itself."""
     run, plan, retries = state.run, state.plan, state.retries
+    if plan.input is not None:
+        plan.input.begin_run()
     state.ledger.refuse_changed_input()
     deleted = state.ledger.check_groups()
     record_input(state)
@@ -106,7 +111,11 @@ def _execute(
             with progress:
                 tally = scheduler.execute()
             tally.subtract_retried(plan.row_group, state.retries.drops())
+            run.check()
             results = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            run.check()  # what another run has written since is not for this one to sweep
+            if run.index is not None and run.index.is_changed:
+                run.index.list_again()  # with what workers that died have left
             state.ledger.sweep()
             outcome = "failed" if tally.shards_failed else "finished"
         except BaseException as error:
@@ -114,7 +123,9 @@ def _execute(
             raise
         finally:
             executor.close()
-            run.storage.clean()  # of workers that died, or were abandoned
+            if run.lease is None or not run.lease.lost:
+                run.storage.clean()  # of workers that died, or were abandoned
+                _save_index(run)
             events.write("run_ended", outcome=outcome)
     summary: Summary = {
         "workflow": workflow,
@@ -127,9 +138,20 @@ def _execute(
         **({"changed_settings": changed_settings} if changed_settings else {}),
         **results,
     }
+    run.check()
     run.storage.write_json(SUMMARY, summary)
     _check_limits(state, tally, summary)
     return summary
+
+
+def _save_index(run: RunFolder) -> None:
+    """Keeps what is known of the records for the next run, which finds out by itself what this one cannot write."""
+    if run.index is None:
+        return
+    try:
+        run.index.save()
+    except (PipelineError, OSError) as error:
+        log.warning("the records could not be written together, so the next run reads each: %s", error)
 
 
 def _check_limits(state: RunState, tally: Tally, summary: Summary) -> None:

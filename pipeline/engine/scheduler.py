@@ -21,6 +21,7 @@ from pipeline.signals import StopSignals
 from pipeline.stage import Shard, Stage
 from pipeline.storage import BackgroundTasks
 from pipeline.storage.events import EventLog
+from pipeline.storage.record import Record
 
 
 @dataclass(slots=True)
@@ -30,8 +31,8 @@ class _AdmittedShard:
     shard: Shard
     needed: list[Stage]
     """Stages still to start."""
-    present: set[str]
-    """Groups committed so far."""
+    present: dict[str, Record]
+    """Groups committed so far, with their records."""
     running: int = 0
     """Tasks submitted, or waiting for their next try."""
     failed: bool = False
@@ -41,6 +42,7 @@ class _AdmittedShard:
 
 _MAX_LISTED_FAILURES = 20
 _POLL_S = 1.0
+_USED_AT_ONCE = 32
 _MAX_NODE_LOSSES = 20  # of one task; after that the task itself is assumed to crash nodes
 
 
@@ -71,6 +73,8 @@ class Scheduler:
         self.later: list[tuple[float, Stage, _AdmittedShard, int]] = []
         """Further tries: time (monotonic clock), stage, shard, attempt."""
         self.failed_shards: list[int] = []
+        self.used: list[str] = []
+        """Shards whose intermediate files are to be deleted."""
         self.failures: Counter[str] = Counter()
         """Stage -> shards it failed on."""
         self.succeeded: set[str] = set()
@@ -100,6 +104,7 @@ class Scheduler:
             self._submit_due()
             if self.admitted:
                 self._wait()
+        self._drop_used()
         self.background.finish()
         self.ledger.check_leftovers()
         order = list(self.plan.groups)
@@ -125,8 +130,7 @@ class Scheduler:
             return
         for outcome in self.executor.wait(timeout_s):
             self._handle(outcome)
-        if self.run.lease is not None and self.run.lease.lost:
-            self.run.lease.check()
+        self.run.check_step()
 
     def _unfinished(self) -> Iterator[_AdmittedShard]:
         """Streams the shards that still need work; counts the finished ones."""
@@ -140,7 +144,7 @@ class Scheduler:
                     self.tally.add(record)
             if needed:
                 self.progress.admit(shard, needed)
-                yield _AdmittedShard(shard, needed, set(finished))
+                yield _AdmittedShard(shard, needed, dict(finished))
             else:
                 self.tally.shards_skipped += 1
                 self._drop_transient(shard)
@@ -149,7 +153,7 @@ class Scheduler:
     def _submit_ready(self, job: _AdmittedShard) -> None:
         if self.stop.received:
             return
-        for stage in [s for s in job.needed if job.present.issuperset(s.inputs)]:
+        for stage in [s for s in job.needed if job.present.keys() >= set(s.inputs)]:
             job.needed.remove(stage)
             job.running += 1
             self._submit(stage, job, attempt=1)
@@ -166,8 +170,19 @@ class Scheduler:
         fingerprints = {name: self.plan.digests[name] for name in wanted}
         retried = frozenset(self.retried_rows.get(job.shard.index, ()))
         alone = job.losses[stage.name, "worker"] > 0
-        present, limit_s = frozenset(job.present), self.config.task_limit_s
-        request = TaskRequest(stage.name, job.shard, wanted, fingerprints, present, retried, attempt, alone, limit_s)
+        request = TaskRequest(
+            stage=stage.name,
+            shard=job.shard,
+            wanted=wanted,
+            fingerprints=fingerprints,
+            present=frozenset(job.present),
+            records=dict(job.present),
+            listed_drops=self.ledger.listed_drops(job.shard, wanted) if attempt == 1 and not job.losses else None,
+            retried_rows=retried,
+            attempt=attempt,
+            alone=alone,
+            limit_s=self.config.task_limit_s,
+        )
         self.executor.submit(stage, request)
 
     def _handle(self, outcome: TaskOutcome) -> None:
@@ -187,7 +202,8 @@ class Scheduler:
         request = outcome.request
         self.succeeded.add(request.stage)
         for name, record in outcome.records.items():
-            job.present.add(name)
+            job.present[name] = record
+            self.run.note(record)
             if name not in self.plan.transient_groups:
                 self.tally.add(record)
         self.events.write(
@@ -202,6 +218,8 @@ class Scheduler:
         )
         self.progress.task_done(outcome)
         self._submit_ready(job)
+        if self.run.index is not None:
+            self.run.index.save_if_due()
 
     def _fail(self, job: _AdmittedShard, outcome: TaskOutcome) -> None:
         request = outcome.request
@@ -258,5 +276,12 @@ class Scheduler:
         return job.losses[loss] < (self.config.max_attempts if outcome.lost == "worker" else _MAX_NODE_LOSSES)
 
     def _drop_transient(self, shard: Shard) -> None:
+        """Deletes the intermediate files of a shard, on an object store those of some shards together."""
+        self.used.append(shard.name)
+        if self.run.index is None or len(self.used) >= _USED_AT_ONCE:
+            self._drop_used()
+
+    def _drop_used(self) -> None:
         for group in self.plan.transient_groups - self.plan.keep:
-            self.background.do(self.run.delete_shard, group, shard.name)
+            self.background.do(self.run.delete_shards, group, self.used)
+        self.used = []

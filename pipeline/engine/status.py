@@ -18,18 +18,13 @@ def run_status(place: str) -> dict[str, object]:
     plan, summary = run.read_engine_file(PLAN), run.read_engine_file(SUMMARY)
     if plan is None:
         raise ConfigError(f"{place}: not a run folder (no plan.json); give the --out of a `pipeline run`")
-    groups = {}
-    for stage in plan.get("stages", ()):
-        for name in stage["groups"]:
-            if name in plan["transient_groups"]:
-                continue
-            shards = rows = 0
-            drops: dict[str, int] = {}
-            for record in run.records(name):
-                shards, rows = shards + 1, rows + record.rows
-                for reason, count in record.drops.items():
-                    drops[reason] = drops.get(reason, 0) + count
-            groups[name] = {"shards": shards, "rows": rows, "drops": drops}
+    with run.indexed():
+        groups = {
+            name: _group_status(run, name)
+            for stage in plan.get("stages", ())
+            for name in stage["groups"]
+            if name not in plan["transient_groups"]
+        }
     return {
         "run": place,
         "workflow": plan.get("workflow"),
@@ -38,6 +33,16 @@ def run_status(place: str) -> dict[str, object]:
         "groups": groups,
         "metrics": _newest_metrics(run),
     }
+
+
+def _group_status(run: RunFolder, name: str) -> dict[str, object]:
+    shards = rows = 0
+    drops: dict[str, int] = {}
+    for record in run.records(name):
+        shards, rows = shards + 1, rows + record.rows
+        for reason, count in record.drops.items():
+            drops[reason] = drops.get(reason, 0) + count
+    return {"shards": shards, "rows": rows, "drops": drops}
 
 
 def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:

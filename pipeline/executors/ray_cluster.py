@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipeline.errors import MachineError, first_line
+from pipeline.errors import MachineError, PipelineError, first_line
 from pipeline.executors.base import usable_cpus
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class ClusterNode:
 
     id: str
     resources: Demand
+    host: str = ""
+    address: str = ""
 
     def room(self, demand: Demand) -> int:
         """Workers of this demand that fit on the empty node; a worker's fraction of a GPU is on one GPU."""
@@ -45,7 +47,11 @@ def living_nodes() -> list[ClusterNode]:
     """The nodes of the cluster that are alive now."""
     import ray
 
-    return [ClusterNode(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [
+        ClusterNode(node["NodeID"], node["Resources"], node["NodeManagerHostname"], node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def total(nodes: Iterable[ClusterNode], name: str) -> float:
@@ -98,7 +104,9 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except PipelineError:  # a signal
+        raise
+    except Exception as error:  # Ray raises plain ones too
         raise MachineError(_not_connected(address, first_line(error))) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there

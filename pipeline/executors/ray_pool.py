@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import MachineError, first_line
 from pipeline.executors.ray_cluster import ClusterNode, Demand
+from pipeline.executors.ray_nodes import Token
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import run_watched
 from pipeline.stage import Stage
@@ -15,6 +16,7 @@ from pipeline.storage.run_folder import RunFolder
 
 _PREFETCH = 1  # tasks that wait in a worker, in addition to those that it runs
 _MAX_FAILED_STARTS = 3
+UNSEEN = "its node does not see the run folder: {}"
 
 
 @dataclass(slots=True, eq=False)
@@ -38,9 +40,18 @@ class WorkerPool:
     """Hands tasks to workers. More workers are requested from Ray only while tasks wait: an autoscaler sees the
     pending ones as demand."""
 
-    def __init__(self, stage: Stage, run: RunFolder, demand: Demand, actor_class: Any, stage_ref: Any):
+    def __init__(
+        self,
+        stage: Stage,
+        run: RunFolder,
+        demand: Demand,
+        actor_class: Any,
+        stage_ref: Any,
+        token: Token | None = None,
+    ):
         self.stage = stage
         self.run = run
+        self.token = token
         self.demand = demand
         self.actor_class = actor_class
         self.stage_ref = stage_ref
@@ -59,7 +70,7 @@ class WorkerPool:
         started: list[Started] = []
         free = sum(not worker.num_running for worker in self.workers)  # idle, or waiting for a node
         for _ in range(min(self.limit - len(self.workers), len(self.waiting) - free)):
-            worker = RayWorker(self.actor_class.remote(self.stage_ref, self.run))
+            worker = RayWorker(self.actor_class.remote(self.stage_ref, self.run, self.token))
             self.workers.append(worker)
             started.append((worker.actor.node.remote(), worker, None))
         while self.waiting:
@@ -121,20 +132,24 @@ class WorkerPool:
 class StageActor:
     """Keeps a stage, and the models it loaded, across shards."""
 
-    def __init__(self, stage: Stage, run: RunFolder):
+    def __init__(self, stage: Stage, run: RunFolder, token: Token | None):
         self.stage = stage
         self.run = run
+        self.token = token
 
     def node(self) -> str:
         """Id of its node."""
         return node_id()
 
     def process(self, request: TaskRequest) -> TaskOutcome:
-        return run_here(self.stage, self.run, request)
+        return run_here(self.stage, self.run, request, self.token)
 
 
-def run_here(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
-    """Runs the task in this Ray process and records the node."""
+def run_here(stage: Stage, run: RunFolder, request: TaskRequest, token: Token | None) -> TaskOutcome:
+    """Runs the task in this Ray process and records the node; does not begin it without the token of the run."""
+    unseen = token.problem_now() if token is not None else ""
+    if unseen:
+        return TaskOutcome(request, error=UNSEEN.format(unseen), lost="node", node=node_id(), unseen=unseen)
     outcome = run_watched(stage, run, request)
     outcome.node = node_id()
     return outcome

@@ -10,17 +10,18 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.errors import EXIT_ENVIRONMENT, PipelineError
+from imagen_core.far import StorageError, without_secrets
+from pipeline.errors import EXIT_ENVIRONMENT, PipelineError, storage_error
 from pipeline.fingerprint import digest
 from pipeline.stage import Drop, Shard, Stage, Task, note_progress
 from pipeline.storage import LocalStorage
-from pipeline.storage.credentials import without_secrets
 from pipeline.storage.disk import disk_message, takes_no_data
 from pipeline.storage.files import file_digest
+from pipeline.storage.lock import Lease
 from pipeline.storage.record import CommittedFile, Record
 from pipeline.storage.run_folder import RunFolder
 
@@ -36,6 +37,10 @@ class TaskRequest:
     """Group -> digest of its fingerprint, for the record."""
     present: frozenset[str] = frozenset()
     """Groups committed for this shard when the request was made."""
+    records: Mapping[str, Record] = field(default_factory=dict)
+    """Records of those, so that no worker reads them again."""
+    listed_drops: frozenset[str] | None = None
+    """Wanted groups whose list of drops an earlier try may have left; None: any."""
     retried_rows: frozenset[int] = frozenset()
     """Rows that a retry round tries again; the shard they came from leaves them out."""
     attempt: int = 1
@@ -63,6 +68,8 @@ class TaskOutcome:
     """The task did not fail: the worker that ran it died, or its node was lost."""
     node: str = ""
     """Ray's id of the node that ran it."""
+    unseen: str = ""
+    """The task was not begun: what its node found in the place of the run folder."""
     fatal_exit_code: int | None = None
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 
@@ -70,12 +77,19 @@ class TaskOutcome:
 _prepared: dict[str, Stage] = {}
 _prepare_lock = threading.Lock()
 
+_LEASE_HOLDS_S = 5.0
+"""How long a worker commits to an object store without asking for the lease again, and so for how long it may still
+commit once another run has taken the folder over."""
+_lease_asked: list[Any] = ["", 0.0]
+"""Owner of the lease that this process asked for last, and when (monotonic clock)."""
+_lease_mutex = threading.Lock()
+
 
 def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     """Runs the stage on the shard and commits what it wrote. Never raises for the stage's failures."""
     started = time.perf_counter()
     outcome = TaskOutcome(request)
-    task = Task(run, request.shard, request.wanted, request.present, request.retried_rows)
+    task = Task(run, request.shard, request.wanted, request.present, request.retried_rows, request.records)
     try:
         prepared = _prepare(stage, run)
         note_progress()
@@ -89,6 +103,9 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
         if error.__cause__ is not None and takes_no_data(error.__cause__):  # else it reads as damage of the input
             explained = disk_message(error.__cause__, run.storage.local)
             outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
+    except StorageError as error:  # patience has ended: the other shards would wait as long
+        outcome.error, outcome.traceback = str(error), traceback.format_exc()
+        outcome.fatal_exit_code = storage_error(error).exit_code if error.passes else None
     except Exception as error:  # noqa: BLE001 - the boundary of a worker: reported, retried, quarantined
         outcome.error, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
         if takes_no_data(error):
@@ -122,22 +139,35 @@ def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, Recor
     missing = request.wanted - task.results.keys()
     assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
     if run.lease is not None and not isinstance(run.storage, LocalStorage):
-        run.lease.check()  # on a local folder no worker outlives the driver's lock
-    return {group: _commit_group(run, task, group, request.fingerprints[group]) for group in sorted(request.wanted)}
+        _check_lease(run.lease)  # on a local folder no worker outlives the driver's lock
+    return {group: _commit_group(run, task, group, request) for group in sorted(request.wanted)}
 
 
-def _commit_group(run: RunFolder, task: Task, group: str, fingerprint: str) -> Record:
+def _check_lease(lease: Lease) -> None:
+    """Asks whether the run still has its folder, unless this process did within `_LEASE_HOLDS_S`."""
+    with _lease_mutex:
+        owner, asked = _lease_asked
+        now = time.monotonic()  # before the answer, so that what it says is not taken for newer
+        if owner == lease.owner and now - asked < _LEASE_HOLDS_S:
+            return
+    lease.check()
+    with _lease_mutex:
+        _lease_asked[:] = lease.owner, now
+
+
+def _commit_group(run: RunFolder, task: Task, group: str, request: TaskRequest) -> Record:
     result = task.results[group]
     files = []
     for name, local in task.outputs(group).items():
         files.append(CommittedFile(name, os.path.getsize(local), file_digest(local)))
         run.storage.publish(local, name)
         note_progress()
-    write_drops(run, task.shard.name, group, result.drops)
+    if result.drops or request.listed_drops is None or group in request.listed_drops:
+        write_drops(run, task.shard.name, group, result.drops)
     record = Record(
         group=group,
         shard=task.shard.index,
-        fingerprint=fingerprint,
+        fingerprint=request.fingerprints[group],
         input=task.shard.digest,
         input_rows=task.shard.num_rows,
         rows=result.rows,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, local_path
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig, usable_cpus
 
@@ -76,7 +76,7 @@ def find_profile(name: str) -> Path:
     Raises:
         ConfigError: neither exists.
     """
-    path = Path(name)
+    path = local_path(name, "--profile")
     if path.suffix:
         return path
     if name not in profiles():

@@ -30,8 +30,9 @@ def preview(
     state = RunState(make_plan(run), run)
     plan = state.plan
     hardware = load_profile(options.profile) if options.profile else this_machine(config.execution)
-    state.ledger.check_groups(write=False)
-    found = survey(state)
+    with run.indexed():
+        state.ledger.check_groups(write=False)
+        found = survey(state)
     if options.rows is not None:
         found = found.scaled(options.rows, plan)
     basis = _basis(config.execution, plan, found, hardware, options)

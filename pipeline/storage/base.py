@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,8 @@ class Storage(ABC):
 
     Raises, on every call:
         FileNotFoundError: there is no such file.
-        MachineError: the object store cannot be reached, or refuses, also after retries.
+        MachineError: the object store refuses, or lacks the bucket.
+        UnavailableError: it could not be reached for as long as calls are tried again.
     """
 
     url: str
@@ -52,12 +53,29 @@ class Storage(ABC):
         """Creates a small file; False if it exists, and then it stays unchanged."""
 
     @abstractmethod
+    def version(self, name: str) -> str | None:
+        """Says of which version a file is: another one after each write; None if there is no file."""
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Replaces a small file; False if it is not of this version any more, and then it stays unchanged.
+
+        S3 decides that itself. Elsewhere the version is read just before, so two writers at the same moment may both
+        succeed, and the later one remains.
+        """
+
+    @abstractmethod
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, None if there is none."""
 
     @abstractmethod
     def names(self, folder: str) -> Iterator[str]:
         """Names of the files directly in a folder, without the folder, in no order."""
+
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and version of each file directly in a folder, in no order; a file that was written again has
+        another version."""
+        raise NotImplementedError
 
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, bool]]:
@@ -82,6 +100,11 @@ class Storage(ABC):
         Args:
             durably: before what follows; else a loss of power may bring it back.
         """
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Deletes files that may be gone, in no order; on an object store many per request."""
+        for name in names:
+            self.delete(name)
 
     @abstractmethod
     def delete_folder(self, name: str) -> None:
@@ -190,21 +213,26 @@ class Storage(ABC):
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of each item, in order; on an object store a bounded number of calls runs concurrently."""
-        if self.parallel == 1:
-            yield from map(function, items)
-            return
-        with ThreadPoolExecutor(self.parallel, thread_name_prefix="storage") as threads:
-            ahead: deque[Future[R]] = deque()
-            try:
-                for item in items:
-                    ahead.append(threads.submit(function, item))
-                    if len(ahead) > 2 * self.parallel:
-                        yield ahead.popleft().result()
-                while ahead:
+        return parallel_map(function, items, self.parallel)
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], parallel: int) -> Iterator[R]:
+    """`function` of each item, in order, computed by threads, at most 2 x `parallel` items ahead."""
+    if parallel == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(parallel, thread_name_prefix="storage") as threads:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(threads.submit(function, item))
+                if len(ahead) > 2 * parallel:
                     yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 class BackgroundTasks:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import MachineError, PipelineError
+from imagen_core.far import StorageError
+from pipeline.errors import MachineError, PipelineError, storage_error
 
 _NO_DATA = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _BROKEN = (errno.EIO,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+_OWN = "ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs ramfs overlay vfat exfat".split()  # noqa: SIM905
 _AGAIN = "and run the same command again: it resumes."
 
 
@@ -58,12 +60,14 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     """Turns errors of the machine within the block into one that says what to do.
 
     Raises:
-        MachineError: the disk takes no more data, among others.
+        MachineError: the disk takes no more data, or storage cannot be reached, among others.
     """
     try:
         yield
     except MachineError:
         raise
+    except StorageError as error:
+        raise storage_error(error) from error
     except PipelineError as error:
         if error.__cause__ is None or not takes_no_data(error.__cause__):
             raise
@@ -83,6 +87,11 @@ def file_system_type(folder: Path) -> str:
     place = folder.resolve()
     above = [(len(point), kind) for _, point, kind, *_ in mounts if place.is_relative_to(point.replace("\\040", " "))]
     return max(above, default=(0, ""))[1]
+
+
+def is_own_file_system(folder: Path) -> bool:
+    """Whether a folder is certainly on a disk that only this machine uses: not where the type is unknown."""
+    return file_system_type(folder) in _OWN
 
 
 def _number(error: BaseException, numbers: tuple[int, ...]) -> int | None:

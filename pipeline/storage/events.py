@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.lock import Lease
 
 _FILE = "events.jsonl"
 EVENTS_FOLDER = "events"
@@ -23,8 +24,9 @@ _GATHER_S = 10.0
 class EventLog:
     """Appends events. A killed driver loses none on a local folder, and the last 10 s of them on an object store."""
 
-    def __init__(self, storage: Storage):
+    def __init__(self, storage: Storage, lease: Lease | None = None):
         self._storage = storage
+        self._lease = lease
         self._lines: list[str] = []
         self._file: io.FileIO | None = None
         self._mutex = threading.Lock()
@@ -38,6 +40,8 @@ class EventLog:
     def write(self, event: str, **fields: object) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False) + "\n"
         with self._mutex:
+            if self._is_lost():
+                return
             if self._file is not None:
                 _append(self._file, line.encode("utf-8", "backslashreplace"))
                 return
@@ -53,12 +57,16 @@ class EventLog:
                 self._write_gathered()
 
     def _write_gathered(self) -> None:
-        if self._lines:
+        if self._lines and not self._is_lost():
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
             name = f"{EVENTS_FOLDER}/{stamp}-{time.time_ns() % 10**9:09d}-{uuid.uuid4().hex[:6]}.jsonl"
             self._storage.write_text(name, "".join(self._lines))
         self._lines.clear()
         self._next_write = time.monotonic() + _GATHER_S
+
+    def _is_lost(self) -> bool:
+        """Whether another run is known to have taken the folder over: then only its events belong here."""
+        return self._lease is not None and bool(self._lease.lost)
 
 
 def _append(file: io.FileIO, data: bytes) -> None:

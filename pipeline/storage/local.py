@@ -53,6 +53,19 @@ class LocalStorage(Storage):
         finally:
             remove_if_present(temporary)
 
+    def version(self, name: str) -> str | None:
+        try:
+            status = os.stat(self._path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        if self.version(name) != version:
+            return False
+        self.write(name, data)
+        return True
+
     def size(self, name: str) -> int | None:
         try:
             return os.stat(self._path(name)).st_size

@@ -4,16 +4,23 @@ The owner writes a lease, `.lease.json`, and renews it every 15 s; a lease that 
 dead run, and is taken over. On a local folder a file lock detects dead processes of this machine at once; the lease is
 for other machines that share the folder. Clocks must agree within a minute; a lease from a clock that is further ahead
 is watched, and taken over if nobody renews it. A lease that cannot be read is nobody's.
+
+Every workflow asks the same `Lease`, at each step's end and before each write that matters. A lease changes hands by
+replacing the version that was read, so of several runs that meet an expired one a single one gets it, and a process
+that was suspended while it renewed does not get it back.
 """
 
 import getpass
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +36,13 @@ log = logging.getLogger(__name__)
 LEASE = ".lease.json"
 RENEW_S = 15.0
 EXPIRE_S = 120.0
+_STEP_S = 1.0
+"""At a step's end a local lease is read again after so long."""
+_FAR_STEP_S = RENEW_S + 5.0
+"""The same on an object store, where a thread reads it every `RENEW_S`: only a suspended process reads it itself."""
+_ANSWER_S = 5.0
+"""A step does not wait longer for an object store to answer."""
+_TRIES = 5
 _LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
 _POLL_S = 1.0
 _MOST_CLOCKS_DIFFER_S = 60.0
@@ -37,19 +51,73 @@ _TEXTS = ("owner", "host", "user")
 
 
 class Lease:
-    """The right to write into a run folder. Picklable: workers check it before they commit to an object store."""
+    """The right to write into a run folder. Picklable: workers ask it before they write."""
 
     def __init__(self, storage: Storage, owner: str):
         self.storage = storage
         self.owner = owner
-        self.lost = False
-        """Set once the driver knows that another run has taken over."""
+        self.lost = ""
+        """Who has taken the folder over, in words, once that is known; the right never comes back."""
+        self._seen_s = -math.inf
+        self._asking: threading.Thread | None = None
+        self._again: Callable[[], bool] | None = None
+        """Takes a lease again that was deleted and belongs to nobody; only where the lease is renewed."""
 
-    def check(self) -> None:
-        """Raises LockedError if another run has taken the folder over."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {"storage": self.storage, "owner": self.owner, "lost": self.lost}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["storage"], state["owner"])
+        self.lost = state["lost"]
+
+    def check(self, within_s: float = 0.0) -> None:
+        """Asks whether the folder is still this run's.
+
+        Args:
+            within_s: what was read within so many seconds suffices; time in which the process was suspended counts.
+
+        Raises:
+            LockedError: another run has taken the folder over.
+            MachineError: the object store does not answer.
+        """
+        if not self.lost and _clock_s() - self._seen_s > within_s:
+            self._read()
+        if self.lost:
+            raise LockedError(self.lost)
+
+    def check_step(self) -> None:
+        """The same at a step's end: without waiting for a store that does not answer, which is not a loss.
+
+        Raises:
+            LockedError: another run has taken the folder over.
+        """
+        if isinstance(self.storage, LocalStorage):
+            with suppress(OSError):  # a network file system that is away for a moment
+                self.check(_STEP_S)
+            return
+        if not self.lost and _clock_s() - self._seen_s > _FAR_STEP_S and self._asking is None:
+            asking = self._asking = threading.Thread(target=self._ask, daemon=True, name="lease-step")
+            asking.start()
+            asking.join(_ANSWER_S)
+        if self.lost:
+            raise LockedError(self.lost)
+
+    def _ask(self) -> None:
+        try:
+            self._read()
+        except (PipelineError, OSError) as error:
+            log.warning("the lease could not be read: %s", error)
+        finally:
+            self._asking = None
+
+    def _read(self) -> None:
+        asked_s = _clock_s()
         found = read_lease(self.storage)
-        if found is None or found["owner"] != self.owner:
-            raise LockedError(
+        own = found is not None and found["owner"] == self.owner
+        if own or (found is None and self._again is not None and self._again()):
+            self._seen_s = asked_s
+        else:
+            self.lost = (
                 f"--out {self.storage.url}: this run lost the folder to {describe(found)}; it stops, and its finished "
                 "work stays"
             )
@@ -70,6 +138,7 @@ class RunLock:
         self.storage = storage
         self.take_over = take_over
         self.lease = Lease(storage, uuid.uuid4().hex)
+        self.lease._again = self._created
         self._since = time.time()
         self._file_lock: FileLock | None = None
         self._ended = threading.Event()
@@ -119,17 +188,33 @@ class RunLock:
             self._file_lock.release()
 
     def _acquire(self) -> None:
-        if self.storage.create(LEASE, self._content()):
-            return
-        found = read_lease(self.storage)
-        if found is None and self.storage.size(LEASE) is not None:
-            time.sleep(_POLL_S)  # without hard links its name is there before its content
+        for _ in range(_TRIES):
+            if self._created():
+                return
+            version = self.storage.version(LEASE)
+            if version is None:
+                continue  # its owner ended meanwhile
             found = read_lease(self.storage)
-        if found is not None and not (self.take_over or self._is_dead(found)):
-            raise self._refusal(found)
-        self.storage.delete(LEASE)
-        if not self.storage.create(LEASE, self._content()):
-            raise self._refusal(read_lease(self.storage))
+            if found is None:
+                time.sleep(_POLL_S)  # without hard links its name is there before its content
+                version, found = self.storage.version(LEASE), read_lease(self.storage)
+            if found is not None and not (self.take_over or self._is_dead(found)):
+                raise self._refusal(found)
+            if version is None:
+                continue
+            if self.storage.replace(LEASE, self._content(), version):
+                return
+            break
+        now = read_lease(self.storage)
+        if now is None or now["owner"] != self.lease.owner:  # else an answer was lost on the way
+            raise self._refusal(now)
+
+    def _created(self) -> bool:
+        """Takes a lease that does not exist."""
+        try:
+            return self.storage.create(LEASE, self._content())
+        except FileNotFoundError:  # it existed, and ended meanwhile
+            return False
 
     def _is_dead(self, lease: dict[str, Any]) -> bool:
         """With the file lock held here, a lease of this machine belongs to a process that has ended."""
@@ -165,10 +250,11 @@ class RunLock:
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
             try:
+                version = self.storage.version(LEASE)
                 self.lease.check()
-                self.storage.write(LEASE, self._content())
+                if version is not None:  # else it was taken again just now
+                    self.storage.replace(LEASE, self._content(), version)
             except LockedError:
-                self.lease.lost = True
                 return
             except (PipelineError, OSError, ValueError) as error:
                 log.warning("the lease could not be renewed, trying again: %s", error)
@@ -179,6 +265,11 @@ class RunLock:
             f"choose another folder. If it is dead, its lease expires {EXPIRE_S:.0f} s after its last renewal; "
             "--take-over does not wait for that"
         )
+
+
+def _clock_s() -> float:
+    """Seconds on a clock that goes on while the process, or the machine, is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def read_lease(storage: Storage) -> dict[str, Any] | None:

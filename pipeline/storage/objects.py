@@ -1,19 +1,16 @@
 """An object store such as `s3://` or `gs://`: an object appears when its upload ends."""
 
-import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import ConfigError, MachineError, first_line
+from imagen_core.far import StorageError, call, create, download, open_filesystem, read_file
+from pipeline.errors import ConfigError, first_line, storage_error
 from pipeline.storage.base import Storage
-from pipeline.storage.credentials import without_secrets
 from pipeline.storage.scratch import clean_scratch, scratch
-
-log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -33,10 +30,8 @@ class ObjectStorage(Storage):
         self._connect()
 
     def _connect(self) -> None:
-        import fsspec
-
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url.partition("://")[0]))
+            self._fs, self._root = open_filesystem(self.url, use_listings_cache=False)  # others write here too
         except (ImportError, ValueError) as error:
             raise ConfigError(f"--out {self.url}: cannot be used: {first_line(error)}") from error
 
@@ -52,17 +47,55 @@ class ObjectStorage(Storage):
         return scratch()
 
     def read(self, name: str) -> bytes:
-        return self._call("read", name, self._fs.cat_file)
+        path, url = self._place(name)
+        with _told():
+            return read_file(self._fs, path, url)
 
     def write(self, name: str, data: bytes) -> None:
         self._call("written", name, lambda path: self._fs.pipe_file(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
+        path, url = self._place(name)
+        with _told():
+            return create(self._fs, path, url, data)
+
+    def version(self, name: str) -> str | None:
         try:
-            self._call("written", name, lambda path: self._fs.pipe_file(path, data, mode="create"))
-        except FileExistsError:
-            return self.read(name) == data  # the first try may have succeeded without its response arriving
+            return _version(self._call("read", name, self._fs.info))
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        return self._replaced(name, version, lambda path, **match: self._fs.pipe_file(path, data, **match))
+
+    def replace_file(self, name: str, local: Path, version: str | None) -> bool:
+        """Creates a file (`version` None), or replaces the one of this version, with the content of a local file.
+
+        Returns:
+            False if there is another one, which stays unchanged.
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        local.stat()
+        return self._replaced(name, version, lambda path, **match: self._fs.put_file(str(local), path, **match))
+
+    def _replaced(self, name: str, version: str | None, write: Callable[..., object]) -> bool:
+        match: dict[str, str] = {"mode": "create"}
+        if version is not None:
+            match = {"IfMatch": version} if self._decides_by_version else {}
+            if not match and self.version(name) != version:
+                return False
+
+        try:
+            self._call("written" if version is None else "replaced", name, lambda path: write(path, **match))
+        except (FileExistsError, FileNotFoundError):
+            return False
         return True
+
+    @property
+    def _decides_by_version(self) -> bool:
+        protocol = self._fs.protocol
+        return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     def size(self, name: str) -> int | None:
         try:
@@ -76,6 +109,15 @@ class ObjectStorage(Storage):
         except FileNotFoundError:
             return
         yield from (e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
+
+    def listing(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        try:
+            entries = self._call("listed", folder, lambda path: self._fs.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry["type"] == "file":
+                yield entry["name"].rpartition("/")[2], int(entry["size"]), _version(entry)
 
     def entries(self) -> Iterator[tuple[str, bool]]:
         try:
@@ -91,6 +133,11 @@ class ObjectStorage(Storage):
         found: list[str] = self._call("listed", "", self._fs.find)
         yield from (path[len(self._root) + 1 :] for path in sorted(found))
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Size in bytes of every file below a folder, by name."""
+        found: dict[str, dict[str, Any]] = self._call("listed", folder, lambda path: self._fs.find(path, detail=True))
+        return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
+
     def write_file(self, name: str, local: Path) -> None:
         local.stat()
         self._call("written", name, lambda path: self._fs.put_file(str(local), path))
@@ -99,17 +146,24 @@ class ObjectStorage(Storage):
         with suppress(FileNotFoundError):
             self._call("deleted", name, self._fs.rm_file)
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        paths = [f"{self._root}/{name}" for name in names]
+        if len(names) == 1 or any(mark in self._root for mark in "*?["):  # `rm` would take it for a pattern
+            super().delete_all(names)
+        elif paths:
+            try:
+                self._call("deleted", "", lambda _: self._fs.rm(paths))
+            except FileNotFoundError:  # some file systems stop at the first that is gone
+                super().delete_all(names)
+
     def delete_folder(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._call("deleted", name, lambda path: self._fs.rm(path, recursive=True))
 
     def copy(self, name: str) -> Path:
-        local = self.new_file(name)
-        try:
-            self._call("read", name, lambda path: self._fs.get_file(path, str(local)))
-        except BaseException:
-            local.unlink(missing_ok=True)
-            raise
+        local, (path, url) = self.new_file(name), self._place(name)
+        with _told():
+            download(self._fs, path, url, local)
         return local
 
     def release(self, copy: Path) -> None:
@@ -130,61 +184,27 @@ class ObjectStorage(Storage):
         return clean_scratch()
 
     def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
-        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+        path, url = self._place(name)
+        with _told():
+            return call(url, done, lambda: function(path))
 
-        path = f"{self._root}/{name}" if name else self._root
-
-        def warn(state: RetryCallState) -> None:
-            if state.attempt_number == _QUIET_TRIES and state.outcome is not None:
-                error = state.outcome.exception()
-                what = without_secrets(first_line(error)) if error else ""
-                log.warning("%s/%s: not %s: %s; trying again for %g s", self.url, name, done, what, _PATIENCE_S)
-
-        retrying = Retrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_after_delay(_PATIENCE_S),
-            wait=wait_exponential_jitter(initial=0.1, max=_LONGEST_PAUSE_S),
-            before_sleep=warn,
-            reraise=True,
-        )
-        try:
-            return retrying(function, path)
-        except FileExistsError:
-            raise
-        except Exception as error:  # each file system has its own classes
-            if isinstance(error, FileNotFoundError) and done != "written":
-                raise
-            what = f"{type(error).__name__}: {without_secrets(first_line(error))}"
-            raise MachineError(
-                f"{self.url}/{name}: cannot be {done}: {what}; check that the address is right, that it can be "
-                "reached, and that the environment's credentials allow this"
-            ) from error
+    def _place(self, name: str) -> tuple[str, str]:
+        """Path on the file system and URL of a file, or of the whole folder."""
+        return (f"{self._root}/{name}", f"{self.url}/{name}") if name else (self._root, self.url)
 
 
-_PATIENCE_S = 300.0  # most outages are shorter
-_LONGEST_PAUSE_S = 20.0
-_QUIET_TRIES = 5
-_LASTING = (
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    ImportError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+"""What file systems call that which changes whenever an object is written; the first that there is counts."""
 
 
-def _is_transient(error: BaseException) -> bool:
-    lasting = isinstance(error, _LASTING) or "redential" in type(error).__name__
-    return isinstance(error, Exception) and not lasting
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
-def _options(protocol: str) -> dict[str, Any]:
-    """Options of the file system, except those that the user's fsspec configuration sets."""
-    from fsspec.config import conf
-
-    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write here too
-    if protocol in ("s3", "s3a"):
-        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
-    return {key: value for key, value in options.items() if key not in conf.get(protocol, {})}
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turns what storage refuses into the engine's errors."""
+    try:
+        yield
+    except StorageError as error:
+        raise storage_error(error) from error

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, UnavailableError
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.open import open_storage
@@ -106,6 +106,8 @@ def _entries(place: str) -> dict[str, bool]:
     """What is in a folder: whether each name is a folder. Empty for a folder that is not there, or may not be read."""
     try:
         return dict(open_storage(place).entries())
+    except UnavailableError:
+        raise
     except (OSError, PipelineError):
         return {}
 

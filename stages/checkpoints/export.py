@@ -1,15 +1,18 @@
 """`pipeline export`: a trained model and its configuration as one file."""
 
-from pathlib import Path
+import os
+from pathlib import PurePosixPath
 
 from imagen_core.train import CheckpointError
 from imagen_core.train.checkpoints.single_file import write_model
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
-from pipeline.storage.files import TEMPORARY_MARK, commit_file, file_digest, make_folder, remove_if_present
+from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.files import TEMPORARY_MARK, file_digest, make_folder, remove_if_present
 from pipeline.units import human_bytes
 from stages.checkpoints.imported import check_above
 from stages.checkpoints.load import _ONE_FILE, load_checkpoint_from
+from stages.places import split_place
 
 
 def export_model(place: str, *, out: str, weights: str | None = None) -> CommandResult:
@@ -19,25 +22,59 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
         ConfigError: there is no such checkpoint, or `out` is not a new .safetensors file. A file of the same export
             is no error: a killed export may be started again, whatever it had done.
     """
-    target = Path(out)
-    if target.suffix != _ONE_FILE or target.is_dir():
+    if PurePosixPath(out).suffix != _ONE_FILE:
         raise ConfigError(f"--out {out}: must end in {_ONE_FILE}; give a new file")
-    check_above(target, out)
+    storage, name = split_place(out)
+    _check_target(storage, name, out)
     try:
         model = load_checkpoint_from(place, weights)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    make_folder(target.parent)
-    temporary = target.with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
+    temporary = storage.local / f"{TEMPORARY_MARK}{name}"  # always the same: no kill leaves it
+    make_folder(temporary.parent)
     try:
         write_model(temporary, model)
-        if target.exists() and file_digest(target) != file_digest(temporary):
+        if (before := _digest(storage, name)) is None:
+            size = temporary.stat().st_size
+            storage.publish(temporary, name)
+        elif before != file_digest(temporary):
             raise ConfigError(f"--out {out}: exists, and is another model or file; give a new file")
-        commit_file(temporary, target)
+        else:
+            size = temporary.stat().st_size
     finally:
         remove_if_present(temporary)
-    size = target.stat().st_size
-    result = {"file": str(target), "bytes": size, "step": model.step, "weights": model.weights}
-    lines = [f"{model.weights} of step {model.step} -> {target} ({human_bytes(size)})"]
-    lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {target}}}]' 'prompts=[...]'")
+    result = {"file": out, "bytes": size, "step": model.step, "weights": model.weights}
+    lines = [f"{model.weights} of step {model.step} -> {out} ({human_bytes(size)})"]
+    lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {out}}}]' 'prompts=[...]'")
     return result, lines, EXIT_OK
+
+
+def _check_target(storage: Storage, name: str, out: str) -> None:
+    """Finds what can be known before the model is read: whether the file can be written at all.
+
+    Raises:
+        ConfigError: a folder is there, or a file where a folder would have to be, or the folder may not be written.
+        MachineError: the object store cannot be reached.
+    """
+    if not isinstance(storage, LocalStorage):
+        storage.size(name)
+        return
+    target = storage.root / name
+    if target.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give a new file")
+    check_above(target, out)
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {above} may not be written by this user; give another place")
+
+
+def _digest(storage: Storage, name: str) -> str | None:
+    """SHA-256 of a file; None if there is none."""
+    try:
+        copy = storage.copy(name)
+    except FileNotFoundError:
+        return None
+    try:
+        return file_digest(copy) if copy.exists() else None
+    finally:
+        storage.release(copy)

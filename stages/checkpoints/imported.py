@@ -11,6 +11,7 @@ from zipfile import is_zipfile
 import yaml
 
 from pipeline.commands import CommandResult
+from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
 from pipeline.storage.files import TEMPORARY_MARK, commit_folder, file_digest, make_folder, write_text
 from stages.encoders.t5 import T5EncoderConfig
@@ -44,7 +45,7 @@ class ImportedStage:
 
 def new_folder(out: str) -> Path:
     """The folder of --out; ConfigError if it holds anything but an import, which `write_stages` compares."""
-    target = Path(out)
+    target = local_path(out, "--out")
     check_above(target, out)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _SAMPLE).exists())):
         wrong = "is not empty" if target.is_dir() else "is a file"

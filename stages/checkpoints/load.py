@@ -1,6 +1,7 @@
 """Loads trained stages from local folders and from object stores."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
@@ -9,6 +10,7 @@ from pipeline.storage.open import open_storage
 
 _STATE = "state.json"
 _ONE_FILE = ".safetensors"
+_SETTINGS = "settings"
 
 
 def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
@@ -37,6 +39,28 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
         return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights)
     finally:
         shutil.rmtree(local)
+
+
+def origin(loaded: LoadedDenoiser) -> dict[str, object]:
+    """All of a trained stage that decides what it generates or measures, for the record of a folder of results."""
+    encoders = {"captions": loaded.encoder, **loaded.embed_encoders}
+    return {
+        "step": loaded.step,
+        "weights": loaded.weights,
+        "sha256": loaded.sha256,
+        _SETTINGS: {
+            "denoiser": loaded.denoiser.config.model_dump(mode="json", exclude_defaults=True),
+            "max_tokens": loaded.max_tokens,
+            "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items() if encoder is not None},
+        },
+    }
+
+
+def comparable_origin(now: object, recorded: object) -> object:
+    """An origin without what a record of an earlier version does not have."""
+    if isinstance(now, Mapping) and isinstance(recorded, Mapping) and _SETTINGS not in recorded:
+        return {name: value for name, value in now.items() if name != _SETTINGS}
+    return now
 
 
 def _loaded(local: Path, place: str, weights: str | None) -> LoadedDenoiser:

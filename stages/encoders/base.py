@@ -17,7 +17,7 @@ from pipeline.executors.base import usable_cpus
 from pipeline.storage.scratch import temporary_folder
 from stages.captions import NORMALISATION
 from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
-from stages.encoders.model_files import ModelFiles, find_model
+from stages.encoders.model_files import ModelFiles, check_headers, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.images.resample import resize_square
 
@@ -159,9 +159,10 @@ class FrozenModelConfig(Config):
         """Finds the model and its hashes without loading it.
 
         Raises:
-            MachineError: the model cannot be found, is of another kind, or not made for such input.
+            MachineError: the model cannot be found, is damaged, of another kind, or not made for such input.
         """
         with self.located() as files:
+            check_headers(files)
             return EncoderIdentity(
                 dim=self.dim(files),
                 fingerprint={

@@ -1,9 +1,8 @@
 """Precomputed embeddings, which come with the data."""
 
 import hashlib
-from typing import Any, Literal, cast
+from typing import Literal
 
-import fsspec
 import numpy as np
 from pydantic import Field
 
@@ -11,6 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from stages.sources.arrays.npy import parse
 from stages.sources.files import Damaged
+from stages.sources.records.far import open_file
 
 KIND = "given"
 
@@ -44,8 +44,8 @@ class PrecomputedEmbeddingsConfig(Config):
             return None
         where = f"encoders.{self.name}.null: {self.null}"
         try:
-            with fsspec.open(self.null, "rb") as file:
-                return as_tokens(parse(cast(Any, file).read(), where), self.dim, where)
+            with open_file(self.null) as file:
+                return as_tokens(parse(file.read(), where), self.dim, where)
         except (OSError, ValueError, ImportError, Damaged) as error:
             raise ConfigError(f"{where} cannot be read: {error}; give a .npy file") from error
 

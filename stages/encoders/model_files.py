@@ -1,20 +1,16 @@
 """Finds a model's files, on the hub or in a local folder, and identifies them by content."""
 
 import json
-import logging
-import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MachineError
 from pipeline.fingerprint import digest
-from pipeline.storage.files import file_digest, write_json
-
-log = logging.getLogger(__name__)
+from pipeline.storage.files import file_digest
+from stages.digests import remembered_digest
 
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*\.json|.*\.model|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
@@ -72,6 +68,10 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
     folder = Path(model)
     if folder.is_dir():
         return _local(folder, folder.absolute().name, None, model)
+    if "://" in model:
+        raise MachineError(
+            f"encoders.model: {model} is a URL; give a hub id, or copy the folder to a path that all nodes see"
+        )
     if model.startswith((".", "/", "~")):
         raise MachineError(f"encoders.model: {model} is not a folder; give a model folder or a hub id")
     return _hub(model, revision)
@@ -148,6 +148,24 @@ def _online(model: str, revision: str | None) -> ModelFiles:
     )
 
 
+def check_headers(files: ModelFiles) -> None:
+    """Finds a cut or damaged file of weights without reading them; only those that are on this machine.
+
+    Raises:
+        MachineError: names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(files.folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise MachineError(
+                f"encoders.model: {file} cannot be loaded: {error}; copy or download the model again"
+            ) from error
+
+
 def _refuse_adapter(names: Iterable[str], model: str) -> None:
     if _ADAPTER in names:
         raise MachineError(
@@ -171,24 +189,13 @@ def _tokenizer_digest(folder: Path) -> str | None:
 
 
 def _content_digest(path: Path) -> str:
-    """SHA-256 of a file; large files are hashed once, and the hash is cached by path, size and time of change.
+    """SHA-256 of a file; large ones are hashed once.
 
     The hub's cache names large files by their SHA-256, so they need no hashing.
     """
     real = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
-    status = real.stat()
-    if status.st_size < 2**26:
+    if real.stat().st_size < 2**26:
         return file_digest(real)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imagen-precompute"
-    key = digest([str(real), status.st_size, status.st_mtime_ns])
-    entry = cache / f"{key}.json"
-    with suppress(OSError, ValueError, KeyError):  # the cache is optional: the file is hashed again
-        return json.loads(entry.read_text(encoding="utf-8"))["sha256"]
-    value = file_digest(real)
-    try:
-        write_json(entry, {"path": str(real), "sha256": value})
-    except OSError as error:
-        log.warning("%s: cannot be written (%s), so the model is hashed at every start", cache, error.strerror)
-    return value
+    return remembered_digest([real], lambda: file_digest(real))

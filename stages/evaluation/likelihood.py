@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
 from pipeline.job import Job
 from pipeline.storage.files import write_text
-from stages.checkpoints.load import load_checkpoint_from
+from stages.checkpoints.load import comparable_origin, load_checkpoint_from, origin
 from stages.device import choose_device
 from stages.encoders.identity import record_changes
 
@@ -110,6 +110,7 @@ def _measure(config: LikelihoodConfig, job: Job, root: Path) -> Mapping[str, obj
             result = _measure_batch(
                 config, loaded, store, range(start, min(start + config.batch_size, end)), sigmas, job
             )
+            job.check()
             write_text(path, sealed(result).decode())
         results.append(result)
     return {"steps": len(sigmas) - 1, "device": str(device), **_means(results)}
@@ -266,7 +267,7 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
     """Refuses a folder with measurements of other settings; with --restart removes them."""
     record = {
         "settings": config.model_dump(mode="json", exclude=_CHANGES_NOTHING),
-        "checkpoint": {"step": loaded.step, "weights": loaded.weights, "sha256": loaded.sha256},
+        "checkpoint": origin(loaded),
         "store": {"sha256": store.manifest.sha256, "removals": store.manifest.num_removals},
     }
     path = root / "likelihood.json"
@@ -281,12 +282,16 @@ def _check_folder(config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store
         for batch in measured:
             batch.unlink()
     write_text(path, sealed(record).decode())
+    if changes:
+        job.send()  # so that no measurement of other settings is taken for one of these
 
 
 def _changes(path: Path, record: dict[str, Any]) -> list[str]:
     """What differs from the record of the measurements that are there."""
     try:
-        return differences(read_sealed(path), record)
+        previous = read_sealed(path)
+        checkpoint = comparable_origin(record["checkpoint"], previous.get("checkpoint"))
+        return differences(previous, {**record, "checkpoint": checkpoint})
     except FileNotFoundError:
         return [f"{path.name} is missing, so nothing says what they are of"]
     except DamagedFileError as error:

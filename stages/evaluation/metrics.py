@@ -4,8 +4,12 @@ from collections.abc import Mapping
 
 from imagen_core.evaluation import clip_score, frechet_distance, inception_score, kernel_distance, precision_recall
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import differences
 from stages.evaluation.config import EvaluateConfig
 from stages.evaluation.features.gather import FeatureSet
+
+_NAMES = ("model", "revision")
+"""What a model is called; its weights and settings have fields of their own."""
 
 
 def compute_metrics(
@@ -16,12 +20,8 @@ def compute_metrics(
     Raises:
         ConfigError: features that do not fit together, or no metric can be computed.
     """
-    labels = set() if reference is None else {generated.label, reference.label} - {None}
-    if len(labels) > 1:
-        raise ConfigError(
-            f"features of different models: {' and '.join(sorted(map(str, labels)))}; take generated and reference "
-            "from one"
-        )
+    if reference is not None:
+        _check_same_model(generated, reference)
     try:
         row = {**_distances(generated, reference, config), **_scores(generated, config)}
     except ValueError as error:
@@ -32,6 +32,25 @@ def compute_metrics(
             "lpips, or logits (Inception score)"
         )
     return {**row, **generated.counts}
+
+
+def _check_same_model(generated: FeatureSet, reference: FeatureSet) -> None:
+    """Raises ConfigError if the features are known to be of different models, or of other settings of one."""
+    labels = {generated.label, reference.label} - {None}
+    if len(labels) > 1:
+        raise ConfigError(
+            f"features of different models: {' and '.join(sorted(map(str, labels)))}; take generated and reference "
+            "from one"
+        )
+    if generated.model is None or reference.model is None:
+        return
+    models = (reference.model, generated.model)
+    mine, other = ({k: v for k, v in model.items() if k not in _NAMES} for model in models)
+    if changes := differences(mine, other):
+        raise ConfigError(
+            f"features of one model with different settings, in reference -> in generated: {'; '.join(changes[:5])}; "
+            "extract both with the same"
+        )
 
 
 def _distances(generated: FeatureSet, reference: FeatureSet | None, config: EvaluateConfig) -> dict[str, object]:

@@ -1,29 +1,23 @@
 """Evaluates images: samples them first if the configuration says so, with one guidance weight or several."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from imagen_core.cascade import Cascade
 from pipeline.errors import ConfigError
 from pipeline.job import Job
+from stages.evaluation.checks import Opened, check_models, check_sets, expected_images, opened
 from stages.evaluation.config import EvaluateConfig
-from stages.evaluation.features.gather import FeatureCache, FeatureSet, gather, read_set
-from stages.evaluation.features.image_sets import (
-    AnyImageSet,
-    FeatureFiles,
-    ImageSet,
-    image_files,
-    image_samples,
-)
+from stages.evaluation.features.gather import FeatureCache, FeatureSet, gather
+from stages.evaluation.features.image_sets import ImageSet, image_files, image_samples
 from stages.evaluation.metrics import compute_metrics
 from stages.evaluation.report import write_report
 from stages.sampling.caption_sets import StoreCaptions
 from stages.sampling.config import SampleConfig, SampleStageConfig
 from stages.sampling.outputs import ImageFolder
 from stages.sampling.requests import ImageRequest, process_share
-from stages.sampling.run import prepare, sample_into
+from stages.sampling.run import claim_folder, prepare, sample_into
 
 _SWEPT = frozenset({"text", "labels", "image_embed"})
 
@@ -44,57 +38,53 @@ def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
         return _evaluate(config, job, root)
 
 
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """Images to evaluate, by name, and the images that LPIPS compares each of them with."""
-
-    sets: Mapping[str, AnyImageSet | ImageSet]
-    originals: ImageSet | None
-
-
 def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, object]:
-    fingerprints = _fingerprints(config)  # a missing model is found before any image is generated
+    computes = config.sample is None or _computes_metrics(config.sample)
+    fingerprints = check_models(config)
+    reference = None if config.reference is None or not computes else opened("reference", config.reference)
     summary: dict[str, object] = {}
     if config.sample is not None:
-        if config.clip is not None:
-            config.clip.check_captions()
-        folders, summary = _sample(config, config.sample, job, root)
-        if summary["missing"] or job.should_stop() or not _computes_metrics(config.sample):
+        sets, originals, summary = _sample(config, config.sample, job, root, reference)
+        if summary["missing"] or job.should_stop() or not computes:
             return summary
-        compared = _compared_folders(folders, config, config.sample)
     else:
         assert config.generated is not None
-        originals = None if config.lpips is None else _opened("reference", config.reference)
-        compared = _Compared({"generated": config.generated}, originals)
+        sets = {"generated": opened("generated", config.generated)}
+        originals = reference if config.lpips is not None and isinstance(reference, ImageSet) else None
+        check_sets(config, sets, reference, originals)
     cache = FeatureCache(root / "features")
-    reference = None if config.reference is None else _feature_set("reference", config.reference, config, cache)
+    compared = None if reference is None else _features("reference", reference, config, cache)
     rows: list[Mapping[str, object]] = []
     features = None
-    for number, (name, images) in enumerate(compared.sets.items()):
+    for number, (name, images) in enumerate(sets.items()):
         if job.should_stop():
             return summary
         job.lines.show(f"{name}: features")
-        features = _feature_set(name, images, config, cache, compared.originals)
+        features = _features(name, images, config, cache, originals)
         weight = {"guidance": config.guidance[number]} if config.guidance else {}
-        rows.append({"name": name, **weight, **compute_metrics(features, reference, config)})
-    label = next((s.label for s in (features, reference) if s is not None and s.label is not None), None)
+        rows.append({"name": name, **weight, **compute_metrics(features, compared, config)})
+    label = next((s.label for s in (features, compared) if s is not None and s.label is not None), None)
     clip = None if config.clip is None else config.clip.label
+    job.check()
     results = {"features_model": label, "clip_model": clip, "fingerprints": fingerprints, "rows": rows}
     return {**summary, **results, "files": write_report(root, results)}
 
 
 def _sample(
-    config: EvaluateConfig, sample: SampleConfig, job: Job, root: Path
-) -> tuple[dict[str, ImageFolder], dict[str, object]]:
+    config: EvaluateConfig, sample: SampleConfig, job: Job, root: Path, reference: Opened | None
+) -> tuple[Mapping[str, Opened], ImageSet | None, dict[str, object]]:
     """Samples into a folder per guidance weight, or into one; checkpoints are loaded and prompts encoded once.
 
+    All folders, and whether the metrics can be computed, are checked before the first image.
+
     Returns:
-        The folders by name, and the summary.
+        The images by name, if none is missing; what LPIPS compares them with; and the summary.
     """
     requests, session = prepare(sample)
     sizes = sample.output.written_px(session.cascade.sizes_px)
     if config.size_px not in (None, *sizes):
         raise ConfigError(f"size_px: no images of {config.size_px} px are generated; the stages generate {sizes}")
+    size = config.size_px or sizes[-1]
     settings = {"generated": sample}
     if config.guidance:
         settings = {
@@ -103,13 +93,21 @@ def _sample(
             )
             for weight in config.guidance
         }
+    originals = None
+    if config.lpips is not None:
+        assert isinstance(sample.captions, StoreCaptions)
+        originals = _originals(sample.captions, requests, size)
+    check_sets(config, dict.fromkeys(settings, expected_images(requests, size)), reference, originals)
     folders = {name: ImageFolder(root / name, requests, sizes) for name in settings}
+    for name, each in settings.items():
+        claim_folder(folders[name], each, session.with_stages(each.stages), job, name)
     summaries = {
         name: sample_into(folders[name], each, session.with_stages(each.stages), job, name)
         for name, each in settings.items()
     }
     missing = sum(len(folder.missing()) for folder in folders.values())
-    return folders, {"sampled": summaries, "missing": missing}
+    sets = {} if missing else {name: _generated_images(folder, size) for name, folder in folders.items()}
+    return sets, originals, {"sampled": summaries, "missing": missing}
 
 
 def with_guidance(
@@ -137,18 +135,6 @@ def _computes_metrics(sample: SampleConfig) -> bool:
     return sample.part is not None or process_share(sample.part)[0] == 0
 
 
-def _compared_folders(folders: Mapping[str, ImageFolder], config: EvaluateConfig, sample: SampleConfig) -> _Compared:
-    """The images of the folders, and for LPIPS the store's images of their captions."""
-    first = next(iter(folders.values()))
-    size = config.size_px or first.sizes_px[-1]
-    sets = {name: _generated_images(folder, size) for name, folder in folders.items()}
-    originals = None
-    if config.lpips is not None:
-        assert isinstance(sample.captions, StoreCaptions)
-        originals = _originals(sample.captions, first.requests, size)
-    return _Compared(sets, originals)
-
-
 def _generated_images(folder: ImageFolder, size_px: int) -> ImageSet:
     files = [folder.path(request, size_px) for request in folder.requests]
     return image_files(files, lambda: [request.prompt for request in folder.requests])
@@ -161,34 +147,10 @@ def _originals(captions: StoreCaptions, requests: Sequence[ImageRequest], size_p
     return image_samples(captions.store, captions.path, size_px, samples, "sample.captions")
 
 
-def _opened(name: str, images: AnyImageSet | ImageSet | None) -> ImageSet | None:
-    if images is None or isinstance(images, FeatureFiles):
-        return None
-    return images if isinstance(images, ImageSet) else images.open(name)
-
-
-def _feature_set(
-    name: str,
-    images: AnyImageSet | ImageSet,
-    config: EvaluateConfig,
-    cache: FeatureCache,
-    originals: ImageSet | None = None,
+def _features(
+    name: str, images: Opened, config: EvaluateConfig, cache: FeatureCache, originals: ImageSet | None = None
 ) -> FeatureSet:
-    if isinstance(images, FeatureFiles):
-        return read_set(images, name)
-    opened = _opened(name, images)
-    assert opened is not None
-    if originals is not None and originals.count != opened.count:
-        raise ConfigError(
-            f"lpips: {opened.count} images in {name} and {originals.count} to compare them with; give as many"
-        )
+    if isinstance(images, FeatureSet):
+        return images
     clip = None if name == "reference" else config.clip
-    return gather(name, opened, config.features, clip, cache, lpips=config.lpips, originals=originals)
-
-
-def _fingerprints(config: EvaluateConfig) -> dict[str, object]:
-    return {
-        name: dict(model.fingerprint())
-        for name, model in (("features", config.features), ("clip", config.clip), ("lpips", config.lpips))
-        if model is not None
-    }
+    return gather(name, images, config.features, clip, cache, lpips=config.lpips, originals=originals)

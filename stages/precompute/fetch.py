@@ -12,7 +12,7 @@ from stages.captions import is_valid_text
 from stages.precompute.originals import OriginalsWriter
 from stages.sources.annotations import check_annotations
 from stages.sources.base import Original, Source
-from stages.stores import run_removals
+from stages.stores import known_removals
 
 ORIGINALS = "originals"
 SAMPLES = "samples"
@@ -44,7 +44,7 @@ class FetchStage(Stage):
 
     def process(self, task: Task) -> None:
         wanted = _wanted_keys(task)
-        removals = run_removals(task.run)
+        removals = known_removals(task.run)
         blocklist = Blocklist(removals)
         counts = {"fetched": 0, "bytes": 0, "unusable": 0}
         scratch = task.run.storage.new_folder()

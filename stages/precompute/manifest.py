@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import imagen_core.store as store_format
-from pipeline.engine.ledger import read_group_fingerprint
+from pipeline.engine.ledger import damaged_fingerprint, read_group_fingerprint
 from pipeline.engine.retries import retry_origins
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
@@ -52,11 +52,19 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
 
 
 def run_group(run: RunFolder, name: str) -> dict[str, object]:
-    """The configuration a group was made with."""
+    """The configuration a group was made with.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
     fingerprint = read_group_fingerprint(run, name)
     assert fingerprint is not None, name
     config = fingerprint["config"]
     assert isinstance(config, dict)
+    try:
+        store_format.parse_group(name, config)
+    except ValueError as error:
+        raise damaged_fingerprint(run, name, error) from error
     return config
 
 

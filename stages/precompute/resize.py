@@ -33,7 +33,7 @@ from stages.filters.size import MaxPixels, TooSmall
 from stages.images import ImageRejected, RejectReason, center_square, decode_rgb, pyramid
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
 from stages.precompute.originals import OriginalsReader, StoredOriginal
-from stages.stores import run_removals
+from stages.stores import known_removals
 
 
 class ImagesConfig(Config):
@@ -142,8 +142,8 @@ class ResizeStage(Stage):
 
         Rows that were removed from the store since they were fetched are no samples.
         """
-        record = task.run.read_record(ORIGINALS, task.shard.name)
-        removals = run_removals(task.run)
+        record = task.record(ORIGINALS)
+        removals = known_removals(task.run)
         later = removals[record.info.get(NUM_REMOVALS, 0) if record else 0 :]
         blocklist = Blocklist(later)
         samples: list[SampleRow] = []

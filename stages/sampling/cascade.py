@@ -7,7 +7,7 @@ from typing import Any
 from imagen_core.cascade import Cascade, CascadeStage
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
-from stages.checkpoints.load import load_checkpoint_from
+from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import record_changes
 from stages.sampling.config import SampleStageConfig
 
@@ -22,7 +22,7 @@ class LoadedCascade:
     @property
     def origins(self) -> list[dict[str, object]]:
         """Which checkpoint each stage is from."""
-        return [{"step": c.step, "weights": c.weights, "sha256": c.sha256} for c in self.checkpoints]
+        return [origin(checkpoint) for checkpoint in self.checkpoints]
 
 
 def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None) -> LoadedCascade:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from imagen_core.sealed import DamagedFileError, read_sealed, sealed
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
 from pipeline.storage.files import file_digest, write_text
+from stages.checkpoints.load import comparable_origin
 from stages.images import read_image
+from stages.places import local_file
 from stages.sampling.config import InpaintConfig
 from stages.sampling.requests import ImageRequest
 from stages.sampling.session import SamplingSession
@@ -122,6 +125,9 @@ def _changes(path: Path, record: Mapping[str, Any]) -> list[str]:
     """What differs from the record of the images that are there."""
     try:
         previous = read_sealed(path)
+        if "stages" in record:
+            pairs = zip_longest(record["stages"], previous.get("stages", ()))
+            record = {**record, "stages": [comparable_origin(*pair) for pair in pairs]}
         return differences(_by_file(previous), _by_file(record))
     except FileNotFoundError:
         return [f"{path.name} is missing, so nothing says how they were made"]
@@ -151,8 +157,8 @@ def _digests(requests: Sequence[ImageRequest], inpaint: InpaintConfig | None) ->
     if inpaint is not None:
         paths |= {inpaint.image, inpaint.mask}
     try:
-        return {path: file_digest(Path(path)) for path in sorted(paths)}
+        return {path: file_digest(local_file(path)) for path in sorted(paths)}
     except OSError as error:
         raise ConfigError(
-            f"{error.filename}: cannot be read as an image ({error.strerror}); check the path"
+            f"{error.filename or error}: cannot be read as an image ({error.strerror}); check the path"
         ) from error

@@ -13,7 +13,7 @@ from imagen_core.prior import generate_embeddings
 from imagen_core.store import Store
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
-from stages.checkpoints.load import load_checkpoint_from
+from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import identity_changes
 from stages.sampling.config import SamplePriorConfig
 from stages.sampling.requests import ImageRequest
@@ -57,7 +57,7 @@ class PriorSampler:
     @property
     def origin(self) -> dict[str, object]:
         """Which checkpoint it is from."""
-        return {"step": self._loaded.step, "weights": self._loaded.weights, "sha256": self._loaded.sha256}
+        return origin(self._loaded)
 
     def check_decoder(self, trained_on: Mapping[str, Any] | None) -> None:
         """Refuses a decoder that was trained on other embeddings than this prior generates.

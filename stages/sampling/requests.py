@@ -3,13 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from imagen_core.cascade import Cascade
 from imagen_core.models.conditioning.characters import character_ids
 from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
 from stages.lines import split_lines
+from stages.places import read_place
 from stages.sampling.caption_sets import Caption
 from stages.sampling.config import PartConfig, RequestConfig
 
@@ -158,7 +158,7 @@ def _prompts(config: RequestConfig) -> list[Caption]:
     if config.prompts_file is None:
         return [Caption(prompt) for prompt in config.prompts]
     try:
-        lines = split_lines(Path(config.prompts_file).read_bytes(), errors="strict")
+        lines = split_lines(read_place(config.prompts_file), errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"prompts_file {config.prompts_file}: cannot be read ({error}); give a UTF-8 text file"

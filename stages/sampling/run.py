@@ -6,6 +6,7 @@ import torch
 
 from imagen_core.images import to_pixels
 from pipeline.job import Job
+from stages.images.files import check_images
 from stages.sampling.caption_sets import store_of
 from stages.sampling.config import SampleConfig
 from stages.sampling.inputs import read_inpaint
@@ -45,7 +46,26 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
         device=config.device,
     )
     check_requests(requests, session.cascade)
+    check_images(dict.fromkeys(path for each in requests for path in (each.low_res, each.init_image) if path))
+    if config.inpaint is not None:
+        read_inpaint(config.inpaint)
     return requests, session
+
+
+def claim_folder(
+    folder: ImageFolder, config: SampleConfig, session: SamplingSession, job: Job, name: str = ""
+) -> None:
+    """Records what the folder's images are made of, before the first one; the same again changes nothing.
+
+    Raises:
+        ConfigError: an image to read is missing.
+        StaleOutputError: the folder holds images of other settings.
+    """
+    record = sampling_record(config.recorded(), session, folder.requests, config.inpaint)
+    url = f"{job.run.url}/{name}".rstrip("/")
+    folder.claim(record, url, restart=job.options.restart, alone=process_share(config.part)[1] == 1)
+    if job.options.restart:
+        job.send()  # so that no image of other settings is taken for one of these
 
 
 def sample_into(
@@ -63,9 +83,8 @@ def sample_into(
         StaleOutputError: the folder holds images of other settings.
     """
     share, num_shares = process_share(config.part)
-    record = sampling_record(config.recorded(), session, folder.requests, config.inpaint)
+    claim_folder(folder, config, session, job, name)
     url = f"{job.run.url}/{name}".rstrip("/")
-    folder.claim(record, url, restart=job.options.restart, alone=num_shares == 1)
     if config.output.text:
         folder.write_texts(folder.requests[share::num_shares])
     if damaged := folder.remove_damaged(folder.requests[share::num_shares]):
@@ -74,6 +93,7 @@ def sample_into(
     times = _generate(todo, folder, config, session, job, f"{name}: " if name else "")
     num_missing = len(folder.missing())
     if not num_missing:
+        job.check()
         folder.write_grid()
     return {
         "images": len(folder.requests),
@@ -116,5 +136,6 @@ def _generate(
         if image_embed is not None:
             times.done("prior")
         images = session.generate(batch, text, image_embed, strength=strength, inpaint=inpaint, on_step=on_step)
+        job.check()
         folder.write_images(batch, {size: to_pixels(images[size]) for size in folder.sizes_px})
     return times

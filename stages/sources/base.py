@@ -24,6 +24,8 @@ from stages.sources.records.far import reaching
 
 PAYLOAD = "payload"
 _DROP = "drop"
+COPY = "\0copy"
+"""Behind a file's name in `Shard.files`: the path of a copy on the driver's machine."""
 MAX_FILE_BYTES = 2**30
 """Of a file of a sample whose size is known before it is read; larger ones are the drop `too_large`."""
 
@@ -159,6 +161,8 @@ class InputPart:
     """Rows of the same table that belong to earlier parts."""
     rows: int | None = None
     """How many rows; None: all rows of the file."""
+    copy: str = ""
+    """Path of a copy of the file on the driver's machine, if there is one."""
     batch: int = 0
     """Parts that were found by the same run; no shard has rows of two batches."""
 
@@ -198,6 +202,13 @@ class Source(ABC):
         """True if the parts are tables to which rows may be appended."""
         return False
 
+    def resume(self, begun_with: InputPart | None) -> None:  # noqa: B027
+        """Takes what the run folder has of the input, before `check`.
+
+        Args:
+            begun_with: the first part that the run's first start recorded; None at its first start.
+        """
+
     @abstractmethod
     def check(self) -> None:
         """Opens the source far enough to refuse what cannot work.
@@ -213,6 +224,9 @@ class Source(ABC):
     @abstractmethod
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         """Streams the rows of `parts`, each with its part. Row numbers in keys count over all parts."""
+
+    def begin_run(self) -> None:  # noqa: B027
+        """Called by the driver of a run before it reads rows: they will be fetched too, which a plan does not."""
 
     def count_rows(self, path: str) -> int:
         """How many rows a table has now; only of a source that `grows`."""
@@ -305,6 +319,7 @@ def _split_into_shards(
     for _, batch in groupby(rows, key=lambda found: found[0].batch):
         while shard_rows := list(islice(batch, shard_size)):
             files = {part.name: part.path for part, _ in shard_rows if part.name}
+            files.update({part.name + COPY: part.copy for part, _ in shard_rows if part.copy})
             yield Shard(index, [row.to_json(layout) for _, row in shard_rows], len(shard_rows), files)
             index += 1
 

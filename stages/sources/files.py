@@ -11,6 +11,9 @@ from typing import Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from imagen_core.far import is_far
+from imagen_core.far import open_filesystem as open_far
+from imagen_core.far.listing import PatientFileSystem
 from pipeline.errors import ConfigError, MachineError
 from pipeline.stage import Shard
 from stages.sources.base import InputPart
@@ -142,18 +145,19 @@ def base_folder(path: str) -> str:
 
 
 def open_filesystem(path: str, field: str) -> tuple[Any, str]:
-    """The file system behind a path or URL, and the path there.
+    """The file system behind a path or URL, and the path there; a far one is patient, see `PatientFileSystem`.
 
     Raises:
         ConfigError: the URL's protocol is unknown.
         MachineError: it needs a package.
     """
     try:
-        return fsspec.core.url_to_fs(path)
+        filesystem, plain = open_far(path) if is_far(path) else fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise MachineError(f"{field}: {path} cannot be opened: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{field}: {path} cannot be opened: {error}") from error
+    return (PatientFileSystem(filesystem) if is_far(path) else filesystem), plain
 
 
 def named_parts(files: Mapping[str, int | None], taken: Set[str] = frozenset()) -> list[InputPart]:

@@ -22,6 +22,7 @@ from stages.sources.tree import encoded
 
 _FOLDER = "input"
 _LISTED = 3
+_RESTORE = "restore it from a copy: it has the input of this run's shards"
 
 
 class InputBatches:
@@ -41,6 +42,9 @@ class InputBatches:
         if self._lost:
             raise self._refusal()
         return self.source.shards(self.shard_size, self._parts())
+
+    def begin_run(self) -> None:
+        self.source.begin_run()
 
     def has_new_input(self) -> bool:
         return self._new_parts().stat().st_size > 0
@@ -102,12 +106,11 @@ class InputBatches:
         Raises:
             ConfigError: the list is damaged.
         """
-        remedy = "restore it from a copy: it has the input of this run's shards"
-        for number, entry in enumerate(self.run.storage.read_json_lines(file, remedy), start=1):
+        for number, entry in enumerate(self.run.storage.read_json_lines(file, _RESTORE), start=1):
             try:
                 yield InputPart(**entry, batch=batch)
             except TypeError as error:
-                raise damaged(f"{self.run.url}/{file} entry {number}", error, remedy) from error
+                raise damaged(f"{self.run.url}/{file} entry {number}", error, _RESTORE) from error
 
     def _parts(self) -> Iterator[InputPart]:
         yield from self._recorded()
@@ -122,6 +125,14 @@ class InputBatches:
             + "\n  ".join(self._lost)
             + "\nRestore it, choose another --out, or rebuild what changed with --restart."
         )
+
+
+def first_part(run: RunFolder) -> InputPart | None:
+    """The first part that a run's first start recorded; None if there is none."""
+    files = _batch_files(run)
+    entries = run.storage.read_json_lines(files[0], _RESTORE) if files else iter(())
+    entry = next(iter(entries), None)
+    return None if entry is None else InputPart(entry["path"], name=entry.get("name", ""))
 
 
 class _KnownParts:

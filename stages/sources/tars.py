@@ -2,19 +2,24 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import Field, model_validator
 
+from imagen_core.far.ranges import has_ranges
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
+from pipeline.storage import parallel_map
 from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.arrays.folders import ArrayFolder, no_array
 from stages.sources.arrays.tars import ArrayConfig, read_member, row_of_key
 from stages.sources.base import (
+    COPY,
     MAX_FILE_BYTES,
     Emit,
     InputPart,
@@ -29,8 +34,11 @@ from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of
 from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice
 from stages.sources.tarfiles.index import Members, TarIndex
+from stages.sources.tarfiles.near import NearTars
 from stages.sources.tarfiles.opening import OpenTars, Span, read_span
 
+_AT_ONCE = 16
+"""Tars of an object store, or parts of a shard, that are read at the same time where little of each is read."""
 _LABEL = "cls"
 _DROP = "drop"
 """In place of members: reason and detail of a row that is dropped unread."""
@@ -117,6 +125,7 @@ class WebdatasetSource(Source):
         self.config = config
         self.path = require_path(config.path, "webdataset")
         self._choice = config.choice
+        self._near = NearTars()
         self.folders = {
             name: ArrayFolder(name, array.folder) for name, array in config.arrays.items() if array.folder is not None
         }
@@ -145,7 +154,10 @@ class WebdatasetSource(Source):
         )
 
     def _index(self, part: InputPart) -> TarIndex:
-        return TarIndex(f"{self.folder}/{part.path}", self.config.split_name)
+        return TarIndex(f"{self.folder}/{part.path}", self.config.split_name, part.copy)
+
+    def begin_run(self) -> None:
+        self._near.begin()
 
     def parts(self) -> Iterator[InputPart]:
         if self.config.file_list is not None:
@@ -160,9 +172,8 @@ class WebdatasetSource(Source):
     def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         self.ignored_members.clear()
         self.unread_bytes = 0
-        for part in parts:
-            index = self._index(part)
-            samples: Iterable[tuple[str, Members]] = index.samples()
+        for part, index, found in self._indexed(parts):
+            samples: Iterable[tuple[str, Members]] = found
             places: dict[str, tuple[Sequence[int], str]] = {}
             if self.folders:  # all of a tar must fit its arrays before any of it is used
                 samples = list(samples)
@@ -179,6 +190,27 @@ class WebdatasetSource(Source):
                 yield part, SourceRow(part.path, part.name, payload=payload)
             self.ignored_members.update(index.ignored)
             self.unread_bytes += index.unread_bytes
+
+    def _indexed(
+        self, parts: Iterable[InputPart]
+    ) -> Iterator[tuple[InputPart, TarIndex, Iterator[tuple[str, Members]]]]:
+        """The tars with their samples; those of an object store that are not copied are indexed several at once, as
+        each header is a request."""
+
+        def indexed(part: InputPart) -> tuple[InputPart, TarIndex, Iterator[tuple[str, Members]]]:
+            copy = self._near.copied(f"{self.folder}/{part.path}", part.bytes)
+            near = part if copy is None else replace(part, copy=str(copy))
+            index = self._index(near)
+            return near, index, index.samples()
+
+        def ahead(part: InputPart) -> tuple[InputPart, TarIndex, Iterator[tuple[str, Members]]]:
+            near, index, samples = indexed(part)
+            return near, index, chain(list(islice(samples, 1)), samples)  # the first comes when all headers were read
+
+        if self._near.is_active or not has_ranges(self.path):
+            yield from map(indexed, parts)
+        else:
+            yield from parallel_map(ahead, parts, _AT_ONCE)
 
     def _chosen(self, members: Members) -> dict[str, Any]:
         """The members of a sample by what they are; or why it is dropped."""
@@ -201,24 +233,50 @@ class WebdatasetSource(Source):
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
-        with self._open_tars(shard) as tars:
+        spans = ((row.name, span) for row in rows for span in self._wanted(row).values())
+        with self._open_tars(shard, spans) as tars:
             for row in rows:
                 drop = row.payload[0].get(_DROP)
                 emit(self._read(tars.open(row.name), row) if drop is None else Original.dropped(row, *drop))
 
-    def _open_tars(self, shard: Shard) -> OpenTars:
-        return OpenTars(lambda name: path_of(shard, name, self.folder, self.parts))
+    def _open_tars(self, shard: Shard, spans: Iterable[tuple[str, Span]] = ()) -> OpenTars:
+        copies = {name.removesuffix(COPY): path for name, path in shard.files.items() if name.endswith(COPY)}
+        return OpenTars(lambda name: path_of(shard, name, self.folder, self.parts), spans, copies)
 
-    def _read(self, file: BinaryIO, row: SourceRow) -> Original:
+    def _wanted(self, row: SourceRow) -> dict[str, Span]:
+        """The members of a row that are read, with their places."""
+        members: dict[str, Any] = row.payload[0]
+        return {} if _DROP in members else {kind: members[kind] for kind in CONTENT if kind in members}
+
+    def captions(self, shard: Shard) -> list[tuple[str, ...]]:
+        """Reads the members with text only, of an object store several at once."""
+        rows = [row for row in self.rows_of(shard) if not row.is_duplicate and row.drop is None]
+        at_once = _AT_ONCE if has_ranges(self.path) else 1
+
+        def read(rows: list[SourceRow]) -> list[tuple[str, ...]]:
+            with self._open_tars(shard) as tars:
+                return [self._caption(tars, row) for row in rows]
+
+        size = max(1, -(-len(rows) // at_once))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [captions for found in parallel_map(read, parts, at_once) for captions in found]
+
+    def _caption(self, tars: OpenTars, row: SourceRow) -> tuple[str, ...]:
+        if _DROP in row.payload[0]:
+            return ()
+        return self._read(tars.open(row.name), row, image=False).cleaned().captions or ()
+
+    def _read(self, file: BinaryIO, row: SourceRow, *, image: bool = True) -> Original:
+        """A row as it is fetched; without `image` all but the image's bytes."""
         members: dict[str, Span] = row.payload[0]
         if "image" not in members:
             return Original.dropped(row, "no_image", f"members: {', '.join(sorted(members))}")
-        wanted = {kind: span for kind, span in members.items() if kind in CONTENT}
+        wanted = self._wanted(row)
         largest = max(size for _, size in wanted.values())
         if largest > MAX_FILE_BYTES:
             return Original.dropped(row, "too_large", f"a member of {largest:,} bytes, over {MAX_FILE_BYTES:,}")
-        content = {kind: read_span(file, span) for kind, span in wanted.items()}
-        if any(len(content[kind]) < size for kind, (_, size) in wanted.items()):
+        content = {kind: read_span(file, span) for kind, span in wanted.items() if image or kind != "image"}
+        if any(len(data) < wanted[kind][1] for kind, data in content.items()):
             return Original.dropped(row, "truncated", "the tar ends inside this sample")
         label = {_LABEL: content.get("cls", b"").decode("ascii", "replace")}
         described = _json_object(content.get("json"))
@@ -235,7 +293,7 @@ class WebdatasetSource(Source):
             row.key,
             url,
             captions,
-            content["image"],
+            content.get("image", b""),
             annotations=annotations,
             orientation=orientation_in(metadata.get(self.config.exif_column or "")),
         )
@@ -264,7 +322,10 @@ class WebdatasetSource(Source):
 
     def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
         array, rows = self.config.arrays[name], self.rows_of(shard)
-        with self._open_tars(shard) as tars:
+        member = (array.member or "").lower()
+        found = (rows[position] for position in positions)
+        spans = ((row.name, row.payload[0][member]) for row in found if member in row.payload[0])
+        with self._open_tars(shard, spans) as tars:
             for row in (rows[position] for position in positions):
                 if array.folder is not None:
                     index, _ = row.payload[1][name]

@@ -6,7 +6,7 @@ one, and the same command again does the rest.
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,10 +74,14 @@ class Compacted:
     """Input rows of the removed samples, earlier tries included, by shard index."""
 
 
-def compact(store: Path, run: RunFolder | None, grace_s: float | None = None) -> Compacted:
+def compact(
+    store: Path, run: RunFolder | None, grace_s: float | None = None, check: Callable[[], None] = lambda: None
+) -> Compacted:
     """Erases all removed samples; the caller holds the lock of the run, or of the store.
 
     Args:
+        check: called before each shard, before the switch to the new files, and before old ones are deleted; raises
+            LockedError if the lock was lost.
         grace_s: seconds between the switch to the new files and the deletion of the old ones. Readers look for new
             files once a minute. None: 120 on a network file system, where a file that is deleted ends those who read
             it; 0 elsewhere, where it can be read until it is closed.
@@ -94,8 +98,10 @@ def compact(store: Path, run: RunFolder | None, grace_s: float | None = None) ->
     files: _StoreFiles = _StoreFiles(folder) if run is None else _RunFiles(run)
     result, new_files = Compacted(), {}
     for shard, revision in sorted(_last_removals(removals).items()):
+        check()
         for name, entry in _erase_shard(folder, files, shard, revision, removals, result).items():
             new_files[shard, name] = entry
+    check()
     if run is not None:
         _add_earlier_tries(run, result.removed_inputs)
         _compact_originals(run, blocklist, len(removals), result)
@@ -108,6 +114,7 @@ def compact(store: Path, run: RunFolder | None, grace_s: float | None = None) ->
     replaced = [other for (shard, _), entry in new_files.items() for other in _others(store / entry.path, shard)]
     if replaced:
         time.sleep(_default_grace_s(store) if grace_s is None else grace_s)
+    check()
     for other in replaced:
         _delete(other)
     return result

@@ -26,7 +26,7 @@ from imagen_core.store import (
     value_digest,
 )
 from pipeline.commands import CommandResult
-from pipeline.errors import EXIT_OK, ConfigError, LockedError
+from pipeline.errors import EXIT_OK, ConfigError, LockedError, LostFileError
 from pipeline.storage.lock import LEASE, describe
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
@@ -77,7 +77,8 @@ def remove_command(
     try:
         if run is None:
             read_header(folder)  # there is a store, before its lock is made
-        with _held(folder, run, dry_run=dry_run) as holder:
+        owner = run or RunFolder(folder.url)
+        with _held(owner, dry_run=dry_run) as holder:
             result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run, at_work=holder is not None)
             if holder is not None:
                 result["at_work"] = holder
@@ -86,7 +87,7 @@ def remove_command(
                 done = "the removal took effect, but its files were" if any(values.values()) else "the store was"
                 raise LockedError(f"{place}: {done} not compacted, as this is at work on it: {holder}; wait for it")
             if compact_files and not dry_run:
-                done = compact(Path(folder.path("")), run, grace_s)
+                done = compact(Path(folder.path("")), run, grace_s, owner.check)
                 result["compacted"] = {"files": done.files, "bytes_freed": done.bytes_freed}
                 lines.append(f"compacted: {done.files} files written again, {human_bytes(done.bytes_freed)} less")
     except StoreError as error:
@@ -95,9 +96,9 @@ def remove_command(
 
 
 @contextmanager
-def _held(folder: StoreFolder, run: RunFolder | None, *, dry_run: bool) -> Iterator[str | None]:
+def _held(owner: RunFolder, *, dry_run: bool) -> Iterator[str | None]:
     """Holds the run, or the store that has none, while the block runs; yields who holds it if another process does."""
-    owner, holder = run or RunFolder(folder.url), None
+    holder = None
     with ExitStack() as stack:
         if not dry_run:
             try:
@@ -158,7 +159,7 @@ def _remove(
         except RemovalRaceError:
             if tried + 1 == _MOST_TRIES:
                 raise
-        except (StoreError, FileNotFoundError):  # such as a file that a compaction has just replaced
+        except (StoreError, FileNotFoundError, LostFileError):  # such as a file that a compaction has just replaced
             if not at_work or tried >= 2:
                 raise
     raise AssertionError("the last try returns or raises")

@@ -1,11 +1,13 @@
 """Configuration of a training as a workflow: its processes, and the paths of its files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from imagen_core.train import TrainError
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -30,3 +32,13 @@ def at_url(summary: Mapping[str, Any], folder: Path, url: str) -> dict[str, Any]
     known = {name: value for name, value in summary.items() if value is not None}
     paths = {name: str(known[name]).replace(str(folder), url) for name in known if name.endswith("checkpoint")}
     return {**known, **paths}
+
+
+@contextmanager
+def errors_at_url(folder: Path, url: str) -> Iterator[None]:
+    """Messages of the trainer name the run's URL in place of the folder that it works in."""
+    try:
+        yield
+    except TrainError as error:
+        error.args = (str(error).replace(str(folder), url), *error.args[1:])
+        raise

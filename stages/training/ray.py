@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from imagen_core.far import StorageError
 from imagen_core.store import StoreError
-from imagen_core.train import TrainConfig, TrainError
-from pipeline.errors import ConfigError, PipelineError
+from imagen_core.train import TrainConfig, TrainError, TrainingStopped
+from pipeline.errors import ConfigError, PipelineError, PreemptedError
 from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
 from pipeline.storage import LocalStorage
@@ -17,8 +18,11 @@ from pipeline.storage.mirror import working_folder
 from pipeline.storage.open import open_storage
 from stages.checkpoints.load import load_checkpoint_from
 from stages.encoders.registry import AnyEncoder
-from stages.training.config import WorkersConfig, at_url
+from stages.training.config import WorkersConfig, at_url, errors_at_url
 from stages.training.online_encoder import online_encoder
+
+_OWN = (TrainError, StoreError, StorageError, PipelineError)
+"""What a worker may raise that says all by itself."""
 
 
 class RayTrainError(PipelineError):
@@ -52,6 +56,7 @@ def train_on_ray(
                 "config": config.model_dump(mode="json"),
                 "online_encoder": None if online is None else online.model_dump(mode="json"),
                 "out": job.run.url,
+                "lease": job.run.lease,
             },
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(name="train", storage_path=str(scratch)),
@@ -76,17 +81,31 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
     encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
-    rank = ray.train.get_context().get_world_rank()
-    with working_folder(open_storage(settings["out"]), sends=rank == 0) as folder:
-        summary = train(config, folder, online_encoder=encoder, load=load_checkpoint_from)
-    return at_url(summary, folder, settings["out"])
+    context = ray.train.get_context()
+    first, alone, why = context.get_world_rank() == 0, context.get_world_size() == 1, ""
+    try:
+        with working_folder(open_storage(settings["out"]), settings["lease"], sends=first, alone=alone) as working:
+
+            def should_stop() -> bool:
+                nonlocal why
+                why = working.why_stop()
+                return bool(why)
+
+            with errors_at_url(working.path, settings["out"]):
+                load, path = load_checkpoint_from, working.path
+                summary = train(config, path, None, should_stop, encoder, load, check=working.check)
+    except TrainingStopped as stopped:
+        if not why:
+            raise
+        raise PreemptedError(f"{why}; {stopped}, and sent it: run the same command again to resume") from stopped
+    return at_url(summary, working.path, settings["out"])
 
 
-def _own_error(error: BaseException) -> TrainError | StoreError | None:
+def _own_error(error: BaseException) -> BaseException | None:
     """What the trainer raised in a worker, as it would without Ray; None for everything else, such as a death."""
     failures = getattr(error, "worker_failures", {})
     raised = (getattr(failure, "_base_exc", failure) for failure in failures.values())
-    return next((found for found in raised if isinstance(found, TrainError | StoreError)), None)
+    return next((found for found in raised if isinstance(found, _OWN)), None)
 
 
 def _cause(error: BaseException) -> str:

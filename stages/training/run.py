@@ -24,7 +24,7 @@ from pipeline.job import Job
 from pipeline.units import human_seconds
 from stages.checkpoints.load import load_checkpoint_from
 from stages.encoders.registry import AnyEncoder
-from stages.training.config import TrainingFailedError, WorkersConfig, at_url
+from stages.training.config import TrainingFailedError, WorkersConfig, at_url, errors_at_url
 from stages.training.online_encoder import online_encoder
 
 
@@ -53,9 +53,16 @@ def run_training(
 
                 return train_on_ray(config, workers, job, online)
             encoder = None if online is None else online_encoder(online)
-            with job.working_folder() as folder:
+            with job.working_folder() as folder, errors_at_url(folder, job.run.url):
                 summary = train(
-                    config, folder, _shown(job), job.should_stop, encoder, load_checkpoint_from, _start_shown(job)
+                    config,
+                    folder,
+                    _shown(job),
+                    job.should_stop,
+                    encoder,
+                    load_checkpoint_from,
+                    _start_shown(job),
+                    job.check,
                 )
             return at_url(summary, folder, job.run.url)
     except TrainingStopped as stopped:

@@ -42,7 +42,7 @@ def test_a_damaged_list_of_the_input_is_refused_by_name_and_nothing_is_lost(copy
     for data, place in (
         (b"\xff\n", " line 1"),
         (b'{"path": \n', " line 1"),
-        (b'{"unknown": 1}\n', " entry 1"),
+        (b'{"unknown": 1, "path": "a"}\n', " entry 1"),
         (whole[: whole.rindex(b"\n", 0, -1) + 1], ""),
         (whole.replace(b"scenes", b"sce.es"), ""),
         (b"", ""),

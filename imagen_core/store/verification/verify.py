@@ -2,13 +2,16 @@
 
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imagen_core.files import file_digest
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.null import parse_null
@@ -76,12 +79,14 @@ def verify_store(
     images belong to their samples, and embeddings to their captions and to the encoder that the manifest
     names. The content of removed samples is not compared, as readers never see it.
     A damaged manifest is reported as the only problem, as nothing else can be checked without it.
-    Memory: one file's rows, and 8 bytes per sample for the keys.
+    Memory: one file's rows, and 8 bytes per sample for the keys. Of a remote store one shard's files are on this
+    machine's disk at a time, below TMPDIR; each is fetched once.
 
     Args:
         on_file: called with the name and size in bytes of each file after it was read.
     Raises:
         StoreError: the folder is not a store, or its run has not finished.
+        StorageError: a remote store cannot be reached, or refuses.
     """
     folder = StoreFolder(path, storage_options)
     report = VerifyReport()
@@ -97,17 +102,18 @@ def verify_store(
     except ManifestError as error:
         report.problems.append(Problem(error.file, str(error)))
     report.num_samples = manifest.num_samples
-    check = _Check(folder, manifest, report, on_file)
-    check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
-    for shard in manifest.shards():
-        check.shard(shard)
-    for group in manifest.texts.values():
-        check.null(group)
-        check.probe(group)
-    check.keys()
-    check.coverage()
-    check.removals()
-    check.strays()
+    with tempfile.TemporaryDirectory() as scratch:
+        check = _Check(folder, manifest, report, on_file, Path(scratch))
+        check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
+        for shard in manifest.shards():
+            check.shard(shard)
+        for group in manifest.texts.values():
+            check.null(group)
+            check.probe(group)
+        check.keys()
+        check.coverage()
+        check.removals()
+        check.strays()
     report.ok = not report.problems
     return report
 
@@ -133,8 +139,12 @@ class _Check:
         manifest: Manifest,
         report: VerifyReport,
         on_file: Callable[[str, int], None] | None,
+        scratch: Path,
     ) -> None:
         self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
+        self._scratch = scratch
+        self._copies: dict[str, Path] = {}
+        """Of a remote store: the files of the shard, so that each is fetched once, and what was compared is read."""
         self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
         self._coverage = Coverage(manifest)
         self._fingerprints = {
@@ -174,17 +184,39 @@ class _Check:
                     self._embeddings(entry, group, names, "rows", ignored)
             except StoreError as error:
                 self._bad(entry.path, str(error))
+        self._release()
+
+    def _release(self) -> None:
+        for copy in self._copies.values():
+            copy.unlink()
+        self._copies.clear()
 
     def _source(self, entry: FileEntry) -> Any:
-        return self._folder.source(entry.path)
+        copy = self._copies.get(entry.path)
+        return self._folder.source(entry.path) if copy is None else str(copy)
+
+    def _content(self, entry: FileEntry) -> bytes:
+        copy = self._copies.get(entry.path)
+        return self._folder.read_bytes(entry.path) if copy is None else copy.read_bytes()
+
+    def _size_and_digest(self, entry: FileEntry) -> tuple[int, str]:
+        """Raises FileNotFoundError or NotADirectoryError if there is no such file."""
+        path = Path(self._folder.path(entry.path))
+        if not self._folder.is_local:
+            path = self._scratch / f"{len(self._copies)}-{path.name}"
+            self._folder.fetch(entry, path)
+            self._copies[entry.path] = path
+        return path.stat().st_size, file_digest(path)
 
     def _bytes(self, entry: FileEntry) -> bool:
-        size = self._folder.size_bytes(entry.path)
-        if size is None:
+        try:
+            size, digest = self._size_and_digest(entry)
+        except (FileNotFoundError, NotADirectoryError):
             self._bad(entry.path, "missing")
             return False
-        with self._folder.open(entry.path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - it has readinto
+        except StoreError as error:
+            self._bad(entry.path, str(error))
+            return False
         self.count(entry.path, size)
         if size != entry.bytes:
             self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
@@ -289,8 +321,7 @@ class _Check:
         if group.null is None or not self._bytes(group.null):
             return
         try:
-            data = self._folder.read_bytes(group.null.path)
-            embedding, dtype = parse_null(data, group.null.path)
+            embedding, dtype = parse_null(self._content(group.null), group.null.path)
         except StoreError as error:
             self._bad(group.null.path, str(error))
             return
@@ -305,7 +336,7 @@ class _Check:
         if group.probe is None or not self._bytes(group.probe):
             return
         try:
-            parse_probe(self._folder.read_bytes(group.probe.path), group.probe.path)
+            parse_probe(self._content(group.probe), group.probe.path)
         except StoreError as error:
             self._bad(group.probe.path, str(error))
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,17 @@ class LoadedDenoiser:
 
 
 def write_checkpoint(
-    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    folder: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes `folder/step-STEP` from CPU tensors by file and name; atomic and durable."""
+    """Writes `folder/step-STEP` from CPU tensors by file and name; atomic and durable.
+
+    Args:
+        check: called before the checkpoint appears; what it raises leaves the folder without it.
+    """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
     make_folder(folder)
@@ -84,6 +92,7 @@ def write_checkpoint(
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         fsync_path(path)
     write_sealed(temporary / STATE, {"format": _FORMAT, "step": step, "files": entries, **state})
+    check()
     if final.exists():  # moved away as a whole: a half-removed one would look complete
         os.replace(final, folder / f".tmp-step-{step:08d}-before")
     os.replace(temporary, final)

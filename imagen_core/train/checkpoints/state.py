@@ -1,5 +1,6 @@
 """What training changes: weights, their averages, the optimizer, and the number of steps."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,14 @@ class TrainState:
         self.loss_scale: LossScale | None = None
         """Only with float16."""
 
-    def save(self, folder: Path, record: dict[str, Any], *, writes: bool) -> Path | None:
-        """Writes a checkpoint on the process that writes; all processes must call it (shards are gathered)."""
+    def save(
+        self, folder: Path, record: dict[str, Any], *, writes: bool, check: Callable[[], None] = lambda: None
+    ) -> Path | None:
+        """Writes a checkpoint on the process that writes; all processes must call it (shards are gathered).
+
+        Args:
+            check: see `write_checkpoint`.
+        """
         files: dict[str, dict[str, Tensor]] = {"model": self._gather(dict(self.model.named_parameters()), writes)}
         for rate, average in self.averages.averages.items():
             files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
@@ -47,7 +54,7 @@ class TrainState:
             "ema_updates": self.averages.updates,
             "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
         }
-        return write_checkpoint(folder, self.step, files, {**progress, **record})
+        return write_checkpoint(folder, self.step, files, {**progress, **record}, check)
 
     @torch.no_grad()
     def load(self, path: Path, saved: dict[str, Any]) -> None:

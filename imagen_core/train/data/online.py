@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from imagen_core.diffusion import PriorConfig
 from imagen_core.train.config import TrainConfig
+from imagen_core.train.errors import TrainError
 
 Encode = Callable[[Sequence[str]], Sequence[np.ndarray]]
 """Captions -> float32 (num_tokens, dim) each, in their order."""
@@ -25,6 +27,20 @@ class OnlineEncoder:
 
     record: Mapping[str, Any]
     load: Callable[[], Encode]
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises TrainError if the model does not read the captions of this encoder."""
+        name, dim, network = self.record["name"], self.record["dim"], config.denoiser.network
+        if name != config.text:
+            raise TrainError(
+                f"text is {config.text!r}, but the online encoder is named {name!r}; give both the same name"
+            )
+        if dim != network.text_dim:
+            option = f"denoiser.{'network' if isinstance(config.denoiser, PriorConfig) else 'unet'}.text_dim"
+            raise TrainError(
+                f"{option} is {network.text_dim}, but the embeddings of the online encoder are {dim} wide; "
+                f"set {option}={dim}"
+            )
 
 
 def with_text(raw: Mapping[str, Any], encode: Encode | None, config: TrainConfig) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from imagen_core.diffusion import PriorConfig
+from imagen_core.far import StorageError
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import (
     MANIFEST_NAME,
@@ -39,6 +40,8 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
     """
     try:
         store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+    except StorageError as error:
+        raise StoreLostError(str(error), again=error.passes) from error
     except OSError as error:
         raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
     for size in stored_sizes(config):
@@ -205,19 +208,19 @@ def store_lost(error: Exception | None, config: TrainConfig, step: int, world: W
 def _has_manifest(place: str) -> bool:
     try:
         return StoreFolder(place).exists(MANIFEST_NAME)
-    except OSError:
+    except (OSError, StorageError):
         return True
 
 
 def _passes(error: Exception) -> bool:
     """Whether an error may pass by itself."""
-    return isinstance(error, ConnectionError | TimeoutError)
+    return error.passes if isinstance(error, StorageError) else isinstance(error, ConnectionError | TimeoutError)
 
 
 def _words(error: Exception) -> str:
     """An error without the advice to make the store again, which a training must not give."""
     text = str(error).removesuffix(f"; {ADVICE}")
-    return text if isinstance(error, StoreError | StoreLostError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, StoreError | StoreLostError | StorageError) else f"{type(error).__name__}: {text}"
 
 
 def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str | None:

@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from importlib.metadata import version
+from typing import ClassVar, Protocol
 
 import numpy as np
+
+from pipeline.config import Config
+
+_LIBRARIES = ("torch", "transformers", "pillow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +23,7 @@ class Extracted:
 
 
 class Named(Protocol):
-    """The settings of a frozen model."""
+    """A frozen model, or the half of one that is used."""
 
     @property
     def label(self) -> str:
@@ -44,3 +49,26 @@ class FeatureModel(Named, Protocol):
             MachineError: the model cannot be read.
         """
         ...
+
+
+class FrozenConfig(Config):
+    """The settings of what features are made of. A field is part of the fingerprint, unless `inert` names it."""
+
+    inert: ClassVar[Mapping[str, str]] = {}
+    """Fields that are not in the fingerprint, and why the features do not depend on their values."""
+
+    def acting(self, *others: str) -> dict[str, object]:
+        """The values of all fields that act, without `others`, which act on something else."""
+        return self.model_dump(mode="json", exclude={*self.inert, *others})
+
+
+ROUNDING = "changes rounding alone"
+BY_CONTENT = "where the files are; their content is in the fingerprint"
+
+
+def environment() -> dict[str, str]:
+    """What the numbers of a model depend on besides its fingerprint: versions, and the kind of device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, **{library: version(library) for library in _LIBRARIES}}

@@ -1,26 +1,27 @@
 """CLIP as a feature model: features for distances, and both halves of the CLIP score."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Config
 from stages.captions import clean_caption
-from stages.encoders.base import EncoderIdentity
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageModelConfig
 from stages.encoders.encoder import load_encoder
 from stages.encoders.loading import threads_of_process
-from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.base import BY_CONTENT, ROUNDING, Extracted, FrozenConfig
 from stages.images.resample import center_square
 
 
-class ClipFeatures(Config):
+class ClipFeatures(FrozenConfig):
     """A CLIP in the format of transformers."""
+
+    inert: ClassVar[Mapping[str, str]] = {"model": BY_CONTENT, "revision": BY_CONTENT, "batch_size": ROUNDING}
 
     kind: Literal["clip"] = "clip"
     model: str
@@ -41,29 +42,28 @@ class ClipFeatures(Config):
         return f"CLIP {PurePath(self.model).name}"
 
     @cached_property
-    def identity(self) -> EncoderIdentity:
+    def identity(self) -> Mapping[str, object]:
         """Of the image half; the weights are hashed once."""
-        return self._images().identify()
+        return {**self._images().identify().fingerprint, **self.acting("max_tokens")}
 
     def fingerprint(self) -> Mapping[str, object]:
-        return self.identity.fingerprint
+        return self.identity
 
-    def check_captions(self) -> None:
-        """Raises ConfigError if captions of max_tokens are longer than the model takes."""
-        self._captions().identify()
+    @cached_property
+    def captions(self) -> "ClipCaptions":
+        """The half that reads captions, for the CLIP score.
+
+        Raises:
+            ConfigError: captions of max_tokens are longer than the model takes.
+            MachineError: the model has no tokenizer.
+        """
+        config = self._captions()
+        return ClipCaptions(self.label, config, {**config.identify().fingerprint, **self.acting("output")})
 
     def extract(self, images: Iterable[np.ndarray]) -> Extracted:
         encoder = load_encoder(self._images(), threads_of_process())
         rows = encoder.encode(center_square(pixels) for pixels in images).embeddings
         return Extracted({"features": np.concatenate(rows)})
-
-    def extract_captions(self, captions: Sequence[str]) -> Extracted:
-        config = self._captions()
-        config.identify()
-        encoded = load_encoder(config, threads_of_process()).encode([clean_caption(caption) for caption in captions])
-        return Extracted(
-            {"features": np.concatenate(encoded.embeddings)}, {"captions_truncated": encoded.num_truncated}
-        )
 
     def _captions(self) -> ClipTextConfig:
         return ClipTextConfig(
@@ -83,4 +83,28 @@ class ClipFeatures(Config):
             output=self.output,
             compute_dtype=self.compute_dtype,
             batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ClipCaptions:
+    """The half of a CLIP that reads captions."""
+
+    label: str
+    config: ClipTextConfig
+    identity: Mapping[str, object]
+
+    def fingerprint(self) -> Mapping[str, object]:
+        return self.identity
+
+    def extract(self, captions: Sequence[str]) -> Extracted:
+        """`features` float32 (n, d) of the captions, and how many were truncated.
+
+        Raises:
+            MachineError: the model cannot be read.
+        """
+        encoder = load_encoder(self.config, threads_of_process())
+        encoded = encoder.encode([clean_caption(caption) for caption in captions])
+        return Extracted(
+            {"features": np.concatenate(encoded.embeddings)}, {"captions_truncated": encoded.num_truncated}
         )

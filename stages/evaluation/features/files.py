@@ -1,6 +1,7 @@
 """Files of features: one array (n, d), in .npy or .safetensors."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from imagen_core.files import share, sort_metadata
 from imagen_core.sealed import SEAL, UNSEALED, DamagedFileError, check_tensors, seal_tensors
 from pipeline.errors import ConfigError
 from pipeline.storage.files import commit_file, temporary_name
-from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.base import Extracted, Named
+from stages.places import local_file
 from stages.sources.arrays.npy import map_file
 from stages.sources.files import Damaged
 
-_TENSOR, _LABEL, _COUNTS = "features", "label", "counts"
+_TENSOR, _LABEL, _COUNTS, _MODEL = "features", "label", "counts", "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,18 @@ class FeatureFile:
     rows: np.ndarray
     label: str | None
     """The model, if the file says it."""
+    model: Mapping[str, object] | None = None
+    """The fingerprint of the model, if the file has it."""
 
 
-def write_features(path: Path, extracted: Extracted, label: str) -> None:
+def write_features(path: Path, extracted: Extracted, model: Named) -> None:
     """Writes extracted features as .safetensors; the file appears in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     arrays = {name: np.ascontiguousarray(rows) for name, rows in extracted.arrays.items()}
     counts = json.dumps(dict(extracted.counts), sort_keys=True)
-    save_file(arrays, temporary, metadata={_LABEL: label, _COUNTS: counts, SEAL: UNSEALED})
+    fingerprint = json.dumps(dict(model.fingerprint()), sort_keys=True)
+    save_file(arrays, temporary, metadata={_LABEL: model.label, _MODEL: fingerprint, _COUNTS: counts, SEAL: UNSEALED})
     sort_metadata(temporary)
     seal_tensors(temporary)
     share(temporary)
@@ -70,6 +75,7 @@ def read_features(path: str | Path, field: str) -> FeatureFile:
     """
     file = Path(path)
     try:
+        file = local_file(str(path))
         if file.suffix == ".npy":
             found = FeatureFile(map_file(file), None)
         elif file.suffix == ".safetensors":
@@ -96,4 +102,6 @@ def _read_safetensors(file: Path, field: str) -> FeatureFile:
         name = _TENSOR if _TENSOR in names else names[0] if len(names) == 1 else None
         if name is None:
             raise ConfigError(f"{field}: {file} holds {', '.join(names)}; name the one to read {_TENSOR!r}")
-        return FeatureFile(opened.get_tensor(name), (opened.metadata() or {}).get(_LABEL))
+        said = opened.metadata() or {}
+        model = json.loads(said[_MODEL]) if _MODEL in said and SEAL in said else None
+        return FeatureFile(opened.get_tensor(name), said.get(_LABEL), model)

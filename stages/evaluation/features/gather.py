@@ -1,9 +1,10 @@
 """The features that metrics are computed from: extracted once, and kept in the run folder."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from imagen_core.evaluation import Moments
 from imagen_core.sealed import DamagedFileError
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
-from stages.evaluation.features.base import Extracted, FeatureModel, Named
+from stages.evaluation.features.base import Extracted, FeatureModel, Named, environment
 from stages.evaluation.features.clip import ClipFeatures
 from stages.evaluation.features.files import read_extracted, read_features, write_features
 from stages.evaluation.features.image_sets import FeatureFiles, ImageSet
@@ -35,6 +36,8 @@ class FeatureSet:
     """(n, 1), the distance of each image to the one it should look like."""
     counts: dict[str, int] = field(default_factory=dict)
     """Counts to report with the metrics."""
+    model: Mapping[str, object] | None = None
+    """The fingerprint of the model that extracted `features`, if it is known."""
 
     @cached_property
     def moments(self) -> Moments:
@@ -44,24 +47,30 @@ class FeatureSet:
 
 
 class FeatureCache:
-    """Features in a folder, one file per set of images and model; an earlier file of the same name is replaced."""
+    """Features in a folder, one file per set of images and model.
+
+    A file is used again only for the same images or captions in the same order, the same fingerprint of the model, and
+    the same `environment`. Once its successor is there, an earlier file of the same name and model is removed.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def get(self, name: str, identity: object, model: Named, extract: Callable[[], Extracted]) -> Extracted:
-        """The result of `extract`, from the file if it is already there for the same identity and model."""
+    def get(self, name: str, inputs: object, model: Named, extract: Callable[[], Extracted]) -> Extracted:
+        """The result of `extract`, from the file if it is already there for the same inputs and model."""
         stem = f"{name}-{digest(model.fingerprint())[:8]}"
-        path = self._folder / f"{stem}-{digest(identity)[:16]}.safetensors"
+        key = digest({"inputs": inputs, "model": model.fingerprint(), "environment": environment()})
+        path = self._folder / f"{stem}-{key[:16]}.safetensors"
         if path.exists():
             try:
                 return read_extracted(path)
             except DamagedFileError as error:
                 log.warning("%s; it is made again", error)
         extracted = extract()
-        for previous in self._folder.glob(f"{stem}-*.safetensors"):
-            previous.unlink()
-        write_features(path, extracted, model.label)
+        write_features(path, extracted, model)
+        for previous in self._folder.glob(f"{escape(stem)}-*.safetensors"):
+            if previous != path:
+                previous.unlink()
         return extracted
 
 
@@ -88,13 +97,9 @@ def gather(
     extracted = Extracted({}) if model is None else extract(model)
     image_features, texts = None, Extracted({})
     if clip is not None:
-        captions = images.captions()
-        if captions is None:
-            raise ConfigError(
-                f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
-            )
+        captions = captions_of(name, images)
         image_features = extract(clip).arrays["features"]
-        texts = cache.get("captions", captions, clip, lambda: clip.extract_captions(captions))
+        texts = cache.get("captions", captions, clip.captions, lambda: clip.captions.extract(captions))
     distances = None
     if lpips is not None and originals is not None:
         pair = [images.identity, originals.identity]
@@ -108,7 +113,22 @@ def gather(
         texts.arrays.get("features"),
         distances,
         {**extracted.counts, **texts.counts},
+        None if model is None else model.fingerprint(),
     )
+
+
+def captions_of(name: str, images: ImageSet) -> Sequence[str]:
+    """The captions that the CLIP score needs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    captions = images.captions()
+    if captions is None:
+        raise ConfigError(
+            f"clip: the CLIP score needs captions, and {name} has none; give INDEX.txt files, or clip=null"
+        )
+    return captions
 
 
 def read_set(files: FeatureFiles, name: str) -> FeatureSet:
@@ -131,4 +151,5 @@ def read_set(files: FeatureFiles, name: str) -> FeatureSet:
     if len(set(counts.values())) > 1:
         raise ConfigError(f"{name}: files of different images, with {counts} rows; give each the same rows")
     label = files.model or (None if features is None else features.label)
-    return FeatureSet(label, rows["path"], rows["logits"], rows["clip_images"], rows["clip_texts"])
+    model = None if features is None or files.model else features.model
+    return FeatureSet(label, rows["path"], rows["logits"], rows["clip_images"], rows["clip_texts"], model=model)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import repeat
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
@@ -16,6 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest
 from stages.images import MAX_PIXELS, read_image
+from stages.images.files import square_side
+from stages.places import local_folder
 from stages.sampling.caption_sets import selection
 from stages.sources.folder import IMAGE_SUFFIXES
 from stages.sources.ignored import ignored_by_name
@@ -38,6 +41,8 @@ class ImageSet:
     """uint8 RGB (h, w, 3) per image."""
     captions: Callable[[], Sequence[str] | None]
     """One per image; None if there are none."""
+    sides: Callable[[], Iterator[int | None]]
+    """Side of the centre square of each image in pixels, from the headers of files; None where they do not tell."""
 
 
 class ImageFolder(Config):
@@ -45,12 +50,12 @@ class ImageFolder(Config):
 
     kind: Literal["folder"] = "folder"
     path: str
-    """The folder. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
+    """The folder; a path or a URL. Captions, for the CLIP score, are read from NAME.txt next to NAME.png."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Largest width times height of an image; a larger one is an error that names it."""
 
     def open(self, field: str) -> ImageSet:
-        folder = Path(self.path)
+        folder = local_folder(self.path, f"{field}.path", _is_wanted)
         files = sorted(
             path
             for path in folder.rglob("*")
@@ -103,6 +108,7 @@ def image_samples(store: Store, path: str, size_px: int, samples: Sequence[int],
         len(samples),
         partial(_stored_pixels, store, samples, size_px),
         partial(_stored_captions, store, samples),
+        lambda: repeat(size_px, len(samples)),
     )
 
 
@@ -130,7 +136,13 @@ def image_files(
 ) -> ImageSet:
     """Images of these files, identified by their content and by the rules of decoding."""
     identity = {"files": [file_digest(path) for path in files], "decoding": _DECODING}
-    return ImageSet(identity, len(files), partial(_file_pixels, files, max_pixels), captions)
+    return ImageSet(
+        identity, len(files), partial(_file_pixels, files, max_pixels), captions, lambda: map(square_side, files)
+    )
+
+
+def _is_wanted(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (*IMAGE_SUFFIXES, ".txt") and ignored_by_name(name) is None
 
 
 def _file_pixels(files: Sequence[Path], max_pixels: int) -> Iterator[np.ndarray]:

@@ -3,19 +3,23 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Config
-from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.base import BY_CONTENT, ROUNDING, Extracted, FrozenConfig
 from stages.evaluation.features.weights import load_weights, weights_digest
 from stages.images.resample import center_square
 
+if TYPE_CHECKING:
+    from imagen_core.evaluation.inception import FidInception
 
-class InceptionFeatures(Config):
+
+class InceptionFeatures(FrozenConfig):
     """Inception v3 as FID has it; with the weights of 2015 the distance is the published FID."""
+
+    inert: ClassVar[Mapping[str, str]] = {"path": BY_CONTENT, "batch_size": ROUNDING}
 
     kind: Literal["inception"] = "inception"
     path: str
@@ -33,15 +37,24 @@ class InceptionFeatures(Config):
         return weights_digest("features.path", self.path)
 
     def fingerprint(self) -> Mapping[str, object]:
-        return {"kind": self.kind, "sha256": self.sha256}
+        return {**self.acting(), "sha256": self.sha256}
+
+    def load(self) -> "FidInception":
+        """The network.
+
+        Raises:
+            MachineError: the weights cannot be read, or do not fit.
+        """
+        from imagen_core.evaluation.inception import FidInception
+
+        return load_weights("features.path", self.path, FidInception.of)
 
     def extract(self, images: Iterable[np.ndarray]) -> Extracted:
         import torch
 
-        from imagen_core.evaluation.inception import FidInception
         from imagen_core.images import from_pixels
 
-        model = load_weights("features.path", self.path, FidInception.of)
+        model = self.load()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).eval().requires_grad_(False)
         features: list[np.ndarray] = []

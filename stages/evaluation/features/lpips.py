@@ -3,19 +3,24 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
-from stages.evaluation.features.base import Extracted
+from stages.evaluation.features.base import BY_CONTENT, ROUNDING, Extracted, FrozenConfig
 from stages.evaluation.features.weights import load_weights, weights_digest
 from stages.images.resample import center_square
 
+if TYPE_CHECKING:
+    from imagen_core.evaluation.lpips import Lpips
 
-class LpipsDistance(Config):
+
+class LpipsDistance(FrozenConfig):
     """The perceptual distance."""
+
+    inert: ClassVar[Mapping[str, str]] = {"path": BY_CONTENT, "batch_size": ROUNDING}
 
     path: str
     """Weights in .safetensors: the features of torchvision's AlexNet or VGG-16 and LPIPS's own;
@@ -33,7 +38,17 @@ class LpipsDistance(Config):
         return weights_digest("lpips.path", self.path)
 
     def fingerprint(self) -> Mapping[str, object]:
-        return {"kind": "lpips", "sha256": self.sha256}
+        return {"kind": "lpips", **self.acting(), "sha256": self.sha256}
+
+    def load(self) -> "Lpips":
+        """The network.
+
+        Raises:
+            MachineError: the weights cannot be read, or do not fit.
+        """
+        from imagen_core.evaluation.lpips import Lpips
+
+        return load_weights("lpips.path", self.path, Lpips.of)
 
     def distances(self, images: Iterable[np.ndarray], originals: Iterable[np.ndarray]) -> Extracted:
         """`features` float32 (n, 1): the distance of each pair of centre squares.
@@ -44,10 +59,9 @@ class LpipsDistance(Config):
         """
         import torch
 
-        from imagen_core.evaluation.lpips import Lpips
         from imagen_core.images import from_pixels
 
-        model = load_weights("lpips.path", self.path, Lpips.of)
+        model = self.load()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).eval().requires_grad_(False)
         found = []

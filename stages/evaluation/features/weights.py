@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.storage.files import file_digest
+from stages.places import local_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +27,9 @@ def weights_digest(field: str, path: str) -> str:
             "archives are not read, as loading one runs code from the file"
         )
     try:
-        return file_digest(Path(path))
+        return file_digest(local_file(path))
     except OSError as error:
-        raise MachineError(f"{field}: {path} cannot be read ({error.strerror}); check the path") from error
+        raise MachineError(f"{field}: {path} cannot be read ({error.strerror or error}); check the path") from error
 
 
 def load_weights(field: str, path: str, make: "Callable[[Mapping[str, Tensor]], T]") -> T:
@@ -41,7 +42,7 @@ def load_weights(field: str, path: str, make: "Callable[[Mapping[str, Tensor]], 
     from safetensors.torch import load_file
 
     try:
-        return make(load_file(path))
+        return make(load_file(local_file(path)))
     except (SafetensorError, ValueError) as error:
         raise MachineError(
             f"{field}: {path}: {error}; docs/how-to/evaluation.md says where the weights are from"

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 import numpy as np
 import xxhash
 
@@ -14,6 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from stages.sources.arrays.npy import NpyHeader, read_header, read_row
 from stages.sources.files import Damaged, base_folder, find_files
+from stages.sources.records.far import open_file
 
 _ENDS_BYTES = 2**16
 
@@ -118,7 +118,7 @@ class ArrayFolder:
     def _open(self, file: str) -> tuple[NpyHeader, Any]:
         if self._opened is None or self._opened[0] != file:
             self.close()
-            opened = cast(Any, fsspec.open(file, "rb")).open()
+            opened = open_file(file)
             try:
                 header = read_header(opened, f"{self.field}: {file}")
                 size = opened.seek(0, 2)

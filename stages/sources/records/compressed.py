@@ -171,13 +171,15 @@ class Decompressed(io.RawIOBase):
         super().close()
 
 
-def open_random(path: str) -> BinaryIO:
+def open_random(path: str, open: Callable[[str], BinaryIO] = open_file) -> BinaryIO:
     """A file that can be read at any place; a compressed one as if it were not, which ends early where it is damaged.
 
+    Args:
+        open: opens the file as it is.
     Raises:
         OSError: it cannot be opened.
     """
-    file = open_file(path)
+    file = open(path)
     head = file.read(_HEAD_BYTES)
     compression = _compression_of(head)
     if compression is None:

@@ -1,26 +1,16 @@
-"""Files behind URLs: what their drivers raise, which is almost anything, becomes one kind of error."""
+"""Files behind URLs as a source reads them: with patience, and with errors that name `source.path`."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from pipeline.errors import ConfigError, MachineError, PipelineError, first_line
+from imagen_core.far import FarFile, StorageError, call, is_far, open_filesystem, without_secrets
+from imagen_core.far.ranges import RangedFile, has_ranges
+from pipeline.errors import ConfigError, MachineError, PipelineError, first_line, storage_error
 
-_LOCAL = ("file", "local", "memory")
-_NOT_FOUND = (404, 410)
-
-
-class Unreachable(Exception):
-    """A file behind a URL cannot be reached, or its server refuses. Another try may succeed."""
-
-
-def is_far(path: str) -> bool:
-    """True for a URL of another machine."""
-    protocol, separator, _ = path.partition("://")
-    return bool(separator) and protocol not in _LOCAL
+_REMEDY = "check the address, the network and what this user may read, and run the same command again"
 
 
 def open_file(path: str) -> BinaryIO:
@@ -28,46 +18,24 @@ def open_file(path: str) -> BinaryIO:
 
     Raises:
         OSError: a local file cannot be opened; FileNotFoundError: there is none, also behind a URL.
-        Unreachable: also where the file is read.
+        StorageError: also where the file is read: it cannot be reached, or its server refuses.
     """
     if not is_far(path):
         return cast(BinaryIO, cast(Any, fsspec.open(path, "rb")).open())
-    with _told(path):
-        return cast(BinaryIO, _FarFile(cast(Any, fsspec.open(path, "rb")).open(), path))
+    filesystem, plain = call(path, "read", lambda: open_filesystem(path))
+    return cast(BinaryIO, FarFile(filesystem, plain, path))
 
 
-class _FarFile(io.RawIOBase):
-    """A file behind a URL, whose errors are `Unreachable`."""
+def open_ranged(path: str, planned: tuple[int, int] = (0, 0)) -> BinaryIO:
+    """The same for a file of which parts are read: of an object store nothing else comes.
 
-    def __init__(self, file: Any, path: str):
-        self._file, self._path = file, path
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def read(self, size: int = -1) -> bytes:
-        with _told(self._path):
-            return self._file.read(size)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with _told(self._path):
-            return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+    Args:
+        planned: first byte and end of a part that will be read from its beginning to its end.
+    """
+    if not has_ranges(path):
+        return open_file(path)
+    filesystem, plain = call(path, "read", lambda: open_filesystem(path))
+    return cast(BinaryIO, RangedFile(filesystem, plain, path, planned))
 
 
 @contextmanager
@@ -79,40 +47,21 @@ def reaching(path: str) -> Iterator[None]:
 
     Raises:
         ConfigError: a URL leads to nothing.
-        MachineError: a URL cannot be reached, or its server refuses.
+        MachineError: a server refuses; UnavailableError: it cannot be reached.
     """
     try:
-        with _told(path):
-            yield
-    except Unreachable as error:
-        raise MachineError(
-            f"source.path: {error}; check the address, the network and what this user may read, and run the same "
-            "command again"
-        ) from error
+        yield
+    except PipelineError:
+        raise
+    except StorageError as error:
+        raise type(storage_error(error))(f"source.path: {error}") from error
     except FileNotFoundError as error:
         if not is_far(path):
             raise
-        raise ConfigError(f"source.path: {error.args[-1] if error.args else path} does not exist; check it") from error
-
-
-@contextmanager
-def _told(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (PipelineError, Unreachable):
-        raise
+        missing = str(error.args[-1] if error.args else path).removesuffix(" does not exist")
+        raise ConfigError(f"source.path: {missing} does not exist; check it") from error
     except Exception as error:
         if not is_far(path):
             raise
-        reason = _reason(error)
-        if reason is None:
-            raise
-        raise Unreachable(f"{path} cannot be read: {type(reason).__name__}: {first_line(reason)}") from error
-
-
-def _reason(error: BaseException) -> BaseException | None:
-    """The error behind the FileNotFoundErrors that fsspec raises for everything; None if nothing is there."""
-    found: BaseException | None = error
-    while isinstance(found, FileNotFoundError):
-        found = found.__cause__
-    return None if getattr(found, "status", None) in _NOT_FOUND else found
+        words = f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"
+        raise MachineError(f"source.path: {without_secrets(words)}; {_REMEDY}") from error

@@ -10,6 +10,7 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
+from imagen_core.far.ranges import has_ranges
 from stages.sources.ignored import ignored_in_tar
 from stages.sources.tarfiles.opening import Span, open_tar
 
@@ -19,6 +20,7 @@ Members = dict[str, Span]
 """The members of a sample by suffix, as they are spelled."""
 
 _HEAD_MEMBERS = 1000
+_FAR_HEAD_MEMBERS = 16
 _RECORD = tarfile.RECORDSIZE
 _END_MARK = 2 * tarfile.BLOCKSIZE
 _MOST_ZEROS = 2**20 + _END_MARK
@@ -44,12 +46,14 @@ class TarIndex:
         ignored: number of members that are no data, by rule.
     """
 
-    def __init__(self, path: str, split_name: Callable[[str], tuple[str, str]]):
+    def __init__(self, path: str, split_name: Callable[[str], tuple[str, str]], copy: str = ""):
         """
         Args:
             split_name: the key's last part and the suffix of a file name.
+            copy: path of a copy to read in place of it.
         """
         self.path = path
+        self._read_path = copy or path
         self._split_name = split_name
         self._reset()
 
@@ -62,10 +66,11 @@ class TarIndex:
         self._origin = self._end = 0
 
     def head(self) -> list[tuple[str, Members]]:
-        """The first samples."""
-        found = list(islice(self._members(), _HEAD_MEMBERS))
+        """The first samples; of an object store few, as each takes a request."""
+        most = _FAR_HEAD_MEMBERS if has_ranges(self._read_path) else _HEAD_MEMBERS
+        found = list(islice(self._members(), most))
         samples = list(_neighbours(found))
-        return samples[:-1] if len(found) == _HEAD_MEMBERS and len(samples) > 1 else samples
+        return samples[:-1] if len(found) == most and len(samples) > 1 else samples
 
     def samples(self) -> Iterator[tuple[str, Members]]:
         """All samples by their first members; those of a tar are on disk, so that memory is bounded.
@@ -73,7 +78,7 @@ class TarIndex:
         Members of a key belong to the same sample also if they do not follow each other. A suffix that comes twice
         starts another sample, so that no row vanishes uncounted.
         """
-        with closing(sqlite3.connect("")) as database:
+        with closing(sqlite3.connect("", check_same_thread=False)) as database:
             database.execute("CREATE TABLE samples (number INTEGER PRIMARY KEY, key BLOB, members TEXT)")
             database.execute("CREATE INDEX keys ON samples (key)")
             for key, members in _neighbours(self._members()):
@@ -85,7 +90,7 @@ class TarIndex:
     def _members(self) -> Iterator[tuple[str, str, Span]]:
         """Key, suffix and place of each member that may be data."""
         self._reset()
-        with closing(open_tar(self.path)) as file:
+        with closing(open_tar(self._read_path)) as file:
             start: int | None = 0
             while start is not None:
                 for member in self._archive(file, start):

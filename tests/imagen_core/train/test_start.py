@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagen_core.train import TrainingProgress, TrainingStart, load_checkpoint, train
+from imagen_core.train import TrainError, TrainingProgress, TrainingStart, load_checkpoint, train
+from imagen_core.train.start import refuse_lost
 from tests.imagen_core.train.small import make_config
 
 
@@ -55,3 +56,31 @@ def test_progress_tells_the_time_that_is_left(store: Path, tmp_path: Path) -> No
     assert [progress.remaining_s for progress in shown] == [
         pytest.approx(left * line["step_s"]) for left, line in zip((2, 1, 0), lines, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "refused"),
+    [
+        (122, {"step": 0, "checkpoint_every_steps": 100}, True),
+        (100, {"step": 0, "checkpoint_every_steps": 100}, False),  # killed before its first checkpoint
+        (122, {"step": 0, "checkpoint_every_steps": 1000}, False),
+        (7, {"step": 5, "checkpoint_every_steps": 1000}, True),  # it had resumed from one
+        (122, {"step": 0}, True),  # of an earlier version: by the settings now, 100 steps
+        (122, None, True),
+        (None, None, False),
+    ],
+)
+def test_a_training_that_lost_its_checkpoints_is_not_begun_anew(
+    store: Path, tmp_path: Path, step: int | None, start: dict[str, int] | None, refused: bool
+) -> None:
+    config = make_config(store, checkpoints={"every_steps": 100})
+    if step is not None:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 1.0}}\n')
+    if start is not None:
+        (tmp_path / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    if not refused:
+        refuse_lost(tmp_path, config)
+        return
+    with pytest.raises(TrainError, match=rf"was at step {step} and .* delete metrics.jsonl and starts"):
+        train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == f'{{"step": {step}, "loss": 1.0}}\n'

@@ -1,5 +1,6 @@
 """The loop: what a step computes, and what happens on schedule."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -286,6 +287,33 @@ def test_grids_are_sampled_on_schedule(store: Path, tmp_path: Path, denoiser: di
     with Image.open(tmp_path / "grids" / "step-00000003.png") as image:
         assert image.size == (3 * side + 4, 2 * side + 2)
         assert np.asarray(image)[:side, :side].std() > 1
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_nothing_is_written_once_the_check_raises(store: Path, tmp_path: Path, last: int) -> None:
+    """At a step's end, before its checkpoint appears, and after its validation."""
+
+    class LostError(Exception):
+        pass
+
+    def files() -> dict[str, bytes]:
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and ".tmp-" not in str(path))
+        return {str(path): path.read_bytes() for path in found}
+
+    calls, seen = itertools.count(1), {}
+
+    def check() -> None:
+        if next(calls) >= last:
+            seen.update(files())
+            raise LostError
+
+    config = make_config(
+        store, num_steps=2, checkpoints={"every_steps": 1}, validation={"num_samples": 4, "every_steps": 1}
+    )
+    with pytest.raises(LostError):
+        train(config, tmp_path, check=check)
+    assert files() == seen
+    assert (tmp_path / "checkpoints/step-00000001").exists() == (last == 3)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(

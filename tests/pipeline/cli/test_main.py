@@ -166,3 +166,11 @@ def test_what_the_machine_refuses_is_explained_in_commands_that_only_read(
     monkeypatch.setattr("pipeline.engine.status.run_status", refused)
     result = call("status", str(tmp_path))
     assert (result.code, f"{tmp_path}: OSError" in result.err) == (4, True)
+
+
+def test_under_torchrun_a_process_says_its_exit_code_which_torchrun_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "exit code 2 of this process; torchrun ends with 1 instead"
+    alone = call("inspect", "nothing-here")
+    assert (alone.code, said in alone.err) == (2, False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert said in call("inspect", "nothing-here").err

@@ -59,8 +59,12 @@ class RayNodes:
             "RAY_health_check_initial_delay_ms": "500",
         }
 
-    def start(self, name: str, *options: str) -> None:
-        """Starts a node and waits until it is up; the first one is the head."""
+    def start(self, name: str, *options: str, folder: Path | None = None) -> None:
+        """Starts a node and waits until it is up; the first one is the head.
+
+        Args:
+            folder: the current folder of all its processes; default that of the cluster.
+        """
         where = (
             [f"--address={self.address}"]
             if self.nodes
@@ -72,12 +76,12 @@ class RayNodes:
             self.nodes[name] = subprocess.Popen(
                 [sys.executable, "-c", _RAY_START, *arguments, "--object-store-memory=80000000", *where, *options],
                 env=self.environment,
-                cwd=self.folder,
+                cwd=folder or self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         last = "Ray runtime started" if self.address else "view the dashboard at"
         while last not in log.read_text():
             assert self.nodes[name].poll() is None, log.read_text()

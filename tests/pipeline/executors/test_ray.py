@@ -2,21 +2,29 @@
 
 import logging
 import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from pipeline.errors import MachineError, ShardError
+from pipeline.errors import MachineError, PreemptedError, ShardError
+from pipeline.executors import ray as ray_executor
+from pipeline.executors import ray_head
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.inline import InlineExecutor
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_cluster import ClusterNode, connect
-from pipeline.executors.ray_pool import WorkerPool, node_id
+from pipeline.executors.ray_head import HeadWatch
+from pipeline.executors.ray_nodes import SeeingNodes
+from pipeline.executors.ray_pool import RayWorker, WorkerPool, node_id
 from pipeline.executors.task import TaskOutcome, TaskRequest
 from pipeline.options import RunOptions
 from pipeline.stage import Resources, Shard
+from pipeline.storage.record import CommittedFile, Record
 from pipeline.storage.run_folder import RunFolder
 from tests.pipeline.executors.cluster import open_ports
 from tests.pipeline.toy import Cube, Fetch, Toy, ToyConfig, ToyOptions
@@ -155,6 +163,89 @@ def test_the_window_grows_with_the_cluster(tmp_path: Path) -> None:
     assert made.window == 16
     made._refresh([CPU_NODE, CPU_NODE, GPU_NODE])
     assert made.window == 40
+
+
+def test_a_task_on_a_blind_node_is_a_lost_node_and_later_ones_go_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = executor(tmp_path, Fetch(ToyOptions()), stage())
+    nodes, request = [CPU_NODE, GPU_NODE], TaskRequest("fetch", Shard(0, [], 0), frozenset(), {})
+    with (
+        mock.patch.object(ray_executor, "connect", return_value=nodes),
+        mock.patch.object(ray_executor, "living_nodes", return_value=nodes),
+        mock.patch.object(HeadWatch, "start"),
+        mock.patch.object(SeeingNodes, "ask") as ask,
+        mock.patch("ray.put"),
+    ):
+        made._start()
+        assert made.seeing is not None
+        ask.assert_called_once_with(nodes)
+        placed = made.remote_task["fetch"]
+        worker = RayWorker(mock.Mock(), node="cpu")
+        made.pools["cube"].workers.append(worker)
+        with mock.patch("ray.kill") as kill:
+            seen = made._seen(TaskOutcome(request, error="unseen", lost="node", node="cpu", unseen="nothing there"))
+        assert (seen.lost, made.nodes, made.pools["cube"].workers) == ("node", [GPU_NODE], [])
+        kill.assert_called_once_with(worker.actor)
+        assert made.remote_task["fetch"] is not placed, "with a selector that Ray has accepted"
+        failed = made._seen(TaskOutcome(request, error="no such file", node="cpu", fatal_exit_code=4))
+        assert (failed.lost, failed.fatal_exit_code) == ("node", None)
+        missing = Record("squares", 0, "", "", 1, 1, files=(CommittedFile("store/squares/00000.txt", 3, ""),))
+        reported = TaskOutcome(request, records={"squares": missing}, node="gpu")
+        assert (made._confirmed([reported]), made.num_tasks) == ([], 1), "it may appear"
+        made.run.storage.write(missing.file.path, b"abc")
+        assert (made._confirmed([]), made.num_tasks) == ([reported], 0)
+        made.run.storage.delete(missing.file.path)
+        monkeypatch.setattr(ray_executor, "_APPEAR_S", -1.0)
+        with pytest.raises(MachineError, match="is left for fetch, as these do not see this folder"):
+            made._confirmed([reported])
+
+
+def test_without_its_head_a_run_asks_ray_for_nothing_and_ends_to_be_run_again(tmp_path: Path) -> None:
+    made = executor(tmp_path)
+    made.started, made.head = True, HeadWatch("127.0.0.1:1", own=False)
+    with mock.patch("ray.wait") as wait, mock.patch("ray.nodes") as nodes, mock.patch("ray.shutdown") as shutdown:
+        made.head._silent_since = time.monotonic()
+        assert made.wait(0.0) == []
+        made.head._silent_since -= 100
+        with pytest.raises(
+            PreemptedError, match=r"\(127.0.0.1:1\) was not reached for 1.. s: .* run the same command"
+        ):
+            made.wait(0.0)
+        with mock.patch.object(HeadWatch, "leave") as leave:
+            made.close()
+    leave.assert_called_once_with()
+    assert [wait.called, nodes.called, shutdown.called] == [False] * 3
+
+
+def test_a_head_is_lost_when_nobody_listens_and_back_when_somebody_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_head, "_EVERY_S", 0.01)
+    monkeypatch.setattr(ray_head, "_end", mock.Mock())
+    head = socket.create_server(("127.0.0.1", 0))
+    address = "{}:{}".format(*head.getsockname())
+    with HeadWatch(address, own=True) as watch:
+        watch.patience_s = 1000.0
+        watch._thread.start()
+        watch.check()
+        head.close()
+        wait_until(lambda: watch.silent_s > 0)
+        watch.check()
+        watch.patience_s = 0.0
+        with pytest.raises(PreemptedError, match=r"the head of the local Ray .* run the same command again"):
+            watch.check()
+        watch.patience_s = 1000.0
+        with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+            wait_until(lambda: watch.silent_s == 0)
+        assert not ray_head._end.called
+        watch.patience_s = -1000.0  # longer ago than a run needs to end by itself
+        wait_until(lambda: ray_head._end.called)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 class Losing(InlineExecutor):

@@ -3,15 +3,16 @@
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import EXIT_ENVIRONMENT, EXIT_PREEMPTED, ConfigError, MachineError, UnavailableError
 from pipeline.storage import BackgroundTasks, LocalStorage, ObjectStorage, Storage
 from pipeline.storage.files import TEMPORARY_MARK
 from pipeline.storage.open import open_storage
+from pipeline.storage.scratch import machine
 from tests.commands import call
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
 
@@ -184,7 +185,7 @@ def test_cleaning_removes_half_written_files_and_nothing_else(storage: Storage) 
     if isinstance(storage, LocalStorage):
         (storage.root / "store" / "a" / f"{TEMPORARY_MARK}x-00001.txt").write_bytes(b"half")
     else:
-        dead = storage.new_file("x").parent.parent / "4194999"  # above the largest process id
+        dead = storage.new_file("x").parent.parent / f"{machine()}-4194999-x"  # above the largest process id
         dead.mkdir(exist_ok=True)
         (dead / "00001.txt").write_bytes(b"half")
     assert storage.clean() == 1
@@ -208,7 +209,7 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(s3: ObjectStore, mon
 
 
 def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("imagen_core.far.calls.LONGEST_PAUSE_S", 0.01)
     storage = open_storage(f"{s3.url}/errors")
     s3.faults.errors = 0.25
     before = s3.faults.count["error"]
@@ -243,25 +244,42 @@ def test_a_server_that_does_not_answer_is_given_up_on_and_asked_again(
 
 
 def test_a_bucket_that_is_not_there_is_an_error_that_names_it(s3: ObjectStore) -> None:
-    with pytest.raises(MachineError, match=r"s3://no-such-bucket/run/a: cannot be written: .*does not exist"):
-        open_storage("s3://no-such-bucket/run").write("a", b"")
+    storage = open_storage("s3://no-such-bucket/run")
+    calls: dict[str, Callable[[], object]] = {
+        "written": lambda: storage.write("a", b""),
+        "read": lambda: storage.size("a"),
+        "listed": lambda: list(storage.names("a")),
+    }
+    for done, function in calls.items():
+        words = f"s3://no-such-bucket/run/a: cannot be {done}: the bucket s3://no-such-bucket does not exist; check"
+        with pytest.raises(MachineError, match=words) as caught:
+            function()
+        assert caught.value.exit_code == EXIT_ENVIRONMENT
+    for function in (lambda: list(storage.entries()), lambda: list(storage.walk()), lambda: storage.create("a", b"")):
+        with pytest.raises(MachineError, match="the bucket s3://no-such-bucket does not exist"):
+            function()
+    for function in (lambda: storage.read("a"), lambda: storage.copy("a"), lambda: storage.delete_folder("a")):
+        with pytest.raises(MachineError, match="the bucket s3://no-such-bucket does not exist"):
+            function()
 
 
 def test_an_endless_outage_ends_with_an_error_without_secrets(
     s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.objects._LONGEST_PAUSE_S", 0.01)
-    monkeypatch.setattr("pipeline.storage.objects._PATIENCE_S", 0.2)
+    monkeypatch.setattr("imagen_core.far.calls.LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("imagen_core.far.calls.PATIENCE_S", 0.2)
     storage = open_storage(f"{s3.url}/outage")
     assert isinstance(storage, ObjectStorage)
 
-    def fail(path: str) -> bytes:
+    def fail(path: str, **_: object) -> bytes:
         raise OSError(f"signed with {os.environ['AWS_SECRET_ACCESS_KEY']} by {os.environ['AWS_ACCESS_KEY_ID']}")
 
     monkeypatch.setattr(storage._fs, "cat_file", fail, raising=False)
-    with pytest.raises(MachineError, match=r"outage/a: cannot be read: OSError: signed with <AWS_SECRET_AC") as caught:
+    words = r"outage/a: cannot be read: OSError: signed with <AWS_SECRET_AC.*, also after \d+ tries in 0\.2 s; check"
+    with pytest.raises(UnavailableError, match=words) as caught:
         storage.read("a")
-    assert "outage/a: not read: signed with <AWS_SECRET_ACCESS_KEY>" in caplog.text
+    assert caught.value.exit_code == EXIT_PREEMPTED, "the same command can go on later"
+    assert "outage/a: not read: OSError: signed with <AWS_SECRET_ACCESS_KEY>" in caplog.text
     assert SECRET_KEY not in str(caught.value) + caplog.text
     assert ACCESS_KEY not in str(caught.value) + caplog.text
 

@@ -27,8 +27,15 @@ def checkpoint(folder: Path) -> None:
     write_checkpoint(folder, 1, {"model": {"a": torch.zeros(1)}}, {})
 
 
+class Model:
+    label = "model"
+
+    def fingerprint(self) -> dict[str, object]:
+        return {}
+
+
 def features(folder: Path) -> None:
-    write_features(folder / "features.safetensors", Extracted({"features": np.zeros((1, 2), np.float32)}), "model")
+    write_features(folder / "features.safetensors", Extracted({"features": np.zeros((1, 2), np.float32)}), Model())
 
 
 def lease(folder: Path) -> None:

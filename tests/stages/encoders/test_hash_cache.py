@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,14 @@ def test_a_damaged_entry_is_made_again(weights: Path, tmp_path: Path, monkeypatc
     entry.write_text("{")
     assert model_files._content_digest(weights) == expected
     assert expected in entry.read_text()
+
+
+def test_other_weights_of_the_same_size_and_time_are_hashed_again(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, status = model_files._content_digest(weights), weights.stat()
+    with weights.open("r+b") as file:
+        file.write(b"1")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert model_files._content_digest(weights) != before

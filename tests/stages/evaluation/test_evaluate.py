@@ -239,7 +239,7 @@ def test_metrics_are_computed_from_files_of_features_of_any_model_and_of_logits(
             {"generated": {"kind": "folder", "path": "a"}, "reference": {"kind": "folder", "path": "b"}},
             "features: needed to extract features of the images of generated",
         ),
-        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent holds no images"),
+        ({"generated": {"kind": "folder", "path": "absent"}}, "generated.path: absent does not exist; give a folder"),
         ({"generated": {"kind": "features", "path": "a.pt"}}, "suffix '.pt' is not supported"),
         ({"generated": {"kind": "features", "path": "a.npy"}}, "generated.path: a.npy cannot be read"),
         ({"generated": {"kind": "features"}}, "no metric can be computed"),
@@ -260,6 +260,42 @@ def test_a_wrong_metric_model_is_found_before_any_image_is_generated(
     assert result.code == 2
     assert "encoder clip: max_tokens is 900, but" in result.err
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": {"kind": "folder", "path": "absent"}}, "reference.path: absent does not exist"),
+        ({"num_neighbours": 3}, "3"),
+        ({"sample.init": {"images": ["a.txt"] * 3}}, "a.txt: cannot be read as an image"),
+    ],
+)
+def test_what_makes_an_evaluation_impossible_is_found_before_any_image_is_sampled(
+    cascade: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("no image")
+    config: dict = sweep(cascade, clip)
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    result = evaluate(tmp_path / "out", **config)
+    assert result.code == 2
+    assert words in result.err
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_later_folder_of_other_settings_is_refused_before_any_image_is_sampled(
+    cascade: Path, clip: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "guidance-1")
+    result = evaluate(out, "sample.seed=7", **sweep(cascade, clip))
+    assert result.code == 2
+    assert "sweep/guidance-2.5: holds images of other settings" in result.err
+    assert not list((out / "guidance-1").rglob("*.png"))
 
 
 def test_features_that_are_not_finite_are_named_by_key_and_file(tmp_path: Path) -> None:

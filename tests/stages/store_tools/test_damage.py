@@ -41,6 +41,21 @@ def test_compaction_refuses_a_damaged_file_by_name_and_leaves_the_store_as_it_wa
     assert [problem.file for problem in st.verify_store(store).problems] == [f"{group}/00000.parquet"]
 
 
+@pytest.mark.parametrize("change", [(b'"raw"', b'"Raw"'), (b'"images"', b'"samples"')])
+def test_compaction_names_settings_of_a_group_that_are_damaged(
+    copy_of_small_run: Path, change: tuple[bytes, bytes]
+) -> None:
+    assert call("remove", str(copy_of_small_run), "--key", REMOVED).code == 0
+    file, before = copy_of_small_run / "state" / "images-16.json", store_bytes(copy_of_small_run)
+    assert change[0] in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(*change))
+    result = call("remove", str(copy_of_small_run), "--compact")
+    assert result.code == 2
+    assert "state/images-16.json: is damaged (group 'images-16'" in result.err
+    assert "restore it from a copy; or delete it with state/images-16" in result.err
+    assert store_bytes(copy_of_small_run) == before
+
+
 def test_a_removal_refuses_to_look_for_rows_in_a_damaged_file(copy_of_small_run: Path) -> None:
     flip(copy_of_small_run / "store" / "samples" / "00001.parquet")
     result = call("remove", str(copy_of_small_run), "--key", REMOVED)

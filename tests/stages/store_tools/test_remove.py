@@ -17,6 +17,7 @@ from PIL import Image
 from imagen_core import store as st
 from pipeline.config import load_config
 from pipeline.engine.retries import retried_rows
+from pipeline.errors import LockedError
 from pipeline.options import RunOptions
 from pipeline.storage import LocalStorage
 from pipeline.storage.files import write_text
@@ -125,6 +126,23 @@ def test_after_compaction_nothing_of_the_sample_is_left_and_the_run_is_still_fin
     assert store_bytes(run) == after
 
 
+def test_compaction_names_kept_originals_that_are_gone_and_the_run_that_makes_them_again(
+    folder: Path, run: Path
+) -> None:
+    (lost,) = (run / "staging" / "originals").glob("00000.*")
+    lost.unlink()
+    assert remove(run, "--key", "3.png")["removed"] == 1
+    result = call("remove", str(run), "--compact")
+    assert result.code == 4
+    assert (
+        f"staging/originals/{lost.name}: is missing, but was committed; restore it from a copy; or the" in result.err
+    )
+    precompute(run, *arguments(folder))
+    assert remove(run, "--compact")["compacted"]["files"] >= 0
+    assert not places_with(run, SECRET.encode())
+    assert verified(run)["excluded"] == {"removed": 1}
+
+
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden, originals fetched again", "erased, originals kept"])
 def test_a_size_added_later_leaves_the_removed_sample_out(folder: Path, run: Path, hidden: bool) -> None:
     remove(run, "--key", "3.png", *([] if hidden else ["--compact"]))
@@ -164,6 +182,24 @@ def compact_and_die(run: Path, step: int) -> None:
         setattr(compaction, name, dying(getattr(compaction, name)))
     LocalStorage.write_json = dying(LocalStorage.write_json)  # type: ignore[method-assign]
     compaction.compact(run / "store", RunFolder(run))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_compaction_that_lost_the_folder_deletes_no_file(copy_of_small_run: Path, last: int) -> None:
+    """Before its only shard, before the switch to the new files, and before the deletion of the old ones."""
+    run, calls = copy_of_small_run, itertools.count(1)
+    remove(run, "--key", st.Store.open(run / "store")[3].key)
+    files = [path for path in (run / "store").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+
+    def check() -> None:
+        if next(calls) == last:
+            raise LockedError("lost")
+
+    with pytest.raises(LockedError):
+        compaction.compact(run / "store", RunFolder(run), check=check)
+    changed = [path.name for path in files if path.read_bytes() != before[path]]
+    assert changed == ([] if last < 3 else ["manifest.json"])
 
 
 @pytest.mark.parametrize(

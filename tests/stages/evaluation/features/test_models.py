@@ -34,7 +34,7 @@ def test_clip_features_are_the_embeddings_of_the_centre_squares(tmp_path: Path) 
 def test_captions_have_one_vector_in_the_space_of_the_images_and_truncated_ones_are_counted(tmp_path: Path) -> None:
     folder = tiny_models.write(tiny_models.clip, tmp_path / "clip")
     model = ClipFeatures(model=str(folder), max_tokens=8)
-    found = model.extract_captions(["a star", "a ring " * 20])
+    found = model.captions.extract(["a star", "a ring " * 20])
     assert found.arrays["features"].shape == (2, 16)
     assert found.counts == {"captions_truncated": 1}
     assert model.label == "CLIP clip"

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imagen_core.far import StorageError, is_far
 from imagen_core.store import Store
-from pipeline.errors import ConfigError, MachineError
-from stages.sources.records.far import Unreachable, is_far, open_file, reaching
+from pipeline.errors import ConfigError, MachineError, UnavailableError
+from stages.sources.records.far import open_file, reaching
 from stages.sources.tables import read_rows
 from stages.sources.tars import WebdatasetConfig
 from tests.commands import precompute
@@ -29,13 +30,19 @@ def run(out: Path, kind: str, url: str) -> tuple[int, str]:
     return result.code, result.err
 
 
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagen_core.far.calls.PATIENCE_S", 0.05)
+    monkeypatch.setattr("imagen_core.far.calls.LONGEST_PAUSE_S", 0.01)
+
+
 @pytest.mark.parametrize("kind", FILES)
-def test_a_server_that_cannot_be_reached_is_exit_4_with_words(tmp_path: Path, kind: str) -> None:
+def test_a_server_that_cannot_be_reached_for_long_is_exit_75_with_words(tmp_path: Path, kind: str) -> None:
     code, message = run(tmp_path / "run", kind, f"{CLOSED}/{FILES[kind]}")
-    assert code == 4, message
+    assert code == 75, message
     assert f"source.path: {CLOSED}/" in message
-    assert "cannot be read: ClientConnectorError: Cannot connect to host 127.0.0.1:1" in message
-    assert "check the address, the network and what this user may read" in message
+    assert "ClientConnectorError: Cannot connect to host 127.0.0.1:1" in message
+    assert "tries in 0.05 s; check the address and the network, and run the same command again when it can" in message
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -78,7 +85,7 @@ def test_a_server_without_ranges_cannot_serve_parquet_and_is_named(tmp_path: Pat
     with serve({"/a.parquet": body((tmp_path / "a.parquet").read_bytes())}) as server:
         code, message = run(tmp_path / "run", "parquet", server.url("/a.parquet"))
     assert code == 4
-    assert "a.parquet cannot be read: ValueError: The HTTP server doesn't appear to support range requests" in message
+    assert "a.parquet: cannot be read: ValueError: The HTTP server doesn't appear to support range requests" in message
 
 
 def test_a_package_that_is_missing_is_exit_4_and_an_unknown_protocol_exit_2(
@@ -106,12 +113,15 @@ def test_errors_of_local_files_stay_as_they_are(tmp_path: Path) -> None:
         _ = 1 / 0
 
 
-def test_a_connection_that_breaks_while_a_file_is_read_is_told_apart_from_damage() -> None:
+def test_a_server_that_is_gone_is_told_apart_from_one_that_refuses_and_from_a_missing_file() -> None:
     with serve({"/a.csv": body(b"x" * 100)}) as server:
         url = server.url("/a.csv")
-        file = open_file(url)
-        assert file.read(1) == b"x"
-    with pytest.raises(MachineError, match=r"a\.csv cannot be read: "), reaching(url):
-        raise Unreachable(f"{url} cannot be read: it broke")
+        with open_file(url) as file:
+            assert file.read(1) == b"x"
+    with pytest.raises(UnavailableError, match=r"source\.path: .*a\.csv: cannot be read: "), reaching(url):
+        open_file(url)
+    with pytest.raises(MachineError, match=r"source\.path: it is refused") as caught, reaching(url):
+        raise StorageError("it is refused")
+    assert caught.value.exit_code == 4
     with pytest.raises(ConfigError, match="does not exist"), reaching(url):
         raise FileNotFoundError(url)
