@@ -80,7 +80,7 @@ def test_a_server_that_refuses_is_exit_4_at_once_with_what_to_check(
     s3.faults.rule = lambda method, path: "403"
     result = execute(command, run, tmp_path)
     assert result.code == 4, result.err
-    assert f"{run}/" in result.err
+    assert str(run) in result.err
     assert (
         ": PermissionError: Forbidden; check that the address is right, and that the environment's cred" in result.err
     )
