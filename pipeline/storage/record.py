@@ -68,6 +68,17 @@ class Record:
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a record: {error}") from error
 
+    @classmethod
+    def found(cls, value: Any, group: str, shard: int | None) -> "Record | None":
+        """The record in a JSON value; None if there is none, it is damaged, or one of another group or shard."""
+        if value is None:
+            return None
+        try:
+            record = cls.from_json(value)
+        except ValueError:
+            return None
+        return record if record.group == group and shard in (None, record.shard) else None
+
     def to_json(self) -> dict[str, Any]:
         fields = json.loads(json.dumps(asdict(self)))  # as it will be read
         return {**fields, _DIGEST: digest(fields)}

@@ -14,7 +14,6 @@ import sqlite3
 import threading
 import zlib
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import json_text
@@ -86,8 +85,10 @@ class RecordIndex:
             query = "SELECT data FROM records WHERE name = ? AND shard = ?"
             found = self._records.execute(query, (group, shard)).fetchone()
         if found is not None:
-            return _parsed(json.loads(zlib.decompress(found[0])), group, shard)
-        record = _parsed(self._storage.read_json_if_whole(f"{_folder(group)}/{shard_name(shard)}.json"), group, shard)
+            return Record.found(json.loads(zlib.decompress(found[0])), group, shard)
+        record = Record.found(
+            self._storage.read_json_if_whole(f"{_folder(group)}/{shard_name(shard)}.json"), group, shard
+        )
         if record is not None:
             with self._mutex:
                 self._keep(record, version)
@@ -212,7 +213,7 @@ class RecordIndex:
             with gzip.open(copy, "rb") as lines:
                 for line in lines:
                     version, value = json.loads(line)
-                    record = _parsed(value, group, None)
+                    record = Record.found(value, group, None)
                     if record is not None and versions.get(record.shard) == version:
                         self._keep(record, version)
         except _DAMAGED as error:
@@ -239,14 +240,3 @@ def _digest(size: int, version: str) -> int:
     """63 bits, never `_NEW`."""
     digest = hashlib.sha256(f"{size} {version}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1 or 1
-
-
-def _parsed(value: Any, group: str, shard: int | None) -> Record | None:
-    """The record in a JSON value; None if it is damaged or another one."""
-    if value is None:
-        return None
-    try:
-        record = Record.from_json(value)
-    except ValueError:
-        return None
-    return record if record.group == group and shard in (None, record.shard) else None

@@ -80,14 +80,7 @@ class RunFolder:
         """The completion record, or None if this (group, shard) is not finished; a damaged one is unfinished work."""
         if self.index is not None:
             return self.index.read(group, int(shard))
-        value = self.storage.read_json_if_whole(self.record_name(group, shard))
-        if value is None:
-            return None
-        try:
-            record = Record.from_json(value)
-        except ValueError:
-            return None
-        return record if (record.group, shard_name(record.shard)) == (group, shard) else None
+        return Record.found(self.storage.read_json_if_whole(self.record_name(group, shard)), group, int(shard))
 
     def read_engine_file(self, name: str) -> dict[str, Any] | None:
         """What every run writes anew: its plan or its summary; None if there is none.

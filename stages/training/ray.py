@@ -1,8 +1,6 @@
 """Trains on Ray: one process per GPU, started and watched by Ray Train."""
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -43,7 +41,10 @@ def train_on_ray(
     from ray.train.torch import TorchTrainer
 
     gpus = total(connect(None, job.options.address), "GPU")
-    scratch = Path(tempfile.mkdtemp()) if not isinstance(job.run.storage, LocalStorage) else job.run.root / "ray"
+    storage = job.run.storage
+    scratch = (
+        job.run.root / "ray" if isinstance(storage, LocalStorage) else storage.new_folder()
+    )  # goes with this process
     try:
         use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
         num_workers = workers.num_workers or max(1, int(gpus))
