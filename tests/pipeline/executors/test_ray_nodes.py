@@ -26,6 +26,7 @@ from tests.pipeline.toy import Toy, ToyConfig
 
 GOOD = ClusterNode("g" * 56, {"CPU": 2.0}, "good", "10.0.0.1")
 BLIND = ClusterNode("b" * 56, {"CPU": 2.0, "GPU": 1.0}, "blind", "10.0.0.2")
+NAMED = "does not see the run folder and is not used"
 OTHER = "a folder of this name is there, but without the file that this run wrote into it"
 
 
@@ -154,17 +155,23 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield found | {"nodes": nodes}
 
 
-def run_in(views: dict[str, Any], name: str, **toy: Any) -> subprocess.CompletedProcess[str]:
-    options = json.dumps({"toy": {"num_shards": 24, "add_cubes": True, **toy}})
-    return subprocess.run(
+def run_in(views: dict[str, Any], name: str, gate: Path | None = None) -> tuple[int, list[str]]:
+    """The end and the words of a driver in a node's folder; `gate` opens when a node is named."""
+    options = json.dumps({"toy": {"num_shards": 24, "add_cubes": True, "gate": str(gate or "")}})
+    said: list[str] = []
+    with subprocess.Popen(
         [sys.executable, "-c", _DRIVER, str(views["top"] / "run"), views["nodes"].address, options],
         env=views["nodes"].environment,
         cwd=views[name],
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=250,
-        check=False,
-    )
+    ) as driver:
+        assert driver.stderr is not None
+        for line in driver.stderr:
+            said.append(line.rstrip())
+            if gate is not None and NAMED in line:
+                gate.touch()
+    return driver.returncode, said
 
 
 @pytest.mark.slow
@@ -172,19 +179,19 @@ def run_in(views: dict[str, Any], name: str, **toy: Any) -> subprocess.Completed
 def test_one_node_of_four_that_sees_another_disk_is_named_and_the_others_finish(
     views: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = run_in(views, "head")
+    code, said = run_in(views, "head", tmp_path / "gate")
     out, config = views["top"] / "shared" / "run", {"toy": {"num_shards": 24, "add_cubes": True}}
-    assert result.returncode == 0, result.stderr
-    named = [line for line in result.stderr.splitlines() if "does not see the run folder and is not used" in line]
+    assert code == 0, said
+    named = [line for line in said if NAMED in line]
     assert len(named) == 1
     assert named[0].endswith(f"{views['top'] / 'run'}: {OTHER}")
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     print("named after", float(named[0].split()[0]) - events[0]["time"], "s")
     assert not list((views["blind"] / "disk" / "run").iterdir()), "nothing is done there"
-    Toy(ToyConfig.model_validate(config)).run(tmp_path, RunOptions("inline", quiet=True))
+    Toy(ToyConfig.model_validate(config)).run(tmp_path / "one", RunOptions("inline", quiet=True))
     for group in ("squares", "cubes"):
         made = {path.name: path.read_bytes() for path in (out / "store" / group).iterdir()}
-        assert made == {path.name: path.read_bytes() for path in (tmp_path / "store" / group).iterdir()}
+        assert made == {path.name: path.read_bytes() for path in (tmp_path / "one" / "store" / group).iterdir()}
     assert len({event["node"] for event in events if event["event"] == "task"}) == 3
     assert not list(out.glob(".nodes-*"))
 
@@ -193,11 +200,11 @@ def test_one_node_of_four_that_sees_another_disk_is_named_and_the_others_finish(
 @pytest.mark.ray
 def test_a_run_whose_folder_no_node_sees_ends_with_words_and_counts_nothing(views: dict[str, Any]) -> None:
     began = time.monotonic()
-    result = run_in(views, "driver")
+    code, said = run_in(views, "driver")
     print(f"ended after {time.monotonic() - began:.1f} s")
-    assert result.returncode == 4, result.stderr
-    assert result.stderr.count("does not see the run folder and is not used") == 4
-    assert f"is left for fetch, as these do not see this folder: {socket.gethostname()} (127.0.0.1" in result.stderr
+    assert code == 4, said
+    assert sum(NAMED in line for line in said) == 4
+    assert f"is left for fetch, as these do not see this folder: {socket.gethostname()} (127.0.0.1" in said[-1]
     out = views["driver"] / "disk" / "run"
     assert not (out / "summary.json").exists()
     assert not list(out.glob("state/*/*.json"))
