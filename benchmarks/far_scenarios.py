@@ -101,5 +101,6 @@ def scenarios(url: str) -> dict[str, Scenario]:
         "evaluate": Scenario(job("evaluate", "evaluated"), [run, train], folder="evaluated", takes_over=True),
         "remove": Scenario(remove, [run], folder="run"),
         "export": Scenario(["export", f"{url}/trained", "--out", "model.safetensors"], [run, train]),
+        "export to S3": Scenario(["export", f"{url}/trained", "--out", f"{url}/model.safetensors"], [run, train]),
         "verify": Scenario(["verify", f"{url}/run"], [run]),
     }
