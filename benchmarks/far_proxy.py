@@ -192,7 +192,7 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 128
     proxy: Proxy
 
-    def handleerror_body(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """A client that has ended, or a connection that was reset here, is no error."""
 
 
