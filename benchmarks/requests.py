@@ -73,8 +73,9 @@ def command(s3: ObjectStore, checkout: Path, data: str, *arguments: str) -> Cost
     """
     s3.requests.clear()
     environment = {**os.environ, **s3.environment, "PYTHONPATH": str(checkout)}
+    module = "pipeline" if (checkout / "pipeline/__main__.py").exists() else "pipeline.cli"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=checkout,
         env=environment,
         capture_output=True,

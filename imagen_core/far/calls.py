@@ -45,12 +45,13 @@ def is_far(url: str) -> bool:
     return bool(separator) and protocol not in _LOCAL
 
 
-def call(place: str, done: str, function: Callable[[], R]) -> R:
+def call(place: str, done: str, function: Callable[[], R], before: Callable[[], None] = lambda: None) -> R:
     """The result of a call to storage, which is repeated with growing pauses while its error may pass.
 
     Args:
         place: the URL that it is about, for messages.
         done: what it does, for messages: `read`, `written`, `listed`, `deleted`.
+        before: called before each try; what it raises ends the call, as it is.
     Raises:
         FileNotFoundError: there is no such file.
         FileExistsError: it was to be created, and exists: maybe by an earlier try whose answer was lost.
@@ -60,6 +61,15 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
     from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
     tries = damaged = 0
+    ended: Exception | None = None
+
+    def ask(_: RetryCallState) -> None:
+        nonlocal ended
+        try:
+            before()
+        except Exception as error:
+            ended = error
+            raise
 
     def may_pass(error: BaseException) -> bool:
         nonlocal damaged
@@ -81,6 +91,7 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
         retry=retry_if_exception(may_pass),
         stop=stop_after_delay(PATIENCE_S),
         wait=wait_exponential_jitter(initial=0.1, max=LONGEST_PAUSE_S, jitter=min(1.0, LONGEST_PAUSE_S)),
+        before=ask,
         before_sleep=warn,
         reraise=True,
     )
@@ -89,6 +100,8 @@ def call(place: str, done: str, function: Callable[[], R]) -> R:
     except StorageError:
         raise
     except Exception as error:
+        if error is ended:
+            raise
         raise _translated(error, without_secrets(place), done, tries) from error
 
 

@@ -13,7 +13,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
-from pipeline.errors import EXIT_FAILED, DropLimitError, PipelineError, ShardError
+from pipeline.errors import EXIT_FAILED, DropLimitError, LockedError, PipelineError, ShardError
 from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.registry import make_executor
 from pipeline.fingerprint import differences
@@ -150,6 +150,8 @@ def _save_index(run: RunFolder) -> None:
         return
     try:
         run.index.save()
+    except LockedError:  # found out just now; whoever has the folder writes them
+        pass
     except (PipelineError, OSError) as error:
         log.warning("the records could not be written together, so the next run reads each: %s", error)
 

@@ -36,6 +36,10 @@ class Storage(ABC):
     parallel: int = 1
     """Number of concurrent requests that is worthwhile."""
 
+    def __init__(self) -> None:
+        self.before_change: Callable[[], None] = _allowed
+        """Called before each change; raises where this process must not make it. Copies in workers have none."""
+
     @property
     @abstractmethod
     def local(self) -> Path:
@@ -260,6 +264,10 @@ class BackgroundTasks:
         """Waits for all tasks."""
         while self._pending:
             self._pending.popleft().result()
+
+
+def _allowed() -> None:
+    """Nothing forbids a change."""
 
 
 def _line_hasher(name: str) -> "hashlib._Hash":

@@ -11,8 +11,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+from pipeline.errors import LockedError
 from pipeline.storage import LocalStorage, Storage
 from pipeline.storage.lock import Lease
 
@@ -60,7 +62,8 @@ class EventLog:
         if self._lines and not self._is_lost():
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
             name = f"{EVENTS_FOLDER}/{stamp}-{time.time_ns() % 10**9:09d}-{uuid.uuid4().hex[:6]}.jsonl"
-            self._storage.write_text(name, "".join(self._lines))
+            with suppress(LockedError):
+                self._storage.write_text(name, "".join(self._lines))
         self._lines.clear()
         self._next_write = time.monotonic() + _GATHER_S
 

@@ -28,12 +28,19 @@ class LocalStorage(Storage):
     """A folder of this machine, or of a file system that all nodes share."""
 
     def __init__(self, root: Path):
+        super().__init__()
         self.root = root.absolute()
         self.url = str(self.root)
 
     @property
     def local(self) -> Path:
         return self.root
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__init__(state["root"])
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}"  # not a Path, which costs as much as the system call
@@ -43,9 +50,11 @@ class LocalStorage(Storage):
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
+        self.before_change()
         write_bytes(self.root / name, data)
 
     def create(self, name: str, data: bytes) -> bool:
+        self.before_change()
         temporary = self.new_file(name)
         try:
             temporary.write_bytes(data)
@@ -93,12 +102,14 @@ class LocalStorage(Storage):
             shutil.copyfile(local, path)
 
     def delete(self, name: str, *, durably: bool = False) -> None:
+        self.before_change()
         with suppress(FileNotFoundError):
             os.unlink(self._path(name))
             if durably:
                 fsync_path((self.root / name).parent)
 
     def delete_folder(self, name: str) -> None:
+        self.before_change()
         folder = self.root / name
         if not folder.is_symlink():
             shutil.rmtree(folder, onerror=_unless_gone)
@@ -120,6 +131,7 @@ class LocalStorage(Storage):
         return temporary_name(final)
 
     def publish(self, local: Path, name: str) -> None:
+        self.before_change()
         commit_file(local, self.root / name)
 
     def new_folder(self) -> Path:

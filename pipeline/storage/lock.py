@@ -5,9 +5,10 @@ dead run, and is taken over. On a local folder a file lock detects dead processe
 for other machines that share the folder. Clocks must agree within a minute; a lease from a clock that is further ahead
 is watched, and taken over if nobody renews it. A lease that cannot be read is nobody's.
 
-Every workflow asks the same `Lease`, at each step's end and before each write that matters. A lease changes hands by
+Every workflow asks the same `Lease`, at each step's end and before each change of the folder. A lease changes hands by
 replacing the version that was read, so of several runs that meet an expired one a single one gets it, and a process
-that was suspended while it renewed does not get it back.
+that was suspended while it renewed does not get it back. A run whose lease is gone stops too: another one may have had
+the folder and ended.
 """
 
 import getpass
@@ -19,7 +20,6 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -60,8 +60,6 @@ class Lease:
         """Who has taken the folder over, in words, once that is known; the right never comes back."""
         self._seen_s = -math.inf
         self._asking: threading.Thread | None = None
-        self._again: Callable[[], bool] | None = None
-        """Takes a lease again that was deleted and belongs to nobody; only where the lease is renewed."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"storage": self.storage, "owner": self.owner, "lost": self.lost}
@@ -84,6 +82,15 @@ class Lease:
             self._read()
         if self.lost:
             raise LockedError(self.lost)
+
+    def check_change(self) -> None:
+        """The same before each change of the folder, in the process that renews the lease.
+
+        Raises:
+            LockedError: another run has taken the folder over.
+            MachineError: the object store does not answer.
+        """
+        self.check(_STEP_S if isinstance(self.storage, LocalStorage) else _FAR_STEP_S)
 
     def check_step(self) -> None:
         """The same at a step's end: without waiting for a store that does not answer, which is not a loss.
@@ -113,14 +120,12 @@ class Lease:
     def _read(self) -> None:
         asked_s = _clock_s()
         found = read_lease(self.storage)
-        own = found is not None and found["owner"] == self.owner
-        if own or (found is None and self._again is not None and self._again()):
+        if found is not None and found["owner"] == self.owner:
             self._seen_s = asked_s
-        else:
-            self.lost = (
-                f"--out {self.storage.url}: this run lost the folder to {describe(found)}; it stops, and its finished "
-                "work stays"
-            )
+            return
+        gone = f"({LEASE} is gone: another run had it, or it was deleted)"
+        to = f"to {describe(found)}" if found is not None else gone
+        self.lost = f"--out {self.storage.url}: this run lost the folder {to}; it stops, and its finished work stays"
 
 
 class RunLock:
@@ -138,7 +143,6 @@ class RunLock:
         self.storage = storage
         self.take_over = take_over
         self.lease = Lease(storage, uuid.uuid4().hex)
-        self.lease._again = self._created
         self._since = time.time()
         self._file_lock: FileLock | None = None
         self._ended = threading.Event()
@@ -252,7 +256,7 @@ class RunLock:
             try:
                 version = self.storage.version(LEASE)
                 self.lease.check()
-                if version is not None:  # else it was taken again just now
+                if version is not None:  # else it was deleted just now
                     self.storage.replace(LEASE, self._content(), version)
             except LockedError:
                 return

@@ -26,6 +26,7 @@ class ObjectStorage(Storage):
     parallel = 32
 
     def __init__(self, url: str):
+        super().__init__()
         self.url = url.rstrip("/")
         self._connect()
 
@@ -39,8 +40,7 @@ class ObjectStorage(Storage):
         return {"url": self.url}
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        self.url = state["url"]
-        self._connect()
+        self.__init__(state["url"])
 
     @property
     def local(self) -> Path:
@@ -56,6 +56,7 @@ class ObjectStorage(Storage):
 
     def create(self, name: str, data: bytes) -> bool:
         path, url = self._place(name)
+        self.before_change()
         with _told():
             return create(self._fs, path, url, data)
 
@@ -186,13 +187,14 @@ class ObjectStorage(Storage):
     def _call(self, done: str, name: str, function: Callable[[str], R]) -> R:
         path, url = self._place(name)
         with _told():
-            return call(url, done, lambda: function(path))
+            return call(url, done, lambda: function(path), self.before_change if done in _CHANGES else lambda: None)
 
     def _place(self, name: str) -> tuple[str, str]:
         """Path on the file system and URL of a file, or of the whole folder."""
         return (f"{self._root}/{name}", f"{self.url}/{name}") if name else (self._root, self.url)
 
 
+_CHANGES = ("written", "replaced", "deleted")
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 """What file systems call that which changes whenever an object is written; the first that there is counts."""
 

@@ -240,9 +240,10 @@ class RunFolder:
         `RunLock`."""
         with RunLock(self.storage, take_over=take_over) as lease:
             self.storage.clean()
-            self.lease = lease
+            self.lease, allowed = lease, self.storage.before_change
+            self.storage.before_change = lease.check_change
             try:
                 with self.indexed():
                     yield lease
             finally:
-                self.lease = None
+                self.lease, self.storage.before_change = None, allowed

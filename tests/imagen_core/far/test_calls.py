@@ -115,6 +115,19 @@ def test_what_may_pass_is_tried_again_and_what_does_not_is_not() -> None:
     assert (refused.calls, caught.value.passes) == (1, False)
 
 
+def test_what_ends_a_call_before_a_try_is_told_as_it_is() -> None:
+    function, asked = Failing(s3_error(503), s3_error(503)), []
+
+    def before() -> None:
+        asked.append(function.calls)
+        if function.calls == 2:
+            raise TimeoutError("no longer this run's")  # by itself it would pass
+
+    with pytest.raises(TimeoutError, match="no longer this run's"):
+        call(PLACE, "written", function, before)
+    assert asked == [0, 1, 2]
+
+
 @pytest.mark.usefixtures("little_patience")
 def test_patience_ends_with_an_error_that_says_that_it_may_pass_and_how_often_was_tried() -> None:
     down = Failing(*(s3_error(503, "SlowDown") for _ in range(10_000)))

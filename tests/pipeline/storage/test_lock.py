@@ -9,14 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import LockedError
+from pipeline.errors import EXIT_ENVIRONMENT, LockedError, PipelineError
 from pipeline.storage import Storage, lock
 from pipeline.storage.lock import LEASE, RunLock, is_running
+from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import RunFolder
 from tests.object_store import ObjectStore, object_store
 
@@ -158,16 +159,53 @@ def test_a_run_that_was_suspended_while_it_renewed_does_not_get_its_lease_back(
             lease.check()
 
 
-def test_a_lease_that_was_deleted_but_not_taken_stays_with_its_run(run: RunFolder) -> None:
+def test_a_run_whose_lease_is_gone_stops_as_another_one_may_have_come_and_ended(run: RunFolder) -> None:
     with run.lock() as lease:
-        run.storage.delete(LEASE)
-        lease.check()
-        assert run.storage.read_json(LEASE)["owner"] == lease.owner
         worker = pickle.loads(pickle.dumps(lease))
         worker.check()
         run.storage.delete(LEASE)
-        with pytest.raises(LockedError, match="an unknown process"):
-            worker.check()
+        for one in (lease, worker):
+            with pytest.raises(LockedError, match=r"\.lease\.json is gone: another run had it, or it was deleted"):
+                one.check()
+    assert run.storage.read_json(LEASE) is None
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_run_that_was_suspended_changes_nothing_once_another_had_its_folder(
+    far: bool, s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is about to change: the question is asked in one place, not by each caller."""
+    run = RunFolder(f"{s3.url}/{tmp_path.name}" if far else tmp_path / "run")
+    clock = [1000.0]
+    monkeypatch.setattr(lock, "_clock_s", lambda: clock[0])
+    other = open_storage(run.url)
+    with run.lock() as lease:
+        storage = run.storage
+        storage.write("there", b"1")
+        storage.write_json_lines("lines", [1])
+        lease_of(RunFolder(other), host="node-4", renewed_s_ago=0)
+        before = {name: other.read(name) for name in other.walk()}
+        clock[0] += 30  # as after SIGCONT
+        (tmp_path / "file").write_bytes(b"2")
+        changes: dict[str, Callable[[], object]] = {
+            "write": lambda: storage.write("there", b"2"),
+            "create": lambda: storage.create("new", b"2"),
+            "replace": lambda: storage.replace("there", b"2", storage.version("there") or ""),
+            "write a file": lambda: storage.write_file("there", tmp_path / "file"),
+            "write lines": lambda: storage.write_json_lines("lines", [2]),
+            "delete": lambda: storage.delete("there"),
+            "delete all": lambda: storage.delete_all(["there", "lines"]),
+            "delete a folder": lambda: storage.delete_folder("."),
+        }
+        for name, change in changes.items():
+            lease.lost, lease._seen_s = "", 1000.0
+            with pytest.raises(LockedError, match="node-4"):
+                change()
+            assert {name: other.read(name) for name in other.walk() if not name.startswith(".tmp")} == before, name
+        with pytest.raises(LockedError):
+            lease.check()
+    other.delete(LEASE)
+    storage.write("there", b"3")
 
 
 def test_a_step_reads_the_lease_only_if_nobody_has_for_long(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +237,7 @@ def test_a_step_does_not_wait_for_a_store_that_does_not_answer(
         answers.set()
         while lease._asking is not None:
             time.sleep(0.01)
-        with pytest.raises(LockedError, match="an unknown process"):
+        with pytest.raises(LockedError, match="is gone: another run"):
             lease.check_step()
 
 
@@ -294,6 +332,7 @@ def test_the_driver_of_a_run_that_was_taken_over_stops(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(InlineExecutor, "wait", with_a_thief)
     workflow = Toy(ToyConfig.model_validate({"toy": {"num_shards": 5}}))
-    with pytest.raises(LockedError, match="node-4"):
+    with pytest.raises(PipelineError, match="node-4") as caught:
         workflow.run(str(tmp_path / "run"), RunOptions("inline", quiet=True))
+    assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert len(list((tmp_path / "run" / "store" / "squares").glob("*"))) <= 1
