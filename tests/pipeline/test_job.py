@@ -93,7 +93,7 @@ def test_a_job_that_lost_its_folder_after_its_last_step_leaves_the_summary_of_th
 ) -> None:
     def work(job: Job) -> None:
         taken_over(job)
-        job.run.storage.write_json(SUMMARY, {"of": "the other"})
+        open_storage(out).write_json(SUMMARY, {"of": "the other"})
         if error is not None:
             raise error
 
