@@ -106,8 +106,6 @@ class Bases:
     def _base(self, commands: list[list[str]]) -> tuple[dict[str, bytes], Path]:
         key = json.dumps(commands)
         if key not in self._made:
-            local = self.place.folder / "bases" / str(len(self._made))
-            shutil.rmtree(local, ignore_errors=True)
             if commands:
                 self.place.reset(*self._base(commands[:-1]))
                 code, output, _ = self.place.run(commands[-1:])
@@ -115,6 +113,8 @@ class Bases:
             else:
                 self.place.reset({}, None)
                 write_input(self.place.work, self.place.put, self.place.store.url)
+            local = self.place.folder / "bases" / str(len(self._made))
+            shutil.rmtree(local, ignore_errors=True)
             shutil.copytree(self.place.work, local)
             self._made[key] = (self.place.objects(), local)
         return self._made[key]
