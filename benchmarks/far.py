@@ -277,8 +277,9 @@ def writes_after_loss(
     """
     lease = f"{folder}/{_LEASE}"
     taken = [r.answered for r in second if r.key == lease and r.method == "PUT" and r.changed and r.answered]
-    if not folder or not taken:
-        return [], []
+    had = [r.passed for r in first if r.key == lease and r.method == "PUT" and r.changed and r.passed]
+    if not folder or not taken or not had or had[0] > taken[0]:
+        return [], []  # the first one did not have the folder yet
     lost = max(taken[0], continued)
     looked = [r.answered for r in first if r.key == lease and r.began > taken[0] and r.answered]
     knows = min([*looked, lost + _KNOWS_S])

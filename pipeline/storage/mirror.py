@@ -4,9 +4,11 @@ A file named in `MARKS` declares the files next to it complete, as `state.json` 
 in this order, so that a kill between any two requests, a store that takes nothing, and a process that was suspended
 and goes on after another run took the folder over lose no whole checkpoint and leave none that only looks whole:
 
-1. The files of a new checkpoint; their sizes are compared with what arrived; then its mark.
-2. What was deleted of the other files, then what is new or changed.
-3. Checkpoints that were removed here are deleted there, marks first, and only if another whole one is there.
+1. Where a whole checkpoint is there: metrics and other files that grow, with all that precedes the next one. A
+   training that goes on from the one before removes what is too much.
+2. The files of a new checkpoint; their sizes are compared with what arrived; then its mark.
+3. What was deleted of the other files, then what is new or changed.
+4. Checkpoints that were removed here are deleted there, marks first, and only if another whole one is there.
 
 The right to write is checked before each of these; a file is created only where there is none, and replaced only while
 it is the version that was just looked at (`ObjectStorage.replace_file`).
@@ -141,15 +143,23 @@ class Mirror(WorkingFolder):
         """
         with self._sending:
             self._check_lease(0.0)
-            with tempfile.TemporaryDirectory(prefix=TEMPORARY_MARK, dir=self.path) as before:
-                copies, grown = self._copied(Path(before))  # later they might tell of a checkpoint that is not sent
-                self._send(self._walk() | grown, copies)
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY_MARK, dir=self.path) as folder:
+                if any(map(_is_mark, self._sent)):
+                    found = self._walk()
+                    copies, grown = self._copied(Path(folder))
+                else:  # without a checkpoint they must not tell of one that is not sent
+                    copies, grown = self._copied(Path(folder))
+                    found = self._walk()
+                self._send(found | grown, copies)
             self._good_s, self._failure = time.monotonic(), None
 
     def _send(self, found: dict[str, _Version], copies: dict[str, Path]) -> None:
         changed = sorted(name for name in found if self._sent.get(name) != found[name])
         gone = sorted(self._sent.keys() - found.keys())
         known = {_folder(name) for name in (*found, *self._sent) if _is_mark(name)}
+        if any(map(_is_mark, self._sent)):
+            for name in sorted(copies):
+                self._put(name, found, copies[name])
         for folder in sorted({_folder(name) for name in changed} & known):
             if any(_is_mark(name) and _folder(name) == folder for name in found):
                 self._send_folder(folder, found)
@@ -157,7 +167,7 @@ class Mirror(WorkingFolder):
             if _folder(name) not in known:
                 self._delete(name)
         for name in changed:
-            if _folder(name) not in known:
+            if _folder(name) not in known and self._sent.get(name) != found[name]:
                 self._put(name, found, copies.get(name))
         self._delete_folders({_folder(name) for name in gone} & known, found)
 

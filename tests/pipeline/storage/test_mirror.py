@@ -177,11 +177,11 @@ def test_new_checkpoints_are_sent_mark_last_before_old_ones_are_deleted_mark_fir
     mirror.send()
     changes = [request for request in requests.made if request.partition(" ")[0] in ("written", "deleted", "replaced")]
     assert changes == [
+        "replaced metrics.jsonl",
         "written checkpoints/step-2/model.safetensors",
         "written checkpoints/step-2/z.safetensors",
         "written .sent-000002.json",
         "written checkpoints/step-2/state.json",
-        "replaced metrics.jsonl",
         "deleted checkpoints/step-1/state.json",
         "deleted checkpoints/step-1/model.safetensors",
         "deleted checkpoints/step-1/z.safetensors",
@@ -209,12 +209,38 @@ def test_a_kill_between_any_two_requests_of_a_send_leaves_a_whole_checkpoint(
         next_one.fetch()
         assert whole(next_one.path), f"killed after {number} requests"
         assert marked(next_one.path) == whole(next_one.path)
-        if (next_one.path / "metrics.jsonl").read_bytes() == b"2":
-            assert 2 in whole(next_one.path), "metrics tell of no checkpoint that is not there"
+        if 2 in whole(next_one.path):
+            assert (next_one.path / "metrics.jsonl").read_bytes() == b"2", "no line up to a checkpoint is lost"
         if killed <= number:
             break
     assert killed == 12, "a kill before each request"
     assert whole(next_one.path) == {2}
+
+
+def test_metrics_never_tell_of_a_first_checkpoint_that_is_not_there(
+    near: ObjectStorage, tmp_path: Path, requests: Requests
+) -> None:
+    """A training whose metrics tell of one, and that has none, is refused: it seems lost."""
+    for number in itertools.count():
+        near.delete_folder("")
+        mirror = Mirror(near, new_folder(tmp_path / str(number)))
+        mirror.fetch()
+        (mirror.path / "metrics.jsonl").write_bytes(b"1")
+        save(mirror, 1)
+        requests.kill_after = number
+        try:
+            mirror.send()
+        except Killed:
+            pass
+        else:
+            break
+        finally:
+            requests.kill_after = None
+        next_one = Mirror(near, new_folder(tmp_path / f"next-{number}"))
+        next_one.fetch()
+        assert whole(next_one.path) or not (next_one.path / "metrics.jsonl").exists()
+    assert number > 4
+    assert near.read("metrics.jsonl") == b"1"
 
 
 def test_the_last_whole_checkpoint_is_never_deleted(near: ObjectStorage, tmp_path: Path) -> None:
