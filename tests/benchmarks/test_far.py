@@ -143,8 +143,10 @@ def test_writes_after_a_loss_are_told_from_those_that_could_not_know() -> None:
         request("run/events/e", 10.5),
         request("other/f", 10.6),
     ]
+    assert far.writes_after_loss(first, second, "run", 0) == ([], []), "it did not have the folder yet"
+    first.insert(0, request("run/.lease.json", 5.0))
     assert far.writes_after_loss(first, second, "run", 0) == (["PUT run/b"], ["PUT run/c"])
-    never_looked = [request("run/b", 10.1), request("run/c", 11.5, "DELETE")]
+    never_looked = [first[0], request("run/b", 10.1), request("run/c", 11.5, "DELETE")]
     assert far.writes_after_loss(never_looked, second, "run", 0) == (["PUT run/b"], ["DELETE run/c"])
     stopped_meanwhile = far.writes_after_loss(never_looked, second, "run", 11.4)
     assert stopped_meanwhile == (["PUT run/b", "DELETE run/c"], [])
@@ -238,12 +240,12 @@ class ToyPlace:
 
 
 def attempt(kind: str, folder: Path, upstream: int) -> far.Try:
-    """A try with toys, disturbed at one of the first three files."""
+    """A try with toys, disturbed at the first file after the lease."""
     expected = {f"/bucket/run/{name}": b"sent" for name in (".lease.json", *"01234")}
     scenario = Scenario(["toy"], folder="run", takes_over=True)
     prepared = Prepared("toy", scenario, {}, folder, expected, [request("run/x", 0.0)] * 4)
     place: Any = ToyPlace(folder, upstream)
-    return far.Attempt(place, prepared, far.Try("toy", kind, 0, 0)).make()
+    return far.Attempt(place, prepared, far.Try("toy", kind, 0, seed=2)).make()
 
 
 def test_a_kill_at_a_request_is_made_good_by_the_same_command(tmp_path: Path, upstream: int) -> None:
