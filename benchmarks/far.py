@@ -41,13 +41,15 @@ from tests.processes import descendants
 
 KINDS = ("fault", "faults", "outage", "kill", "kill a worker", "take-over", "stopped")
 _ORDER = (
-    *("fault", "kill", "faults", "take-over", "fault", "stopped", "faults", "outage"),
-    *("fault", "kill a worker", "faults", "fault", "kill", "faults", "fault", "faults"),
+    *("fault", "kill", "faults", "take-over", "faults", "stopped", "faults", "outage"),
+    *("kill", "kill a worker", "faults", "take-over", "kill", "stopped", "fault", "faults"),
 )
 """The kinds of a scenario's tries, again and again."""
-_OFTEN = 0.1
+_OFTEN = 0.2
 """Part of the requests that get a fault, where several do; not a refusal (403), which is not tried again."""
 _PASSING = tuple(kind for kind in FAULTS if kind != "403")
+_KILLS = 3
+"""A command is killed so often at most, one start after another."""
 _STARTS = 3
 _SLOW_S = 0.2
 """Added to each request of a process that is taken over while it works."""
@@ -153,7 +155,16 @@ class Attempt:
             one.faults = sum(bool(request.fault) for request in proxy.requests)
 
     def _killed(self) -> None:
-        one, chance = self._one, self._chance
+        chance, first = self._chance, True
+        for at in [self._one.request, *(chance.randrange(len(self._prepared.requests)) for _ in range(_KILLS - 1))]:
+            kills = self._one.kills
+            self._kill(at, self._command if first else self._again())
+            if self._one.kills == kills or chance.random() < 0.5:
+                return
+            first = False
+
+    def _kill(self, at: int, command: list[str]) -> None:
+        one, chance, before = self._one, self._chance, self._one.kills
         one.how = chance.choice(("before its answer", "before it arrives", "and it never arrives"))
         worker = one.kind == "kill a worker"
         started: Future[Process] = Future()
@@ -161,7 +172,7 @@ class Attempt:
 
         def kill(request: Request) -> str:
             with mutex:
-                if request.number < one.request or one.kills:
+                if request.number < at or one.kills > before:
                     return ""
                 driver = started.result(LIMIT_S).pid
                 pids = sorted(pid for pid, line in descendants(driver).items() if "spawn_main" in line)
@@ -174,7 +185,7 @@ class Attempt:
 
         with Proxy(self._place.upstream_port) as proxy:
             setattr(proxy, "after" if one.how == "before its answer" else "before", kill)
-            started.set_result(process := self._place.start([self._command], proxy))
+            started.set_result(process := self._place.start([command], proxy))
             self._note(one.kind, process, process.wait(LIMIT_S), _MAY_END if worker else (0, -signal.SIGKILL))
 
     def _taken_over(self) -> None:
@@ -222,17 +233,20 @@ class Attempt:
             one.blind, one.late = writes_after_loss(proxy.requests, other.requests, scenario.folder, continued)
 
     def _until_it_succeeds(self) -> None:
-        one, takes_over = self._one, self._prepared.scenario.takes_over
         for number in range(1, _STARTS + 1):
-            with_option = takes_over and self._chance.random() < 0.5
-            if not with_option and self._prepared.scenario.folder and one.codes[-1] != 0:
-                time.sleep(SHORT_S["EXPIRE_S"] + 0.5)
-            command = [*self._command, *["--take-over"] * with_option]
             with Proxy(self._place.upstream_port) as proxy:
-                process = self._place.start([command], proxy)
+                process = self._place.start([self._again()], proxy)
                 self._note(f"start {number}", process, process.wait(LIMIT_S), (0,))
-            if one.codes[-1] == 0:
+            if self._one.codes[-1] == 0:
                 return
+
+    def _again(self) -> list[str]:
+        """The command for another start: after a failure it takes the folder over, or waits for the end of the lease."""
+        scenario = self._prepared.scenario
+        with_option = scenario.takes_over and self._chance.random() < 0.5
+        if not with_option and scenario.folder and self._one.codes[-1] != 0:
+            time.sleep(SHORT_S["EXPIRE_S"] + 0.5)
+        return [*self._command, *["--take-over"] * with_option]
 
     def _note(self, when: str, process: Process, code: int | None, allowed: tuple[int, ...]) -> None:
         one, output = self._one, process.output
@@ -307,7 +321,7 @@ def main() -> None:
     names = list(scenarios(""))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs, better in memory (/dev/shm)")
-    parser.add_argument("--most", type=int, default=150, help="tries of each scenario")
+    parser.add_argument("--most", type=int, default=32, help="tries of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenarios", nargs="*", default=names, choices=names)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)

@@ -51,10 +51,9 @@ class Place:
     def snapshot(self) -> dict[str, bytes]:
         """What is there by name, in the bucket and where the commands ran, without what differs from run to run."""
         found = {key: data for key, data in self.objects().items() if "/events/" not in key}
-        lists = [key for key in found if _LIST_OF_SENT.search(key)]  # its number is that of the starts
-        for key in lists[-1:]:
-            found[_LIST_OF_SENT.sub("/.sent.json", key)] = b""
+        for key in list(filter(_LIST_OF_SENT.search, found)):  # a folder has one; its number is that of the starts
             del found[key]
+            found[_LIST_OF_SENT.sub("/.sent.json", key)] = b""
         found |= {f"local {p.relative_to(self.work)}": p.read_bytes() for p in self.work.rglob("*") if p.is_file()}
         return {name: comparable(name, lambda d=data: d) for name, data in found.items()}
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.files import temporary_name, write_json, write_text
+from pipeline.storage.files import write_json, write_text
+from stages.figures import svg
 
 TABLE, RESULTS, PLOT = "results.md", "results.json", "distance-clip.svg"
 _COLUMNS = (
@@ -77,6 +78,4 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]], features_model: str | N
     axes.set_title("guidance weights", fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = temporary_name(path)
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
-    temporary.replace(path)
+    write_text(path, svg(figure))

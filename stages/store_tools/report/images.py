@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from imagen_core.store import Store
+from stages.figures import svg
 
 _MAX_COUNTED_CAPTIONS = 4096
 _SHOWN_PX = 256
@@ -51,10 +52,8 @@ def caption_histogram(counts: Sequence[int]) -> str:
     axes.set_xlabel("tokens per caption, end of sequence included")
     axes.set_ylabel("captions")
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    file = svg(figure)
+    return file[file.index("<svg") :]
 
 
 def _png_url(pixels: np.ndarray) -> str:
