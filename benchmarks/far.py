@@ -241,7 +241,7 @@ class Attempt:
                 return
 
     def _again(self) -> list[str]:
-        """The command for another start: after a failure it takes the folder over, or waits for the end of the lease."""
+        """The command for another start; after a failure it takes the folder over, or the lease has expired."""
         scenario = self._prepared.scenario
         with_option = scenario.takes_over and self._chance.random() < 0.5
         if not with_option and scenario.folder and self._one.codes[-1] != 0:

@@ -44,6 +44,8 @@ _VOLATILE = (
     "shards_skipped",
     "changed_settings",
     "images_per_s",
+    "generated_now",
+    "seconds_per_image",
     "loader_wait",
     "peak_memory_bytes",
     "time",

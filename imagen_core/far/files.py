@@ -2,12 +2,15 @@
 
 import inspect
 import io
+import logging
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from imagen_core.far.calls import IncompleteError, call
+
+log = logging.getLogger(__name__)
 
 
 def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
@@ -27,7 +30,15 @@ def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
     if protocol in ("s3", "s3a"):
         defaults["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard"}}
     defaults = {key: value for key, value in defaults.items() if key not in conf.get(protocol, {})}
-    return fsspec.core.url_to_fs(url, **{**defaults, **options})
+    filesystem, path = fsspec.core.url_to_fs(url, **{**defaults, **options})
+    if getattr(filesystem, "async_impl", False) and filesystem.loop is not None:
+        filesystem.loop.set_exception_handler(_abandoned)
+    return filesystem, path
+
+
+def _abandoned(_: object, context: dict[str, Any]) -> None:
+    """Takes an error that nobody waits for: of a connection whose request was given up, and made again."""
+    log.debug("%s: %s", context.get("message"), context.get("exception"))
 
 
 def read_file(filesystem: Any, path: str, url: str, size_bytes: int | None = None) -> bytes:

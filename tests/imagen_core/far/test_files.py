@@ -1,6 +1,8 @@
 """A file behind a URL is read whole and at any place, whatever breaks meanwhile."""
 
+import asyncio
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.asyn import AsyncFileSystem
 
-from imagen_core.far import FarFile, StorageError, download, read_file
+from imagen_core.far import FarFile, StorageError, download, open_filesystem, read_file
 from imagen_core.far.listing import PatientFileSystem
 
 DATA = bytes(range(256)) * 40
@@ -21,6 +23,22 @@ URL = "s3://bucket/a"
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imagen_core.far.calls.LONGEST_PAUSE_S", 0.001)
+
+
+def test_the_error_of_a_connection_that_was_given_up_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    """Its request was made again, and whoever asked got the answer of that."""
+    pytest.importorskip("s3fs")
+    filesystem, _ = open_filesystem("s3://bucket/a", skip_instance_cache=True)
+
+    async def abandoned() -> None:
+        asyncio.get_running_loop().call_exception_handler({"message": "never retrieved", "exception": OSError("lost")})
+
+    caplog.set_level(logging.DEBUG, "imagen_core.far")
+    asyncio.run_coroutine_threadsafe(abandoned(), filesystem.loop).result(10)
+    assert [(record.name, record.levelname) for record in caplog.records if "lost" in record.getMessage()] == [
+        ("imagen_core.far.files", "DEBUG")
+    ]
+    assert not [record for record in caplog.records if record.name == "asyncio" and record.levelno >= logging.ERROR]
 
 
 @pytest.fixture
