@@ -120,7 +120,7 @@ def test_files_that_a_node_reports_are_looked_for(tmp_path: Path) -> None:
     assert not seeing.are_here([replace(record, files=())])
 
 
-_DRIVER = """
+DRIVER = """
 import json, logging, sys
 from pipeline.errors import PipelineError
 from pipeline.options import RunOptions
@@ -128,7 +128,7 @@ from tests.pipeline.toy import Toy, ToyConfig
 logging.basicConfig(format="%(created)f %(message)s")
 out, address, options = sys.argv[1:]
 try:
-    Toy(ToyConfig.model_validate(json.loads(options))).run(out, RunOptions("ray", address, quiet=True))
+    Toy(ToyConfig.model_validate(json.loads(options))).run(out, RunOptions("ray", address or None, quiet=True))
 except PipelineError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -160,7 +160,7 @@ def run_in(views: dict[str, Any], name: str, gate: Path | None = None) -> tuple[
     options = json.dumps({"toy": {"num_shards": 24, "add_cubes": True, "gate": str(gate or "")}})
     said: list[str] = []
     with subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, str(views["top"] / "run"), views["nodes"].address, options],
+        [sys.executable, "-c", DRIVER, str(views["top"] / "run"), views["nodes"].address, options],
         env=views["nodes"].environment,
         cwd=views[name],
         stderr=subprocess.PIPE,
