@@ -92,7 +92,7 @@ def scenarios(url: str) -> dict[str, Scenario]:
         return ["run", workflow, "-c", f"{workflow}.yaml", "--out", f"{url}/{out}", "--quiet"]
 
     run, train = precompute("inline"), job("train", "trained")
-    remove = ["remove", f"{url}/run", "--key", "0001"]
+    remove = ["remove", f"{url}/run", "--key", "00000/0001"]
     return {
         "precompute": Scenario(run, folder="run", takes_over=True),
         "precompute with workers": Scenario(precompute("local"), folder="run", takes_over=True, workers=True),
@@ -100,6 +100,7 @@ def scenarios(url: str) -> dict[str, Scenario]:
         "sample": Scenario(job("sample", "images"), [run, train], folder="images", takes_over=True),
         "evaluate": Scenario(job("evaluate", "evaluated"), [run, train], folder="evaluated", takes_over=True),
         "remove": Scenario(remove, [run], folder="run"),
+        "compact": Scenario(["remove", f"{url}/run", "--compact"], [run, remove], folder="run"),
         "export": Scenario(["export", f"{url}/trained", "--out", "model.safetensors"], [run, train]),
         "export to S3": Scenario(["export", f"{url}/trained", "--out", f"{url}/model.safetensors"], [run, train]),
         "verify": Scenario(["verify", f"{url}/run"], [run]),
