@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.object_store import BUCKET, ObjectStore
 
 LIMIT_S = 300.0
 """A process that takes longer hangs."""
+_TRIES = 5
 _LIST_OF_SENT = re.compile(r"/\.sent-\d+\.json$")
 
 
@@ -34,6 +37,12 @@ class Place:
         self._client.put_object(Bucket=BUCKET, Key=key, Body=data)
 
     def objects(self) -> dict[str, bytes]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        for _ in range(_TRIES):
+            with suppress(BotoCoreError, ClientError):  # a request of a killed process may still be at work
+                return self.store.keys()
+            time.sleep(1.0)
         return self.store.keys()
 
     def reset(self, objects: Mapping[str, bytes], local: Path | None) -> None:

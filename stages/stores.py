@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import PLAN, STORE, RunFolder
+from pipeline.storage.scratch import scratch
 
 
 def store_folder(path: str) -> str:
@@ -56,7 +57,7 @@ def open_place(place: str) -> tuple[StoreFolder, RunFolder | None]:
     store = store_folder(place)
     outer, _, name = store.rpartition("/")
     run = RunFolder(outer) if outer and name == STORE else None
-    return StoreFolder(store), run if run is not None and run.started_groups() else None
+    return StoreFolder(store, scratch=scratch()), run if run is not None and run.started_groups() else None
 
 
 def previous_header(run: RunFolder) -> dict[str, Any]:

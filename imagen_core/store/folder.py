@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,15 +30,19 @@ class StoreFolder:
         url: str | os.PathLike[str],
         storage_options: dict[str, Any] | None = None,
         cache: FileCache | None = None,
+        scratch: Path | None = None,
     ) -> None:
         """
         Args:
             storage_options: arguments of the fsspec file system.
             cache: local copies of the files that `checked` opens; None opens the originals.
+            scratch: folder for temporary copies of remote files; default TMPDIR, where those of a killed process stay.
         """
         self.url = os.fspath(url)
         self.storage_options = storage_options or {}
-        self._cache = cache
+        self.before_change: Callable[[], None] = _allowed
+        """Called before each change; raises where this process must not make it. Not in copies of other processes."""
+        self._cache, self._scratch = cache, scratch
         self._connect()
 
     def _connect(self) -> None:
@@ -55,11 +59,15 @@ class StoreFolder:
         self._root = root.rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "storage_options": self.storage_options, "cache": self._cache}
+        return {
+            "url": self.url,
+            "storage_options": self.storage_options,
+            "cache": self._cache,
+            "scratch": self._scratch,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.url, self.storage_options, self._cache = state["url"], state["storage_options"], state["cache"]
-        self._connect()
+        self.__init__(**state)
 
     @property
     def fs(self) -> Any:
@@ -143,29 +151,32 @@ class StoreFolder:
 
         A local one that exists is False with the same bytes too.
         """
+        self.before_change()
         if not self.is_local:
             return create(*self._far(name), data)
         return create_durably(Path(self.path(name)), data)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file atomically and durably; it replaces a previous one."""
+        self.before_change()
         if self.is_local:
             write_durably(Path(self.path(name)), data)
         else:
             fs, path, url = self._far(name)
-            call(url, "written", lambda: fs.pipe_file(path, data))
+            call(url, "written", lambda: fs.pipe_file(path, data), self.before_change)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """A local path to write a file to, which replaces the previous one when the block ends."""
+        self.before_change()
         if self.is_local:
             yield Path(self.path(name))  # the caller writes it atomically
             return
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
             local = Path(scratch) / Path(name).name
             yield local
             fs, path, url = self._far(name)
-            call(url, "written", lambda: fs.put_file(str(local), path))
+            call(url, "written", lambda: fs.put_file(str(local), path), self.before_change)
 
     def source(self, name: str) -> str | BinaryIO:
         """The argument of the file readers: the path of a local file, or an open remote file."""
@@ -198,7 +209,7 @@ class StoreFolder:
     @contextmanager
     def _proven_copy(self, entry: FileEntry) -> Iterator[str]:
         """The path of a temporary copy of a remote file that has the bytes which the entry names."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
             copy = Path(scratch) / Path(entry.path).name
             self._fetch(entry, copy)
             self._compare(entry, copy.stat().st_size, file_digest(copy))
@@ -268,3 +279,7 @@ def _damage_told() -> Iterator[None]:
         if not error.damaged:
             raise
         raise StoreError(str(error)) from error
+
+
+def _allowed() -> None:
+    """Nothing forbids a change."""

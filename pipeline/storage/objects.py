@@ -77,8 +77,24 @@ class ObjectStorage(Storage):
         Raises:
             FileNotFoundError: there is no such local file.
         """
-        local.stat()
-        return self._replaced(name, version, lambda path, **match: self._fs.put_file(str(local), path, **match))
+        filesystem = self._fs
+        if version is not None and self._decides_by_version and local.stat().st_size >= _IN_PARTS_BYTES:
+            if self.version(name) != version:
+                return False
+            filesystem = self._on_condition(version)
+        return self._replaced(name, version, lambda path, **match: filesystem.put_file(str(local), path, **match))
+
+    def _on_condition(self, version: str) -> Any:
+        """The file system whose uploads in parts end only if what they replace is of a version.
+
+        s3fs passes a condition of `put_file` on where it sends a file at once, and drops it where it sends parts; what
+        is said of all requests it passes on to those that know it.
+        """
+        condition = {**self._fs.s3_additional_kwargs, "IfMatch": version}
+        with _told():
+            return open_filesystem(
+                self.url, use_listings_cache=False, skip_instance_cache=True, s3_additional_kwargs=condition
+            )[0]
 
     def _replaced(self, name: str, version: str | None, write: Callable[..., object]) -> bool:
         match: dict[str, str] = {"mode": "create"}
@@ -194,6 +210,8 @@ class ObjectStorage(Storage):
         return (f"{self._root}/{name}", f"{self.url}/{name}") if name else (self._root, self.url)
 
 
+_IN_PARTS_BYTES = 50 * 2**20
+"""s3fs sends files from twice this size on in parts."""
 _CHANGES = ("written", "replaced", "deleted")
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 """What file systems call that which changes whenever an object is written; the first that there is counts."""

@@ -79,6 +79,7 @@ def remove_command(
             read_header(folder)  # there is a store, before its lock is made
         owner = run or RunFolder(folder.url)
         with _held(owner, dry_run=dry_run) as holder:
+            folder.before_change = owner.storage.before_change
             result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run, at_work=holder is not None)
             if holder is not None:
                 result["at_work"] = holder

@@ -9,6 +9,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.storage.lock import LEASE, describe, is_running
 from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.scratch import scratch
 from pipeline.units import human_bytes
 from stages.stores import open_place, store_folder
 
@@ -37,7 +38,7 @@ def verify_command(
     holder = _holder(path)
     at_work, note = ({}, []) if holder is None else ({"at_work": holder}, [_AT_WORK.format(holder)])
     try:
-        report = verify_store(store)
+        report = verify_store(store, scratch=scratch())
     except StoreError as error:
         problems = [{"file": store, "message": str(error)}]
         return {"ok": False, "problems": problems, **at_work}, [f"bad: {error}", *note], EXIT_FAILED

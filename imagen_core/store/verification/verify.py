@@ -70,6 +70,7 @@ def verify_store(
     *,
     storage_options: dict[str, Any] | None = None,
     on_file: Callable[[str, int], None] | None = None,
+    scratch: Path | None = None,
 ) -> VerifyReport:
     """Read the complete store, one file at a time, and list the problems of each file.
 
@@ -84,6 +85,7 @@ def verify_store(
 
     Args:
         on_file: called with the name and size in bytes of each file after it was read.
+        scratch: folder for temporary copies; default TMPDIR.
     Raises:
         StoreError: the folder is not a store, or its run has not finished.
         StorageError: a remote store cannot be reached, or refuses.
@@ -102,8 +104,8 @@ def verify_store(
     except ManifestError as error:
         report.problems.append(Problem(error.file, str(error)))
     report.num_samples = manifest.num_samples
-    with tempfile.TemporaryDirectory() as scratch:
-        check = _Check(folder, manifest, report, on_file, Path(scratch))
+    with tempfile.TemporaryDirectory(dir=scratch) as copies:
+        check = _Check(folder, manifest, report, on_file, Path(copies))
         check.count(MANIFEST_NAME, folder.size_bytes(MANIFEST_NAME) or 0)
         for shard in manifest.shards():
             check.shard(shard)

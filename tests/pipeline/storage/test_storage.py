@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,6 +207,36 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(s3: ObjectStore, mon
 
     head = boto3.client("s3", endpoint_url=s3.endpoint).head_object(Bucket=BUCKET, Key="parts/store/big")
     assert head["ETag"].strip('"').endswith("-3")  # as S3 marks an object of three parts
+
+
+def test_a_large_file_is_replaced_only_while_it_is_of_its_version(
+    s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs.core
+
+    conditions: dict[str, str | None] = {}
+    send = s3fs.core._error_wrapper
+
+    async def seen(method: Any, *, kwargs: dict[str, Any], **options: Any) -> Any:
+        conditions[method.__name__] = kwargs.get("IfMatch")
+        return await send(method, kwargs=kwargs, **options)
+
+    monkeypatch.setattr(s3fs.core, "_error_wrapper", seen)
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
+    monkeypatch.setattr("pipeline.storage.objects._IN_PARTS_BYTES", 10 * 2**20)
+    storage = open_storage(f"{s3.url}/versions")
+    assert isinstance(storage, ObjectStorage)
+    (tmp_path / "big").write_bytes(bytes(12 * 2**20))
+    storage.write("a", b"first")
+    old = storage.version("a")
+    storage.write("a", b"second")
+    conditions.clear()
+    assert not storage.replace_file("a", tmp_path / "big", old)
+    assert "upload_part" not in conditions, "asked before anything is sent"
+    now = storage.version("a")
+    assert storage.replace_file("a", tmp_path / "big", now)
+    assert storage.size("a") == 12 * 2**20
+    assert conditions["complete_multipart_upload"] == now, "and by the store when all is there"
 
 
 def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

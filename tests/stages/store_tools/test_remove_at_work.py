@@ -3,14 +3,19 @@
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from imagen_core import store as st
+from pipeline.errors import LockedError
+from pipeline.storage import lock
+from pipeline.storage.lock import LEASE
 from pipeline.storage.run_folder import RunFolder
 from stages.precompute import manifest as finishing
 from stages.precompute import resize
+from stages.store_tools import remove
 from stages.store_tools.remove import remove_command
 from tests.commands import call
 from tests.runs import SMALL, precompute, store_bytes
@@ -108,6 +113,28 @@ def test_removals_of_a_store_without_run_at_the_same_time_are_all_logged(
     assert call("remove", str(store), "--compact").code == 0
     report = st.verify_store(store)
     assert (report.ok, report.warnings) == (True, [])
+
+
+def test_a_removal_that_lost_the_store_after_it_was_logged_leaves_the_manifest_to_the_other(
+    copy_of_small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(copy_of_small_run)
+    key = next(iter(st.Store.open(run.store_url))).key
+    manifest = (copy_of_small_run / "store/manifest.json").read_bytes()
+
+    def then_taken_over(*arguments: object, **options: object) -> object:
+        done = st.add_removal(*arguments, **options)  # type: ignore[arg-type]
+        now = time.time()
+        lease = {"owner": "other", "host": "node-4", "pid": 7, "user": "ann", "since": now, "renewed": now}
+        run.storage.write_json(LEASE, lease)
+        monkeypatch.setattr(lock, "_STEP_S", -1.0)  # as after SIGCONT
+        return done
+
+    monkeypatch.setattr(remove, "add_removal", then_taken_over)
+    with pytest.raises(LockedError, match="node-4"):
+        remove_command(str(copy_of_small_run), key=[key])
+    assert (copy_of_small_run / "store/manifest.json").read_bytes() == manifest
+    assert key not in {sample.key for sample in st.Store.open(run.store_url)}, "the removal is in effect"
 
 
 def test_no_folder_is_made_where_there_is_no_store(tmp_path: Path) -> None:
