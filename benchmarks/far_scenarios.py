@@ -100,7 +100,6 @@ def scenarios(url: str) -> dict[str, Scenario]:
         "sample": Scenario(job("sample", "images"), [run, train], folder="images", takes_over=True),
         "evaluate": Scenario(job("evaluate", "evaluated"), [run, train], folder="evaluated", takes_over=True),
         "remove": Scenario(remove, [run], folder="run"),
-        "compact": Scenario(["remove", f"{url}/run", "--compact"], [run, remove], folder="run"),
         "export": Scenario(["export", f"{url}/trained", "--out", "model.safetensors"], [run, train]),
         "export to S3": Scenario(["export", f"{url}/trained", "--out", f"{url}/model.safetensors"], [run, train]),
         "verify": Scenario(["verify", f"{url}/run"], [run]),
