@@ -215,7 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         proxy = self.server.proxy
-        body = self._body()
+        try:
+            body = self._body()
+        except (ValueError, EOFError):  # it ended in the middle of a request, which a server does not take
+            self.close_connection = True
+            return
         request = proxy.note(self.command, self.path)
         request.fault = proxy.before(request) or request.fault
         headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED_ON}
@@ -243,14 +247,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            return self._exactly(int(self.headers.get("Content-Length") or 0))
         parts: list[bytes] = []
         while size := int(self.rfile.readline().partition(b";")[0], 16):
-            parts.append(self.rfile.read(size))
+            parts.append(self._exactly(size))
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, *, half: bool = False) -> None:
         self.send_response_only(status)

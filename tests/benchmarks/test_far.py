@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +100,18 @@ def test_a_fault_passes_the_request_on_or_not_and_answers_as_its_name_says(
         (request,) = proxy.requests
     assert Echo.came == ([("PUT", "/bucket/run/a?x=1", b"sent")] if passed else [])
     assert (request.key, request.fault, request.changed) == ("run/a", fault, passed)
+
+
+def test_half_a_request_is_not_passed_on(upstream: int) -> None:
+    """Or a client that is killed while it sends would leave half an object, which no server makes of it."""
+    with Proxy(upstream) as proxy:
+        for head, body in (("Content-Length: 10", b"half"), ("Transfer-Encoding: chunked", b"a\r\nhalf")):
+            with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
+                connection.sendall(f"PUT /bucket/a HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n".encode() + body)
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(100) == b""
+        assert proxy.requests == []
+    assert Echo.came == []
 
 
 def test_a_proxy_that_refused_takes_connections_again(upstream: int, monkeypatch: pytest.MonkeyPatch) -> None:
