@@ -17,7 +17,7 @@ from tests.runs import pipeline
 from tests.workflows.test_precompute import max_difference, pillow_resize
 
 pytestmark = pytest.mark.slow
-NUM_IMAGES = 600
+NUM_IMAGES = 400
 """The first of 2,000; benchmarks.real_images takes all."""
 
 
