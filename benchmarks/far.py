@@ -321,7 +321,7 @@ def main() -> None:
     names = list(scenarios(""))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs, better in memory (/dev/shm)")
-    parser.add_argument("--most", type=int, default=32, help="tries of each scenario")
+    parser.add_argument("--most", type=int, default=40, help="tries of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenarios", nargs="*", default=names, choices=names)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
