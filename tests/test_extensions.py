@@ -176,11 +176,16 @@ def test_the_schema_lists_the_kinds_of_installed_packages(installed: Path) -> No
     properties = json.loads(call("config", "schema", "precompute").out)["properties"]
     choices = {
         "source": properties["source"]["oneOf"],
-        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters")},
+        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters", "stages")},
     }
     added = {name: choice[-1] for name, choice in choices.items()}
     kinds = {name: choice["properties"]["kind"]["const"] for name, choice in added.items()}
-    assert kinds == {"source": "solid", "encoders": "word_vectors", "filters": "max_words"}
+    assert kinds == {
+        "source": "solid",
+        "encoders": "word_vectors",
+        "filters": "max_words",
+        "stages": "bright_pixels",
+    }
     assert added["source"]["properties"]["num_samples"]["description"] == "Number of images."
     assert {"$ref": "#/$defs/FolderConfig"} in choices["source"]
 
