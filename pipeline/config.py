@@ -228,10 +228,14 @@ def _explain(config_class: type[Config], error: ValidationError) -> str:
             lines.append(f"{path}: unknown key (got {value!r}); {hint}")
         elif item["type"] == "missing":
             lines.append(f"{path}: needed, but not given; set it in the file or as {path}=VALUE")
+        elif item["type"] == "union_tag_not_found":
+            tag = item["ctx"]["discriminator"].strip("'")
+            lines.append(f"{path}.{tag}: needed, but not given")
         elif item["type"] == "union_tag_invalid":
             kind, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
             close = difflib.get_close_matches(kind, tags.split(", "), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"choose from {tags}"
+            choice = f"choose from {tags}" if tags else "install the package that adds it"
+            hint = f"did you mean {close[0]!r}?" if close else choice
             tag = item["ctx"]["discriminator"].strip("'")
             lines.append(f"{path}.{tag}: there is none of this name (got {kind!r}); {hint}")
         else:

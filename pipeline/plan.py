@@ -73,6 +73,9 @@ class Plan:
     """The dropped rows of a committed (group, shard) whose list is gone, from its files; None: it stays gone."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
+    check_group: Callable[[Group], None] | None = None
+    """Raises ConfigError for a lasting group that `finalize` could not describe; so a run with such a stage of another
+    package ends before it begins."""
 
     def __post_init__(self) -> None:
         made: set[str] = set()
@@ -82,6 +85,9 @@ class Plan:
             names = {group.name for group in stage.groups}
             assert not names & made, f"stage {stage.name} makes {names & made} a second time"
             made |= names
+            for group in stage.groups:
+                if self.check_group is not None and not group.transient:
+                    self.check_group(group)
 
     @cached_property
     def groups(self) -> dict[str, Group]:

@@ -1,6 +1,5 @@
 """Another package adds a source, an encoder, a filter, a sampler, an import and a workflow, and all of them run."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -26,14 +25,14 @@ from stages.encoders.prompts import encode_prompts
 from stages.encoders.registry import AnyEncoder, AnyImageEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+from tests.added_packages import PACKAGE, on_path
 from tests.commands import call, drops, precompute, summary
 from tests.network import guarded
 from tests.runs import REPOSITORY
 from tests.trained import BASE, train
 
-PACKAGE = REPOSITORY / "tests" / "extension_package"
 SCALE = 0.5
-GROUPS = ("sources", "encoders", "filters", "samplers", "imports", "workflows")
+GROUPS = ("sources", "encoders", "filters", "stages", "samplers", "imports", "workflows")
 ENCODER = f"{{name: words, kind: word_vectors, model: {TINY_MODEL}, scale: {SCALE}, compute_dtype: float32}}"
 
 
@@ -49,26 +48,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     zipfile.ZipFile(wheel).extractall(target)
     with on_path(target):
         yield target
-
-
-class on_path:
-    """Makes the packages of a folder the installed ones of this process too."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
-
-    def __enter__(self) -> None:
-        sys.path.insert(0, self.folder)
-        self._changed()
-
-    def __exit__(self, *_: object) -> None:
-        sys.path.remove(self.folder)
-        self._changed()
-
-    @staticmethod
-    def _changed() -> None:
-        importlib.invalidate_caches()
-        extensions._installed.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +176,16 @@ def test_the_schema_lists_the_kinds_of_installed_packages(installed: Path) -> No
     properties = json.loads(call("config", "schema", "precompute").out)["properties"]
     choices = {
         "source": properties["source"]["oneOf"],
-        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters")},
+        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters", "stages")},
     }
     added = {name: choice[-1] for name, choice in choices.items()}
     kinds = {name: choice["properties"]["kind"]["const"] for name, choice in added.items()}
-    assert kinds == {"source": "solid", "encoders": "word_vectors", "filters": "max_words"}
+    assert kinds == {
+        "source": "solid",
+        "encoders": "word_vectors",
+        "filters": "max_words",
+        "stages": "bright_pixels",
+    }
     assert added["source"]["properties"]["num_samples"]["description"] == "Number of images."
     assert {"$ref": "#/$defs/FolderConfig"} in choices["source"]
 
@@ -354,7 +338,8 @@ def test_the_groups_of_entry_points_are_those_that_the_guide_names() -> None:
 
 
 def test_the_guide_quotes_the_package_as_it_is() -> None:
-    guide = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    pages = ("CONTRIBUTING.md", "docs/how-to/add-a-stage.md")
+    guide = "".join((REPOSITORY / page).read_text("utf-8") for page in pages)
     quoted = re.findall(r"`tests/extension_package/([\w./]+)`:\n\n```\w+\n(.*?)```\n", guide, re.DOTALL)
     assert len(quoted) == len(GROUPS) + 1
     for name, text in quoted:

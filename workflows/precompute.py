@@ -15,6 +15,7 @@ from pipeline.plan import Plan
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
+from stages.arrays.registry import AnyArrayStage
 from stages.encoders.base import EncoderConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
@@ -27,7 +28,8 @@ from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from stages.precompute.lost_lists import lost_drops
-from stages.precompute.manifest import build_manifest
+from stages.precompute.make_arrays import array_stages
+from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ImagesConfig, ResizeStage
 from stages.sources.base import Source
@@ -68,6 +70,9 @@ class PrecomputeConfig(WorkflowConfig):
     """Text encoders; each makes its own group, and can be added later."""
     image_encoders: tuple[AnyImageEmbedding, ...] = ()
     """Image encoders; each encodes the images of a stored size, and makes its own group."""
+    stages: tuple[AnyArrayStage, ...] = ()
+    """Stages of other packages that add arrays to the store (scores, masks, latents), in this order; each can be added
+    later."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -127,12 +132,8 @@ class Precompute(ShardedWorkflow):
         run_removals(run, previous_header(run))  # before anything is deleted: without the log, samples come back
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
-            stages=(
-                FetchStage(source, config.source.kind),
-                ResizeStage(config.images, config.store.format, config.filters),
-                *(self._text_stage(encoder, source, run) for encoder in config.encoders),
-                *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
-            ),
+            stages=self._stages(source, run),
+            check_group=check_store_group,
             shards=batches.shards,
             input=batches,
             finalize=lambda run, rows, failed: {
@@ -155,6 +156,16 @@ class Precompute(ShardedWorkflow):
                 if isinstance(encoder, EncoderConfig) and encoder.model == TINY_MODEL
             ),
         )
+
+    def _stages(self, source: Source, run: RunFolder) -> tuple[Stage, ...]:
+        config = self.config
+        stages = (
+            FetchStage(source, config.source.kind),
+            ResizeStage(config.images, config.store.format, config.filters),
+            *(self._text_stage(encoder, source, run) for encoder in config.encoders),
+            *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
+        )
+        return (*stages, *array_stages(config.stages, config.store.format, stages))
 
     def _text_stage(self, encoder: AnyTextEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store

@@ -1,9 +1,11 @@
 """The store: what precompute writes and the trainer reads."""
 
+from imagen_core.store.array_spec import ArrayDtype, ArraySpec
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
+from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer, open_arrays
 from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
@@ -11,6 +13,7 @@ from imagen_core.store.files.shard import (
     ImageWriter,
     cast_embeddings,
     embedding_shard_bytes,
+    open_embeddings,
     open_image_writer,
     open_images,
     write_embedding_shard,
@@ -26,6 +29,7 @@ from imagen_core.store.layout import (
     SampleRow,
     StoreDtype,
     StoreFormat,
+    array_group,
     file_suffix,
     image_embed_group,
     image_group,
@@ -40,11 +44,13 @@ from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, p
 from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
+    ArrayGroup,
     EmbeddingGroup,
     FileEntry,
     Group,
     ImageEmbedGroup,
     ImagesGroup,
+    OtherGroup,
     SamplesGroup,
     ShardEntry,
     TextGroup,
@@ -64,6 +70,7 @@ from imagen_core.store.removal_log import (
     Blocklist,
     Removal,
     RemovedRow,
+    blank_key,
     load_removals,
     removal_entries,
     removed_rows,
@@ -71,7 +78,8 @@ from imagen_core.store.removal_log import (
 )
 from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.store import Sample, Store
-from imagen_core.store.verification.verify import Problem, VerifyReport, verify_store
+from imagen_core.store.verification.report import Problem, VerifyReport
+from imagen_core.store.verification.verify import verify_store
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -85,6 +93,9 @@ __all__ = [
     "SAMPLES_GROUP",
     "SCHEMA_VERSION",
     "TOLERANCE",
+    "ArrayDtype",
+    "ArrayGroup",
+    "ArraySpec",
     "Blocklist",
     "Codec",
     "Crop",
@@ -102,6 +113,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "NotFiniteError",
+    "OtherGroup",
     "Problem",
     "Removal",
     "RemovalRaceError",
@@ -122,6 +134,9 @@ __all__ = [
     "VerifyReport",
     "View",
     "add_removal",
+    "array_group",
+    "array_shard_bytes",
+    "blank_key",
     "cast_embedding",
     "cast_embeddings",
     "check_codec",
@@ -140,6 +155,9 @@ __all__ = [
     "load_removals",
     "matching_rows",
     "null_path",
+    "open_array_writer",
+    "open_arrays",
+    "open_embeddings",
     "open_image_writer",
     "open_images",
     "parse_group",

@@ -6,11 +6,12 @@
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
       image-embed-clip/00000.(...)     one embedding per image, (1, dim) per row
+      array-mask/00000.(...)           one array per sample, of a dtype and shape that the manifest says
       removed/00001.json               samples removed from the store (removal_log.py)
 
-Row i of shard s is the same sample in `samples` and in every group of images or of image embeddings. Row j of a text
-group is the caption with id j; `samples` says which ids a sample has. Each row of an image or text file has
-a digest that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
+Row i of shard s is the same sample in `samples` and in every group of images, image embeddings or arrays. Row j of a
+text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has a digest
+that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
 """
 
 import re
@@ -79,10 +80,24 @@ def image_embed_group(encoder: str) -> str:
     return f"image-embed-{_encoder_name(encoder)}"
 
 
+def array_group(name: str) -> str:
+    """Name of the group of one array per sample; raises like `text_group`."""
+    return f"array-{_legal_name(name, 'array')}"
+
+
 def _encoder_name(encoder: str) -> str:
-    if not _ENCODER_NAME.fullmatch(encoder):
-        raise ValueError(f"encoder name {encoder!r}: use letters, digits, '.', '_' and '-' only")
-    return encoder
+    return _legal_name(encoder, "encoder")
+
+
+def _legal_name(name: str, what: str) -> str:
+    if not is_legal_name(name):
+        raise ValueError(f"{what} name {name!r}: use letters, digits, '.', '_' and '-' only, a letter or digit first")
+    return name
+
+
+def is_legal_name(name: str) -> bool:
+    """Whether a name may be a part of a file name."""
+    return _ENCODER_NAME.fullmatch(name) is not None
 
 
 def shard_name(index: int) -> str:

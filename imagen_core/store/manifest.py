@@ -17,8 +17,7 @@ The file is JSON, written in one pass so that 100,000 shards never sit in memory
     "sha256":"..."                  of every byte above this line
     }
 
-The bytes after the last total are fixed except for the digest, so one changed byte anywhere, even in
-white space or after the end, is detected.
+The bytes after the last total are fixed except for the digest: one changed byte anywhere, also white space, is found.
 """
 
 import hashlib
@@ -43,6 +42,7 @@ from imagen_core.store.layout import (
     shard_path,
 )
 from imagen_core.store.records import (
+    ArrayGroup,
     FileEntry,
     Group,
     ImageEmbedGroup,
@@ -50,6 +50,8 @@ from imagen_core.store.records import (
     SamplesGroup,
     ShardEntry,
     TextGroup,
+    groups_by,
+    null_files,
     parse_group,
     parse_shard,
 )
@@ -111,7 +113,7 @@ class Manifest:
         self.num_rows = int(self.rows.sum())
         self.num_removals = len(self.listed_removals)
         self.num_bytes = sum(int(sizes[sizes > 0].sum()) for sizes, *_ in self._files.values())
-        self.num_bytes += sum(null.bytes for null in _nulls(self.groups))
+        self.num_bytes += sum(null.bytes for null in null_files(self.groups))
 
     @property
     def schema_version(self) -> int:
@@ -141,20 +143,22 @@ class Manifest:
     @cached_property
     def images(self) -> dict[int, ImagesGroup]:
         """Image groups by size in pixels, increasing."""
-        found = (group for group in self.groups.values() if isinstance(group, ImagesGroup))
-        return {group.size_px: group for group in sorted(found, key=lambda group: group.size_px)}
+        return groups_by(self.groups, ImagesGroup, "size_px")
 
     @cached_property
     def texts(self) -> dict[str, TextGroup]:
         """Text groups by encoder name, sorted."""
-        found = (group for group in self.groups.values() if isinstance(group, TextGroup))
-        return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
+        return groups_by(self.groups, TextGroup, "encoder")
 
     @cached_property
     def image_embeds(self) -> dict[str, ImageEmbedGroup]:
         """Groups of image embeddings by encoder name, sorted."""
-        found = (group for group in self.groups.values() if isinstance(group, ImageEmbedGroup))
-        return {group.encoder: group for group in sorted(found, key=lambda group: group.encoder)}
+        return groups_by(self.groups, ImageEmbedGroup, "encoder")
+
+    @cached_property
+    def arrays(self) -> dict[str, ArrayGroup]:
+        """Groups of arrays by name, sorted."""
+        return groups_by(self.groups, ArrayGroup, "array")
 
     def shard(self, position: int) -> ShardEntry:
         """The shard at a position in [0, num_shards)."""
@@ -212,7 +216,7 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
     """
     header = {"schema_version": SCHEMA_VERSION, **header}
     groups = _parse_header(header)
-    num_bytes = sum(null.bytes for null in _nulls(groups))
+    num_bytes = sum(null.bytes for null in null_files(groups))
     num_rows = num_samples = num_shards = 0
     last = -1
     path = Path(path)
@@ -359,10 +363,6 @@ def _next_shard(raw: Any, groups: dict[str, Group], last: int) -> ShardEntry:
     if shard.index <= last:
         raise ValueError(f"shard {shard.index} after shard {last}: give them by increasing index")
     return shard
-
-
-def _nulls(groups: dict[str, Group]) -> list[FileEntry]:
-    return [group.null for group in groups.values() if isinstance(group, TextGroup) and group.null]
 
 
 def _schema_version(data: bytes, intact: bool) -> int | None:

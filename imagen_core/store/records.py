@@ -1,19 +1,24 @@
 """The typed parts of a manifest, and the checks that turn JSON into them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.layout import (
+    REMOVED,
     SAMPLES_GROUP,
     StoreDtype,
     StoreFormat,
+    array_group,
     check_dtype,
     check_format,
     image_embed_group,
     image_group,
+    is_legal_name,
     null_path,
     probe_path,
     revision_of,
@@ -82,7 +87,41 @@ class ImageEmbedGroup(EmbeddingGroup):
     """Embeddings of images, one (1, dim) row per sample."""
 
 
-Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup
+@dataclass(frozen=True, slots=True)
+class ArrayGroup:
+    """One array per sample, such as a score, a mask or latents; `fingerprint` identifies what made them."""
+
+    name: str
+    array: str
+    spec: ArraySpec
+    format: StoreFormat
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherGroup:
+    """A group of a kind that a later version added, one row per sample: readers leave it alone."""
+
+    name: str
+    kind: str
+    format: StoreFormat
+
+
+Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup | ArrayGroup | OtherGroup
+
+
+_GroupT = TypeVar("_GroupT", ImagesGroup, TextGroup, ImageEmbedGroup, ArrayGroup)
+
+
+def groups_by(groups: Mapping[str, Group], kind: type[_GroupT], field: str) -> dict[Any, _GroupT]:
+    """The groups of one kind by the value of a field, sorted."""
+    found = {getattr(group, field): group for group in groups.values() if isinstance(group, kind)}
+    return dict(sorted(found.items()))
+
+
+def null_files(groups: Mapping[str, Group]) -> list[FileEntry]:
+    """The null embeddings of the text groups that have one."""
+    return [group.null for group in groups.values() if isinstance(group, TextGroup) and group.null]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +166,14 @@ def parse_group(name: str, raw: Any) -> Group:
         elif kind == "image_embeds":
             group = ImageEmbedGroup(name, str(raw["encoder"]), **_embeddings(raw))
             expected_name = image_embed_group(group.encoder)
+        elif kind == "array":
+            spec, maker = ArraySpec.of(raw["dtype"], raw["shape"]), dict(raw.get("fingerprint", {}))
+            group = ArrayGroup(name, str(raw["array"]), spec, check_format(raw["format"]), maker)
+            expected_name = array_group(group.array)
         else:
-            raise ValueError(f"unknown kind {kind!r}")
+            group, expected_name = OtherGroup(name, str(kind), check_format(raw["format"])), name
+            if not is_legal_name(name) or name == REMOVED:
+                raise ValueError("use letters, digits, '.', '_' and '-' only")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"group {name!r}: missing or wrong field {error}") from error
     except ValueError as error:

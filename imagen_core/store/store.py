@@ -3,7 +3,7 @@
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -31,6 +31,8 @@ class Sample:
         text: by encoder, one (n_tokens, dim) array per caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
         image_embeds: by image encoder, (dim,) in the types of `text`.
+        arrays: by name, what stages of other packages made, in the dtype and shape of the store's group; bfloat16 as
+            float32, a number as an array without axes.
         width, height: pixels of the original image after EXIF orientation.
         sha256: hex digest of the original image file.
         transcription: the text written in the image, "" where there is none; None: unknown.
@@ -50,10 +52,11 @@ class Sample:
     transcription: str | None = None
     safebox: tuple[int, int, int, int] | None = None
     label: int | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """All fields, with types and shapes instead of the values of arrays."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
         return f"Sample({', '.join(f'{name}={_short(value)}' for name, value in values)})"
 
 
@@ -139,9 +142,10 @@ class Store(StoreReader, Sequence[Sample]):
             for encoder, dtype in self._dtypes.items()
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
+        arrays = {name: files.arrays[name].value(row) for name in self._manifest.arrays}
         if generation != self.generation:
             return self._read(shard, row)
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations, arrays)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.

@@ -5,15 +5,23 @@ import importlib.util
 import os
 import platform
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from pipeline.engine.room import Room, existing
+from pipeline.errors import ConfigError
+from pipeline.storage.disk import file_system_type
+from pipeline.storage.run_folder import ESTIMATE, RunFolder
+
 Check = dict[str, str]
 
 _DISTRIBUTION = "imagen-precompute"
 _MIN_FREE_BYTES = 10 * 2**30
+_IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def examine() -> list[Check]:
@@ -24,7 +32,8 @@ def examine() -> list[Check]:
         _torchvision(),
         _gpus(),
         _memory(),
-        _disk(),
+        _disk("disk", Path.cwd(), "a run folder may need more: pipeline plan says how much"),
+        _disk("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a folder with more room"),
         _ray_port(),
         _hub(),
     ]
@@ -87,10 +96,32 @@ def _memory() -> Check:
     return _check("memory", "ok" if total > 4 * 2**30 else "note", f"{total / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
 
 
-def _disk() -> Check:
-    free = shutil.disk_usage(Path.cwd()).free
-    status = "ok" if free > _MIN_FREE_BYTES else "note"
-    return _check("disk", status, f"{free / 2**30:.1f} GiB free in {Path.cwd()}")
+def _disk(name: str, folder: Path, remedy: str) -> Check:
+    free, kind = shutil.disk_usage(folder).free, file_system_type(folder)
+    message = f"{free / 2**30:.1f} GiB free in {folder}"
+    if kind in _IN_MEMORY:
+        return _check(name, "note", f"{message}, which is memory ({kind}); {remedy}")
+    return _check(name, "ok", message) if free > _MIN_FREE_BYTES else _check(name, "note", f"{message}; {remedy}")
+
+
+def examine_planned(out: str) -> list[Check]:
+    """Free disk against the bytes of the plan that `pipeline plan --save` left in a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    run = RunFolder(out)
+    saved = run.read_engine_file(ESTIMATE)
+    if saved is None or "disk" not in saved:
+        raise ConfigError(f"{run.url}/{ESTIMATE}: no plan with bytes; make one with `pipeline plan ... --save`")
+    checks = []
+    for values in saved["disk"]:
+        place = existing(Path(values["folder"]))
+        room = replace(Room(**values), free_bytes=shutil.disk_usage(place).free)
+        status = "bad" if room.is_hopeless else "note" if room.is_too_small else "ok"
+        remedy = "" if status == "ok" else "; make room, or choose another --out or TMPDIR"
+        checks.append(_check("planned bytes", status, f"{room}{remedy}"))
+    return checks
 
 
 def _ray_port() -> Check:

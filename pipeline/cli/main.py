@@ -261,12 +261,17 @@ def stop(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    out: Annotated[
+        str | None, typer.Option("--out", help="Run folder whose saved plan (plan --save) must fit on the disk.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine: packages, versions, disk, GPUs, Ray."""
-    from pipeline.cli.doctor import examine
+    from pipeline.cli.doctor import examine, examine_planned
     from pipeline.cli.show import show_checks
 
-    checks = examine()
+    checks = [*examine(), *(examine_planned(out) if out is not None else ())]
     print_json(checks) if as_json else show_checks(checks)
     if any(check["status"] == "bad" for check in checks):
         raise typer.Exit(4)

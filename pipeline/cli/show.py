@@ -113,11 +113,21 @@ def show_preview(result: Mapping[str, Any]) -> None:
         rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
     show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
     print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    for room in result["disk"]:
+        _show_room(room)
     _show_notices(result)
     if result["estimate"] is None:
         print("time: --probe measures it here; --profile NAME computes it for other hardware")
     else:
         _show_estimate(result["estimate"])
+
+
+def _show_room(values: Mapping[str, Any]) -> None:
+    from pipeline.engine.room import Room
+
+    room = Room(**values)
+    least = f"; it cannot be less than {human_bytes(room.least_bytes)}" if room.is_hopeless else ""
+    print(f"disk: {room}{f', too little{least}' if room.is_too_small else ''}")
 
 
 def _show_estimate(estimate: Mapping[str, Any]) -> None:

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import yaml
 
 from pipeline.config import dump_yaml
 from pipeline.engine.input import record_input
 from pipeline.engine.progress import Progress
+from pipeline.engine.room import check_room
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
 from pipeline.engine.tally import Tally
@@ -45,7 +46,10 @@ def run_workflow(
     run, plan = state.run, state.plan
     executor = make_executor(options.executor, plan.stages, run, config.execution, options.address)
     with disk_errors_explained(run.storage.local), run.lock(take_over=options.take_over):
+        here, refuse = options.address is None, not options.restart
+        low_disk = check_room(plan, run, config.execution, here=here, refuse=refuse)
         _prepare(state, options)
+        plan = state.plan = replace(plan, notices=(*plan.notices, *low_disk))
         changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,9 @@ class ExecutionConfig(Config):
     """Seconds before the second try; doubled for each further try."""
     give_up_after_shards: int = Field(default=8, ge=1)
     """The run ends if a stage fails on this many shards without a success: the cause is not in the data."""
+    disk_check: Literal["refuse", "warn"] = "refuse"
+    """What to do if not even the least that a run can write fits on the disk: end before it begins (exit code 4), or
+    warn, for file systems that compress or grow. What is expected and does not fit is always a warning."""
     grace_s: float = Field(default=10.0, ge=0)
     """Seconds in which running tasks may finish after Ctrl-C, SIGTERM or SIGHUP; a second signal ends them at once."""
 

@@ -1,8 +1,10 @@
 """What a run would do: `pipeline plan`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
+from pipeline.engine.room import Room, rooms
 from pipeline.engine.state import RunState
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig
@@ -52,11 +54,19 @@ def preview(
         },
         "out": str(out),
         "notices": list(plan.notices),
+        "disk": [] if options.profile else [asdict(room) for room in _rooms(plan, run, found, bytes_to_do, config)],
         "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }
     if options.save:
         run.storage.write_json(ESTIMATE, {"time": round(time.time(), 3), **result})
     return result
+
+
+def _rooms(
+    plan: Plan, run: RunFolder, found: Survey, bytes_to_do: Mapping[str, int | None], config: WorkflowConfig
+) -> list[Room]:
+    rows = {name: group.rows_to_do for name, group in found.groups.items()}
+    return rooms(plan, run, bytes_to_do, rows, rows, config.execution.num_cpus)
 
 
 def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:

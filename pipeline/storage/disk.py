@@ -122,7 +122,13 @@ def _existing(error: BaseException, folder: Path) -> Path:
 def _room(path: Path) -> str:
     from pipeline.units import human_bytes
 
-    usage, mount = shutil.disk_usage(path), path
+    usage, mount = shutil.disk_usage(path), mount_point(path)
+    return f"{human_bytes(usage.free)} of {human_bytes(usage.total)} are free on the file system at {mount}."
+
+
+def mount_point(folder: Path) -> Path:
+    """Where the file system of an existing folder is mounted."""
+    mount = folder.resolve()
     while not mount.is_mount():
         mount = mount.parent
-    return f"{human_bytes(usage.free)} of {human_bytes(usage.total)} are free on the file system at {mount}."
+    return mount

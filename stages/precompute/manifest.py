@@ -7,6 +7,8 @@ from typing import Any
 import imagen_core.store as store_format
 from pipeline.engine.ledger import damaged_fingerprint, read_group_fingerprint
 from pipeline.engine.retries import retry_origins
+from pipeline.errors import ConfigError
+from pipeline.stage import Group
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
 from stages.precompute.embedding_files import SharedFiles
@@ -66,6 +68,23 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
     except ValueError as error:
         raise damaged_fingerprint(run, name, error) from error
     return config
+
+
+def check_store_group(group: Group) -> None:
+    """Refuses a group that no manifest could describe, before anything of it is made.
+
+    Raises:
+        ConfigError: its configuration is not that of a kind of group.
+    """
+    try:
+        parsed = store_format.parse_group(group.name, dict(group.config))
+        if isinstance(parsed, store_format.OtherGroup):
+            raise ValueError(f"group {group.name!r}: unknown kind {parsed.kind!r}")
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}, so the store cannot hold it; derive the stage from "
+            "stages.arrays.base.ArrayStageConfig (docs/how-to/add-a-stage.md)"
+        ) from error
 
 
 def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[str, object]]:

@@ -22,6 +22,7 @@ from imagen_core.store import (
     ErasedShard,
     FileEntry,
     Group,
+    OtherGroup,
     Removal,
     SamplesFile,
     StoreFolder,
@@ -86,7 +87,7 @@ def compact(
             files once a minute. None: 120 on a network file system, where a file that is deleted ends those who read
             it; 0 elsewhere, where it can be read until it is closed.
     Raises:
-        ConfigError: a store of schema 1, or a run whose source is not known.
+        ConfigError: a store of schema 1 or with a group of a later version, or a run whose source is not known.
         StoreError, MachineError: a file was changed since it was written, or cannot be read.
     """
     source = source_of_run(run) if run is not None and has_retries(run) else None
@@ -96,6 +97,12 @@ def compact(
     removals = load_removals(folder, listed=header.get("removals", ()))
     blocklist = Blocklist(removals)
     files: _StoreFiles = _StoreFiles(folder) if run is None else _RunFiles(run)
+    for group in files.groups.values():
+        if isinstance(group, OtherGroup):
+            raise ConfigError(
+                f"{folder.url}: group {group.name!r} is of kind {group.kind!r}, of a later version of "
+                "imagen-precompute, so removed samples cannot be erased from it; upgrade"
+            )
     result, new_files = Compacted(), {}
     for shard, revision in sorted(_last_removals(removals).items()):
         check()

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from imagen_core.store import REMOVED, EmbeddingGroup, ImagesGroup
+from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup
 from pipeline.commands import CommandResult
 from pipeline.units import human_bytes
 from stages.store_tools.lineage import lineage_command
@@ -35,6 +35,10 @@ def inspect_command(
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
             details = group.fingerprint
+        elif isinstance(group, ArrayGroup):
+            spec = group.spec
+            entry.update(array=group.array, dtype=spec.dtype, shape=list(spec.shape), fingerprint=group.fingerprint)
+            text, details = f"{spec}, {group.format}", group.fingerprint
         groups[name] = entry
         lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
         lines += [f"      {key}: {value}" for key, value in sorted(details.items())]
@@ -48,6 +52,7 @@ def inspect_command(
         "image_sizes": store.image_sizes,
         "encoders": store.encoders,
         "image_encoders": store.image_encoders,
+        "arrays": store.arrays,
         "schema_version": store.manifest.schema_version,
         "groups": groups,
     }

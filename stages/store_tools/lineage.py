@@ -7,6 +7,7 @@ from typing import Any
 from imagen_core.store import (
     IDENTIFIERS,
     SAMPLES_GROUP,
+    ArrayGroup,
     EmbeddingGroup,
     Removal,
     Store,
@@ -128,6 +129,9 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
                 "dtype": group.dtype,
                 "encoder": {key: group.fingerprint[key] for key in _FINGERPRINT if key in group.fingerprint},
             }
+        elif isinstance(group, ArrayGroup):
+            shape = files.arrays[group.array].shape(row)
+            details |= {"shapes": [list(shape)], "dtype": group.spec.dtype, "made_by": group.fingerprint.get("kind")}
         result[name] = details
     return result
 
@@ -200,8 +204,9 @@ def _lines(entry: dict[str, Any]) -> list[str]:
         rows = ", ".join(map(str, group["rows"]))
         text = f"  {name:<10} {group['file']} row {rows}"
         if "shapes" in group:
-            shapes = ", ".join(" x ".join(map(str, shape)) for shape in group["shapes"])
-            encoder = group["encoder"]
-            text += f": {shapes} {group['dtype']} by {encoder.get('model')}, revision {encoder.get('revision')}"
+            shapes = ", ".join(" x ".join(map(str, shape)) or "one" for shape in group["shapes"])
+            encoder = group.get("encoder", {})
+            by = group.get("made_by") or f"{encoder.get('model')}, revision {encoder.get('revision')}"
+            text += f": {shapes} {group['dtype']} by {by}"
         lines.append(text)
     return lines

@@ -29,6 +29,12 @@ def image_digest(key: str, sha256: str, stored: np.ndarray) -> int:
     return _digest(key.encode(), sha256.encode(), stored)
 
 
+def array_digest(fingerprint: str, key: str, stored: np.ndarray) -> int:
+    """The uint64 digest of a row of arrays: the maker's `fingerprint_digest`, the sample's key, and the array as
+    stored, with the length of each axis."""
+    return _digest(fingerprint.encode(), key.encode(), np.array(stored.shape, "<i4"), stored)
+
+
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
     """SHA-256 of an encoder's fingerprint as canonical JSON, 64 hex digits."""
     text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -21,12 +21,12 @@ from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
 from imagen_core.store.layout import StoreDtype
 
-_BLOCK_BYTES = 4 << 20
-_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
+BLOCK_BYTES = 4 << 20
+HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
 
 
 @contextmanager
-def _new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+def new_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """A new file, open for writing.
 
     Raises:
@@ -71,11 +71,11 @@ class _Sink:
             self.error = error
 
 
-def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+def new_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
     return file.create_dataset(name, shape=shape, dtype=dtype, track_times=False)
 
 
-def _ragged(
+def new_ragged(
     file: h5py.File, name: str, lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype
 ) -> tuple[h5py.Dataset, Callable[[], None]]:
     """New datasets for rows of different lengths: `name` (total, *row_shape) and "offsets" int64 (n + 1,).
@@ -85,8 +85,8 @@ def _ragged(
     """
     offsets = np.zeros(len(lengths) + 1, dtype="<i8")
     np.cumsum(lengths, out=offsets[1:])
-    values = _dataset(file, name, (int(offsets[-1]), *row_shape), dtype)
-    offsets_set = _dataset(file, "offsets", offsets.shape, offsets.dtype)
+    values = new_dataset(file, name, (int(offsets[-1]), *row_shape), dtype)
+    offsets_set = new_dataset(file, "offsets", offsets.shape, offsets.dtype)
     return values, lambda: offsets_set.write_direct(offsets)
 
 
@@ -112,14 +112,14 @@ class Hdf5ImageWriter:
 
     def finish(self) -> None:
         """Writes the file and removes the spool."""
-        with _new_hdf5(self._path) as file:
+        with new_hdf5(self._path) as file:
             file.attrs["size_px"] = np.int32(self._size_px)
-            digests = _dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
+            digests = new_dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
             if self._codec == "raw":
                 shape = (len(self._lengths), self._size_px, self._size_px, 3)
-                self._unspool(_dataset(file, "pixels", shape, np.dtype("u1")))
+                self._unspool(new_dataset(file, "pixels", shape, np.dtype("u1")))
             else:
-                images, write_offsets = _ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
+                images, write_offsets = new_ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
                 self._unspool(images)
                 write_offsets()
             digests[...] = np.array(self._digests, DIGEST_DTYPE)
@@ -130,7 +130,7 @@ class Hdf5ImageWriter:
         item_bytes = math.prod(item_shape)
         self._spool.seek(0)
         start = 0
-        while block := self._spool.read(max(1, _BLOCK_BYTES // item_bytes) * item_bytes):
+        while block := self._spool.read(max(1, BLOCK_BYTES // item_bytes) * item_bytes):
             items = np.frombuffer(block, dtype=np.uint8).reshape(-1, *item_shape)
             dataset[start : start + len(items)] = items
             start += len(items)
@@ -154,13 +154,13 @@ def write_embeddings_hdf5(
     Datasets: `tokens` (total, dim), `offsets` int64 (n + 1,), `digests` uint64 (n,) and, for int8, `scales`.
     bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
     """
-    with _new_hdf5(path) as file:
+    with new_hdf5(path) as file:
         file.attrs["dtype"] = np.bytes_(dtype)
         file.attrs["dim"] = np.int32(dim)
         file.attrs["fingerprint"] = np.bytes_(fingerprint)
-        tokens, write_offsets = _ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
-        digests_set = _dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
-        scales = _dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
+        tokens, write_offsets = new_ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
+        digests_set = new_dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
+        scales = new_dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
         digests: list[int] = []
         for start, block in _blocks(_without_digests(embeddings, digests)):
             stop = start + len(block.values)
@@ -187,7 +187,7 @@ def _blocks(embeddings: Iterable[StoredEmbedding]) -> Iterator[tuple[int, Stored
     for stored in embeddings:
         block.append(stored)
         num_bytes += stored.values.nbytes
-        if num_bytes >= _BLOCK_BYTES:
+        if num_bytes >= BLOCK_BYTES:
             joined = _join(block)
             yield start, joined
             start += len(joined.values)
@@ -202,7 +202,7 @@ def _join(block: list[StoredEmbedding]) -> StoredEmbedding:
     return StoredEmbedding(values, np.concatenate(scales) if scales else None)
 
 
-class _Ragged:
+class RaggedRows:
     """Rows of different lengths in an open file: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
     def __init__(self, file: Any, dataset: Any, source: str | BinaryIO, name: str) -> None:
@@ -212,7 +212,7 @@ class _Ragged:
         if offsets[0] != 0 or offsets[-1] != total or (self.lengths < 0).any():
             raise StoreError(f"{name}: offsets do not rise from 0 to {total}; {ADVICE}")
         self.offsets: list[int] = offsets.tolist()
-        self.values = _map(dataset, source)
+        self.values = map_dataset(dataset, source)
 
 
 class Hdf5Images:
@@ -220,8 +220,8 @@ class Hdf5Images:
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
         self._name = name
-        with reading(name, "hdf5", _ERRORS):
-            file = _open_hdf5(source)
+        with reading(name, "hdf5", HDF5_ERRORS):
+            file = open_hdf5(source)
             what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
             dataset, found_px = file[what], int(file.attrs["size_px"])
             if dataset.shape[1:] != row_shape or dataset.dtype != np.uint8 or found_px != size_px:
@@ -232,9 +232,9 @@ class Hdf5Images:
             if codec == "raw":
                 self._offsets = None
                 self.num_rows: int = dataset.shape[0]
-                self._values = _map(dataset, source)
+                self._values = map_dataset(dataset, source)
             else:
-                ragged = _Ragged(file, dataset, source, name)
+                ragged = RaggedRows(file, dataset, source, name)
                 self._offsets, self._values, self.num_rows = ragged.offsets, ragged.values, len(ragged.lengths)
             self._file = file  # keeps it open as long as a dataset of it is read
 
@@ -244,7 +244,7 @@ class Hdf5Images:
             if self._offsets is None:
                 return self._values[row]
             return self._values[self._offsets[row] : self._offsets[row + 1]]
-        except _ERRORS as error:
+        except HDF5_ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
 
 
@@ -253,8 +253,8 @@ class Hdf5Embeddings:
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
         self._name = name
-        with reading(name, "hdf5", _ERRORS):
-            file = _open_hdf5(source)
+        with reading(name, "hdf5", HDF5_ERRORS):
+            file = open_hdf5(source)
             found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
             self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
             tokens = file["tokens"]
@@ -264,7 +264,7 @@ class Hdf5Embeddings:
                     f"{(dtype, dim)}; {ADVICE}"
                 )
             self._scales = file["scales"][()] if dtype == "int8" else None
-            ragged = _Ragged(file, tokens, source, name)
+            ragged = RaggedRows(file, tokens, source, name)
             self.num_tokens: np.ndarray = ragged.lengths
             self._offsets, self._tokens = ragged.offsets, ragged.values
             self._file = file  # keeps it open as long as a dataset of it is read
@@ -279,21 +279,21 @@ class Hdf5Embeddings:
         try:
             tokens = slice(self._offsets[row], self._offsets[row + 1])
             return StoredEmbedding(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
-        except _ERRORS as error:
+        except HDF5_ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
 
 
 def hdf5_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with reading(name, "hdf5", _ERRORS), _open_hdf5(source) as file:
+    with reading(name, "hdf5", HDF5_ERRORS), open_hdf5(source) as file:
         return file["digests"][()] if "digests" in file else None
 
 
-def _open_hdf5(source: str | BinaryIO) -> Any:
+def open_hdf5(source: str | BinaryIO) -> Any:
     return h5py.File(source, "r", locking=False)  # read-only network mounts may lack locks
 
 
-def _map(dataset: Any, source: str | BinaryIO) -> Any:
+def map_dataset(dataset: Any, source: str | BinaryIO) -> Any:
     """The dataset as a memory map where possible, which closes h5py's file."""
     offset = dataset.id.get_offset()  # None where it is chunked, or empty
     if not isinstance(source, str) or (offset is None and dataset.size):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.crop import FullImage
 from imagen_core.store.read.options import LoaderOptions
@@ -75,6 +76,9 @@ class Loader:
         transcriptions: list[str], the text written in each image, "" where there is none or it is unknown;
             only if requested.
         labels: int64 (B,), the class of each image from 0, -1 where it is unknown; only if requested.
+        arrays: {name: (B, *shape)} in the dtype of the group; an axis whose length differs has that of the longest of
+            this batch, and zeros behind each array; only if requested.
+        array_sizes: {name: int64 (B, axes)}, the shape of each array; of the requested ones with such axes.
     """
 
     def __init__(self, store: StoreReader, options: LoaderOptions) -> None:
@@ -97,6 +101,7 @@ class Loader:
         self._text_group = None if options.text is None else store.text_group(options.text)
         self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
         self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
+        self._array_groups = [store.array_group(name) for name in options.arrays or ()]
         self._epoch = self._position = 0
         self.global_size = 0
         self._arrange(store.manifest.num_removals, samples)
@@ -239,6 +244,7 @@ class Loader:
         embeddings: list[np.ndarray] = [np.empty(0)] * len(kept)
         text_embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
         embeds: list[np.ndarray] = [np.empty(0)] * len(kept)
+        arrays = {group.array: [np.empty(0)] * len(kept) for group in self._array_groups}
         hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
         # Shard by shard, so that a file is opened once per batch.
         for shard, row, k in sorted((*place, k) for k, place in enumerate(located)):
@@ -268,7 +274,9 @@ class Loader:
                 embeds[k] = self._truncated(
                     files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
                 )
-        batch: dict[str, Any] = {"keys": keys}
+            for name, rows in arrays.items():
+                rows[k] = files.arrays[name].stored(row)
+        batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
         if images:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
         if self._text_group is not None:
@@ -311,6 +319,32 @@ class Loader:
         mask = self._empty((len(embeddings), longest), np.dtype(np.bool_))
         np.less(np.arange(longest), lengths[:, None], out=mask.numpy())
         return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask
+
+    def _array_parts(self, arrays: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+        """The parts `arrays` and `array_sizes` of a batch."""
+        if not arrays:
+            return {}
+        specs = {group.array: group.spec for group in self._array_groups}
+        shapes = {name: [array.shape for array in arrays[name]] for name, spec in specs.items() if not spec.is_fixed}
+        sizes = {
+            name: np.array(rows, np.int64).reshape(len(rows), len(specs[name].shape)) for name, rows in shapes.items()
+        }
+        return {
+            "arrays": {name: self._pad_arrays(arrays[name], spec) for name, spec in specs.items()},
+            "array_sizes": {name: torch.from_numpy(rows) for name, rows in sizes.items()},
+        }
+
+    def _pad_arrays(self, arrays: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
+        lengths = [max((array.shape[axis] for array in arrays), default=0) for axis in range(len(spec.shape))]
+        shape = tuple(longest if n is None else n for n, longest in zip(spec.shape, lengths, strict=True))
+        signed = {"bool": np.dtype(np.bool_), "bfloat16": np.dtype(np.int16)}.get(spec.dtype, spec.disk_dtype)
+        batch = self._empty((len(arrays), *shape), signed)
+        for row, array in zip(batch.numpy(), arrays, strict=True) if shape else ():
+            row[...] = 0
+            row[tuple(map(slice, array.shape))] = array.view(signed)
+        if not shape:
+            batch.numpy()[:] = [array.view(signed) for array in arrays]
+        return batch.view(torch.bfloat16) if spec.dtype == "bfloat16" else batch
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
         """Memory for a part of a batch. Pinned memory belongs to torch, which reuses it when the tensor is gone."""

@@ -27,6 +27,7 @@ class LoaderOptions:
         captions: load the caption that `text` is, or would be, of.
         transcriptions: load the text written in the images.
         labels: load the images' classes.
+        arrays: names of arrays to load that stages of other packages made; None loads none.
         max_tokens: truncate longer embeddings to this many tokens; None truncates none.
         seed: decides the order and which of several captions is taken.
         rank, world_size: this process, and the number of processes that share each global batch.
@@ -59,6 +60,7 @@ class LoaderOptions:
     crop: View | None = None
     shuffle_window_shards: int | None = None
     pin_memory: bool = False
+    arrays: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

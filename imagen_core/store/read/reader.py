@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from imagen_core.store.errors import ADVICE, StoreError
+from imagen_core.store.files.arrays import ArrayFile, open_arrays
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddings, open_images
 from imagen_core.store.folder import StoreFolder
@@ -14,10 +15,10 @@ from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest
 from imagen_core.store.read.generations import Generations
 from imagen_core.store.read.places import Places
-from imagen_core.store.records import EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
+from imagen_core.store.records import ArrayGroup, EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import load_removals
 
-_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile)
+_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -29,6 +30,7 @@ class OpenShard:
         images: the image file by size in pixels.
         text: the text file by encoder.
         image_embeds: the file of image embeddings by encoder.
+        arrays: the file of arrays by name.
     """
 
     def __init__(self, folder: StoreFolder, manifest: Manifest, generations: Generations, position: int) -> None:
@@ -39,6 +41,7 @@ class OpenShard:
         self.image_embeds: dict[str, EmbeddingFile] = _Lazy(
             lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
         )
+        self.arrays: dict[str, ArrayFile] = _Lazy(self._open_arrays)
 
     @cached_property
     def samples(self) -> SamplesFile:
@@ -50,6 +53,10 @@ class OpenShard:
 
     def _open_embeddings(self, group: EmbeddingGroup) -> EmbeddingFile:
         return self._file(group.name, lambda source, name: open_embeddings(source, name, group))
+
+    def _open_arrays(self, name: str) -> ArrayFile:
+        group = self._manifest.arrays[name]
+        return self._file(group.name, lambda source, path: open_arrays(source, path, group))
 
     def _file(self, group: str, opener: Callable[[Any, str], _FileT]) -> _FileT:
         if self._folder.is_local:
@@ -143,6 +150,11 @@ class StoreReader:
         """Names of the image encoders, sorted."""
         return list(self._embed_dtypes)
 
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays that stages of other packages made, sorted."""
+        return list(self._manifest.arrays)
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -190,6 +202,12 @@ class StoreReader:
         if encoder not in self._manifest.image_embeds:
             raise ValueError(f"image encoder {encoder!r} is not in the store; it has {self.image_encoders}")
         return self._manifest.image_embeds[encoder]
+
+    def array_group(self, name: str) -> ArrayGroup:
+        """The group of one array; ValueError if there is none."""
+        if name not in self._manifest.arrays:
+            raise ValueError(f"array {name!r} is not in the store; it has {self.arrays}")
+        return self._manifest.arrays[name]
 
     def shard(self, position: int) -> OpenShard:
         """The files of the shard at a position."""

@@ -1,8 +1,9 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image and empty captions. A caption
-that a remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, a black image, empty captions, and arrays of
+zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too stays, with its
+embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from imagen_core.store.errors import StoreError
+from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
 from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
 from imagen_core.store.layout import SampleRow
-from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
+from imagen_core.store.records import ArrayGroup, EmbeddingGroup, Group, ImagesGroup, OtherGroup, TextGroup
 from imagen_core.store.removal_log import blank_key
 
 _NO_SHA256 = "0" * 64
@@ -57,13 +60,20 @@ class ErasedShard:
         """Rewrite the group's file `old` as `new`; returns its number of rows. A failure removes `new`.
 
         Raises:
-            StoreError: `old` cannot be read.
+            StoreError: `old` cannot be read, or is of a kind that this version does not know.
         """
         if isinstance(group, ImagesGroup):
             self._write_images(group, old, new)
         elif isinstance(group, EmbeddingGroup):
             self._write_embeddings(group, old, new)
             return len(self.captions) if isinstance(group, TextGroup) else len(self.samples)
+        elif isinstance(group, ArrayGroup):
+            self._write_arrays(group, old, new)
+        elif isinstance(group, OtherGroup):
+            raise StoreError(
+                f"{old}: kind {group.kind!r} of group {group.name!r} is of a later version of imagen-precompute, so "
+                "removed rows of it cannot be erased; upgrade"
+            )
         else:
             total, dropped = self.source.num_input_rows, self.source.dropped
             write_samples(new, self.samples, num_input_rows=total, dropped=dropped)
@@ -78,6 +88,12 @@ class ErasedShard:
                     writer.append(black, sample.key, sample.sha256)
                 else:
                     writer.append_stored(images.stored(row), sample.key, sample.sha256)
+
+    def _write_arrays(self, group: ArrayGroup, old: str, new: Path) -> None:
+        arrays, blank = open_arrays(old, old, group), group.spec.blank()
+        with open_array_writer(new, group.spec, group.format, group.fingerprint) as writer:
+            for row, sample in enumerate(self.samples):
+                writer.append_stored(blank if row in self.removed else arrays.stored(row), sample.key)
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
         file = open_embeddings(old, old, group)

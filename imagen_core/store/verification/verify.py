@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from imagen_core.files import file_digest
 from imagen_core.store.errors import ManifestError, StoreError
-from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
+from imagen_core.store.files.arrays import array_problem, open_arrays
+from imagen_core.store.files.digest import array_digest, caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
@@ -22,47 +23,21 @@ from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
 from imagen_core.store.probe import parse_probe
-from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.records import (
+    ArrayGroup,
+    EmbeddingGroup,
+    FileEntry,
+    ImageEmbedGroup,
+    ImagesGroup,
+    OtherGroup,
+    ShardEntry,
+    TextGroup,
+)
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
+from imagen_core.store.verification.report import Problem, VerifyReport
 
 _MAX_NAMED_KEYS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A problem of one file; `file` is relative to the store."""
-
-    file: str
-    message: str
-
-
-@dataclass(slots=True)
-class VerifyReport:
-    """The result of `verify_store`.
-
-    Attributes:
-        ok: no problems; warnings do not count.
-        files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
-        input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
-            None, with `unaccounted`, in a store of schema 1.
-        num_samples: samples that a reader sees.
-        dropped: rows that did not become samples, by the reason of their last try.
-        excluded: samples that readers leave out, by reason.
-        unaccounted: input rows that are neither samples nor dropped; 0 in a valid store.
-        warnings: files that the manifest does not know, such as those a killed run left.
-    """
-
-    ok: bool = False
-    files_checked: int = 0
-    bytes_checked: int = 0
-    input_rows: int | None = None
-    num_samples: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, int] = field(default_factory=dict)
-    unaccounted: int | None = None
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
 
 
 def verify_store(
@@ -112,6 +87,7 @@ def verify_store(
         for group in manifest.texts.values():
             check.null(group)
             check.probe(group)
+        check.other_groups()
         check.keys()
         check.coverage()
         check.removals()
@@ -152,7 +128,7 @@ class _Check:
         self._fingerprints = {
             name: fingerprint_digest(group.fingerprint)
             for name, group in manifest.groups.items()
-            if isinstance(group, EmbeddingGroup)
+            if isinstance(group, EmbeddingGroup | ArrayGroup)
         }
         self._has_digests = manifest.schema_version == SCHEMA_VERSION
         self._saw_all_samples = True
@@ -184,14 +160,12 @@ class _Check:
                 elif isinstance(group, ImageEmbedGroup):
                     names, ignored = (rows.keys, rows.removed) if rows else (None, ())
                     self._embeddings(entry, group, names, "rows", ignored)
+                elif isinstance(group, ArrayGroup):
+                    self._arrays(entry, group, rows)
             except StoreError as error:
                 self._bad(entry.path, str(error))
-        self._release()
-
-    def _release(self) -> None:
-        for copy in self._copies.values():
-            copy.unlink()
-        self._copies.clear()
+        while self._copies:
+            self._copies.popitem()[1].unlink()
 
     def _source(self, entry: FileEntry) -> Any:
         copy = self._copies.get(entry.path)
@@ -299,10 +273,28 @@ class _Check:
             whose = "captions" if isinstance(group, TextGroup) else "samples"
             self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
+    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: _ShardRows | None) -> None:
+        arrays = open_arrays(self._source(entry), entry.path, group, mapped=False)
+        is_counted = self._count_rows(entry, arrays.num_rows)
+        bad = [
+            (row, what) for row in range(arrays.num_rows) if (what := array_problem(group.spec, arrays.stored(row)))
+        ]
+        if bad:
+            row, what = bad[0]
+            self._bad(entry.path, f"{len(bad)} arrays are wrong, the first in row {row}, which {what}")
+        made_by = self._fingerprints[group.name]
+        if arrays.fingerprint != made_by:
+            by = f"fingerprint {arrays.fingerprint[:16]}, the manifest's is {made_by[:16]}"
+            self._bad(entry.path, f"made by another stage: {by}")
+        elif is_counted and rows is not None and len(rows.keys) == arrays.num_rows:
+            digests = (array_digest(made_by, key, arrays.stored(row)) for row, key in enumerate(rows.keys))
+            wrong = "arrays do not belong to their samples"
+            self._compare_digests(entry, group, digests, rows.keys, wrong, rows.removed)
+
     def _compare_digests(
         self,
         entry: FileEntry,
-        group: ImagesGroup | EmbeddingGroup,
+        group: ImagesGroup | EmbeddingGroup | ArrayGroup,
         found: Iterator[int],
         names: Sequence[str],
         wrong: str,
@@ -341,6 +333,13 @@ class _Check:
             parse_probe(self._content(group.probe), group.probe.path)
         except StoreError as error:
             self._bad(group.probe.path, str(error))
+
+    def other_groups(self) -> None:
+        """Warn of groups of which only the bytes could be compared."""
+        for name, group in self._manifest.groups.items():
+            if isinstance(group, OtherGroup):
+                message = f"kind {group.kind!r} is of a later version; only size and sha256 were compared: upgrade"
+                self._report.warnings.append(Problem(name, message))
 
     def keys(self) -> None:
         """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""

@@ -14,6 +14,7 @@ import pytest
 
 from imagen_core import store as st
 from tests.documents import python_blocks
+from tests.imagen_core.store.arrays_added import add_arrays, values_of
 from tests.imagen_core.store.handmade_store import Made, remove
 from tests.runs import REPOSITORY, precompute
 from tests.stages.encoders import tiny_models
@@ -53,6 +54,9 @@ def assert_same(found: list[dict[str, Any]], store: st.Store) -> None:
         assert mine["image_embeds"].keys() == sample.image_embeds.keys()
         for encoder, vector in sample.image_embeds.items():
             np.testing.assert_array_equal(mine["image_embeds"][encoder], vector, strict=True)
+        assert mine["arrays"].keys() == sample.arrays.keys()
+        for name, array in sample.arrays.items():
+            np.testing.assert_array_equal(mine["arrays"][name], array, strict=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +78,26 @@ def test_the_pages_reader_decodes_every_codec_in_both_formats(
 ) -> None:
     made = make(store_format=store_format, codec=codec)
     assert_same(list(page["read_store"](made.path)), st.Store.open(made.path))
+
+
+def test_the_pages_reader_and_digests_know_arrays_in_both_formats(
+    page: dict[str, Any], make: Make, store_format: st.StoreFormat
+) -> None:
+    made = make(store_format=store_format, excluded={0: [1]})
+    specs = [st.ArraySpec("float32"), st.ArraySpec("bool", (None, None)), st.ArraySpec("bfloat16", (4, 2))]
+    for name, spec in zip("abc", specs, strict=True):
+        groups = add_arrays(made.path, name, spec, values_of(spec), store_format)
+    assert_same(list(page["read_store"](made.path)), st.Store.open(made.path))
+    path = made.path / st.shard_path("array-b", 0, store_format)
+    maker = page["fingerprint_digest"](groups["array-b"]["fingerprint"]).encode()
+    arrays = [(np.array(value.shape, "<i4"), value.tobytes()) for value in values_of(specs[1])[:5]]
+    keys = pq.read_table(made.path / "samples/00000.parquet")["key"].to_pylist()
+    expected = [page["row_digest"](maker, key.encode(), *array) for key, array in zip(keys, arrays, strict=True)]
+    if store_format == "parquet":
+        assert pq.read_table(path)["digest"].to_pylist() == expected
+    else:
+        with h5py.File(path) as file:
+            assert file["digests"][()].tolist() == expected
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["tombstone", "in the manifest"])

@@ -180,7 +180,8 @@ def test_a_wrong_shard_is_refused_and_leaves_nothing(tmp_path: Path, bad: dict[s
             "must be named 'images-8'",
         ),
         ({"groups": HEADER["groups"] | {"text-a": {"kind": "text", "encoder": "a"}}}, "'text-a': missing"),
-        ({"groups": HEADER["groups"] | {"video": {"kind": "video"}}}, "unknown kind 'video'"),
+        ({"groups": HEADER["groups"] | {"video": {"kind": "video"}}}, "'video': missing or wrong field 'format'"),
+        ({"groups": HEADER["groups"] | {"../x": {"kind": "video", "format": "hdf5"}}}, "use letters, digits"),
     ],
 )
 def test_a_wrong_header_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
