@@ -4,6 +4,7 @@ from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
+from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
@@ -17,6 +18,7 @@ from imagen_core.store.files.shard import (
 )
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
+    HASHES_GROUP,
     MANIFEST_NAME,
     REMOVED,
     RETRIED,
@@ -43,6 +45,7 @@ from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
     Group,
+    HashesGroup,
     ImageEmbedGroup,
     ImagesGroup,
     SamplesGroup,
@@ -71,10 +74,12 @@ from imagen_core.store.removal_log import (
 )
 from imagen_core.store.similarity import TokenErrors, token_errors
 from imagen_core.store.store import Sample, Store
-from imagen_core.store.verification.verify import Problem, VerifyReport, verify_store
+from imagen_core.store.verification.report import Problem, VerifyReport
+from imagen_core.store.verification.verify import verify_store
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
+    "HASHES_GROUP",
     "IDENTIFIERS",
     "LATER_FIELDS",
     "LOOK_EVERY_S",
@@ -94,7 +99,10 @@ __all__ = [
     "FileEntry",
     "FullImage",
     "Group",
+    "HashesFile",
+    "HashesGroup",
     "ImageEmbedGroup",
+    "ImageHashes",
     "ImageInfo",
     "ImageWriter",
     "ImagesGroup",
@@ -162,6 +170,7 @@ __all__ = [
     "value_digest",
     "verify_store",
     "write_embedding_shard",
+    "write_hashes",
     "write_manifest",
     "write_samples",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.layout import (
+    HASHES_GROUP,
     SAMPLES_GROUP,
     StoreDtype,
     StoreFormat,
@@ -41,6 +42,21 @@ class ImagesGroup:
     format: StoreFormat
     codec: Codec
     config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HashesGroup:
+    """Hashes of images, by which duplicates are found; always parquet. See `ImageHashes` for the sizes."""
+
+    name: str
+    num_perceptual: int
+    thumbnail_px: int
+    format: StoreFormat = "parquet"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of each row, with its digest."""
+        return 32 + self.num_perceptual * 8 + self.thumbnail_px**2 * 3 + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +98,7 @@ class ImageEmbedGroup(EmbeddingGroup):
     """Embeddings of images, one (1, dim) row per sample."""
 
 
-Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup
+Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup | HashesGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +143,10 @@ def parse_group(name: str, raw: Any) -> Group:
         elif kind == "image_embeds":
             group = ImageEmbedGroup(name, str(raw["encoder"]), **_embeddings(raw))
             expected_name = image_embed_group(group.encoder)
+        elif kind == "hashes":
+            sizes = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
+            group = HashesGroup(name, *sizes)
+            expected_name = HASHES_GROUP
         else:
             raise ValueError(f"unknown kind {kind!r}")
     except (KeyError, TypeError, AttributeError) as error:

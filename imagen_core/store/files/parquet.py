@@ -23,7 +23,8 @@ from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
 from imagen_core.store.layout import ROW_GROUP_BYTES, ImageInfo, SampleRow, StoreDtype
 
-_ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
+ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)
+"""What pyarrow raises on a file that is not as it was written."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -83,7 +84,7 @@ def write_samples(
     schema = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
     metadata = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
-    with _new_parquet(path, schema, metadata) as writer:
+    with new_parquet(path, schema, metadata) as writer:
         if rows:
             writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
 
@@ -115,7 +116,7 @@ class SamplesFile:
         Raises:
             StoreError: it is missing, or not such a file.
         """
-        with reading(name, "parquet", _ERRORS):
+        with reading(name, "parquet", ERRORS):
             file = pq.ParquetFile(source)
             metadata = file.metadata.metadata or {}
             self.num_input_rows = int(metadata[b"input_rows"]) if b"input_rows" in metadata else None
@@ -247,7 +248,7 @@ class ParquetImageWriter:
             schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3)), _DIGEST])
         else:
             schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary()), _DIGEST])
-        self._new = _new_parquet(path, schema, {"size_px": str(size_px)})
+        self._new = new_parquet(path, schema, {"size_px": str(size_px)})
         self._rows = _RowGroups(self._new.__enter__(), schema)
 
     def append(self, stored: bytes, digest: int) -> None:
@@ -276,7 +277,7 @@ def write_embeddings_parquet(
     if dtype == "int8":
         fields.append(_required("scale", pa.binary()))
     schema = pa.schema(fields)
-    with _new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
+    with new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
         rows = _RowGroups(writer, schema)
         for stored, digest in embeddings:
             row = (len(stored.values), stored.values.tobytes(), digest)
@@ -293,7 +294,7 @@ class ParquetImages:
     """Random access to the stored images of a shard; `num_rows` is their number."""
 
     def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
-        with reading(name, "parquet", _ERRORS):
+        with reading(name, "parquet", ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             found_px = int((file.metadata.metadata or {})[b"size_px"])
             if found_px != size_px:
@@ -313,7 +314,7 @@ class ParquetImages:
         """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
         try:
             return self._values[row].reshape(self._shape)
-        except _ERRORS as error:
+        except ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
 
 
@@ -322,7 +323,7 @@ class ParquetEmbeddings:
 
     def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
         self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
-        with reading(name, "parquet", _ERRORS):
+        with reading(name, "parquet", ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             meta = file.metadata.metadata or {}
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
@@ -349,13 +350,13 @@ class ParquetEmbeddings:
         try:
             values = self._values[row].view(self._dtype).reshape(-1, self._dim)
             return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
-        except _ERRORS as error:
+        except ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
 
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
     """The digest of each row, uint64; None in a file of schema 1."""
-    with reading(name, "parquet", _ERRORS):
+    with reading(name, "parquet", ERRORS):
         file = pq.ParquetFile(source)
         if "digest" not in file.schema_arrow.names:
             return None
@@ -363,9 +364,10 @@ def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
 
 
 @contextmanager
-def _new_parquet(
+def new_parquet(
     path: str | os.PathLike[str], schema: pa.Schema, metadata: dict[str, str]
 ) -> Iterator[pq.ParquetWriter]:
+    """A new file of a store: the same rows give the same bytes."""
     writer = pq.ParquetWriter(
         os.fspath(path),
         schema,

@@ -1,7 +1,8 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image and empty captions. A caption
+input row is still accounted for. An erased row has a blank key, no URL, a black image, blank
+hashes and empty captions. A caption
 that a remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
 """
 
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
 from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
 from imagen_core.store.layout import SampleRow
-from imagen_core.store.records import EmbeddingGroup, Group, ImagesGroup, TextGroup
+from imagen_core.store.records import EmbeddingGroup, Group, HashesGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import blank_key
 
 _NO_SHA256 = "0" * 64
@@ -64,6 +66,8 @@ class ErasedShard:
         elif isinstance(group, EmbeddingGroup):
             self._write_embeddings(group, old, new)
             return len(self.captions) if isinstance(group, TextGroup) else len(self.samples)
+        elif isinstance(group, HashesGroup):
+            self._write_hashes(group, old, new)
         else:
             total, dropped = self.source.num_input_rows, self.source.dropped
             write_samples(new, self.samples, num_input_rows=total, dropped=dropped)
@@ -78,6 +82,11 @@ class ErasedShard:
                     writer.append(black, sample.key, sample.sha256)
                 else:
                     writer.append_stored(images.stored(row), sample.key, sample.sha256)
+
+    def _write_hashes(self, group: HashesGroup, old: str, new: Path) -> None:
+        hashes, blank = HashesFile(old, old, group), ImageHashes.blank(group)
+        rows = [blank if row in self.removed else hashes.row(row) for row in range(hashes.num_rows)]
+        write_hashes(new, group, rows, [(sample.key, sample.sha256) for sample in self.samples])
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
         file = open_embeddings(old, old, group)

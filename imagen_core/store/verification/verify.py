@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from imagen_core.files import file_digest
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest, image_digest
+from imagen_core.store.files.hashes import HashesFile
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
@@ -22,47 +23,20 @@ from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
 from imagen_core.store.probe import parse_probe
-from imagen_core.store.records import EmbeddingGroup, FileEntry, ImageEmbedGroup, ImagesGroup, ShardEntry, TextGroup
+from imagen_core.store.records import (
+    EmbeddingGroup,
+    FileEntry,
+    HashesGroup,
+    ImageEmbedGroup,
+    ImagesGroup,
+    ShardEntry,
+    TextGroup,
+)
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
+from imagen_core.store.verification.report import Problem, VerifyReport
 
 _MAX_NAMED_KEYS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A problem of one file; `file` is relative to the store."""
-
-    file: str
-    message: str
-
-
-@dataclass(slots=True)
-class VerifyReport:
-    """The result of `verify_store`.
-
-    Attributes:
-        ok: no problems; warnings do not count.
-        files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
-        input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
-            None, with `unaccounted`, in a store of schema 1.
-        num_samples: samples that a reader sees.
-        dropped: rows that did not become samples, by the reason of their last try.
-        excluded: samples that readers leave out, by reason.
-        unaccounted: input rows that are neither samples nor dropped; 0 in a valid store.
-        warnings: files that the manifest does not know, such as those a killed run left.
-    """
-
-    ok: bool = False
-    files_checked: int = 0
-    bytes_checked: int = 0
-    input_rows: int | None = None
-    num_samples: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, int] = field(default_factory=dict)
-    unaccounted: int | None = None
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
 
 
 def verify_store(
@@ -176,6 +150,8 @@ class _Check:
             try:
                 if isinstance(group, ImagesGroup):
                     self._images(entry, group, rows)
+                elif isinstance(group, HashesGroup):
+                    self._hashes(entry, group, rows)
                 elif isinstance(group, TextGroup):
                     names, ignored = (rows.captions, rows.removed_ids) if rows else (None, ())
                     self._embeddings(entry, group, names, "distinct captions", ignored)
@@ -263,13 +239,29 @@ class _Check:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
-        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
-            found = (
-                image_digest(key, sha256, images.stored(row))
-                for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
-            )
-            wrong = "images do not belong to their samples"
-            self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
+        self._count_rows(entry, images.num_rows)
+        self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
+
+    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
+        hashes = HashesFile(self._source(entry), entry.path, group)
+        self._count_rows(entry, hashes.num_rows)
+        self._compare_rows(entry, group, hashes.num_rows, lambda row: hashes.row(row).stored(), "hashes", rows)
+
+    def _compare_rows(
+        self,
+        entry: FileEntry,
+        group: ImagesGroup | HashesGroup,
+        num_rows: int,
+        stored: Callable[[int], np.ndarray],
+        what: str,
+        rows: _ShardRows | None,
+    ) -> None:
+        """Compares what is stored of each image with the digest that binds it to its sample."""
+        if num_rows != entry.rows or rows is None or len(rows.keys) != num_rows:
+            return
+        names = enumerate(zip(rows.keys, rows.sha256, strict=True))
+        found = (image_digest(key, sha256, stored(row)) for row, (key, sha256) in names)
+        self._compare_digests(entry, group, found, rows.keys, f"{what} do not belong to their samples", rows.removed)
 
     def _embeddings(
         self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
@@ -300,7 +292,7 @@ class _Check:
     def _compare_digests(
         self,
         entry: FileEntry,
-        group: ImagesGroup | EmbeddingGroup,
+        group: ImagesGroup | EmbeddingGroup | HashesGroup,
         found: Iterator[int],
         names: Sequence[str],
         wrong: str,
