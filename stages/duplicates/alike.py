@@ -3,6 +3,7 @@
 import numpy as np
 
 _MOST_MEAN_SHIFT = 24.0  # of the mean of a channel; a crop of 5 % of an image on white shifts it by 12
+_MOST_DIFFERENCE = 40.0  # on average, before alignment; images of which one is a crop of 5 % differ by half of it
 _EQUAL_MEAN, _EQUAL_MOST = 2.0, 10.0  # without alignment: after compression or a change of the size
 _ALIKE_MEAN, _ALIKE_MOST = 5.0, 20.0  # once they lie on each other: a crop has other pixels at the edges of shapes
 _MARGIN = 3  # pixels at the border, of which a crop may have none
@@ -23,6 +24,8 @@ def alike(first: np.ndarray, second: np.ndarray, *, mirrored: bool) -> bool:
         second = np.ascontiguousarray(second[:, ::-1])
     means = first.mean(axis=(0, 1)) - second.mean(axis=(0, 1))
     if np.abs(means).max() > _MOST_MEAN_SHIFT:
+        return False
+    if np.abs(first.astype(np.int16) - second).mean() > _MOST_DIFFERENCE:
         return False
     return _within(first, second, _EQUAL_MEAN, _EQUAL_MOST) or _within(
         first, _laid_on(first, second), _ALIKE_MEAN, _ALIKE_MOST

@@ -9,6 +9,7 @@ from stages.duplicates.alike import alike
 from stages.duplicates.hashing import PLAIN
 from stages.duplicates.search import near
 
+_ROWS_AT_ONCE = 1 << 16
 _MOST_COMPARED = 32
 """How many earlier images an image is compared with at most: those of the nearest hashes, of these the first."""
 
@@ -73,7 +74,8 @@ def _match_near(
     wanted = np.unique(np.concatenate([pairs["later"], pairs["earlier"]]))
     shown = thumbnails(wanted)
     compared, of = 0, -1
-    for later, earlier, distance, flipped in pairs.tolist():
+    rows = (row for low in range(0, len(pairs), _ROWS_AT_ONCE) for row in pairs[low : low + _ROWS_AT_ONCE].tolist())
+    for later, earlier, distance, flipped in rows:
         if later != of:
             compared, of = 0, later
         if kept[later] != later or kept[earlier] != earlier or compared == _MOST_COMPARED:

@@ -43,7 +43,8 @@ def build_manifest(
         ConfigError: an image of `duplicates.exclude` cannot be read.
     """
     failed = frozenset(failed_shards)
-    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
+    started = run.started_groups()
+    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, started, failed)}
     totals = {"num_samples": 0}
     previous = previous_header(run)
     header: dict[str, object] = {
@@ -56,7 +57,9 @@ def build_manifest(
     removals = _all_removals(run, previous)
     if removals:
         header["removals"] = store_format.removal_entries(removals)
-    found = _duplicates(run, duplicates, list(groups), failed, removals)
+    found = Duplicates()
+    if store_format.HASHES_GROUP in started:
+        found = _duplicates(run, duplicates, list(groups), failed, removals)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
         store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, found, totals))
     return {
@@ -107,11 +110,11 @@ def run_group(run: RunFolder, name: str) -> dict[str, object]:
     return config
 
 
-def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[str, object]]:
+def _complete_groups(run: RunFolder, started: list[str], failed: frozenset[int]) -> dict[str, dict[str, object]]:
     """Groups with a record for every shard that did not fail, also of earlier configurations of the folder."""
     shards = set(run.recorded_shards(SAMPLES)) - failed
     result = {}
-    for group in run.started_groups():
+    for group in started:
         if group in (ORIGINALS, SAMPLES):
             continue
         config = run_group(run, group)

@@ -60,6 +60,7 @@ def copy(reported: Path, tmp_path: Path) -> Path:
 
 def run(images: Path, out: Path, *more: str, **options: Any) -> dict[str, Any]:
     settings = ("source.kind=folder", f"source.path={images}", "images.sizes_px=[32]", "encoders=[]", "shard_size=2")
+    more = ("max_drop_fraction=1", *more)
     return precompute(out, *settings, *more, **options)
 
 
