@@ -54,7 +54,8 @@ def search(count: int, seed: int) -> dict[str, Any]:
     perceptual = random.integers(0, 2**64, (count, HASHES.num_perceptual), dtype=np.uint64)
     copies = np.sort(random.choice(np.arange(count // 2, count), int(count * _COPIES), replace=False))
     originals = random.integers(0, count // 2, len(copies))
-    perceptual[copies, 0] = perceptual[originals, random.integers(0, HASHES.num_perceptual, len(copies))]
+    variants = random.integers(0, HASHES.num_perceptual, len(copies))
+    perceptual[copies, 0] = perceptual[originals, variants]
     for _ in range(4):  # 0 to 4 other bits
         flips = np.uint64(1) << random.integers(0, 64, len(copies), dtype=np.uint64)
         perceptual[copies, 0] ^= np.where(random.random(len(copies)) < 0.5, flips, np.uint64(0))
@@ -63,11 +64,16 @@ def search(count: int, seed: int) -> dict[str, Any]:
     perceptual[crowd, 0] = perceptual[crowd[:, :1], 0]  # the same hash, but other images
     shown = np.arange(count)
     shown[copies] = originals
+    mirrored = np.zeros(count, bool)
+    mirrored[copies] = variants % 2
     patterns = random.integers(0, 256, (4096, 4, 4, 3), dtype=np.uint8)
 
     def thumbnails(numbers: np.ndarray) -> np.ndarray:
         side = HASHES.thumbnail_px // 4
-        return patterns[shown[numbers] % len(patterns)].repeat(side, axis=1).repeat(side, axis=2)
+        found = patterns[shown[numbers] % len(patterns)].repeat(side, axis=1).repeat(side, axis=2)
+        flipped = mirrored[numbers]
+        found[flipped] = found[flipped][:, :, ::-1]
+        return found
 
     pixels = random.integers(0, 256, (count, 32), dtype=np.uint8)
     before_mib, started = peak_mib(), time.process_time()
