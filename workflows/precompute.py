@@ -16,6 +16,9 @@ from pipeline.stage import Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.arrays.registry import AnyArrayStage
+from stages.duplicates.config import DuplicatesConfig
+from stages.duplicates.excluded import ExcludedSets
+from stages.duplicates.find import duplicates_line
 from stages.encoders.base import EncoderConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
@@ -75,6 +78,8 @@ class PrecomputeConfig(WorkflowConfig):
     later."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
+    duplicates: DuplicatesConfig | None = None
+    """Equal images and near duplicates of the whole store: report or drop; or with settings. null: not looked for."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """The run ends with exit code 3 if a larger fraction of the input is dropped."""
     keep_originals: bool = False
@@ -99,6 +104,8 @@ class PrecomputeConfig(WorkflowConfig):
                 f"source.image_column is null, so there are no images, but images.sizes_px is "
                 f"{list(self.images.sizes_px)}; set images.sizes_px=[]"
             )
+        if self.duplicates is not None and not self.images.sizes_px:
+            raise ValueError("duplicates: there are no images to compare, as images.sizes_px is []; leave it out")
         for encoder in self.image_encoders:
             if isinstance(encoder, PrecomputedEmbeddingsConfig):
                 if encoder.null is not None:
@@ -129,6 +136,8 @@ class Precompute(ShardedWorkflow):
         with source.reaching():
             source.check()
             rows = source.estimate_rows()
+        if config.duplicates is not None:
+            ExcludedSets(config.duplicates.exclude)  # which a mistyped path has none of
         run_removals(run, previous_header(run))  # before anything is deleted: without the log, samples come back
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
@@ -137,7 +146,7 @@ class Precompute(ShardedWorkflow):
             shards=batches.shards,
             input=batches,
             finalize=lambda run, rows, failed: {
-                **build_manifest(run, rows, failed),
+                **build_manifest(run, rows, failed, config.duplicates),
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
                 **({"unread_bytes": source.unread_bytes} if source.unread_bytes else {}),
             },
@@ -161,7 +170,7 @@ class Precompute(ShardedWorkflow):
         config = self.config
         stages = (
             FetchStage(source, config.source.kind),
-            ResizeStage(config.images, config.store.format, config.filters),
+            ResizeStage(config.images, config.store.format, config.filters, hashes=config.duplicates is not None),
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )
@@ -191,6 +200,7 @@ class Precompute(ShardedWorkflow):
         return [
             *([("unread", f"{unread:,} bytes of damaged files; see the drops damaged_tar")] if unread else []),
             *([("ignored", ignored)] if ignored else []),
+            *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             *_retry_hint(summary),

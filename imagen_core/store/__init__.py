@@ -6,6 +6,7 @@ from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer, open_arrays
+from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
@@ -20,6 +21,7 @@ from imagen_core.store.files.shard import (
 )
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
+    HASHES_GROUP,
     MANIFEST_NAME,
     REMOVED,
     RETRIED,
@@ -48,6 +50,7 @@ from imagen_core.store.records import (
     EmbeddingGroup,
     FileEntry,
     Group,
+    HashesGroup,
     ImageEmbedGroup,
     ImagesGroup,
     OtherGroup,
@@ -83,6 +86,7 @@ from imagen_core.store.verification.verify import verify_store
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
+    "HASHES_GROUP",
     "IDENTIFIERS",
     "LATER_FIELDS",
     "LOOK_EVERY_S",
@@ -105,7 +109,10 @@ __all__ = [
     "FileEntry",
     "FullImage",
     "Group",
+    "HashesFile",
+    "HashesGroup",
     "ImageEmbedGroup",
+    "ImageHashes",
     "ImageInfo",
     "ImageWriter",
     "ImagesGroup",
@@ -180,6 +187,7 @@ __all__ = [
     "value_digest",
     "verify_store",
     "write_embedding_shard",
+    "write_hashes",
     "write_manifest",
     "write_samples",
 ]

@@ -7,10 +7,11 @@
       text-t5/null.safetensors         the encoding of ""
       image-embed-clip/00000.(...)     one embedding per image, (1, dim) per row
       array-mask/00000.(...)           one array per sample, of a dtype and shape that the manifest says
+      hashes/00000.parquet             what equal and nearly equal images are recognised by
       removed/00001.json               samples removed from the store (removal_log.py)
 
-Row i of shard s is the same sample in `samples` and in every group of images, image embeddings or arrays. Row j of a
-text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has a digest
+Row i of shard s is the same sample in `samples` and in every group of images, image embeddings, arrays or hashes. Row j
+of a text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has a digest
 that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
 """
 
@@ -26,6 +27,7 @@ OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be
 MANIFEST_NAME = "manifest.json"
 LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
 SAMPLES_GROUP = "samples"
+HASHES_GROUP = "hashes"
 NULL_TENSOR = "embedding"
 RETRIED = "retried"  # drop reason of an input row that a later shard tries again
 REMOVED = "removed"  # exclusion reason of a sample that was removed: readers skip it, runs do not store it again

@@ -9,6 +9,7 @@ from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.layout import (
+    HASHES_GROUP,
     REMOVED,
     SAMPLES_GROUP,
     StoreDtype,
@@ -46,6 +47,21 @@ class ImagesGroup:
     format: StoreFormat
     codec: Codec
     config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HashesGroup:
+    """Hashes of images, by which duplicates are found; always parquet. See `ImageHashes` for the sizes."""
+
+    name: str
+    num_perceptual: int
+    thumbnail_px: int
+    format: StoreFormat = "parquet"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of each row, with its digest."""
+        return 32 + self.num_perceptual * 8 + self.thumbnail_px**2 * 3 + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +123,7 @@ class OtherGroup:
     format: StoreFormat
 
 
-Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup | ArrayGroup | OtherGroup
+Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup | ArrayGroup | HashesGroup | OtherGroup
 
 
 _GroupT = TypeVar("_GroupT", ImagesGroup, TextGroup, ImageEmbedGroup, ArrayGroup)
@@ -170,6 +186,10 @@ def parse_group(name: str, raw: Any) -> Group:
             spec, maker = ArraySpec.of(raw["dtype"], raw["shape"]), dict(raw.get("fingerprint", {}))
             group = ArrayGroup(name, str(raw["array"]), spec, check_format(raw["format"]), maker)
             expected_name = array_group(group.array)
+        elif kind == "hashes":
+            sizes = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
+            group = HashesGroup(name, *sizes)
+            expected_name = HASHES_GROUP
         else:
             group, expected_name = OtherGroup(name, str(kind), check_format(raw["format"])), name
             if not is_legal_name(name) or name == REMOVED:

@@ -11,6 +11,8 @@ from pipeline.errors import ConfigError
 from pipeline.stage import Group
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
+from stages.duplicates.config import DuplicatesConfig
+from stages.duplicates.find import Duplicates, find_duplicates
 from stages.precompute.embedding_files import SharedFiles
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
 from stages.stores import previous_header, run_removals
@@ -20,7 +22,12 @@ _COMPARED = "state/removals/compared.json"
 """How many removals all finished samples were compared with."""
 
 
-def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[int] = ()) -> dict[str, object]:
+def build_manifest(
+    run: RunFolder,
+    input_rows: int,
+    failed_shards: Collection[int] = (),
+    duplicates: DuplicatesConfig | None = None,
+) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
     Streams the records, so that memory does not grow with the number of shards. The same records give the
@@ -29,13 +36,17 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
     Args:
         input_rows: rows of the source, as the driver counted them.
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
+        duplicates: what is done about them; None does not look for any.
     Returns:
         Entries for the run's summary.
     Raises:
-        MachineError: the log of removals, or a file that belongs to no shard, was changed since it was written.
+        MachineError: the log of removals, a file of hashes, or one that belongs to no shard was changed since it was
+            written.
+        ConfigError: an image of `duplicates.exclude` cannot be read.
     """
     failed = frozenset(failed_shards)
-    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, failed)}
+    started = run.started_groups()
+    groups = {SAMPLES: run_group(run, SAMPLES), **_complete_groups(run, started, failed)}
     totals = {"num_samples": 0}
     previous = previous_header(run)
     header: dict[str, object] = {
@@ -48,9 +59,40 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
     removals = _all_removals(run, previous)
     if removals:
         header["removals"] = store_format.removal_entries(removals)
+    found = Duplicates()
+    if store_format.HASHES_GROUP in started:
+        found = _duplicates(run, duplicates, list(groups), failed, removals)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
-        store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, totals))
-    return {"num_samples": totals["num_samples"], "store": run.store_url, "groups_in_store": sorted(groups)}
+        store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, found, totals))
+    return {
+        "num_samples": totals["num_samples"],
+        "store": run.store_url,
+        "groups_in_store": sorted(groups),
+        **({"duplicates": dict(found.summary)} if duplicates is not None else {}),
+    }
+
+
+def _duplicates(
+    run: RunFolder,
+    config: DuplicatesConfig | None,
+    groups: list[str],
+    failed: frozenset[int],
+    removals: list[store_format.Removal],
+) -> Duplicates:
+    """The duplicates among the rows that readers see otherwise."""
+    if config is None:
+        return find_duplicates(run, None, (), {})
+    gone: dict[int, set[int]] = {}
+    for group in groups:
+        for record in run.records(group):
+            for rows in record.info.get("excluded_rows", {}).values():
+                gone.setdefault(record.shard, set()).update(rows)
+    for shard in {shard for removal in removals for shard in removal.rows}:
+        samples = run.read_record(SAMPLES, shard_name(shard))
+        if samples is not None:
+            gone.setdefault(shard, set()).update(_removed(run, samples, removals))
+    shards = sorted(set(run.recorded_shards(SAMPLES)) - failed)
+    return find_duplicates(run, config, shards, gone)
 
 
 def run_group(run: RunFolder, name: str) -> dict[str, object]:
@@ -87,11 +129,11 @@ def check_store_group(group: Group) -> None:
         ) from error
 
 
-def _complete_groups(run: RunFolder, failed: frozenset[int]) -> dict[str, dict[str, object]]:
+def _complete_groups(run: RunFolder, started: list[str], failed: frozenset[int]) -> dict[str, dict[str, object]]:
     """Groups with a record for every shard that did not fail, also of earlier configurations of the folder."""
     shards = set(run.recorded_shards(SAMPLES)) - failed
     result = {}
-    for group in run.started_groups():
+    for group in started:
         if group in (ORIGINALS, SAMPLES):
             continue
         config = run_group(run, group)
@@ -170,6 +212,7 @@ def _shards(
     groups: list[str],
     failed: frozenset[int],
     removals: list[store_format.Removal],
+    duplicates: Duplicates,
     totals: dict[str, int],
 ) -> Iterator[dict[str, object]]:
     origins = retry_origins(run)
@@ -187,6 +230,7 @@ def _shards(
                 for row in listed:
                     excluded.setdefault(row, reason)
             files[group] = _record_entry(record)
+        excluded |= duplicates.excluded(shard)
         rows = samples.rows
         totals["num_samples"] += rows - len(excluded)
         by_reason = {reason: sorted(r for r in excluded if excluded[r] == reason) for reason in excluded.values()}

@@ -13,6 +13,7 @@ from imagen_core.store import (
     REMOVED,
     Blocklist,
     Codec,
+    ImageHashes,
     SampleRow,
     StoreFormat,
     check_codec,
@@ -20,12 +21,14 @@ from imagen_core.store import (
     image_group,
     open_image_writer,
     read_samples,
+    write_hashes,
     write_samples,
 )
 from pipeline.config import Config
 from pipeline.errors import first_line
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
+from stages.duplicates.hashing import HASHES, METHOD, hash_image
 from stages.encoders.batches.memory import is_out_of_memory
 from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
@@ -70,6 +73,14 @@ class ImagesConfig(Config):
         return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec
 
 
+_HASHES_CONFIG = {
+    "kind": "hashes",
+    "method": METHOD,
+    "num_perceptual": HASHES.num_perceptual,
+    "thumbnail_px": HASHES.thumbnail_px,
+}
+
+
 class _Unusable(Exception):
     """A row that cannot become a sample, for another reason than an image that cannot be decoded."""
 
@@ -88,10 +99,12 @@ class _Made:
     height: int
     images: Mapping[str, np.ndarray]
     """By group."""
+    hashes: ImageHashes | None = None
+    """None if they are not wanted."""
 
 
 class ResizeStage(Stage):
-    """`originals` -> `samples` and one `images-SIZE` group per size.
+    """`originals` -> `samples`, one `images-SIZE` group per size and, to find duplicates, `hashes`.
 
     The first time a shard is seen, this stage decides which rows are samples. A size added later follows
     the rows as they are: a row that can no longer be made is excluded, and the others keep their places.
@@ -102,7 +115,14 @@ class ResizeStage(Stage):
     version = 2
     inputs = (ORIGINALS,)
 
-    def __init__(self, images: ImagesConfig, store_format: StoreFormat, filters: Sequence[Filter] = ALWAYS):
+    def __init__(
+        self,
+        images: ImagesConfig,
+        store_format: StoreFormat,
+        filters: Sequence[Filter] = ALWAYS,
+        *,
+        hashes: bool = False,
+    ):
         self.images = images
         self.store_format: StoreFormat = store_format
         self.filters = tuple(filters)
@@ -123,6 +143,7 @@ class ResizeStage(Stage):
                 )
                 for size in images.sizes_px
             ),
+            *([Group(HASHES.name, _HASHES_CONFIG, aligned_with=(SAMPLES,))] if hashes else []),
         )
 
     def setup(self, run: RunFolder) -> None:
@@ -149,12 +170,12 @@ class ResizeStage(Stage):
         samples: list[SampleRow] = []
         drops: list[Drop] = []
         caption_ids: dict[str, int] = {}
-        with _ImageWriters(self, task) as writers:
+        with _Writers(self, task) as writers:
             for entry in originals.entries:
                 try:
                     if later and blocklist.blocks(entry.key, entry.url, originals.data(entry) if entry.size else None):
                         raise _Unusable(REMOVED, "")
-                    made = self._make(entry, originals, writers.sizes)
+                    made = self._make(entry, originals, writers)
                 except (ImageRejected, _Unusable) as rejected:
                     drops.append(Drop(entry.row, entry.key, str(rejected.reason), rejected.detail))
                     continue
@@ -169,8 +190,7 @@ class ResizeStage(Stage):
                     input_row=entry.row,
                     **entry.annotations,
                 )
-                for group, image in made.images.items():
-                    writers.append(group, image, sample)
+                writers.append(made, sample)
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
         write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
@@ -178,35 +198,35 @@ class ResizeStage(Stage):
         if found_before := sum(entry.reason is not None for entry in originals.entries):
             counters["found_before"] = found_before
         task.done(SAMPLES, GroupResult(len(samples), drops, counters, {NUM_REMOVALS: len(removals)}))
-        for group in writers.groups:
+        for group in (*writers.groups, *([HASHES.name] if writers.hashes else [])):
             task.done(group, GroupResult(len(samples)))
 
     def _follow_samples(self, task: Task, originals: OriginalsReader) -> None:
         """Writes images for rows that are fixed already."""
         by_key = {entry.key: entry for entry in originals.entries if entry.reason != "duplicate_key"}
         samples = read_samples(task.input(SAMPLES))
-        with _ImageWriters(self, task) as writers:
-            drops: dict[str, list[Drop]] = {group: [] for group in writers.groups}
+        with _Writers(self, task) as writers:
+            drops: list[Drop] = []
             for row, sample in enumerate(samples):
-                images: Mapping[str, np.ndarray] = {}
+                made = None
                 try:
                     entry = by_key.get(sample.key)
                     if entry is None:
                         raise _Unusable("source_changed", "the row is no longer in the source")
-                    made = self._make(entry, originals, writers.sizes)
+                    made = self._make(entry, originals, writers)
                     if made.sha256 != sample.sha256:
                         raise _Unusable("source_changed", "other bytes than when the samples were made")
-                    images = made.images
                 except (ImageRejected, _Unusable) as rejected:
-                    for group in writers.groups:
-                        drops[group].append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
-                for group, size in zip(writers.groups, writers.sizes, strict=True):
-                    writers.append(group, images.get(group, np.zeros((size, size, 3), np.uint8)), sample)
+                    made = None
+                    drops.append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
+                writers.append(made, sample)
         for group in writers.groups:
-            info = {"excluded_rows": rows_by_reason(drops[group])}
-            task.done(group, GroupResult(len(samples), drops[group], info=info))
+            info = {"excluded_rows": rows_by_reason(drops)}
+            task.done(group, GroupResult(len(samples), drops, info=info))
+        if writers.hashes:  # a sample without hashes stays one: it is not compared
+            task.done(HASHES.name, GroupResult(len(samples), counters={"images_not_hashed": len(drops)}))
 
-    def _make(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
+    def _make(self, entry: StoredOriginal, originals: OriginalsReader, wanted: "_Writers") -> _Made:
         """Hashes and decodes an original, and makes its images.
 
         Raises:
@@ -217,16 +237,16 @@ class ResizeStage(Stage):
         if entry.reason is not None:
             raise _Unusable(entry.reason, entry.detail)
         try:
-            return self._make_fetched(entry, originals, sizes)
+            return self._make_fetched(entry, originals, wanted)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise ImageRejected(RejectReason.OUT_OF_MEMORY, first_line(error)) from None  # releases what it held
 
-    def _make_fetched(self, entry: StoredOriginal, originals: OriginalsReader, sizes: tuple[int, ...]) -> _Made:
+    def _make_fetched(self, entry: StoredOriginal, originals: OriginalsReader, wanted: "_Writers") -> _Made:
         data = originals.data(entry)
-        pixels = None
-        if sizes:
+        pixels, sizes = None, wanted.sizes
+        if sizes or wanted.hashes:
             pixels = decode_rgb(data, max_pixels=self.max_pixels, orientation=entry.orientation).pixels
         row = FilterRow(entry.key, entry.url, entry.captions, data, sizes, pixels, entry.annotations)
         for filter in self.filters:
@@ -235,12 +255,14 @@ class ResizeStage(Stage):
                 raise _Unusable(rejection.reason, rejection.detail)
         images = {} if pixels is None else pyramid(center_square(pixels), sizes, self.images.filter)
         sha256 = hashlib.sha256(data).hexdigest() if data else ""
-        return _Made(sha256, row.width, row.height, {image_group(size): image for size, image in images.items()})
+        hashes = hash_image(pixels) if wanted.hashes and pixels is not None else None
+        by_group = {image_group(size): image for size, image in images.items()}
+        return _Made(sha256, row.width, row.height, by_group, hashes)
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}
         if group not in sizes:
-            return num_rows * 200
+            return num_rows * (HASHES.num_bytes if group == HASHES.name else 200)
         return num_rows * sizes[group] ** 2 * 3 if self.images.codec_of(sizes[group]) == "raw" else None
 
 
@@ -258,34 +280,48 @@ def _filter_settings(filters: Sequence[Filter]) -> dict[str, object]:
     return {**settings, "filters": others} if others else settings
 
 
-class _ImageWriters:
-    """The open writers of the wanted image groups."""
+class _Writers:
+    """The open writers of the wanted image groups, and the hashes of these images if they are wanted."""
 
     def __init__(self, stage: ResizeStage, task: Task):
         self.sizes = tuple(s for s in stage.images.sizes_px if image_group(s) in task.wanted)
-        self.groups = tuple(image_group(s) for s in self.sizes)
+        self.hashes = HASHES.name in task.wanted
+        self.groups = tuple(map(image_group, self.sizes))
+        self._hashed: list[ImageHashes] = []
+        self._hashed_of: list[tuple[str, str]] = []
         self.suffix = ".h5" if stage.store_format == "hdf5" else ".parquet"
         self.stage = stage
         self.task = task
 
-    def __enter__(self) -> "_ImageWriters":
+    def __enter__(self) -> "_Writers":
         with ExitStack() as stack:
             self._writers = {
-                group: stack.enter_context(
+                size: stack.enter_context(
                     open_image_writer(
-                        self.task.output(group, self.suffix),
+                        self.task.output(image_group(size), self.suffix),
                         size,
                         self.stage.store_format,
                         self.stage.images.codec_of(size),
                     )
                 )
-                for group, size in zip(self.groups, self.sizes, strict=True)
+                for size in self.sizes
             }
             self._stack = stack.pop_all()
         return self
 
-    def append(self, group: str, pixels: np.ndarray, sample: SampleRow) -> None:
-        self._writers[group].append(pixels, sample.key, sample.sha256)
+    def append(self, made: _Made | None, sample: SampleRow) -> None:
+        """Adds the images and hashes of a sample; black and blank ones if it has none."""
+        images = {} if made is None else made.images
+        for size, writer in self._writers.items():
+            pixels = images.get(image_group(size))
+            pixels = np.zeros((size, size, 3), np.uint8) if pixels is None else pixels
+            writer.append(pixels, sample.key, sample.sha256)
+        if self.hashes:
+            hashes = None if made is None else made.hashes
+            self._hashed.append(ImageHashes.blank(HASHES) if hashes is None else hashes)
+            self._hashed_of.append((sample.key, sample.sha256))
 
     def __exit__(self, *details: object) -> bool | None:
+        if self.hashes and details[0] is None:
+            write_hashes(self.task.output(HASHES.name, ".parquet"), HASHES, self._hashed, self._hashed_of)
         return self._stack.__exit__(*details)  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import QUARANTINE, RunFolder
+from stages.duplicates.find import read_duplicates
 from stages.store_tools.dropped import drops_of_url
 
 _ANNOTATIONS = ("transcription", "safebox", "label")
@@ -50,6 +51,8 @@ def lineage_command(
         raise ConfigError(str(error)) from error
     problems: list[str] = []
     found = list(_stored(store, folder, removals, name, value, problems)) or list(_removed(removals, name, value))
+    if run is not None and found:
+        _add_duplicates(run, found)
     if run is not None and name == "key":
         found += _dropped(run, value)
     if run is not None and name == "url" and not found:
@@ -60,6 +63,15 @@ def lineage_command(
         others = " in the other files" if problems else ""
         lines.insert(0, f"{name} {value}: unknown{others}: no sample, removed or dropped row has it")
     return result, lines, EXIT_OK if found and not problems else EXIT_FAILED
+
+
+def _add_duplicates(run: RunFolder, found: list[dict[str, Any]]) -> None:
+    """Adds to samples in the store which image they are duplicates of."""
+    at = {(entry["shard"], entry["row"]): entry for entry in found if "row" in entry}
+    for duplicate in read_duplicates(run):
+        entry = at.get((duplicate["shard"], duplicate["row"]))
+        if entry is not None:
+            entry["duplicate"] = {name: duplicate[name] for name in ("reason", "match", "mirrored", "same_as")}
 
 
 def _stored(
@@ -198,6 +210,10 @@ def _lines(entry: dict[str, Any]) -> list[str]:
             f"  tried      before in shard {shard_name(entry['retry_of']['shard'])}, input row "
             f"{entry['retry_of']['input_row']}"
         )
+    if duplicate := entry.get("duplicate"):
+        same_as = duplicate["same_as"]
+        of = same_as["key"] if "key" in same_as else f"{same_as['name']} of {same_as['place']}"
+        lines.append(f"  duplicate  {duplicate['reason']} of {of}")
     lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
     lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
     for name, group in entry["groups"].items():

@@ -30,6 +30,7 @@ from pipeline.errors import EXIT_OK, ConfigError, LockedError, LostFileError
 from pipeline.storage.lock import LEASE, describe
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
+from stages.duplicates.find import read_duplicates
 from stages.lines import split_lines
 from stages.store_tools.compact import compact
 from stages.stores import open_place
@@ -81,6 +82,9 @@ def remove_command(
         with _held(owner, dry_run=dry_run) as holder:
             folder.before_change = owner.storage.before_change
             result, lines = _remove(folder, run, values, given, reason, dry_run=dry_run, at_work=holder is not None)
+            if run is not None and values["key"]:
+                copies = result["copies"] = sorted(_copies(run, values["key"]))
+                lines += _lines_of_copies(copies)
             if holder is not None:
                 result["at_work"] = holder
                 lines.append(f"note: at work on it, and honours the removal: {holder}")
@@ -234,6 +238,21 @@ def _lines(result: Mapping[str, object], unmatched: Mapping[str, list[str]], *, 
         if total > _MAX_LISTED:
             lines.append(f"  ... and {total - _MAX_LISTED} more (--json lists all)")
     return lines
+
+
+def _copies(run: RunFolder, keys: set[str]) -> set[str]:
+    """The keys of samples that the run's list of duplicates has as equal to these, or nearly; without these."""
+    groups = [{entry["key"], entry["same_as"].get("key", "")} for entry in read_duplicates(run)]
+    found = {key for group in groups if group & keys for key in group}
+    return {key for group in groups if group & found for key in group} - keys - {""}
+
+
+def _lines_of_copies(copies: Sequence[str]) -> list[str]:
+    if not copies:
+        return []
+    more = [f"  ... and {len(copies) - _MAX_LISTED} more (--json lists all)"] if len(copies) > _MAX_LISTED else []
+    named = [f"  key {key}" for key in copies[:_MAX_LISTED]]
+    return [f"{len(copies)} samples are duplicates of these, and stay unless you remove them too:", *named, *more]
 
 
 def _removed_before(removals: Sequence[Removal]) -> set[str | None]:

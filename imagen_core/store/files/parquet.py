@@ -366,6 +366,7 @@ def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
 def new_parquet(
     path: str | os.PathLike[str], schema: pa.Schema, metadata: dict[str, str]
 ) -> Iterator[pq.ParquetWriter]:
+    """A new file of a store: the same rows give the same bytes."""
     writer = pq.ParquetWriter(
         os.fspath(path),
         schema,

@@ -1,9 +1,9 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image, empty captions, and arrays of
-zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too stays, with its
-embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, a black image, blank hashes, empty captions, and
+arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too stays, with
+its embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
@@ -14,11 +14,20 @@ import numpy as np
 
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
+from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
 from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
 from imagen_core.store.layout import SampleRow
-from imagen_core.store.records import ArrayGroup, EmbeddingGroup, Group, ImagesGroup, OtherGroup, TextGroup
+from imagen_core.store.records import (
+    ArrayGroup,
+    EmbeddingGroup,
+    Group,
+    HashesGroup,
+    ImagesGroup,
+    OtherGroup,
+    TextGroup,
+)
 from imagen_core.store.removal_log import blank_key
 
 _NO_SHA256 = "0" * 64
@@ -69,6 +78,8 @@ class ErasedShard:
             return len(self.captions) if isinstance(group, TextGroup) else len(self.samples)
         elif isinstance(group, ArrayGroup):
             self._write_arrays(group, old, new)
+        elif isinstance(group, HashesGroup):
+            self._write_hashes(group, old, new)
         elif isinstance(group, OtherGroup):
             raise StoreError(
                 f"{old}: kind {group.kind!r} of group {group.name!r} is of a later version of imagen-precompute, so "
@@ -94,6 +105,11 @@ class ErasedShard:
         with open_array_writer(new, group.spec, group.format, group.fingerprint) as writer:
             for row, sample in enumerate(self.samples):
                 writer.append_stored(blank if row in self.removed else arrays.stored(row), sample.key)
+
+    def _write_hashes(self, group: HashesGroup, old: str, new: Path) -> None:
+        hashes, blank = HashesFile(old, old, group), ImageHashes.blank(group)
+        rows = [blank if row in self.removed else hashes.row(row) for row in range(hashes.num_rows)]
+        write_hashes(new, group, rows, [(sample.key, sample.sha256) for sample in self.samples])
 
     def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
         file = open_embeddings(old, old, group)

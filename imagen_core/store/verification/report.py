@@ -1,4 +1,4 @@
-"""What verification found."""
+"""What `verify_store` finds."""
 
 from dataclasses import dataclass, field
 

@@ -15,6 +15,7 @@ from imagen_core.files import file_digest
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_problem, open_arrays
 from imagen_core.store.files.digest import array_digest, caption_digest, fingerprint_digest, image_digest
+from imagen_core.store.files.hashes import HashesFile
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
@@ -27,6 +28,7 @@ from imagen_core.store.records import (
     ArrayGroup,
     EmbeddingGroup,
     FileEntry,
+    HashesGroup,
     ImageEmbedGroup,
     ImagesGroup,
     OtherGroup,
@@ -154,6 +156,8 @@ class _Check:
             try:
                 if isinstance(group, ImagesGroup):
                     self._images(entry, group, rows)
+                elif isinstance(group, HashesGroup):
+                    self._hashes(entry, group, rows)
                 elif isinstance(group, TextGroup):
                     names, ignored = (rows.captions, rows.removed_ids) if rows else (None, ())
                     self._embeddings(entry, group, names, "distinct captions", ignored)
@@ -239,13 +243,29 @@ class _Check:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
-        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
-            found = (
-                image_digest(key, sha256, images.stored(row))
-                for row, (key, sha256) in enumerate(zip(rows.keys, rows.sha256, strict=True))
-            )
-            wrong = "images do not belong to their samples"
-            self._compare_digests(entry, group, found, rows.keys, wrong, rows.removed)
+        self._count_rows(entry, images.num_rows)
+        self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
+
+    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
+        hashes = HashesFile(self._source(entry), entry.path, group)
+        self._count_rows(entry, hashes.num_rows)
+        self._compare_rows(entry, group, hashes.num_rows, lambda row: hashes.row(row).stored(), "hashes", rows)
+
+    def _compare_rows(
+        self,
+        entry: FileEntry,
+        group: ImagesGroup | HashesGroup,
+        num_rows: int,
+        stored: Callable[[int], np.ndarray],
+        what: str,
+        rows: _ShardRows | None,
+    ) -> None:
+        """Compares what is stored of each image with the digest that binds it to its sample."""
+        if num_rows != entry.rows or rows is None or len(rows.keys) != num_rows:
+            return
+        names = enumerate(zip(rows.keys, rows.sha256, strict=True))
+        found = (image_digest(key, sha256, stored(row)) for row, (key, sha256) in names)
+        self._compare_digests(entry, group, found, rows.keys, f"{what} do not belong to their samples", rows.removed)
 
     def _embeddings(
         self, entry: FileEntry, group: EmbeddingGroup, names: Sequence[str] | None, of: str, ignored: Collection[int]
@@ -294,7 +314,7 @@ class _Check:
     def _compare_digests(
         self,
         entry: FileEntry,
-        group: ImagesGroup | EmbeddingGroup | ArrayGroup,
+        group: ImagesGroup | EmbeddingGroup | ArrayGroup | HashesGroup,
         found: Iterator[int],
         names: Sequence[str],
         wrong: str,

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 from imagen_core.store import Store, StoreError
@@ -11,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
+from stages.duplicates.find import duplicates_line, read_duplicates
 from stages.precompute.caption_losses import caption_losses
 from stages.precompute.quantisation import quantisation_summary
 from stages.store_tools.dropped import first_drops
@@ -36,7 +38,9 @@ def report_command(path: str) -> CommandResult:
     run.storage.clean(_FOLDER)
     run.storage.write_text(_PAGE, _render(content))
     result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
-    return result, [f"report  {page}", *comparison_lines(content["planned"])], 0
+    found = content["duplicates"]
+    lines = [f"report  {page}", *([f"duplicates  {duplicates_line(found)}"] if found else [])]
+    return result, [*lines, *comparison_lines(content["planned"])], 0
 
 
 def _content(store: Store, run: RunFolder) -> dict[str, Any]:
@@ -55,6 +59,8 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
         "dropped_rows": first_drops(run, _NUM_DROPS),
+        "duplicates": summary.get("duplicates") if summary else None,
+        "duplicate_rows": list(islice(read_duplicates(run), _NUM_DROPS)),
         "int8": _of_groups(summary, quantisation_summary),
         "losses": _of_groups(summary, caption_losses),
         "throughput": _throughput(run),
