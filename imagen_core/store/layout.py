@@ -10,9 +10,9 @@
       hashes/00000.parquet             what equal and nearly equal images are recognised by
       removed/00001.json               samples removed from the store (removal_log.py)
 
-Row i of shard s is the same sample in `samples` and in every group of images, image embeddings, arrays or hashes. Row j
-of a text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has a digest
-that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
+Row i of shard s is the same sample in `samples` and in every group of images, image embeddings, arrays or hashes.
+Row j of a text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has
+a digest that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
 """
 
 import re

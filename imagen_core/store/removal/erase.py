@@ -1,9 +1,9 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image, blank hashes, empty captions, and
-arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too stays, with
-its embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, a black image, blank hashes, empty captions,
+and arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too
+stays, with its embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
