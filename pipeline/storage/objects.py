@@ -77,8 +77,8 @@ class ObjectStorage(Storage):
         Raises:
             FileNotFoundError: there is no such local file.
         """
-        filesystem = self._fs
-        if version is not None and self._decides_by_version and local.stat().st_size >= _IN_PARTS_BYTES:
+        filesystem, size_bytes = self._fs, local.stat().st_size
+        if version is not None and self._decides_by_version and size_bytes >= _IN_PARTS_BYTES:
             if self.version(name) != version:
                 return False
             filesystem = self._on_condition(version)

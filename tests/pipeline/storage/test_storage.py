@@ -209,6 +209,16 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(s3: ObjectStore, mon
     assert head["ETag"].strip('"').endswith("-3")  # as S3 marks an object of three parts
 
 
+@pytest.mark.parametrize("version", [None, "1"])
+def test_a_local_file_that_is_gone_is_told_from_one_that_another_has_replaced(
+    version: str | None, tmp_path: Path
+) -> None:
+    storage = open_storage(f"memory://{tmp_path.name}")
+    assert isinstance(storage, ObjectStorage)
+    with pytest.raises(FileNotFoundError):
+        storage.replace_file("a", tmp_path / "gone", version)
+
+
 def test_a_large_file_is_replaced_only_while_it_is_of_its_version(
     s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from imagen_core import store as st
@@ -13,10 +14,12 @@ from pipeline.errors import LockedError
 from pipeline.storage import lock
 from pipeline.storage.lock import LEASE
 from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.scratch import scratch
 from stages.precompute import manifest as finishing
 from stages.precompute import resize
 from stages.store_tools import remove
 from stages.store_tools.remove import remove_command
+from stages.store_tools.verify import verify_command
 from tests.commands import call
 from tests.runs import SMALL, precompute, store_bytes
 
@@ -135,6 +138,22 @@ def test_a_removal_that_lost_the_store_after_it_was_logged_leaves_the_manifest_t
         remove_command(str(copy_of_small_run), key=[key])
     assert (copy_of_small_run / "store/manifest.json").read_bytes() == manifest
     assert key not in {sample.key for sample in st.Store.open(run.store_url)}, "the removal is in effect"
+
+
+def test_copies_of_a_far_store_lie_where_those_of_a_killed_process_are_removed(
+    copy_of_small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = fsspec.filesystem("memory")
+    far.put(str(copy_of_small_run), f"/{copy_of_small_run.parent.name}", recursive=True)
+    places: list[Path] = []
+    fetch = st.StoreFolder.fetch
+    monkeypatch.setattr(st.StoreFolder, "fetch", lambda *args: (places.append(args[2]), fetch(*args))[1])
+    url = f"memory://{copy_of_small_run.parent.name}"
+    verify_command(url)
+    verified = len(places)
+    remove_command(url, key=[next(iter(st.Store.open(f"{url}/store"))).key], dry_run=True)
+    assert 0 < verified < len(places)
+    assert all(place.is_relative_to(scratch()) for place in places)
 
 
 def test_no_folder_is_made_where_there_is_no_store(tmp_path: Path) -> None:
