@@ -49,7 +49,8 @@ def run_workflow(
         here, refuse = options.address is None, not options.restart
         low_disk = check_room(plan, run, config.execution, here=here, refuse=refuse)
         _prepare(state, options)
-        plan = state.plan = replace(plan, notices=(*plan.notices, *low_disk))
+        if low_disk:
+            plan = state.plan = replace(plan, notices=(*plan.notices, *low_disk))
         changes = _changed_settings(run, config)
         run.storage.write_text(CONFIG, dump_yaml(config))
         run.storage.write_json(PLAN, plan.describe(workflow))
