@@ -14,6 +14,7 @@ MAX_DISTANCE = 5
 _THIRDS = ((0, 21), (21, 21), (42, 22))
 """First bit and number of bits."""
 _PAIRS_AT_ONCE = 1 << 20
+_FEW = 1024  # with so many hashes the tables take longer than to compare all
 
 
 def near(
@@ -29,6 +30,9 @@ def near(
         bounded: some 50 bytes for each query and hash, and 100 MB.
     """
     assert 0 <= max_distance <= MAX_DISTANCE
+    if len(hashes) <= _FEW:
+        yield from _all_with_all(queries, hashes, max_distance)
+        return
     for third, (_, bits) in enumerate(_THIRDS):
         buckets = _third(hashes, third)
         order = np.argsort(buckets, kind="stable").astype(np.int32)
@@ -40,6 +44,15 @@ def near(
             counts = starts[(wanted ^ neighbour) + 1] - first
             for rows in _portions(counts):
                 yield from _compare(queries, ordered, order, rows, first, counts, third, max_distance)
+
+
+def _all_with_all(
+    queries: np.ndarray, hashes: np.ndarray, max_distance: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    for low in range(0, len(queries), _FEW):
+        distance = np.bitwise_count(queries[low : low + _FEW, None] ^ hashes)
+        query, hash = np.nonzero(distance <= max_distance)
+        yield query + low, hash, distance[query, hash]
 
 
 def _compare(

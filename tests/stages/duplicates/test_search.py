@@ -22,8 +22,11 @@ def changed(hashes: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("most", [0, 3, 5])
-def test_all_pairs_of_near_hashes_are_found_and_each_once(most: int) -> None:
+@pytest.mark.parametrize(("most", "few"), [(0, 0), (3, 1024), (5, 0), (5, 1024)])
+def test_all_pairs_of_near_hashes_are_found_and_each_once(
+    most: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_FEW", few)
     random = np.random.default_rng(most)
     hashes = random.integers(0, 2**64, 300, dtype=np.uint64)
     queries = changed(hashes, random)
@@ -35,6 +38,7 @@ def test_all_pairs_of_near_hashes_are_found_and_each_once(most: int) -> None:
 
 def test_a_bucket_with_more_pairs_than_are_compared_at_once_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(search, "_FEW", 0)
     hashes = np.arange(40, dtype=np.uint64) << np.uint64(50)  # the first two thirds of all are the same
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
     assert len(found(hashes, hashes, 5)) == int((bits <= 5).sum())
