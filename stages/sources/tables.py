@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from stages.lines import stream_lines
@@ -10,13 +11,20 @@ from stages.sources.records.cells import InvalidLine, top_level, top_levels
 from stages.sources.records.compressed import DAMAGED, SUFFIXES, open_whole
 from stages.sources.records.far import open_file
 from stages.sources.records.parquet import open_parquet, to_records
+from stages.sources.records.regular import Chunk, text_chunks
 from stages.sources.records.text import Record, csv_records, json_records, tsv_records
 from stages.sources.records.types import Columns
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 TYPED = ("csv", "tsv", "parquet")
 """Formats whose head names all columns."""
 _BATCH_ROWS = 4096
+_COLUMN_ROWS = 2**14
+_MAX_AHEAD_ROWS = 2**17
+"""Decoded at most to reach a row."""
 _HEAD_BYTES = 2**16
 _TEXTS = {"csv": csv_records, "tsv": tsv_records, "jsonl": json_records}
 
@@ -135,20 +143,133 @@ def count_rows(path: str) -> int:
     if table_format(path) == "parquet":
         with open_parquet(path) as table:
             return table.metadata.num_rows
-    return sum(1 for _ in read_rows(path, []))
+    return sum(_size(chunk) for chunk in read_chunks(path, []))
 
 
 def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -> Iterator[tuple[InputPart, Record]]:
     """Streams the records of parts of tables in `folder`. Reads on where a part follows the previous one."""
-    path, place = "", 0
-    records: Iterator[Record] = iter(())
+    for part, _, cursor in parts_with_cursors(folder, parts, wanted):
+        for chunk in cursor.take(part.rows):
+            yield from ((part, record) for record in to_records(chunk))
+
+
+def read_chunks(path: str, wanted: Sequence[str], first: int = 0) -> Iterator[Chunk]:
+    """The rows that `read_rows` gives from number `first` on, as columns where they can be read as columns.
+
+    Raises:
+        ConfigError: the format is unknown or the file cannot be read.
+    """
+    kind = table_format(path)
+    if kind == "parquet":
+        with open_parquet(path) as table:
+            groups, skipped = _groups_from(table.metadata, first)
+            names = top_levels(wanted, table.schema_arrow.names)
+            chunks = table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=groups)
+            yield from _behind(chunks, skipped)
+        return
+    if kind not in FORMATS:
+        raise ConfigError(f"source.path: {path}: format {kind!r} is not supported; use {', '.join(FORMATS)}")
+    try:
+        with open_whole(path) as file:
+            yield from _behind(text_chunks(kind, file, wanted), first)
+    except (*DAMAGED, ValueError) as error:
+        raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
+
+
+def _groups_from(metadata: "pq.FileMetaData", first: int) -> tuple[list[int], int]:
+    """The row groups from the one that has row `first` on, and how many of their rows come before it."""
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    group = 0
+    while group < len(sizes) and first >= sizes[group]:
+        first -= sizes[group]
+        group += 1
+    return list(range(group, len(sizes))), first
+
+
+def has_small_groups(path: str) -> bool:
+    """Whether any range of rows can be read without reading many others: Parquet, in row groups that are not large."""
+    if table_format(path) != "parquet":
+        return False
+    with open_parquet(path) as table:
+        groups = range(table.metadata.num_row_groups)
+        return all(table.metadata.row_group(group).num_rows <= _MAX_AHEAD_ROWS for group in groups)
+
+
+def _behind(chunks: Iterable[Chunk], skipped: int) -> Iterator[Chunk]:
+    for chunk in chunks:
+        size = _size(chunk)
+        if skipped < size:
+            yield cut_chunk(chunk, skipped, size) if skipped else chunk
+        skipped = max(0, skipped - size)
+
+
+def _size(chunk: Chunk) -> int:
+    return len(chunk) if isinstance(chunk, list) else chunk.num_rows
+
+
+def cut_chunk(chunk: Chunk, first: int, end: int) -> Chunk:
+    """Some of its rows."""
+    return chunk[first:end] if isinstance(chunk, list) else chunk.slice(first, end - first)
+
+
+class Cursor:
+    """The rows of one table, read forward from number `first` on."""
+
+    def __init__(self, path: str, wanted: Sequence[str], first: int):
+        self.path, self.wanted, self.at = path, tuple(wanted), first
+        self._chunks = read_chunks(path, wanted, first)
+        self._rest: Chunk = []
+
+    def take(self, count: int | None) -> Iterator[Chunk]:
+        """The next rows, all that are left for None."""
+        while count is None or count > 0:
+            chunk, self._rest = self._rest or next(self._chunks, []), []
+            size = _size(chunk)
+            if not size:
+                return
+            if count is not None and size > count:
+                self._rest, chunk = cut_chunk(chunk, count, size), cut_chunk(chunk, 0, count)
+                size = count
+            self.at += size
+            count = None if count is None else count - size
+            yield chunk
+
+
+_kept: list[Cursor] = []
+"""The last cursor of this process, for the shard that follows."""
+
+
+def cursor_at(path: str, wanted: Sequence[str], first: int) -> Cursor:
+    """A cursor at row `first`: the kept one if it is not far before it, or for text anywhere before it."""
+    try:
+        kept = _kept.pop()
+    except IndexError:
+        kept = None
+    most = _MAX_AHEAD_ROWS if table_format(path) == "parquet" else first
+    if kept is None or (kept.path, kept.wanted) != (path, tuple(wanted)) or not 0 <= first - kept.at <= most:
+        return Cursor(path, wanted, first)
+    for _ in kept.take(first - kept.at):
+        pass
+    return kept
+
+
+def keep_cursor(cursor: Cursor) -> None:
+    """Keeps it for the next `cursor_at`."""
+    _kept[:] = [cursor]
+
+
+def parts_with_cursors(
+    folder: str, parts: Iterable[InputPart], wanted: Sequence[str]
+) -> Iterator[tuple[InputPart, str, Cursor]]:
+    """Each part with the path of its file, and a cursor at its first row, which takes the part's rows."""
+    cursor: Cursor | None = None
     for part in parts:
-        if (part.path, part.first) != (path, place):
-            path, place = part.path, part.first
-            records = islice(read_rows(f"{folder}/{path}", wanted), place, None)
-        for record in islice(records, part.rows):
-            yield part, record
-            place += 1
+        path = f"{folder}/{part.path}"
+        if cursor is None or (cursor.path, cursor.at) != (path, part.first):
+            cursor = cursor_at(path, wanted, part.first)
+        yield part, path, cursor
+    if cursor is not None:
+        keep_cursor(cursor)
 
 
 def _parquet_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:

@@ -1,29 +1,40 @@
 """URL lists, downloaded with img2dataset."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import canonical_json
 from pipeline.stage import Shard
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
+from stages.sources.base import Emit, InputPart, Original, SourceRow, require_path
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.files import base_folder, expand, find_files
-from stages.sources.records.cells import BadCell, captions_of, key_of, text_of
+from stages.sources.records import row_text
+from stages.sources.records.cells import BadCell, captions_of, key_of, text_of, top_level, top_levels
+from stages.sources.records.parquet import to_records
+from stages.sources.records.regular import Chunk
+from stages.sources.records.row_text import NotColumnar, RowTexts
 from stages.sources.tables import (
     FORMATS,
     TYPED,
     columns,
     count_rows,
     estimate_rows,
+    has_small_groups,
     json_columns,
-    read_parts,
+    parts_with_cursors,
     read_rows,
     table_format,
 )
+from stages.sources.tabular.table_rows import Block, Marks, TableSource
 
 
 class UrlsConfig(AnnotationsConfig):
@@ -45,7 +56,7 @@ class UrlsConfig(AnnotationsConfig):
         return UrlsSource(self)
 
 
-class UrlsSource(Source):
+class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
     def __init__(self, config: UrlsConfig):
@@ -79,12 +90,62 @@ class UrlsSource(Source):
     def count_rows(self, path: str) -> int:
         return count_rows(f"{base_folder(self.path)}/{path}")
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+    def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
-        for number, (part, record) in enumerate(read_parts(base_folder(self.path), parts, wanted)):
-            yield part, self._row(f"{number:09d}", record, is_txt=table_format(part.path) == "txt")
+        for part, path, cursor in parts_with_cursors(base_folder(self.path), parts, wanted):
+            is_txt, near = table_format(path) == "txt", has_small_groups(path)
+            first = part.first
+            for chunk in cursor.take(part.rows):
+                texts, repeats = self._texts(chunk, number, marks, is_txt=is_txt)
+                yield Block(part, first, number, texts, repeats, near)
+                number, first = number + texts.num_rows, first + texts.num_rows
+
+    def _texts(
+        self, chunk: Chunk, number: int, marks: Marks, *, is_txt: bool
+    ) -> tuple[RowTexts, Sequence[bool] | None]:
+        """Rows as a shard has them, and which of them repeat a key."""
+        if not isinstance(chunk, list):
+            try:
+                return self._columns_texts(chunk, number, marks, is_txt=is_txt)
+            except NotColumnar:
+                chunk = to_records(chunk)
+        rows = [self._row(f"{place:09d}", record, is_txt=is_txt) for place, record in enumerate(chunk, number)]
+        repeats = marks.repeats([row.key for row in rows]) if self.keys_may_repeat else [False] * len(rows)
+        marked = (replace(row, is_duplicate=repeated) for row, repeated in zip(rows, repeats, strict=True))
+        return RowTexts.of(row.to_json(self.layout) for row in marked), repeats
+
+    def _columns_texts(
+        self, batch: pa.RecordBatch, number: int, marks: Marks, *, is_txt: bool
+    ) -> tuple[RowTexts, Sequence[bool] | None]:
+        """The same of columns.
+
+        Raises:
+            NotColumnar: some cell can only be judged by itself.
+        """
+        config, repeats, is_repeated = self.config, None, "false"
+        found = numbered = row_text.numbers(number, batch.num_rows, 9)
+        url = row_text.texts(_column(batch, "url" if is_txt else config.url_column))
+        captions = ["null"]
+        if config.caption_column is not None and not is_txt:
+            captions = row_text.captions_json(_column(batch, config.caption_column))
+        annotations = [self._annotations_json(batch), ","] if config.annotation_columns else []
+        if config.key_column is not None:
+            found = pc.coalesce(row_text.keys(_column(batch, config.key_column)), numbered)
+            repeats = marks.repeats(found.to_pylist())
+            is_repeated = row_text.booleans(repeats)
+        key, url = row_text.escape(found), row_text.escape(url.fill_null(""))
+        joined = row_text.join('["', key, '","', url, '",', *captions, ",", *annotations, is_repeated, "],")
+        return RowTexts(joined), repeats
+
+    def _annotations_json(self, batch: pa.RecordBatch) -> pa.Array:
+        columns = top_levels(self.config.annotation_columns.values(), batch.schema.names)
+        try:
+            found = [self.config.annotations(record) for record in to_records(batch.select(columns))]
+        except BadCell as error:
+            raise NotColumnar from error
+        return pa.array([canonical_json(each) for each in found], pa.large_string())
 
     def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
         """The row with what its record has; where a cell cannot be used, with what came before and the drop."""
@@ -111,3 +172,15 @@ class UrlsSource(Source):
     def fingerprint(self) -> dict[str, object]:
         config = self.config
         return {"url_column": config.url_column, "caption_column": config.caption_column, **config.annotation_settings}
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """
+    Raises:
+        NotColumnar: it is a path into nested columns.
+    """
+    if name in batch.schema.names:
+        return batch.column(name)
+    if "." in name and top_level(name, dict.fromkeys(batch.schema.names)) is not None:
+        raise NotColumnar
+    return pa.nulls(batch.num_rows)
