@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pydantic import Field
 
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import canonical_json
 from pipeline.stage import Shard
 from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
@@ -20,19 +21,21 @@ from stages.sources.base import (
     InputPart,
     Original,
     PrecomputedEmbedding,
-    Source,
     SourceRow,
     require_path,
 )
-from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
-from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of, top_levels
+from stages.sources.files import expand, find_files, named_parts, path_of
+from stages.sources.records import row_text
+from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of
 from stages.sources.records.far import open_file
 from stages.sources.records.image_files import read_image_file
-from stages.sources.records.parquet import ParquetRows, open_parquet, to_records
-from stages.sources.tables import columns, count_rows, estimate_rows
+from stages.sources.records.parquet import ParquetRows, to_records
+from stages.sources.records.row_text import NotColumnar, RowTexts
+from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor
+from stages.sources.tabular.table_rows import Block, Marks, TableSource
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+_ROWS = 2**14
+"""In a block."""
 
 
 class ParquetConfig(AnnotationsConfig):
@@ -64,7 +67,7 @@ class ParquetConfig(AnnotationsConfig):
         return ParquetSource(self)
 
 
-class ParquetSource(Source):
+class ParquetSource(TableSource):
     """The payload of a row is its number in the file, and the digest of the file's footer.
 
     The driver reads only footers and the key column. With arrays, the digest includes the .npy of each.
@@ -78,10 +81,6 @@ class ParquetSource(Source):
         self.keys_may_repeat = config.key_column is not None
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
         self._opened: tuple[tuple[str, str], ParquetRows] | None = None
-
-    @cached_property
-    def folder(self) -> str:
-        return base_folder(self.path)
 
     def _files(self) -> list[str]:
         return expand(self.path, "source.path", ("parquet",))
@@ -102,24 +101,33 @@ class ParquetSource(Source):
         self.ignored_files.clear()
         return iter(named_parts(find_files(self.path, "source.path", ("parquet",), ignored=self.ignored_files)))
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+    def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         for part in parts:
             path = f"{self.folder}/{part.path}"
-            with open_parquet(path) as table:
-                digest = self._digest(path, table.metadata.num_rows)
-                for number, key in enumerate(self._keys(table)):
-                    key = f"{part.name}/{number:07d}" if key is None else key
-                    yield part, SourceRow(key, part.name, payload=(number, digest))
+            num_rows = count_rows(path)
+            digest, first = self._digest(path, num_rows), part.first
+            for found in self._keys(path, first, num_rows - first if part.rows is None else part.rows):
+                default = row_text.join(f"{part.name}/", row_text.numbers(first, len(found), 7))
+                keys = pc.coalesce(found, default)
+                repeats = marks.repeats(keys.to_pylist()) if self.keys_may_repeat else None
+                texts = _texts(keys, part.name, first, digest, repeats)
+                yield Block(part, first, number, texts, repeats)
+                number, first = number + len(found), first + len(found)
 
-    def _keys(self, table: "pq.ParquetFile") -> Iterator[str | None]:
-        """The key of each row of a file as its column has it; None without one."""
+    def _keys(self, path: str, first: int, rows: int) -> Iterator[pa.Array]:
+        """The keys of some rows of a file as its column has them; NULL without one."""
         column = self.config.key_column
         if column is None:
-            yield from repeat(None, table.metadata.num_rows)
+            for start in range(0, rows, _ROWS):
+                yield pa.nulls(min(_ROWS, rows - start), pa.large_string())
             return
-        for batch in table.iter_batches(columns=top_levels([column], table.schema_arrow.names)):
-            for record in to_records(batch):
-                yield key_of(record, column)
+        cursor = cursor_at(path, [column], first)
+        for chunk in cursor.take(rows):
+            try:
+                yield row_text.keys(chunk.column(column))  # pyright: ignore[reportAttributeAccessIssue]
+            except (NotColumnar, KeyError):
+                yield pa.array([key_of(record, column) for record in to_records(chunk)], pa.large_string())
+        keep_cursor(cursor)
 
     def _digest(self, path: str, num_rows: int) -> str:
         """Digest of the footer of a file, and of its arrays, which must have as many rows."""
@@ -212,3 +220,11 @@ def _footer_digest(path: str) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(0, size - 8 - length))
         return f"{size}-{xxhash.xxh3_64_hexdigest(file.read())}"
+
+
+def _texts(keys: pa.Array, name: str, first: int, digest: str, repeats: Sequence[bool] | None) -> RowTexts:
+    """Rows as a shard has them."""
+    named, told = canonical_json(name), canonical_json(digest)
+    marks = row_text.booleans(repeats or ())
+    numbers = row_text.numbers(first, len(keys), 1)
+    return RowTexts(row_text.join('["', row_text.escape(keys), f'",{named},', numbers, f",{told},", marks, "],"))

@@ -16,7 +16,7 @@ from stages.sources.base import Emit, InputPart, Original, SourceRow, require_pa
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
-from stages.sources.files import base_folder, expand, find_files
+from stages.sources.files import expand, find_files
 from stages.sources.records import row_text
 from stages.sources.records.cells import BadCell, captions_of, key_of, text_of, top_level, top_levels
 from stages.sources.records.parquet import to_records
@@ -88,13 +88,13 @@ class UrlsSource(TableSource):
         return (InputPart(*file) for file in found.items())
 
     def count_rows(self, path: str) -> int:
-        return count_rows(f"{base_folder(self.path)}/{path}")
+        return count_rows(f"{self.folder}/{path}")
 
     def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
-        for part, path, cursor in parts_with_cursors(base_folder(self.path), parts, wanted):
+        for part, path, cursor in parts_with_cursors(self.folder, parts, wanted):
             is_txt, near = table_format(path) == "txt", has_small_groups(path)
             first = part.first
             for chunk in cursor.take(part.rows):

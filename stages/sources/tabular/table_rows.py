@@ -3,11 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
+from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import COPY, InputPart, KeyRegistry, Source, SourceRow
+from stages.sources.files import base_folder
 from stages.sources.records.row_text import RowTexts, list_text
 
 
@@ -84,6 +87,18 @@ class TableSource(Source):
     """The rows of a shard are read where it is needed; those of text, and of large row groups, by the driver, which
     reads on from one shard to the next."""
 
+    path: str
+    config: Config
+
+    @cached_property
+    def folder(self) -> str:
+        """What the paths of parts are relative to."""
+        return base_folder(self.path)
+
+    def settings(self) -> object:
+        """All that the rows depend on besides the files."""
+        return self.config.model_dump(mode="json")
+
     @abstractmethod
     def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         """Streams the rows of `parts`.
@@ -100,11 +115,22 @@ class TableSource(Source):
                 yield block.part, SourceRow.from_json(shard.rows[0], self.layout)
 
     def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
+        found = self.ranged_shards(shard_size, self.parts() if parts is None else parts)
+        return (shard for shard, _ in found)
+
+    def ranged_shards(
+        self, shard_size: int, parts: Iterable[InputPart], index: int = 0, number: int = 0
+    ) -> Iterator[tuple[Shard, TableRange]]:
+        """The shards of `parts`, each with where its rows are.
+
+        Args:
+            index: of the first shard.
+            number: of the first row.
+        """
         registry = KeyRegistry() if self.keys_may_repeat else None
         try:
             with self.reaching():
-                blocks = self.blocks(self.parts() if parts is None else parts, registry or _Unmarked())
-                index = 0
+                blocks = self.blocks(parts, registry or _Unmarked(), number)
                 for _, batch in groupby(blocks, key=lambda block: block.part.batch):
                     for pieces in _cut(batch, shard_size):
                         yield self._shard(index, pieces)
@@ -113,17 +139,16 @@ class TableSource(Source):
             if registry is not None:
                 registry.close()
 
-    def _shard(self, index: int, pieces: Sequence[tuple[Block, int, int]]) -> Shard:
+    def _shard(self, index: int, pieces: Sequence[tuple[Block, int, int]]) -> tuple[Shard, TableRange]:
         text = list_text(block.texts.between(first, end) for block, first, end in pieces)
         num_rows = sum(end - first for _, first, end in pieces)
         files = files_of(block.part for block, _, _ in pieces)
         shard = Shard.of_text(index, text, num_rows, files)
-        if not all(block.near for block, _, _ in pieces):
-            return shard
         spans = tuple(Span(b.part.path, b.part.name, b.first + first, end - first) for b, first, end in pieces)
         block, first, _ = pieces[0]
-        rows = TableRange(self, spans, block.number + first, repeated_of(pieces), near=True)
-        return Shard.of_range(index, rows, shard.digest, num_rows, files)
+        near = all(block.near for block, _, _ in pieces)
+        rows = TableRange(self, spans, block.number + first, repeated_of(pieces), near)
+        return (Shard.of_range(index, rows, shard.digest, num_rows, files) if near else shard), rows
 
 
 def _cut(blocks: Iterable[Block], shard_size: int) -> Iterator[list[tuple[Block, int, int]]]:
