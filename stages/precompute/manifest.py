@@ -18,7 +18,9 @@ _COMPARED = "state/removals/compared.json"
 """How many removals all finished samples were compared with."""
 
 
-def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[int] = ()) -> dict[str, object]:
+def build_manifest(
+    run: RunFolder, input_rows: int, failed_shards: Collection[int] = (), filtered: int = 0
+) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
     Streams the records, so that memory does not grow with the number of shards. The same records give the
@@ -26,6 +28,7 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
 
     Args:
         input_rows: rows of the source, as the driver counted them.
+        filtered: rows that `source.where` left out; they are none of `input_rows`.
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
     Returns:
         Entries for the run's summary.
@@ -42,13 +45,20 @@ def build_manifest(run: RunFolder, input_rows: int, failed_shards: Collection[in
         "input_rows": input_rows,
         "groups": {name: _describe(run, name, config) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
+        **({"filtered": filtered} if filtered else {}),
     }
     removals = _all_removals(run, previous)
     if removals:
         header["removals"] = store_format.removal_entries(removals)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
         store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, totals))
-    return {"num_samples": totals["num_samples"], "store": run.store_url, "groups_in_store": sorted(groups)}
+    counted = {"filtered": filtered} if filtered else {}
+    return {
+        "num_samples": totals["num_samples"],
+        **counted,
+        "store": run.store_url,
+        "groups_in_store": sorted(groups),
+    }
 
 
 def run_group(run: RunFolder, name: str) -> dict[str, object]:

@@ -180,6 +180,8 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+    filtered: int = 0
+    """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
     unread_bytes: int = 0
     """How many bytes of damaged files the last pass by `rows` could not read; each such file has a drop besides."""
 

@@ -1,7 +1,7 @@
 """Streams the records of tables: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
@@ -17,6 +17,8 @@ from stages.sources.records.types import Columns
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
+
+    from stages.sources.tabular.where import RowFilter
 
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 TYPED = ("csv", "tsv", "parquet")
@@ -150,11 +152,16 @@ def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -
     """Streams the records of parts of tables in `folder`. Reads on where a part follows the previous one."""
     for part, _, cursor in parts_with_cursors(folder, parts, wanted):
         for chunk in cursor.take(part.rows):
+            assert not isinstance(chunk, range)  # nothing is filtered
             yield from ((part, record) for record in to_records(chunk))
 
 
-def read_chunks(path: str, wanted: Sequence[str], first: int = 0) -> Iterator[Chunk]:
+def read_chunks(
+    path: str, wanted: Sequence[str], first: int = 0, row_filter: "RowFilter | None" = None
+) -> Iterator[Chunk | range]:
     """The rows that `read_rows` gives from number `first` on, as columns where they can be read as columns.
+
+    Row groups of Parquet in which `row_filter` keeps no row are not read: a range stands for their rows.
 
     Raises:
         ConfigError: the format is unknown or the file cannot be read.
@@ -164,8 +171,7 @@ def read_chunks(path: str, wanted: Sequence[str], first: int = 0) -> Iterator[Ch
         with open_parquet(path) as table:
             groups, skipped = _groups_from(table.metadata, first)
             names = top_levels(wanted, table.schema_arrow.names)
-            chunks = table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=groups)
-            yield from _behind(chunks, skipped)
+            yield from _behind(_group_chunks(table, names, groups, row_filter), skipped)
         return
     if kind not in FORMATS:
         raise ConfigError(f"source.path: {path}: format {kind!r} is not supported; use {', '.join(FORMATS)}")
@@ -174,6 +180,17 @@ def read_chunks(path: str, wanted: Sequence[str], first: int = 0) -> Iterator[Ch
             yield from _behind(text_chunks(kind, file, wanted), first)
     except (*DAMAGED, ValueError) as error:
         raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
+
+
+def _group_chunks(
+    table: "pq.ParquetFile", names: list[str], groups: list[int], row_filter: "RowFilter | None"
+) -> Iterator[Chunk | range]:
+    kept = set(groups) if row_filter is None else row_filter.may_match(table, groups)
+    for is_kept, together in groupby(groups, key=lambda group: group in kept):
+        if is_kept:
+            yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=list(together))
+        else:
+            yield range(sum(table.metadata.row_group(group).num_rows for group in together))
 
 
 def _groups_from(metadata: "pq.FileMetaData", first: int) -> tuple[list[int], int]:
@@ -195,7 +212,7 @@ def has_small_groups(path: str) -> bool:
         return all(table.metadata.row_group(group).num_rows <= _MAX_AHEAD_ROWS for group in groups)
 
 
-def _behind(chunks: Iterable[Chunk], skipped: int) -> Iterator[Chunk]:
+def _behind(chunks: Iterable[Chunk | range], skipped: int) -> Iterator[Chunk | range]:
     for chunk in chunks:
         size = _size(chunk)
         if skipped < size:
@@ -203,24 +220,25 @@ def _behind(chunks: Iterable[Chunk], skipped: int) -> Iterator[Chunk]:
         skipped = max(0, skipped - size)
 
 
-def _size(chunk: Chunk) -> int:
-    return len(chunk) if isinstance(chunk, list) else chunk.num_rows
+def _size(chunk: Chunk | range) -> int:
+    return len(chunk) if isinstance(chunk, list | range) else chunk.num_rows
 
 
-def cut_chunk(chunk: Chunk, first: int, end: int) -> Chunk:
+def cut_chunk(chunk: Chunk | range, first: int, end: int) -> Chunk | range:
     """Some of its rows."""
-    return chunk[first:end] if isinstance(chunk, list) else chunk.slice(first, end - first)
+    return chunk[first:end] if isinstance(chunk, list | range) else chunk.slice(first, end - first)
 
 
 class Cursor:
     """The rows of one table, read forward from number `first` on."""
 
-    def __init__(self, path: str, wanted: Sequence[str], first: int):
+    def __init__(self, path: str, wanted: Sequence[str], first: int, row_filter: "RowFilter | None" = None):
         self.path, self.wanted, self.at = path, tuple(wanted), first
-        self._chunks = read_chunks(path, wanted, first)
-        self._rest: Chunk = []
+        self.where = row_filter.text if row_filter is not None else None
+        self._chunks = read_chunks(path, wanted, first, row_filter)
+        self._rest: Chunk | range = []
 
-    def take(self, count: int | None) -> Iterator[Chunk]:
+    def take(self, count: int | None) -> Iterator[Chunk | range]:
         """The next rows, all that are left for None."""
         while count is None or count > 0:
             chunk, self._rest = self._rest or next(self._chunks, []), []
@@ -239,15 +257,16 @@ _kept: list[Cursor] = []
 """The last cursor of this process, for the shard that follows."""
 
 
-def cursor_at(path: str, wanted: Sequence[str], first: int) -> Cursor:
+def cursor_at(path: str, wanted: Sequence[str], first: int, row_filter: "RowFilter | None" = None) -> Cursor:
     """A cursor at row `first`: the kept one if it is not far before it, or for text anywhere before it."""
     try:
         kept = _kept.pop()
     except IndexError:
         kept = None
     most = _MAX_AHEAD_ROWS if table_format(path) == "parquet" else first
-    if kept is None or (kept.path, kept.wanted) != (path, tuple(wanted)) or not 0 <= first - kept.at <= most:
-        return Cursor(path, wanted, first)
+    what = (path, tuple(wanted), None if row_filter is None else row_filter.text)
+    if kept is None or (kept.path, kept.wanted, kept.where) != what or not 0 <= first - kept.at <= most:
+        return Cursor(path, wanted, first, row_filter)
     for _ in kept.take(first - kept.at):
         pass
     return kept
@@ -259,14 +278,14 @@ def keep_cursor(cursor: Cursor) -> None:
 
 
 def parts_with_cursors(
-    folder: str, parts: Iterable[InputPart], wanted: Sequence[str]
+    folder: str, parts: Iterable[InputPart], wanted: Sequence[str], row_filter: "RowFilter | None" = None
 ) -> Iterator[tuple[InputPart, str, Cursor]]:
     """Each part with the path of its file, and a cursor at its first row, which takes the part's rows."""
     cursor: Cursor | None = None
     for part in parts:
         path = f"{folder}/{part.path}"
         if cursor is None or (cursor.path, cursor.at) != (path, part.first):
-            cursor = cursor_at(path, wanted, part.first)
+            cursor = cursor_at(path, wanted, part.first, row_filter)
         yield part, path, cursor
     if cursor is not None:
         keep_cursor(cursor)

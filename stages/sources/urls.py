@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,6 +23,7 @@ from stages.sources.records.cells import BadCell, captions_of, key_of, text_of, 
 from stages.sources.records.parquet import to_records
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import NotColumnar, RowTexts
+from stages.sources.records.types import Columns
 from stages.sources.tables import (
     FORMATS,
     TYPED,
@@ -34,7 +36,7 @@ from stages.sources.tables import (
     read_rows,
     table_format,
 )
-from stages.sources.tabular.table_rows import Block, Marks, TableSource
+from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
 
 
 class UrlsConfig(AnnotationsConfig):
@@ -49,6 +51,9 @@ class UrlsConfig(AnnotationsConfig):
     """Column of the caption, or of a list of captions. null, and txt files: every caption is empty."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: the row number."""
+    where: str | None = None
+    """Which rows to take, as an SQL condition on the list's columns such as `punsafe < 0.1 and aesthetic >= 5.5`.
+    Others are counted as `filtered`. null: all."""
     download: DownloadConfig = DownloadConfig()
     """How to fetch."""
 
@@ -64,6 +69,7 @@ class UrlsSource(TableSource):
         self.path = require_path(config.path, "urls")
         self.layout = ("key", "url", "captions", *config.annotation_layout, "is_duplicate")
         self.keys_may_repeat = config.key_column is not None
+        self.row_filter = row_filter(config.where)
 
     @property
     def grows(self) -> bool:
@@ -74,13 +80,19 @@ class UrlsSource(TableSource):
         named = ("url_column", "caption_column", "key_column")
         for file in files:
             if table_format(file) in TYPED and (present := columns(file)):
-                self.config.check_columns(named, present, file)
+                self._check_columns(named, present, file)
         objects = [file for file in files if table_format(file) == "jsonl"]
         wanted = [column for field in named if (column := getattr(self.config, field)) is not None]
+        wanted += () if self.row_filter is None else self.row_filter.columns
         if present := json_columns(objects, [*wanted, *self.config.annotation_columns.values()]):
-            self.config.check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
+            self._check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
+
+    def _check_columns(self, named: Sequence[str], present: Columns, where: str) -> None:
+        self.config.check_columns(named, present, where)
+        if self.row_filter is not None:
+            self.row_filter.check(present, where)
 
     def parts(self) -> Iterator[InputPart]:
         self.ignored_files.clear()
@@ -94,30 +106,33 @@ class UrlsSource(TableSource):
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
-        for part, path, cursor in parts_with_cursors(self.folder, parts, wanted):
+        wanted += () if self.row_filter is None else self.row_filter.columns
+        for part, path, cursor in parts_with_cursors(self.folder, parts, wanted, self.row_filter):
             is_txt, near = table_format(path) == "txt", has_small_groups(path)
             first = part.first
             for chunk in cursor.take(part.rows):
-                texts, repeats = self._texts(chunk, number, marks, is_txt=is_txt)
-                yield Block(part, first, number, texts, repeats, near)
-                number, first = number + texts.num_rows, first + texts.num_rows
+                rows, (kept, places) = len(chunk), kept_of(chunk, self.row_filter)
+                texts, repeats = self._texts(kept, number + places, marks, is_txt=is_txt)
+                where = places if len(places) < rows else None
+                yield Block(part, first, number, texts, repeats, near, where, rows - len(places))
+                number, first = number + rows, first + rows
 
     def _texts(
-        self, chunk: Chunk, number: int, marks: Marks, *, is_txt: bool
+        self, chunk: Chunk, numbers: np.ndarray, marks: Marks, *, is_txt: bool
     ) -> tuple[RowTexts, Sequence[bool] | None]:
         """Rows as a shard has them, and which of them repeat a key."""
         if not isinstance(chunk, list):
             try:
-                return self._columns_texts(chunk, number, marks, is_txt=is_txt)
+                return self._columns_texts(chunk, numbers, marks, is_txt=is_txt)
             except NotColumnar:
                 chunk = to_records(chunk)
-        rows = [self._row(f"{place:09d}", record, is_txt=is_txt) for place, record in enumerate(chunk, number)]
+        rows = [self._row(f"{place:09d}", record, is_txt=is_txt) for place, record in zip(numbers, chunk, strict=True)]
         repeats = marks.repeats([row.key for row in rows]) if self.keys_may_repeat else [False] * len(rows)
         marked = (replace(row, is_duplicate=repeated) for row, repeated in zip(rows, repeats, strict=True))
         return RowTexts.of(row.to_json(self.layout) for row in marked), repeats
 
     def _columns_texts(
-        self, batch: pa.RecordBatch, number: int, marks: Marks, *, is_txt: bool
+        self, batch: pa.RecordBatch, numbers: np.ndarray, marks: Marks, *, is_txt: bool
     ) -> tuple[RowTexts, Sequence[bool] | None]:
         """The same of columns.
 
@@ -125,7 +140,7 @@ class UrlsSource(TableSource):
             NotColumnar: some cell can only be judged by itself.
         """
         config, repeats, is_repeated = self.config, None, "false"
-        found = numbered = row_text.numbers(number, batch.num_rows, 9)
+        found = numbered = row_text.numbers(numbers, 9)
         url = row_text.texts(_column(batch, "url" if is_txt else config.url_column))
         captions = ["null"]
         if config.caption_column is not None and not is_txt:
@@ -171,7 +186,9 @@ class UrlsSource(TableSource):
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        return {"url_column": config.url_column, "caption_column": config.caption_column, **config.annotation_settings}
+        where = {} if config.where is None else {"where": config.where}
+        columns = {"url_column": config.url_column, "caption_column": config.caption_column}
+        return {**columns, **config.annotation_settings, **where}
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

@@ -45,7 +45,7 @@ class VerifyReport:
         ok: no problems; warnings do not count.
         files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
         input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
-            None, with `unaccounted`, in a store of schema 1.
+            None, with `unaccounted`, in a store of schema 1. `filtered`: further rows, which a condition left out.
         num_samples: samples that a reader sees.
         dropped: rows that did not become samples, by the reason of their last try.
         excluded: samples that readers leave out, by reason.
@@ -57,6 +57,7 @@ class VerifyReport:
     files_checked: int = 0
     bytes_checked: int = 0
     input_rows: int | None = None
+    filtered: int = 0
     num_samples: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, int] = field(default_factory=dict)
@@ -370,7 +371,8 @@ class _Check:
             message = f"schema {self._manifest.schema_version} proves neither input rows nor the order of rows"
             self._report.warnings.append(Problem(MANIFEST_NAME, f"{message}; --restart makes one that does"))
             return
-        self._report.input_rows, self._report.unaccounted = self._coverage.input_rows, self._coverage.unaccounted
+        self._report.input_rows, self._report.filtered = self._coverage.input_rows, self._manifest.filtered
+        self._report.unaccounted = self._coverage.unaccounted
         self._report.dropped = dict(sorted((+self._coverage.dropped).items()))
         for message in self._coverage.finish() if self._saw_all_samples else ():
             self._bad(MANIFEST_NAME, message)

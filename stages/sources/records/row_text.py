@@ -87,9 +87,9 @@ def escape(column: pa.Array) -> pa.Array:
     return column
 
 
-def numbers(first: int, count: int, digits: int) -> pa.Array:
-    """Consecutive numbers with at least so many digits."""
-    counted = pa.array(np.arange(first, first + count)).cast(_LARGE)
+def numbers(values: np.ndarray, digits: int) -> pa.Array:
+    """Whole numbers with at least so many digits."""
+    counted = pa.array(values, pa.int64()).cast(_LARGE)
     return arrow.utf8_lpad(counted, digits, "0")
 
 

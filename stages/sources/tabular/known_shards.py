@@ -34,6 +34,8 @@ class _Noted:
     parts: list[Any]
     """Entries of the parts that the shards are of, each with the version of its file."""
     shards: list[Any]
+    filtered: int = 0
+    """How many rows `source.where` left out of these parts."""
 
 
 class KnownShards:
@@ -57,11 +59,10 @@ class KnownShards:
         began_ns = time.time_ns()
         entries = self._entries(parts)
         noted = self._fitting(entries)
-        index = number = 0
-        for line in noted.shards:
-            shard, rows = self._shard(index, line, parts)
-            yield shard
-            index, number = index + 1, rows.number + shard.num_rows
+        self.source.filtered = noted.filtered
+        for index, line in enumerate(noted.shards):
+            yield self._shard(index, line, parts)
+        number = sum(part.rows or 0 for part in parts[: len(noted.parts)])  # if one is None, keys have no such number
         fresh = parts[len(noted.parts) :]
         if not fresh:
             return
@@ -69,13 +70,13 @@ class KnownShards:
         for place, part in enumerate(parts):
             places.setdefault(part.path, []).append((part.first, place))
         lines = noted.shards
-        for shard, rows in self.source.ranged_shards(self.shard_size, fresh, index, number):
+        for shard, rows in self.source.ranged_shards(self.shard_size, fresh, len(lines), number):
             if self.note:
                 lines.append(_line(shard, rows, places))
             yield shard
         is_settled = all(entry[1] is not None and entry[1][0] < began_ns - _YOUNG_NS for entry in entries)
         if self.note and is_settled and entries == self._entries(parts):
-            header = {"settings": self._settings, "parts": entries}
+            header = {"settings": self._settings, "parts": entries, "filtered": self.source.filtered}
             self.run.storage.write_json_lines(_FILE, [header, *lines])
 
     def _fitting(self, entries: Sequence[Any]) -> _Noted:
@@ -92,7 +93,8 @@ class KnownShards:
             if self.run.storage.size(_FILE) is None:
                 return _Noted([], [])
             header, *shards = self.run.storage.read_json_lines(_FILE)
-            return _Noted(header["parts"] if header["settings"] == self._settings else [], shards)
+            is_same = header["settings"] == self._settings
+            return _Noted(header["parts"], shards, header["filtered"]) if is_same else _Noted([], [])
         except (ConfigError, ValueError, TypeError, KeyError):
             return _Noted([], [])
 
@@ -112,17 +114,16 @@ class KnownShards:
         tag = info.get("ETag") or info.get("etag")
         return None if tag is None else [0, [str(tag), info.get("size")]]
 
-    def _shard(self, index: int, line: Any, parts: Sequence[InputPart]) -> tuple[Shard, TableRange]:
-        found, num_rows, number, near, spans, repeated = line
-        named = [(parts[place], first, rows) for place, first, rows in spans]
+    def _shard(self, index: int, line: Any, parts: Sequence[InputPart]) -> Shard:
+        found, num_rows, near, spans, repeated = line
+        named = [(parts[place], span) for place, *span in spans]
         rows = TableRange(
             self.source,
-            tuple(Span(part.path, part.name, first, count) for part, first, count in named),
-            number,
+            tuple(Span(part.path, part.name, *span) for part, span in named),
             tuple(repeated),
             bool(near),
         )
-        return Shard.of_range(index, rows, found, num_rows, files_of(part for part, _, _ in named)), rows
+        return Shard.of_range(index, rows, found, num_rows, files_of(part for part, _ in named))
 
 
 def _line(shard: Shard, rows: TableRange, places: Mapping[str, Sequence[tuple[int, int]]]) -> list[Any]:
@@ -130,5 +131,5 @@ def _line(shard: Shard, rows: TableRange, places: Mapping[str, Sequence[tuple[in
     for span in rows.spans:
         begins = places[span.path]
         _, place = begins[bisect_right(begins, span.first, key=itemgetter(0)) - 1]
-        spans.append([place, span.first, span.rows])
-    return [shard.digest, shard.num_rows, rows.number, rows.near, spans, list(rows.repeated)]
+        spans.append([place, span.first, span.rows, span.number])
+    return [shard.digest, shard.num_rows, rows.near, spans, list(rows.repeated)]

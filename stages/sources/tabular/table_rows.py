@@ -5,13 +5,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import COPY, InputPart, KeyRegistry, Source, SourceRow
 from stages.sources.files import base_folder
+from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import RowTexts, list_text
+
+if TYPE_CHECKING:
+    from stages.sources.tabular.where import RowFilter
 
 
 class Marks(Protocol):
@@ -52,6 +59,14 @@ class Block:
     """Which rows repeat a key; None: none does."""
     near: bool = False
     """Whether a worker may read the rows of a shard by itself."""
+    places: np.ndarray | None = None
+    """Where the rows are among those of the file from `first` on, if `where` left some out; increasing."""
+    filtered: int = 0
+    """How many rows `where` left out."""
+
+    def place(self, row: int) -> int:
+        """Which of the rows of the file from `first` on a row of the block is."""
+        return row if self.places is None else int(self.places[row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,8 @@ class Span:
     name: str
     first: int
     rows: int
+    number: int
+    """Of its first row in all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +87,19 @@ class TableRange:
 
     source: "TableSource"
     spans: tuple[Span, ...]
-    number: int
-    """Number of the first row in all parts."""
+    """Rows that `where` leaves out may be in them."""
     repeated: tuple[int, ...]
     """Positions in the shard of rows that repeat a key."""
     near: bool
 
     def read(self) -> bytes:
-        parts = [InputPart(span.path, name=span.name, first=span.first, rows=span.rows) for span in self.spans]
+        marks, pieces = _KnownMarks(self.repeated), []
         with self.source.reaching():
-            blocks = self.source.blocks(parts, _KnownMarks(self.repeated), self.number)
-            return list_text(block.texts.between(0, block.texts.num_rows) for block in blocks)
+            for span in self.spans:
+                part = InputPart(span.path, name=span.name, first=span.first, rows=span.rows)
+                blocks = self.source.blocks([part], marks, span.number)
+                pieces += [block.texts.between(0, block.texts.num_rows) for block in blocks]
+        return list_text(pieces)
 
 
 class TableSource(Source):
@@ -115,6 +134,7 @@ class TableSource(Source):
                 yield block.part, SourceRow.from_json(shard.rows[0], self.layout)
 
     def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
+        self.filtered = 0
         found = self.ranged_shards(shard_size, self.parts() if parts is None else parts)
         return (shard for shard, _ in found)
 
@@ -130,7 +150,7 @@ class TableSource(Source):
         registry = KeyRegistry() if self.keys_may_repeat else None
         try:
             with self.reaching():
-                blocks = self.blocks(parts, registry or _Unmarked(), number)
+                blocks = self._counted(self.blocks(parts, registry or _Unmarked(), number))
                 for _, batch in groupby(blocks, key=lambda block: block.part.batch):
                     for pieces in _cut(batch, shard_size):
                         yield self._shard(index, pieces)
@@ -139,16 +159,47 @@ class TableSource(Source):
             if registry is not None:
                 registry.close()
 
+    def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        for block in blocks:
+            self.filtered += block.filtered
+            yield block
+
     def _shard(self, index: int, pieces: Sequence[tuple[Block, int, int]]) -> tuple[Shard, TableRange]:
         text = list_text(block.texts.between(first, end) for block, first, end in pieces)
         num_rows = sum(end - first for _, first, end in pieces)
         files = files_of(block.part for block, _, _ in pieces)
         shard = Shard.of_text(index, text, num_rows, files)
-        spans = tuple(Span(b.part.path, b.part.name, b.first + first, end - first) for b, first, end in pieces)
-        block, first, _ = pieces[0]
+        spans = tuple(_span(*piece) for piece in pieces)
         near = all(block.near for block, _, _ in pieces)
-        rows = TableRange(self, spans, block.number + first, repeated_of(pieces), near)
+        rows = TableRange(self, spans, repeated_of(pieces), near)
         return (Shard.of_range(index, rows, shard.digest, num_rows, files) if near else shard), rows
+
+
+def kept_of(chunk: Chunk | range, row_filter: "RowFilter | None") -> tuple[Chunk, np.ndarray]:
+    """The rows of a chunk that are kept, and their positions in it; of a range, which nobody has read, none."""
+    if isinstance(chunk, range):
+        return [], np.zeros(0, np.int64)
+    if row_filter is None:
+        return chunk, np.arange(len(chunk))
+    places = row_filter.places(chunk)
+    if isinstance(chunk, list):
+        return [chunk[place] for place in places], places
+    return (chunk if len(places) == len(chunk) else chunk.take(pa.array(places))), places
+
+
+def row_filter(where: str | None) -> "RowFilter | None":
+    """The filter of `source.where`; it is loaded only if there is one."""
+    if where is None:
+        return None
+    from stages.sources.tabular.where import RowFilter
+
+    return RowFilter(where)
+
+
+def _span(block: Block, first: int, end: int) -> Span:
+    begin, last = block.place(first), block.place(end - 1)
+    part = block.part
+    return Span(part.path, part.name, block.first + begin, last + 1 - begin, block.number + begin)
 
 
 def _cut(blocks: Iterable[Block], shard_size: int) -> Iterator[list[tuple[Block, int, int]]]:

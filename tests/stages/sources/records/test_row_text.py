@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -53,4 +54,4 @@ def test_pieces_make_the_text_of_a_list() -> None:
 
 
 def test_numbers_have_at_least_so_many_digits() -> None:
-    assert row_text.numbers(98, 4, 2).to_pylist() == ["98", "99", "100", "101"]
+    assert row_text.numbers(np.arange(98, 102), 2).to_pylist() == ["98", "99", "100", "101"]

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pyarrow as pa
@@ -62,9 +63,9 @@ def reads() -> Iterator[list[tuple[str, int]]]:
     honest = tables.read_chunks
     tables._kept.clear()
 
-    def reading(path: str, wanted: list[str], first: int = 0) -> Iterator[tables.Chunk]:
+    def reading(path: str, wanted: list[str], first: int, *others: Any) -> Iterator[tables.Chunk | range]:
         found.append((path.rpartition("/")[2], first))
-        return honest(path, wanted, first)
+        return honest(path, wanted, first, *others)
 
     with mock.patch.object(tables, "read_chunks", reading):
         yield found
