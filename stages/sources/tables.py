@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imagen_core.far import is_far
 from pipeline.errors import ConfigError
+from stages.digests import version_of
 from stages.lines import stream_lines
 from stages.sources.base import InputPart
 from stages.sources.records.cells import InvalidLine, top_level, top_levels
@@ -235,6 +238,8 @@ class Cursor:
     def __init__(self, path: str, wanted: Sequence[str], first: int, row_filter: "RowFilter | None" = None):
         self.path, self.wanted, self.at = path, tuple(wanted), first
         self.where = row_filter.text if row_filter is not None else None
+        self.version = _version(path)
+        self.is_ended = False
         self._chunks = read_chunks(path, wanted, first, row_filter)
         self._rest: Chunk | range = []
 
@@ -244,6 +249,7 @@ class Cursor:
             chunk, self._rest = self._rest or next(self._chunks, []), []
             size = _size(chunk)
             if not size:
+                self.is_ended = True
                 return
             if count is not None and size > count:
                 self._rest, chunk = cut_chunk(chunk, count, size), cut_chunk(chunk, 0, count)
@@ -251,6 +257,14 @@ class Cursor:
             self.at += size
             count = None if count is None else count - size
             yield chunk
+
+
+def _version(path: str) -> tuple[int, ...] | None:
+    """What changes with a local file; None for others."""
+    try:
+        return None if is_far(path) else version_of(Path(path.removeprefix("file://")))
+    except OSError:
+        return None
 
 
 _kept: list[Cursor] = []
@@ -266,6 +280,8 @@ def cursor_at(path: str, wanted: Sequence[str], first: int, row_filter: "RowFilt
     most = _MAX_AHEAD_ROWS if table_format(path) == "parquet" else first
     what = (path, tuple(wanted), None if row_filter is None else row_filter.text)
     if kept is None or (kept.path, kept.wanted, kept.where) != what or not 0 <= first - kept.at <= most:
+        return Cursor(path, wanted, first, row_filter)
+    if kept.is_ended or kept.version != _version(path):  # rows may have been appended, or the file was changed
         return Cursor(path, wanted, first, row_filter)
     for _ in kept.take(first - kept.at):
         pass

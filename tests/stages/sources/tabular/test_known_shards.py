@@ -143,6 +143,16 @@ def test_of_an_input_that_grew_only_the_new_file_is_read_unless_keys_may_repeat(
 
 
 @pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_rows_that_were_appended_are_read_by_a_later_start_of_the_same_process(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    start("urls", tmp_path / name, tmp_path / "run")
+    write(tmp_path / name, ROWS + 3, age_s=50)
+    grown = start("urls", tmp_path / name, tmp_path / "run")
+    assert [shard.num_rows for shard in grown] == [10, 10, 5, 3]
+    assert [row[1] for row in grown[-1].rows] == ["u25", "u26", "u27"]
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
 def test_rows_that_are_not_those_noted_are_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path / name)
     start("urls", tmp_path / name, tmp_path / "run")
