@@ -29,6 +29,8 @@ class RunOptions:
     quiet: bool = False
     take_over: bool = False
     """Take over the folder of a dead run, without waiting for its lease to expire."""
+    check_input: bool = False
+    """Read all of the input, also files with the size and time that an earlier start noted."""
 
     def __post_init__(self) -> None:
         check_no_credentials(self.address or "", "--address")
@@ -48,3 +50,5 @@ class PlanOptions:
     """The executor that the run would use; for the probe."""
     save: bool = False
     """Write the plan into the run folder, for the report."""
+    check_input: bool = False
+    """As of `RunOptions`."""

@@ -26,6 +26,10 @@ class Input(Protocol):
         """Called before a run, which reads all of the input, and not before a plan."""
         ...
 
+    def read_all(self) -> None:
+        """Reads all of the input from now on, also what seems unchanged since an earlier run."""
+        ...
+
     def has_new_input(self) -> bool:
         """True if there is input that no run has recorded yet."""
         ...

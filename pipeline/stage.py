@@ -4,6 +4,7 @@ A group is a column of the result (`samples`, `images-64`, `text-t5`): one or mo
 (group, shard) is committed separately, so a group added later leaves the others untouched.
 """
 
+import hashlib
 import json
 import time
 import zlib
@@ -11,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
-from pipeline.fingerprint import canonical_json, text_digest
+from pipeline.errors import StaleOutputError
+from pipeline.fingerprint import canonical_json
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import RunFolder
 
@@ -32,14 +34,26 @@ def seconds_without_progress() -> float:
     return time.monotonic() - _last_sign
 
 
+class RowRange(Protocol):
+    """The rows of a shard as a place in a file, from which they can be read again. Small, and picklable."""
+
+    near: bool
+    """True if a worker reads the rows; else the driver does, once the shard is needed, and sends them."""
+
+    def read(self) -> bytes:
+        """The rows as the canonical JSON of their list."""
+        ...
+
+
 class Shard:
     """The unit of work, retry, commit and resume: a few hundred or thousand input rows.
 
-    Rows are kept compressed. A large cluster has a thousand shards in flight, and the URLs and captions of a row take
-    some 450 bytes as Python objects, and a fifth of that compressed.
+    A shard of a table is a range of it and a digest. Where it holds its rows, they are compressed once the shard is
+    admitted: a large cluster has a thousand shards in flight, and the URLs and captions of a row take some 450 bytes
+    as Python objects, and a fifth of that compressed.
     """
 
-    __slots__ = ("_packed", "digest", "files", "index", "num_rows")
+    __slots__ = ("_packed", "_range", "_text", "digest", "files", "index", "num_rows")
 
     def __init__(self, index: int, rows: object, num_rows: int, files: Mapping[str, str] | None = None):
         """
@@ -49,18 +63,72 @@ class Shard:
             num_rows: their number.
             files: paths of the files that the rows name; not part of the digest, so that data may be moved.
         """
-        text = canonical_json(rows)
+        self._set(index, canonical_json(rows).encode("utf-8", "surrogatepass"), num_rows, files)
+
+    def _set(
+        self,
+        index: int,
+        text: bytes | None,
+        num_rows: int,
+        files: Mapping[str, str] | None,
+        digest: str | None = None,
+        rows: RowRange | None = None,
+    ) -> None:
         self.index = index
         self.num_rows = num_rows
         self.files = files or {}
-        self.digest = text_digest(text)
-        """Fingerprint of the input rows."""
-        self._packed = zlib.compress(text.encode("utf-8", "surrogatepass"), level=1)
+        self.digest = digest or hashlib.sha256(text or b"").hexdigest()
+        """Fingerprint of the input rows: SHA-256 of their canonical JSON."""
+        self._text, self._packed, self._range = text, b"", rows
+
+    @classmethod
+    def of_text(cls, index: int, text: bytes, num_rows: int, files: Mapping[str, str] | None = None) -> Self:
+        """A shard whose rows are canonical JSON already."""
+        shard = cls.__new__(cls)
+        shard._set(index, text, num_rows, files)
+        return shard
+
+    @classmethod
+    def of_range(
+        cls, index: int, rows: RowRange, digest: str, num_rows: int, files: Mapping[str, str] | None = None
+    ) -> Self:
+        """A shard whose rows are read where they are needed, and compared with the digest."""
+        shard = cls.__new__(cls)
+        shard._set(index, None, num_rows, files, digest, rows)
+        return shard
+
+    def pack(self) -> None:
+        """Makes the shard small, and ready to travel to a worker."""
+        if self._range is not None and not self._range.near:
+            self._text, self._range = self._read(), None
+        if self._text is not None:
+            self._packed, self._text = zlib.compress(self._text, level=1), None
 
     @property
     def rows(self) -> Any:
-        """Decompressed on each call."""
-        return json.loads(zlib.decompress(self._packed).decode("utf-8", "surrogatepass"))
+        """Read or decompressed on each call.
+
+        Raises:
+            StaleOutputError: the file that they are in was changed since the digest was made.
+        """
+        return json.loads(self._read().decode("utf-8", "surrogatepass"))
+
+    def _read(self) -> bytes:
+        if self._text is not None:
+            return self._text
+        if self._range is None:
+            return zlib.decompress(self._packed)
+        text = self._range.read()
+        if hashlib.sha256(text).hexdigest() != self.digest:
+            raise StaleOutputError(
+                f"source.path: the rows of shard {self.name} are no longer what they were: the source was changed "
+                "while the run was at work, or keeps its size and time. Restore it, or run again with --check-input."
+            )
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.pack()
+        return _unpickled, (self.index, self.num_rows, self.files, self.digest, self._packed, self._range)
 
     @property
     def name(self) -> str:
@@ -73,6 +141,15 @@ class Shard:
 
     def __hash__(self) -> int:
         return hash((self.index, self.digest))
+
+
+def _unpickled(
+    index: int, num_rows: int, files: Mapping[str, str], digest: str, packed: bytes, rows: RowRange | None
+) -> Shard:
+    shard = Shard.__new__(Shard)
+    shard._set(index, None, num_rows, files, digest, rows)
+    shard._packed = packed
+    return shard
 
 
 @dataclass(frozen=True, slots=True)

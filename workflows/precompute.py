@@ -146,7 +146,7 @@ class Precompute(ShardedWorkflow):
             shards=batches.shards,
             input=batches,
             finalize=lambda run, rows, failed: {
-                **build_manifest(run, rows, failed, config.duplicates),
+                **build_manifest(run, rows, failed, config.duplicates, source.filtered),
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
                 **({"unread_bytes": source.unread_bytes} if source.unread_bytes else {}),
             },
@@ -196,11 +196,13 @@ class Precompute(ShardedWorkflow):
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
         losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
         lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
+        filtered = summary.get("filtered", 0)
         ignored, unread = ignored_line(summary.get("ignored", {})), summary.get("unread_bytes", 0)
         return [
             *([("unread", f"{unread:,} bytes of damaged files; see the drops damaged_tar")] if unread else []),
             *([("ignored", ignored)] if ignored else []),
             *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
+            *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
             *_retry_hint(summary),

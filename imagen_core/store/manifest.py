@@ -69,7 +69,7 @@ class Manifest:
 
     Attributes:
         header: the header as written: schema_version, writer, groups and any other keys.
-        input_rows: rows of the source that the store accounts for; None if the header does not say.
+        input_rows, filtered: rows of the source that the store accounts for (None: unknown), that were left out.
         failed_shards: indices of shards of the source that the store lacks, because a stage failed on them.
         groups: the header's groups, typed, by name.
         num_shards, num_rows, num_samples, num_bytes: totals; samples are rows that are not excluded,
@@ -88,6 +88,7 @@ class Manifest:
         self.header = header
         self.groups = _parse_header(header)
         self.input_rows: int | None = header.get("input_rows")
+        self.filtered = int(header.get("filtered", 0))
         self.failed_shards: tuple[int, ...] = tuple(header.get("failed_shards", ()))
         self.sha256 = ""
         self.version: str | None = None
@@ -345,10 +346,10 @@ def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
     for number, entry in enumerate(header.get("removals", []), start=1):
         if set(entry) != {"path", "bytes", "sha256"} or entry["path"] != removal_path(number):
             raise ValueError(f"removals: {entry} should be path, bytes and sha256 of {removal_path(number)}")
-    if type(header.get("input_rows", 0)) is not int:
-        raise ValueError(f"input_rows must be an integer (got {header['input_rows']!r})")
-    failed = header.get("failed_shards", [])
-    if type(failed) is not list or any(type(index) is not int for index in failed):
+    for name in ("input_rows", "filtered"):
+        if type(header.get(name, 0)) is not int:
+            raise ValueError(f"{name} must be an integer (got {header[name]!r})")
+    if type(failed := header.get("failed_shards", [])) is not list or any(type(index) is not int for index in failed):
         raise ValueError(f"failed_shards must be a list of integers (got {failed!r})")
     if reserved := {"shards", "sha256", *_TOTALS} & set(header):
         raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")

@@ -54,6 +54,9 @@ ExecutorName = Annotated[
     str | None,
     typer.Option(help="ray, local or inline (this process). Default: ray for precompute, local for the others."),
 ]
+CheckInput = Annotated[
+    bool, typer.Option("--check-input", help="Read all of the input, also files that have the size and time they had.")
+]
 JobsAddress = Annotated[
     str,
     typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's head, like http://HEAD:8265."),
@@ -107,12 +110,14 @@ def run(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take over the run folder of a run that is dead but still seems alive.")
     ] = False,
+    check_input: CheckInput = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow. The same command again resumes it."""
     if dry_run:
-        _dry_run(partial(plan, workflow, overrides, config, out, executor, as_json=as_json), restart, as_json)
+        shown = partial(plan, workflow, overrides, config, out, executor, check_input=check_input, as_json=as_json)
+        _dry_run(shown, restart, as_json)
         return
     from pipeline.options import RunOptions
     from pipeline.storage.run_folder import RunFolder
@@ -123,9 +128,10 @@ def run(
     raise_when_preempted()
     failure: RunError | None = None
     try:
-        summary: Mapping[str, object] = chosen.run(
-            folder, RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet, take_over)
+        options = RunOptions(
+            executor or chosen.default_executor, address, restart, reasons, quiet, take_over, check_input
         )
+        summary: Mapping[str, object] = chosen.run(folder, options)
     except RunError as error:
         failure, summary = error, error.summary
     except KeyboardInterrupt:
@@ -169,6 +175,7 @@ def plan(
     save: Annotated[
         bool, typer.Option("--save", help="Write RUN/estimate.json; `report` will compare the run with it.")
     ] = False,
+    check_input: CheckInput = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do: shards, stages, finished work, bytes; with --probe or --profile also time and cost.
@@ -178,7 +185,7 @@ def plan(
     from pipeline.cli.show import show_preview
     from pipeline.options import PlanOptions
 
-    options = PlanOptions(probe, profile, rows, executor, save)
+    options = PlanOptions(probe, profile, rows, executor, save, check_input)
     folder = out or f"runs/{workflow}"
     result = build(workflow, config, overrides, folder).preview(folder, options)
     print_json(result) if as_json else show_preview(result)

@@ -66,6 +66,8 @@ def _prepare(state: RunState, options: RunOptions) -> None:
     run, plan, retries = state.run, state.plan, state.retries
     if plan.input is not None:
         plan.input.begin_run()
+        if options.check_input:
+            plan.input.read_all()
     state.ledger.refuse_changed_input()
     deleted = state.ledger.check_groups()
     record_input(state)

@@ -143,6 +143,7 @@ class Scheduler:
                 if name not in self.plan.transient_groups:
                     self.tally.add(record)
             if needed:
+                shard.pack()
                 self.progress.admit(shard, needed)
                 yield _AdmittedShard(shard, needed, dict(finished))
             else:

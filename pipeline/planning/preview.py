@@ -31,6 +31,8 @@ def preview(
         raise ConfigError(f"--save: a plan for --rows {options.rows} is not one for the run in {out}; leave one out")
     state = RunState(make_plan(run), run)
     plan = state.plan
+    if options.check_input and plan.input is not None:
+        plan.input.read_all()
     hardware = load_profile(options.profile) if options.profile else this_machine(config.execution)
     with run.indexed():
         state.ledger.check_groups(write=False)

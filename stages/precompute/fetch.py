@@ -10,7 +10,7 @@ from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task, no
 from pipeline.storage.run_folder import RunFolder
 from stages.captions import is_valid_text
 from stages.precompute.originals import OriginalsWriter
-from stages.sources.annotations import check_annotations
+from stages.sources.annotations import check_annotations, check_hashes
 from stages.sources.base import Original, Source
 from stages.stores import known_removals
 
@@ -98,12 +98,15 @@ def fetch_originals(
 
 
 def _storable(original: Original) -> Original:
-    """As the store can hold it: a key or an annotation that is not valid is a drop; a URL is only escaped."""
+    """As the store can hold it: a key, a hash or an annotation that is not valid is a drop; a URL is only escaped."""
     if original.reason is None and not is_valid_text(original.key):
         original = replace(original, data=None, reason="invalid_key", detail="not UTF-8")
     if original.url is not None and not is_valid_text(original.url):
         original = replace(original, url=original.url.encode("utf-8", "backslashreplace").decode())
-    annotations, reason, detail = check_annotations(original.annotations)
+    annotations, mismatch = check_hashes(original.annotations, original.data)
+    if original.reason is None and mismatch is not None:
+        original = replace(original, data=None, reason="hash_mismatch", detail=mismatch)
+    annotations, reason, detail = check_annotations(annotations)
     if original.reason is None and reason is not None:
         return replace(original, data=None, reason=reason, detail=detail, annotations=annotations)
     return replace(original, annotations=annotations)

@@ -27,6 +27,7 @@ def build_manifest(
     input_rows: int,
     failed_shards: Collection[int] = (),
     duplicates: DuplicatesConfig | None = None,
+    filtered: int = 0,
 ) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
@@ -35,6 +36,7 @@ def build_manifest(
 
     Args:
         input_rows: rows of the source, as the driver counted them.
+        filtered: rows that `source.where` left out; they are none of `input_rows`.
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
         duplicates: what is done about them; None does not look for any.
     Returns:
@@ -55,6 +57,7 @@ def build_manifest(
         "input_rows": input_rows,
         "groups": {name: _describe(run, name, config) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
+        **({"filtered": filtered} if filtered else {}),
     }
     removals = _all_removals(run, previous)
     if removals:
@@ -66,6 +69,7 @@ def build_manifest(
         store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, found, totals))
     return {
         "num_samples": totals["num_samples"],
+        **({"filtered": filtered} if filtered else {}),
         "store": run.store_url,
         "groups_in_store": sorted(groups),
         **({"duplicates": dict(found.summary)} if duplicates is not None else {}),

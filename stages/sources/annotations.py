@@ -1,5 +1,6 @@
-"""What a source may tell of an image besides captions, in configured columns: the text in it, and its class."""
+"""What a source may tell of an image besides captions, in configured columns: the text in it, its class, its hash."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,13 +13,17 @@ from stages.sources.records.types import Columns, Content, check_column
 Annotations = dict[str, Any]
 """Field of `SampleRow` -> value, for the configured columns; JSON-able."""
 
-_COLUMNS = ("transcription_column", "safebox_column", "label_column")
+_HASHES = ("sha256", "md5")
+_TEXTS = ("transcription", *_HASHES)
+_COLUMNS = ("transcription_column", "safebox_column", "label_column", *(f"{name}_column" for name in _HASHES))
 _CONTENT: dict[str, Content] = {
     "caption_column": "texts",
     "file_column": "text",
     "image_column": "image",
     "key_column": "key",
     "label_column": "label",
+    "md5_column": "text",
+    "sha256_column": "text",
     "safebox_column": "box",
     "transcription_column": "text",
     "url_column": "text",
@@ -27,7 +32,7 @@ _MAX_INT32 = 2**31 - 1
 
 
 class AnnotationsConfig(Config):
-    """Columns of the text in an image, and of its class."""
+    """Columns of the text in an image, of its class, and of the hash that its file has."""
 
     transcription_column: str | None = None
     """Column of the text written in the image, as one reads it there; empty where there is none. null: not known."""
@@ -38,6 +43,11 @@ class AnnotationsConfig(Config):
     """Column of the image's class, a number from 0, or one of class_names; empty or -1: not known."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers, where label_column has names."""
+    sha256_column: str | None = None
+    """Column of the SHA-256 that the bytes of the image's file must have, as hexadecimal text or as bytes; other bytes
+    are the drop `hash_mismatch`. NULL or empty: not compared."""
+    md5_column: str | None = None
+    """The same of MD5."""
 
     @property
     def annotation_columns(self) -> dict[str, str]:
@@ -57,7 +67,7 @@ class AnnotationsConfig(Config):
             BadCell: the transcription is no text, or the line could not be parsed.
         """
         found = {
-            field: text_of(record, column) if field == "transcription" else _plain(value_at(record, column))
+            field: text_of(record, column) if field in _TEXTS else _plain(value_at(record, column))
             for field, column in self.annotation_columns.items()
         }
         if found.get("label") in self.class_names:
@@ -80,6 +90,22 @@ class AnnotationsConfig(Config):
             if column is not None:
                 or_else = "; null if there are no captions" if field == "caption_column" else ""
                 check_column(field, column, _CONTENT[field], present, where, or_else=or_else)
+
+
+def check_hashes(annotations: Annotations, data: bytes | None) -> tuple[Annotations, str | None]:
+    """The annotations without the hashes in them, and why the file of the image is not the one that they are of."""
+    others = {field: value for field, value in annotations.items() if field not in _HASHES}
+    if data is None:
+        return others, None
+    for name in _HASHES:
+        expected, found = annotations.get(name), hashlib.new(name, data, usedforsecurity=False)
+        if not expected or not expected.strip():
+            continue
+        raw = expected.encode("utf-8", "surrogateescape")
+        wanted = raw.hex() if len(raw) == found.digest_size else expected.strip().lower()
+        if wanted != found.hexdigest():
+            return others, f"{name} {found.hexdigest()}, but {wanted[:128]!r} was expected"
+    return others, None
 
 
 def has_label(annotations: Annotations) -> bool:

@@ -24,6 +24,7 @@ from stages.sources.records.far import reaching
 
 PAYLOAD = "payload"
 _DROP = "drop"
+_INSERT = "INSERT OR IGNORE INTO seen VALUES (?)"
 COPY = "\0copy"
 """Behind a file's name in `Shard.files`: the path of a copy on the driver's machine."""
 MAX_FILE_BYTES = 2**30
@@ -179,6 +180,8 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+    filtered: int = 0
+    """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
     unread_bytes: int = 0
     """How many bytes of damaged files the last pass by `rows` could not read; each such file has a drop besides."""
 
@@ -328,13 +331,26 @@ class KeyRegistry:
     """Knows which keys came before, exactly, in little memory (SQLite in a temporary file)."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("")
+        self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
 
     def is_new(self, key: str) -> bool:
         """Records the key; True the first time."""
-        short = xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (short,)).rowcount == 1
+        return self._insert(xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass")))
+
+    def repeats(self, keys: Sequence[str]) -> list[bool]:
+        """Records keys; True for those that came before, also among themselves."""
+        short = [xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass")) for key in keys]
+        self._database.execute("SAVEPOINT keys")
+        inserted = self._database.executemany(_INSERT, zip(short)).rowcount
+        if inserted < len(keys):  # seldom: then one by one
+            self._database.execute("ROLLBACK TO keys")
+        self._database.execute("RELEASE keys")
+        return [inserted < len(keys) and not self._insert(key) for key in short]
+
+    def _insert(self, short: bytes) -> bool:
+        return self._database.execute(_INSERT, (short,)).rowcount == 1
 
     def close(self) -> None:
         self._database.close()

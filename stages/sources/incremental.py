@@ -18,6 +18,8 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.scratch import temporary_file
 from stages.sources.base import InputPart, Source
 from stages.sources.files import named_parts
+from stages.sources.tabular.known_shards import KnownShards
+from stages.sources.tabular.table_rows import TableSource
 from stages.sources.tree import encoded
 
 _FOLDER = "input"
@@ -36,15 +38,23 @@ class InputBatches:
         self._files = _batch_files(run)
         self._new: Path | None = None
         self._lost: list[str] = []
+        self._begun = self._reads_all = False
 
     def shards(self) -> Iterator[Shard]:
         self._new_parts()
         if self._lost:
             raise self._refusal()
+        if isinstance(self.source, TableSource):
+            known = KnownShards(self.run, self.source, self.shard_size, use=not self._reads_all, note=self._begun)
+            return known.shards(list(self._parts()))
         return self.source.shards(self.shard_size, self._parts())
 
     def begin_run(self) -> None:
+        self._begun = True
         self.source.begin_run()
+
+    def read_all(self) -> None:
+        self._reads_all = True
 
     def has_new_input(self) -> bool:
         return self._new_parts().stat().st_size > 0

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pydantic import Field
 
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import canonical_json
 from pipeline.stage import Shard
 from stages.images.exif_text import exif_settings, orientation_in
 from stages.sources.annotations import AnnotationsConfig
@@ -20,19 +22,22 @@ from stages.sources.base import (
     InputPart,
     Original,
     PrecomputedEmbedding,
-    Source,
     SourceRow,
     require_path,
 )
-from stages.sources.files import base_folder, expand, find_files, named_parts, path_of
-from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of, top_levels
+from stages.sources.files import expand, find_files, named_parts, path_of
+from stages.sources.records import row_text
+from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of
 from stages.sources.records.far import open_file
 from stages.sources.records.image_files import read_image_file
-from stages.sources.records.parquet import ParquetRows, open_parquet, to_records
-from stages.sources.tables import columns, count_rows, estimate_rows
+from stages.sources.records.parquet import ParquetRows, to_records
+from stages.sources.records.regular import Chunk
+from stages.sources.records.row_text import NotColumnar, RowTexts
+from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor
+from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+_ROWS = 2**14
+"""In a block."""
 
 
 class ParquetConfig(AnnotationsConfig):
@@ -54,6 +59,9 @@ class ParquetConfig(AnnotationsConfig):
     """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: file name and row number."""
+    where: str | None = None
+    """Which rows to take, as an SQL condition on the columns such as `punsafe < 0.1 and aesthetic >= 5.5`. Others are
+    counted as `filtered`. null: all."""
     exif_column: str | None = "exif"
     """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
     orientation of their own. The column need not be there. null: it is not used."""
@@ -64,7 +72,7 @@ class ParquetConfig(AnnotationsConfig):
         return ParquetSource(self)
 
 
-class ParquetSource(Source):
+class ParquetSource(TableSource):
     """The payload of a row is its number in the file, and the digest of the file's footer.
 
     The driver reads only footers and the key column. With arrays, the digest includes the .npy of each.
@@ -76,12 +84,9 @@ class ParquetSource(Source):
         self.config = config
         self.path = require_path(config.path, "parquet")
         self.keys_may_repeat = config.key_column is not None
+        self.row_filter = row_filter(config.where)
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
         self._opened: tuple[tuple[str, str], ParquetRows] | None = None
-
-    @cached_property
-    def folder(self) -> str:
-        return base_folder(self.path)
 
     def _files(self) -> list[str]:
         return expand(self.path, "source.path", ("parquet",))
@@ -90,36 +95,50 @@ class ParquetSource(Source):
         files = self._files()
         names = ("image_column", "caption_column", "url_column", "key_column")
         for file in files:
-            self.config.check_columns(names, columns(file), file)
+            self.config.check_columns(names, present := columns(file), file)
+            if self.row_filter is not None:
+                self.row_filter.check(present, file)
         for folder in self.folders.values():
             folder.check(files)
         for file in files if self.folders else ():
             self._digest(file, count_rows(file))
         if next(self.shards(1), None) is None:
-            raise ConfigError(f"source.path: {self.path} holds no rows; give a file with at least one row")
+            taken = "" if self.row_filter is None else " that source.where takes"
+            raise ConfigError(f"source.path: {self.path} holds no rows{taken}; give a file with at least one row")
 
     def parts(self) -> Iterator[InputPart]:
         self.ignored_files.clear()
         return iter(named_parts(find_files(self.path, "source.path", ("parquet",), ignored=self.ignored_files)))
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+    def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         for part in parts:
             path = f"{self.folder}/{part.path}"
-            with open_parquet(path) as table:
-                digest = self._digest(path, table.metadata.num_rows)
-                for number, key in enumerate(self._keys(table)):
-                    key = f"{part.name}/{number:07d}" if key is None else key
-                    yield part, SourceRow(key, part.name, payload=(number, digest))
+            num_rows = count_rows(path)
+            digest, first = self._digest(path, num_rows), part.first
+            for rows, found, places in self._keys(path, first, num_rows - first if part.rows is None else part.rows):
+                numbers = first + places
+                keys = pc.coalesce(found, row_text.join(f"{part.name}/", row_text.numbers(numbers, 7)))
+                repeats = marks.repeats(keys.to_pylist()) if self.keys_may_repeat else None
+                texts = _texts(keys, part.name, numbers, digest, repeats)
+                where = places if len(places) < rows else None
+                yield Block(part, first, number, texts, repeats, False, where, rows - len(places))
+                number, first = number + rows, first + rows
 
-    def _keys(self, table: "pq.ParquetFile") -> Iterator[str | None]:
-        """The key of each row of a file as its column has it; None without one."""
-        column = self.config.key_column
-        if column is None:
-            yield from repeat(None, table.metadata.num_rows)
+    def _keys(self, path: str, first: int, rows: int) -> Iterator[tuple[int, pa.Array, np.ndarray]]:
+        """Blocks of rows of a file: how many; the keys of those that are kept as the column has them, NULL without
+        one; and where these are."""
+        column, where = self.config.key_column, self.row_filter
+        if column is None and where is None:
+            for start in range(0, rows, _ROWS):
+                count = min(_ROWS, rows - start)
+                yield count, pa.nulls(count, pa.large_string()), np.arange(count)
             return
-        for batch in table.iter_batches(columns=top_levels([column], table.schema_arrow.names)):
-            for record in to_records(batch):
-                yield key_of(record, column)
+        wanted = [*([column] if column else []), *(where.columns if where else ())]
+        cursor = cursor_at(path, wanted, first, where)
+        for chunk in cursor.take(rows):
+            kept, places = kept_of(chunk, where)
+            yield len(chunk), _keys_of(kept, column), places
+        keep_cursor(cursor)
 
     def _digest(self, path: str, num_rows: int) -> str:
         """Digest of the footer of a file, and of its arrays, which must have as many rows."""
@@ -190,6 +209,7 @@ class ParquetSource(Source):
             "caption_column": config.caption_column,
             **exif_settings(config.exif_column),
             **config.annotation_settings,
+            **({} if config.where is None else {"where": config.where}),
         }
 
     def describe_array(self, name: str) -> dict[str, object]:
@@ -212,3 +232,22 @@ def _footer_digest(path: str) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(0, size - 8 - length))
         return f"{size}-{xxhash.xxh3_64_hexdigest(file.read())}"
+
+
+def _keys_of(chunk: Chunk, column: str | None) -> pa.Array:
+    if column is None:
+        return pa.nulls(len(chunk), pa.large_string())
+    if isinstance(chunk, pa.RecordBatch) and column in chunk.schema.names:
+        try:
+            return row_text.keys(chunk.column(column))
+        except NotColumnar:
+            pass
+    return pa.array([key_of(record, column) for record in to_records(chunk)], pa.large_string())
+
+
+def _texts(keys: pa.Array, name: str, numbers: np.ndarray, digest: str, repeats: Sequence[bool] | None) -> RowTexts:
+    """Rows as a shard has them."""
+    named, told = canonical_json(name), canonical_json(digest)
+    marks = row_text.booleans(repeats or ())
+    own = row_text.numbers(numbers, 1)
+    return RowTexts(row_text.join('["', row_text.escape(keys), f'",{named},', own, f",{told},", marks, "],"))

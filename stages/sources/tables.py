@@ -1,22 +1,35 @@
 """Streams the records of tables: txt, csv, tsv, jsonl and parquet, one or many files, plain or compressed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from imagen_core.far import is_far
 from pipeline.errors import ConfigError
+from stages.digests import version_of
 from stages.lines import stream_lines
 from stages.sources.base import InputPart
 from stages.sources.records.cells import InvalidLine, top_level, top_levels
 from stages.sources.records.compressed import DAMAGED, SUFFIXES, open_whole
 from stages.sources.records.far import open_file
 from stages.sources.records.parquet import open_parquet, to_records
+from stages.sources.records.regular import Chunk, text_chunks
 from stages.sources.records.text import Record, csv_records, json_records, tsv_records
 from stages.sources.records.types import Columns
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+    from stages.sources.tabular.where import RowFilter
 
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 TYPED = ("csv", "tsv", "parquet")
 """Formats whose head names all columns."""
 _BATCH_ROWS = 4096
+_COLUMN_ROWS = 2**14
+_MAX_AHEAD_ROWS = 2**17
+"""Decoded at most to reach a row."""
 _HEAD_BYTES = 2**16
 _TEXTS = {"csv": csv_records, "tsv": tsv_records, "jsonl": json_records}
 
@@ -135,20 +148,163 @@ def count_rows(path: str) -> int:
     if table_format(path) == "parquet":
         with open_parquet(path) as table:
             return table.metadata.num_rows
-    return sum(1 for _ in read_rows(path, []))
+    return sum(_size(chunk) for chunk in read_chunks(path, []))
 
 
 def read_parts(folder: str, parts: Iterable[InputPart], wanted: Sequence[str]) -> Iterator[tuple[InputPart, Record]]:
     """Streams the records of parts of tables in `folder`. Reads on where a part follows the previous one."""
-    path, place = "", 0
-    records: Iterator[Record] = iter(())
+    for part, _, cursor in parts_with_cursors(folder, parts, wanted):
+        for chunk in cursor.take(part.rows):
+            assert not isinstance(chunk, range)  # nothing is filtered
+            yield from ((part, record) for record in to_records(chunk))
+
+
+def read_chunks(
+    path: str, wanted: Sequence[str], first: int = 0, row_filter: "RowFilter | None" = None
+) -> Iterator[Chunk | range]:
+    """The rows that `read_rows` gives from number `first` on, as columns where they can be read as columns.
+
+    Row groups of Parquet in which `row_filter` keeps no row are not read: a range stands for their rows.
+
+    Raises:
+        ConfigError: the format is unknown or the file cannot be read.
+    """
+    kind = table_format(path)
+    if kind == "parquet":
+        with open_parquet(path) as table:
+            groups, skipped = _groups_from(table.metadata, first)
+            names = top_levels(wanted, table.schema_arrow.names)
+            yield from _behind(_group_chunks(table, names, groups, row_filter), skipped)
+        return
+    if kind not in FORMATS:
+        raise ConfigError(f"source.path: {path}: format {kind!r} is not supported; use {', '.join(FORMATS)}")
+    try:
+        with open_whole(path) as file:
+            yield from _behind(text_chunks(kind, file, wanted), first)
+    except (*DAMAGED, ValueError) as error:
+        raise ConfigError(f"source.path: {path} cannot be read to its end: {error}; write the file again") from error
+
+
+def _group_chunks(
+    table: "pq.ParquetFile", names: list[str], groups: list[int], row_filter: "RowFilter | None"
+) -> Iterator[Chunk | range]:
+    kept = set(groups) if row_filter is None else row_filter.may_match(table, groups)
+    for is_kept, together in groupby(groups, key=lambda group: group in kept):
+        if is_kept:
+            yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=list(together))
+        else:
+            yield range(sum(table.metadata.row_group(group).num_rows for group in together))
+
+
+def _groups_from(metadata: "pq.FileMetaData", first: int) -> tuple[list[int], int]:
+    """The row groups from the one that has row `first` on, and how many of their rows come before it."""
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    group = 0
+    while group < len(sizes) and first >= sizes[group]:
+        first -= sizes[group]
+        group += 1
+    return list(range(group, len(sizes))), first
+
+
+def has_small_groups(path: str) -> bool:
+    """Whether any range of rows can be read without reading many others: Parquet, in row groups that are not large."""
+    if table_format(path) != "parquet":
+        return False
+    with open_parquet(path) as table:
+        groups = range(table.metadata.num_row_groups)
+        return all(table.metadata.row_group(group).num_rows <= _MAX_AHEAD_ROWS for group in groups)
+
+
+def _behind(chunks: Iterable[Chunk | range], skipped: int) -> Iterator[Chunk | range]:
+    for chunk in chunks:
+        size = _size(chunk)
+        if skipped < size:
+            yield cut_chunk(chunk, skipped, size) if skipped else chunk
+        skipped = max(0, skipped - size)
+
+
+def _size(chunk: Chunk | range) -> int:
+    return len(chunk) if isinstance(chunk, list | range) else chunk.num_rows
+
+
+def cut_chunk(chunk: Chunk | range, first: int, end: int) -> Chunk | range:
+    """Some of its rows."""
+    return chunk[first:end] if isinstance(chunk, list | range) else chunk.slice(first, end - first)
+
+
+class Cursor:
+    """The rows of one table, read forward from number `first` on."""
+
+    def __init__(self, path: str, wanted: Sequence[str], first: int, row_filter: "RowFilter | None" = None):
+        self.path, self.wanted, self.at = path, tuple(wanted), first
+        self.where = row_filter.text if row_filter is not None else None
+        self.version = _version(path)
+        self.is_ended = False
+        self._chunks = read_chunks(path, wanted, first, row_filter)
+        self._rest: Chunk | range = []
+
+    def take(self, count: int | None) -> Iterator[Chunk | range]:
+        """The next rows, all that are left for None."""
+        while count is None or count > 0:
+            chunk, self._rest = self._rest or next(self._chunks, []), []
+            size = _size(chunk)
+            if not size:
+                self.is_ended = True
+                return
+            if count is not None and size > count:
+                self._rest, chunk = cut_chunk(chunk, count, size), cut_chunk(chunk, 0, count)
+                size = count
+            self.at += size
+            count = None if count is None else count - size
+            yield chunk
+
+
+def _version(path: str) -> tuple[int, ...] | None:
+    """What changes with a local file; None for others."""
+    try:
+        return None if is_far(path) else version_of(Path(path.removeprefix("file://")))
+    except OSError:
+        return None
+
+
+_kept: list[Cursor] = []
+"""The last cursor of this process, for the shard that follows."""
+
+
+def cursor_at(path: str, wanted: Sequence[str], first: int, row_filter: "RowFilter | None" = None) -> Cursor:
+    """A cursor at row `first`: the kept one if it is not far before it, or for text anywhere before it."""
+    try:
+        kept = _kept.pop()
+    except IndexError:
+        kept = None
+    most = _MAX_AHEAD_ROWS if table_format(path) == "parquet" else first
+    what = (path, tuple(wanted), None if row_filter is None else row_filter.text)
+    if kept is None or (kept.path, kept.wanted, kept.where) != what or not 0 <= first - kept.at <= most:
+        return Cursor(path, wanted, first, row_filter)
+    if kept.is_ended or kept.version != _version(path):  # rows may have been appended, or the file was changed
+        return Cursor(path, wanted, first, row_filter)
+    for _ in kept.take(first - kept.at):
+        pass
+    return kept
+
+
+def keep_cursor(cursor: Cursor) -> None:
+    """Keeps it for the next `cursor_at`."""
+    _kept[:] = [cursor]
+
+
+def parts_with_cursors(
+    folder: str, parts: Iterable[InputPart], wanted: Sequence[str], row_filter: "RowFilter | None" = None
+) -> Iterator[tuple[InputPart, str, Cursor]]:
+    """Each part with the path of its file, and a cursor at its first row, which takes the part's rows."""
+    cursor: Cursor | None = None
     for part in parts:
-        if (part.path, part.first) != (path, place):
-            path, place = part.path, part.first
-            records = islice(read_rows(f"{folder}/{path}", wanted), place, None)
-        for record in islice(records, part.rows):
-            yield part, record
-            place += 1
+        path = f"{folder}/{part.path}"
+        if cursor is None or (cursor.path, cursor.at) != (path, part.first):
+            cursor = cursor_at(path, wanted, part.first, row_filter)
+        yield part, path, cursor
+    if cursor is not None:
+        keep_cursor(cursor)
 
 
 def _parquet_rows(path: str, wanted: Sequence[str] | None) -> Iterator[Record]:

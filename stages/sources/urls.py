@@ -1,29 +1,42 @@
 """URL lists, downloaded with img2dataset."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import canonical_json
 from pipeline.stage import Shard
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import Emit, InputPart, Original, Source, SourceRow, require_path
+from stages.sources.base import Emit, InputPart, Original, SourceRow, require_path
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
-from stages.sources.files import base_folder, expand, find_files
-from stages.sources.records.cells import BadCell, captions_of, key_of, text_of
+from stages.sources.files import expand, find_files
+from stages.sources.records import row_text
+from stages.sources.records.cells import BadCell, captions_of, key_of, text_of, top_level, top_levels
+from stages.sources.records.parquet import to_records
+from stages.sources.records.regular import Chunk
+from stages.sources.records.row_text import NotColumnar, RowTexts
+from stages.sources.records.types import Columns
 from stages.sources.tables import (
     FORMATS,
     TYPED,
     columns,
     count_rows,
     estimate_rows,
+    has_small_groups,
     json_columns,
-    read_parts,
+    parts_with_cursors,
     read_rows,
     table_format,
 )
+from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
 
 
 class UrlsConfig(AnnotationsConfig):
@@ -38,6 +51,9 @@ class UrlsConfig(AnnotationsConfig):
     """Column of the caption, or of a list of captions. null, and txt files: every caption is empty."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: the row number."""
+    where: str | None = None
+    """Which rows to take, as an SQL condition on the list's columns such as `punsafe < 0.1 and aesthetic >= 5.5`.
+    Others are counted as `filtered`. null: all."""
     download: DownloadConfig = DownloadConfig()
     """How to fetch."""
 
@@ -45,7 +61,7 @@ class UrlsConfig(AnnotationsConfig):
         return UrlsSource(self)
 
 
-class UrlsSource(Source):
+class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
     def __init__(self, config: UrlsConfig):
@@ -53,6 +69,7 @@ class UrlsSource(Source):
         self.path = require_path(config.path, "urls")
         self.layout = ("key", "url", "captions", *config.annotation_layout, "is_duplicate")
         self.keys_may_repeat = config.key_column is not None
+        self.row_filter = row_filter(config.where)
 
     @property
     def grows(self) -> bool:
@@ -63,13 +80,19 @@ class UrlsSource(Source):
         named = ("url_column", "caption_column", "key_column")
         for file in files:
             if table_format(file) in TYPED and (present := columns(file)):
-                self.config.check_columns(named, present, file)
+                self._check_columns(named, present, file)
         objects = [file for file in files if table_format(file) == "jsonl"]
         wanted = [column for field in named if (column := getattr(self.config, field)) is not None]
+        wanted += () if self.row_filter is None else self.row_filter.columns
         if present := json_columns(objects, [*wanted, *self.config.annotation_columns.values()]):
-            self.config.check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
+            self._check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
+
+    def _check_columns(self, named: Sequence[str], present: Columns, where: str) -> None:
+        self.config.check_columns(named, present, where)
+        if self.row_filter is not None:
+            self.row_filter.check(present, where)
 
     def parts(self) -> Iterator[InputPart]:
         self.ignored_files.clear()
@@ -77,14 +100,67 @@ class UrlsSource(Source):
         return (InputPart(*file) for file in found.items())
 
     def count_rows(self, path: str) -> int:
-        return count_rows(f"{base_folder(self.path)}/{path}")
+        return count_rows(f"{self.folder}/{path}")
 
-    def rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
+    def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
         wanted += config.annotation_columns.values()
-        for number, (part, record) in enumerate(read_parts(base_folder(self.path), parts, wanted)):
-            yield part, self._row(f"{number:09d}", record, is_txt=table_format(part.path) == "txt")
+        wanted += () if self.row_filter is None else self.row_filter.columns
+        for part, path, cursor in parts_with_cursors(self.folder, parts, wanted, self.row_filter):
+            is_txt, near = table_format(path) == "txt", has_small_groups(path)
+            first = part.first
+            for chunk in cursor.take(part.rows):
+                rows, (kept, places) = len(chunk), kept_of(chunk, self.row_filter)
+                texts, repeats = self._texts(kept, number + places, marks, is_txt=is_txt)
+                where = places if len(places) < rows else None
+                yield Block(part, first, number, texts, repeats, near, where, rows - len(places))
+                number, first = number + rows, first + rows
+
+    def _texts(
+        self, chunk: Chunk, numbers: np.ndarray, marks: Marks, *, is_txt: bool
+    ) -> tuple[RowTexts, Sequence[bool] | None]:
+        """Rows as a shard has them, and which of them repeat a key."""
+        if not isinstance(chunk, list):
+            try:
+                return self._columns_texts(chunk, numbers, marks, is_txt=is_txt)
+            except NotColumnar:
+                chunk = to_records(chunk)
+        rows = [self._row(f"{place:09d}", record, is_txt=is_txt) for place, record in zip(numbers, chunk, strict=True)]
+        repeats = marks.repeats([row.key for row in rows]) if self.keys_may_repeat else [False] * len(rows)
+        marked = (replace(row, is_duplicate=repeated) for row, repeated in zip(rows, repeats, strict=True))
+        return RowTexts.of(row.to_json(self.layout) for row in marked), repeats
+
+    def _columns_texts(
+        self, batch: pa.RecordBatch, numbers: np.ndarray, marks: Marks, *, is_txt: bool
+    ) -> tuple[RowTexts, Sequence[bool] | None]:
+        """The same of columns.
+
+        Raises:
+            NotColumnar: some cell can only be judged by itself.
+        """
+        config, repeats, is_repeated = self.config, None, "false"
+        found = numbered = row_text.numbers(numbers, 9)
+        url = row_text.texts(_column(batch, "url" if is_txt else config.url_column))
+        captions = ["null"]
+        if config.caption_column is not None and not is_txt:
+            captions = row_text.captions_json(_column(batch, config.caption_column))
+        annotations = [self._annotations_json(batch), ","] if config.annotation_columns else []
+        if config.key_column is not None:
+            found = pc.coalesce(row_text.keys(_column(batch, config.key_column)), numbered)
+            repeats = marks.repeats(found.to_pylist())
+            is_repeated = row_text.booleans(repeats)
+        key, url = row_text.escape(found), row_text.escape(url.fill_null(""))
+        joined = row_text.join('["', key, '","', url, '",', *captions, ",", *annotations, is_repeated, "],")
+        return RowTexts(joined), repeats
+
+    def _annotations_json(self, batch: pa.RecordBatch) -> pa.Array:
+        columns = top_levels(self.config.annotation_columns.values(), batch.schema.names)
+        try:
+            found = [self.config.annotations(record) for record in to_records(batch.select(columns))]
+        except BadCell as error:
+            raise NotColumnar from error
+        return pa.array([canonical_json(each) for each in found], pa.large_string())
 
     def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
         """The row with what its record has; where a cell cannot be used, with what came before and the drop."""
@@ -110,4 +186,18 @@ class UrlsSource(Source):
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        return {"url_column": config.url_column, "caption_column": config.caption_column, **config.annotation_settings}
+        where = {} if config.where is None else {"where": config.where}
+        columns = {"url_column": config.url_column, "caption_column": config.caption_column}
+        return {**columns, **config.annotation_settings, **where}
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """
+    Raises:
+        NotColumnar: it is a path into nested columns.
+    """
+    if name in batch.schema.names:
+        return batch.column(name)
+    if "." in name and top_level(name, dict.fromkeys(batch.schema.names)) is not None:
+        raise NotColumnar
+    return pa.nulls(batch.num_rows)

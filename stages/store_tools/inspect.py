@@ -44,6 +44,7 @@ def inspect_command(
         lines += [f"      {key}: {value}" for key, value in sorted(details.items())]
     result: dict[str, object] = {
         "input_rows": store.manifest.input_rows,
+        **({"filtered": store.manifest.filtered} if store.manifest.filtered else {}),
         "num_samples": len(store),
         "num_removed": removed,
         "removals": store.manifest.listed_removals,

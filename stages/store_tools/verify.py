@@ -88,6 +88,7 @@ def _coverage_line(report: VerifyReport) -> str:
     return (
         f"{report.input_rows} input rows: {report.num_samples} samples, {_counts('dropped', report.dropped)}, "
         f"{_counts('excluded', report.excluded)}, {report.unaccounted} unaccounted"
+        + (f"; {report.filtered} other rows filtered by source.where" if report.filtered else "")
     )
 
 

@@ -19,7 +19,7 @@ class VerifyReport:
         ok: no problems; warnings do not count.
         files_checked, bytes_checked: number of files read to the end, and their bytes, including the manifest.
         input_rows: rows of the source. Each is one of the samples, dropped, excluded or unaccounted.
-            None, with `unaccounted`, in a store of schema 1.
+            None, with `unaccounted`, in a store of schema 1. `filtered`: further rows, which a condition left out.
         num_samples: samples that a reader sees.
         dropped: rows that did not become samples, by the reason of their last try.
         excluded: samples that readers leave out, by reason.
@@ -31,6 +31,7 @@ class VerifyReport:
     files_checked: int = 0
     bytes_checked: int = 0
     input_rows: int | None = None
+    filtered: int = 0
     num_samples: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, int] = field(default_factory=dict)

@@ -391,7 +391,8 @@ class _Check:
             message = f"schema {self._manifest.schema_version} proves neither input rows nor the order of rows"
             self._report.warnings.append(Problem(MANIFEST_NAME, f"{message}; --restart makes one that does"))
             return
-        self._report.input_rows, self._report.unaccounted = self._coverage.input_rows, self._coverage.unaccounted
+        self._report.input_rows, self._report.filtered = self._coverage.input_rows, self._manifest.filtered
+        self._report.unaccounted = self._coverage.unaccounted
         self._report.dropped = dict(sorted((+self._coverage.dropped).items()))
         for message in self._coverage.finish() if self._saw_all_samples else ():
             self._bad(MANIFEST_NAME, message)

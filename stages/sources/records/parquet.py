@@ -107,8 +107,10 @@ class ParquetRows:
         self._table.close(force=True)
 
 
-def to_records(batch: "pa.RecordBatch | pa.Table") -> list[dict[str, Any]]:
+def to_records(batch: "pa.RecordBatch | pa.Table | list[dict[str, Any]]") -> list[dict[str, Any]]:
     """Rows as dicts; text that is not UTF-8, though the schema says it is, becomes surrogate escapes."""
+    if isinstance(batch, list):
+        return batch
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
