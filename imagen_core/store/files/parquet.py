@@ -98,6 +98,23 @@ def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
     return [samples.row(row) for row in range(samples.num_rows)]
 
 
+def read_columns(source: str | BinaryIO, name: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a `samples` file, in their order; no other bytes are read.
+
+    Annotations that the file lacks are null in their type, and columns that it does not have in the null type.
+
+    Raises:
+        StoreError: `name` is missing, or not such a file.
+    """
+    with reading(name, "parquet", PARQUET_ERRORS):
+        file = pq.ParquetFile(source)
+        present = [column for column in columns if column in file.schema_arrow.names]
+        table, num_rows = file.read(columns=present, use_threads=False), file.metadata.num_rows
+        types = {field.name: field.type for field in _OPTIONAL_COLUMNS}
+        lacking = {column: pa.nulls(num_rows, types.get(column, pa.null())) for column in columns}
+        return pa.table({column: table[column] if column in present else lacking[column] for column in columns})
+
+
 class SamplesFile:
     """The `samples` file of a shard, in memory by column; reading a row does not call pyarrow.
 

@@ -2,13 +2,16 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
-from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.parquet import SamplesFile, read_columns
 from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddings, open_images
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
@@ -18,9 +21,10 @@ from imagen_core.store.read.places import Places
 from imagen_core.store.records import ArrayGroup, EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import load_removals
 
-_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile)
+_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+_COLUMN_READERS = 16  # shards whose columns are read at the same time: files of a remote store take their time
 
 
 class OpenShard:
@@ -46,6 +50,10 @@ class OpenShard:
     @cached_property
     def samples(self) -> SamplesFile:
         return self._file(SAMPLES_GROUP, SamplesFile)
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Columns of `samples`, one row per row of the shard; see `read_columns`."""
+        return self._file(SAMPLES_GROUP, lambda source, name: read_columns(source, name, names))
 
     def _open_images(self, size_px: int) -> ImageFile:
         group = self._manifest.images[size_px]
@@ -184,6 +192,30 @@ class StoreReader:
         }
         previous = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
         return Places(self._manifest.rows, previous), removed
+
+    def sample_columns(self, names: Sequence[str]) -> pa.Table:
+        """Columns of `samples` of the whole store, read from all shards: one row per row, excluded ones included.
+
+        Shard after shard in the manifest's order, so that row r of the shard at position p is row
+        `manifest.rows[:p].sum() + r`. A column that only some shards have is null in the others.
+
+        Args:
+            names: columns of the `samples` files, such as "width".
+        Raises:
+            ValueError: no shard has a column of that name.
+            StoreError: a file is missing or unreadable.
+        """
+
+        def read(position: int) -> pa.Table:
+            return OpenShard(self._folder, self._manifest, self._generations, position).columns(names)
+
+        with ThreadPoolExecutor(_COLUMN_READERS) as readers:
+            tables = list(readers.map(read, range(len(self._manifest.rows))))
+        table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+        missing = [name for name in table.column_names if pa.types.is_null(table.schema.field(name).type)]
+        if missing:
+            raise ValueError(f"the store's samples have no column {', '.join(missing)}")
+        return table
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""

@@ -203,3 +203,13 @@ def test_a_sample_is_printed_with_shapes_instead_of_values(make: Make) -> None:
     tokens, dim = sample.text["t5"][0].shape
     assert f"[{tokens}, {dim}]" in printed
     assert len(printed) < 1000
+
+
+def test_columns_of_samples_are_read_for_all_rows_in_the_order_of_the_shards(make: Make) -> None:
+    made = make(excluded={1: [0]})
+    store = st.Store.open(made.path)
+    columns = store.sample_columns(["height", "label"])
+    assert columns["height"].to_pylist() == [480 + row for rows in (5, 3, 4) for row in range(rows)]
+    assert columns["label"].null_count == 12
+    with pytest.raises(ValueError, match="no column aesthetic"):
+        store.sample_columns(["aesthetic"])
