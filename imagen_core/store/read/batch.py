@@ -1,0 +1,177 @@
+"""Reads samples of one or several stores into one batch of tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from imagen_core.store.array_spec import ArraySpec
+from imagen_core.store.files.ragged import StoredEmbedding, restore
+from imagen_core.store.read.crop import FullImage
+from imagen_core.store.read.options import LoaderOptions
+from imagen_core.store.read.reader import StoreReader
+from imagen_core.store.records import EmbeddingGroup
+
+_PADDED_DTYPES = {"bfloat16": np.dtype(np.int16), "float32": np.dtype(np.float32)}  # of others: float16
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sample of a batch.
+
+    Attributes:
+        shard, row: where it is in its store.
+        choice: a hash; `choice % n` is the caption that is taken of n.
+        counter: decides the random numbers of its view.
+        store: index of its store.
+    """
+
+    shard: int
+    row: int
+    choice: int
+    counter: int
+    store: int = 0
+
+
+class BatchReader:
+    """Reads what the options of a loader ask for, see `Loader` for the parts of a batch."""
+
+    def __init__(self, stores: Sequence[StoreReader], options: LoaderOptions) -> None:
+        """`stores` have groups of the same dtypes and sizes.
+
+        Raises:
+            ValueError: a size or encoder that a store lacks.
+        """
+        self._stores, self._options = stores, options
+        self._view = options.crop or FullImage()
+        self._layout = self._view.layout(options.images) if options.images else {}
+        for store in reversed(stores):  # what describes the batch is taken of the first
+            for stored, _ in self._layout.values():
+                store.image_group(stored)
+            self._text_group = None if options.text is None else store.text_group(options.text)
+            self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
+            self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
+            self._array_groups = [store.array_group(name) for name in options.arrays or ()]
+
+    def read(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """A batch of these samples, in this order."""
+        keys, captions, transcriptions = ([""] * len(draws) for _ in range(3))
+        labels = self._empty((len(draws),), np.dtype(np.int64))
+        shapes = {size: (len(draws), side, side, 3) for size, (_, side) in self._layout.items()}
+        images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
+        pixels = {size: tensor.numpy() for size, tensor in images.items()}
+        numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
+        embeddings: list[np.ndarray] = [np.empty(0)] * len(draws)
+        text_embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
+        embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
+        arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
+        # Shard by shard, so that a file is opened once per batch.
+        for store, shard, row, k in sorted((draw.store, draw.shard, draw.row, k) for k, draw in enumerate(draws)):
+            files, choice = self._stores[store].shard(shard), draws[k].choice
+            keys[k] = files.samples.key(row)
+            if self._options.captions:
+                captions[k] = files.samples.caption(row, choice % len(files.samples.caption_ids(row)))
+            if self._options.transcriptions:
+                transcriptions[k] = files.samples.transcription(row) or ""
+            if self._options.labels:
+                label = files.samples.label(row)
+                labels[k] = -1 if label is None else label
+            boxes = self._view.boxes(self._layout, numbers[k], files.samples.image(row)) if images else {}
+            for size, box in boxes.items():
+                stored, side = self._layout[size]
+                pixels[size][k] = box.show(files.images[stored].pixels(row), side)
+            if self._text_group is not None:
+                ids = files.samples.caption_ids(row)
+                stored = files.text[self._text_group.encoder].stored(ids[choice % len(ids)])
+                embeddings[k] = self._truncated(stored, self._text_group)
+            if self._text_embed_group is not None:
+                ids = files.samples.caption_ids(row)
+                group = self._text_embed_group
+                stored = files.text[group.encoder].stored(ids[choice % len(ids)])
+                text_embeds[k] = self._truncated(_one_vector(stored, group.name), group)
+            if self._embed_group is not None:
+                embeds[k] = self._truncated(
+                    files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
+                )
+            for name, rows in arrays.items():
+                rows[k] = files.arrays[name].stored(row)
+        batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
+        if images:
+            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
+        if self._text_group is not None:
+            batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
+        if self._text_embed_group is not None:
+            vectors, _ = self._pad(text_embeds, self._text_embed_group)
+            batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
+        if self._embed_group is not None:
+            batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
+        if self._options.captions:
+            batch["captions"] = captions
+        if self._options.transcriptions:
+            batch["transcriptions"] = transcriptions
+        if self._options.labels:
+            batch["labels"] = labels
+        return batch
+
+    def _truncated(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
+        """The first max_tokens of an embedding, (n_tokens, dim), in the type of the batch."""
+        values = stored.values[: self._options.max_tokens]
+        if stored.scales is not None:
+            return restore(StoredEmbedding(values, stored.scales[: self._options.max_tokens]), group.dtype)
+        return values.view(np.int16) if group.dtype == "bfloat16" else values
+
+    def _pad(self, embeddings: list[np.ndarray], group: EmbeddingGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = np.array([len(embedding) for embedding in embeddings], dtype=np.int64)
+        longest = int(lengths.max(initial=0))
+        dtype = _PADDED_DTYPES.get(group.dtype, np.dtype(np.float16))
+        text = self._empty((len(embeddings), longest, group.dim), dtype)
+        for row, embedding in zip(text.numpy(), embeddings, strict=True):  # (l, dim)
+            row[: len(embedding)] = embedding
+            row[len(embedding) :] = 0
+        mask = self._empty((len(embeddings), longest), np.dtype(np.bool_))
+        np.less(np.arange(longest), lengths[:, None], out=mask.numpy())
+        return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask
+
+    def _array_parts(self, arrays: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+        """The parts `arrays` and `array_sizes` of a batch."""
+        if not arrays:
+            return {}
+        specs = {group.array: group.spec for group in self._array_groups}
+        shapes = {name: [array.shape for array in arrays[name]] for name, spec in specs.items() if not spec.is_fixed}
+        sizes = {
+            name: np.array(rows, np.int64).reshape(len(rows), len(specs[name].shape)) for name, rows in shapes.items()
+        }
+        return {
+            "arrays": {name: self._pad_arrays(arrays[name], spec) for name, spec in specs.items()},
+            "array_sizes": {name: torch.from_numpy(rows) for name, rows in sizes.items()},
+        }
+
+    def _pad_arrays(self, arrays: list[np.ndarray], spec: ArraySpec) -> torch.Tensor:
+        lengths = [max((array.shape[axis] for array in arrays), default=0) for axis in range(len(spec.shape))]
+        shape = tuple(longest if n is None else n for n, longest in zip(spec.shape, lengths, strict=True))
+        signed = {"bool": np.dtype(np.bool_), "bfloat16": np.dtype(np.int16)}.get(spec.dtype, spec.disk_dtype)
+        batch = self._empty((len(arrays), *shape), signed)
+        for row, array in zip(batch.numpy(), arrays, strict=True) if shape else ():
+            row[...] = 0
+            row[tuple(map(slice, array.shape))] = array.view(signed)
+        if not shape:
+            batch.numpy()[:] = [array.view(signed) for array in arrays]
+        return batch.view(torch.bfloat16) if spec.dtype == "bfloat16" else batch
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+        """Memory for a part of a batch. Pinned memory belongs to torch, which reuses it when the tensor is gone."""
+        array = np.empty(0 if self._options.pin_memory else shape, dtype)
+        tensor = torch.from_numpy(array)
+        return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._options.pin_memory else tensor
+
+
+def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:
+    """Refuses token embeddings where one vector per caption is read."""
+    if len(stored.values) != 1:
+        raise ValueError(
+            f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector per "
+            "caption, such as kind: clip with output: projected"
+        )
+    return stored
