@@ -118,7 +118,7 @@ class ParquetSource(TableSource):
             for rows, found, places in self._keys(path, first, num_rows - first if part.rows is None else part.rows):
                 numbers = first + places
                 keys = pc.coalesce(found, row_text.join(f"{part.name}/", row_text.numbers(numbers, 7)))
-                repeats = marks.repeats(keys.to_pylist()) if self.keys_may_repeat else None
+                repeats = marks.repeats(row_text.decoded(keys)) if self.keys_may_repeat else None
                 texts = _texts(keys, part.name, numbers, digest, repeats)
                 where = places if len(places) < rows else None
                 yield Block(part, first, number, texts, repeats, False, where, rows - len(places))
@@ -242,7 +242,7 @@ def _keys_of(chunk: Chunk, column: str | None) -> pa.Array:
             return row_text.keys(chunk.column(column))
         except NotColumnar:
             pass
-    return pa.array([key_of(record, column) for record in to_records(chunk)], pa.large_string())
+    return row_text.encoded(key_of(record, column) for record in to_records(chunk))
 
 
 def _texts(keys: pa.Array, name: str, numbers: np.ndarray, digest: str, repeats: Sequence[bool] | None) -> RowTexts:

@@ -215,7 +215,7 @@ def _parsed(text: str) -> Any:
         from sqlglot.errors import SqlglotError
     except ImportError as error:
         raise MachineError(
-            f"{_FIELD}: needs the package sqlglot, which is not installed; pip install 'imagen-precompute[where]'"
+            f"{_FIELD}: needs the package sqlglot, which is not installed; pip install 'sqlglot>=30'"
         ) from error
     try:
         found = [node for node in sqlglot.parse(f"SELECT 1 WHERE {text}\n", dialect="duckdb") if node is not None]
