@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,8 @@ _ROOM_BYTES = 8 << 30
 def pytest_configure() -> None:
     """Files of tests lie in memory where there is room: half of the tests' time would go into waiting for a disk."""
     if os.path.isdir(_IN_MEMORY) and shutil.disk_usage(_IN_MEMORY).free >= _ROOM_BYTES:
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _IN_MEMORY)
+        os.environ.setdefault("TMPDIR", _IN_MEMORY)
+        tempfile.tempdir = None
 
 
 def pytest_collection_finish() -> None:
