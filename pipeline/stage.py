@@ -37,8 +37,10 @@ def seconds_without_progress() -> float:
 class RowRange(Protocol):
     """The rows of a shard as a place in a file, from which they can be read again. Small, and picklable."""
 
-    near: bool
-    """True if a worker reads the rows; else the driver does, once the shard is needed, and sends them."""
+    @property
+    def near(self) -> bool:
+        """True if a worker reads the rows; else the driver does, once the shard is needed, and sends them."""
+        ...
 
     def read(self) -> bytes:
         """The rows as the canonical JSON of their list."""

@@ -49,7 +49,8 @@ def _laid_on(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     start = np.eye(2, 3, dtype=np.float32)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
     try:
-        _, warp = cv2.findTransformECC(gray, other, start, cv2.MOTION_AFFINE, stop, None, 1)
+        everywhere = np.ones(other.shape, np.uint8)
+        _, warp = cv2.findTransformECC(gray, other, start, cv2.MOTION_AFFINE, stop, everywhere, 1)
     except cv2.error:  # such as of an image of one colour
         return second
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

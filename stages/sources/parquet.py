@@ -78,6 +78,7 @@ class ParquetSource(TableSource):
     The driver reads only footers and the key column. With arrays, the digest includes the .npy of each.
     """
 
+    config: ParquetConfig
     layout = ("key", "name", "payload", "is_duplicate")
 
     def __init__(self, config: ParquetConfig):
@@ -117,7 +118,8 @@ class ParquetSource(TableSource):
             digest, first = self._digest(path, num_rows), part.first
             for rows, found, places in self._keys(path, first, num_rows - first if part.rows is None else part.rows):
                 numbers = first + places
-                keys = pc.coalesce(found, row_text.join(f"{part.name}/", row_text.numbers(numbers, 7)))
+                made = row_text.join(f"{part.name}/", row_text.numbers(numbers, 7))
+                keys = pc.coalesce(found, made)  # pyright: ignore[reportAttributeAccessIssue]
                 repeats = marks.repeats(row_text.decoded(keys)) if self.keys_may_repeat else None
                 texts = _texts(keys, part.name, numbers, digest, repeats)
                 where = places if len(places) < rows else None
@@ -237,7 +239,7 @@ def _footer_digest(path: str) -> str:
 def _keys_of(chunk: Chunk, column: str | None) -> pa.Array:
     if column is None:
         return pa.nulls(len(chunk), pa.large_string())
-    if isinstance(chunk, pa.RecordBatch) and column in chunk.schema.names:
+    if not isinstance(chunk, list) and column in chunk.schema.names:
         try:
             return row_text.keys(chunk.column(column))
         except NotColumnar:

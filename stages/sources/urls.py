@@ -64,6 +64,8 @@ class UrlsConfig(AnnotationsConfig):
 class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
+    config: UrlsConfig
+
     def __init__(self, config: UrlsConfig):
         self.config = config
         self.path = require_path(config.path, "urls")
@@ -147,7 +149,8 @@ class UrlsSource(TableSource):
             captions = row_text.captions_json(_column(batch, config.caption_column))
         annotations = [self._annotations_json(batch), ","] if config.annotation_columns else []
         if config.key_column is not None:
-            found = pc.coalesce(row_text.keys(_column(batch, config.key_column)), numbered)
+            keys = row_text.keys(_column(batch, config.key_column))
+            found = pc.coalesce(keys, numbered)  # pyright: ignore[reportAttributeAccessIssue]
             repeats = marks.repeats(found.to_pylist())
             is_repeated = row_text.booleans(repeats)
         key, url = row_text.escape(found), row_text.escape(url.fill_null(""))

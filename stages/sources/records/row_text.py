@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+# pyarrow makes its functions when it is imported.
+# pyright: reportAttributeAccessIssue=false
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as arrow
@@ -51,13 +53,13 @@ def encoded(texts: Iterable[str | None]) -> pa.Array:
     return pa.array(data, pa.large_binary()).view(_LARGE)
 
 
-def decoded(column: pa.Array) -> list[str | None]:
-    """The texts of a column that `encoded` may have made."""
+def decoded(column: pa.Array) -> list[str]:
+    """The texts of a column without NULL that `encoded` may have made."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         cells = column.view(pa.large_binary()).to_pylist()
-        return [None if cell is None else cell.decode("utf-8", "surrogatepass") for cell in cells]
+        return [cell.decode("utf-8", "surrogatepass") for cell in cells]
 
 
 def captions_json(column: pa.Array) -> "list[pa.Array | str]":

@@ -114,8 +114,9 @@ class RowFilter:
         def is_excluded(group: int) -> bool:
             for place, excludes in bounds:
                 found = metadata.row_group(group).column(place).statistics
-                is_known = found is not None and found.has_min_max and isinstance(found.min, int | float)
-                if is_known and excludes(found.min, found.max):
+                if found is None or not found.has_min_max or not isinstance(found.min, int | float):
+                    continue
+                if excludes(found.min, found.max):
                     return True
             return False
 
@@ -136,7 +137,8 @@ class RowFilter:
         if as_number and is_text:
             is_number = pc.match_substring_regex(column, _NUMBER)  # pyright: ignore[reportAttributeAccessIssue]
             trimmed = pc.utf8_trim_whitespace(column)  # pyright: ignore[reportAttributeAccessIssue]
-            column = pc.if_else(is_number, trimmed, None).cast(pa.float64())
+            numbers = pc.if_else(is_number, trimmed, None)  # pyright: ignore[reportAttributeAccessIssue]
+            column = numbers.cast(pa.float64())
         if pa.types.is_floating(column.type):
             column = pc.if_else(pc.is_nan(column), None, column)  # pyright: ignore[reportAttributeAccessIssue]
         return column
@@ -222,7 +224,7 @@ def _parsed(text: str) -> Any:
     except (SqlglotError, RecursionError) as error:
         raise ConfigError(f"{_FIELD}: {text!r} is no expression of SQL: {first_line(error)}") from error
     where = found[0].args.get("where") if len(found) == 1 and _kind(found[0], check=False) == "Select" else None
-    others = {} if not found else {name for name, value in found[0].args.items() if value and name != "expressions"}
+    others = set() if not found else {name for name, value in found[0].args.items() if value and name != "expressions"}
     if where is None or others - {"where", "kind"} or not text.strip():
         raise ConfigError(f"{_FIELD}: {text!r} is not one expression; give a condition such as 'aesthetic >= 5.5'")
     return where.this
