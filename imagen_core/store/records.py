@@ -187,8 +187,8 @@ def parse_group(name: str, raw: Any) -> Group:
             group = ArrayGroup(name, str(raw["array"]), spec, check_format(raw["format"]), maker)
             expected_name = array_group(group.array)
         elif kind == "hashes":
-            sizes = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
-            group = HashesGroup(name, *sizes)
+            num_perceptual, thumbnail_px = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
+            group = HashesGroup(name, num_perceptual, thumbnail_px)
             expected_name = HASHES_GROUP
         else:
             group, expected_name = OtherGroup(name, str(kind), check_format(raw["format"])), name

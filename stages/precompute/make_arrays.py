@@ -51,7 +51,8 @@ class ArrayStage(Stage):
         Raises:
             ConfigError: no array, an array without a legal name, or a group that is not made before.
         """
-        self.config, self.store_format = config, store_format
+        self.config = config
+        self.store_format: StoreFormat = store_format
         try:
             self.specs = {array_group(name): (name, spec) for name, spec in config.arrays().items()}
         except ValueError as error:
