@@ -1,22 +1,21 @@
 """The store: what precompute writes and the trainer reads."""
 
 from imagen_core.store.array_spec import ArrayDtype, ArraySpec
+from imagen_core.store.buckets import Shape, bucket_shapes, choose_buckets, choose_shape, crop_box
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
+from imagen_core.store.files.images import ImageFile, ImageWriter, open_image_writer, open_images
 from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
-    ImageWriter,
     cast_embeddings,
     embedding_shard_bytes,
     open_embeddings,
-    open_image_writer,
-    open_images,
     write_embedding_shard,
 )
 from imagen_core.store.folder import StoreFolder
@@ -112,6 +111,7 @@ __all__ = [
     "HashesFile",
     "HashesGroup",
     "ImageEmbedGroup",
+    "ImageFile",
     "ImageHashes",
     "ImageInfo",
     "ImageWriter",
@@ -129,6 +129,7 @@ __all__ = [
     "SampleRow",
     "SamplesFile",
     "SamplesGroup",
+    "Shape",
     "ShardEntry",
     "Store",
     "StoreDtype",
@@ -144,12 +145,16 @@ __all__ = [
     "array_group",
     "array_shard_bytes",
     "blank_key",
+    "bucket_shapes",
     "cast_embedding",
     "cast_embeddings",
     "check_codec",
+    "choose_buckets",
+    "choose_shape",
     "codec_settings",
     "comparable",
     "comparable_records",
+    "crop_box",
     "dump_null",
     "embedding_shard_bytes",
     "file_suffix",
