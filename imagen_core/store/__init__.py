@@ -7,16 +7,14 @@ from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, 
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
+from imagen_core.store.files.images import ImageFile, ImageWriter, open_image_writer, open_images
 from imagen_core.store.files.null import dump_null, parse_null
 from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
 from imagen_core.store.files.shard import (
-    ImageWriter,
     cast_embeddings,
     embedding_shard_bytes,
     open_embeddings,
-    open_image_writer,
-    open_images,
     write_embedding_shard,
 )
 from imagen_core.store.folder import StoreFolder
@@ -112,6 +110,7 @@ __all__ = [
     "HashesFile",
     "HashesGroup",
     "ImageEmbedGroup",
+    "ImageFile",
     "ImageHashes",
     "ImageInfo",
     "ImageWriter",

@@ -27,7 +27,8 @@ class Sample:
     """One sample, with all its fields.
 
     Attributes:
-        images: uint8 RGB (S, S, 3) by size S in pixels.
+        images: uint8 RGB (height, width, 3) by size in pixels; squares of that size, or of the shape of the sample's
+            aspect-ratio bucket.
         text: by encoder, one (n_tokens, dim) array per caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
         image_embeds: by image encoder, (dim,) in the types of `text`.

@@ -9,14 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
@@ -255,32 +253,6 @@ class RowGroups:
             self._rows, self._num_bytes = [], 0
 
 
-class ParquetImageWriter:
-    """Writes stored images: raw ones as column "pixels", encoded ones as "num_bytes" and "picture"; and "digest"."""
-
-    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
-        self._is_raw = codec == "raw"
-        if self._is_raw:
-            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3)), DIGEST_FIELD])
-        else:
-            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary()), DIGEST_FIELD])
-        self._new = new_parquet(path, schema, {"size_px": str(size_px)})
-        self._rows = RowGroups(self._new.__enter__(), schema)
-
-    def append(self, stored: bytes, digest: int) -> None:
-        """Adds an image, as stored, with its digest."""
-        self._rows.append((stored, digest) if self._is_raw else (len(stored), stored, digest), len(stored))
-
-    def finish(self) -> None:
-        """Writes the last row group and closes the file."""
-        self._rows.flush()
-        self.abort()
-
-    def abort(self) -> None:
-        """Closes the file."""
-        self._new.__exit__(None, None, None)
-
-
 def write_embeddings_parquet(
     path: str | os.PathLike[str],
     embeddings: Iterable[tuple[StoredEmbedding, int]],
@@ -301,39 +273,6 @@ def write_embeddings_parquet(
         rows.flush()
 
 
-def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
-    """A column of counts, int64."""
-    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
-
-
-class ParquetImages:
-    """Random access to the stored images of a shard; `num_rows` is their number."""
-
-    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
-        with reading(name, "parquet", PARQUET_ERRORS):
-            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
-            found_px = int((file.metadata.metadata or {})[b"size_px"])
-            if found_px != size_px:
-                raise StoreError(f"{name}: pixels are {found_px} px wide, not {size_px}; {ADVICE}")
-            self.num_rows: int = file.metadata.num_rows
-            if codec == "raw":
-                self._shape: tuple[int, ...] = (size_px, size_px, 3)
-                lengths = np.full(self.num_rows, size_px * size_px * 3, dtype=np.int64)
-                self._values = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
-            else:
-                self._shape = (-1,)
-                lengths = _counts(file, "num_bytes")
-                self._values = BlobColumn(file, source, "picture", lengths, prefix_bytes=4, mapped=mapped)
-        self._name = name
-
-    def stored(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
-        try:
-            return self._values[row].reshape(self._shape)
-        except PARQUET_ERRORS as error:
-            raise unreadable(self._name, "parquet", error) from error
-
-
 class ParquetEmbeddings:
     """Random access to the embeddings of a shard; see `EmbeddingFile`."""
 
@@ -346,7 +285,7 @@ class ParquetEmbeddings:
             self.fingerprint: str = meta.get(b"fingerprint", b"").decode()
             if found != (dtype, dim):
                 raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
-            self.num_tokens: np.ndarray = _counts(file, "num_tokens")
+            self.num_tokens: np.ndarray = read_counts(file, "num_tokens")
             token_bytes = dim * self._dtype.itemsize
             self._values = BlobColumn(
                 file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
@@ -368,6 +307,11 @@ class ParquetEmbeddings:
             return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
         except PARQUET_ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
+
+
+def read_counts(file: pq.ParquetFile, name: str) -> np.ndarray:
+    """A column of counts, int64."""
+    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
 
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
+from imagen_core.store.files.images import ImageFile, open_images
 from imagen_core.store.files.parquet import SamplesFile, read_columns
-from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddings, open_images
+from imagen_core.store.files.shard import EmbeddingFile, open_embeddings
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
 from imagen_core.store.manifest import Manifest

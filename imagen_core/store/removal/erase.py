@@ -1,9 +1,9 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image, blank hashes, empty captions,
-and arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too
-stays, with its embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, a black square as its image, blank hashes,
+empty captions, and arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the
+shard has too stays, with its embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
@@ -15,9 +15,10 @@ import numpy as np
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
+from imagen_core.store.files.images import open_image_writer, open_images
 from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
-from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
+from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import (
     ArrayGroup,
@@ -93,12 +94,12 @@ class ErasedShard:
     def _write_images(self, group: ImagesGroup, old: str, new: Path) -> None:
         images = open_images(old, old, group)
         black = np.zeros((group.size_px, group.size_px, 3), np.uint8)
-        with open_image_writer(new, group.size_px, group.format, group.codec) as writer:
+        with open_image_writer(new, group.size_px, group.format, group.codec, group.shapes) as writer:
             for row, sample in enumerate(self.samples):
                 if row in self.removed:
                     writer.append(black, sample.key, sample.sha256)
                 else:
-                    writer.append_stored(images.stored(row), sample.key, sample.sha256)
+                    writer.append_stored(images.stored(row), images.shape(row), sample.key, sample.sha256)
 
     def _write_arrays(self, group: ArrayGroup, old: str, new: Path) -> None:
         arrays, blank = open_arrays(old, old, group), group.spec.blank()

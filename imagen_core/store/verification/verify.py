@@ -16,10 +16,11 @@ from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_problem, open_arrays
 from imagen_core.store.files.digest import array_digest, caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.hashes import HashesFile
+from imagen_core.store.files.images import open_images
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
-from imagen_core.store.files.shard import open_embeddings, open_images, read_digests
+from imagen_core.store.files.shard import open_embeddings, read_digests
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
@@ -51,11 +52,11 @@ def verify_store(
 ) -> VerifyReport:
     """Read the complete store, one file at a time, and list the problems of each file.
 
-    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
-    images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
-    removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
-    images belong to their samples, and embeddings to their captions and to the encoder that the manifest
-    names. The content of removed samples is not compared, as readers never see it.
+    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded images decode,
+    and that images have the shape of their aspect-ratio bucket; caption ids; dim and dtype of embeddings, and that
+    they are finite; unique keys; the log of removals; files the manifest does not know; that every input row is one
+    sample or one drop; that row by row images belong to their samples, and embeddings to their captions and to the
+    encoder that the manifest names. The content of removed samples is not compared, as readers never see it.
     A damaged manifest is reported as the only problem, as nothing else can be checked without it.
     Memory: one file's rows, and 8 bytes per sample for the keys. Of a remote store one shard's files are on this
     machine's disk at a time, below TMPDIR; each is fetched once.
@@ -104,6 +105,8 @@ class _ShardRows:
 
     keys: list[str]
     sha256: list[str]
+    sizes: np.ndarray
+    """Width and height of each original, int (2, n)."""
     captions: list[str]
     """The distinct captions, by caption id."""
     removed: frozenset[int]
@@ -237,13 +240,19 @@ class _Check:
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        return _ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+        infos = map(samples.image, range(samples.num_rows))
+        sizes = np.array([(info.width, info.height) for info in infos], int).reshape(-1, 2).T
+        return _ShardRows(keys, samples.column("sha256"), sizes, captions, removed, frozenset(removed_ids))
 
     def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
-        self._count_rows(entry, images.num_rows)
+        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
+            wrong = [row for row in images.misshapen(*rows.sizes) if row not in rows.removed]
+            if wrong:
+                where = f"the first in row {wrong[0]} ({rows.keys[wrong[0]]!r})"
+                self._bad(entry.path, f"{len(wrong)} images have not the shape of their bucket, {where}")
         self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
 
     def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
