@@ -41,7 +41,7 @@ from imagen_core.store.layout import (
 )
 from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
-from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
+from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     ArrayGroup,
@@ -105,6 +105,7 @@ __all__ = [
     "EmbeddingGroup",
     "ErasedShard",
     "FileEntry",
+    "Frame",
     "FullImage",
     "Group",
     "HashesFile",
@@ -135,6 +136,7 @@ __all__ = [
     "StoreFolder",
     "StoreFormat",
     "StoredEmbedding",
+    "StoredShape",
     "TextGroup",
     "TokenErrors",
     "VerifyReport",

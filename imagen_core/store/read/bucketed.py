@@ -112,8 +112,12 @@ class BucketedOrder:
         """Samples of each bucket among the first `position` of an epoch.
 
         Raises:
-            ValueError: no batch ends there.
+            ValueError: no batch ends there, or the cut is not one of these buckets.
         """
+        if len(cut.starts) != len(self.totals) or (np.array(cut.starts) > self.totals).any():
+            raise ValueError(
+                f"loader state has starts {list(cut.starts)}, but the buckets have {self.totals.tolist()}"
+            )
         plan = self._planned(epoch, cut)
         done = int(plan.ends.searchsorted(position, side="right"))
         if position != (plan.ends[done - 1] if done else sum(cut.starts)):
