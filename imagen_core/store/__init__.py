@@ -42,7 +42,7 @@ from imagen_core.store.layout import (
 )
 from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
-from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
+from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     ArrayGroup,
@@ -106,6 +106,7 @@ __all__ = [
     "EmbeddingGroup",
     "ErasedShard",
     "FileEntry",
+    "Frame",
     "FullImage",
     "Group",
     "HashesFile",
@@ -137,6 +138,7 @@ __all__ = [
     "StoreFolder",
     "StoreFormat",
     "StoredEmbedding",
+    "StoredShape",
     "TextGroup",
     "TokenErrors",
     "VerifyReport",

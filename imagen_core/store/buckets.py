@@ -8,6 +8,7 @@ to be stored.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import gcd
 
 import numpy as np
 
@@ -61,6 +62,11 @@ def scaled(shapes: Sequence[Shape], smallest_px: int, size_px: int) -> tuple[Sha
                 f"times {factor} is no whole number of pixels; use {smallest_px * 2} or {smallest_px * 4}"
             )
     return tuple((int(height * factor), int(width * factor)) for height, width in shapes)
+
+
+def ratios_of(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes in lowest terms: the same for all sizes of a store."""
+    return tuple((height // gcd(height, width), width // gcd(height, width)) for height, width in shapes)
 
 
 def choose_buckets(widths: np.ndarray, heights: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from imagen_core.store.array_spec import ArraySpec
+from imagen_core.store.buckets import Shape, ratios_of
 from imagen_core.store.files.ragged import StoredEmbedding, restore
-from imagen_core.store.read.crop import FullImage
+from imagen_core.store.read.crop import FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.reader import StoreReader
 from imagen_core.store.records import EmbeddingGroup
@@ -36,30 +37,52 @@ class Draw:
 
 
 class BatchReader:
-    """Reads what the options of a loader ask for, see `Loader` for the parts of a batch."""
+    """Reads what the options of a loader ask for, see `Loader` for the parts of a batch.
+
+    Attributes:
+        ratios: height and width, in lowest terms, of the aspect-ratio buckets that a batch has one of; none where
+            images are squares, or none are read.
+    """
 
     def __init__(self, stores: Sequence[StoreReader], options: LoaderOptions) -> None:
         """`stores` have groups of the same dtypes and sizes.
 
         Raises:
-            ValueError: a size or encoder that a store lacks.
+            ValueError: a size or encoder that a store lacks, or images of different aspect-ratio buckets.
         """
         self._stores, self._options = stores, options
         self._view = options.crop or FullImage()
-        self._layout = self._view.layout(options.images) if options.images else {}
+        self.ratios: tuple[Shape, ...] = ()
+        self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         for store in reversed(stores):  # what describes the batch is taken of the first
-            for stored, _ in self._layout.values():
-                store.image_group(stored)
             self._text_group = None if options.text is None else store.text_group(options.text)
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
             self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
             self._array_groups = [store.array_group(name) for name in options.arrays or ()]
 
-    def read(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """A batch of these samples, in this order."""
+    def _layouts_by_bucket(self, sizes: Sequence[int]) -> list[Layout]:
+        """How the images of each bucket are shown; of squares, where there are no buckets."""
+        squares = self._view.layout(sizes, lambda size_px: (size_px, size_px))
+        stored = sorted({frame.stored_px for frame in squares.values()})
+        found = {(store, size): store.image_group(size) for store in self._stores for size in stored}
+        if len({ratios_of(group.shapes) for group in found.values()}) > 1:
+            buckets = ", ".join(f"{group.name}: {list(group.shapes) or 'squares'}" for group in found.values())
+            raise ValueError(f"images of different aspect-ratio buckets cannot be in one batch ({buckets})")
+        shapes = {size: self._stores[0].image_group(size).shapes for size in stored}
+        self.ratios = ratios_of(shapes[stored[0]])
+        if not self.ratios:
+            return [squares]
+        return [
+            self._view.layout(sizes, lambda size_px, bucket=bucket: shapes[size_px][bucket])
+            for bucket in range(len(self.ratios))
+        ]
+
+    def read(self, draws: Sequence[Draw], bucket: int = 0) -> dict[str, Any]:
+        """A batch of these samples, in this order; all are of one aspect-ratio bucket, if there are any."""
+        layout = self._layouts[bucket]
         keys, captions, transcriptions = ([""] * len(draws) for _ in range(3))
         labels = self._empty((len(draws),), np.dtype(np.int64))
-        shapes = {size: (len(draws), side, side, 3) for size, (_, side) in self._layout.items()}
+        shapes = {size: (len(draws), *frame.shown, 3) for size, frame in layout.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
@@ -78,10 +101,10 @@ class BatchReader:
             if self._options.labels:
                 label = files.samples.label(row)
                 labels[k] = -1 if label is None else label
-            boxes = self._view.boxes(self._layout, numbers[k], files.samples.image(row)) if images else {}
+            boxes = self._view.boxes(layout, numbers[k], files.samples.image(row)) if images else {}
             for size, box in boxes.items():
-                stored, side = self._layout[size]
-                pixels[size][k] = box.show(files.images[stored].pixels(row), side)
+                frame = layout[size]
+                pixels[size][k] = box.show(files.images[frame.stored_px].pixels(row), frame.shown)
             if self._text_group is not None:
                 ids = files.samples.caption_ids(row)
                 stored = files.text[self._text_group.encoder].stored(ids[choice % len(ids)])
@@ -99,7 +122,7 @@ class BatchReader:
                 rows[k] = files.arrays[name].stored(row)
         batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
         if images:
-            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
+            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, h, w)
         if self._text_group is not None:
             batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
         if self._text_embed_group is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from imagen_core.store.read.batch import BatchReader, Draw
+from imagen_core.store.read.bucketed import MAX_LEFT_OUT, BucketedOrder, Cut, check_bucket_state
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
 from imagen_core.store.read.reader import StoreReader
@@ -32,6 +33,8 @@ def check_loader_state(state: Any) -> Any:
             raise ValueError(f"loader state has {name} {value!r}, which must be an integer of 0 or more")
     if state["position"] > state.get("num_samples", state["position"]):
         raise ValueError(f"loader state has position {state['position']} of {state['num_samples']} samples")
+    if state.get("buckets") is not None:
+        check_bucket_state(state["buckets"], state["position"])
     return state
 
 
@@ -45,11 +48,18 @@ class Loader:
     same number of batches. A rank can then get an empty batch (B = 0); `drop_last` leaves that global
     batch out instead.
 
+    Buckets. Where the images of the store are of aspect-ratio buckets, each global batch is of one bucket: each
+    bucket's samples are shuffled and cut into batches, and the batches of all buckets are shuffled. What is left of
+    each bucket is a smaller batch at the end of the epoch, so each sample is still seen exactly once. With
+    `shuffle_window_shards` a bucket's samples are shuffled within the windows; without `shuffle` the buckets come one
+    after another. The order depends on the global batch size too.
+
     Captions. If a sample has several captions, one is taken by a hash of (seed, epoch, sample): the same
     for any rank, world size and batch size.
 
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
-    received as many batches) restores all of them, with any world size and batch size. The next `for`
+    received as many batches) restores all of them, with any world size and batch size; with buckets and another
+    global batch size, the samples of the epoch that are left are cut into batches anew. The next `for`
     after one that was left early continues from there. If samples were removed since the state was taken, the others
     come in the same batches as before; these are smaller by the removed samples, and can be empty. The same holds for
     samples that are removed while the loader reads, which it notices within a minute; and where compaction replaces
@@ -60,8 +70,8 @@ class Loader:
 
     Each batch is a dict:
         keys: list[str], B of them.
-        images: {S: uint8 (B, 3, S, S), 0..255}, in channels-last memory; only if images were requested. With a
-            crop, the side of each is the crop's.
+        images: {S: uint8 (B, 3, h, w), 0..255}, in channels-last memory; only if images were requested. h = w = S, or
+            the shape of the batch's bucket; with a crop, that of the crop.
         text: (B, L, dim) in the store's dtype (float16 for int8), zero padded, L = the longest of this
             batch after truncation to max_tokens (which also removes the end-of-sentence token of truncated
             captions); only if text was requested.
@@ -81,7 +91,8 @@ class Loader:
         """Made by `Store.loader`.
 
         Raises:
-            ValueError: a size or encoder the store lacks, or a number out of range.
+            ValueError: a size or encoder the store lacks, a number out of range, or `drop_last` would leave out more
+                than 2 % of the samples of buckets.
         """
         samples = range(len(store)) if options.samples is None else options.samples
         if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
@@ -94,12 +105,36 @@ class Loader:
         self._epoch = self._position = 0
         self.global_size = 0
         self._arrange(store.manifest.num_removals, samples)
+        if options.drop_last and self._bucketed is not None:
+            self._check_left_out(self._bucketed)
+
+    def _check_left_out(self, order: BucketedOrder) -> None:
+        left = int((order.totals % self._global_batch_size).sum())
+        if left > MAX_LEFT_OUT * len(self._samples):
+            raise ValueError(
+                f"drop_last would leave out {left} of {len(self._samples)} samples in each epoch, as each of the "
+                f"aspect-ratio buckets has some left after batches of {self._global_batch_size}; leave drop_last off, "
+                "or take smaller batches"
+            )
 
     def _arrange(self, num_removals: int, samples: range) -> None:
         """Orders `samples`, indices of the samples that the store had after its first removals."""
         self._num_removals, self._samples = num_removals, samples
         self._places, self._removed = self._store.places(num_removals)
-        if self._window_shards:
+        self._bucketed: BucketedOrder | None = None
+        self._cut = Cut(self._global_batch_size, ())
+        if self._reader.ratios:
+            buckets = self._places.of_samples(self._store.buckets(self._reader.ratios), samples)
+            self._bucketed = BucketedOrder(
+                buckets,
+                len(self._reader.ratios),
+                bounds=self._places.bounds(samples) - samples.start,
+                window=self._window_shards,
+                seed=self._options.seed,
+                shuffle=self._options.shuffle,
+            )
+            self._cut = self._bucketed.uncut(self._global_batch_size)
+        elif self._window_shards:
             self._windowed = WindowedOrder(self._places.bounds(samples), self._window_shards, self._options.seed)
 
     @property
@@ -119,6 +154,8 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches in a complete epoch; the same for all ranks."""
+        if self._bucketed is not None:
+            return self._bucketed.num_batches(self._global_batch_size, full_only=self._options.drop_last)
         num_global = len(self._samples) / self._global_batch_size
         return math.floor(num_global) if self._options.drop_last else math.ceil(num_global)
 
@@ -146,16 +183,28 @@ class Loader:
         if self._removed or self._store.removed_since:
             self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
         self._position += size
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Goes on with the next epoch if no batch is left in this one."""
         if not self._next_global_size():
             self._epoch, self._position = self._epoch + 1, 0
+            if self._bucketed is not None:
+                self._cut = self._bucketed.uncut(self._global_batch_size)
 
     def _next_global_size(self) -> int:
         """Samples in the next global batch; 0 at the end of the epoch."""
+        if self._bucketed is not None:
+            _, size = self._bucketed.next_batch(self._epoch, self._cut, self._position)
+            return size if size == self._global_batch_size or not self._options.drop_last else 0
         left, full = len(self._samples) - self._position, self._global_batch_size
         return min(left, full) if left >= full or not self._options.drop_last else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, as JSON values: `position` samples of `epoch` are consumed by all ranks."""
+        cut = self._cut
+        ratios = [list(ratio) for ratio in self._reader.ratios]
+        buckets = {"ratios": ratios, "batch_size": cut.batch_size, "starts": list(cut.starts)}
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -165,10 +214,12 @@ class Loader:
             "first_sample": self._samples.start,
             "shuffle_window_shards": self._window_shards,
             "num_removals": self._num_removals,
+            **({} if self._bucketed is None else {"buckets": buckets}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a state; the order is the same whatever the world size and batch size are now.
+        """Continues from a state; the order is the same whatever the world size is now, and without buckets also
+        whatever the batch size is.
 
         A state from before a removal keeps its order, for all epochs; the removed samples are missing from it.
 
@@ -184,9 +235,26 @@ class Loader:
                     f"loader state has {name} {state.get(name, 0)}, this loader has {mine[name]}: the order of "
                     "samples differs; resume with the same store, seed and shuffle"
                 )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        if self._position and not self._next_global_size():
-            self._epoch, self._position = self._epoch + 1, 0
+        epoch, position = int(state["epoch"]), int(state["position"])
+        cut = self._cut_as(state, epoch, position)
+        self._epoch, self._position, self._cut = epoch, position, cut
+        if self._position:
+            self._end_epoch()
+
+    def _cut_as(self, state: dict[str, Any], epoch: int, position: int) -> Cut:
+        """How the rest of a state's epoch is cut into batches: as it was, if they are as large as before."""
+        buckets, mine = state.get("buckets"), [list(ratio) for ratio in self._reader.ratios]
+        theirs = [] if buckets is None else [list(ratio) for ratio in buckets["ratios"]]
+        if theirs != mine:
+            raise ValueError(
+                f"loader state has aspect-ratio buckets {theirs or 'none'} (height and width), this loader has "
+                f"{mine or 'none'}: the order of samples differs; resume with the same store and images"
+            )
+        if buckets is None or self._bucketed is None:
+            return self._cut
+        saved = Cut(buckets["batch_size"], tuple(buckets["starts"]))
+        consumed = self._bucketed.consumed(epoch, saved, position)
+        return saved if saved.batch_size == self._global_batch_size else Cut(self._global_batch_size, consumed)
 
     def _arrange_as(self, state: dict[str, Any]) -> None:
         """Takes the samples of a state from before a removal, if this loader can have had them."""
@@ -214,18 +282,21 @@ class Loader:
         return kept, indices[kept], [places[k] for k in kept]
 
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
-        """Reads a batch; again if the store was changed meanwhile, so that no erased sample is in it."""
+        """Reads of the next batch; again if the store was changed meanwhile, so that no erased sample is in it."""
+        bucket = 0 if self._bucketed is None else self._bucketed.next_batch(epoch, self._cut, self._position)[0]
         while True:
             generation = self._store.generation
             kept, indices, places = self._kept(epoch, positions)
             hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
             first = epoch * len(self._samples) + positions.start
             draws = [Draw(*place, hashes[n], first + k) for n, (k, place) in enumerate(zip(kept, places, strict=True))]
-            batch = self._reader.read(draws)
+            batch = self._reader.read(draws, bucket)
             if generation == self._store.generation:
                 return batch
 
     def _order(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        if self._bucketed is not None:
+            return self._bucketed.indices(epoch, self._cut, positions) + self._samples.start
         if self._window_shards:
             return self._windowed.indices(epoch, positions)
         if self._options.shuffle:

@@ -11,7 +11,7 @@ class Places:
 
     def __init__(self, rows: np.ndarray, excluded: Mapping[int, Collection[int]]) -> None:
         """`rows` of each shard; `excluded`: by shard position, its excluded rows in rising order."""
-        valid = rows.copy()
+        self._rows, valid = rows, rows.copy()
         for shard, rows_excluded in excluded.items():
             valid[shard] -= len(rows_excluded)
         self._ends: list[int] = np.cumsum(valid).tolist()  # samples up to and including each shard
@@ -27,6 +27,14 @@ class Places:
         for excluded in self._excluded.get(shard, ()):
             row += excluded <= row
         return shard, row
+
+    def of_samples(self, values: np.ndarray, samples: range) -> np.ndarray:
+        """The values of some samples, from those of all rows."""
+        is_sample = np.ones(len(values), np.bool_)
+        firsts = np.cumsum(self._rows) - self._rows
+        for shard, excluded in self._excluded.items():
+            is_sample[firsts[shard] + np.array(list(excluded), np.int64)] = False
+        return values[is_sample][samples.start : samples.stop]
 
     def bounds(self, samples: range) -> np.ndarray:
         """Where the shards of some samples start and end, int64, rising from samples.start to samples.stop."""

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
+from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
 from imagen_core.store.files.images import ImageFile, open_images
@@ -25,6 +27,7 @@ from imagen_core.store.removal_log import load_removals
 _FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+_ROWS_AT_ONCE = 1 << 16
 _COLUMN_READERS = 16  # shards whose columns are read at the same time: files of a remote store take their time
 
 
@@ -121,6 +124,7 @@ class StoreReader:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
         self._sizes = list(manifest.images)
+        self._buckets: tuple[tuple[Shape, ...], np.ndarray] | None = None
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
         self._places = Places(manifest.rows, manifest.excluded)
@@ -217,6 +221,25 @@ class StoreReader:
         if missing:
             raise ValueError(f"the store's samples have no column {', '.join(missing)}")
         return table
+
+    def buckets(self, ratios: tuple[Shape, ...]) -> np.ndarray:
+        """The aspect-ratio bucket of each row, excluded ones included, as indices into `ratios`: one byte a row.
+
+        Read once: the width and height of all samples, from every shard.
+
+        Raises:
+            StoreError: a file is missing or unreadable.
+        """
+        if self._buckets is None or self._buckets[0] != ratios:
+            table = self.sample_columns(["width", "height"])
+            parts = [
+                choose_buckets(*(column.to_numpy() for column in batch.columns), ratios).astype(
+                    np.min_scalar_type(len(ratios))
+                )
+                for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE)
+            ]
+            self._buckets = ratios, np.concatenate([np.empty(0, np.uint8), *parts])
+        return self._buckets[1]
 
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""
