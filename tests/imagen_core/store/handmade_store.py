@@ -68,6 +68,8 @@ def make_store(
     num_captions: int = 2,
     codec: st.Codec = "raw",
     seed: int = 0,
+    key_prefix: str = "",
+    fingerprint: dict[str, Any] = FINGERPRINT,
 ) -> Made:
     """Write a store with `num_captions` captions a sample, the first shared by pairs of samples."""
     rng = np.random.default_rng(seed)
@@ -89,7 +91,9 @@ def make_store(
             ids = tuple(captions.index(caption) for caption in own)
             url = None if row % 2 else f"https://example.com/{shard}/{row}.jpg"
             digest = hashlib.sha256(bytes([shard, row])).hexdigest()
-            samples.append(st.SampleRow(f"{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row, row))
+            samples.append(
+                st.SampleRow(f"{key_prefix}{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row, row)
+            )
         embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
         files = {"samples": st.shard_path("samples", shard)}
         st.write_samples(root / files["samples"], samples)
@@ -111,7 +115,7 @@ def make_store(
             dtype,
             store_format,
             captions=captions,
-            fingerprint=FINGERPRINT,
+            fingerprint=fingerprint,
         )
         num_rows = dict.fromkeys(groups, rows) | {"text-t5": len(captions)}
         shards.append(
@@ -145,7 +149,7 @@ def make_store(
         "dim": DIM,
         "dtype": dtype,
         "format": store_format,
-        "fingerprint": FINGERPRINT,
+        "fingerprint": fingerprint,
         "null": null,
     }
     header = {"writer": "test", "input_rows": sum(shard_rows), "groups": header_groups}
