@@ -41,6 +41,7 @@ from imagen_core.store.layout import (
     text_group,
 )
 from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
+from imagen_core.store.mixture import Mixture
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
 from imagen_core.store.read.generations import LOOK_EVERY_S
@@ -120,6 +121,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "ManifestError",
+    "Mixture",
     "NotFiniteError",
     "OtherGroup",
     "Problem",

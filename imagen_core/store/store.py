@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES, FileCache
+from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
@@ -17,6 +18,7 @@ from imagen_core.store.manifest import load_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.read.options import LoaderOptions, takes_options_of
 from imagen_core.store.read.reader import StoreReader
+from imagen_core.store.records import EmbeddingGroup, TextGroup
 
 if TYPE_CHECKING:
     from imagen_core.store.read.loader import Loader
@@ -173,6 +175,17 @@ class Store(StoreReader, Sequence[Sample]):
         if entry is None:
             return None
         return parse_probe(self._folder.read_checked(entry), self._folder.path(entry.path))
+
+    def encoder_record(self, group: EmbeddingGroup) -> dict[str, Any]:
+        """What made the embeddings of a group: name, dim, dtype and fingerprint, with the probe if there is one.
+
+        Raises:
+            StoreError: the probe's file is damaged.
+        """
+        fingerprint = dict(group.fingerprint)
+        record = {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": fingerprint}
+        probe = self.probe(group.encoder) if isinstance(group, TextGroup) else None
+        return record if probe is None else {**record, PROBE: probe}
 
     @takes_options_of(LoaderOptions)
     def loader(self, options: LoaderOptions) -> "Loader":

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from imagen_core.differences import changed_fields
 from imagen_core.files import append_line
-from imagen_core.train.checkpoints.checkpoint import changed_fields
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.store import training_samples

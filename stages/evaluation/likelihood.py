@@ -22,7 +22,6 @@ from imagen_core.sealed import DamagedFileError, read_sealed, sealed
 from imagen_core.store import Store, StoreError
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train import LoadedDenoiser, TrainError
-from imagen_core.train.data.encoders import encoder_record
 from imagen_core.train.data.example import all_conditions
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
@@ -256,7 +255,7 @@ def _check_encoder(
     name = trained_on["name"]
     if name not in groups:
         raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
-    changes = record_changes(trained_on, encoder_record(store, groups[name]))
+    changes = record_changes(trained_on, store.encoder_record(groups[name]))
     if changes:
         raise ConfigError(
             f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"

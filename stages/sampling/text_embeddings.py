@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from imagen_core.store import Store, StoreError, record_probe_differences, restore
-from imagen_core.train.data.encoders import encoder_record
 from pipeline.errors import ConfigError
 from stages.encoders.identity import identity_changes
 from stages.encoders.prompts import encode_prompts
@@ -77,7 +76,7 @@ def _stored_group(store: Store, encoder: Mapping[str, Any]) -> tuple[Store, str]
     for name, group in store.manifest.texts.items():
         if group.dtype != encoder["dtype"] or identity_changes(encoder["fingerprint"], group.fingerprint):
             continue
-        if not record_probe_differences(encoder, encoder_record(store, group)):
+        if not record_probe_differences(encoder, store.encoder_record(group)):
             return store, name
     return None
 

@@ -177,10 +177,29 @@ class Loader:
         self._advance(self._next_global_size())
         return batch
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch, those that were removed since the loader's state was taken included."""
+        return len(self._samples)
+
+    @property
+    def consumed(self) -> int:
+        """Samples gone through since the beginning of the first epoch."""
+        return self._epoch * len(self._samples) + self._position
+
+    def seek(self, consumed: int) -> None:
+        """Goes to where so many samples were gone through since the beginning of the first epoch."""
+        self._epoch, self._position = divmod(consumed, len(self._samples))
+
+    @property
+    def lacks_samples(self) -> bool:
+        """Whether samples of an epoch may not be read any more."""
+        return bool(self._removed or self._store.removed_since)
+
     def _advance(self, size: int) -> None:
         """Goes on behind the next global batch, which has `size` samples before removals."""
         self.global_size = size
-        if self._removed or self._store.removed_since:
+        if self.lacks_samples:
             self.global_size = len(self._kept(self._epoch, range(self._position, self._position + size))[0])
         self._position += size
         self._end_epoch()
@@ -281,16 +300,20 @@ class Loader:
         kept = [k for k, place in enumerate(places) if place not in gone]
         return kept, indices[kept], [places[k] for k in kept]
 
+    def draws(self, epoch: int, positions: range) -> list[tuple[int, Draw]]:
+        """The samples at some positions of an epoch, each with its position; those that are removed are left out."""
+        kept, indices, places = self._kept(epoch, positions)
+        hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
+        at = [positions.start + k for k in kept]
+        first = epoch * len(self._samples)
+        return [(p, Draw(*place, choice, first + p)) for p, place, choice in zip(at, places, hashes, strict=True)]
+
     def _read(self, epoch: int, positions: range) -> dict[str, Any]:
         """Reads of the next batch; again if the store was changed meanwhile, so that no erased sample is in it."""
         bucket = 0 if self._bucketed is None else self._bucketed.next_batch(epoch, self._cut, self._position)[0]
         while True:
             generation = self._store.generation
-            kept, indices, places = self._kept(epoch, positions)
-            hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
-            first = epoch * len(self._samples) + positions.start
-            draws = [Draw(*place, hashes[n], first + k) for n, (k, place) in enumerate(zip(kept, places, strict=True))]
-            batch = self._reader.read(draws, bucket)
+            batch = self._reader.read([draw for _, draw in self.draws(epoch, positions)], bucket)
             if generation == self._store.generation:
                 return batch
 

@@ -7,7 +7,6 @@ Tensors are unsharded and named by parameter, so a checkpoint of any number of p
 other. state.json has each file's SHA-256, and ends with its own; checkpoints of earlier versions lack the latter.
 """
 
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from imagen_core.differences import changed_fields
 from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path, make_folder, share
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
@@ -285,22 +285,6 @@ def refuse_other(
             raise CheckpointMismatchError(
                 f"{path}: was trained with an encoder that gave other numbers: {'; '.join(changes[:5])}; {same_store}"
             )
-
-
-def changed_fields(old: Any, new: Any) -> list[str]:
-    """`field: old -> new` for each leaf in which two JSON values differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [
-        f"{name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{name}.{key}" if name else str(key))]
-    return [(name or "value", json.dumps(value))]
 
 
 def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -77,6 +77,8 @@ def make_store(
     codec: st.Codec = "raw",
     seed: int = 0,
     buckets: bool = False,
+    key_prefix: str = "",
+    fingerprint: dict[str, Any] = FINGERPRINT,
 ) -> Made:
     """Write a store with `num_captions` captions a sample, the first shared by pairs of samples.
 
@@ -102,7 +104,8 @@ def make_store(
             url = None if row % 2 else f"https://example.com/{shard}/{row}.jpg"
             digest = hashlib.sha256(bytes([shard, row])).hexdigest()
             width, height = ORIGINALS[row % 3] if buckets else (640, 480 + row)
-            samples.append(st.SampleRow(f"{shard:03d}-{row:03d}", tuple(own), ids, url, digest, width, height, row))
+            key = f"{key_prefix}{shard:03d}-{row:03d}"
+            samples.append(st.SampleRow(key, tuple(own), ids, url, digest, width, height, row))
         embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
         files = {"samples": st.shard_path("samples", shard)}
         st.write_samples(root / files["samples"], samples)
@@ -126,7 +129,7 @@ def make_store(
             dtype,
             store_format,
             captions=captions,
-            fingerprint=FINGERPRINT,
+            fingerprint=fingerprint,
         )
         num_rows = dict.fromkeys(groups, rows) | {"text-t5": len(captions)}
         shards.append(
@@ -160,7 +163,7 @@ def make_store(
         "dim": DIM,
         "dtype": dtype,
         "format": store_format,
-        "fingerprint": FINGERPRINT,
+        "fingerprint": fingerprint,
         "null": null,
     }
     header = {"writer": "test", "input_rows": sum(shard_rows), "groups": header_groups}
