@@ -64,6 +64,8 @@ class UrlsConfig(AnnotationsConfig):
 class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
+    shards_at_once = 4
+
     def __init__(self, config: UrlsConfig):
         self.config = config
         self.path = require_path(config.path, "urls")
