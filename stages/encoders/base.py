@@ -98,6 +98,12 @@ class FrozenModelConfig(Config):
         ("num_gpus", "num_cpus", "workers", "resources", "cpu_threads")
     )
     """Fields that change where and how fast the model runs, but not its embeddings."""
+    modules: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    )
+    """Large modules that loading the model imports; see `Stage.modules`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the store's group."""

@@ -49,6 +49,7 @@ class EncodeImagesStage(Stage):
         self.name = f"encode-images-{encoder.name}"
         self.inputs = (SAMPLES, self.images.name)
         self.max_workers = encoder.workers or 0
+        self.modules = encoder.modules
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.groups = (Group(self.files.group, self.files.config()),)
         self._model: ImageEncoder | None = None

@@ -78,6 +78,7 @@ class ResizeStage(Stage):
     name = "resize"
     version = 2
     inputs = (ORIGINALS,)
+    modules = ("torch",)
 
     def __init__(
         self,
