@@ -171,7 +171,13 @@ class Precompute(ShardedWorkflow):
         config = self.config
         stages = (
             FetchStage(source, config.source.kind),
-            ResizeStage(config.images, config.store.format, config.filters, hashes=config.duplicates is not None),
+            ResizeStage(
+                config.images,
+                config.store.format,
+                config.filters,
+                hashes=config.duplicates is not None,
+                columns=source.column_types,
+            ),
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )

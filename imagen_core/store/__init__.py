@@ -10,8 +10,8 @@ from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer,
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.images import ImageFile, ImageWriter, open_image_writer, open_images
 from imagen_core.store.files.null import dump_null, parse_null
-from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.samples import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.shard import (
     cast_embeddings,
     embedding_shard_bytes,
@@ -22,10 +22,13 @@ from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     HASHES_GROUP,
     MANIFEST_NAME,
+    OWN_COLUMNS,
     REMOVED,
     RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
+    ColumnType,
+    ColumnValue,
     ImageInfo,
     SampleRow,
     StoreDtype,
@@ -91,6 +94,7 @@ __all__ = [
     "LATER_FIELDS",
     "LOOK_EVERY_S",
     "MANIFEST_NAME",
+    "OWN_COLUMNS",
     "PROBE",
     "REMOVED",
     "RETRIED",
@@ -102,6 +106,8 @@ __all__ = [
     "ArraySpec",
     "Blocklist",
     "Codec",
+    "ColumnType",
+    "ColumnValue",
     "Crop",
     "CropBox",
     "EmbeddingGroup",

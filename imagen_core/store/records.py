@@ -13,9 +13,11 @@ from imagen_core.store.layout import (
     HASHES_GROUP,
     REMOVED,
     SAMPLES_GROUP,
+    ColumnType,
     StoreDtype,
     StoreFormat,
     array_group,
+    check_column_type,
     check_dtype,
     check_format,
     image_embed_group,
@@ -33,10 +35,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class SamplesGroup:
-    """`samples`: always parquet."""
+    """`samples`: always parquet; `columns` are the types of the columns that were kept of the source."""
 
     name: str
     format: StoreFormat = "parquet"
+    columns: dict[str, ColumnType] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,8 @@ def parse_group(name: str, raw: Any) -> Group:
     try:
         kind = raw["kind"]
         if kind == "samples":
-            group: Group = SamplesGroup(name)
+            columns = {str(column): check_column_type(found) for column, found in raw.get("columns", {}).items()}
+            group: Group = SamplesGroup(name, columns=columns)
             expected_name = SAMPLES_GROUP
         elif kind == "images":
             size_px = _count(raw["size_px"], "size_px")

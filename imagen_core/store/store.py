@@ -14,6 +14,7 @@ from imagen_core.store.errors import StoreError
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
 from imagen_core.store.folder import StoreFolder
+from imagen_core.store.layout import ColumnValue
 from imagen_core.store.manifest import load_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.read.options import LoaderOptions, takes_options_of
@@ -41,6 +42,8 @@ class Sample:
         transcription: the text written in the image, "" where there is none; None: unknown.
         safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: unknown.
         label: the image's class, from 0; None: unknown.
+        columns: the values of the columns that were kept of the source (`source.keep_columns`), by name: bool, int,
+            float or str; None for NULL.
     """
 
     key: str
@@ -56,6 +59,7 @@ class Sample:
     safebox: tuple[int, int, int, int] | None = None
     label: int | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, ColumnValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """All fields, with types and shapes instead of the values of arrays."""
@@ -138,7 +142,7 @@ class Store(StoreReader, Sequence[Sample]):
         if (shard, row) in self.removed_since:
             raise StoreError(f"{self._folder.url}: the sample was removed since the store was opened; open it again")
         files = self.shard(shard)
-        key, captions, caption_ids, url, sha256, width, height, _, *annotations = files.samples.fields(row)
+        key, captions, caption_ids, url, sha256, width, height, _, *annotations, columns = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
         text = {
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
@@ -148,7 +152,7 @@ class Store(StoreReader, Sequence[Sample]):
         arrays = {name: files.arrays[name].value(row) for name in self._manifest.arrays}
         if generation != self.generation:
             return self._read(shard, row)
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations, arrays)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations, arrays, columns)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.

@@ -168,6 +168,8 @@ def show_status(result: Mapping[str, Any]) -> None:
     ]
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
+    if filtered := result.get("filtered"):
+        print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:
         show_values(result["metrics"])
     state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"

@@ -163,7 +163,9 @@ class ArrayStage(Stage):
                 parts[type(group)][name] = value
             images, text, embeds, arrays = parts.values()
             about = (row.key, list(row.captions), row.url, row.sha256, row.width, row.height)
-            yield Sample(*about, images, text, embeds, row.transcription, row.safebox, row.label, arrays)
+            yield Sample(
+                *about, images, text, embeds, row.transcription, row.safebox, row.label, arrays, dict(row.columns)
+            )
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         return array_shard_bytes(self.specs[group][1], num_rows)

@@ -10,6 +10,7 @@ import numpy as np
 from imagen_core.store import (
     REMOVED,
     Blocklist,
+    ColumnType,
     ImageHashes,
     SampleRow,
     StoreFormat,
@@ -87,13 +88,16 @@ class ResizeStage(Stage):
         filters: Sequence[Filter] = ALWAYS,
         *,
         hashes: bool = False,
+        columns: Mapping[str, ColumnType] | None = None,
     ):
         self.images = images
         self.store_format: StoreFormat = store_format
         self.filters = tuple(filters)
         self.max_pixels = min(filter.max for filter in filters if isinstance(filter, MaxPixels))
+        self.columns = dict(sorted((columns or {}).items()))
+        kept = {"columns": self.columns} if self.columns else {}
         self.groups = (
-            Group(SAMPLES, {"kind": "samples", **_filter_settings(filters)}),
+            Group(SAMPLES, {"kind": "samples", **_filter_settings(filters), **kept}),
             *(
                 Group(
                     image_group(size),
@@ -158,7 +162,8 @@ class ResizeStage(Stage):
                 writers.append(made, sample)
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
-        write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
+        dropped = rows_by_reason(drops)
+        write_samples(path, samples, num_input_rows=num_rows, dropped=dropped, columns=self.columns)
         counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
         if found_before := sum(entry.reason is not None for entry in originals.entries):
             counters["found_before"] = found_before

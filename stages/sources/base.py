@@ -14,11 +14,12 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
+from imagen_core.store import ColumnType
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from pipeline.storage.scratch import temporary_folder
 from stages.captions import clean_captions
-from stages.sources.annotations import Annotations, has_label
+from stages.sources.annotations import Annotations, AnnotationsConfig, has_label
 from stages.sources.records.cells import BadCell
 from stages.sources.records.far import reaching
 
@@ -202,6 +203,13 @@ class Source(ABC):
     def ignored(self) -> Counter[str]:
         """How many files and members are no data, by rule; known after a pass over all rows."""
         return self.ignored_files + self.ignored_members
+
+    @property
+    def column_types(self) -> dict[str, ColumnType]:
+        """Types of the columns that the store keeps; known after `check`."""
+        config = getattr(self, "config", None)
+        kept = config.keep_columns if isinstance(config, AnnotationsConfig) else {}
+        return {name: kind for name, kind in kept.items() if kind is not None}
 
     @property
     def grows(self) -> bool:

@@ -33,7 +33,7 @@ from stages.sources.records.image_files import read_image_file
 from stages.sources.records.parquet import ParquetRows, to_records
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import NotColumnar, RowTexts
-from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor
+from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor, kept_types
 from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
 
 _ROWS = 2**14
@@ -99,6 +99,7 @@ class ParquetSource(TableSource):
             self.config.check_columns(names, present := columns(file), file)
             if self.row_filter is not None:
                 self.row_filter.check(present, file)
+        self.config = self.config.with_types(lambda keep: kept_types(keep, files))
         for folder in self.folders.values():
             folder.check(files)
         for file in files if self.folders else ():
@@ -164,7 +165,7 @@ class ParquetSource(TableSource):
         """Records at increasing row numbers. The file stays open for the next shard."""
         config = self.config
         wanted = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
-        wanted += config.annotation_columns.values()
+        wanted += config.annotation_names
         version = (path, str(rows[0].payload[1]))
         if self._opened is None or self._opened[0] != version:
             self._close()
@@ -203,6 +204,9 @@ class ParquetSource(TableSource):
         except BadCell as bad:
             return replace(original, reason=bad.reason, detail=bad.detail)
         return replace(original, data=data, reason="no_image" if data is None else None)
+
+    def settings(self) -> object:
+        return self.config.model_dump(mode="json")
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config

@@ -23,6 +23,10 @@ def inspect_command(
     if store.manifest.failed_shards:
         lines.append(f"  without {len(store.manifest.failed_shards)} shards that failed: run the same command again")
     excluded = Counter(reason for rows in store.manifest.excluded.values() for reason in rows.values())
+    if store.manifest.filtered:
+        lines.append(f"  {store.manifest.filtered:,} rows of the source were filtered by source.where")
+    if store.columns:
+        lines.append(f"  kept columns: {', '.join(f'{name} ({kind})' for name, kind in store.columns.items())}")
     if removed := excluded[REMOVED]:
         lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
     for name, group in store.manifest.groups.items():
@@ -54,6 +58,7 @@ def inspect_command(
         "encoders": store.encoders,
         "image_encoders": store.image_encoders,
         "arrays": store.arrays,
+        **({"columns": store.columns} if store.columns else {}),
         "schema_version": store.manifest.schema_version,
         "groups": groups,
     }

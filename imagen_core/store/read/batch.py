@@ -1,5 +1,6 @@
 """Reads samples of one or several stores into one batch of tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class BatchReader:
             self._text_group = None if options.text is None else store.text_group(options.text)
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
             self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
+            self._columns = {name: store.column_type(name) for name in options.columns or ()}
             self._array_groups = [store.array_group(name) for name in options.arrays or ()]
 
     def _layouts_by_bucket(self, sizes: Sequence[int]) -> list[Layout]:
@@ -90,6 +92,7 @@ class BatchReader:
         text_embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
         embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
         arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
+        columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
         for store, shard, row, k in sorted((draw.store, draw.shard, draw.row, k) for k, draw in enumerate(draws)):
             files, choice = self._stores[store].shard(shard), draws[k].choice
@@ -118,6 +121,8 @@ class BatchReader:
                 embeds[k] = self._truncated(
                     files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
                 )
+            for name, values in columns.items():
+                values[k] = files.samples.kept(row, name)
             for name, rows in arrays.items():
                 rows[k] = files.arrays[name].stored(row)
         batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
@@ -136,7 +141,17 @@ class BatchReader:
             batch["transcriptions"] = transcriptions
         if self._options.labels:
             batch["labels"] = labels
+        if columns:
+            batch["columns"] = {name: self._column(values, name) for name, values in columns.items()}
         return batch
+
+    def _column(self, values: list[Any], name: str) -> torch.Tensor | list[str | None]:
+        """Values of a kept column: text as it is, others as float64 with NaN for NULL."""
+        if self._columns[name] == "text":
+            return values
+        tensor = self._empty((len(values),), np.dtype(np.float64))
+        tensor.numpy()[:] = [math.nan if value is None else value for value in values]
+        return tensor
 
     def _truncated(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
         """The first max_tokens of an embedding, (n_tokens, dim), in the type of the batch."""

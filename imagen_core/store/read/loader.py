@@ -84,6 +84,8 @@ class Loader:
         labels: int64 (B,), the class of each image from 0, -1 where it is unknown; only if requested.
         arrays: {name: (B, *shape)} in the dtype of the group; an axis whose length differs has that of the longest of
             this batch, and zeros behind each array; only if requested.
+        columns: {name: values} of the columns that were kept of the source: float64 (B,) of numbers and booleans (1 is
+            true), NaN where they are NULL; list[str | None] of text; only if requested.
         array_sizes: {name: int64 (B, axes)}, the shape of each array; of the requested ones with such axes.
     """
 

@@ -28,6 +28,7 @@ class LoaderOptions:
         transcriptions: load the text written in the images.
         labels: load the images' classes.
         arrays: names of arrays to load that stages of other packages made; None loads none.
+        columns: columns to load that were kept of the source; None loads none.
         max_tokens: truncate longer embeddings to this many tokens; None truncates none.
         seed: decides the order and which of several captions is taken.
         rank, world_size: this process, and the number of processes that share each global batch.
@@ -61,6 +62,7 @@ class LoaderOptions:
     shuffle_window_shards: int | None = None
     pin_memory: bool = False
     arrays: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

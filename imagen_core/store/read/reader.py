@@ -14,10 +14,10 @@ from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
 from imagen_core.store.files.images import ImageFile, open_images
-from imagen_core.store.files.parquet import SamplesFile, read_columns
+from imagen_core.store.files.samples import SamplesFile, read_columns
 from imagen_core.store.files.shard import EmbeddingFile, open_embeddings
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
+from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, ColumnType, StoreDtype
 from imagen_core.store.manifest import Manifest
 from imagen_core.store.read.generations import Generations
 from imagen_core.store.read.places import Places
@@ -168,6 +168,11 @@ class StoreReader:
         """Names of the arrays that stages of other packages made, sorted."""
         return list(self._manifest.arrays)
 
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        """Types of the columns that were kept of the source, by name."""
+        return dict(self._manifest.columns)
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -264,6 +269,12 @@ class StoreReader:
         if name not in self._manifest.arrays:
             raise ValueError(f"array {name!r} is not in the store; it has {self.arrays}")
         return self._manifest.arrays[name]
+
+    def column_type(self, name: str) -> ColumnType:
+        """The type of a column that was kept of the source; ValueError if there is none."""
+        if name not in self._manifest.columns:
+            raise ValueError(f"column {name!r} is not in the store; it has {sorted(self._manifest.columns)}")
+        return self._manifest.columns[name]
 
     def shard(self, position: int) -> OpenShard:
         """The files of the shard at a position."""

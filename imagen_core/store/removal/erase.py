@@ -1,9 +1,9 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black square as its image, blank hashes,
-empty captions, and arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the
-shard has too stays, with its embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, NULL in kept columns, a black square as its
+image, blank hashes, empty captions, and arrays of zeros, empty along axes whose length differs. A caption that a
+remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
 """
 
 from collections.abc import Collection
@@ -16,8 +16,8 @@ from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.images import open_image_writer, open_images
-from imagen_core.store.files.parquet import SamplesFile, write_samples
 from imagen_core.store.files.ragged import cast_embedding
+from imagen_core.store.files.samples import SamplesFile, write_samples
 from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import (
@@ -88,7 +88,8 @@ class ErasedShard:
             )
         else:
             total, dropped = self.source.num_input_rows, self.source.dropped
-            write_samples(new, self.samples, num_input_rows=total, dropped=dropped)
+            columns = self.source.column_types
+            write_samples(new, self.samples, num_input_rows=total, dropped=dropped, columns=columns)
         return len(self.samples)
 
     def _write_images(self, group: ImagesGroup, old: str, new: Path) -> None:

@@ -17,8 +17,8 @@ from imagen_core.store.files.digest import array_digest, caption_digest, fingerp
 from imagen_core.store.files.hashes import HashesFile
 from imagen_core.store.files.images import open_images
 from imagen_core.store.files.null import parse_null
-from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
+from imagen_core.store.files.samples import SamplesFile
 from imagen_core.store.files.shard import open_embeddings, read_digests
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
@@ -206,6 +206,9 @@ class _Check:
             self._bad(entry.path, str(error))
             return None
         self._count_rows(entry, samples.num_rows)
+        if samples.column_types != self._manifest.columns:
+            told = f"{samples.column_types or 'none'}, the manifest says {self._manifest.columns or 'none'}"
+            self._bad(entry.path, f"kept columns are {told}")
         if self._has_digests:
             for message in self._coverage.add(shard, samples):
                 self._bad(entry.path, message)

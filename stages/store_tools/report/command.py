@@ -51,6 +51,7 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "num_samples": len(store),
         "num_shards": store.manifest.num_shards,
         "input_rows": summary["tally"]["input_rows"] if summary else None,
+        "filtered": store.manifest.filtered,
         "seconds": summary["seconds"] if summary else None,
         "outcome": summary["outcome"] if summary else None,
         "groups": [
