@@ -178,7 +178,9 @@ def parse_group(name: str, raw: Any) -> Group:
     try:
         kind = raw["kind"]
         if kind == "samples":
-            columns = {str(column): check_column_type(found) for column, found in raw.get("columns", {}).items()}
+            columns: dict[str, ColumnType] = {
+                str(column): check_column_type(found) for column, found in raw.get("columns", {}).items()
+            }
             group: Group = SamplesGroup(name, columns=columns)
             expected_name = SAMPLES_GROUP
         elif kind == "images":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,19 +164,28 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self._epoch
-        while self._epoch == epoch and (size := self._next_global_size()):
-            first = self._position + self._options.rank * size // self._options.world_size
-            stop = self._position + (self._options.rank + 1) * size // self._options.world_size
-            batch = self._read(self._epoch, range(first, stop))
-            self._advance(size)
-            yield batch
+        while self._epoch == epoch and self._next_global_size():
+            yield self.next_batch()
+
+    def next_batch(self, consumed: int | None = None) -> dict[str, Any]:
+        """The next batch, also of the next epoch.
+
+        Args:
+            consumed: samples that were gone through before it, for the random numbers of its views; None means those
+                of this loader.
+        """
+        size, rank, world_size = self._next_global_size(), self._options.rank, self._options.world_size
+        positions = range(self._position + rank * size // world_size, self._position + (rank + 1) * size // world_size)
+        batch = self._read(self._epoch, positions, 0 if consumed is None else consumed - self.consumed)
+        self._advance(size)
+        return batch
 
     def skip(self) -> dict[str, Any]:
         """An empty batch instead of the next one, which counts as consumed; no file is read.
 
         For a rank that cannot read its part of a batch, but takes part in what the ranks do together.
         """
-        batch = self._read(self._epoch, range(self._position, self._position))
+        batch = self._read(self._epoch, range(self._position, self._position), 0)
         self._advance(self._next_global_size())
         return batch
 
@@ -310,12 +320,17 @@ class Loader:
         first = epoch * len(self._samples)
         return [(p, Draw(*place, choice, first + p)) for p, place, choice in zip(at, places, hashes, strict=True)]
 
-    def _read(self, epoch: int, positions: range) -> dict[str, Any]:
-        """Reads of the next batch; again if the store was changed meanwhile, so that no erased sample is in it."""
+    def _read(self, epoch: int, positions: range, shift: int) -> dict[str, Any]:
+        """Reads of the next batch, again if the store was changed meanwhile, so that no erased sample is in it.
+
+        Args:
+            shift: is added to the samples' counters.
+        """
         bucket = 0 if self._bucketed is None else self._bucketed.next_batch(epoch, self._cut, self._position)[0]
         while True:
             generation = self._store.generation
-            batch = self._reader.read([draw for _, draw in self.draws(epoch, positions)], bucket)
+            draws = [replace(draw, counter=draw.counter + shift) for _, draw in self.draws(epoch, positions)]
+            batch = self._reader.read(draws, bucket)
             if generation == self._store.generation:
                 return batch
 
