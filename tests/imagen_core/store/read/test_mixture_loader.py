@@ -224,7 +224,7 @@ def test_the_sequence_of_a_mixture_is_frozen(made: dict[str, Made]) -> None:
 
 def bucketed(make: Make) -> dict[str, Made]:
     return {
-        name: make(f"buckets-{name}", shard_rows=rows, sizes=(64,), key_prefix=f"{name}/", seed=ord(name), buckets=True)
+        name: make(f"wide-{name}", shard_rows=rows, sizes=(64,), key_prefix=f"{name}/", seed=ord(name), buckets=True)
         for name, rows in SIZES.items()
     }
 
@@ -254,7 +254,7 @@ def test_with_buckets_other_world_sizes_go_on_with_the_same_batches(make: Make) 
         for rank in ranks if state is not None else ():
             rank.load_state_dict(check_state(state))
         parts = [[batch["keys"] for batch in islice(rank, batches)] for rank in ranks]
-        found += [sum(batch, []) for batch in zip(*parts, strict=True)]
+        found += [[key for part in batch for key in part] for batch in zip(*parts, strict=True)]
         (state,) = {json.dumps(rank.state_dict()) for rank in ranks}
         state = json.loads(state)
     assert found == whole
