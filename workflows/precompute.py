@@ -26,6 +26,7 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
+from stages.precompute.crops import crops_line, crops_of
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -203,6 +204,7 @@ class Precompute(ShardedWorkflow):
             *([("unread", f"{unread:,} bytes of damaged files; see the drops damaged_tar")] if unread else []),
             *([("ignored", ignored)] if ignored else []),
             *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
+            *([("crops", crops_line(crops))] if (crops := crops_of(groups[SAMPLES]["counters"])) else []),
             *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
