@@ -122,6 +122,7 @@ class WebdatasetSource(Source):
     headers of tars.
     """
 
+    has_images_at_hand = True
     layout = ("key", "name", "payload", "is_duplicate")
     keys_may_repeat = True
 

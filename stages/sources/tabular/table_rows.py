@@ -106,6 +106,8 @@ class TableSource(Source):
     reads on from one shard to the next."""
 
     path: str
+    row_filter: "RowFilter | None" = None
+    """Of `source.where`."""
 
     @cached_property
     def folder(self) -> str:
