@@ -30,11 +30,12 @@ from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
+from stages.precompute.images_config import ImagesConfig
 from stages.precompute.lost_lists import lost_drops
 from stages.precompute.make_arrays import array_stages
 from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
-from stages.precompute.resize import ImagesConfig, ResizeStage
+from stages.precompute.resize import ResizeStage
 from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line

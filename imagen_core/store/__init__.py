@@ -1,6 +1,7 @@
 """The store: what precompute writes and the trainer reads."""
 
 from imagen_core.store.array_spec import ArrayDtype, ArraySpec
+from imagen_core.store.buckets import Shape, bucket_shapes, choose_buckets, choose_shape, crop_box
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
@@ -129,6 +130,7 @@ __all__ = [
     "SampleRow",
     "SamplesFile",
     "SamplesGroup",
+    "Shape",
     "ShardEntry",
     "Store",
     "StoreDtype",
@@ -145,12 +147,16 @@ __all__ = [
     "array_group",
     "array_shard_bytes",
     "blank_key",
+    "bucket_shapes",
     "cast_embedding",
     "cast_embeddings",
     "check_codec",
+    "choose_buckets",
+    "choose_shape",
     "codec_settings",
     "comparable",
     "comparable_records",
+    "crop_box",
     "dump_null",
     "embedding_shard_bytes",
     "file_suffix",

@@ -184,6 +184,10 @@ class SamplesFile:
         """One field of `SampleRow` of all rows."""
         return [getattr(self.row(row), name) for row in range(self.num_rows)]
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Width and height of the original image in pixels; 0 and 0 if its content was erased."""
+        return self._widths[row], self._heights[row]
+
     def image(self, row: int) -> ImageInfo:
         """What a crop needs to know about the original image."""
         return ImageInfo(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])

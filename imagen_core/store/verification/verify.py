@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from imagen_core.store.records import (
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
 from imagen_core.store.verification.report import Problem, VerifyReport
+from imagen_core.store.verification.shard_rows import ShardRows
 
 _MAX_NAMED_KEYS = 10
 
@@ -97,22 +97,6 @@ def verify_store(
         check.strays()
     report.ok = not report.problems
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class _ShardRows:
-    """The samples of a shard, which its other files must agree with."""
-
-    keys: list[str]
-    sha256: list[str]
-    sizes: np.ndarray
-    """Width and height of each original, int (2, n)."""
-    captions: list[str]
-    """The distinct captions, by caption id."""
-    removed: frozenset[int]
-    """Removed rows, which may be erased in all, some or none of the files."""
-    removed_ids: frozenset[int]
-    """Caption ids that only removed rows have."""
 
 
 class _Check:
@@ -214,7 +198,7 @@ class _Check:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
         return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _ShardRows | None:
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> ShardRows | None:
         """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
             samples = SamplesFile(self._source(entry), entry.path)
@@ -240,22 +224,19 @@ class _Check:
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        infos = map(samples.image, range(samples.num_rows))
-        sizes = np.array([(info.width, info.height) for info in infos], int).reshape(-1, 2).T
-        return _ShardRows(keys, samples.column("sha256"), sizes, captions, removed, frozenset(removed_ids))
+        sizes = np.array([samples.size(row) for row in range(samples.num_rows)], int).reshape(-1, 2).T
+        return ShardRows(keys, samples.column("sha256"), sizes, captions, removed, frozenset(removed_ids))
 
-    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
-        if self._count_rows(entry, images.num_rows) and rows is not None and len(rows.keys) == images.num_rows:
-            wrong = [row for row in images.misshapen(*rows.sizes) if row not in rows.removed]
-            if wrong:
-                where = f"the first in row {wrong[0]} ({rows.keys[wrong[0]]!r})"
-                self._bad(entry.path, f"{len(wrong)} images have not the shape of their bucket, {where}")
+        self._count_rows(entry, images.num_rows)
+        if rows is not None and (wrong := rows.wrong_shapes(images)):
+            self._bad(entry.path, wrong)
         self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
 
-    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
+    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: ShardRows | None) -> None:
         hashes = HashesFile(self._source(entry), entry.path, group)
         self._count_rows(entry, hashes.num_rows)
         self._compare_rows(entry, group, hashes.num_rows, lambda row: hashes.row(row).stored(), "hashes", rows)
@@ -267,7 +248,7 @@ class _Check:
         num_rows: int,
         stored: Callable[[int], np.ndarray],
         what: str,
-        rows: _ShardRows | None,
+        rows: ShardRows | None,
     ) -> None:
         """Compares what is stored of each image with the digest that binds it to its sample."""
         if num_rows != entry.rows or rows is None or len(rows.keys) != num_rows:
@@ -302,7 +283,7 @@ class _Check:
             whose = "captions" if isinstance(group, TextGroup) else "samples"
             self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
-    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: _ShardRows | None) -> None:
+    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: ShardRows | None) -> None:
         arrays = open_arrays(self._source(entry), entry.path, group, mapped=False)
         is_counted = self._count_rows(entry, arrays.num_rows)
         bad = [
