@@ -80,35 +80,41 @@ def _for_validation(config: TrainConfig) -> TrainConfig:
 def sample_grid(context: TrainingContext) -> np.ndarray:
     """Images sampled for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
-    A super-resolution model upsamples the store's own low-resolution images.
+    A super-resolution model upsamples the store's own low-resolution images. Images of aspect-ratio buckets come
+    bucket by bucket, each with the shape of its sample.
     """
     config, device = context.config, context.world.device
     settings, count = config.denoiser, min(config.grid.num_images, len(context.store))
     assert isinstance(settings, DenoiserConfig)
     first = len(context.store) - config.validation.num_samples if config.validation.num_samples >= count else 0
     errors: list[Exception] = []
-    raw = next(_read_all(context, count, range(first, first + count), errors))
+    batches = list(_read_all(context, count, range(first, first + count), errors))  # one for each shape
     agree(context.world, errors)
-    shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
-    dtype = weights_dtype(config.precision)
-    conditioning = all_conditions(raw, settings.unet, device, dtype)
-    if settings.low_res_px is not None:
-        low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
-        low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
-        noise = SeededNoise(range(count), stream=1).normal(shape, device, dtype)
-        conditioning = context.denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid.guidance))
-    with _autocast(context):
-        result = sample(
-            DpmSolverPP2M(),
-            guided(context.denoiser, conditioning, guidance, Threshold()),
-            Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
-            SeededNoise(range(count)),
-            shape,
-            device=device,
-            dtype=dtype,
-        )
-    return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))
+    dtype, pixels = weights_dtype(config.precision), []
+    for raw in batches:
+        seeds = range(len(pixels), len(pixels) + len(raw["keys"]))
+        if not seeds:  # all were removed
+            continue
+        shape = (settings.unet.in_channels, *raw["images"][settings.size_px].shape[-2:])
+        conditioning = all_conditions(raw, settings.unet, device, dtype)
+        if settings.low_res_px is not None:
+            low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
+            low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
+            noise = SeededNoise(seeds, stream=1).normal(shape, device, dtype)
+            conditioning = context.denoiser.with_sampling_low_res(conditioning, low_res, noise)
+        guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid.guidance))
+        with _autocast(context):
+            result = sample(
+                DpmSolverPP2M(),
+                guided(context.denoiser, conditioning, guidance, Threshold()),
+                Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
+                SeededNoise(seeds),
+                shape,
+                device=device,
+                dtype=dtype,
+            )
+        pixels += list(to_pixels(result))
+    return tile(pixels, columns=math.ceil(math.sqrt(len(pixels))))
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """What a training run needs: shown by `--dry-run`, before anything is started."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import StoreError
+from imagen_core.store.buckets import Shape
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data.store import open_store, stored_sizes, training_samples
+from imagen_core.train.data.store import open_store, stored_sizes, trained_shapes, training_samples
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
 from pipeline.storage.open import open_storage
@@ -17,10 +18,11 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
+    shapes, state = _store_state(config, online=online)
     memory = estimate_memory(
         denoiser,
         micro_batch_size=micro_batch,
-        side_px=config.side_px if isinstance(denoiser, DenoiserConfig) else None,
+        shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
         num_tokens=config.max_tokens,
         bytes_per_activation=_ACTIVATION_BYTES[config.precision],
         num_averages=len(config.ema.rates),
@@ -53,16 +55,19 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
-        "store_now": _store_state(config, online=online),
+        "store_now": state,
     }
 
 
-def _store_state(config: TrainConfig, *, online: bool) -> str:
-    """Whether the store is there and has what the run reads."""
+def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], str]:
+    """The shapes of the images trained on, and whether the store is there and has what the run reads."""
+    square = [(config.side_px, config.side_px)] if isinstance(config.denoiser, DenoiserConfig) else []
     try:
-        samples = len(training_samples(open_store(config, online=online), config))
+        store = open_store(config, online=online)
+        samples, shapes = len(training_samples(store, config)), trained_shapes(store, config)
     except (StoreError, TrainError) as error:
         if open_storage(config.store).size("manifest.json") is None:
-            return "not there yet"
-        return f"cannot be used: {error}"
-    return f"{samples:,} samples: {config.num_steps * config.batch_size / samples:,.1f} epochs"
+            return square, "not there yet"
+        return square, f"cannot be used: {error}"
+    buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
+    return shapes, f"{samples:,} samples{buckets}: {config.num_steps * config.batch_size / samples:,.1f} epochs"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from imagen_core.diffusion import PriorConfig
+from imagen_core.diffusion import DenoiserConfig, PriorConfig
 from imagen_core.far import StorageError
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import (
@@ -18,6 +18,7 @@ from imagen_core.store import (
     StoreFolder,
     revision_of,
 )
+from imagen_core.store.buckets import Shape, ratios_of, scaled
 from imagen_core.store.errors import ADVICE
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.config import TrainConfig
@@ -51,6 +52,7 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
                 "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
                 "views.resized_crop.from_px"
             )
+    _check_shapes(store, config)
     network = config.denoiser.network
     if isinstance(network, PriorNetworkConfig):
         image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
@@ -76,6 +78,51 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
             "validation"
         )
     return store
+
+
+def trained_shapes(store: Store, config: TrainConfig) -> list[Shape]:
+    """Height and width of the images that the network sees in training, one for each aspect-ratio bucket.
+
+    Raises:
+        TrainError: the images of a bucket have no whole number of pixels in the size trained on.
+    """
+    if not isinstance(config.denoiser, DenoiserConfig):
+        return []
+    stored_px = stored_sizes(config)[0]
+    stored = store.image_group(stored_px).shapes
+    if config.views.crop_px is not None or not stored:
+        return [(config.side_px, config.side_px)]
+    try:
+        return [*scaled(stored, stored_px, config.denoiser.size_px)]
+    except ValueError as error:
+        raise TrainError(f"views.resized_crop.from_px is {stored_px}: {error}") from error
+
+
+def _check_shapes(store: Store, config: TrainConfig) -> None:
+    """Refuses a store whose aspect-ratio buckets do not fit the model, or the crops."""
+    groups = [store.image_group(size) for size in stored_sizes(config)]
+    if len({ratios_of(group.shapes) for group in groups}) > 1:
+        first, second = groups
+        raise TrainError(
+            f"store {config.store}: {first.name} and {second.name} are not of the same aspect-ratio buckets, so they "
+            "do not show the same part of an image; make both sizes in one run"
+        )
+    shapes, crop_px = trained_shapes(store, config), config.views.crop_px
+    narrowest = min((side for group in groups[:1] for shape in group.shapes for side in shape), default=crop_px)
+    if crop_px is not None and narrowest is not None and crop_px > narrowest:
+        raise TrainError(
+            f"views.crop_px {crop_px} is larger than a side of an aspect-ratio bucket of the store, {narrowest} px; "
+            "take smaller crops"
+        )
+    if isinstance(config.denoiser, DenoiserConfig):
+        divisor = config.denoiser.unet.sides_divisor
+        bad = next((shape for shape in shapes if shape[0] % divisor or shape[1] % divisor), None)
+        if bad is not None:
+            raise TrainError(
+                f"denoiser.unet needs sides that are multiples of {divisor} px, but images of an aspect-ratio bucket "
+                f"of the store {config.store} are {bad[0]} x {bad[1]} px; take a model with fewer levels, or a store "
+                "with images.aspect=square"
+            )
 
 
 def training_samples(store: Store, config: TrainConfig) -> range:

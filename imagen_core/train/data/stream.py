@@ -52,7 +52,7 @@ class Batch:
 
     @property
     def images(self) -> dict[int, Tensor]:
-        """uint8 (b, 3, s, s) by size; empty where no images are read."""
+        """uint8 (b, 3, h, w) by size; empty where no images are read."""
         return self.raw.get("images", {})
 
     def part(self, start: int, stop: int) -> "Batch":
