@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data.store import open_store, stored_sizes, training_samples
+from imagen_core.train.data.store import stored_sizes
+from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
 from pipeline.storage.open import open_storage
@@ -48,21 +49,33 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             for step in {0, min(config.optimizer.warmup_steps, config.num_steps - 1)}
         ),
         "samples_seen": config.num_steps * config.batch_size,
-        "store": config.store,
         "store_groups_needed": needed,
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
-        "store_now": _store_state(config, online=online),
+        **_stores(config, online=online),
     }
 
 
-def _store_state(config: TrainConfig, *, online: bool) -> str:
-    """Whether the store is there and has what the run reads."""
+def _stores(config: TrainConfig, *, online: bool) -> dict[str, object]:
+    """Where the data is, and whether it is there and has what the run reads; of a mixture by the stores' names."""
+    now = _state(config, online=online)
+    if config.store is not None:
+        return {"store": config.store, "store_now": now if isinstance(now, str) else next(iter(now.values()))}
+    places = {name: one.store for name, one in config.by_store().items()}
+    return {"stores": places, "shares": config.shares, "stores_now": now}
+
+
+def _state(config: TrainConfig, *, online: bool) -> str | dict[str, str]:
+    each = config.by_store()
     try:
-        samples = len(training_samples(open_store(config, online=online), config))
+        counts = num_training_samples(open_stores(config, online=online), config)
     except (StoreError, TrainError) as error:
-        if open_storage(config.store).size("manifest.json") is None:
-            return "not there yet"
+        missing = [name for name, one in each.items() if open_storage(str(one.store)).size("manifest.json") is None]
+        if missing:
+            return "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
         return f"cannot be used: {error}"
-    return f"{samples:,} samples: {config.num_steps * config.batch_size / samples:,.1f} epochs"
+    seen = config.num_steps * config.batch_size
+    return {
+        name: f"{count:,} samples: {seen * config.shares[name] / count:,.1f} epochs" for name, count in counts.items()
+    }
