@@ -18,7 +18,7 @@ import torch
 from benchmarks.common import report
 from benchmarks.store_formats import Captions, write_store
 from imagen_core.train import TrainConfig, train
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.models.count import count_parameters
@@ -125,7 +125,7 @@ def training_config(root: Path, training: dict[str, Any], steps: int | None) -> 
 
 def loader_alone(config: TrainConfig, seconds: float = 3.0) -> float:
     """Samples per second of the trainer's stream of batches."""
-    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    stream = BatchStream(open_stores(config), config, World(0, 1, torch.device("cpu")), None)
     try:
         stream.next()
         began, samples = time.perf_counter(), 0

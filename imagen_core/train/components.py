@@ -14,7 +14,8 @@ class DataConfig(Config):
     """Which samples of the store are read, and how."""
 
     samples: tuple[int, int] | None = None
-    """First sample of the store to train on, and the one after the last; null: all but the validation samples."""
+    """First sample of the store to train on, and the one after the last; null: all but the validation samples. In a
+    mixture each store has its own `samples`."""
     shuffle_window_shards: int | None = Field(default=None, ge=1)
     """Shards come in random order, and samples are shuffled within this many of them; null: all samples are shuffled
     with each other."""
@@ -30,6 +31,32 @@ class DataConfig(Config):
         if folder is not None and "://" in folder:
             raise ValueError("is a URL, and only a local path works here; give a folder of this machine's disk")
         return folder
+
+
+def store_name(path: str) -> str:
+    """What a store is called by its path: the last part, or the one before it in RUN/store."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    last = parts[-1] if parts else path
+    return parts[-2] if last == "store" and len(parts) > 1 else last
+
+
+class StoreShare(Config):
+    """One store of a mixture."""
+
+    path: str = Field(min_length=1)
+    """Folder or fsspec URL of the store."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Its share of the samples is this, divided by the sum of all weights. 0: only its validation samples are read."""
+    name: str | None = Field(default=None, min_length=1)
+    """Names it in metrics and checkpoints, and must stay the same; null: the last part of path, or the one before it
+    where that is `store`."""
+    samples: tuple[int, int] | None = None
+    """First sample of the store to train on, and the one after the last; null: all but the validation samples."""
+
+    @property
+    def called(self) -> str:
+        """The store's name."""
+        return store_name(self.path) if self.name is None else self.name
 
 
 class InitFromConfig(Config):
@@ -198,7 +225,7 @@ class ValidationConfig(Config):
     """Validation losses on samples kept out of training."""
 
     num_samples: int = Field(default=0, ge=0)
-    """The last samples of the store, kept out of training; 0 disables validation."""
+    """The last samples of the store, or of each store of a mixture, kept out of training; 0 disables validation."""
     every_steps: int = Field(default=1000, ge=1)
     """Steps between validation losses."""
     similarity_num_steps: tuple[int, ...] = (64,)

@@ -1,5 +1,6 @@
 """Everything that decides a training run."""
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -21,18 +22,28 @@ from imagen_core.train.components import (
     NoiseLevelsConfig,
     OptimizerConfig,
     ParallelConfig,
+    StoreShare,
     ValidationConfig,
     ViewsConfig,
+    store_name,
 )
+
+
+def _place(path: str) -> str:
+    """A path or URL in one spelling."""
+    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
+
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class TrainConfig(Config):
-    """One training run: one stage of a cascade, from one store."""
+    """One training run: one stage of a cascade, from one store, or from several by weight."""
 
-    store: str
-    """Folder or fsspec URL of the store; the only thing training reads."""
+    store: str | None = None
+    """Folder or fsspec URL of the store; the only thing training reads. null: several `stores`."""
+    stores: tuple[StoreShare, ...] = ()
+    """Stores to mix by weight, instead of `store`."""
     denoiser: AnyDenoiserConfig
     """The model and its diffusion."""
     text: str | None = None
@@ -85,6 +96,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        self._check_stores()
         self._check_encoders()
         schedule = self.denoiser.diffusion.schedule
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
@@ -95,6 +107,30 @@ class TrainConfig(Config):
         else:
             self._check_views(self.denoiser)
         return self
+
+    def _check_stores(self) -> None:
+        """Refuses all but either one store, or several that can be told apart and have a share."""
+        if self.store is not None and self.stores:
+            raise ValueError(f"stores: and store is {self.store!r}; set store=null to mix stores, or leave stores out")
+        if self.store is None and not self.stores:
+            raise ValueError("store: is missing; name the store to train on, or several as stores")
+        if not self.stores:
+            return
+        if self.data.samples is not None:
+            raise ValueError("data.samples: is of one store; set stores.N.samples of each store that needs it")
+        for field, values in (
+            ("path", [_place(share.path) for share in self.stores]),
+            ("name", [share.called for share in self.stores]),
+        ):
+            twice = [number for number, value in enumerate(values) if value in values[:number]]
+            if twice:
+                number = twice[0]
+                remedy = (
+                    "name each store once" if field == "path" else f"give one of them another stores.{number}.name"
+                )
+                raise ValueError(f"stores.{number}.{field}: {values[number]!r} is there twice; {remedy}")
+        if not any(share.weight for share in self.stores):
+            raise ValueError("stores: all weights are 0, so there is nothing to train on; give one a weight above 0")
 
     def _check_encoders(self) -> None:
         """Refuses encoders that the model does not read, and the lack of encoders that it does."""
@@ -185,6 +221,29 @@ class TrainConfig(Config):
             raise ValueError(f"views.crop_px {crop_px} is larger than size_px {denoiser.size_px}")
         if self.views.resized_crop is not None:
             raise ValueError("views.crop_px and views.resized_crop are two ways to crop an image; null one of them")
+
+    def by_store(self) -> dict[str, "TrainConfig"]:
+        """This training as that of each of its stores alone, by the store's name."""
+        if self.store is not None:
+            return {store_name(self.store): self}
+        found = {}
+        for share in self.stores:
+            data = self.data.model_copy(update={"samples": share.samples})
+            found[share.called] = self.model_copy(update={"store": share.path, "stores": (), "data": data})
+        return found
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each store by its name."""
+        if self.store is not None:
+            return {store_name(self.store): 1.0}
+        return {share.called: share.weight for share in self.stores}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the samples that comes from each store, 0..1, by its name."""
+        weights = self.weights
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @property
     def num_classes(self) -> int | None:

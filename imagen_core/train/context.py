@@ -1,5 +1,6 @@
 """What a training works with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,12 +17,13 @@ class TrainingContext:
     """What a training works with from its start to its end.
 
     Attributes:
+        stores: by name, as `TrainConfig.by_store` names them.
         loss: a `TrainingLoss` of the denoiser, as DDP or FSDP wrap it.
         encode: encodes the captions of each batch; None reads their embeddings from the store.
     """
 
     config: TrainConfig
-    store: Store
+    stores: Mapping[str, Store]
     world: World
     denoiser: Denoiser
     loss: nn.Module

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,29 +15,43 @@ from imagen_core.diffusion.steps import Karras
 from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
+from imagen_core.store import Store
 from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.train.augment import grayscale
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.dropout import NO_DROPOUT
 from imagen_core.train.data.example import all_conditions, make_example
+from imagen_core.train.data.online import with_text
 from imagen_core.train.data.randomness import RandomStream, mix
-from imagen_core.train.data.store import agree
+from imagen_core.train.data.store import agree, make_loader, validation_samples
 from imagen_core.train.data.stream import Batch, full_images, loader_options, random_views, read_batches
 from imagen_core.train.parallel.precision import autocast_dtype, weights_dtype
 from imagen_core.train.parallel.wrap import is_sharded
 
 
+def validation_metrics(context: TrainingContext) -> dict[str, float]:
+    """`validation_loss`; of a mixture the mean of its stores' losses by their shares, and `validation_loss/NAME` of
+    each store."""
+    shares = context.config.shares
+    losses = {name: validation_loss(context, name) for name in shares}
+    by_store = {f"validation_loss/{name}": loss for name, loss in losses.items()}
+    mean = math.fsum(share * losses[name] for name, share in shares.items())
+    return {"validation_loss": mean, **({} if context.config.store is not None else by_store)}
+
+
 @torch.no_grad()
-def validation_loss(context: TrainingContext) -> float:
-    """Mean loss over the validation samples, with the same noise and evenly spread noise levels every time."""
-    config, world = context.config, context.world
-    fixed, samples = _for_validation(config), _validation_samples(context)
+def validation_loss(context: TrainingContext, name: str) -> float:
+    """Mean loss over the validation samples of the store of this name, with the same noise and evenly spread noise
+    levels every time."""
+    config, world, store = context.config, context.world, context.stores[name]
+    fixed, samples = _for_validation(config), validation_samples(store, config)
     options = loader_options(
         config, config.micro_batch_size or max(1, config.batch_size // world.size), online=context.encode is not None
     )
     order = {"seed": config.seed, "rank": world.rank, "world_size": world.size, "shuffle": False}
-    loader = Loader(context.store, replace(options, **order, samples=samples, crop=random_views(fixed)))
+    loader = Loader(store, replace(options, **order, samples=samples, crop=random_views(fixed)))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     done = 0
     errors: list[Exception] = []
@@ -51,11 +66,6 @@ def validation_loss(context: TrainingContext) -> float:
         done += size
     agree(world, errors)
     return float(world.sum(total)) / len(samples)
-
-
-def _validation_samples(context: TrainingContext) -> range:
-    count = len(context.store)
-    return range(count - context.config.validation.num_samples, count)
 
 
 def _for_validation(config: TrainConfig) -> TrainConfig:
@@ -80,18 +90,14 @@ def _for_validation(config: TrainConfig) -> TrainConfig:
 def sample_grid(context: TrainingContext) -> np.ndarray:
     """Images sampled for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
-    A super-resolution model upsamples the store's own low-resolution images. Images of aspect-ratio buckets come
-    bucket by bucket, each with the shape of its sample.
+    Stores that are mixed have their shares of the captions. A super-resolution model upsamples the store's own
+    low-resolution images. Images of aspect-ratio buckets come bucket by bucket, each with the shape of its sample.
     """
     config, device = context.config, context.world.device
-    settings, count = config.denoiser, min(config.grid.num_images, len(context.store))
+    settings, count = config.denoiser, min(config.grid.num_images, *map(len, context.stores.values()))
     assert isinstance(settings, DenoiserConfig)
-    first = len(context.store) - config.validation.num_samples if config.validation.num_samples >= count else 0
-    errors: list[Exception] = []
-    batches = list(_read_all(context, count, range(first, first + count), errors))  # one for each shape
-    agree(context.world, errors)
-    dtype, pixels = weights_dtype(config.precision), []
-    for raw in batches:
+    dtype, pixels = weights_dtype(config.precision), list[np.ndarray]()
+    for raw in _shown_in_grid(context, count):
         seeds = range(len(pixels), len(pixels) + len(raw["keys"]))
         if not seeds:  # all were removed
             continue
@@ -117,6 +123,25 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
     return tile(pixels, columns=math.ceil(math.sqrt(len(pixels))))
 
 
+def _shown_in_grid(context: TrainingContext, count: int) -> list[Mapping[str, Any]]:
+    """The samples whose captions a grid shows, in one batch, or in one for each shape; the same on every process."""
+    config, errors, batches = context.config, list[Exception](), list[Mapping[str, Any]]()
+    samples = {}
+    for name, store in context.stores.items():
+        first = validation_samples(store, config).start if config.validation.num_samples >= count else 0
+        samples[name] = range(first, first + count)
+    loader = make_loader(context.stores, config, _plain_options(context, count), samples)
+    try:
+        for raw in islice(loader, count):  # a mixture never ends
+            batches.append(raw)
+            if sum(len(batch["keys"]) for batch in batches) >= count:
+                break
+    except Exception as error:  # noqa: BLE001 - agree raises it
+        errors.append(error)
+    agree(context.world, errors)
+    return [with_text(raw, context.encode, config) for raw in batches]
+
+
 @torch.no_grad()
 def similarities(context: TrainingContext) -> dict[str, float]:
     """Mean cosines between the embeddings a prior generates for the validation samples and the true ones.
@@ -128,9 +153,8 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     dtype = weights_dtype(config.precision)
     generated: dict[int, list[Tensor]] = {steps: [] for steps in config.validation.similarity_num_steps}
     images, texts = [], []
-    batch_size = config.micro_batch_size or config.batch_size
     errors: list[Exception] = []
-    batches = _read_all(context, batch_size, _validation_samples(context), errors)
+    batches = (raw for store in context.stores.values() for raw in _validation_batches(context, store, errors))
     if is_sharded(config, context.world):  # processes meet in each batch, so all must be readable
         batches = list(batches)
         agree(context.world, errors)
@@ -156,13 +180,20 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     return found
 
 
-def _read_all(
-    context: TrainingContext, batch_size: int, samples: range, errors: list[Exception]
+def _validation_batches(
+    context: TrainingContext, store: Store, errors: list[Exception]
 ) -> Iterator[Mapping[str, Any]]:
-    """Batches of full images in the store's order, the same on every process; `errors` as of `read_batches`."""
+    """All validation samples of a store, the same on every process; `errors` as of `read_batches`."""
+    config = context.config
+    options = _plain_options(context, config.micro_batch_size or config.batch_size)
+    loader = Loader(store, replace(options, samples=validation_samples(store, config)))
+    return read_batches(loader, config, context.encode, errors)
+
+
+def _plain_options(context: TrainingContext, batch_size: int) -> LoaderOptions:
+    """Full images in the store's order."""
     options = loader_options(context.config, batch_size, online=context.encode is not None)
-    options = replace(options, shuffle=False, samples=samples, crop=full_images(context.config))
-    return read_batches(Loader(context.store, options), context.config, context.encode, errors)
+    return replace(options, shuffle=False, crop=full_images(context.config))
 
 
 def _autocast(context: TrainingContext) -> torch.autocast:

@@ -1,9 +1,13 @@
 """Means of the metrics of training steps."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class Meter:
@@ -36,3 +40,10 @@ class Meter:
             "step_s": seconds / steps,
             "loader_wait": (waited_s - self.waited_s) / seconds,
         }
+
+
+def peak_memory(device: torch.device) -> int:
+    """In bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

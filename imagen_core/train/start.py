@@ -13,14 +13,26 @@ from pydantic import ValidationError
 
 from imagen_core.differences import changed_fields
 from imagen_core.files import append_line
+from imagen_core.train.components import store_name
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.store import training_samples
+from imagen_core.train.data.stores import num_training_samples
 from imagen_core.train.errors import TrainError
 from imagen_core.train.logs import METRICS, read_metrics
 
 STARTS = "starts.jsonl"
 _SCHEDULES = ("logging.", "checkpoints.", "validation.", "grid.")
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStore:
+    """One store of a mixture."""
+
+    name: str
+    samples: int
+    """Samples to train on."""
+    share: float
+    """The part of all samples seen that comes from it, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,7 @@ class TrainingStart:
     processes: int
     precision: str
     samples: int
-    """Samples of the store to train on."""
+    """Samples to train on, of all stores."""
     batch_size: int
     """Of all processes together."""
     torch: str
@@ -45,16 +57,25 @@ class TrainingStart:
     """`field: old -> new` of each setting that differs from the checkpoint's, schedules of logging left out."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints; None in starts of earlier versions."""
+    stores: tuple[MixedStore, ...] = ()
+    """The stores of a mixture."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
         where = self.device if self.processes == 1 else f"{self.processes} processes on {self.device}"
-        epochs = self.num_steps * self.batch_size / max(1, self.samples)
         begins = f"resumed from step {self.step:,}" if self.step else "begins"
+        seen = self.num_steps * self.batch_size
+        epochs = "samples" if self.stores else f"{seen / max(1, self.samples):,.1f} epochs"
+        count = f"{seen:,} " if self.stores else ""
         return [
             f"model {self.model}, {self.parameters:,} parameters, {self.precision} on {where}",
             f"data {self.samples:,} samples, batches of {self.batch_size:,}: {self.num_steps:,} steps are "
-            f"{epochs:,.1f} epochs; {begins}",
+            f"{count}{epochs}; {begins}",
+            *(
+                f"store {store.name}: {store.samples:,} samples, {store.share:.4g} of each batch: "
+                f"{seen * store.share / max(1, store.samples):,.1f} epochs"
+                for store in self.stores
+            ),
             *(f"changed since the checkpoint: {change}" for change in self.changes),
         ]
 
@@ -64,7 +85,10 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
     config, denoiser = context.config, context.denoiser
     device = context.world.device
     family, size = config.denoiser.network.family, getattr(config.denoiser, "size_px", None)
-    changes = [] if saved is None else changed_fields(_with_defaults(saved), config.model_dump(mode="json"))
+    now = config.model_dump(mode="json")
+    changes = [] if saved is None else changed_fields(*map(_stores_by_name, (_with_defaults(saved), now)))
+    samples = num_training_samples(context.stores, config)
+    stores = () if config.store is not None else tuple(MixedStore(n, samples[n], config.shares[n]) for n in samples)
     return TrainingStart(
         step=step,
         num_steps=config.num_steps,
@@ -73,10 +97,11 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         processes=context.world.size,
         precision=config.precision,
-        samples=len(training_samples(context.store, config)),
+        samples=sum(samples.values()),
         batch_size=config.batch_size,
         torch=torch.__version__,
         checkpoint_every_steps=config.checkpoints.every_steps,
+        stores=stores,
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
 
@@ -87,6 +112,12 @@ def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return TrainConfig.model_validate(saved).model_dump(mode="json")
     except ValidationError:
         return saved  # of another version: all that differs is listed
+
+
+def _stores_by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose list of stores is a mapping, so that what differs is told by name."""
+    stores = {share.get("name") or store_name(share.get("path", "")): share for share in config.get("stores", ())}
+    return {**config, "stores": stores}
 
 
 def refuse_lost(out: Path, config: TrainConfig) -> None:

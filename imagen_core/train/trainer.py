@@ -1,7 +1,5 @@
 """The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -35,14 +33,15 @@ from imagen_core.train.data.encoders import encoder_records
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.data.randomness import RandomStream, mix
-from imagen_core.train.data.store import UnreadableError, agree, open_store, opened_again, store_lost, trained_shapes
+from imagen_core.train.data.store import UnreadableError, agree, opened_again, store_lost, trained_shapes
+from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
-from imagen_core.train.evaluation import sample_grid, similarities, validation_loss
+from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values
 from imagen_core.train.loss import TrainingLoss
-from imagen_core.train.meter import Meter
+from imagen_core.train.meter import Meter, peak_memory
 from imagen_core.train.optimizer import make_optimizer
 from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
 from imagen_core.train.parallel.world import World, joined_world
@@ -72,10 +71,13 @@ def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
     return load_checkpoint(Path(path), weights)
 
 
+OnProgress = Callable[[TrainingProgress], None]
+
+
 def train(
     config: TrainConfig,
     out: Path,
-    on_progress: Callable[[TrainingProgress], None] | None = None,
+    on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     online_encoder: OnlineEncoder | None = None,
     load: LoadCheckpoint = _load_local,
@@ -99,7 +101,8 @@ def train(
         check: called on every process at the end of each step and before each file that is written; what it raises
             ends the training, and nothing more is written.
     Returns:
-        steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, checkpoint (None in a
+        steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, epoch (of a mixture
+        epoch/NAME for each store), checkpoint (None in a
         process without its files), best_checkpoint (of the least validation loss; None without validation).
     Raises:
         TrainError: settings, store or checkpoint do not fit; see its children.
@@ -110,7 +113,7 @@ def train(
     """
     with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
         # Model: the same random weights on every process.
-        store = open_store(config, online=online_encoder is not None)
+        stores = open_stores(config, online=online_encoder is not None)
         if online_encoder is not None:
             online_encoder.check(config)
         torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
@@ -120,12 +123,13 @@ def train(
         if config.compute.compile:
             # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
             # evaluation.
-            torch._dynamo.config.recompile_limit = limit = 32 * max(1, len(trained_shapes(store, config)))
+            shapes = max(len(trained_shapes(store, config)) for store in stores.values())
+            torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
             torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
             denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()
-        context = TrainingContext(config, store, world, denoiser, loss, encode)
+        context = TrainingContext(config, stores, world, denoiser, loss, encode)
 
         # What training changes, as the newest checkpoint has it.
         found = _newest_checkpoint(out, world)
@@ -143,9 +147,10 @@ def train(
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
-        encoders = encoder_records(store, config, online_encoder)
+        encoders = encoder_records(stores, config, online_encoder)
         if found is not None and saved is not None:
             refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
+            saved["loader"] = resumed_state(saved["loader"], saved["config"], config)
             state.load(found, saved)
         if world.is_main:
             start = training_start(context, state.step, saved and saved.get("config"))
@@ -185,13 +190,13 @@ class TrainingRun:
     def run(
         self,
         loader_state: dict[str, Any] | None,
-        on_progress: Callable[[TrainingProgress], None] | None,
+        on_progress: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
         """Trains to the last step; returns the summary of `train`."""
         config, state, context = self.config, self.state, self.context
         meter, profiler = Meter(), StepProfiler(config.logging.profile_steps, self.out, self.world.rank)
-        stream = BatchStream(context.store, config, self.world, loader_state, context.encode)
+        stream = BatchStream(context.stores, config, self.world, loader_state, context.encode)
         checkpoint = None
         try:
             self._evaluate_what_is_due()
@@ -209,7 +214,7 @@ class TrainingRun:
                 profiler.after(step, last=last or stopping)
 
                 if step % config.logging.every_steps == 0 or last:
-                    self._log(meter, stream.waited_s, on_progress)
+                    self._log(meter, stream.waited_s, batch.epochs, on_progress)
                     meter = Meter(stream.waited_s)
                 with meter.paused():
                     if step % config.checkpoints.every_steps == 0 or last or stopping:
@@ -225,24 +230,24 @@ class TrainingRun:
             stream.close()
         return self._summary(checkpoint)
 
-    def _of_store(self, evaluate: Callable[[TrainingContext], T]) -> T:
-        """What `evaluate` makes of the store, also if that was compacted, or made again with the same samples.
+    def _of_stores(self, evaluate: Callable[[TrainingContext], T]) -> T:
+        """What `evaluate` makes of the stores, also if one was compacted, or made again with the same samples.
 
         Raises:
-            UnreadableError: it cannot be read any more.
+            UnreadableError: one cannot be read any more.
         """
         try:
             return evaluate(self.context)
         except UnreadableError as unreadable:
-            store, errors = self.context.store, []
+            stores, errors = self.context.stores, []
             if unreadable.error is not None:
                 try:
                     online = self.context.encode is not None
-                    store = opened_again(store, self.config, unreadable.error, online=online)
+                    stores = opened_again(stores, self.config, unreadable.error, online=online)
                 except StoreLostError as error:
                     errors.append(error)
             agree(self.world, errors)
-        self.context = replace(self.context, store=store)
+        self.context = replace(self.context, stores=stores)
         return evaluate(self.context)
 
     def _evaluate(self, step: int, *, last: bool) -> None:
@@ -271,8 +276,8 @@ class TrainingRun:
     def _grid(self, step: int) -> Path:
         return self.out / "grids" / f"step-{step:08d}.png"
 
-    def _log(self, meter: Meter, waited_s: float, on_progress: Callable[[TrainingProgress], None] | None) -> None:
-        values = meter.values(waited_s)
+    def _log(self, meter: Meter, waited_s: float, epochs: dict[str, float], on_progress: OnProgress | None) -> None:
+        values = meter.values(waited_s) | epochs
         first = self.state.optimizer.param_groups[0]
         lr = first["lr"] / first["lr_scale"]
         self.loggers.scalars(
@@ -282,7 +287,7 @@ class TrainingRun:
                 **values,
                 "lr": lr,
                 **({} if self.state.loss_scale is None else {"loss_scale": self.state.loss_scale.value}),
-                "peak_memory_bytes": _peak_memory(self.world),
+                "peak_memory_bytes": peak_memory(self.world.device),
             },
         )
         self.last |= values
@@ -308,21 +313,21 @@ class TrainingRun:
 
     def _validate(self) -> None:
         with self._evaluating(averaged=False):
-            plain = self._of_store(validation_loss)
+            plain = self._of_stores(validation_metrics)
         with self._evaluating(averaged=True):
-            averaged = self._of_store(validation_loss)
-        values = {"validation_loss": averaged, "validation_loss_without_ema": plain}
+            averaged = self._of_stores(validation_metrics)
+        values = {**averaged, "validation_loss_without_ema": plain["validation_loss"]}
         if isinstance(self.config.denoiser, PriorConfig):
             with self._evaluating(averaged=True):
-                values |= self._of_store(similarities)
+                values |= self._of_stores(similarities)
         self._check()
         self.last |= values
         self.loggers.scalars(self.state.step, values)
-        self._keep(averaged)  # last: without it the validation is due when the training resumes
+        self._keep(values["validation_loss"])  # last: without it the validation is due when the training resumes
 
     def _write_grid(self) -> None:
         with self._evaluating(averaged=True):
-            pixels = self._of_store(sample_grid)
+            pixels = self._of_stores(sample_grid)
         self._check()
         if self.world.is_main:
             write_png(self._grid(self.state.step), pixels)
@@ -370,7 +375,8 @@ class TrainingRun:
             "validation_loss": last.get("validation_loss"),
             "images_per_s": last.get("images_per_s"),
             "loader_wait": last.get("loader_wait"),
-            "peak_memory_bytes": _peak_memory(self.world),
+            "peak_memory_bytes": peak_memory(self.world.device),
+            **{name: value for name, value in last.items() if name.partition("/")[0] == "epoch"},
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "best_checkpoint": next(map(str, best_checkpoints(self.out / "checkpoints")), None),
         }
@@ -393,10 +399,3 @@ def _newest_checkpoint(out: Path, world: World) -> Path | None:
 
 def _json(config: Any) -> dict[str, Any]:
     return config.model_dump(mode="json")
-
-
-def _peak_memory(world: World) -> int:
-    """In bytes: of the GPU, or of this process."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,7 +6,8 @@ from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import StoreError
 from imagen_core.store.buckets import Shape
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data.store import open_store, stored_sizes, trained_shapes, training_samples
+from imagen_core.train.data.store import stored_sizes, trained_shapes
+from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
 from pipeline.storage.open import open_storage
@@ -50,24 +51,38 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             for step in {0, min(config.optimizer.warmup_steps, config.num_steps - 1)}
         ),
         "samples_seen": config.num_steps * config.batch_size,
-        "store": config.store,
         "store_groups_needed": needed,
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
-        "store_now": state,
+        **_named(config, state),
     }
 
 
-def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], str]:
-    """The shapes of the images trained on, and whether the store is there and has what the run reads."""
+def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:
+    """Where the data is, and its state; of a mixture by the stores' names."""
+    if config.store is not None:
+        return {"store": config.store, "store_now": now if isinstance(now, str) else next(iter(now.values()))}
+    places = {name: one.store for name, one in config.by_store().items()}
+    return {"stores": places, "shares": config.shares, "stores_now": now}
+
+
+def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], str | dict[str, str]]:
+    """The shapes of the images trained on, and whether the stores are there and have what the run reads."""
     square = [(config.side_px, config.side_px)] if isinstance(config.denoiser, DenoiserConfig) else []
+    each = config.by_store()
     try:
-        store = open_store(config, online=online)
-        samples, shapes = len(training_samples(store, config)), trained_shapes(store, config)
+        stores = open_stores(config, online=online)
+        counts = num_training_samples(stores, config)
+        shapes = trained_shapes(next(iter(stores.values())), config)
     except (StoreError, TrainError) as error:
-        if open_storage(config.store).size("manifest.json") is None:
-            return square, "not there yet"
+        missing = [name for name, one in each.items() if open_storage(str(one.store)).size("manifest.json") is None]
+        if missing:
+            return square, "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
         return square, f"cannot be used: {error}"
     buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
-    return shapes, f"{samples:,} samples{buckets}: {config.num_steps * config.batch_size / samples:,.1f} epochs"
+    seen = config.num_steps * config.batch_size
+    return shapes, {
+        name: f"{count:,} samples{buckets}: {seen * config.shares[name] / count:,.1f} epochs"
+        for name, count in counts.items()
+    }

@@ -20,7 +20,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.store import open_store
-from imagen_core.train.evaluation import sample_grid, validation_loss
+from imagen_core.train.evaluation import sample_grid, validation_metrics
 from pipeline.errors import ConfigError, StaleOutputError
 from stages.evaluation.run import with_guidance
 from stages.sampling.config import SampleConfig
@@ -132,7 +132,7 @@ def test_validation_and_grids_leave_no_label_out(store: Path) -> None:
         )
         denoiser = random_weights(Denoiser(settings.denoiser).double()).eval()
         context = make_context(settings, denoiser)
-        found.append((validation_loss(context), sample_grid(context).tobytes()))
+        found.append((validation_metrics(context), sample_grid(context).tobytes()))
     assert found[0] == found[1]
 
 

@@ -142,7 +142,7 @@ def test_a_training_that_loses_its_store_saves_and_says_how_to_go_on(
             shutil.rmtree(where) if where.is_dir() else where.unlink()
             missing = StoreError("images-16/00000.parquet: missing")
             with pytest.raises(StoreLostError) as caught:
-                opened_again(self._store, self._config, missing, online=False)
+                opened_again(self._stores, self._config, missing, online=False)
             return replace(batch.part(0, 0), error=caught.value)
 
     monkeypatch.setattr(trainer, "BatchStream", Losing)

@@ -75,7 +75,9 @@ def consumed(state: Mapping[str, Any]) -> int:
 
 
 def epochs(state: Mapping[str, Any]) -> dict[str, float]:
-    """Epochs that are gone through of each store of a mixture, by name."""
+    """Epochs that are gone through of each store of a mixture, by name; of one store alone by the name ""."""
+    if not is_mixture_state(state):
+        return {"": _consumed(state) / state["num_samples"]}
     return {name: _consumed(member) / member["num_samples"] for name, member in state["stores"].items()}
 
 

@@ -120,7 +120,8 @@ class StoreReader:
         """Most callers use `Store.open`."""
         self._folder = folder
         self._manifest = manifest
-        self._max_open_shards = max_open_shards
+        self.max_open_shards = max_open_shards
+        """Shards whose files are kept open."""
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
         self._sizes = list(manifest.images)
@@ -285,7 +286,7 @@ class StoreReader:
             self._open.move_to_end(position)
             return files
         files = self._open[position] = OpenShard(self._folder, self._manifest, self._generations, position)
-        if len(self._open) > self._max_open_shards:
+        if len(self._open) > self.max_open_shards:
             self._open.popitem(last=False)
         return files
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from imagen_core.store.read.loader import check_loader_state
+from imagen_core.store.read.mixture_loader import check_state
 
 _Count = Annotated[int, Field(ge=0)]
 _MOST_SHOWN = 60
@@ -50,7 +50,7 @@ class StateRecord(_ModelRecord):
     samples: _Count
     ema_updates: _Count
     files: dict[str, _FileRecord]
-    loader: Annotated[dict[str, Any], AfterValidator(check_loader_state)] | None
+    loader: Annotated[dict[str, Any], AfterValidator(check_state)] | None
     config: _SettingsRecord
     embed_encoders: dict[str, _EncoderRecord] = {}
     loss_scale: _LossScaleRecord | None = None

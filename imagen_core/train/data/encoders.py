@@ -1,5 +1,6 @@
 """What made the embeddings a model is trained on, as checkpoints record it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from imagen_core.store import Store
@@ -7,8 +8,12 @@ from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.online import OnlineEncoder
 
 
-def encoder_records(store: Store, config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
-    """`encoder` of captions' tokens, None if the model reads none; `embed_encoders` of vectors, by setting."""
+def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
+    """`encoder` of captions' tokens, None if the model reads none; `embed_encoders` of vectors, by setting.
+
+    Stores that are mixed are of the same encoders, so the first one stands for all.
+    """
+    store = next(iter(stores.values()))
     embeds = {}
     if config.text_embed is not None:
         embeds["text_embed"] = store.encoder_record(store.manifest.texts[config.text_embed])

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from imagen_core.store import (
 )
 from imagen_core.store.buckets import Shape, ratios_of, scaled
 from imagen_core.store.errors import ADVICE
+from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.mixture_loader import MixtureLoader
+from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import StoreLostError, TrainError
@@ -27,20 +31,27 @@ from imagen_core.train.parallel.world import World
 
 log = logging.getLogger(__name__)
 _SHARDS_TO_CHECK = 16  # for annotations
+MAX_OPEN_SHARDS = 64
+"""Shards that a training keeps open, of all its stores together."""
 
 
-def open_store(config: TrainConfig, *, online: bool = False) -> Store:
-    """The store, with everything the configuration reads.
+def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: int = MAX_OPEN_SHARDS) -> Store:
+    """The store of a training with one, with everything the configuration reads.
 
     Args:
         online: captions are encoded in the training loop, so `text` need not be in the store.
+        max_open_shards: shards whose files are kept open.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
         StoreLostError: its files cannot be reached.
     """
+    assert config.store is not None
+    data = config.data
     try:
-        store = Store.open(config.store, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+        store = Store.open(
+            config.store, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, max_open_shards=max_open_shards
+        )
     except StorageError as error:
         raise StoreLostError(str(error), again=error.passes) from error
     except OSError as error:
@@ -130,6 +141,21 @@ def training_samples(store: Store, config: TrainConfig) -> range:
     return range(*(config.data.samples or (0, len(store) - config.validation.num_samples)))
 
 
+def make_loader(
+    stores: Mapping[str, Store], config: TrainConfig, options: LoaderOptions, samples: Mapping[str, range]
+) -> Loader | MixtureLoader:
+    """A loader of these samples of the store, or of the mixture of the stores."""
+    if config.store is not None:
+        ((name, store),) = stores.items()
+        return Loader(store, replace(options, samples=samples[name]))
+    return MixtureLoader(stores, config.weights, options, samples)
+
+
+def validation_samples(store: Store, config: TrainConfig) -> range:
+    """Indices in the store of the samples that are kept out of training."""
+    return range(len(store) - config.validation.num_samples, len(store))
+
+
 def _check_encoder(
     field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
 ) -> None:
@@ -201,16 +227,29 @@ def agree(world: World, errors: Sequence[Exception]) -> None:
         raise UnreadableError(errors[0] if errors else None)
 
 
-def opened_again(store: Store, config: TrainConfig, error: Exception, *, online: bool) -> Store:
-    """The store as it is now, if it was compacted, or made again with the same samples, since it was opened.
+def opened_again(
+    stores: Mapping[str, Store], config: TrainConfig, error: Exception, *, online: bool
+) -> dict[str, Store]:
+    """The stores as they are now, if one was compacted, or made again with the same samples, since it was opened.
 
     Args:
-        error: what reading it raised.
+        stores: by name, as `TrainConfig.by_store` names them.
+        error: what reading them raised.
     Raises:
-        StoreLostError: it is the same as before, is not finished, or has other samples.
+        StoreLostError: they are the same as before, or one is not finished, or has other samples.
     """
+    each = config.by_store()
+    now = {name: _opened_now(store, each[name], error, online=online) for name, store in stores.items()}
+    if all(now[name] is store for name, store in stores.items()):
+        raise StoreLostError(_words(error), again=_passes(error)) from error
+    return now
+
+
+def _opened_now(store: Store, config: TrainConfig, error: Exception, *, online: bool) -> Store:
+    """A store as it is now; the same object if nothing was changed."""
+    assert config.store is not None
     try:
-        now = open_store(config, online=online)
+        now = open_store(config, online=online, max_open_shards=store.max_open_shards)
     except StoreLostError as reason:
         raise reason from error
     except StoreError as reason:
@@ -221,7 +260,7 @@ def opened_again(store: Store, config: TrainConfig, error: Exception, *, online:
         raise StoreLostError(f"it was made again: {reason}", again=False) from error
     before, after = store.manifest, now.manifest
     if (before.sha256, before.num_removals) == (after.sha256, after.num_removals):
-        raise StoreLostError(_words(error), again=_passes(error)) from error
+        return store
     if difference := _difference(before, after, config):
         raise StoreLostError(f"it was made again with other content: {difference}", again=False) from error
     log.warning(
@@ -241,13 +280,17 @@ def store_lost(error: Exception | None, config: TrainConfig, step: int, world: W
     """
     mine = None if error is None else (_words(error), error.again if isinstance(error, StoreLostError) else False)
     words, again = next(found for found in world.gather(mine) if found is not None)
+    places = [str(one.store) for one in config.by_store().values()]
+    which, them = ("store", "it") if len(places) == 1 else ("stores", "them")
     saved = f"the checkpoint of step {step:,} is saved" if step else "no step was made yet"
     remedy = (
-        "" if again else f" check it with `pipeline verify {config.store}`, put back what is damaged from a copy, and"
+        ""
+        if again
+        else f" check {them} with `pipeline verify {' '.join(places)}`, put back what is damaged from a copy, and"
     )
-    then = "to go on from there" if step else "to begin"
+    then = "run the same command again to " + ("go on from there" if step else "begin")
     return StoreLostError(
-        f"store {config.store}: cannot be read any more: {words}; {saved};{remedy} run the same command again {then}",
+        f"{which} {', '.join(places)}: cannot be read any more: {words}; {saved};{remedy} {then}",
         again=again,
     )
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from imagen_core.store import Crop, FullImage, Store, View
 from imagen_core.store.read.loader import Loader
+from imagen_core.store.read.mixture_loader import consumed, epochs
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.train.augment import Flipped, RandomResizedCrop
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.online import Encode, with_text
 from imagen_core.train.data.randomness import RandomStream, SampleColumn, sample_uniform
-from imagen_core.train.data.store import needed_sizes, opened_again, training_samples
+from imagen_core.train.data.store import make_loader, needed_sizes, opened_again, training_samples
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.world import World
 
@@ -31,7 +32,7 @@ class Batch:
     """This process's part of a global batch.
 
     Attributes:
-        raw: a batch of the store's loader.
+        raw: a batch of the loader.
         counters: how many samples were consumed before each of these; decide their random numbers.
         global_size: samples of the batch over all processes.
         largest_part: most samples of the batch that any process has.
@@ -54,6 +55,11 @@ class Batch:
     def images(self) -> dict[int, Tensor]:
         """uint8 (b, 3, h, w) by size; empty where no images are read."""
         return self.raw.get("images", {})
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Epochs that are gone through once this batch is consumed: `epoch`, or of a mixture `epoch/NAME` by store."""
+        return {f"epoch{name and f'/{name}'}": count for name, count in epochs(self.loader_state).items()}
 
     def part(self, start: int, stop: int) -> "Batch":
         """The rows from `start` to `stop`."""
@@ -139,7 +145,7 @@ class BatchStream:
 
     def __init__(
         self,
-        store: Store,
+        stores: Mapping[str, Store],
         config: TrainConfig,
         world: World,
         state: dict[str, Any] | None,
@@ -158,11 +164,11 @@ class BatchStream:
             pin_memory=world.device.type == "cuda",
         )
         try:
-            self._read_from(store, state)
+            self._read_from(stores, state)
         except ValueError as error:
             raise TrainError(
                 f"the checkpoint's place in the data does not fit: {error}; store, seed and "
-                "data.samples must stay the same, or start again in another --out"
+                "samples must stay the same, or start again in another --out"
             ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._last: Batch | None = None
@@ -172,10 +178,13 @@ class BatchStream:
         self.waited_s = 0.0
         """Time the training has spent waiting for batches."""
 
-    def _read_from(self, store: Store, state: dict[str, Any] | None) -> None:
-        """Raises ValueError if a loader's state does not fit the store."""
-        self._store = copy.copy(store)  # a copy opens its own files, for the reading thread
-        loader = Loader(self._store, replace(self._options, samples=training_samples(store, self._config)))
+    def _read_from(self, stores: Mapping[str, Store], state: dict[str, Any] | None) -> None:
+        """Raises ValueError if a loader's state does not fit the stores."""
+        # Copies open their own files, for the reading thread.
+        self._stores = {name: copy.copy(store) for name, store in stores.items()}
+        each = self._config.by_store()
+        samples = {name: training_samples(store, each[name]) for name, store in stores.items()}
+        loader = make_loader(self._stores, self._config, self._options, samples)
         if state is not None:
             loader.load_state_dict(state)
         self._loader = loader
@@ -219,8 +228,8 @@ class BatchStream:
         """Goes on with the store as it is now, if it was compacted or made again with the same samples; otherwise the
         reason why not."""
         try:
-            store = opened_again(self._store, self._config, error, online=self._encode is not None)
-            self._read_from(store, self._loader.state_dict())
+            stores = opened_again(self._stores, self._config, error, online=self._encode is not None)
+            self._read_from(stores, self._loader.state_dict())
         except Exception as reason:  # noqa: BLE001 - handed to the training loop
             return reason
         return None
@@ -231,15 +240,15 @@ class BatchStream:
             before = self._loader.state_dict()
             raw = self._loader.skip()
             if self._loader.global_size:
-                size = _consumed(self._loader.state_dict()) - _consumed(before)
+                size = consumed(self._loader.state_dict()) - consumed(before)
                 return Batch(raw, range(0), self._loader.global_size, -(-size // self._world.size), before, error)
 
     def _epoch(self) -> Iterator[Batch]:
         before = self._loader.state_dict()
         for raw in self._loader:
             after = self._loader.state_dict()
-            start = _consumed(before)
-            size = _consumed(after) - start
+            start = consumed(before)
+            size = consumed(after) - start
             first = self._world.rank * size // self._world.size
             before = after
             if not self._loader.global_size:  # all of its samples were removed from the store
@@ -251,8 +260,3 @@ class BatchStream:
                 -(-size // self._world.size),
                 after,
             )
-
-
-def _consumed(state: Mapping[str, Any]) -> int:
-    """Samples that a loader has gone through since its first epoch."""
-    return state["epoch"] * state["num_samples"] + state["position"]

@@ -16,7 +16,7 @@ from imagen_core import store as st
 from imagen_core.diffusion import Denoiser
 from imagen_core.train import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
@@ -135,10 +135,10 @@ def _entry(root: Path, path: str, rows: int) -> dict[str, Any]:
     return {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
 
 
-def make_config(store: Path, **changes: Any) -> TrainConfig:
-    """A base model of 16 px on the small store: 6 steps of 8 images in float64."""
+def make_config(store: Path | None, **changes: Any) -> TrainConfig:
+    """A base model of 16 px on the small store (None: on those of `stores`): 6 steps of 8 images in float64."""
     settings: dict[str, Any] = {
-        "store": str(store),
+        "store": store and str(store),
         "denoiser": BASE,
         "text": "t5",
         "num_steps": 6,
@@ -162,12 +162,12 @@ def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 def make_context(config: TrainConfig, denoiser: Denoiser) -> TrainingContext:
     """What one process works with to evaluate this denoiser."""
-    return TrainingContext(config, open_store(config), ALONE, denoiser, TrainingLoss(denoiser, config, "cpu"))
+    return TrainingContext(config, open_stores(config), ALONE, denoiser, TrainingLoss(denoiser, config, "cpu"))
 
 
 def first_batch(config: TrainConfig) -> Batch:
     """What a training of one process reads first."""
-    stream = BatchStream(open_store(config), config, ALONE, None)
+    stream = BatchStream(open_stores(config), config, ALONE, None)
     try:
         return stream.next()
     finally:

@@ -16,7 +16,7 @@ from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.augment import BlurConfig, Flipped, RandomResizedCrop, ResizedCropConfig, blur, stored_box
 from imagen_core.train.components import ViewsConfig
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream, full_images
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, SUPER, changed, make_config, make_store
@@ -57,7 +57,7 @@ def random_rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def read(config: TrainConfig, count: int, world: World = ALONE, state: dict[str, Any] | None = None) -> list[Batch]:
-    stream = BatchStream(open_store(config), config, world, state)
+    stream = BatchStream(open_stores(config), config, world, state)
     batches = [stream.next() for _ in range(count)]
     stream.close()
     return batches
@@ -394,4 +394,4 @@ def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: 
 
 def test_a_store_without_the_size_to_crop_is_refused(written_store: Path) -> None:
     with pytest.raises(TrainError, match=r"no images-96 \(sizes: \[24, 48\]\).*views\.resized_crop\.from_px"):
-        open_store(make_config(written_store, views={"resized_crop": {"from_px": 96}}))
+        open_stores(make_config(written_store, views={"resized_crop": {"from_px": 96}}))

@@ -18,9 +18,9 @@ from imagen_core.train import NonFiniteLossError, TrainError, TrainingProgress, 
 from imagen_core.train import loss as loss_module
 from imagen_core.train import step as step_module
 from imagen_core.train.data.example import Example, make_example
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
-from imagen_core.train.evaluation import validation_loss
+from imagen_core.train.evaluation import validation_metrics
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.models.small import random_weights
@@ -83,7 +83,7 @@ def test_a_step_is_adamw_on_the_mean_loss(store: Path, tmp_path: Path) -> None:
     bare = [p for p in denoiser.parameters() if p.ndim <= 1]
     groups = [{"params": plain, "weight_decay": 0.01}, {"params": bare, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=False)
-    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    stream = BatchStream(open_stores(config), config, World(0, 1, torch.device("cpu")), None)
     losses = []
     for step in range(2):
         example = make_example(stream.next(), config, denoiser, torch.device("cpu"), step)
@@ -259,7 +259,7 @@ def test_validation_has_a_level_for_each_low_resolution_image_and_blurs_none(sto
         )
         torch.manual_seed(0)
         denoiser = random_weights(Denoiser(config.denoiser).double()).eval()
-        values.append(validation_loss(make_context(config, denoiser)))
+        values.append(validation_metrics(make_context(config, denoiser))["validation_loss"])
     assert values[0] == values[1] == values[2]
 
 

@@ -13,7 +13,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.store import open_store
-from imagen_core.train.evaluation import sample_grid, validation_loss
+from imagen_core.train.evaluation import sample_grid, validation_metrics
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, first_batch, make_config, make_context, make_store, tensors
 
@@ -109,7 +109,7 @@ def test_validation_and_grids_read_all_transcriptions(store: Path, tmp_path: Pat
         )
         denoiser = random_weights(Denoiser(settings.denoiser).double()).eval()
         context = make_context(settings, denoiser)
-        found.append((validation_loss(context), sample_grid(context).tobytes()))
+        found.append((validation_metrics(context), sample_grid(context).tobytes()))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
     assert found[0][1] != found[2][1]

@@ -109,7 +109,7 @@ def test_the_checkpoints_of_least_validation_loss_are_kept_in_addition_to_the_ne
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 5.0, 1.0, 1.0, 4.0, 4.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0])  # without and with averages
-    monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validation_metrics", lambda *_: {"validation_loss": next(losses)})
     kept = {"keep": 1, "keep_best": 2, "every_steps": 1}
     settings = {"checkpoints": kept, "validation": {"num_samples": 4, "every_steps": 1}}
     train(make_config(store, num_steps=3, **settings), tmp_path)
@@ -188,7 +188,7 @@ class Killed(BaseException):
 )
 @pytest.mark.parametrize(
     "at",
-    ["validation_loss", *(pytest.param(at, marks=pytest.mark.slow) for at in ("record_validation", "sample_grid"))],
+    ["validation_metrics", *(pytest.param(at, marks=pytest.mark.slow) for at in ("record_validation", "sample_grid"))],
 )
 def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, steps: int
@@ -236,7 +236,11 @@ def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_
             raise Killed
         remove_old(*arguments)
 
-    monkeypatch.setattr(trainer, "validation_loss", lambda *_: losses[int(checkpoints(folder)[-1].name[-1]) - 1])
+    monkeypatch.setattr(
+        trainer,
+        "validation_metrics",
+        lambda *_: {"validation_loss": losses[int(checkpoints(folder)[-1].name[-1]) - 1]},
+    )
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "remove_old", killed_at_the_end)
         with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from imagen_core.diffusion import Denoiser
 from imagen_core.train import load_checkpoint, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.train.small import BASE, files, make_config, tensors
@@ -83,7 +83,7 @@ def test_weights_leave_the_mean_loss_what_it_is_with_uniform_times() -> None:
 def test_an_example_has_the_level_of_its_time_and_its_weight(store: Path) -> None:
     config = make_config(store, denoiser=DISCRETE, noise_levels={"kind": "loss_second_moment"})
     times = filled(np.arange(1.0, 21)[:, None].repeat(10, axis=1))
-    stream = BatchStream(open_store(config), config, World(0, 1, torch.device("cpu")), None)
+    stream = BatchStream(open_stores(config), config, World(0, 1, torch.device("cpu")), None)
     batch = stream.next()
     stream.close()
     denoiser = config.denoiser

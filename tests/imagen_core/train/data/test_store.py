@@ -10,7 +10,8 @@ import pytest
 from imagen_core.store import Store, StoreError
 from imagen_core.train import StoreLostError, TrainConfig, train
 from imagen_core.train.checkpoints.checkpoint import checkpoints
-from imagen_core.train.data.store import open_store, opened_again
+from imagen_core.train.data.store import opened_again
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
 from stages.store_tools.compact import compact
 from tests.imagen_core.store.handmade_store import remove
@@ -76,7 +77,7 @@ def test_a_store_that_is_gone_may_come_back(tmp_path: Path) -> None:
 def test_a_training_goes_on_in_the_same_order_when_its_store_is_compacted(tmp_path: Path) -> None:
     path = make_store(tmp_path / "store", rows=ROWS)
     config = make_config(path, **TINY, validation={"num_samples": 2, "every_steps": 12})
-    stream = BatchStream(open_store(config), config, ALONE, None)
+    stream = BatchStream(open_stores(config), config, ALONE, None)
     batches = [stream.next() for _ in range(11)]
     stream.close()
     straight = train(config, tmp_path / "straight")
@@ -97,12 +98,13 @@ def test_a_store_made_again_with_the_same_samples_is_read_on_and_another_is_not(
 ) -> None:
     path = make_store(tmp_path / "store")
     config = make_config(path)
-    before, error = open_store(config), StoreError("images-16/00000.parquet: missing")
+    before, error = open_stores(config), StoreError("images-16/00000.parquet: missing")
     with pytest.raises(StoreLostError, match=r"images-16/00000.parquet: missing"):
         opened_again(before, config, error, online=False)
     remove(path, key=[Store.open(path)[7].key])
     compact(path, None)
-    assert len(opened_again(before, config, error, online=False)) == 39
+    (now,) = opened_again(before, config, error, online=False).values()
+    assert len(now) == 39
     assert "was compacted or made again while it was read" in caplog.text
     for changes, words in (
         ({"rows": (24, 15)}, "39 rows in 2 shards, not 40 in 2"),

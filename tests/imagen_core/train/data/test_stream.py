@@ -12,7 +12,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.randomness import SampleColumn, sample_numbers
-from imagen_core.train.data.store import open_store
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.store.handmade_store import remove
@@ -23,7 +23,7 @@ ALONE = World(0, 1, CPU)
 
 
 def read(config: TrainConfig, count: int, world: World = ALONE, state: dict[str, Any] | None = None) -> list[Batch]:
-    stream = BatchStream(open_store(config), config, world, state)
+    stream = BatchStream(open_stores(config), config, world, state)
     batches = [stream.next() for _ in range(count)]
     stream.close()
     return batches
@@ -123,7 +123,7 @@ def test_a_training_continues_after_a_removal_with_the_batches_it_would_have_had
 def test_an_error_of_the_reading_thread_comes_as_an_empty_last_batch(tmp_path: Path) -> None:
     path = make_store(tmp_path / "store")
     config = make_config(path)
-    opened = open_store(config)
+    opened = open_stores(config)
     next((path / "images-16").iterdir()).unlink()
     stream = BatchStream(opened, config, ALONE, None)
     batches = [stream.next() for _ in range(20)]
@@ -135,7 +135,7 @@ def test_an_error_of_the_reading_thread_comes_as_an_empty_last_batch(tmp_path: P
 
 def test_closing_ends_the_thread(store: Path) -> None:
     before = threading.active_count()
-    stream = BatchStream(open_store(make_config(store)), make_config(store), ALONE, None)
+    stream = BatchStream(open_stores(make_config(store)), make_config(store), ALONE, None)
     stream.next()
     stream.close()
     assert threading.active_count() == before
@@ -290,13 +290,13 @@ def test_an_empty_part_becomes_one_row_that_the_model_can_take(store: Path) -> N
 )
 def test_a_store_that_does_not_fit_is_refused(store: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainError, match=message):
-        open_store(make_config(store, **changes))
+        open_stores(make_config(store, **changes))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
     config = make_config(store, batch_size=8)
     with pytest.raises(TrainError, match="batch_size 8 must be a multiple of the 3 processes"):
-        BatchStream(open_store(config), config, World(0, 3, CPU), None)
+        BatchStream(open_stores(config), config, World(0, 3, CPU), None)
 
 
 @pytest.mark.parametrize(
