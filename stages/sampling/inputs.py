@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from imagen_core.images import from_pixels
 from imagen_core.samplers import Inpaint
 from imagen_core.store.buckets import Shape, crop_box
 from pipeline.errors import ConfigError
 from stages.images import read_image
+from stages.images.resample import pyramid_of_shapes
 from stages.sampling.config import InpaintConfig
 
 
@@ -30,12 +30,7 @@ def read_centres(paths: Sequence[str | None], shape: Shape | None) -> torch.Tens
 
 def _centre(path: str, shape: Shape) -> np.ndarray:
     """uint8 (*shape, 3)."""
-    height, width = shape
-    if height == width:
-        return read_image(path, height)
-    pixels = read_image(path)
-    part = Image.fromarray(pixels).crop(crop_box(pixels.shape[1], pixels.shape[0], shape))
-    return np.array(part.resize((width, height), Image.Resampling.BICUBIC))
+    return pyramid_of_shapes(read_image(path), {0: shape})[0]
 
 
 def read_inpaint(config: InpaintConfig, shape: Shape | None = None) -> Inpaint:

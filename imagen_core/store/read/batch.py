@@ -71,6 +71,8 @@ class BatchReader:
             buckets = ", ".join(f"{group.name}: {list(group.shapes) or 'squares'}" for group in found.values())
             raise ValueError(f"images of different aspect-ratio buckets cannot be in one batch ({buckets})")
         shapes = {size: self._stores[0].image_group(size).shapes for size in stored}
+        if len(self._stores) > 1 and shapes[stored[0]]:
+            raise ValueError("stores of aspect-ratio buckets cannot be read together; make one store of their sources")
         self.ratios = ratios_of(shapes[stored[0]])
         if not self.ratios:
             return [squares]

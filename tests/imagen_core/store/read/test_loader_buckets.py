@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from imagen_core import store as st
-from tests.imagen_core.store.handmade_store import Made, bucket_list, remove
+from tests.imagen_core.store.handmade_store import Made, bucket_list, remove, samples_files
 
 Make = Callable[..., Made]
 ROWS = (11, 9, 12, 5)
@@ -179,3 +180,33 @@ def test_without_images_the_order_is_that_of_squares(made: Made, make: Make) -> 
     stores = (st.Store.open(each.path) for each in (made, square))
     first, second = ([batch["keys"] for batch in store.loader(6, text="t5")] for store in stores)
     assert first == second
+
+
+def test_erased_samples_keep_their_place_in_the_order(made: Made) -> None:
+    """The content of removed samples is erased after the state was taken: the others come in the same batches."""
+    before = loaders(made, 1)[0]
+    list(islice(before, 1))
+    state = before.state_dict()
+    expected = [batch["keys"] for batch in before]
+    gone = [expected[0][0], expected[0][1], expected[3][1]]
+    folder = remove(made.path, key=gone)
+    manifest, removals = st.load_manifest(folder), st.load_removals(folder)
+    new = {}
+    for index, samples, _ in samples_files(folder):
+        rows = st.removed_rows(removals, index, samples)
+        if not rows:
+            continue
+        erased = st.ErasedShard.of(index, samples, rows, manifest.images[8].shapes)
+        for row in rows:
+            assert (erased.samples[row].height, erased.samples[row].width) in {(5, 3), (1, 1), (3, 5)}
+        for name, entry in manifest.shard(index).files.items():
+            path = st.shard_path(name, index, manifest.groups[name].format, 1)
+            count = erased.write(manifest.groups[name], folder.path(entry.path), made.path / path)
+            data = (made.path / path).read_bytes()
+            new[index, name] = st.FileEntry(path, len(data), sha256(data).hexdigest(), count)
+    st.rewrite_manifest(folder, new)
+    report = st.verify_store(made.path)
+    assert report.ok, report.problems
+    after = loaders(made, 1)[0]
+    after.load_state_dict(state)
+    assert [batch["keys"] for batch in after] == [[key for key in keys if key not in gone] for keys in expected]
