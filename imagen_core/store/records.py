@@ -167,8 +167,8 @@ def parse_group(name: str, raw: Any) -> Group:
     try:
         kind = raw["kind"]
         if kind == "samples":
-            columns = {str(column): check_column_type(found) for column, found in raw.get("columns", {}).items()}
-            group: Group = SamplesGroup(name, columns=columns)
+            columns = raw.get("columns", {}).items()
+            group: Group = SamplesGroup(name, columns={str(name): check_column_type(found) for name, found in columns})
             expected_name = SAMPLES_GROUP
         elif kind == "images":
             size_px = _count(raw["size_px"], "size_px")

@@ -149,7 +149,8 @@ class Store(StoreReader, Sequence[Sample]):
         arrays = {name: files.arrays[name].value(row) for name in self._manifest.arrays}
         if generation != self.generation:
             return self._read(shard, row)
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations, arrays, columns)
+        known = (*annotations, arrays, columns)
+        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *known)
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.

@@ -45,6 +45,8 @@ class TrainingStart:
     """`field: old -> new` of each setting that differs from the checkpoint's, schedules of logging left out."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints; None in starts of earlier versions."""
+    chosen: tuple[int, int] | None = None
+    """Samples for which `where` is true, and samples of the store; None without a condition."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
@@ -52,6 +54,7 @@ class TrainingStart:
         epochs = self.num_steps * self.batch_size / max(1, self.samples)
         begins = f"resumed from step {self.step:,}" if self.step else "begins"
         return [
+            *([] if self.chosen is None else ["where {:,} of {:,} samples of the store".format(*self.chosen)]),
             f"model {self.model}, {self.parameters:,} parameters, {self.precision} on {where}",
             f"data {self.samples:,} samples, batches of {self.batch_size:,}: {self.num_steps:,} steps are "
             f"{epochs:,.1f} epochs; {begins}",
@@ -77,6 +80,7 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         batch_size=config.batch_size,
         torch=torch.__version__,
         checkpoint_every_steps=config.checkpoints.every_steps,
+        chosen=None if config.where is None else (len(context.store), context.store.manifest.num_samples),
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
 

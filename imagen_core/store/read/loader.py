@@ -83,8 +83,10 @@ class Loader:
         """Made by `Store.loader`.
 
         Raises:
-            ValueError: a size or encoder the store lacks, or a number out of range.
+            ValueError: a size or encoder the store lacks, a number out of range, or a condition that does not fit.
+            ImportError: there is a condition, and sqlglot is not installed.
         """
+        store = store if options.where is None else store.where(options.where)
         samples = range(len(store)) if options.samples is None else options.samples
         if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
             raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
@@ -167,6 +169,7 @@ class Loader:
             "first_sample": self._samples.start,
             "shuffle_window_shards": self._window_shards,
             "num_removals": self._num_removals,
+            **({} if self._places.digest is None else {"chosen": self._places.digest}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,6 +183,12 @@ class Loader:
         check_loader_state(state)
         self._arrange_as(state)
         mine = self.state_dict()
+        if state.get("chosen") != mine.get("chosen"):
+            raise ValueError(
+                "loader state is of another condition (`where`), or of other values in the store: the samples that it "
+                "chooses differ; resume with the same condition and store. Values of samples that were removed and "
+                "erased since are unknown"
+            )
         for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):
             if state.get(name, 0) != mine[name]:
                 raise ValueError(

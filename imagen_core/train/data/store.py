@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from imagen_core.conditions import ConditionError
 from imagen_core.diffusion import PriorConfig
 from imagen_core.far import StorageError
 from imagen_core.models.prior import PriorNetworkConfig
@@ -28,11 +29,12 @@ log = logging.getLogger(__name__)
 _SHARDS_TO_CHECK = 16  # for annotations
 
 
-def open_store(config: TrainConfig, *, online: bool = False) -> Store:
-    """The store, with everything the configuration reads.
+def open_store(config: TrainConfig, *, online: bool = False, before: Store | None = None) -> Store:
+    """The store, with everything the configuration reads, of the samples that `where` chooses.
 
     Args:
         online: captions are encoded in the training loop, so `text` need not be in the store.
+        before: the same store as it was opened before, whose chosen samples are taken.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
@@ -66,9 +68,11 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
         _check_annotation("label", store, config, "denoiser.unet.num_classes")
+    store = _chosen(store, config, before)
     count = config.validation.num_samples
     if len(store) <= count:
-        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
+        chosen = "" if config.where is None else f" for which where={config.where!r} is true"
+        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples{chosen}")
     chosen, end = training_samples(store, config), len(store) - count
     if not (0 <= chosen.start < chosen.stop <= end):
         raise TrainError(
@@ -76,6 +80,17 @@ def open_store(config: TrainConfig, *, online: bool = False) -> Store:
             "validation"
         )
     return store
+
+
+def _chosen(store: Store, config: TrainConfig, before: Store | None) -> Store:
+    if config.where is None:
+        return store
+    if before is not None and np.array_equal(store.manifest.rows, before.manifest.rows):
+        return store.where_as(before)
+    try:
+        return store.where(config.where)
+    except (ConditionError, ImportError) as error:
+        raise TrainError(str(error)) from error
 
 
 def training_samples(store: Store, config: TrainConfig) -> range:
@@ -163,7 +178,7 @@ def opened_again(store: Store, config: TrainConfig, error: Exception, *, online:
         StoreLostError: it is the same as before, is not finished, or has other samples.
     """
     try:
-        now = open_store(config, online=online)
+        now = open_store(config, online=online, before=store)
     except StoreLostError as reason:
         raise reason from error
     except StoreError as reason:

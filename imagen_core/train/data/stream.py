@@ -161,8 +161,8 @@ class BatchStream:
             self._read_from(store, state)
         except ValueError as error:
             raise TrainError(
-                f"the checkpoint's place in the data does not fit: {error}; store, seed and "
-                "data.samples must stay the same, or start again in another --out"
+                f"the checkpoint's place in the data does not fit: {error}; store, seed, where "
+                "and data.samples must stay the same, or start again in another --out"
             ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._last: Batch | None = None

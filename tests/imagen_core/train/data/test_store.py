@@ -113,3 +113,16 @@ def test_a_store_made_again_with_the_same_samples_is_read_on_and_another_is_not(
         make_store(path, **changes)
         with pytest.raises(StoreLostError, match=rf"made again with other content: {words}"):
             opened_again(before, config, error, online=False)
+
+
+def test_a_training_with_where_goes_on_in_its_order_while_its_samples_are_erased(tmp_path: Path) -> None:
+    pytest.importorskip("sqlglot")
+    path = make_store(tmp_path / "store", rows=ROWS)
+    config = make_config(path, where="width = 32", **TINY)
+    before = open_store(config)
+    remove(path, key=["3-000"])
+    compact(path, None)
+    now = opened_again(before, config, StoreError("gone"), online=False)
+    assert len(open_store(config)) == 23
+    assert [now.locate(index) for index in range(23)] == [open_store(config).locate(index) for index in range(23)]
+    assert len(now.places(0)[0]) == 24, "the erased row, whose width is 0 now, keeps its place in the order"
