@@ -64,6 +64,14 @@ def test_samples_and_batches_have_the_columns(run: Path) -> None:
     assert store.sample_columns(["score"])["score"].to_pylist() == SCORES
 
 
+def test_samples_are_chosen_by_kept_columns_of_every_type(run: Path) -> None:
+    pytest.importorskip("sqlglot")
+    store = Store.open(run / "store")
+    assert [sample.columns["score"] for sample in store.where("score > 1 AND tag <> 'd'")] == [4.5, 5.5]
+    assert [sample.columns["score"] for sample in store.where("score IS NULL OR many < 0")] == [None]
+    assert len(store.where("width = 8")) == 6
+
+
 def test_tools_show_the_columns(run: Path) -> None:
     key = Store.open(run / "store")[1].key
     result, lines, _ = inspect_command(str(run))

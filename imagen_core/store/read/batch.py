@@ -13,7 +13,7 @@ from imagen_core.store.buckets import Shape, ratios_of
 from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.crop import FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.read.reader import StoreReader
+from imagen_core.store.read.reader import OpenShard, StoreReader
 from imagen_core.store.records import EmbeddingGroup
 
 _PADDED_DTYPES = {"bfloat16": np.dtype(np.int16), "float32": np.dtype(np.float32)}  # of others: float16
@@ -71,8 +71,6 @@ class BatchReader:
             buckets = ", ".join(f"{group.name}: {list(group.shapes) or 'squares'}" for group in found.values())
             raise ValueError(f"images of different aspect-ratio buckets cannot be in one batch ({buckets})")
         shapes = {size: self._stores[0].image_group(size).shapes for size in stored}
-        if len(self._stores) > 1 and shapes[stored[0]]:
-            raise ValueError("stores of aspect-ratio buckets cannot be read together; make one store of their sources")
         self.ratios = ratios_of(shapes[stored[0]])
         if not self.ratios:
             return [squares]
@@ -90,9 +88,7 @@ class BatchReader:
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
-        embeddings: list[np.ndarray] = [np.empty(0)] * len(draws)
-        text_embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
-        embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
+        rows: list[dict[str, np.ndarray]] = [{}] * len(draws)
         arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
         columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
@@ -110,33 +106,15 @@ class BatchReader:
             for size, box in boxes.items():
                 frame = layout[size]
                 pixels[size][k] = box.show(files.images[frame.stored_px].pixels(row), frame.shown)
-            if self._text_group is not None:
-                ids = files.samples.caption_ids(row)
-                stored = files.text[self._text_group.encoder].stored(ids[choice % len(ids)])
-                embeddings[k] = self._truncated(stored, self._text_group)
-            if self._text_embed_group is not None:
-                ids = files.samples.caption_ids(row)
-                group = self._text_embed_group
-                stored = files.text[group.encoder].stored(ids[choice % len(ids)])
-                text_embeds[k] = self._truncated(_one_vector(stored, group.name), group)
-            if self._embed_group is not None:
-                embeds[k] = self._truncated(
-                    files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
-                )
+            rows[k] = self._embeddings(files, row, choice)
             for name, values in columns.items():
                 values[k] = files.samples.kept(row, name)
-            for name, rows in arrays.items():
-                rows[k] = files.arrays[name].stored(row)
+            for name, values in arrays.items():
+                values[k] = files.arrays[name].stored(row)
         batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
         if images:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, h, w)
-        if self._text_group is not None:
-            batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
-        if self._text_embed_group is not None:
-            vectors, _ = self._pad(text_embeds, self._text_embed_group)
-            batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
-        if self._embed_group is not None:
-            batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
+        batch |= self._embedding_parts(rows)
         if self._options.captions:
             batch["captions"] = captions
         if self._options.transcriptions:
@@ -146,6 +124,28 @@ class BatchReader:
         if columns:
             batch["columns"] = {name: self._column(values, name) for name, values in columns.items()}
         return batch
+
+    def _embeddings(self, files: OpenShard, row: int, choice: int) -> dict[str, np.ndarray]:
+        """The embeddings of a sample that are asked for, by the part of the batch."""
+        found: dict[str, np.ndarray] = {}
+        ids = files.samples.caption_ids(row) if self._text_group or self._text_embed_group else ()
+        if (group := self._text_group) is not None:
+            found["text"] = self._truncated(files.text[group.encoder].stored(ids[choice % len(ids)]), group)
+        if (group := self._text_embed_group) is not None:
+            stored = files.text[group.encoder].stored(ids[choice % len(ids)])
+            found["text_embed"] = self._truncated(_one_vector(stored, group.name), group)
+        if (group := self._embed_group) is not None:
+            found["image_embed"] = self._truncated(files.image_embeds[group.encoder].stored(row), group)
+        return found
+
+    def _embedding_parts(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        parts: dict[str, torch.Tensor] = {}
+        if self._text_group is not None:
+            parts["text"], parts["text_mask"] = self._pad([row["text"] for row in rows], self._text_group)
+        for name, group in {"text_embed": self._text_embed_group, "image_embed": self._embed_group}.items():
+            if group is not None:
+                parts[name] = self._pad([row[name] for row in rows], group)[0].reshape(-1, group.dim)
+        return parts
 
     def _column(self, values: list[Any], name: str) -> torch.Tensor | list[str | None]:
         """Values of a kept column: text as it is, others as float64 with NaN for NULL."""

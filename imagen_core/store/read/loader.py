@@ -94,9 +94,11 @@ class Loader:
         """Made by `Store.loader`.
 
         Raises:
-            ValueError: a size or encoder the store lacks, a number out of range, or `drop_last` would leave out more
-                than 2 % of the samples of buckets.
+            ValueError: a size or encoder the store lacks, a number out of range, a condition that does not fit, or
+                `drop_last` would leave out more than 2 % of the samples of buckets.
+            ImportError: there is a condition, and sqlglot is not installed.
         """
+        store = store if options.where is None else store.where(options.where)
         samples = range(len(store)) if options.samples is None else options.samples
         if samples.step != 1 or not 0 <= samples.start <= samples.stop <= len(store):
             raise ValueError(f"samples must be a range of step 1 within {len(store)} samples (got {samples})")
@@ -246,6 +248,7 @@ class Loader:
             "shuffle_window_shards": self._window_shards,
             "num_removals": self._num_removals,
             **({} if self._bucketed is None else {"buckets": buckets}),
+            **({} if self._places.digest is None else {"chosen": self._places.digest}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,6 +263,12 @@ class Loader:
         check_loader_state(state)
         self._arrange_as(state)
         mine = self.state_dict()
+        if state.get("chosen") != mine.get("chosen"):
+            raise ValueError(
+                "loader state is of another condition (`where`), or of other values in the store: the samples that it "
+                "chooses differ; resume with the same condition and store. Values of samples that were removed and "
+                "erased since are unknown"
+            )
         for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):
             if state.get(name, 0) != mine[name]:
                 raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from imagen_core.conditions import ConditionError
 from imagen_core.diffusion import DenoiserConfig, PriorConfig
 from imagen_core.far import StorageError
 from imagen_core.models.prior import PriorNetworkConfig
@@ -35,27 +36,26 @@ MAX_OPEN_SHARDS = 64
 """Shards that a training keeps open, of all its stores together."""
 
 
-def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: int = MAX_OPEN_SHARDS) -> Store:
-    """The store of a training with one, with everything the configuration reads.
+def open_store(
+    config: TrainConfig,
+    *,
+    online: bool = False,
+    max_open_shards: int = MAX_OPEN_SHARDS,
+    before: Store | None = None,
+) -> Store:
+    """The store of a training with one, with everything the configuration reads, of the samples that `where` chooses.
 
     Args:
         online: captions are encoded in the training loop, so `text` need not be in the store.
         max_open_shards: shards whose files are kept open.
+        before: the same store as it was opened before, whose chosen samples are taken.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
         StoreLostError: its files cannot be reached.
     """
     assert config.store is not None
-    data = config.data
-    try:
-        store = Store.open(
-            config.store, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, max_open_shards=max_open_shards
-        )
-    except StorageError as error:
-        raise StoreLostError(str(error), again=error.passes) from error
-    except OSError as error:
-        raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
+    store = _opened(config.store, config, max_open_shards)
     for size in stored_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
@@ -79,9 +79,11 @@ def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: in
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
         _check_annotation("label", store, config, "denoiser.unet.num_classes")
+    store = _chosen(store, config, before)
     count = config.validation.num_samples
     if len(store) <= count:
-        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
+        chosen = "" if config.where is None else f" for which where={config.where!r} is true"
+        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples{chosen}")
     chosen, end = training_samples(store, config), len(store) - count
     if not (0 <= chosen.start < chosen.stop <= end):
         raise TrainError(
@@ -89,6 +91,29 @@ def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: in
             "validation"
         )
     return store
+
+
+def _opened(place: str, config: TrainConfig, max_open_shards: int) -> Store:
+    data = config.data
+    try:
+        return Store.open(
+            place, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, max_open_shards=max_open_shards
+        )
+    except StorageError as error:
+        raise StoreLostError(str(error), again=error.passes) from error
+    except OSError as error:
+        raise StoreLostError(f"store {place}: cannot be read ({error})", again=_passes(error)) from error
+
+
+def _chosen(store: Store, config: TrainConfig, before: Store | None) -> Store:
+    if config.where is None:
+        return store
+    if before is not None and np.array_equal(store.manifest.rows, before.manifest.rows):
+        return store.where_as(before)
+    try:
+        return store.where(config.where)
+    except (ConditionError, ImportError) as error:
+        raise TrainError(str(error)) from error
 
 
 def trained_shapes(store: Store, config: TrainConfig) -> list[Shape]:
@@ -249,7 +274,7 @@ def _opened_now(store: Store, config: TrainConfig, error: Exception, *, online: 
     """A store as it is now; the same object if nothing was changed."""
     assert config.store is not None
     try:
-        now = open_store(config, online=online, max_open_shards=store.max_open_shards)
+        now = open_store(config, online=online, max_open_shards=store.max_open_shards, before=store)
     except StoreLostError as reason:
         raise reason from error
     except StoreError as reason:

@@ -167,7 +167,7 @@ class BatchStream:
             self._read_from(stores, state)
         except ValueError as error:
             raise TrainError(
-                f"the checkpoint's place in the data does not fit: {error}; store, seed and "
+                f"the checkpoint's place in the data does not fit: {error}; store, seed, where and "
                 "samples must stay the same, or start again in another --out"
             ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)

@@ -13,8 +13,9 @@ from imagen_core.store import Store
 from imagen_core.train import TrainError, TrainingStopped, train
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.store import open_store, trained_shapes
+from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
-from imagen_core.train.evaluation import validation_loss
+from imagen_core.train.evaluation import validation_metrics
 from tests.imagen_core.store.handmade_store import bucket_list
 from tests.imagen_core.train.small import ALONE, BASE_UNET, SUPER, make_config, make_context, make_store, tensors
 
@@ -37,7 +38,7 @@ def super_config(store: Path, **changes: Any) -> Any:
 
 def test_noise_and_low_resolution_images_have_the_shape_of_the_batch(bucketed: Path) -> None:
     config = super_config(bucketed)
-    stream = BatchStream(open_store(config), config, ALONE, None)
+    stream = BatchStream(open_stores(config), config, ALONE, None)
     denoiser, seen = Denoiser(config.denoiser), set()
     samples = {sample.key: sample for sample in Store.open(bucketed)}
     for batch in [stream.next() for _ in range(5)]:
@@ -86,7 +87,7 @@ def test_validation_is_the_mean_over_the_samples_of_all_buckets(bucketed: Path) 
         torch.manual_seed(0)
         denoiser = Denoiser(config.denoiser).double()
         torch.nn.init.normal_(list(denoiser.parameters())[-2], std=0.1)
-        found.append(validation_loss(make_context(config, denoiser)))
+        found.append(validation_metrics(make_context(config, denoiser))["validation_loss"])
     np.testing.assert_allclose(found, found[0], rtol=1e-9)
     assert found[0] > 0
 
@@ -113,7 +114,7 @@ def test_crops_that_do_not_fit_a_bucket_are_refused(bucketed: Path, large: Path)
 def test_random_crops_of_a_larger_size_keep_the_shapes_of_the_buckets(large: Path) -> None:
     config = make_config(large, views={"resized_crop": {"from_px": 64, "min_scale": 0.4}}, batch_size=3)
     assert trained_shapes(open_store(config), config) == list(bucket_list(16))
-    stream = BatchStream(open_store(config), config, ALONE, None)
+    stream = BatchStream(open_stores(config), config, ALONE, None)
     shapes = {tuple(stream.next().images[16].shape[2:]) for _ in range(5)}
     stream.close()
     assert shapes == set(bucket_list(16))
