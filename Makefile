@@ -62,6 +62,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
 	$(BIN)/python -m benchmarks.resolve --out benchmarks/results/resolve.json
 	$(BIN)/python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
+	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json
 	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json
 	$(BIN)/python -m benchmarks.table
 

@@ -156,7 +156,7 @@ def _serve(connection: Connection, gpu: str | None, num_slots: int, environment:
     while True:
         try:
             number, (stage, run, request) = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the driver has ended, or closed its end before it kills this process
             os._exit(1)
         if threads is None:
             work(number, stage, run, request)
