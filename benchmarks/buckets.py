@@ -14,7 +14,6 @@ at 64 and 256 px. Then
 
 import argparse
 import csv
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from imagen_core.store import Store, bucket_shapes, choose_shape, crop_box, veri
 from imagen_core.store.buckets import scaled
 from pipeline.config import load_config
 from pipeline.options import RunOptions
-from stages.precompute.crops import Crops, crops_of, measured
+from stages.precompute.crops import Crops, crops_line, crops_of, measured
 from workflows.precompute import Precompute, PrecomputeConfig
 
 _SIZES = Path(__file__).parent / "coco_val2017_sizes.csv"
@@ -81,13 +80,13 @@ def run(work: Path, images: Path, aspect: str) -> dict[str, Any]:
     workflow = Precompute(load_config(PrecomputeConfig, None, settings))
     summary = workflow.run(work / aspect, RunOptions("inline", quiet=True))
     crops = crops_of(summary["tally"]["groups"]["samples"]["counters"])
-    print(f"{aspect}  {summary['num_samples']} samples; {json.dumps(crops)}", flush=True)
+    assert crops is not None
+    print(f"{aspect}  {summary['num_samples']} samples; {crops_line(crops)}", flush=True)
     return {"aspect": aspect, "samples": summary["num_samples"], **_flat(crops)}
 
 
 def _flat(crops: Crops) -> dict[str, Any]:
-    kept = {name: crops[name] for name in ("square", "buckets") if name in crops}
-    return {f"cropped_by_{name}": value for name, value in kept.items()}
+    return {"cropped_by_squares": crops.square, "cropped_by_buckets": crops.buckets}
 
 
 def pixels(store: Store, images: Path) -> Iterator[tuple[str, int, int]]:
@@ -135,11 +134,12 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
         assert verify_store(args.work / aspect / "store").ok
     differences = [difference for *_, difference in pixels(stores["buckets"], images)]
     whole = measured(every, bucket_shapes(_SIZES_PX[0]), stored=True)
-    results.append({"aspect": "buckets, the whole set by its sizes", "samples": whole["images"], **_flat(whole)})
-    results += _histogram(whole["histogram"], whole["images"])
+    assert whole is not None
+    results.append({"aspect": "buckets, the whole set by its sizes", "samples": whole.images, **_flat(whole)})
+    results += _histogram(whole.histogram or {}, whole.images)
     ratios: dict[str, float] = {
         "cropped by buckets": results[1]["cropped_by_buckets"],
-        "cropped by squares": results[1]["cropped_by_square"],
+        "cropped by squares": results[1]["cropped_by_squares"],
         "greatest difference to Pillow, levels": float(max(differences)),
         "images of which both sizes show the same part": float(same_part(every)),
         "bytes of images, buckets / square": _bytes(stores["buckets"]) / _bytes(stores["square"]),

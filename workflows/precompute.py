@@ -226,7 +226,7 @@ def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> d
     """What will be cropped, as far as sizes of originals are at hand."""
     sizes, basis = original_sizes(source, shards) if images.sizes_px else ([], "")
     crops = measured(sizes, images.possible_shapes(), stored=images.aspect == "buckets")
-    return {"crops": {**crops, "basis": basis, "text": f"{crops_line(crops)} ({basis})"}} if crops else {}
+    return {"crops": {**crops.to_json(), "basis": basis, "text": f"{crops_line(crops)} ({basis})"}} if crops else {}
 
 
 def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """What stored images do not show of their originals, and how many images are in each aspect-ratio bucket."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +13,23 @@ _BUCKET = "bucket_"
 _SHOWN_BUCKETS = 12
 
 
-class Crops(TypedDict, total=False):
+@dataclass(frozen=True)
+class Crops:
     """Means over images."""
 
     images: int
     """How many had a width and a height."""
     square: float
     """Part of an original that its centre square lacks, 0 to 1."""
-    buckets: float
-    """Part that the image of its bucket lacks; only where there are buckets."""
-    histogram: dict[str, int]
-    """Images by the bucket's shape, as `WIDTHxHEIGHT` of the smallest size, from the tallest; only where images are
-    stored in buckets."""
+    buckets: float | None = None
+    """Part that the image of its bucket lacks, or would lack; None where there are no buckets."""
+    histogram: dict[str, int] | None = None
+    """Images by the bucket's shape, as `WIDTHxHEIGHT` of the smallest size, from the tallest; None where images are
+    squares."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def crop_counters(sizes: Sequence[tuple[int, int]], shapes: Sequence[Shape], *, stored: bool) -> dict[str, float]:
@@ -50,18 +56,15 @@ def crop_counters(sizes: Sequence[tuple[int, int]], shapes: Sequence[Shape], *, 
     return counters
 
 
-def crops_of(counters: Mapping[str, float]) -> Crops:
-    """The means and the histogram, from the counters of one or more shards; empty for those of earlier versions."""
+def crops_of(counters: Mapping[str, float]) -> Crops | None:
+    """The means and the histogram, from the counters of one or more shards; None for those of earlier versions."""
     images = int(counters.get(_IMAGES, 0))
     if not images:
-        return {}
-    found = Crops(images=images, square=counters[_SQUARE] / images)
-    if _BUCKETS in counters:
-        found["buckets"] = counters[_BUCKETS] / images
-    names = {name.removeprefix(_BUCKET): int(n) for name, n in counters.items() if name.startswith(_BUCKET)}
-    if names:
-        found["histogram"] = dict(sorted(names.items(), key=lambda item: _ratio(item[0])))
-    return found
+        return None
+    named = {name.removeprefix(_BUCKET): int(n) for name, n in counters.items() if name.startswith(_BUCKET)}
+    buckets = counters[_BUCKETS] / images if _BUCKETS in counters else None
+    histogram = dict(sorted(named.items(), key=lambda item: _ratio(item[0])))
+    return Crops(images, counters[_SQUARE] / images, buckets, histogram or None)
 
 
 def _ratio(shape: str) -> float:
@@ -71,20 +74,20 @@ def _ratio(shape: str) -> float:
 
 def crops_line(crops: Crops) -> str:
     """As text."""
-    square, buckets = f"{crops['square']:.1%}", f"{crops.get('buckets', 0):.1%}"
-    if "histogram" not in crops:
-        would = f"; images.aspect=buckets would cut off {buckets}" if "buckets" in crops else ""
-        return f"squares cut off {square} of an image on average{would}"
-    return f"{buckets} of an image is cut off on average, by squares it would be {square}; {_shares(crops)}"
+    buckets = "" if crops.buckets is None else f"{crops.buckets:.1%}"
+    if crops.histogram is None:
+        would = f"; images.aspect=buckets would cut off {buckets}" if buckets else ""
+        return f"squares cut off {crops.square:.1%} of an image on average{would}"
+    shares = _shares(crops.histogram, crops.images)
+    return f"{buckets} of an image is cut off on average, by squares it would be {crops.square:.1%}; {shares}"
 
 
-def _shares(crops: Crops) -> str:
-    histogram, images = crops["histogram"], crops["images"]
+def _shares(histogram: Mapping[str, int], images: int) -> str:
     most = sorted(histogram, key=lambda name: -histogram[name])[:_SHOWN_BUCKETS]
     shown = [f"{name} {histogram[name] / images:.1%}" for name in histogram if name in most]
     return ", ".join([*shown, *(["others"] if len(histogram) > len(most) else [])])
 
 
-def measured(sizes: Iterable[tuple[int, int]], shapes: Sequence[Shape], *, stored: bool) -> Crops:
+def measured(sizes: Iterable[tuple[int, int]], shapes: Sequence[Shape], *, stored: bool) -> Crops | None:
     """The same straight from sizes."""
     return crops_of(crop_counters(list(sizes), shapes, stored=stored))

@@ -70,16 +70,16 @@ def inspect_command(
         **({"columns": store.columns} if store.columns else {}),
         "schema_version": store.manifest.schema_version,
         "groups": groups,
-        **({"crops": crops} if crops else {}),
+        **({"crops": crops.to_json()} if crops else {}),
     }
     return result, lines, 0
 
 
-def _crops(store: Store) -> Crops:
+def _crops(store: Store) -> Crops | None:
     """How many samples each bucket has, and what is cut off, from all `samples`; of a store with buckets only."""
     bucketed = [group for group in store.manifest.images.values() if group.shapes]
     if not bucketed:
-        return {}
+        return None
     table = store.sample_columns(["width", "height"])
     manifest = store.manifest
     firsts = np.concatenate([[0], np.cumsum(manifest.rows)])
@@ -87,4 +87,4 @@ def _crops(store: Store) -> Crops:
     kept = np.ones(table.num_rows, bool)
     kept[excluded] = False
     sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)[kept]
-    return measured(map(tuple, sizes.tolist()), bucketed[0].shapes, stored=True)
+    return measured(((width, height) for width, height in sizes.tolist()), bucketed[0].shapes, stored=True)
