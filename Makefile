@@ -60,6 +60,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.damage --work evidence-run/damage --out benchmarks/results/damage.json
 	$(BIN)/python -m benchmarks.duplicates --work evidence-run/duplicates --out benchmarks/results/duplicates.json
 	$(BIN)/python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mixtures --work evidence-run/mixtures --out benchmarks/results/mixtures.json
 	$(BIN)/python -m benchmarks.resolve --out benchmarks/results/resolve.json
 	$(BIN)/python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
 	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json

@@ -11,7 +11,7 @@ import torch
 from imagen_core.store.read.batch import BatchReader, Draw
 from imagen_core.store.read.bucketed import MAX_LEFT_OUT, BucketedOrder, Cut, check_bucket_state
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.read.order import CAPTION, ORDER, WindowedOrder, choices, derive_key, permute
+from imagen_core.store.read.order import CAPTION, ShuffledOrder, WindowedOrder, choices, derive_key
 from imagen_core.store.read.reader import StoreReader
 
 _STATE_NUMBERS = ("epoch", "position", "num_samples", "first_sample", "shuffle_window_shards", "num_removals")
@@ -126,6 +126,7 @@ class Loader:
         """Orders `samples`, indices of the samples that the store had after its first removals."""
         self._num_removals, self._samples = num_removals, samples
         self._places, self._removed = self._store.places(num_removals)
+        self._shuffled = ShuffledOrder(len(samples), self._options.seed)
         self._bucketed: BucketedOrder | None = None
         self._cut = Cut(self._global_batch_size, ())
         if self._reader.ratios:
@@ -349,5 +350,5 @@ class Loader:
         if self._window_shards:
             return self._windowed.indices(epoch, positions)
         if self._options.shuffle:
-            positions = permute(positions, len(self._samples), derive_key(self._options.seed, epoch, ORDER))
+            positions = self._shuffled.indices(epoch, positions)
         return positions + self._samples.start
