@@ -112,7 +112,7 @@ class Condition:
         return table.filter(self.expression).column(_ROW).to_numpy()
 
     def _plain_cells(self, name: str, cells: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-        """Text as numbers where the column is compared with numbers, and NULL in place of NaN."""
+        """Text and integers as float64 where the column is compared with numbers, and NULL in place of NaN."""
         if pa.types.is_dictionary(cells.type):
             cells = cells.cast(cells.type.value_type)
         is_text = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
@@ -120,6 +120,8 @@ class Condition:
             is_number = pc.match_substring_regex(cells, _NUMBER)  # pyright: ignore[reportAttributeAccessIssue]
             trimmed = pc.utf8_trim_whitespace(cells)  # pyright: ignore[reportAttributeAccessIssue]
             cells = pc.if_else(is_number, trimmed, None).cast(pa.float64())  # pyright: ignore[reportAttributeAccessIssue]
+        if self._numbers[name] and pa.types.is_integer(cells.type):
+            cells = cells.cast(pa.float64(), safe=False)  # Arrow would refuse those that no float64 is equal to
         if pa.types.is_floating(cells.type):
             cells = pc.if_else(pc.is_nan(cells), None, cells)  # pyright: ignore[reportAttributeAccessIssue]
         return cells

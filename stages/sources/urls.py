@@ -1,6 +1,7 @@
 """URL lists, downloaded with img2dataset."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,17 +159,22 @@ class UrlsSource(TableSource):
             found = pc.coalesce(keys, numbered)  # pyright: ignore[reportAttributeAccessIssue]
             repeats = marks.repeats(found.to_pylist())
             is_repeated = row_text.booleans(repeats)
-        key, url = row_text.escape(found), row_text.escape(url.fill_null(""))
+        key, url = row_text.escape(found), row_text.escape(pc.fill_null(url, row_text.text_scalar("")))
         joined = row_text.join('["', key, '","', url, '",', *captions, ",", *annotations, is_repeated, "],")
         return RowTexts(joined), repeats
 
     def _annotations_json(self, batch: pa.RecordBatch) -> pa.Array:
+        kept, schema = self.config.keep_columns, batch.schema.names
+        if not self.config.annotation_columns and set(kept) <= set(schema):
+            with suppress(NotColumnar):
+                cells = [(name, kind or "text", batch.column(name)) for name, kind in kept.items()]
+                return row_text.join('{"columns":', row_text.kept_json(cells), "}")
         columns = top_levels(self.config.annotation_names, batch.schema.names)
         try:
             found = [self.config.annotations(record) for record in to_records(batch.select(columns))]
         except BadCell as error:
             raise NotColumnar from error
-        return pa.array([canonical_json(each) for each in found], pa.large_string())
+        return row_text.encoded([canonical_json(each) for each in found])
 
     def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
         """The row with what its record has; where a cell cannot be used, with what came before and the drop."""

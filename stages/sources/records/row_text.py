@@ -11,7 +11,29 @@ import pyarrow.compute as arrow
 from pipeline.fingerprint import canonical_json
 
 _IS_ESCAPED = bytes(byte < 32 or byte in b'"\\' for byte in range(256))
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+"""Text that is one, without white space around it."""
 _LARGE = pa.large_string()
+# pa.array and pa.scalar import pandas where it is installed (0.6 s), which lists do not need: buffers do not.
+
+
+def whole_numbers(values: np.ndarray) -> pa.Array:
+    """An array of int64."""
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values.astype(np.int64))])
+
+
+def text_scalar(text: str) -> pa.Scalar:
+    """A large string."""
+    return encoded([text])[0]
+
+
+def _mask(values: np.ndarray) -> pa.Array:
+    """An array of booleans."""
+    bits = np.packbits(values.astype(np.bool_), bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
+
+
+_EMPTY, _SEPARATOR = text_scalar(""), text_scalar(",")
 
 
 class NotColumnar(Exception):
@@ -73,12 +95,59 @@ def captions_json(column: pa.Array) -> "list[pa.Array | str]":
         if items.null_count:
             raise NotColumnar
         offsets = np.concatenate(([0], np.cumsum(_lengths(column)))).astype(np.int64)
-        quoted = pa.LargeListArray.from_arrays(pa.array(offsets), join('"', escape(items), '"'))
-        return ["[", arrow.binary_join(quoted, pa.scalar(",", _LARGE)), "]"]
+        quoted = pa.LargeListArray.from_arrays(whole_numbers(offsets), join('"', escape(items), '"'))
+        return ["[", arrow.binary_join(quoted, _SEPARATOR), "]"]
     column = texts(column)
     if not column.null_count:
         return ['["', escape(column), '"]']
-    return [arrow.fill_null(join('["', escape(column), '"]'), pa.scalar("[]", _LARGE))]
+    return [arrow.fill_null(join('["', escape(column), '"]'), text_scalar("[]"))]
+
+
+def kept_json(columns: Sequence[tuple[str, str, pa.Array]]) -> pa.Array:
+    """A JSON object of each row of some columns; see `kept_values`, which reads them one by one.
+
+    Args:
+        columns: name, type (`bool`, `int`, `float` or `text`) and cells of each.
+    Raises:
+        NotColumnar: a column is of another type, or has cells that can only be judged one by one.
+    """
+    parts: list[pa.Array | str] = []
+    for name, kind, cells in sorted(columns, key=lambda column: column[0]):
+        parts += ["," if parts else "{", f"{canonical_json(name)}:", _cells_json(kind, cells)]
+    return join(*parts, "}")
+
+
+def _cells_json(kind: str, cells: pa.Array) -> pa.Array:
+    if kind == "text":
+        found = join('"', escape(texts(cells)), '"')
+    elif kind == "float":
+        return _floats_json(cells)
+    elif kind == "int" and pa.types.is_signed_integer(cells.type):
+        found = cells.cast(_LARGE)
+    elif kind == "bool" and pa.types.is_boolean(cells.type):
+        found = arrow.if_else(cells, text_scalar("true"), text_scalar("false"))
+    else:
+        raise NotColumnar
+    return arrow.fill_null(found, text_scalar("null"))
+
+
+def _floats_json(cells: pa.Array) -> pa.Array:
+    if _is_string(cells.type):
+        trimmed = arrow.utf8_trim_whitespace(cells)
+        trimmed = arrow.if_else(arrow.equal(trimmed, _EMPTY.cast(trimmed.type)), pa.nulls(1, trimmed.type)[0], trimmed)
+        is_number = arrow.match_substring_regex(trimmed, NUMBER)
+        if arrow.all(is_number).as_py() is False:
+            raise NotColumnar
+        cells = trimmed
+    elif not (pa.types.is_floating(cells.type) or pa.types.is_signed_integer(cells.type)):
+        raise NotColumnar
+    try:
+        numbers = cells.cast(pa.float64())
+    except pa.ArrowInvalid as error:
+        raise NotColumnar from error
+    if arrow.any(arrow.is_inf(numbers)).as_py():
+        raise NotColumnar
+    return encoded(["null" if value is None or value != value else repr(value) for value in numbers.to_pylist()])
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
@@ -96,8 +165,8 @@ def escape(column: pa.Array) -> pa.Array:
     if len(rows) * 8 < len(column):
         mask = np.zeros(len(column), bool)
         mask[rows] = True
-        changed = [canonical_json(text)[1:-1] for text in decoded(column.take(pa.array(rows)))]
-        return arrow.replace_with_mask(column, pa.array(mask), pa.array(changed, _LARGE))
+        changed = [canonical_json(text)[1:-1] for text in decoded(column.take(whole_numbers(rows)))]
+        return arrow.replace_with_mask(column, _mask(mask), encoded(changed))
     found = {data[place] for place in places}
     for byte in sorted(found, key=lambda byte: byte != ord("\\")):  # what it escapes may hold one
         column = arrow.replace_substring(column, chr(byte), canonical_json(chr(byte))[1:-1])
@@ -106,7 +175,7 @@ def escape(column: pa.Array) -> pa.Array:
 
 def numbers(values: np.ndarray, digits: int) -> pa.Array:
     """Whole numbers with at least so many digits."""
-    counted = pa.array(values, pa.int64()).cast(_LARGE)
+    counted = whole_numbers(values).cast(_LARGE)
     return arrow.utf8_lpad(counted, digits, "0")
 
 
@@ -114,13 +183,13 @@ def booleans(values: Sequence[bool]) -> "pa.Array | str":
     """JSON of booleans; one text if all are false."""
     if not any(values):
         return "false"
-    return arrow.if_else(pa.array(values, pa.bool_()), pa.scalar("true", _LARGE), pa.scalar("false", _LARGE))
+    return arrow.if_else(_mask(np.array(values)), text_scalar("true"), text_scalar("false"))
 
 
 def join(*parts: "pa.Array | str") -> pa.Array:
     """Texts of each row one behind the other; NULL where a part is."""
-    scalars = [pa.scalar(part, _LARGE) if isinstance(part, str) else part for part in parts]
-    return arrow.binary_join_element_wise(*scalars, pa.scalar("", _LARGE))
+    scalars = [text_scalar(part) if isinstance(part, str) else part for part in parts]
+    return arrow.binary_join_element_wise(*scalars, _EMPTY)
 
 
 class RowTexts:
@@ -139,8 +208,7 @@ class RowTexts:
     @classmethod
     def of(cls, rows: Iterable[object]) -> "RowTexts":
         """Of JSON values."""
-        encoded = [f"{canonical_json(row)},".encode("utf-8", "surrogatepass") for row in rows]
-        return cls(pa.array(encoded, pa.large_binary()))
+        return cls(encoded([f"{canonical_json(row)}," for row in rows]))
 
     def between(self, first: int, end: int) -> memoryview:
         """The text of some rows, with a comma behind the last."""

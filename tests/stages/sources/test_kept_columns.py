@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +14,12 @@ import pytest
 from imagen_core.store import ColumnType
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.stage import Shard
+from pipeline.fingerprint import canonical_json
 from stages.sources.annotations import AnnotationsConfig
 from stages.sources.base import Source
 from stages.sources.folder import FolderConfig
 from stages.sources.parquet import ParquetConfig
+from stages.sources.records import row_text
 from stages.sources.records.cells import BadCell
 from stages.sources.records.kept import kept_values
 from stages.sources.tars import WebdatasetConfig
@@ -65,16 +67,53 @@ def test_lists_of_urls_keep_typed_columns(kind: str, tmp_path: Path) -> None:
         assert found == WANTED
 
 
-def test_columns_and_records_give_the_same_shards(tmp_path: Path) -> None:
-    rows = [{**row, "number": 2**60, "caption": '\\"\n' * (at == 2) + "c"} for at, row in enumerate(ROWS)]
-    source = UrlsConfig(
-        path=str(write(tmp_path, "parquet", rows)),
-        keep_columns=[*KEPT, "number"],  # type: ignore[arg-type]
-    ).build()
+CELLS: dict[str, tuple[ColumnType, pa.Array]] = {
+    "floats": ("float", pa.array([1.5, None, math.nan, -0.0, 1e-7, 1e300])),
+    "singles": ("float", pa.array([0.1, None, 3, 1e-30, 5, 7], pa.float32())),
+    "numbers": ("float", pa.array([1, None, -3, 4, 5, 2**40])),
+    "numbers as text": ("float", pa.array(["1", None, " ", "-2.50 ", "1e3", ".5"])),
+    "whole": ("int", pa.array([2**62, None, -1, 0, 1, 2])),
+    "flags": ("bool", pa.array([True, None, False, True, True, False])),
+    "text": ("text", pa.array(["a", None, "", 'q"\\\n', "ß", "\x01"])),
+    "labels": ("text", pa.array(["x", "y", None, "x", "y", "x"]).dictionary_encode()),
+}
+
+
+def test_columns_and_records_give_the_same_json() -> None:
+    columns = {name: kind for name, (kind, _) in CELLS.items()}
+    batch = pa.RecordBatch.from_arrays([cells for _, cells in CELLS.values()], names=list(CELLS))
+    found = row_text.kept_json([(name, kind, cells) for name, (kind, cells) in CELLS.items()])
+    assert found.to_pylist() == [canonical_json(kept_values(row, columns)) for row in batch.to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells"),
+    [
+        ("float", ["1", "much"]),
+        ("float", [1.0, math.inf]),
+        ("float", [2**53 + 1]),
+        ("float", [True]),
+        ("int", [1.0]),
+        ("int", ["1"]),
+        ("bool", ["true"]),
+        ("text", [1]),
+    ],
+)
+def test_other_columns_are_read_cell_by_cell(kind: str, cells: list[Any]) -> None:
+    with pytest.raises(row_text.NotColumnar):
+        row_text.kept_json([("x", kind, pa.array(cells))])
+
+
+def test_a_block_that_is_read_row_by_row_gives_the_same_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: Any = [*KEPT, "number"]
+    path = write(tmp_path, "parquet", [{**row, "number": 2**60} for row in ROWS])
+    source = UrlsConfig(path=str(path), keep_columns=kept).build()
     source.check()
     (shard,) = source.shards(10)
-    assert shard.digest == Shard(0, shard.rows, 3, {}).digest
     assert [row[3]["columns"] for row in shard.rows] == [{**wanted, "number": 2**60} for wanted in WANTED]
+    monkeypatch.setattr(row_text, "kept_json", mock.Mock(side_effect=row_text.NotColumnar))
+    (again,) = source.shards(10)
+    assert again.digest == shard.digest
 
 
 def test_images_in_parquet_keep_columns(tmp_path: Path) -> None:
