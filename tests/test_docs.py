@@ -34,6 +34,7 @@ def test_the_python_examples_run(run_folder: Path, monkeypatch: pytest.MonkeyPat
     examples = blocks("python", [document for document in DOCUMENTS if document != TUTORIAL])
     assert len(examples) >= 5
     monkeypatch.chdir(run_folder.parent)
+    Path("ART").symlink_to(run_folder)
     for example in examples:
         exec(compile(example, "<example>", "exec"), {"__name__": "__main__"})
 

@@ -174,7 +174,7 @@ class UrlsSource(TableSource):
             found = [self.config.annotations(record) for record in to_records(batch.select(columns))]
         except BadCell as error:
             raise NotColumnar from error
-        return row_text.encoded([canonical_json(each) for each in found])
+        return row_text.text_array([canonical_json(each) for each in found])
 
     def _row(self, key: str, record: dict[str, Any], *, is_txt: bool) -> SourceRow:
         """The row with what its record has; where a cell cannot be used, with what came before and the drop."""

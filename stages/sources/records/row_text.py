@@ -22,9 +22,17 @@ def whole_numbers(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values.astype(np.int64))])
 
 
+def text_array(texts: Sequence[str]) -> pa.Array:
+    """An array of large strings, without what `pa.array` imports; surrogates are three bytes each."""
+    data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    offsets = np.concatenate(([0], np.cumsum([len(each) for each in data]))).astype(np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(data))]
+    return pa.Array.from_buffers(_LARGE, len(data), buffers)
+
+
 def text_scalar(text: str) -> pa.Scalar:
     """A large string."""
-    return encoded([text])[0]
+    return text_array([text])[0]
 
 
 def _mask(values: np.ndarray) -> pa.Array:
@@ -147,7 +155,7 @@ def _floats_json(cells: pa.Array) -> pa.Array:
         raise NotColumnar from error
     if arrow.any(arrow.is_inf(numbers)).as_py():
         raise NotColumnar
-    return encoded(["null" if value is None or value != value else repr(value) for value in numbers.to_pylist()])
+    return text_array(["null" if value is None or value != value else repr(value) for value in numbers.to_pylist()])
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
@@ -166,7 +174,7 @@ def escape(column: pa.Array) -> pa.Array:
         mask = np.zeros(len(column), bool)
         mask[rows] = True
         changed = [canonical_json(text)[1:-1] for text in decoded(column.take(whole_numbers(rows)))]
-        return arrow.replace_with_mask(column, _mask(mask), encoded(changed))
+        return arrow.replace_with_mask(column, _mask(mask), text_array(changed))
     found = {data[place] for place in places}
     for byte in sorted(found, key=lambda byte: byte != ord("\\")):  # what it escapes may hold one
         column = arrow.replace_substring(column, chr(byte), canonical_json(chr(byte))[1:-1])
@@ -208,7 +216,7 @@ class RowTexts:
     @classmethod
     def of(cls, rows: Iterable[object]) -> "RowTexts":
         """Of JSON values."""
-        return cls(encoded([f"{canonical_json(row)}," for row in rows]))
+        return cls(text_array([f"{canonical_json(row)}," for row in rows]))
 
     def between(self, first: int, end: int) -> memoryview:
         """The text of some rows, with a comma behind the last."""

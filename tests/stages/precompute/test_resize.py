@@ -250,7 +250,7 @@ def test_removed_samples_of_buckets_are_erased_and_counted_no_more(
     store = Store.open(folder / "store")
     assert [sample.key for sample in store] == ["b.png", "c.png", "d.png", "e.png"]
     np.testing.assert_array_equal(store[1].images[32], kept)
-    assert store.shard(0).images[32].shape(0) == (32, 32), "nothing is left of its shape"
+    assert store.shard(0).images[32].shape(0) == (24, 40), "the order of a loader depends on its bucket"
     assert not store.shard(0).images[32].pixels(0).any()
     assert verify_store(folder / "store").ok
     crops = inspect_command(str(folder))[0]["crops"]
