@@ -1,12 +1,14 @@
 """Workflows: named compositions of stages, found through the `pipeline.workflows` entry points."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
 from pipeline.engine.runner import run_workflow
 from pipeline.errors import ConfigError
+from pipeline.executors.local_worker import warmed
 from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.plan import Plan
 from pipeline.planning.preview import preview
@@ -51,9 +53,15 @@ class ShardedWorkflow(Workflow):
             ConfigError: the input is missing or unusable.
         """
 
+    def modules(self) -> Sequence[str]:
+        """Large modules that the plan and its stages import: see `Stage.modules`. Local runs begin to import them
+        before they plan."""
+        return ()
+
     def run(self, out: str, options: RunOptions) -> Summary:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
-        return run_workflow(self.name, self.config, self.plan, out, options)
+        with warmed(self.modules() if options.executor == "local" else ()):
+            return run_workflow(self.name, self.config, self.plan, out, options)
 
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))

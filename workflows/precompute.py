@@ -19,7 +19,7 @@ from stages.arrays.registry import AnyArrayStage
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.excluded import ExcludedSets
 from stages.duplicates.find import duplicates_line
-from stages.encoders.base import EncoderConfig
+from stages.encoders.base import EncoderConfig, FrozenModelConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
@@ -130,6 +130,12 @@ class Precompute(ShardedWorkflow):
     summary = "download and resize images, encode captions, into a store of cached tensors"
     config_class = PrecomputeConfig
     config: PrecomputeConfig
+
+    def modules(self) -> Sequence[str]:
+        models = [*self.config.encoders, *self.config.image_encoders]
+        found = [EncodeStage.__module__, *ResizeStage.modules]
+        found += [name for model in models if isinstance(model, FrozenModelConfig) for name in model.modules]
+        return list(dict.fromkeys(found)) if models else []
 
     def plan(self, run: RunFolder) -> Plan:
         config = self.config

@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.executors.task import Setup, SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import run_watched, set_up_watched
@@ -24,9 +24,14 @@ from pipeline.signals import stop_signals_held
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
 
+Result = TypeVar("Result")
 Work = tuple[Stage, RunFolder, TaskRequest | SetupRequest]
 
 _CAN_FORK = sys.platform == "linux"
+_imported: set[str] = set()
+"""Modules of the process to fork from, once it was started."""
+_is_warm = False
+"""Whether `call_warm` uses it."""
 
 
 def warm_up(modules: Sequence[str]) -> None:
@@ -37,6 +42,8 @@ def warm_up(modules: Sequence[str]) -> None:
     if not _CAN_FORK:
         return
     _ensure_tracker()
+    if not _imported:
+        _imported.update(modules)
     with stop_signals_held():
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
         forkserver.ensure_running()
@@ -45,6 +52,58 @@ def warm_up(modules: Sequence[str]) -> None:
 def _ensure_tracker() -> None:
     with stop_signals_held():
         resource_tracker.ensure_running()  # its start unblocks some of the signals
+
+
+@contextmanager
+def warmed(modules: Sequence[str]) -> Iterator[None]:
+    """`warm_up`, and within the block `call_warm` makes use of it. Without modules it does nothing."""
+    global _is_warm
+    if modules:
+        warm_up(modules)
+    _is_warm = bool(modules) and _imported.issuperset(modules)
+    try:
+        yield
+    finally:
+        _is_warm = False
+
+
+def call_warm(function: Callable[..., Result], *arguments: object) -> Result:
+    """The result of a function that needs large packages: within `warmed` from a process that is forked for it, so
+    that this process does not import them too; else from this process. What the function raises is raised here.
+    Function and arguments must be picklable; if the result is not, it is made here after all."""
+    if not _is_warm:
+        return function(*arguments)
+    context: Any = multiprocessing.get_context("forkserver")
+    with stop_signals_held():
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_send_result, args=(sending, dict(os.environ), function, arguments))
+        process.start()
+        sending.close()
+    try:
+        result, error = receiving.recv()
+    except (EOFError, OSError):  # it has died, or its answer cannot be sent
+        return function(*arguments)
+    finally:
+        receiving.close()
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _send_result(
+    sending: Connection, environment: Mapping[str, str], function: Callable[..., object], arguments: Sequence[object]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    result, failure = None, None
+    try:
+        result = function(*arguments)
+    except Exception as error:  # noqa: BLE001 - raised in the driver
+        failure = error
+    with suppress(Exception):  # what cannot be sent is missed by the driver
+        sending.send((result, failure))
 
 
 class WorkerProcess:

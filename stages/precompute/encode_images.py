@@ -11,6 +11,7 @@ from imagen_core.store import (
     open_images,
     read_samples,
 )
+from pipeline.executors.local_worker import call_warm
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import ImageEncoderConfig
@@ -37,7 +38,7 @@ class EncodeImagesStage(Stage):
         started: Mapping[str, object] | None = None,
     ):
         """`started`: what the run folder's group was started with, if it was."""
-        identity = encoder.identify()
+        identity = call_warm(encoder.identify)
         fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
         stored_as: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector per image: nothing to save

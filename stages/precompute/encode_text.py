@@ -16,6 +16,7 @@ from imagen_core.store import (
     read_samples,
 )
 from pipeline.errors import MachineError
+from pipeline.executors.local_worker import call_warm
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
 from pipeline.storage.run_folder import RunFolder
@@ -46,7 +47,7 @@ class EncodeStage(Stage):
         started: Mapping[str, object] | None = None,
     ):
         """`started`: what the run folder's group was started with, if it was."""
-        identity = encoder.identify()
+        identity = call_warm(encoder.identify)
         fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
         self.files = EmbeddingFiles("text", encoder.name, identity.dim, dtype, store_format, fingerprint)

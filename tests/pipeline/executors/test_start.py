@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ShardError
+from pipeline.executors import local_worker
 from pipeline.executors import task as task_module
 from pipeline.options import RunOptions, Summary
 from tests.pipeline.toy import Toy, ToyConfig, marks
@@ -58,6 +60,20 @@ def test_workers_with_large_packages_are_forked_from_one_process(tmp_path: Path)
     parents = {name.split("-of-")[1].split("-")[0] for name in names(tmp_path, "worker")}
     assert len(parents) == 1
     assert parents != {str(os.getpid())}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_what_needs_large_packages_is_answered_by_a_forked_process() -> None:
+    assert local_worker.call_warm(os.getpid) == os.getpid()
+    with local_worker.warmed(sorted(local_worker._imported) or ["decimal"]):
+        assert local_worker.call_warm(os.getpid) != os.getpid()
+        with pytest.raises(ValueError, match="invalid literal for int"):
+            local_worker.call_warm(int, "x")
+        with local_worker.call_warm(threading.Lock):  # cannot be sent, so it is this process's own
+            pass
+    with local_worker.warmed(["a module that was not imported then"]):
+        assert local_worker.call_warm(os.getpid) == os.getpid()
+    assert local_worker.call_warm(os.getpid) == os.getpid()
 
 
 def test_the_processor_time_of_tasks_that_run_together_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
