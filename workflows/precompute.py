@@ -1,7 +1,7 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.stage import Stage
+from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.arrays.registry import AnyArrayStage
@@ -26,6 +26,7 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
+from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
@@ -40,6 +41,7 @@ from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches, first_part
+from stages.sources.original_sizes import original_sizes
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
@@ -159,6 +161,7 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
+            outlook=partial(_outlook, source, config.images),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
                 f"captions; for real ones set encoders.{place}.model to a hub id or a folder"
@@ -203,6 +206,7 @@ class Precompute(ShardedWorkflow):
             *([("unread", f"{unread:,} bytes of damaged files; see the drops damaged_tar")] if unread else []),
             *([("ignored", ignored)] if ignored else []),
             *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
+            *([("crops", crops_line(crops))] if (crops := crops_of(groups[SAMPLES]["counters"])) else []),
             *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
@@ -210,6 +214,13 @@ class Precompute(ShardedWorkflow):
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
         ]
+
+
+def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> dict[str, dict[str, object]]:
+    """What will be cropped, as far as sizes of originals are at hand."""
+    sizes, basis = original_sizes(source, shards) if images.sizes_px else ([], "")
+    crops = measured(sizes, images.possible_shapes(), stored=images.aspect == "buckets")
+    return {"crops": {**crops.to_json(), "basis": basis, "text": f"{crops_line(crops)} ({basis})"}} if crops else {}
 
 
 def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def resize(pixels: np.ndarray, shape: Shape, filter: Filter = "bicubic") -> np.n
     shrinks = all(side >= _TORCH_MIN_SHRINK * wanted for side, wanted in zip(found, shape, strict=True))
     if filter in _TORCH_FILTERS and shrinks:
         return _resize_torch(pixels, shape, filter)
-    return np.array(Image.fromarray(pixels).resize(shape[::-1], _PILLOW_FILTERS[filter]))
+    return np.array(Image.fromarray(pixels).resize((shape[1], shape[0]), _PILLOW_FILTERS[filter]))
 
 
 def _resize_torch(pixels: np.ndarray, shape: Shape, filter: Filter) -> np.ndarray:

@@ -90,6 +90,15 @@ class ImagesConfig(Config):
             return {size: (size, size) for size in sizes_px}
         return {size: choose_shape(width, height, self.shapes(size)) for size in sizes_px}
 
+    def possible_shapes(self) -> tuple[Shape, ...]:
+        """Height and width of each bucket in images of the smallest size, also of those that squares could have been
+        in; none where that size has no other shape than the square."""
+        if self.aspect == "buckets" or not self.sizes_px:
+            return self.shapes(self.sizes_px[0]) if self.sizes_px else ()
+        multiple = self.sizes_px[0] // SIDE_MULTIPLE * SIDE_MULTIPLE
+        shapes = _shapes(multiple, self.max_aspect_ratio, multiple) if multiple else ()
+        return shapes if len(shapes) > 1 else ()
+
     def codec_of(self, size_px: int) -> Codec:
         """How images of one size are stored."""
         return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec

@@ -28,6 +28,7 @@ from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
 from stages.filters.size import MaxPixels, TooSmall
 from stages.images import ImageRejected, RejectReason, decode_rgb, pyramid_of_shapes
+from stages.precompute.crops import crop_counters
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
 from stages.precompute.images_config import ImagesConfig
 from stages.precompute.originals import OriginalsReader, StoredOriginal
@@ -158,7 +159,10 @@ class ResizeStage(Stage):
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
         write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
-        counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
+        counters: dict[str, float] = {"captions": sum(len(s.captions) for s in samples)}
+        counters["distinct_captions"] = len(caption_ids)
+        sizes, stored = [(sample.width, sample.height) for sample in samples], self.images.aspect == "buckets"
+        counters |= crop_counters(sizes, self.images.possible_shapes(), stored=stored)
         if found_before := sum(entry.reason is not None for entry in originals.entries):
             counters["found_before"] = found_before
         task.done(SAMPLES, GroupResult(len(samples), drops, counters, {NUM_REMOVALS: len(removals)}))

@@ -180,6 +180,8 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+    has_images_at_hand: bool = False
+    """True if the images are in the files of the input, so that a plan may look at some."""
     filtered: int = 0
     """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
     unread_bytes: int = 0

@@ -74,6 +74,7 @@ class FolderSource(Source):
     """
 
     keys_may_repeat = True
+    has_images_at_hand = True
 
     def __init__(self, config: FolderConfig):
         self.config = config

@@ -85,6 +85,7 @@ class ParquetSource(TableSource):
         self.path = require_path(config.path, "parquet")
         self.keys_may_repeat = config.key_column is not None
         self.row_filter = row_filter(config.where)
+        self.has_images_at_hand = config.image_column is not None
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
         self._opened: tuple[tuple[str, str], ParquetRows] | None = None
 

@@ -118,6 +118,7 @@ class WebdatasetSource(Source):
     headers of tars.
     """
 
+    has_images_at_hand = True
     layout = ("key", "name", "payload", "is_duplicate")
     keys_may_repeat = True
 

@@ -2,9 +2,12 @@
 
 from collections import Counter
 
-from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup
+import numpy as np
+
+from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup, Store
 from pipeline.commands import CommandResult
 from pipeline.units import human_bytes
+from stages.precompute.crops import Crops, crops_line, measured
 from stages.store_tools.lineage import lineage_command
 from stages.stores import group_bytes, open_place, open_store
 
@@ -30,7 +33,10 @@ def inspect_command(
         text, details = "", {}
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
-            text, details = f"{group.size_px} px, {group.codec}, {group.format}", group.config
+            text, details = f"{group.size_px} px, {group.codec}, {group.format}", {**group.config}
+            if group.shapes:
+                text += f", {len(group.shapes)} buckets"
+                details["shapes"] = ", ".join(f"{width}x{height}" for height, width in group.shapes)
         elif isinstance(group, EmbeddingGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
@@ -42,6 +48,9 @@ def inspect_command(
         groups[name] = entry
         lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
         lines += [f"      {key}: {value}" for key, value in sorted(details.items())]
+    crops = _crops(store)
+    if crops:
+        lines.append(f"  crops: {crops_line(crops)}")
     result: dict[str, object] = {
         "input_rows": store.manifest.input_rows,
         **({"filtered": store.manifest.filtered} if store.manifest.filtered else {}),
@@ -56,5 +65,21 @@ def inspect_command(
         "arrays": store.arrays,
         "schema_version": store.manifest.schema_version,
         "groups": groups,
+        **({"crops": crops.to_json()} if crops else {}),
     }
     return result, lines, 0
+
+
+def _crops(store: Store) -> Crops | None:
+    """How many samples each bucket has, and what is cut off, from all `samples`; of a store with buckets only."""
+    bucketed = [group for group in store.manifest.images.values() if group.shapes]
+    if not bucketed:
+        return None
+    table = store.sample_columns(["width", "height"])
+    manifest = store.manifest
+    firsts = np.concatenate([[0], np.cumsum(manifest.rows)])
+    excluded = [int(firsts[position]) + row for position, rows in manifest.excluded.items() for row in rows]
+    kept = np.ones(table.num_rows, bool)
+    kept[excluded] = False
+    sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)[kept]
+    return measured(((width, height) for width, height in sizes.tolist()), bucketed[0].shapes, stored=True)

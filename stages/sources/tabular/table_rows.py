@@ -108,6 +108,8 @@ class TableSource(Source):
 
     path: str
     config: Config
+    row_filter: "RowFilter | None" = None
+    """Of `source.where`."""
 
     @cached_property
     def folder(self) -> str:

@@ -6,7 +6,7 @@ from importlib.resources import files
 from itertools import islice
 from typing import Any
 
-from imagen_core.store import Store, StoreError
+from imagen_core.store import SAMPLES_GROUP, Store, StoreError
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError
 from pipeline.storage.events import read_events
@@ -14,6 +14,7 @@ from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
 from stages.duplicates.find import duplicates_line, read_duplicates
 from stages.precompute.caption_losses import caption_losses
+from stages.precompute.crops import Crops, crops_line, crops_of
 from stages.precompute.quantisation import quantisation_summary
 from stages.store_tools.dropped import first_drops
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
@@ -40,6 +41,7 @@ def report_command(path: str) -> CommandResult:
     result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
     found = content["duplicates"]
     lines = [f"report  {page}", *([f"duplicates  {duplicates_line(found)}"] if found else [])]
+    lines += [f"crops  {crops_line(Crops(**content['crops']))}"] if content["crops"] else []
     return result, [*lines, *comparison_lines(content["planned"])], 0
 
 
@@ -63,6 +65,7 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "duplicate_rows": list(islice(read_duplicates(run), _NUM_DROPS)),
         "int8": _of_groups(summary, quantisation_summary),
         "losses": _of_groups(summary, caption_losses),
+        "crops": crops.to_json() if (crops := _crops(summary)) else None,
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
@@ -88,6 +91,11 @@ def _of_groups(
     groups = summary["tally"]["groups"] if summary else {}
     content = {name: part(group["counters"]) for name, group in groups.items()}
     return {name: part for name, part in content.items() if part}
+
+
+def _crops(summary: dict[str, Any] | None) -> Crops | None:
+    samples = summary["tally"]["groups"].get(SAMPLES_GROUP) if summary else None
+    return crops_of(samples["counters"]) if samples else None
 
 
 def _throughput(run: RunFolder) -> list[dict[str, object]]:

@@ -10,12 +10,16 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store, crop_box, verify_store
+from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import Summary
+from pipeline.storage.run_folder import RunFolder
 from stages.images import Decoded, decode_rgb
 from stages.store_tools.inspect import inspect_command
+from stages.store_tools.remove import remove_command
 from stages.store_tools.report import report_command
 from tests.runs import precompute
+from workflows.precompute import Precompute, PrecomputeConfig
 
 
 def png(side_px: int, level: int) -> bytes:
@@ -214,6 +218,43 @@ def test_images_of_buckets_are_cropped_least_and_all_sizes_show_the_same_part(
             resized = crop.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
             assert np.abs(sample.images[size].astype(int) - np.asarray(resized).astype(int)).max() <= 1
     assert verify_store(tmp_path / "run" / "store").ok
+
+
+def test_summary_report_and_inspect_say_what_is_cut_off_and_how_many_images_each_bucket_has(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS, "duplicates=report")
+    folder = tmp_path / "run"
+    workflow = Precompute(load_config(PrecomputeConfig, None, ["images.sizes_px=[32]", BUCKETS]))
+    line = dict(workflow.next_steps(RunFolder(str(folder))))["crops"]
+    assert line.endswith("; 24x40 20.0%, 32x32 20.0%, 40x24 60.0%")
+    result, lines, _ = inspect_command(str(folder))
+    assert result["crops"]["histogram"] == {"24x40": 1, "32x32": 1, "40x24": 3}  # type: ignore[index]
+    assert f"  crops: {line}" in lines
+    assert any("32 px, raw, parquet, 3 buckets" in line for line in lines)
+    report, lines, _ = report_command(str(folder))
+    assert f"crops  {line}" in lines
+    assert report["crops"]["images"] == 5  # type: ignore[index]
+    page = (folder / "report" / "index.html").read_text()
+    assert 'width="40" height="24" alt="scene a, 40 x 24 px"' in page
+    assert "<td>40x24</td>" in page
+
+
+@pytest.mark.parametrize(("store_format", "codec"), [("parquet", "raw"), ("hdf5", "png")])
+def test_removed_samples_of_buckets_are_erased_and_counted_no_more(
+    scenes: Path, tmp_path: Path, store_format: str, codec: str
+) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS, f"store.format={store_format}", f"images.codec={codec}")
+    folder, kept = tmp_path / "run", Store.open(tmp_path / "run" / "store")[2].images[32]
+    remove_command(str(folder), key=["a.png"], compact_files=True, grace_s=0)
+    store = Store.open(folder / "store")
+    assert [sample.key for sample in store] == ["b.png", "c.png", "d.png", "e.png"]
+    np.testing.assert_array_equal(store[1].images[32], kept)
+    assert store.shard(0).images[32].shape(0) == (32, 32), "nothing is left of its shape"
+    assert not store.shard(0).images[32].pixels(0).any()
+    assert verify_store(folder / "store").ok
+    crops = inspect_command(str(folder))[0]["crops"]
+    assert crops["histogram"] == {"24x40": 1, "32x32": 1, "40x24": 2}  # type: ignore[index]
 
 
 def test_a_larger_size_added_later_has_the_same_buckets_and_blanks_of_their_shape(
