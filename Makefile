@@ -48,7 +48,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 
 evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 images
 	$(BIN)/python -m benchmarks.cascade --work evidence-run/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
-	$(BIN)/python -m benchmarks.cascade --buckets --work evidence-run/buckets --out benchmarks/results/cascade_buckets.json
+	$(BIN)/python -m benchmarks.cascade --buckets --work evidence-run/cascade-buckets --out benchmarks/results/cascade_buckets.json
 	$(BIN)/python -m benchmarks.transcription --work evidence-run/words --out benchmarks/results/transcription.json --grid docs/words.png
 	$(BIN)/python -m benchmarks.overfit --work evidence-run/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg
 	$(BIN)/python -m benchmarks.store_dtype --work evidence-run/store-dtype --out benchmarks/results/store_dtype.json

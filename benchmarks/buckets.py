@@ -7,7 +7,8 @@ at 64 and 256 px. Then
 - crops: the part of an image that is cut off, on average: of the stored images and, by their sizes, of the whole set;
 - pixels: the greatest difference to Pillow's crop and resize, over all images and sizes;
 - pair: whether both sizes show the same part of the original, by the box that each is cut from;
-- read: images a second out of the store, in buckets against squares, in processor time.
+- read: images a second out of the store, in buckets against squares, in processor time;
+- loader: complete epochs of shuffled batches of both sizes, in buckets against squares, in processor time.
 
     python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
 """
@@ -26,6 +27,7 @@ from PIL import Image
 from benchmarks.common import interleaved_rates, median_ratio, report
 from imagen_core.store import Store, bucket_shapes, choose_shape, crop_box, verify_store
 from imagen_core.store.buckets import scaled
+from imagen_core.store.read.loader import Loader
 from pipeline.config import load_config
 from pipeline.options import RunOptions
 from stages.precompute.crops import Crops, crops_line, crops_of, measured
@@ -35,6 +37,7 @@ _SIZES = Path(__file__).parent / "coco_val2017_sizes.csv"
 _SIZES_PX = (64, 256)
 _ASPECTS = ("square", "buckets")
 _READ_IMAGES = 256
+_BATCH = 32
 
 
 def coco_sizes() -> list[tuple[int, int]]:
@@ -123,6 +126,16 @@ def reading(store: Store, size_px: int, seed: int) -> Callable[[], None]:
     return read
 
 
+def loading(loader: Loader, samples: int) -> Callable[[], None]:
+    """Reads the loader's next epoch."""
+
+    def epoch() -> None:
+        seen = sum(len(batch["keys"]) for batch in loader)
+        assert seen == samples, f"{seen} samples in an epoch of {samples}"
+
+    return epoch
+
+
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     every = coco_sizes()
     chosen = np.random.default_rng(args.seed).permutation(len(every))[: args.images].tolist()
@@ -148,6 +161,12 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
         reads = {aspect: reading(store, size, args.seed) for aspect, store in stores.items()}
         rates = interleaved_rates(reads, args.rounds, args.seconds, time.process_time)
         ratios[f"read {size} px, buckets / square, rate"] = median_ratio(rates, "buckets", "square")
+    loaders = {name: each.loader(_BATCH, images=list(_SIZES_PX), seed=args.seed) for name, each in stores.items()}
+    epochs = {name: loading(loader, len(stores[name])) for name, loader in loaders.items()}
+    rates = interleaved_rates(epochs, args.rounds, args.seconds, time.process_time)
+    ratios["loader, images a second, buckets / square"] = images_ratio = median_ratio(rates, "buckets", "square")
+    batches = {name: len(loader) for name, loader in loaders.items()}
+    ratios["loader, batches a second, buckets / square"] = images_ratio * batches["buckets"] / batches["square"]
     return results, ratios
 
 
@@ -183,6 +202,7 @@ def main() -> None:
         f"{args.images} images with sizes drawn from the 5,000 of COCO 2017's validation set, at {_SIZES_PX} px",
         "cropped: the part of an image that is cut off, mean over images; squares of the same images beside it",
         "read: raw images at random places, in processor time; warm page cache",
+        f"loader: complete epochs of shuffled batches of {_BATCH}, of both sizes, in processor time",
     ]
     report("buckets", results, ratios, args.out, ["imagen-precompute", "pillow", "torch", "numpy"], notes)
 
