@@ -48,6 +48,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 
 evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's cascade to the end and score it, learn 8 images
 	$(BIN)/python -m benchmarks.cascade --work evidence-run/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
+	$(BIN)/python -m benchmarks.cascade --buckets --work evidence-run/buckets --out benchmarks/results/cascade_buckets.json
 	$(BIN)/python -m benchmarks.transcription --work evidence-run/words --out benchmarks/results/transcription.json --grid docs/words.png
 	$(BIN)/python -m benchmarks.overfit --work evidence-run/overfit --out benchmarks/results/overfit.json --plot docs/overfit.svg
 	$(BIN)/python -m benchmarks.store_dtype --work evidence-run/store-dtype --out benchmarks/results/store_dtype.json
@@ -59,8 +60,10 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.damage --work evidence-run/damage --out benchmarks/results/damage.json
 	$(BIN)/python -m benchmarks.duplicates --work evidence-run/duplicates --out benchmarks/results/duplicates.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mixtures --work evidence-run/mixtures --out benchmarks/results/mixtures.json
+	$(BIN)/python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
 	$(BIN)/python -m benchmarks.resolve --out benchmarks/results/resolve.json
 	$(BIN)/python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
+	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json
 	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json
 	$(BIN)/python -m benchmarks.table
 

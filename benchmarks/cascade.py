@@ -6,6 +6,9 @@ images are then read back: colour, shape and position of the object are measured
 and compared with the caption; and, as a control, with the caption of another image.
 
     python -m benchmarks.cascade --work /tmp/cascade --out benchmarks/results/cascade.json --grid docs/cascade.png
+
+With --buckets the store keeps the shapes of the scenes (of 20 scenes 14 are square, 3 wide and 3 tall), the base has
+32 px, and images are generated 3:2 and 2:3 in turn; objects are read in the centre square, where the scenes have them.
 """
 
 import argparse
@@ -23,9 +26,23 @@ from benchmarks.common import report
 from benchmarks.scene_score import Score, score_single
 from imagen_core.images import tile, write_png
 from stages.images import read_image
+from stages.images.resample import center_square
 from stages.sources.synthetic.scenes import Scene, is_held_out, scene
 
 HELD_OUT_SEED = 7
+BUCKETS = {
+    "precompute": ["images.sizes_px=[32,64]", "images.aspect=buckets"],
+    "base": [
+        "denoiser.size_px=32",
+        "denoiser.unet.image_size_px=32",
+        "denoiser.unet.channel_mult=[1,3,3]",
+        "denoiser.unet.num_res_blocks=[1,1,2]",
+        "denoiser.unet.attention_levels=[false,true,true]",
+    ],
+    "sr": ["denoiser.low_res_px=32"],
+}
+"""What differs from the demo's configurations with aspect-ratio buckets."""
+ASPECTS = ("3:2", "2:3")
 PARTS = ("color", "shape", "position")
 
 
@@ -89,8 +106,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="scenes to train on, instead of the demo's")
     parser.add_argument("--base-steps", type=int, help="steps of the base, instead of the demo's")
     parser.add_argument("--sr-steps", type=int, help="steps of the super-resolution model, instead of the demo's")
+    parser.add_argument("--buckets", action="store_true", help="aspect-ratio buckets instead of squares")
     arguments = parser.parse_args()
     work: Path = arguments.work
+    changes = BUCKETS if arguments.buckets else {stage: [] for stage in BUCKETS}
     work.mkdir(parents=True, exist_ok=True)
 
     seconds: dict[str, float] = {}
@@ -98,16 +117,27 @@ def main() -> None:
     steps = {"base": option("num_steps", arguments.base_steps), "sr": option("num_steps", arguments.sr_steps)}
     store = f"store={work}/store"
     seconds["precompute"] = pipeline(
-        "run", "precompute", "-c", "demo", "--executor", "local", "--out", str(work), "--quiet", *samples
+        "run",
+        "precompute",
+        "-c",
+        "demo",
+        "--executor",
+        "local",
+        "--out",
+        str(work),
+        "--quiet",
+        *samples,
+        *changes["precompute"],
     )
     for name, extra in steps.items():
         out = str(work / name)
-        pipeline("run", "train", "-c", f"demo-{name}", "--out", out, store, *extra)
+        pipeline("run", "train", "-c", f"demo-{name}", "--out", out, store, *changes[name], *extra)
         seconds[name] = working_seconds(work / name)
 
     scenes = held_out_scenes(arguments.captions)
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(s.captions[0] for s in scenes) + "\n", encoding="utf-8")
+    aspects = [ASPECTS[index % 2] for index in range(len(scenes))] if arguments.buckets else []
     shutil.rmtree(work / "images", ignore_errors=True)
     seconds["sample"] = pipeline(
         "run",
@@ -120,16 +150,20 @@ def main() -> None:
         f"prompts_file={prompts}",
         f"stages.0.checkpoint={work}/base",
         f"stages.1.checkpoint={work}/sr",
+        *([f"aspect=[{','.join(aspects)}]"] if aspects else []),
     )
 
     rows: list[dict[str, Any]] = []
-    for size in (16, 64):
+    for size in (32 if arguments.buckets else 16, 64):
         folder = work / "images" / f"images-{size}"
-        images = [read_image(folder / f"{index:05d}.png") for index in range(len(scenes))]
+        whole = [read_image(folder / f"{index:05d}.png") for index in range(len(scenes))]
+        shapes = sorted({f"{image.shape[0]} x {image.shape[1]}" for image in whole})
+        print(f"images of {size} px: {', '.join(shapes)}")
+        images = [center_square(image) for image in whole]
         for against, told in (("its own", scenes), ("of another image", scenes[1:] + scenes[:1])):
             rows.append({"size_px": size, "caption": against, "captions": len(scenes), **score(images, told)})
         if size == 64 and arguments.grid is not None:
-            write_png(arguments.grid, tile(images[:48], columns=12))
+            write_png(arguments.grid, tile(whole[:48], columns=12))
     for name in steps:
         last = last_metrics(work / name)
         rows.append(
@@ -144,12 +178,13 @@ def main() -> None:
         )
     own, other = rows[2], rows[3]
     report(
-        "cascade",
+        "cascade_buckets" if arguments.buckets else "cascade",
         rows,
         {f"{part} at 64 px, own caption / caption of another": own[part] / max(other[part], 1e-9) for part in PARTS},
         arguments.out,
         packages=["imagen-precompute", "torch"],
         notes=[
+            *(["images are 3:2 and 2:3 in turn, scored in their centre square"] if arguments.buckets else []),
             "color, shape, position: part of the images whose object has the one the caption names",
             f"training both stages took {(seconds['base'] + seconds['sr']) / 60:.1f} minutes; precompute "
             f"{seconds['precompute']:.0f} s, drawing {seconds['sample']:.0f} s",

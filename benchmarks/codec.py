@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.common import interleaved_rates, median_ratio, report
 from imagen_core import store as st
 from imagen_core.store.codec import Codec, encode
-from imagen_core.store.files.shard import ImageFile, open_images
+from imagen_core.store.files.images import ImageFile, open_images
 from stages.images import center_square, decode_rgb, pyramid
 from stages.sources.synthetic.scenes import render, scene
 

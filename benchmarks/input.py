@@ -172,9 +172,9 @@ class Rounds:
 
     def __init__(self, file: Path):
         self._file = file
-        self.found: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if file.exists() else {}
+        self.found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else {}
 
-    def add(self, name: str, rounds: int, measure: Callable[[], dict[str, float]]) -> None:
+    def add(self, name: str, rounds: int, measure: Callable[[], dict[str, Any]]) -> None:
         """Measures until there are so many rounds."""
         while len(self.found.setdefault(name, [])) < rounds:
             self.found[name].append(measure())

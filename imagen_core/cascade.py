@@ -18,6 +18,7 @@ from torch import Tensor
 from imagen_core.config import Config
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
+from imagen_core.diffusion.shapes import default_shape, stage_shapes
 from imagen_core.diffusion.steps import AnyGrid, Karras
 from imagen_core.models.conditioning.base import Condition, Conditioning, unit_variance
 from imagen_core.models.conditioning.characters import character_ids
@@ -145,6 +146,14 @@ class Cascade:
     def sizes_px(self) -> list[int]:
         return [stage.size_px for stage in self.stages]
 
+    def shapes(self, first: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of the images of each stage, from those of the first.
+
+        Raises:
+            ValueError: a side is no whole number of pixels in a stage, or one that its network cannot halve.
+        """
+        return stage_shapes([stage.config for stage in self.stages], first)
+
     @property
     def text_dim(self) -> int | None:
         """Width of the embeddings the stages read; None if no stage reads captions."""
@@ -170,6 +179,7 @@ class Cascade:
         transcriptions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
         low_res: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
         start_stage: int = 0,
         stop_stage: int | None = None,
         init_image: Tensor | None = None,
@@ -191,16 +201,19 @@ class Cascade:
             labels: the class of each image, from 0; -1 means unknown. None means that all are unknown.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
                 of the previous stage: super-resolution of an existing image.
+            shape: height and width of the images of the first stage that runs; those of the others are this shape,
+                scaled. None means squares; if low_res is not square, its shape times the factor of the stage.
             start_stage, stop_stage: the first stage to run, and the one before which to stop (as in a slice).
             init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it instead of pure
                 noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
             strength: in [0, 1], how much of the way init_image is sent back into noise.
-            inpaint: image and mask of the part to keep, in any size; each stage keeps it.
+            inpaint: image and mask of the part to keep, in any size; each stage keeps it. They are stretched to the
+                shape of the stage, as init_image is.
             autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
             keep: chooses after each stage which images the next one super-resolves; when none is left, the other
                 stages do not run.
         Returns:
-            Images of every stage that ran by size in pixels, (b, 3, size, size) in [-1, 1]; with `keep` fewer
+            Images of every stage that ran by size in pixels, (b, 3, h, w) in [-1, 1]; with `keep` fewer
             from stage to stage, in the same order.
         Raises:
             ValueError: inputs that do not fit the stages.
@@ -213,6 +226,9 @@ class Cascade:
                 f"stage {start_stage} ({stages[0].size_px} px) needs a low-resolution image: give low_res, "
                 "or start at a base stage"
             )
+        if shape is None:
+            shape = default_shape(stages[0].config, None if low_res is None else low_res.shape[-2:])
+        shapes = stage_shapes([stage.config for stage in stages], shape)
         _check_image_embed(stages, image_embed, len(seeds))
         conditioning = self._conditioning(text, image_embed, transcriptions, labels, len(seeds)).to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
@@ -224,6 +240,7 @@ class Cascade:
             with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
                 current = _sample_stage(
                     stage,
+                    shapes[number - start_stage],
                     conditioning,
                     SeededNoise(kept, stream=number),
                     low_res=current if stage.is_super_resolution else None,
@@ -288,6 +305,7 @@ class Cascade:
 
 def _sample_stage(
     stage: CascadeStage,
+    size: tuple[int, int],
     conditioning: Conditioning,
     noise: SeededNoise,
     *,
@@ -297,10 +315,10 @@ def _sample_stage(
     inpaint: Inpaint | None,
     on_step: Callable[[int, int, Tensor], None] | None,
 ) -> Tensor:
-    """One stage: (b, 3, size, size) about in [-1, 1]."""
+    """One stage: (b, 3, *size) about in [-1, 1]."""
     denoiser, settings = stage.denoiser, stage.sampling
     weight = next(denoiser.parameters())
-    shape = stage.config.shape
+    shape = (stage.config.shape[0], *size)
     for condition in set(get_args(Condition)) - stage.conditions:
         conditioning = conditioning.without_inputs(condition)
     if conditioning.text is not None and conditioning.text_mask is not None:
@@ -320,9 +338,9 @@ def _sample_stage(
         shape,
         device=weight.device,
         dtype=weight.dtype,
-        init_image=None if init_image is None else upsample(init_image, stage.size_px),
+        init_image=None if init_image is None else upsample(init_image, size),
         strength=strength,
-        inpaint=None if inpaint is None else _resized(inpaint, stage.size_px),
+        inpaint=None if inpaint is None else _resized(inpaint, size),
         schedule=denoiser.config.diffusion.schedule,
         on_step=on_step,
     )
@@ -347,10 +365,10 @@ def _check_image_embed(stages: Sequence[CascadeStage], image_embed: Tensor | Non
             )
 
 
-def _resized(inpaint: Inpaint, size_px: int) -> Inpaint:
+def _resized(inpaint: Inpaint, size: tuple[int, int]) -> Inpaint:
     """Image and mask in another size; a pixel is kept where more than half of it was."""
-    keep = F.interpolate(inpaint.keep.float(), size=(size_px, size_px), mode="area") > 0.5
-    return Inpaint(upsample(inpaint.image, size_px), keep, inpaint.resample_times)
+    keep = F.interpolate(inpaint.keep.float(), size=size, mode="area") > 0.5
+    return Inpaint(upsample(inpaint.image, size), keep, inpaint.resample_times)
 
 
 def pad_text(

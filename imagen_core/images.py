@@ -29,13 +29,17 @@ def in_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def tile(pixels: Sequence[np.ndarray], columns: int, gap_px: int = 2) -> np.ndarray:
-    """Images of one size, uint8 (h, w, 3) each, in rows of `columns` on white, row by row: uint8 (H, W, 3)."""
-    height, width = pixels[0].shape[:2]
+    """Images, uint8 (h, w, 3) each, in rows of `columns` on white, row by row: uint8 (H, W, 3).
+
+    Each has the room of the largest height and width, and lies in the middle of it.
+    """
+    height, width = (max(image.shape[axis] for image in pixels) for axis in (0, 1))
     rows = -(-len(pixels) // columns)
     canvas = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, dtype=np.uint8)
     for index, image in enumerate(pixels):
-        top, left = (index // columns) * (height + gap_px), (index % columns) * (width + gap_px)
-        canvas[top : top + height, left : left + width] = image
+        top = (index // columns) * (height + gap_px) + (height - image.shape[0]) // 2
+        left = (index % columns) * (width + gap_px) + (width - image.shape[1]) // 2
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas
 
 

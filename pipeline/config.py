@@ -100,13 +100,27 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML whose keys are what is written: `null: x.npy` has the key `null`, and `on: 1` the key `on`."""
+    """YAML whose keys are what is written: `null: x.npy` has the key `null`, and `on: 1` the key `on`.
+
+    Numbers have no base 60, which YAML 1.1 had and 1.2 has not: `3:2` is a text, and not 182.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"):
                 key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep=deep)
+
+
+def _number(loader: _YamlLoader, node: yaml.ScalarNode) -> int | float | str:
+    if ":" in node.value:
+        return node.value
+    is_whole = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if is_whole else loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
 
 
 def _load_yaml(text: str) -> Any:

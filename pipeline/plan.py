@@ -1,6 +1,6 @@
 """A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -73,6 +73,9 @@ class Plan:
     """Rows of a full shard; None means that the largest shard is a full one."""
     notices: tuple[str, ...] = ()
     """What the user should know of the result before the run; shown by the run, its summary and `pipeline plan`."""
+    outlook: Callable[[Sequence[Shard]], Mapping[str, Mapping[str, object]]] | None = None
+    """What is known of the result before a run, from some shards spread over the input: by name an entry of the
+    preview, whose `text` is shown."""
     lost_drops: Callable[[RunFolder, Shard, Record], Sequence[Drop]] | None = None
     """The dropped rows of a committed (group, shard) whose list is gone, from its files; None: it stays gone."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None

@@ -28,6 +28,9 @@ from workflows.train import TrainWorkflowConfig
 
 ELSEWHERE = {
     "cluster.md": "needs a Ray cluster; tests/pipeline/deploy/test_submit.py has one",
+    "add-a-stage.md": "needs an installed stage; tests/stages/precompute/test_make_arrays.py has one",
+    "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
+    "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }

@@ -1,7 +1,7 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.stage import Stage
+from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.arrays.registry import AnyArrayStage
@@ -26,19 +26,22 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
+from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
+from stages.precompute.images_config import ImagesConfig
 from stages.precompute.lost_lists import lost_drops
 from stages.precompute.make_arrays import array_stages
 from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
-from stages.precompute.resize import ImagesConfig, ResizeStage
+from stages.precompute.resize import ResizeStage
 from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches, first_part
+from stages.sources.original_sizes import original_sizes
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
@@ -158,6 +161,7 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
+            outlook=partial(_outlook, source, config.images),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
                 f"captions; for real ones set encoders.{place}.model to a hub id or a folder"
@@ -170,7 +174,13 @@ class Precompute(ShardedWorkflow):
         config = self.config
         stages = (
             FetchStage(source, config.source.kind),
-            ResizeStage(config.images, config.store.format, config.filters, hashes=config.duplicates is not None),
+            ResizeStage(
+                config.images,
+                config.store.format,
+                config.filters,
+                hashes=config.duplicates is not None,
+                columns=source.column_types,
+            ),
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )
@@ -202,6 +212,7 @@ class Precompute(ShardedWorkflow):
             *([("unread", f"{unread:,} bytes of damaged files; see the drops damaged_tar")] if unread else []),
             *([("ignored", ignored)] if ignored else []),
             *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
+            *([("crops", crops_line(crops))] if (crops := crops_of(groups[SAMPLES]["counters"])) else []),
             *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
@@ -209,6 +220,13 @@ class Precompute(ShardedWorkflow):
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
         ]
+
+
+def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> dict[str, dict[str, object]]:
+    """What will be cropped, as far as sizes of originals are at hand."""
+    sizes, basis = original_sizes(source, shards) if images.sizes_px else ([], "")
+    crops = measured(sizes, images.possible_shapes(), stored=images.aspect == "buckets")
+    return {"crops": {**crops, "basis": basis, "text": f"{crops_line(crops)} ({basis})"}} if crops else {}
 
 
 def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -71,16 +71,16 @@ class Denoiser(nn.Module):
             noise: (b, c, H, W), standard normal, of the size of x.
         """
         assert isinstance(self.config, DenoiserConfig)
-        size_px, mode = noise.shape[-1], self.config.low_res_upsampling
+        shape, mode = (noise.shape[-2], noise.shape[-1]), self.config.low_res_upsampling
         if self.config.low_res_noise is None:
-            return replace(conditioning, low_res=upsample(low_res, size_px, mode))
+            return replace(conditioning, low_res=upsample(low_res, shape, mode))
         sigma = sigma.to(noise.dtype)
         scale = self.coefficients(sigma).input
         if self.config.low_res_noise_at == "low_res_px":
             part = noise[..., : low_res.shape[-2], : low_res.shape[-1]]
-            noised = upsample(add_low_res_noise(low_res, sigma, part, scale), size_px, mode)
+            noised = upsample(add_low_res_noise(low_res, sigma, part, scale), shape, mode)
         else:
-            noised = add_low_res_noise(upsample(low_res, size_px, mode), sigma, noise, scale)
+            noised = add_low_res_noise(upsample(low_res, shape, mode), sigma, noise, scale)
         if not self.config.unet.low_res_noise:
             return replace(conditioning, low_res=noised)
         schedule = self.config.low_res_noise.schedule

@@ -67,34 +67,37 @@ Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cub
 factors (MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
 
 
-def upsample(low_res: Tensor, size_px: int, mode: Upsampling = "bicubic") -> Tensor:
-    """(b, c, h, w) in [-1, 1] -> (b, c, size_px, size_px), antialiased if it is downsampled.
+def upsample(low_res: Tensor, shape: tuple[int, int], mode: Upsampling = "bicubic") -> Tensor:
+    """(b, c, h, w) in [-1, 1] -> (b, c, *shape), antialiased if it is downsampled.
 
     Clipped to [-1, 1], except with bicubic_unclipped.
 
     Raises:
-        ValueError: mode=cubic_reflect, and size_px is not a multiple of the sides.
+        ValueError: mode=cubic_reflect, and `shape` is not a whole multiple of (h, w).
     """
-    if low_res.shape[-1] == low_res.shape[-2] == size_px:
+    if low_res.shape[-2:] == shape:
         return low_res
     if mode == "cubic_reflect":
-        return _cubic_reflect(low_res, size_px)
+        return _cubic_reflect(low_res, shape)
     if mode == "nearest":
-        return F.interpolate(low_res, size=(size_px, size_px), mode="nearest-exact").clamp(-1, 1)
-    size, downsamples = (size_px, size_px), low_res.shape[-1] > size_px
+        return F.interpolate(low_res, size=shape, mode="nearest-exact").clamp(-1, 1)
+    downsamples = low_res.shape[-1] > shape[-1]
     if mode == "bicubic_unclipped":
-        return F.interpolate(low_res, size=size, mode="bicubic", antialias=downsamples)
-    return F.interpolate(low_res, size=size, mode=mode, antialias=downsamples).clamp(-1, 1)
+        return F.interpolate(low_res, size=shape, mode="bicubic", antialias=downsamples)
+    return F.interpolate(low_res, size=shape, mode=mode, antialias=downsamples).clamp(-1, 1)
 
 
-def _cubic_reflect(low_res: Tensor, size_px: int) -> Tensor:
+def _cubic_reflect(low_res: Tensor, shape: tuple[int, int]) -> Tensor:
     height, width = low_res.shape[-2:]
-    factor, margin = size_px // width, min(3, width - 1)
-    if size_px % width or height != width:
-        raise ValueError(f"low_res_upsampling=cubic_reflect: {size_px} is not a multiple of {height} x {width} pixels")
+    factor, margin = shape[1] // width, min(3, width - 1, height - 1)
+    if shape != (factor * height, factor * width):
+        raise ValueError(
+            f"low_res_upsampling=cubic_reflect: {shape[0]} x {shape[1]} is not a multiple of {height} x {width} pixels"
+        )
     padded = F.pad(low_res, (margin,) * 4, mode="reflect")
-    size, centre = factor * (width + 2 * margin), slice(factor * margin, factor * (margin + width))
-    return F.interpolate(padded, (size, size), mode="bicubic", antialias=True)[..., centre, centre].clamp(-1, 1)
+    rows, columns = (slice(factor * margin, factor * (margin + side)) for side in (height, width))
+    size = (factor * (height + 2 * margin), factor * (width + 2 * margin))
+    return F.interpolate(padded, size, mode="bicubic", antialias=True)[..., rows, columns].clamp(-1, 1)
 
 
 def add_low_res_noise(upsampled: Tensor, sigma: Tensor, noise: Tensor, scale: Tensor) -> Tensor:

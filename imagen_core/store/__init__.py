@@ -1,32 +1,34 @@
 """The store: what precompute writes and the trainer reads."""
 
 from imagen_core.store.array_spec import ArrayDtype, ArraySpec
+from imagen_core.store.buckets import Shape, bucket_shapes, choose_buckets, choose_shape, crop_box
 from imagen_core.store.cache import DEFAULT_CACHE_BYTES
 from imagen_core.store.codec import Codec, check_codec, codec_settings
 from imagen_core.store.encoder_identity import LATER_FIELDS, PROBE, comparable, comparable_records
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_shard_bytes, open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
+from imagen_core.store.files.images import ImageFile, ImageWriter, open_image_writer, open_images
 from imagen_core.store.files.null import dump_null, parse_null
-from imagen_core.store.files.parquet import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.ragged import NotFiniteError, StoredEmbedding, cast_embedding, is_finite_as, restore
+from imagen_core.store.files.samples import SamplesFile, read_samples, write_samples
 from imagen_core.store.files.shard import (
-    ImageWriter,
     cast_embeddings,
     embedding_shard_bytes,
     open_embeddings,
-    open_image_writer,
-    open_images,
     write_embedding_shard,
 )
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     HASHES_GROUP,
     MANIFEST_NAME,
+    OWN_COLUMNS,
     REMOVED,
     RETRIED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
+    ColumnType,
+    ColumnValue,
     ImageInfo,
     SampleRow,
     StoreDtype,
@@ -44,7 +46,7 @@ from imagen_core.store.layout import (
 from imagen_core.store.manifest import Manifest, load_manifest, read_header, write_manifest
 from imagen_core.store.mixture import Mixture
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
-from imagen_core.store.read.crop import Crop, CropBox, FullImage, Layout, View
+from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     ArrayGroup,
@@ -92,6 +94,7 @@ __all__ = [
     "LATER_FIELDS",
     "LOOK_EVERY_S",
     "MANIFEST_NAME",
+    "OWN_COLUMNS",
     "PROBE",
     "REMOVED",
     "RETRIED",
@@ -103,16 +106,20 @@ __all__ = [
     "ArraySpec",
     "Blocklist",
     "Codec",
+    "ColumnType",
+    "ColumnValue",
     "Crop",
     "CropBox",
     "EmbeddingGroup",
     "ErasedShard",
     "FileEntry",
+    "Frame",
     "FullImage",
     "Group",
     "HashesFile",
     "HashesGroup",
     "ImageEmbedGroup",
+    "ImageFile",
     "ImageHashes",
     "ImageInfo",
     "ImageWriter",
@@ -131,6 +138,7 @@ __all__ = [
     "SampleRow",
     "SamplesFile",
     "SamplesGroup",
+    "Shape",
     "ShardEntry",
     "Store",
     "StoreDtype",
@@ -138,6 +146,7 @@ __all__ = [
     "StoreFolder",
     "StoreFormat",
     "StoredEmbedding",
+    "StoredShape",
     "TextGroup",
     "TokenErrors",
     "VerifyReport",
@@ -146,12 +155,16 @@ __all__ = [
     "array_group",
     "array_shard_bytes",
     "blank_key",
+    "bucket_shapes",
     "cast_embedding",
     "cast_embeddings",
     "check_codec",
+    "choose_buckets",
+    "choose_shape",
     "codec_settings",
     "comparable",
     "comparable_records",
+    "crop_box",
     "dump_null",
     "embedding_shard_bytes",
     "file_suffix",

@@ -8,6 +8,7 @@ to be stored.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import gcd
 
 import numpy as np
 
@@ -63,19 +64,31 @@ def scaled(shapes: Sequence[Shape], smallest_px: int, size_px: int) -> tuple[Sha
     return tuple((int(height * factor), int(width * factor)) for height, width in shapes)
 
 
+def ratios_of(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes in lowest terms: the same for all sizes of a store."""
+    return tuple((height // gcd(height, width), width // gcd(height, width)) for height, width in shapes)
+
+
 def choose_buckets(widths: np.ndarray, heights: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
     """The bucket of each original: the shape that crops the smallest part of it; of two the first.
 
     Args:
-        widths, heights: pixels of the originals after EXIF orientation, 1 or more.
+        widths, heights: pixels of the originals after EXIF orientation; 0 where there is none (a sample whose content
+            was erased), which has the bucket of a square.
         shapes: height and width of each bucket.
     Returns:
         int64, indices into `shapes`.
     """
-    ratios = widths.astype(np.float64) / heights
+    has_size = (widths > 0) & (heights > 0)
+    ratios = np.where(has_size, widths, 1) / np.where(has_size, heights, 1)
     wanted = np.array([width / height for height, width in shapes])
     kept = np.minimum(ratios[:, None], wanted) / np.maximum(ratios[:, None], wanted)  # part of the area that is kept
     return kept.argmax(axis=1)
+
+
+def choose_shape(width: int, height: int, shapes: Sequence[Shape]) -> Shape:
+    """The shape of the bucket of one original; see `choose_buckets`."""
+    return shapes[int(choose_buckets(np.array([width]), np.array([height]), shapes)[0])]
 
 
 def crop_box(width: int, height: int, shape: Shape) -> tuple[int, int, int, int]:

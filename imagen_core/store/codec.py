@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from imagen_core.store.buckets import Shape
+
 Codec = Literal["raw", "png", "webp", "jpeg"]
 
 # Arguments of Pillow's save(). The same pixels give the same bytes with the same Pillow.
@@ -28,7 +30,7 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
 
 
 def encode(pixels: np.ndarray, codec: Codec) -> bytes:
-    """The stored bytes of uint8 RGB (S, S, 3); raw, png and webp are lossless, jpeg is not."""
+    """The stored bytes of uint8 RGB (height, width, 3); raw, png and webp are lossless, jpeg is not."""
     if codec == "raw":
         return pixels.tobytes()
     from PIL import Image
@@ -38,18 +40,21 @@ def encode(pixels: np.ndarray, codec: Codec) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: np.ndarray, codec: Codec, size_px: int) -> np.ndarray:
-    """uint8 RGB (size_px, size_px, 3) from the bytes of an encoded image, uint8 (n,).
+def decode(data: np.ndarray, codec: Codec, shape: Shape) -> np.ndarray:
+    """uint8 RGB (height, width, 3) of this shape from the bytes of an encoded image, uint8 (n,).
 
     Raises:
-        ValueError: not a complete image of this codec and size.
+        ValueError: not a complete image of this codec and shape.
     """
     from PIL import Image
 
+    height, width = shape
     try:
         with Image.open(io.BytesIO(data.tobytes()), formats=[codec]) as image:
-            if image.mode != "RGB" or image.size != (size_px, size_px):
-                raise ValueError(f"{image.mode} of {image.size} px, not RGB of {size_px} px")
+            if image.mode != "RGB" or image.size != (width, height):
+                raise ValueError(
+                    f"{image.mode} of {image.width} x {image.height} px, not RGB of {width} x {height} px"
+                )
             return np.asarray(image)
     except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, about a broken PNG chunk
         raise ValueError(str(error)) from error

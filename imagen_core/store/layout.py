@@ -16,11 +16,16 @@ a digest that binds it to its sample or caption (files/digest.py); `samples` acc
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 StoreFormat = Literal["parquet", "hdf5"]
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+ColumnType = Literal["bool", "int", "float", "text"]
+"""Of a column of the source that the store keeps: int is 64 bits wide, float is a double."""
+ColumnValue = bool | int | float | str | None
+"""None: NULL."""
 
 SCHEMA_VERSION = 2
 OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
@@ -47,7 +52,8 @@ class SampleRow:
     `input_row` is the row of the shard's input that the sample was made from; -1 in a store of schema 1.
     `transcription` is the text written in the image, "" if there is none, None if unknown.
     `safebox` is the rectangle around that text, which crops keep complete: left, top, right, bottom in pixels of the
-    original; None if unknown. `label` is the image's class, from 0; None if unknown.
+    original; None if unknown. `label` is the image's class, from 0; None if unknown. `columns` has the values of the
+    columns that were kept of the source, by name.
     """
 
     key: str
@@ -61,6 +67,11 @@ class SampleRow:
     transcription: str | None = None
     safebox: tuple[int, int, int, int] | None = None
     label: int | None = None
+    columns: Mapping[str, ColumnValue] = field(default_factory=dict, hash=False)
+
+
+OWN_COLUMNS = frozenset({*SampleRow.__dataclass_fields__, "digest"})
+"""Names that no kept column may have, in lower case."""
 
 
 def image_group(size_px: int) -> str:
@@ -153,6 +164,13 @@ def check_dtype(dtype: str) -> StoreDtype:
     if dtype not in get_args(StoreDtype):
         raise ValueError(f"store dtype {dtype!r}: use one of {', '.join(get_args(StoreDtype))}")
     return dtype  # type: ignore[return-value]
+
+
+def check_column_type(kind: str) -> ColumnType:
+    """Returns the type of a kept column; raises ValueError with the available ones if it is none of them."""
+    if kind not in get_args(ColumnType):
+        raise ValueError(f"column type {kind!r}: use one of {', '.join(get_args(ColumnType))}")
+    return kind  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from imagen_core.store.layout import (
     OLDEST_READABLE,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
+    ColumnType,
     revision_of,
     shard_path,
 )
@@ -140,6 +141,12 @@ class Manifest:
                 rows = {row.row: row.excluded for row in removed if row.row < self.rows[position]} | before
                 self.excluded[position] = dict(sorted(rows.items()))
         self.num_removals += 1
+
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        """Types of the columns that were kept of the source, by name."""
+        samples = self.groups[SAMPLES_GROUP]
+        return samples.columns if isinstance(samples, SamplesGroup) else {}
 
     @cached_property
     def images(self) -> dict[int, ImagesGroup]:

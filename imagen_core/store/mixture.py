@@ -97,8 +97,8 @@ class Mixture:
 
 
 def _stored_sizes(options: LoaderOptions) -> list[int]:
-    layout = (options.crop or FullImage()).layout(options.images or ())
-    return [stored for stored, _ in layout.values()]
+    layout = (options.crop or FullImage()).layout(options.images or (), lambda size_px: (size_px, size_px))
+    return [frame.stored_px for frame in layout.values()]
 
 
 def _what_is_read(name: str, store: Store, options: LoaderOptions) -> dict[str, dict[str, Any]]:

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from imagen_core.store.array_spec import ArraySpec
+from imagen_core.store.buckets import Shape, choose_shape
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
 from imagen_core.store.layout import (
     HASHES_GROUP,
     REMOVED,
     SAMPLES_GROUP,
+    ColumnType,
     StoreDtype,
     StoreFormat,
     array_group,
+    check_column_type,
     check_dtype,
     check_format,
     image_embed_group,
@@ -32,21 +35,32 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class SamplesGroup:
-    """`samples`: always parquet."""
+    """`samples`: always parquet; `columns` are the types of the columns that were kept of the source."""
 
     name: str
     format: StoreFormat = "parquet"
+    columns: dict[str, ColumnType] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ImagesGroup:
-    """Images of one size; `config` says how they were made."""
+    """Images of one size; `config` says how they were made.
+
+    `shapes` are the height and width of each aspect-ratio bucket, as in `config`: an image has the shape of the bucket
+    that `choose_buckets` names for its original's width and height, in every size of the store. It is empty where all
+    images are squares of `size_px`.
+    """
 
     name: str
     size_px: int
     format: StoreFormat
     codec: Codec
     config: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[Shape, ...] = ()
+
+    def shape_of(self, width: int, height: int) -> Shape:
+        """Height and width that the image of an original of this width and height has; the square if they are 0."""
+        return choose_shape(width, height, self.shapes) if self.shapes else (self.size_px, self.size_px)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +178,18 @@ def parse_group(name: str, raw: Any) -> Group:
     try:
         kind = raw["kind"]
         if kind == "samples":
-            group: Group = SamplesGroup(name)
+            columns: dict[str, ColumnType] = {
+                str(column): check_column_type(found) for column, found in raw.get("columns", {}).items()
+            }
+            group: Group = SamplesGroup(name, columns=columns)
             expected_name = SAMPLES_GROUP
         elif kind == "images":
             size_px = _count(raw["size_px"], "size_px")
             config = dict(raw.get("config", {}))
             if size_px < 1:
                 raise ValueError(f"size_px must be 1 or more (got {size_px})")
-            group = ImagesGroup(name, size_px, check_format(raw["format"]), check_codec(raw["codec"]), config)
+            shapes = _shapes(config.get("shapes"), size_px)
+            group = ImagesGroup(name, size_px, check_format(raw["format"]), check_codec(raw["codec"]), config, shapes)
             expected_name = image_group(size_px)
         elif kind == "text":
             encoder = str(raw["encoder"])
@@ -187,8 +205,8 @@ def parse_group(name: str, raw: Any) -> Group:
             group = ArrayGroup(name, str(raw["array"]), spec, check_format(raw["format"]), maker)
             expected_name = array_group(group.array)
         elif kind == "hashes":
-            sizes = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
-            group = HashesGroup(name, *sizes)
+            num_perceptual, thumbnail_px = (_count(raw[field], field) for field in ("num_perceptual", "thumbnail_px"))
+            group = HashesGroup(name, num_perceptual, thumbnail_px)
             expected_name = HASHES_GROUP
         else:
             group, expected_name = OtherGroup(name, str(kind), check_format(raw["format"])), name
@@ -205,6 +223,16 @@ def parse_group(name: str, raw: Any) -> Group:
 
 def _shared_file(raw: dict[str, Any] | None, path: str) -> FileEntry | None:
     return None if raw is None else _parse_file({"rows": 1, **raw}, path)
+
+
+def _shapes(raw: Any, size_px: int) -> tuple[Shape, ...]:
+    """Shapes of buckets from the lists of a manifest; none where all images are squares."""
+    if raw is None:
+        return ()
+    shapes = tuple((_count(height, "shapes"), _count(width, "shapes")) for height, width in raw)
+    if (size_px, size_px) not in shapes or len(set(shapes)) < len(shapes) or min(map(min, shapes)) < 1:
+        raise ValueError(f"shapes must be different heights and widths, with {size_px} x {size_px} (got {raw})")
+    return shapes
 
 
 def _embeddings(raw: dict[str, Any]) -> dict[str, Any]:

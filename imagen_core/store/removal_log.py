@@ -24,7 +24,7 @@ from itertools import count
 from typing import Any
 
 from imagen_core.store.errors import ManifestError
-from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.samples import SamplesFile
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import MANIFEST_NAME, REMOVED, shard_name
 from imagen_core.store.records import FileEntry

@@ -14,6 +14,7 @@ from imagen_core.store.errors import StoreError
 from imagen_core.store.files.null import parse_null
 from imagen_core.store.files.ragged import restore
 from imagen_core.store.folder import StoreFolder
+from imagen_core.store.layout import ColumnValue
 from imagen_core.store.manifest import load_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.read.options import LoaderOptions, takes_options_of
@@ -29,7 +30,8 @@ class Sample:
     """One sample, with all its fields.
 
     Attributes:
-        images: uint8 RGB (S, S, 3) by size S in pixels.
+        images: uint8 RGB (height, width, 3) by size in pixels; squares of that size, or of the shape of the sample's
+            aspect-ratio bucket.
         text: by encoder, one (n_tokens, dim) array per caption; float16 for a float16 store, float32
             for bfloat16, int8 and float32.
         image_embeds: by image encoder, (dim,) in the types of `text`.
@@ -40,6 +42,8 @@ class Sample:
         transcription: the text written in the image, "" where there is none; None: unknown.
         safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: unknown.
         label: the image's class, from 0; None: unknown.
+        columns: the values of the columns that were kept of the source (`source.keep_columns`), by name: bool, int,
+            float or str; None for NULL.
     """
 
     key: str
@@ -55,6 +59,7 @@ class Sample:
     safebox: tuple[int, int, int, int] | None = None
     label: int | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, ColumnValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """All fields, with types and shapes instead of the values of arrays."""
@@ -137,7 +142,7 @@ class Store(StoreReader, Sequence[Sample]):
         if (shard, row) in self.removed_since:
             raise StoreError(f"{self._folder.url}: the sample was removed since the store was opened; open it again")
         files = self.shard(shard)
-        key, captions, caption_ids, url, sha256, width, height, _, *annotations = files.samples.fields(row)
+        key, captions, caption_ids, url, sha256, width, height, _, *annotations, columns = files.samples.fields(row)
         images = {size: np.array(files.images[size].pixels(row)) for size in self._sizes}
         text = {
             encoder: [restore(files.text[encoder].stored(i), dtype) for i in caption_ids]
@@ -147,7 +152,20 @@ class Store(StoreReader, Sequence[Sample]):
         arrays = {name: files.arrays[name].value(row) for name in self._manifest.arrays}
         if generation != self.generation:
             return self._read(shard, row)
-        return Sample(key, captions, url, sha256, width, height, images, text, embeds, *annotations, arrays)
+        return Sample(
+            key,
+            captions,
+            url,
+            sha256,
+            width,
+            height,
+            images,
+            text,
+            embeds,
+            *annotations,
+            arrays=arrays,
+            columns=columns,
+        )
 
     def null(self, encoder: str) -> np.ndarray:
         """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.

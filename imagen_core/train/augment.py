@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config
-from imagen_core.store import CropBox, ImageInfo, Layout, View
+from imagen_core.store import CropBox, Frame, ImageInfo, Layout, StoredShape, View
+from imagen_core.store.buckets import Shape, crop_box, round_half_up, scaled
 
 _ROUNDING = 1e-9
 
@@ -25,7 +26,7 @@ RandomRows = Callable[[Sequence[int]], np.ndarray]
 
 
 class CropConfig(Config):
-    """Square crops, of uniform area and place among the allowed ones."""
+    """Crops with the ratio of the image, of uniform area and place among the allowed ones."""
 
     probability: float = Field(default=1.0, ge=0, le=1)
     """Fraction of the images that are cropped; the others are shown in full."""
@@ -51,7 +52,7 @@ class ResizedCropConfig(CropConfig):
     from_px: int = Field(ge=1)
     """StoredEmbedding size that is cropped."""
     min_px: float = Field(default=1.0, ge=0)
-    """Least side of a crop, as a multiple of the side trained on, in pixels of the stored image and of the original
+    """Least sides of a crop, as a multiple of those trained on, in pixels of the stored image and of the original
     alike: at 1 nothing is upsampled (where that needs more than the image has, it is shown in full)."""
     without_text: CropConfig | None = None
     """Settings of images without writing (an empty or no transcription, and no safebox); null: the same."""
@@ -87,7 +88,7 @@ class BlurConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class RandomResizedCrop:
-    """A square of one stored size, resized to each requested size.
+    """A part of one stored size with its ratio, resized to each requested size.
 
     Attributes:
         rows: (n, 4) random numbers: whether the image is cropped, the area, how far down and to the right it lies.
@@ -96,39 +97,47 @@ class RandomResizedCrop:
     config: ResizedCropConfig
     rows: RandomRows
 
-    def layout(self, sizes: Sequence[int]) -> Layout:
-        return {size: (self.config.from_px, size) for size in sizes}
+    def layout(self, sizes: Sequence[int], shape_of: StoredShape) -> Layout:
+        """Raises ValueError if the shapes of a bucket have no whole number of pixels in a size."""
+        from_px = self.config.from_px
+        stored = shape_of(from_px)
+        return {size: Frame(from_px, stored, scaled([stored], from_px, size)[0]) for size in sizes}
 
     def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
         return self.rows(counters)
 
     def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
-        return dict.fromkeys(layout, self.square(max(layout), numbers, image))
+        return dict.fromkeys(layout, self.box(layout[max(layout)], numbers, image))
 
-    def square(self, size_px: int, numbers: Sequence[float], image: ImageInfo) -> CropBox:
-        """The crop for a model of `size_px`, in pixels of the stored image."""
-        full = CropBox(0, 0, self.config.from_px)
+    def box(self, frame: Frame, numbers: Sequence[float], image: ImageInfo) -> CropBox:
+        """The crop for a model of the size of `frame`, in pixels of the stored image."""
+        height, width = frame.stored
+        full = CropBox(0, 0, height, width)
         settings: CropConfig = self.config
         if self.config.without_text is not None and not image.shows_text:
             settings = self.config.without_text
         cropped, area, down, right = numbers
         if cropped >= settings.probability or (image.shows_text and image.safebox is None):
             return full
-        low, high = self.sides(settings, size_px, image)
+        low, high = self.sides(settings, frame, image)
         # Uniform in area: of the sides in [low, high], s has the probability of areas in [s^2, (s + 1)^2).
         side = min(math.isqrt(int(low**2 + area * ((high + 1) ** 2 - low**2))), high)
-        left, top, end, bottom = stored_box(image, full.side)
-        return CropBox(_place(full.side, side, top, bottom, down), _place(full.side, side, left, end, right), side)
+        rows, columns = (round_half_up(side * each, min(frame.stored)) for each in frame.stored)
+        left, top, end, bottom = stored_box(image, frame.stored)
+        return CropBox(
+            _place(height, rows, top, bottom, down), _place(width, columns, left, end, right), rows, columns
+        )
 
-    def sides(self, settings: CropConfig, size_px: int, image: ImageInfo) -> tuple[int, int]:
-        """The smallest and the largest side of a crop of this image."""
-        stored = self.config.from_px
-        left, top, right, bottom = stored_box(image, stored)
-        upsampled = max(1.0, stored / min(image.width, image.height))  # by precompute, where it was too small
-        detail = min(stored, math.ceil(self.config.min_px * size_px * upsampled - _ROUNDING))
-        wanted = math.ceil(stored * math.sqrt(settings.min_scale) - _ROUNDING)
-        low = max(1, wanted, detail, right - left, bottom - top)
-        return low, max(low, math.floor(stored * math.sqrt(settings.max_scale) + _ROUNDING))
+    def sides(self, settings: CropConfig, frame: Frame, image: ImageInfo) -> tuple[int, int]:
+        """The smallest and the largest shorter side of a crop of this image."""
+        (height, width), short = frame.stored, min(frame.stored)
+        left, top, right, bottom = stored_box(image, frame.stored)
+        upsampled = _upsampled(image, frame.stored)  # by precompute, where the original was too small
+        detail = min(short, math.ceil(self.config.min_px * min(frame.shown) * upsampled - _ROUNDING))
+        wanted = math.ceil(short * math.sqrt(settings.min_scale) - _ROUNDING)
+        writing = (-(-(right - left) * short // width), -(-(bottom - top) * short // height))
+        low = max(1, wanted, detail, *writing)
+        return low, max(low, math.floor(short * math.sqrt(settings.max_scale) + _ROUNDING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +152,8 @@ class Flipped:
     probability: float
     rows: RandomRows
 
-    def layout(self, sizes: Sequence[int]) -> Layout:
-        return self.view.layout(sizes)
+    def layout(self, sizes: Sequence[int], shape_of: StoredShape) -> Layout:
+        return self.view.layout(sizes, shape_of)
 
     def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
         return np.concatenate([self.rows(counters), self.view.random_numbers(counters)], axis=1)
@@ -156,16 +165,22 @@ class Flipped:
         return {size: replace(box, flipped=True) for size, box in boxes.items()}
 
 
-def stored_box(image: ImageInfo, stored_px: int) -> tuple[int, int, int, int]:
-    """The safebox in pixels of the stored centre square, grown to integers; empty where the square has none of it."""
-    short = min(image.width, image.height)
-    if image.safebox is None or not short:
+def stored_box(image: ImageInfo, stored: Shape) -> tuple[int, int, int, int]:
+    """The safebox in pixels of a stored image of this shape, grown to integers; empty where it shows none of it."""
+    if image.safebox is None or not min(image.width, image.height):
         return 0, 0, 0, 0
-    margins = 2 * ((image.width - short) // 2, (image.height - short) // 2)
-    places = [(at - margin) * stored_px / short for at, margin in zip(image.safebox, margins, strict=True)]
+    (height, width), (left, top, right, bottom) = stored, crop_box(image.width, image.height, stored)
+    axes = ((left, width, right - left), (top, height, bottom - top)) * 2
+    places = [(at - margin) * px / kept for at, (margin, px, kept) in zip(image.safebox, axes, strict=True)]
     grown = [*(math.floor(at + _ROUNDING) for at in places[:2]), *(math.ceil(at - _ROUNDING) for at in places[2:])]
-    left, top, right, bottom = (min(max(at, 0), stored_px) for at in grown)
+    left, top, right, bottom = (min(max(at, 0), px) for at, (_, px, _) in zip(grown, axes, strict=True))
     return (left, top, right, bottom) if left < right and top < bottom else (0, 0, 0, 0)
+
+
+def _upsampled(image: ImageInfo, stored: Shape) -> float:
+    """How many times as large as in the original a stored image shows its content; 1 where it is smaller."""
+    left, top, right, bottom = crop_box(image.width, image.height, stored)
+    return max(1.0, stored[1] / (right - left), stored[0] / (bottom - top))
 
 
 def _place(stored_px: int, side: int, first: int, last: int, uniform: float) -> int:

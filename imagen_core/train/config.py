@@ -44,6 +44,9 @@ class TrainConfig(Config):
     """Folder or fsspec URL of the store; the only thing training reads. null: several `stores`."""
     stores: tuple[StoreShare, ...] = ()
     """Stores to mix by weight, instead of `store`."""
+    where: str | None = None
+    """Which samples of each store are used, as an SQL condition on kept columns, width, height, label, key and url,
+    such as `aesthetic >= 6 and width >= 512`; `data.samples` and `validation.num_samples` count these. null: all."""
     denoiser: AnyDenoiserConfig
     """The model and its diffusion."""
     text: str | None = None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,49 +91,55 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
     """Images sampled for captions of the store (the validation samples, if there are any): uint8 (h, w, 3).
 
     Stores that are mixed have their shares of the captions. A super-resolution model upsamples the store's own
-    low-resolution images.
+    low-resolution images. Images of aspect-ratio buckets come bucket by bucket, each with the shape of its sample.
     """
     config, device = context.config, context.world.device
     settings, count = config.denoiser, min(config.grid.num_images, *map(len, context.stores.values()))
     assert isinstance(settings, DenoiserConfig)
-    raw = _shown_in_grid(context, count)
-    shape = (settings.unet.in_channels, settings.size_px, settings.size_px)
-    dtype = weights_dtype(config.precision)
-    conditioning = all_conditions(raw, settings.unet, device, dtype)
-    if settings.low_res_px is not None:
-        low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
-        low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
-        noise = SeededNoise(range(count), stream=1).normal(shape, device, dtype)
-        conditioning = context.denoiser.with_sampling_low_res(conditioning, low_res, noise)
-    guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid.guidance))
-    with _autocast(context):
-        result = sample(
-            DpmSolverPP2M(),
-            guided(context.denoiser, conditioning, guidance, Threshold()),
-            Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
-            SeededNoise(range(count)),
-            shape,
-            device=device,
-            dtype=dtype,
-        )
-    return tile(list(to_pixels(result)), columns=math.ceil(math.sqrt(count)))
+    dtype, pixels = weights_dtype(config.precision), list[np.ndarray]()
+    for raw in _shown_in_grid(context, count):
+        seeds = range(len(pixels), len(pixels) + len(raw["keys"]))
+        if not seeds:  # all were removed
+            continue
+        shape = (settings.unet.in_channels, *raw["images"][settings.size_px].shape[-2:])
+        conditioning = all_conditions(raw, settings.unet, device, dtype)
+        if settings.low_res_px is not None:
+            low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
+            low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
+            noise = SeededNoise(seeds, stream=1).normal(shape, device, dtype)
+            conditioning = context.denoiser.with_sampling_low_res(conditioning, low_res, noise)
+        guidance = Guidance(**dict.fromkeys(("text", "transcription", "labels"), config.grid.guidance))
+        with _autocast(context):
+            result = sample(
+                DpmSolverPP2M(),
+                guided(context.denoiser, conditioning, guidance, Threshold()),
+                Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
+                SeededNoise(seeds),
+                shape,
+                device=device,
+                dtype=dtype,
+            )
+        pixels += list(to_pixels(result))
+    return tile(pixels, columns=math.ceil(math.sqrt(len(pixels))))
 
 
-def _shown_in_grid(context: TrainingContext, count: int) -> Mapping[str, Any]:
-    """One batch of the samples whose captions a grid shows, the same on every process."""
-    config, errors = context.config, list[Exception]()
+def _shown_in_grid(context: TrainingContext, count: int) -> list[Mapping[str, Any]]:
+    """The samples whose captions a grid shows, in one batch, or in one for each shape; the same on every process."""
+    config, errors, batches = context.config, list[Exception](), list[Mapping[str, Any]]()
     samples = {}
     for name, store in context.stores.items():
         first = validation_samples(store, config).start if config.validation.num_samples >= count else 0
         samples[name] = range(first, first + count)
     loader = make_loader(context.stores, config, _plain_options(context, count), samples)
     try:
-        raw = next(iter(loader))
+        for raw in islice(loader, count):  # a mixture never ends
+            batches.append(raw)
+            if sum(len(batch["keys"]) for batch in batches) >= count:
+                break
     except Exception as error:  # noqa: BLE001 - agree raises it
         errors.append(error)
-        raw = loader.skip()
     agree(context.world, errors)
-    return with_text(raw, context.encode, config)
+    return [with_text(raw, context.encode, config) for raw in batches]
 
 
 @torch.no_grad()

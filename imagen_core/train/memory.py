@@ -36,7 +36,7 @@ def estimate_memory(
     config: DenoiserConfig | PriorConfig,
     *,
     micro_batch_size: int,
-    side_px: int | None,
+    shape: tuple[int, int] | None,
     num_tokens: int,
     bytes_per_activation: int,
     num_averages: int,
@@ -45,12 +45,12 @@ def estimate_memory(
     """Estimates the memory of a training step with float32 weights.
 
     Args:
-        side_px: side of the images or crops trained on; None for a prior.
+        shape: height and width of the images or crops trained on; None for a prior.
         num_tokens: length of the captions in a batch.
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
     """
-    parameters, activations = _count(config, side_px, num_tokens)
+    parameters, activations = _count(config, shape, num_tokens)
     part = -(-parameters * 4 // num_shards)
     return MemoryEstimate(
         weights=part,
@@ -61,7 +61,7 @@ def estimate_memory(
     )
 
 
-def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens: int) -> tuple[int, int]:
+def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
     """Parameters, and values kept for the backward pass of one image: from a run on tensors without data."""
     kept: dict[int, int] = {}
 
@@ -73,8 +73,8 @@ def _count(config: DenoiserConfig | PriorConfig, side_px: int | None, num_tokens
     with FakeTensorMode(), _FlashAttention():
         net: nn.Module = config.network.build().train()
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
-        shape = config.shape if side_px is None else (config.shape[0], side_px, side_px)
-        x, conditioning = torch.randn(1, *shape), _any_conditioning(config, shape, num_tokens)
+        of_one = config.shape if shape is None else (config.shape[0], *shape)
+        x, conditioning = torch.randn(1, *of_one), _any_conditioning(config, of_one, num_tokens)
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)

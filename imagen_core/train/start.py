@@ -59,6 +59,8 @@ class TrainingStart:
     """Steps between checkpoints; None in starts of earlier versions."""
     stores: tuple[MixedStore, ...] = ()
     """The stores of a mixture."""
+    chosen: tuple[int, int] | None = None
+    """Samples for which `where` is true, and samples of the store; None without a condition."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
@@ -68,6 +70,7 @@ class TrainingStart:
         epochs = "samples" if self.stores else f"{seen / max(1, self.samples):,.1f} epochs"
         count = f"{seen:,} " if self.stores else ""
         return [
+            *([] if self.chosen is None else ["where {:,} of {:,} samples of the store".format(*self.chosen)]),
             f"model {self.model}, {self.parameters:,} parameters, {self.precision} on {where}",
             f"data {self.samples:,} samples, batches of {self.batch_size:,}: {self.num_steps:,} steps are "
             f"{count}{epochs}; {begins}",
@@ -102,8 +105,16 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         torch=torch.__version__,
         checkpoint_every_steps=config.checkpoints.every_steps,
         stores=stores,
+        chosen=_chosen(context),
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
+
+
+def _chosen(context: TrainingContext) -> tuple[int, int] | None:
+    if context.config.where is None:
+        return None
+    stores = context.stores.values()
+    return sum(map(len, stores)), sum(store.manifest.num_samples for store in stores)
 
 
 def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ from imagen_core.train.data.encoders import encoder_records
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.data.randomness import RandomStream, mix
-from imagen_core.train.data.store import UnreadableError, agree, opened_again, store_lost
+from imagen_core.train.data.store import UnreadableError, agree, opened_again, store_lost, trained_shapes
 from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
@@ -121,8 +121,11 @@ def train(
         if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
             denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compute.compile:
-            # Lengths and batch sizes are few (`make_example`); each gets its own compiled network, as does evaluation.
-            torch._dynamo.config.recompile_limit = 32
+            # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
+            # evaluation.
+            shapes = max(len(trained_shapes(store, config)) for store in stores.values())
+            torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
+            torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
             denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()

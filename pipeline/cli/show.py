@@ -113,6 +113,8 @@ def show_preview(result: Mapping[str, Any]) -> None:
         rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
     show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
     print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    for name, entry in result.get("outlook", {}).items():
+        print(f"{name}: {entry['text']}")
     for room in result.get("disk", ()):
         _show_room(room)
     _show_notices(result)
@@ -168,6 +170,8 @@ def show_status(result: Mapping[str, Any]) -> None:
     ]
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
+    if filtered := result.get("filtered"):
+        print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:
         show_values(result["metrics"])
     state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"

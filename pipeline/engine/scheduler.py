@@ -100,6 +100,7 @@ class Scheduler:
                     exhausted = True
                     break
                 self.admitted[job.shard.index] = job
+                self.executor.expect(job.needed)
                 self._submit_ready(job)
             self._submit_due()
             if self.admitted:

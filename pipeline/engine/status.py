@@ -30,6 +30,7 @@ def run_status(place: str) -> dict[str, object]:
         "workflow": plan.get("workflow"),
         "running": is_running(run.storage),
         "outcome": summary.get("outcome") if summary else None,
+        **({"filtered": summary["filtered"]} if summary and summary.get("filtered") else {}),
         "groups": groups,
         "metrics": _newest_metrics(run),
     }

@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -41,10 +42,14 @@ class ExecutionConfig(Config):
 
 
 class Executor(ABC):
-    """Runs `run_task` on requests. Starts lazily: nothing is launched before the first `submit`."""
+    """Runs `run_task` on requests. Starts lazily: nothing is launched before the first `expect` or `submit`."""
 
     window: int
     """Shards to keep in flight."""
+
+    def expect(self, stages: Sequence[Stage]) -> None:  # noqa: B027
+        """Tells that a shard was admitted that will need these stages: their workers may start, import packages and
+        load models while the first of the stages are at work."""
 
     @abstractmethod
     def submit(self, stage: Stage, request: TaskRequest) -> None:

@@ -1,16 +1,18 @@
-"""Long-lived Ray workers of one stage: started while tasks wait, stopped when idle, replaced when they die."""
+"""Long-lived Ray workers of one stage: the first is started with the run and others while tasks wait; stopped when
+idle, replaced when they die."""
 
 import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from pipeline.errors import MachineError, first_line
-from pipeline.executors.ray_cluster import ClusterNode, Demand
+from pipeline.executors.ray_cluster import ClusterNode, Demand, total
 from pipeline.executors.ray_nodes import Token
-from pipeline.executors.task import TaskOutcome, TaskRequest
-from pipeline.executors.watchdog import run_watched
+from pipeline.executors.task import SetupRequest, TaskOutcome, TaskRequest
+from pipeline.executors.watchdog import run_watched, set_up_watched
 from pipeline.stage import Stage
 from pipeline.storage.run_folder import RunFolder
 
@@ -61,18 +63,33 @@ class WorkerPool:
         self.waiting: deque[TaskRequest] = deque()
 
     def resize(self, nodes: list[ClusterNode]) -> None:
-        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs."""
+        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs; of a stage of which
+        several tasks share a process, as many as take the tasks that the CPUs suffice for."""
         room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
+        if self.stage.shares_process:
+            at_once = total(nodes, "CPU") / (self.stage.resources.num_cpus or 1)
+            room = ceil(at_once / self.stage.tasks_per_worker)
         self.limit = self.stage.max_workers or max(1, room)
+
+    def begin(self, request: SetupRequest) -> list[Started]:
+        """Starts the first worker before there is a task for it, which then loads packages and models."""
+        if self.workers:
+            return []
+        started = self._start_worker()
+        started[1].actor.set_up.remote(request)
+        return [started]
+
+    def _start_worker(self) -> Started:
+        worker = RayWorker(self.actor_class.remote(self.stage_ref, self.run, self.token))
+        self.workers.append(worker)
+        return worker.actor.node.remote(), worker, None
 
     def feed(self) -> list[Started]:
         """Adds workers for tasks that no idle one can take, and hands waiting tasks to the least busy worker."""
         started: list[Started] = []
         free = sum(not worker.num_running for worker in self.workers)  # idle, or waiting for a node
         for _ in range(min(self.limit - len(self.workers), len(self.waiting) - free)):
-            worker = RayWorker(self.actor_class.remote(self.stage_ref, self.run, self.token))
-            self.workers.append(worker)
-            started.append((worker.actor.node.remote(), worker, None))
+            started.append(self._start_worker())
         while self.waiting:
             placed = (worker for worker in self.workers if worker.node and not worker.alone)
             worker = min(placed, key=lambda w: w.num_running, default=None)
@@ -141,6 +158,10 @@ class StageActor:
         """Id of its node."""
         return node_id()
 
+    def set_up(self, request: SetupRequest) -> None:
+        """Loads packages and models, before there is a task."""
+        set_up_here(self.stage, self.run, request, self.token)
+
     def process(self, request: TaskRequest) -> TaskOutcome:
         return run_here(self.stage, self.run, request, self.token)
 
@@ -153,6 +174,12 @@ def run_here(stage: Stage, run: RunFolder, request: TaskRequest, token: Token | 
     outcome = run_watched(stage, run, request)
     outcome.node = node_id()
     return outcome
+
+
+def set_up_here(stage: Stage, run: RunFolder, request: SetupRequest, token: Token | None) -> None:
+    """Loads packages and models in this Ray process, unless its node does not see the run folder."""
+    if token is None or not token.problem_now():
+        set_up_watched(stage, run, request)
 
 
 def node_id() -> str:

@@ -59,7 +59,7 @@ class TaskOutcome:
     setup_s: float = 0.0
     """Part of `seconds` that a worker spends once: loading packages and models."""
     cpu_s: float = 0.0
-    """CPU time of all threads of the worker, without `setup_s`."""
+    """CPU time of all threads of the worker, without `setup_s`; a share of it while the worker has several tasks."""
     records: dict[str, Record] = field(default_factory=dict)
     error: str | None = None
     """Message of the failure, or None."""
@@ -74,6 +74,53 @@ class TaskOutcome:
     """Set if no shard can succeed (model missing, disk full): the run ends with this code."""
 
 
+@dataclass(frozen=True, slots=True)
+class SetupRequest:
+    """The `setup` of a stage, before a worker has a task of it."""
+
+    stage: str
+    limit_s: float | None = None
+    """As of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker reports about a `setup` that it did before its first task. If it failed, the first task fails."""
+
+    stage: str
+    seconds: float
+    cpu_s: float
+    """CPU time of the worker since it was started."""
+    error: str | None = None
+
+
+class _CpuShares:
+    """Divides the CPU time of this process among the tasks that run in it at the same time, in equal parts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[int, float] = {}
+        self._counted = 0.0
+
+    def begin(self, task: int) -> None:
+        with self._lock:
+            self._divide()
+            self._running[task] = 0.0
+
+    def end(self, task: int) -> float:
+        """CPU seconds of the task."""
+        with self._lock:
+            self._divide()
+            return self._running.pop(task, 0.0)
+
+    def _divide(self) -> None:
+        now = time.process_time()
+        for task in self._running:
+            self._running[task] += (now - self._counted) / len(self._running)
+        self._counted = now
+
+
+_cpu = _CpuShares()
 _prepared: dict[str, Stage] = {}
 _prepare_lock = threading.Lock()
 
@@ -93,10 +140,10 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     try:
         prepared = _prepare(stage, run)
         note_progress()
-        outcome.setup_s, cpu_started = time.perf_counter() - started, time.process_time()
+        outcome.setup_s = time.perf_counter() - started
+        _cpu.begin(id(task))
         prepared.process(task)
         outcome.records = _commit(run, task, request)
-        outcome.cpu_s = time.process_time() - cpu_started
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()
@@ -112,11 +159,22 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
             explained = disk_message(error, run.storage.local)
             outcome.error, outcome.fatal_exit_code = explained or outcome.error, EXIT_ENVIRONMENT
     finally:
+        outcome.cpu_s = _cpu.end(id(task))
         task.release()
     if outcome.error is not None:  # it is written into files
         outcome.error, outcome.traceback = without_secrets(outcome.error), without_secrets(outcome.traceback)
     outcome.seconds = time.perf_counter() - started - task.waited_s
     return outcome
+
+
+def set_up(stage: Stage, run: RunFolder) -> Setup:
+    """Loads the stage's models before its first task. Never raises: that task meets the failure again."""
+    started, error = time.perf_counter(), None
+    try:
+        _prepare(stage, run)
+    except Exception as failure:  # noqa: BLE001 - as in `run_task`
+        error = without_secrets(f"{type(failure).__name__}: {failure}")
+    return Setup(stage.name, time.perf_counter() - started, time.process_time(), error)
 
 
 def _prepare(stage: Stage, run: RunFolder) -> Stage:

@@ -9,32 +9,53 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
-from pipeline.executors.task import TaskOutcome, TaskRequest, run_task
-from pipeline.stage import Stage, note_progress, seconds_without_progress
+from pipeline.executors.task import Setup, SetupRequest, TaskOutcome, TaskRequest, run_task, set_up
+from pipeline.stage import Stage, note_progress, own_progress, seconds_without_progress
 from pipeline.storage.run_folder import RunFolder
 
 _GRACE_S = 60.0
 _STDERR = 2
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Watched:
+    run: RunFolder
+    request: TaskRequest | SetupRequest
+    silent_s: Callable[[], float]
+    """Seconds since the last sign of progress that counts for it."""
+
+    @property
+    def left_s(self) -> float:
+        return (self.request.limit_s or 0.0) - self.silent_s()
+
+
 class Watchdog:
-    """Watches the tasks of this process. A sign of one of them counts for all: they wait for each other."""
+    """Watches the tasks of this process. A sign of one of them counts for all, as they wait for each other, unless
+    they are watched with `own`."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._tasks: list[tuple[RunFolder, TaskRequest]] = []
+        self._tasks: list[_Watched] = []
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watching(self, run: RunFolder, request: TaskRequest) -> Iterator[None]:
-        """While the block runs, the process ends `request.limit_s` after the last sign of progress."""
+    def watching(self, run: RunFolder, request: TaskRequest | SetupRequest, *, own: bool = False) -> Iterator[None]:
+        """While the block runs, the process ends `request.limit_s` after the last sign of progress.
+
+        Args:
+            own: only signs of this thread count.
+        """
         if request.limit_s is None:
             yield
             return
-        watched = (run, request)
+        with own_progress() if own else nullcontext(seconds_without_progress) as silent_s:
+            yield from self._watching(_Watched(run, request, silent_s))
+
+    def _watching(self, watched: _Watched) -> Iterator[None]:
         with self._changed:
             note_progress()
             self._tasks.append(watched)
@@ -53,7 +74,7 @@ class Watchdog:
 
     def _left_s(self) -> float:
         """Seconds until the process ends, if there is no further sign."""
-        return min(request.limit_s or 0.0 for _, request in self._tasks) - seconds_without_progress()
+        return min(watched.left_s for watched in self._tasks)
 
     def _arm(self) -> None:
         if self._tasks:
@@ -80,9 +101,10 @@ class Watchdog:
             for ident, frame in sys._current_frames().items()
             if ident != threading.get_ident()
         ]
-        for run, request in self._tasks:
-            with suppress(Exception):  # the process ends in any case
-                run.storage.write_text(_note(run, request), "\n".join(stacks))
+        for watched in self._tasks:
+            if watched.left_s <= 0:  # the others die with it, and did not hang
+                with suppress(Exception):  # the process ends in any case
+                    watched.run.storage.write_text(_note(watched.run, watched.request), "\n".join(stacks))
         os._exit(1)
 
 
@@ -91,20 +113,29 @@ _watchdog = Watchdog()
 
 def run_watched(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     """`run_task` in a worker process, within the request's limit."""
-    with _watchdog.watching(run, request):
+    with _watchdog.watching(run, request, own=stage.shares_process):
         return run_task(stage, run, request)
+
+
+def set_up_watched(stage: Stage, run: RunFolder, request: SetupRequest) -> Setup:
+    """`set_up` in a worker process, within the request's limit."""
+    with _watchdog.watching(run, request):
+        return set_up(stage, run)
 
 
 def worker_lost(run: RunFolder, request: TaskRequest, why: str) -> TaskOutcome:
     """The outcome of a task whose worker has died; `why` is said if it did not hang."""
     outcome = TaskOutcome(request, error=why, lost="worker")
-    name = _note(run, request)
-    if run.storage.size(name) is not None:
-        outcome.error = f"no sign of progress for {request.limit_s:g} s (execution.task_limit_s); its worker was ended"
-        outcome.traceback = f"{outcome.error}\n\n{run.storage.read(name).decode(errors='replace')}"
-        run.storage.delete(name)
+    for name in (_note(run, request), _note(run, SetupRequest(request.stage))):
+        if run.storage.size(name) is not None:
+            limit = f"{request.limit_s:g} s (execution.task_limit_s)"
+            outcome.error = f"no sign of progress for {limit}; its worker was ended"
+            outcome.traceback = f"{outcome.error}\n\n{run.storage.read(name).decode(errors='replace')}"
+            run.storage.delete(name)
+            return outcome
     return outcome
 
 
-def _note(run: RunFolder, request: TaskRequest) -> str:
-    return f"{run.failures}/{request.stage}-{request.shard.name}.hangs"
+def _note(run: RunFolder, request: TaskRequest | SetupRequest) -> str:
+    part = request.shard.name if isinstance(request, TaskRequest) else "setup"
+    return f"{run.failures}/{request.stage}-{part}.hangs"

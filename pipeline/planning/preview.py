@@ -56,6 +56,7 @@ def preview(
         },
         "out": str(out),
         "notices": list(plan.notices),
+        "outlook": dict(plan.outlook(found.samples)) if plan.outlook and found.samples else {},
         "disk": [] if options.profile else [asdict(room) for room in _rooms(plan, run, found, bytes_to_do, config)],
         "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }

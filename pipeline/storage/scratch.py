@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ class _Scratch:
 
 
 _scratch: _Scratch | None = None
+_making = threading.Lock()
 
 
 def scratch() -> Path:
@@ -48,9 +50,10 @@ def scratch() -> Path:
     The first call removes what ended processes of this user on this machine have left there.
     """
     global _scratch
-    if _scratch is None or _scratch.pid != os.getpid() or not _scratch.folder.is_dir():
-        _scratch = _Scratch()
-    return _scratch.folder
+    with _making:  # a second one would remove the first one's files
+        if _scratch is None or _scratch.pid != os.getpid() or not _scratch.folder.is_dir():
+            _scratch = _Scratch()
+        return _scratch.folder
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import numpy as np
 _MOST_MEAN_SHIFT = 24.0  # of the mean of a channel; a crop of 5 % of an image on white shifts it by 12
 _MOST_DIFFERENCE = 40.0  # on average, before alignment; images of which one is a crop of 5 % differ by half of it
 _EQUAL_MEAN, _EQUAL_MOST = 2.0, 10.0  # without alignment: after compression or a change of the size
-_ALIKE_MEAN, _ALIKE_MOST = 5.0, 20.0  # once they lie on each other: a crop has other pixels at the edges of shapes
+_ALIKE_MEAN, _ALIKE_MOST = 5.0, 30.0  # once they lie on each other: a crop has other pixels at the edges of shapes
 _MARGIN = 3  # pixels at the border, of which a crop may have none
 _ITERATIONS, _PRECISION = 20, 1e-4
 
@@ -14,7 +14,7 @@ def alike(first: np.ndarray, second: np.ndarray, *, mirrored: bool) -> bool:
     """Whether two thumbnails are of the same image, up to compression, size and a crop.
 
     The second is laid on the first by an affine map (OpenCV's `findTransformECC`). Then they may differ by 5 levels on
-    average, and by 20 in any 3 x 3 pixels.
+    average, and by 30 in any 3 x 3 pixels.
 
     Args:
         first, second: uint8 (side, side, 3).
@@ -49,7 +49,8 @@ def _laid_on(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     start = np.eye(2, 3, dtype=np.float32)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
     try:
-        _, warp = cv2.findTransformECC(gray, other, start, cv2.MOTION_AFFINE, stop, None, 1)
+        everywhere = np.ones(other.shape, np.uint8)
+        _, warp = cv2.findTransformECC(gray, other, start, cv2.MOTION_AFFINE, stop, everywhere, 1)
     except cv2.error:  # such as of an image of one colour
         return second
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -12,7 +12,7 @@ from pipeline.storage.open import open_storage
 from stages.duplicates.hashing import hash_image
 from stages.images import MAX_PIXELS, read_image
 from stages.lines import split_lines
-from stages.places import local_folder
+from stages.places import local_file, local_folder
 from stages.sources.folder import IMAGE_SUFFIXES
 from stages.sources.ignored import ignored_by_name
 from stages.stores import open_store, store_folder
@@ -47,7 +47,7 @@ class ExcludedSets:
             self._open(place)
 
     def _open(self, place: str) -> None:
-        if "://" not in place and Path(place).is_file():
+        if PurePosixPath(place).suffix == ".txt" if "://" in place else Path(place).is_file():
             self._listed[place] = list(_hashes_in(place))
         elif open_storage(store_folder(place)).size(MANIFEST_NAME) is not None:
             self._stores[place] = open_store(place)
@@ -105,7 +105,7 @@ def _is_image(name: str) -> bool:
 
 
 def _hashes_in(place: str) -> Iterator[str]:
-    for number, line in enumerate(split_lines(Path(place).read_bytes()), start=1):
+    for number, line in enumerate(split_lines(local_file(place).read_bytes()), start=1):
         words = line.partition("#")[0].split()  # `sha256sum` writes the name of the file behind the hash
         if words and not _SHA256.fullmatch(words[0]):
             raise ConfigError(

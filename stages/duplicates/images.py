@@ -64,7 +64,7 @@ class Images:
         """The rows of a shard that are compared."""
         with self._opened(HASHES_GROUP, shard) as (path, name):
             hashes = HashesFile(path, name, HASHES)
-            seen = hashes.pixels.any(axis=1)
+            seen = np.asarray(hashes.pixels.any(axis=1))
             seen[list(gone)] = False
             rows = np.flatnonzero(seen).astype(np.int32)
             self.not_compared += len(seen) - len(rows)

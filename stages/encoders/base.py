@@ -19,7 +19,7 @@ from stages.captions import NORMALISATION
 from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
 from stages.encoders.model_files import ModelFiles, check_headers, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
-from stages.images.resample import resize_square
+from stages.images.resample import center_square, resize_square
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +98,12 @@ class FrozenModelConfig(Config):
         ("num_gpus", "num_cpus", "workers", "resources", "cpu_threads")
     )
     """Fields that change where and how fast the model runs, but not its embeddings."""
+    modules: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    )
+    """Large modules that loading the model imports; see `Stage.modules`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Names the store's group."""
@@ -293,7 +299,8 @@ class Preprocessing:
         return cls(size_px, **{name: tuple(value) for name, value in named.items() if value is not None})
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 RGB (side, side, 3) -> float32 (3, size_px, size_px), as the model expects it."""
+        """The centre square of uint8 RGB (height, width, 3) as the model expects it: float32 (3, size_px, size_px)."""
+        pixels = center_square(pixels)
         if len(pixels) != self.size_px:
             pixels = resize_square(pixels, self.size_px)
         scaled = pixels.astype(np.float32) / 255

@@ -1,11 +1,11 @@
 """What can be known of an evaluation in seconds, before any image is sampled and any feature is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
 
+from imagen_core.cascade import Cascade
 from pipeline.errors import ConfigError
 from stages.evaluation.config import EvaluateConfig, KernelConfig
 from stages.evaluation.features.gather import FeatureSet, captions_of, read_set
@@ -29,11 +29,11 @@ def opened(name: str, images: AnyImageSet) -> Opened:
     return read_set(images, name) if isinstance(images, FeatureFiles) else images.open(name)
 
 
-def expected_images(requests: Sequence[ImageRequest], size_px: int) -> ImageSet:
+def expected_images(requests: Sequence[ImageRequest], cascade: Cascade, size_px: int) -> ImageSet:
     """The images that a sampling will make; they cannot be read yet."""
-
-    prompts = [each.prompt for each in requests]
-    return ImageSet({}, len(requests), _not_yet, lambda: prompts, lambda: repeat(size_px))
+    stage, prompts = cascade.sizes_px.index(size_px), [each.prompt for each in requests]
+    sides = [size_px if each.shape is None else min(cascade.shapes(each.shape)[stage]) for each in requests]
+    return ImageSet({}, len(requests), _not_yet, lambda: prompts, lambda: iter(sides))
 
 
 def _not_yet() -> Iterator[np.ndarray]:

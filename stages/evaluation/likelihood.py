@@ -132,10 +132,8 @@ def _finished(path: Path) -> dict[str, Any] | None:
 def _measure_batch(
     config: LikelihoodConfig, loaded: LoadedDenoiser, store: Store, samples: range, sigmas: Tensor, job: Job
 ) -> dict[str, Any]:
-    """Bits of each image, and sums per step, from the lowest noise level up."""
+    """Bits of each image, and sums per step, from the lowest noise level up; of each aspect-ratio bucket by itself."""
     settings = loaded.stage
-    weight = next(loaded.denoiser.parameters())
-    device, dtype = weight.device, weight.dtype
     sizes = [size for size in (settings.size_px, settings.low_res_px) if size is not None]
     loader = store.loader(
         batch_size=len(samples),
@@ -148,11 +146,29 @@ def _measure_batch(
         shuffle=False,
         samples=samples,
     )
-    raw = next(iter(loader))
+    parts = [_measure_images(config, loaded, raw, sigmas, samples.start, job) for raw in loader if raw["keys"]]
+    sums = {
+        name: [math.fsum(values) for values in zip(*(part[name] for part in parts), strict=True)] for name in _PER_STEP
+    }
+    return {
+        name: sums[name] if name in sums else [value for part in parts for value in part[name]]
+        for name in ("keys", "bits_per_dimension", "prior_bits", *_PER_STEP)
+    }
+
+
+def _measure_images(
+    config: LikelihoodConfig,
+    loaded: LoadedDenoiser,
+    raw: Mapping[str, Any],
+    sigmas: Tensor,
+    start: int,
+    job: Job,
+) -> dict[str, Any]:
+    """Bits of each image of one shape, and sums per step; `start`: the first sample of the batch it is of."""
+    settings, weight = loaded.stage, next(loaded.denoiser.parameters())
+    device, dtype = weight.device, weight.dtype
+    images = {size: in_range(pixels.to(device), dtype) for size, pixels in raw["images"].items()}
     keys: list[str] = raw["keys"]
-    if not keys:  # all removed from the store
-        return {"keys": [], "bits_per_dimension": [], "prior_bits": [], **{name: [] for name in _PER_STEP}}
-    images = {size: in_range(raw["images"][size].to(device), dtype) for size in sizes}
     x0 = images[settings.size_px]
     seeds = [_noise_seed(config.seed, key) for key in keys]
 
@@ -174,7 +190,7 @@ def _measure_batch(
             noise,
             clip=config.clip,
             on_step=lambda done, steps: job.lines.show(
-                f"image {samples.start - config.first_image} of {config.num_images}, step {done}/{steps}"
+                f"image {start - config.first_image} of {config.num_images}, step {done}/{steps}"
             ),
         )
     return {

@@ -97,7 +97,7 @@ def _sample(
     if config.lpips is not None:
         assert isinstance(sample.captions, StoreCaptions)
         originals = _originals(sample.captions, requests, size)
-    check_sets(config, dict.fromkeys(settings, expected_images(requests, size)), reference, originals)
+    check_sets(config, dict.fromkeys(settings, expected_images(requests, session.cascade, size)), reference, originals)
     folders = {name: ImageFolder(root / name, requests, sizes) for name in settings}
     for name, each in settings.items():
         claim_folder(folders[name], each, session.with_stages(each.stages), job, name)

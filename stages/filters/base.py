@@ -21,13 +21,16 @@ class FilterRow:
     data: bytes
     """The image file as it was fetched; empty if the source has no images."""
     sizes_px: tuple[int, ...]
-    """Sides of the images that will be made, in pixels."""
+    """Sides of the images that will be made, in pixels; of buckets those of their square."""
     pixels: np.ndarray | None = None
     """The decoded image, uint8 (height, width, 3), upright sRGB; None where images.sizes_px is [], so that none is
     decoded."""
     annotations: Mapping[str, Any] = field(default_factory=dict)
     """`transcription` (text in the image), `safebox` (left, top, right, bottom in pixels) and `label` (class number),
     as far as the source has them."""
+    shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """Height and width of the image that will be made, by each of `sizes_px`: the square, or the shape of the image's
+    aspect-ratio bucket. Empty: squares."""
 
     @property
     def height(self) -> int:

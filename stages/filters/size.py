@@ -27,14 +27,17 @@ class MaxPixels(Filter):
 
 
 class TooSmall(Filter):
-    """Decides about images whose short side is less than the largest size of images.sizes_px (`too_small`)."""
+    """Decides about images that would have to grow for the largest size of images.sizes_px (`too_small`): a side is
+    less than that of the square, or of the shape of the image's bucket."""
 
     kind: Literal["too_small"] = "too_small"
     action: Literal["drop", "upscale"] = "drop"
     """upscale: they are stored, upsampled."""
 
     def reject(self, row: FilterRow) -> Rejection | None:
-        needed = max(row.sizes_px, default=0)
-        if self.action == "upscale" or min(row.width, row.height) >= needed:
+        size = max(row.sizes_px, default=0)
+        height, width = row.shapes.get(size, (size, size))
+        if self.action == "upscale" or (row.width >= width and row.height >= height):
             return None
+        needed = f"{width}" if width == height else f"{width} x {height}"
         return Rejection("too_small", f"{row.width} x {row.height} px, {needed} needed")

@@ -3,7 +3,7 @@
 from stages.images.decode import Decoded, decode_rgb
 from stages.images.files import MAX_PIXELS, read_image
 from stages.images.rejection import ImageRejected, RejectReason
-from stages.images.resample import Filter, center_square, pyramid, resize_square
+from stages.images.resample import Filter, center_square, pyramid, pyramid_of_shapes, resize_square
 
 __all__ = [
     "MAX_PIXELS",
@@ -14,6 +14,7 @@ __all__ = [
     "center_square",
     "decode_rgb",
     "pyramid",
+    "pyramid_of_shapes",
     "read_image",
     "resize_square",
 ]

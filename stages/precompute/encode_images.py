@@ -18,8 +18,8 @@ from stages.encoders.encoder import ImageEncoder, load_encoder
 from stages.encoders.identity import identity_to_keep
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
+from stages.precompute.images_config import ImagesConfig
 from stages.precompute.quantisation import cast_for_store
-from stages.precompute.resize import ImagesConfig
 
 
 class EncodeImagesStage(Stage):
@@ -42,12 +42,14 @@ class EncodeImagesStage(Stage):
         self.encoder = encoder.pinned(identity)
         stored_as: StoreDtype = "float16" if dtype == "int8" else dtype  # one vector per image: nothing to save
         self.files = EmbeddingFiles("image_embeds", encoder.name, identity.dim, stored_as, store_format, fingerprint)
+        size = encoder.from_px
         self.images = ImagesGroup(
-            image_group(encoder.from_px), encoder.from_px, store_format, images.codec_of(encoder.from_px)
+            image_group(size), size, store_format, images.codec_of(size), shapes=images.shapes(size)
         )
         self.name = f"encode-images-{encoder.name}"
         self.inputs = (SAMPLES, self.images.name)
         self.max_workers = encoder.workers or 0
+        self.modules = encoder.modules
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.groups = (Group(self.files.group, self.files.config()),)
         self._model: ImageEncoder | None = None

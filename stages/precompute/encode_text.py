@@ -53,6 +53,7 @@ class EncodeStage(Stage):
         self.min_cosine = min_cosine
         self.name = f"encode-{encoder.name}"
         self.max_workers = encoder.workers or 0
+        self.modules = encoder.modules
         self.resources = Resources(encoder.num_cpus, encoder.num_gpus, encoder.resources)
         self.shared = [null_path(encoder.name)]
         if is_complete(fingerprint):  # a group that an earlier version started has no probe, and gets none later

@@ -9,7 +9,7 @@ from imagen_core.store import REMOVED, RETRIED, Blocklist
 from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task, note_progress
 from pipeline.storage.run_folder import RunFolder
 from stages.captions import is_valid_text
-from stages.precompute.originals import OriginalsWriter
+from stages.precompute.originals import OriginalsWriter, load_tar_writer
 from stages.sources.annotations import check_annotations, check_hashes
 from stages.sources.base import Original, Source
 from stages.stores import known_removals
@@ -35,11 +35,11 @@ class FetchStage(Stage):
 
     def __init__(self, source: Source, kind: str):
         self.source = source
+        self.tasks_per_worker = source.shards_at_once
         self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
 
     def setup(self, run: RunFolder) -> None:
-        import webdataset  # noqa: F401 - here, so that no shard waits for it
-
+        load_tar_writer()  # here, so that no shard waits for it
         self.source.prepare()
 
     def process(self, task: Task) -> None:

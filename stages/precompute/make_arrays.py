@@ -51,7 +51,8 @@ class ArrayStage(Stage):
         Raises:
             ConfigError: no array, an array without a legal name, or a group that is not made before.
         """
-        self.config, self.store_format = config, store_format
+        self.config = config
+        self.store_format: StoreFormat = store_format
         try:
             self.specs = {array_group(name): (name, spec) for name, spec in config.arrays().items()}
         except ValueError as error:
@@ -162,7 +163,9 @@ class ArrayStage(Stage):
                 parts[type(group)][name] = value
             images, text, embeds, arrays = parts.values()
             about = (row.key, list(row.captions), row.url, row.sha256, row.width, row.height)
-            yield Sample(*about, images, text, embeds, row.transcription, row.safebox, row.label, arrays)
+            yield Sample(
+                *about, images, text, embeds, row.transcription, row.safebox, row.label, arrays, dict(row.columns)
+            )
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         return array_shard_bytes(self.specs[group][1], num_rows)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from stages.images.exif_text import exif_with, orientation_in
+from stages.import_alone import import_alone
 from stages.sources.base import Original
 
 _MAGIC = (
@@ -27,14 +28,17 @@ _MAGIC = (
 _ALWAYS = ("key", "url", "captions", "reason", "detail", "exif")
 
 
+def load_tar_writer() -> Any:
+    """webdataset's `TarWriter`, without the rest of it, which imports torch."""
+    return import_alone("webdataset.writer").TarWriter
+
+
 class OriginalsWriter:
     """Writes originals as they arrive; one is in memory at a time."""
 
     def __init__(self, path: Path):
-        import webdataset as wds  # imports torch, so not at module level
-
         self._file = path.open("wb")
-        self._tar = wds.TarWriter(self._file, mtime=0.0, encoder=False)
+        self._tar = load_tar_writer()(self._file, mtime=0.0, encoder=False)
 
     def write(self, original: Original) -> None:
         metadata = {

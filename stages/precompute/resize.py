@@ -4,28 +4,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from pydantic import ValidationInfo, field_validator
 
 from imagen_core.store import (
     REMOVED,
     Blocklist,
-    Codec,
+    ColumnType,
     ImageHashes,
     SampleRow,
     StoreFormat,
-    check_codec,
-    codec_settings,
     image_group,
     open_image_writer,
     read_samples,
     write_hashes,
     write_samples,
 )
-from pipeline.config import Config
-from pipeline.errors import first_line
+from pipeline.errors import ConfigError, first_line
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.duplicates.hashing import HASHES, METHOD, hash_image
@@ -33,45 +28,12 @@ from stages.encoders.batches.memory import is_out_of_memory
 from stages.filters.base import Filter, FilterRow
 from stages.filters.registry import ALWAYS
 from stages.filters.size import MaxPixels, TooSmall
-from stages.images import ImageRejected, RejectReason, center_square, decode_rgb, pyramid
+from stages.images import ImageRejected, RejectReason, decode_rgb, pyramid_of_shapes
+from stages.precompute.crops import crop_counters
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
+from stages.precompute.images_config import ImagesConfig
 from stages.precompute.originals import OriginalsReader, StoredOriginal
 from stages.stores import known_removals
-
-
-class ImagesConfig(Config):
-    """The images to store."""
-
-    sizes_px: tuple[int, ...] = (64, 256)
-    """Side lengths; each is made from the decoded original, antialiased, never from another size. []: no images are
-    stored, and none is decoded."""
-    filter: Literal["bicubic", "lanczos", "box", "bilinear"] = "bicubic"
-    """Resampling filter, stretched when shrinking so that it does not alias."""
-    codec: Codec | dict[int, Codec] = "raw"
-    """How images are stored: raw uint8, png or webp (lossless), jpeg (quality 95); or by size, such as
-    {1024: webp}, where sizes that are not named are raw."""
-
-    @field_validator("sizes_px")
-    @classmethod
-    def _check_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
-            raise ValueError("give each size once, in pixels")
-        return tuple(sorted(sizes))
-
-    @field_validator("codec", mode="before")
-    @classmethod
-    def _check_codec(cls, codec: object, info: ValidationInfo) -> object:
-        for name in codec.values() if isinstance(codec, dict) else [codec]:
-            check_codec(name)
-        sizes = info.data.get("sizes_px", ())
-        if isinstance(codec, dict) and (unknown := {str(size) for size in codec} - {str(size) for size in sizes}):
-            raise ValueError(f"names the sizes {', '.join(sorted(unknown))}, but sizes_px is {list(sizes)}")
-        return codec
-
-    def codec_of(self, size_px: int) -> Codec:
-        """How images of one size are stored."""
-        return self.codec.get(size_px, "raw") if isinstance(self.codec, dict) else self.codec
-
 
 _HASHES_CONFIG = {
     "kind": "hashes",
@@ -79,6 +41,10 @@ _HASHES_CONFIG = {
     "num_perceptual": HASHES.num_perceptual,
     "thumbnail_px": HASHES.thumbnail_px,
 }
+
+
+_SHAPE_BYTES = 12
+"""What a file has for each image whose shape it says, in addition to its pixels."""
 
 
 class _Unusable(Exception):
@@ -114,6 +80,7 @@ class ResizeStage(Stage):
     name = "resize"
     version = 2
     inputs = (ORIGINALS,)
+    modules = ("torch",)
 
     def __init__(
         self,
@@ -122,13 +89,16 @@ class ResizeStage(Stage):
         filters: Sequence[Filter] = ALWAYS,
         *,
         hashes: bool = False,
+        columns: Mapping[str, ColumnType] | None = None,
     ):
         self.images = images
         self.store_format: StoreFormat = store_format
         self.filters = tuple(filters)
         self.max_pixels = min(filter.max for filter in filters if isinstance(filter, MaxPixels))
+        self.columns = dict(sorted((columns or {}).items()))
+        kept = {"columns": self.columns} if self.columns else {}
         self.groups = (
-            Group(SAMPLES, {"kind": "samples", **_filter_settings(filters)}),
+            Group(SAMPLES, {"kind": "samples", **_filter_settings(filters), **kept}),
             *(
                 Group(
                     image_group(size),
@@ -137,7 +107,7 @@ class ResizeStage(Stage):
                         "size_px": size,
                         "codec": images.codec_of(size),
                         "format": store_format,
-                        "config": {"filter": images.filter, **codec_settings(images.codec_of(size))},
+                        "config": images.group_config(size),
                     },
                     aligned_with=(SAMPLES,),
                 )
@@ -193,8 +163,12 @@ class ResizeStage(Stage):
                 writers.append(made, sample)
                 samples.append(sample)
         path, num_rows = task.output(SAMPLES, ".parquet"), task.shard.num_rows
-        write_samples(path, samples, num_input_rows=num_rows, dropped=rows_by_reason(drops))
-        counters = {"captions": sum(len(s.captions) for s in samples), "distinct_captions": len(caption_ids)}
+        dropped = rows_by_reason(drops)
+        write_samples(path, samples, num_input_rows=num_rows, dropped=dropped, columns=self.columns)
+        counters: dict[str, float] = {"captions": sum(len(s.captions) for s in samples)}
+        counters["distinct_captions"] = len(caption_ids)
+        sizes, stored = [(sample.width, sample.height) for sample in samples], self.images.aspect == "buckets"
+        counters |= crop_counters(sizes, self.images.possible_shapes(), stored=stored)
         if found_before := sum(entry.reason is not None for entry in originals.entries):
             counters["found_before"] = found_before
         task.done(SAMPLES, GroupResult(len(samples), drops, counters, {NUM_REMOVALS: len(removals)}))
@@ -216,6 +190,11 @@ class ResizeStage(Stage):
                     made = self._make(entry, originals, writers)
                     if made.sha256 != sample.sha256:
                         raise _Unusable("source_changed", "other bytes than when the samples were made")
+                    if self.images.aspect == "buckets" and not sample.width:
+                        raise ConfigError(
+                            "images.aspect: buckets follow from the width and height of samples, which this run has "
+                            "not, as it was begun with images.sizes_px=[]; give a new --out"
+                        )
                 except (ImageRejected, _Unusable) as rejected:
                     made = None
                     drops.append(Drop(row, sample.key, str(rejected.reason), rejected.detail))
@@ -248,22 +227,28 @@ class ResizeStage(Stage):
         pixels, sizes = None, wanted.sizes
         if sizes or wanted.hashes:
             pixels = decode_rgb(data, max_pixels=self.max_pixels, orientation=entry.orientation).pixels
-        row = FilterRow(entry.key, entry.url, entry.captions, data, sizes, pixels, entry.annotations)
+        height, width = (0, 0) if pixels is None else pixels.shape[:2]
+        shapes = self.images.shapes_of(width, height, sizes)
+        row = FilterRow(entry.key, entry.url, entry.captions, data, sizes, pixels, entry.annotations, shapes)
         for filter in self.filters:
             rejection = filter.reject(row)
             if rejection is not None:
                 raise _Unusable(rejection.reason, rejection.detail)
-        images = {} if pixels is None else pyramid(center_square(pixels), sizes, self.images.filter)
+        images = {} if pixels is None else pyramid_of_shapes(pixels, shapes, self.images.filter)
         sha256 = hashlib.sha256(data).hexdigest() if data else ""
         hashes = hash_image(pixels) if wanted.hashes and pixels is not None else None
         by_group = {image_group(size): image for size, image in images.items()}
-        return _Made(sha256, row.width, row.height, by_group, hashes)
+        return _Made(sha256, width, height, by_group, hashes)
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         sizes = {image_group(size): size for size in self.images.sizes_px}
         if group not in sizes:
             return num_rows * (HASHES.num_bytes if group == HASHES.name else 200)
-        return num_rows * sizes[group] ** 2 * 3 if self.images.codec_of(sizes[group]) == "raw" else None
+        if self.images.codec_of(sizes[group]) != "raw":
+            return None
+        shapes = self.images.shapes(sizes[group])
+        areas = [height * width for height, width in shapes] or [sizes[group] ** 2]
+        return num_rows * (sum(areas) * 3 // len(areas) + (_SHAPE_BYTES if shapes else 0))
 
 
 def _filter_settings(filters: Sequence[Filter]) -> dict[str, object]:
@@ -302,6 +287,7 @@ class _Writers:
                         size,
                         self.stage.store_format,
                         self.stage.images.codec_of(size),
+                        self.stage.images.shapes(size),
                     )
                 )
                 for size in self.sizes
@@ -312,9 +298,10 @@ class _Writers:
     def append(self, made: _Made | None, sample: SampleRow) -> None:
         """Adds the images and hashes of a sample; black and blank ones if it has none."""
         images = {} if made is None else made.images
+        blank = self.stage.images.shapes_of(sample.width, sample.height, self.sizes)
         for size, writer in self._writers.items():
             pixels = images.get(image_group(size))
-            pixels = np.zeros((size, size, 3), np.uint8) if pixels is None else pixels
+            pixels = np.zeros((*blank[size], 3), np.uint8) if pixels is None else pixels
             writer.append(pixels, sample.key, sample.sha256)
         if self.hashes:
             hashes = None if made is None else made.hashes

@@ -35,6 +35,8 @@ class Caption:
     """The text to be written in the image; None if not known."""
     label: int | None = None
     """The image's class, from 0; None if not known."""
+    original: tuple[int, int] | None = None
+    """Width and height of the sample's original image in pixels; None if it is of no store."""
 
 
 class _CaptionSet(Config):
@@ -75,10 +77,10 @@ class StoreCaptions(_CaptionSet):
             for index, chance in sorted(zip(chosen, hashes, strict=True)):  # shard by shard
                 shard, row = self.store.locate(index)
                 samples = self.store.shard(shard).samples
-                key, texts, *_ = samples.fields(row)
+                key, texts, _, _, _, width, height, *_ = samples.fields(row)
                 number = chance % len(texts)
                 written, label = samples.transcription(row), samples.label(row)
-                found[index] = Caption(texts[number], key, index, number, written, label)
+                found[index] = Caption(texts[number], key, index, number, written, label, (width, height))
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
         return [found[index] for index in chosen]

@@ -1,9 +1,10 @@
 """What to sample, and with which models."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from imagen_core.cascade import SamplingConfig
 from imagen_core.prior import PriorSamplingConfig
@@ -11,6 +12,7 @@ from pipeline.config import Config
 from stages.sampling.caption_sets import AnyCaptions
 
 Precision = Literal["float32", "bfloat16", "float16"]
+_ASPECT = re.compile(r"[1-9]\d{0,3}:[1-9]\d{0,3}")
 
 
 class SampleStageConfig(Config):
@@ -105,11 +107,18 @@ class RequestConfig(Config):
     unknown."""
     low_res: tuple[str, ...] = ()
     """Images to super-resolve, one per prompt: the first stage of `stages` must be a super-resolution stage. The
-    centre square is resized to the size which that stage upsamples."""
+    centre square, or the centre of the shape to generate, is resized to the size which that stage upsamples."""
     init: InitConfig | None = None
     """Image to image; null: start from pure noise."""
     inpaint: InpaintConfig | None = None
     """Inpainting; null: generate the full image."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels of the last stage's images; those of the other stages have the same ratio. null:
+    squares, or as `aspect` says."""
+    aspect: str | tuple[str, ...] | None = None
+    """Width to height of the images, such as `3:2`, or one for each prompt: each stage's shape is the nearest of those
+    with the area of its square, as in a store of aspect-ratio buckets. null: squares; for captions of a store of
+    buckets, each image has the shape of its sample."""
     num_images_per_prompt: int = Field(default=1, ge=1)
     """Images per prompt, with different seeds."""
     seed: int = Field(default=0, ge=0)
@@ -125,12 +134,26 @@ class RequestConfig(Config):
             "init.images": init,
             "transcriptions": self.transcriptions,
             "labels": self.labels,
+            "aspect": () if isinstance(self.aspect, str | None) else self.aspect,
         }
+
+    @field_validator("aspect")
+    @classmethod
+    def _check_aspect(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        given = [value] if isinstance(value, str) else value
+        wrong = None if given is None else next((each for each in given if not _ASPECT.fullmatch(each)), None)
+        if wrong is not None:
+            raise ValueError(f"must be width:height in whole numbers, such as 3:2 (got {wrong!r})")
+        if given is not None and not given:
+            raise ValueError("is empty; give one such as 3:2, one for each prompt, or null")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "RequestConfig":
         if sum(map(bool, (self.prompts, self.prompts_file, self.captions))) > 1:
             raise ValueError("give one of prompts, prompts_file and captions")
+        if self.size is not None and (self.aspect is not None or min(self.size) < 1):
+            raise ValueError(f"size: give height and width in pixels, without aspect (got {list(self.size)})")
         if self.transcriptions and (self.prompts_file or self.captions):
             raise ValueError("transcriptions go with prompts; in a prompts_file they follow a tab")
         if self.labels and self.captions:
@@ -165,6 +188,6 @@ class SampleConfig(RequestConfig):
     def recorded(self) -> dict[str, object]:
         """The settings that change images, for the record in the output folder."""
         changes_nothing = ("batch_size", "device", "encoder_model", "part")
-        in_requests = ("captions", "transcriptions", "labels")  # the record has the texts and numbers of each image
+        in_requests = ("captions", "transcriptions", "labels", "size", "aspect")  # the record has those of each image
         exclude = {**dict.fromkeys((*changes_nothing, *in_requests), True), "output": {"all_sizes", "text"}}
         return self.model_dump(mode="json", exclude=exclude)

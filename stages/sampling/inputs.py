@@ -7,25 +7,34 @@ import torch
 
 from imagen_core.images import from_pixels
 from imagen_core.samplers import Inpaint
+from imagen_core.store.buckets import Shape, crop_box
 from pipeline.errors import ConfigError
 from stages.images import read_image
+from stages.images.resample import pyramid_of_shapes
 from stages.sampling.config import InpaintConfig
 
 
-def read_squares(paths: Sequence[str | None], size_px: int | None) -> torch.Tensor | None:
-    """Centre squares (b, 3, size_px, size_px) in [-1, 1]; None if there are no images to read.
+def read_centres(paths: Sequence[str | None], shape: Shape | None) -> torch.Tensor | None:
+    """The centres of images with the ratio of a shape, resized to it (bicubic, antialiased).
 
+    Returns:
+        (b, 3, *shape) in [-1, 1]; None if there are no images to read.
     Raises:
         ConfigError: an image cannot be read.
     """
     given = [path for path in paths if path is not None]
-    if not given:
+    if not given or shape is None:
         return None
-    return from_pixels(np.stack([read_image(path, size_px) for path in given]))
+    return from_pixels(np.stack([_centre(path, shape) for path in given]))
 
 
-def read_inpaint(config: InpaintConfig) -> Inpaint:
-    """The centre squares of image and mask.
+def _centre(path: str, shape: Shape) -> np.ndarray:
+    """uint8 (*shape, 3)."""
+    return pyramid_of_shapes(read_image(path), {0: shape})[0]
+
+
+def read_inpaint(config: InpaintConfig, shape: Shape | None = None) -> Inpaint:
+    """The centres of image and mask with the ratio of a shape; None: their centre squares.
 
     Raises:
         ConfigError: one cannot be read, or they have different sizes.
@@ -34,8 +43,7 @@ def read_inpaint(config: InpaintConfig) -> Inpaint:
     if image.shape != mask.shape:
         raise ConfigError(f"inpaint.mask: {mask.shape[:2]} pixels for an image of {image.shape[:2]}; make them equal")
     height, width, _ = image.shape
-    side = min(height, width)
-    square = np.s_[(height - side) // 2 :, (width - side) // 2 :]
-    image, mask = image[square][:side, :side], mask[square][:side, :side]
+    left, top, right, bottom = crop_box(width, height, shape or (1, 1))
+    image, mask = image[top:bottom, left:right], mask[top:bottom, left:right]
     keep = torch.from_numpy(mask[None, None, ..., 0] >= 128)
     return Inpaint(from_pixels(image[None]), keep, config.resample_times)

@@ -43,7 +43,7 @@ class ImageFolder:
         return [each for each in self.requests if not all(path.exists() for path in self._paths(each))]
 
     def write_images(self, requests: Sequence[ImageRequest], pixels: Mapping[int, np.ndarray]) -> None:
-        """Writes a batch of uint8 (b, size, size, 3) by size; each file appears in full or not at all."""
+        """Writes a batch of uint8 (b, h, w, 3) by size; each file appears in full or not at all."""
         for row, request in enumerate(requests):
             for size in self.sizes_px:
                 write_png(self.path(request, size), pixels[size][row])
@@ -116,6 +116,7 @@ def sampling_record(
             {"file": each.name, "prompt": each.prompt, "seed": each.seed, "key": each.caption.key}
             | ({"transcription": each.transcription} if reads_text else {})
             | ({"label": each.label} if reads_labels else {})
+            | ({} if each.shape is None else {"size": list(session.cascade.shapes(each.shape)[-1])})
             for each in requests
         ],
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from imagen_core.cascade import Cascade
 from imagen_core.models.conditioning.characters import character_ids
+from imagen_core.store.buckets import Shape
 from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
 from stages.lines import split_lines
@@ -25,6 +26,8 @@ class ImageRequest:
     """Path of the image to super-resolve."""
     init_image: str | None = None
     """Path of the image to start from."""
+    shape: Shape | None = None
+    """Height and width of the first stage's image; None: a square."""
 
     @property
     def prompt(self) -> str:

@@ -13,6 +13,7 @@ from stages.sampling.inputs import read_inpaint
 from stages.sampling.outputs import ImageFolder, sampling_record
 from stages.sampling.requests import ImageRequest, check_requests, process_share, resolve_requests
 from stages.sampling.session import SamplingSession, load_session
+from stages.sampling.shapes import batches_of, with_shapes
 from stages.sampling.timing import StageTimes
 
 
@@ -46,6 +47,7 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
         device=config.device,
     )
     check_requests(requests, session.cascade)
+    requests = with_shapes(requests, config, session.cascade)
     check_images(dict.fromkeys(path for each in requests for path in (each.low_res, each.init_image) if path))
     if config.inpaint is not None:
         read_inpaint(config.inpaint)
@@ -116,7 +118,6 @@ def _generate(
 ) -> StageTimes:
     """Generates and writes the images batch by batch until the run is stopped; counts and times them."""
     sizes, times = session.cascade.sizes_px, StageTimes(session.device)
-    inpaint = None if config.inpaint is None else read_inpaint(config.inpaint)
     strength = 1.0 if config.init is None else config.init.strength
     session.encode(todo)
     start = 0
@@ -126,10 +127,10 @@ def _generate(
             times.done(str(sizes[stage]))
         job.lines.show(f"{label}image {start} of {len(todo)}, {sizes[stage]} px, step {step}/{steps}")
 
-    for start in range(0, len(todo), config.batch_size):
+    for batch in batches_of(todo, config.batch_size):
         if job.should_stop():
             break
-        batch = todo[start : start + config.batch_size]
+        inpaint = None if config.inpaint is None else read_inpaint(config.inpaint, batch[0].shape)
         text = session.embeddings.of(batch)
         times.start(len(batch))
         image_embed = session.image_embeds(batch)
@@ -138,4 +139,5 @@ def _generate(
         images = session.generate(batch, text, image_embed, strength=strength, inpaint=inpaint, on_step=on_step)
         job.check()
         folder.write_images(batch, {size: to_pixels(images[size]) for size in folder.sizes_px})
+        start += len(batch)
     return times

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from imagen_core.cascade import Cascade, OnStep
+from imagen_core.diffusion.shapes import low_res_shape
 from imagen_core.samplers import Inpaint
 from imagen_core.store import Store
 from imagen_core.train.parallel.precision import autocast_dtype
 from stages.device import choose_device
 from stages.sampling.cascade import load_cascade
 from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConfig
-from stages.sampling.inputs import read_squares
+from stages.sampling.inputs import read_centres
 from stages.sampling.prior import PriorSampler, load_prior
 from stages.sampling.requests import ImageRequest
 from stages.sampling.text_embeddings import PromptEmbeddings
@@ -65,21 +66,24 @@ class SamplingSession:
         inpaint: Inpaint | None,
         on_step: OnStep,
     ) -> dict[int, Tensor]:
-        """One batch of images, by size in pixels: (b, 3, size, size) in [-1, 1]; see `Cascade.sample`.
+        """One batch of images, by size in pixels: (b, 3, h, w) in [-1, 1]; see `Cascade.sample`.
 
         Args:
+            requests: all of one shape.
             text: from `embeddings.of`.
             image_embed: from `image_embeds`.
         """
-        cascade = self.cascade
+        cascade, first = self.cascade, self.cascade.stages[0].config
+        shape = requests[0].shape or (first.size_px, first.size_px)
         return cascade.sample(
             text,
             [request.seed for request in requests],
             image_embed=image_embed,
             transcriptions=None if cascade.max_characters is None else [each.transcription for each in requests],
             labels=None if cascade.num_classes is None else [each.label for each in requests],
-            low_res=read_squares([each.low_res for each in requests], cascade.stages[0].config.low_res_px),
-            init_image=read_squares([each.init_image for each in requests], cascade.sizes_px[0]),
+            low_res=read_centres([each.low_res for each in requests], low_res_shape(first, shape)),
+            init_image=read_centres([each.init_image for each in requests], shape),
+            shape=shape,
             strength=strength,
             inpaint=inpaint,
             device=self.device,

@@ -2,12 +2,17 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
+from pydantic import Field, field_validator
+
+from imagen_core.store import ColumnType
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
 from stages.sources.records.cells import is_nothing, text_of, value_at
+from stages.sources.records.kept import Kept, as_kept, check_names, kept_values
 from stages.sources.records.types import Columns, Content, check_column
 
 Annotations = dict[str, Any]
@@ -48,6 +53,22 @@ class AnnotationsConfig(Config):
     are the drop `hash_mismatch`. NULL or empty: not compared."""
     md5_column: str | None = None
     """The same of MD5."""
+    keep_columns: dict[str, ColumnType | None] = Field(default_factory=dict)
+    """Columns that the store keeps, such as `[aesthetic, punsafe]`, for `sample.columns` and the `where` of a
+    training. Their types are those of the table; or, in text and JSON, what the first rows hold: bool, float or text.
+    A mapping such as `{aesthetic: float, id: int}` gives them. A value of another type is the drop
+    `unsupported_type`."""
+
+    @field_validator("keep_columns", mode="before")
+    @classmethod
+    def _columns_as_mapping(cls, columns: object) -> object:
+        return as_kept(columns)
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_kept(cls, columns: dict[str, ColumnType | None]) -> dict[str, ColumnType | None]:
+        check_names(columns)
+        return columns
 
     @property
     def annotation_columns(self) -> dict[str, str]:
@@ -56,15 +77,25 @@ class AnnotationsConfig(Config):
         return {name.removesuffix("_column"): column for name, column in named.items() if column is not None}
 
     @property
+    def annotation_names(self) -> list[str]:
+        """All columns that are read for annotations, kept ones included."""
+        return list(dict.fromkeys([*self.annotation_columns.values(), *self.keep_columns]))
+
+    @property
     def annotation_settings(self) -> dict[str, object]:
         """The annotations' part of a source's fingerprint."""
-        return {**self.annotation_columns, **({"class_names": self.class_names} if self.class_names else {})}
+        names = {"class_names": self.class_names} if self.class_names else {}
+        return {
+            **self.annotation_columns,
+            **names,
+            **({"keep_columns": self.keep_columns} if self.keep_columns else {}),
+        }
 
     def annotations(self, record: Mapping[str, Any]) -> Annotations:
         """The annotations in a record of a table, not checked yet.
 
         Raises:
-            BadCell: the transcription is no text, or the line could not be parsed.
+            BadCell: the transcription is no text, a kept column of another type, or the line could not be parsed.
         """
         found = {
             field: text_of(record, column) if field in _TEXTS else _plain(value_at(record, column))
@@ -72,12 +103,12 @@ class AnnotationsConfig(Config):
         }
         if found.get("label") in self.class_names:
             found["label"] = str(self.class_names.index(found["label"]))
-        return found
+        return {**found, "columns": kept_values(record, self.keep_columns)} if self.keep_columns else found
 
     @property
     def annotation_layout(self) -> tuple[str, ...]:
         """The part of `Source.layout` for annotations that the rows have; empty if no column is configured."""
-        return ("annotations",) if self.annotation_columns else ()
+        return ("annotations",) if self.annotation_names else ()
 
     def check_columns(self, fields: Iterable[str], present: Columns, where: str) -> None:
         """Checks that the columns which `fields` and those for annotations name exist, and that their types fit.
@@ -90,6 +121,28 @@ class AnnotationsConfig(Config):
             if column is not None:
                 or_else = "; null if there are no captions" if field == "caption_column" else ""
                 check_column(field, column, _CONTENT[field], present, where, or_else=or_else)
+        for column in self.keep_columns:
+            check_column("keep_columns", column, "kept", present, where)
+
+    def with_types(self, types: Callable[[Kept], Mapping[str, ColumnType]]) -> Self:
+        """With a type for each kept column.
+
+        Args:
+            types: finds those of the source.
+        Raises:
+            ConfigError: a column without a given type has no value from which it could be known.
+        """
+        if not self.keep_columns:
+            return self
+        found = types(self.keep_columns)
+        kinds = {name: kind or found.get(name) for name, kind in self.keep_columns.items()}
+        unknown = next((name for name, kind in kinds.items() if kind is None), None)
+        if unknown is not None:
+            raise ConfigError(
+                f"source.keep_columns: no value of {unknown!r} is in the first rows, which would tell its type; check "
+                f"the name, or give the type: {{{unknown}: float}} (or bool, int, text)"
+            )
+        return self.model_copy(update={"keep_columns": kinds})
 
 
 def check_hashes(annotations: Annotations, data: bytes | None) -> tuple[Annotations, str | None]:

@@ -14,11 +14,12 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
+from imagen_core.store import ColumnType
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from pipeline.storage.scratch import temporary_folder
 from stages.captions import clean_captions
-from stages.sources.annotations import Annotations, has_label
+from stages.sources.annotations import Annotations, AnnotationsConfig, has_label
 from stages.sources.records.cells import BadCell
 from stages.sources.records.far import reaching
 
@@ -180,8 +181,13 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+    has_images_at_hand: bool = False
+    """True if the images are in the files of the input, so that a plan may look at some."""
     filtered: int = 0
     """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
+    shards_at_once: int = 1
+    """Shards that one process may fetch at the same time, in threads. Above 1 for a source that waits for a network
+    rather than computes; its `rows_of` and `fetch` must be thread-safe."""
     unread_bytes: int = 0
     """How many bytes of damaged files the last pass by `rows` could not read; each such file has a drop besides."""
 
@@ -199,6 +205,13 @@ class Source(ABC):
     def ignored(self) -> Counter[str]:
         """How many files and members are no data, by rule; known after a pass over all rows."""
         return self.ignored_files + self.ignored_members
+
+    @property
+    def column_types(self) -> dict[str, ColumnType]:
+        """Types of the columns that the store keeps; known after `check`."""
+        config = getattr(self, "config", None)
+        kept = config.keep_columns if isinstance(config, AnnotationsConfig) else {}
+        return {name: kind for name, kind in kept.items() if kind is not None}
 
     @property
     def grows(self) -> bool:

@@ -16,7 +16,7 @@ from stages.sources.base import MAX_FILE_BYTES, Emit, InputPart, KeyRegistry, Or
 from stages.sources.files import READABLE
 from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
-from stages.sources.tables import columns, count_rows, estimate_rows, read_parts
+from stages.sources.tables import columns, count_rows, estimate_rows, kept_types, read_parts
 from stages.sources.tree import Content, Sizes, Tree
 
 IMAGE_SUFFIXES = frozenset(
@@ -74,6 +74,7 @@ class FolderSource(Source):
     """
 
     keys_may_repeat = True
+    has_images_at_hand = True
 
     def __init__(self, config: FolderConfig):
         self.config = config
@@ -118,19 +119,22 @@ class FolderSource(Source):
         where = self.tree.url
         for name, (file, caption) in self.tables.items():
             where = f"{self.tree.url}/{name}"
-            wanted = [c for c in (file, caption, *self.config.annotation_columns.values()) if c is not None]
+            wanted = [c for c in (file, caption, *self.config.annotation_names) if c is not None]
             if present := columns(where, wanted):
                 named = self.config.model_copy(update={"file_column": file, "caption_column": caption})
                 named.check_columns(("file_column", "caption_column"), present, where)
         if not self.tables:
-            for field, column in self.config.annotation_columns.items():
+            named = {f"{field}_column": column for field, column in self.config.annotation_columns.items()}
+            for field, column in (*named.items(), *(("keep_columns", column) for column in self.config.keep_columns)):
                 raise ConfigError(
-                    f"source.{field}_column: {column!r} is a column of a captions table, and {where} has none; "
+                    f"source.{field}: {column!r} is a column of a captions table, and {where} has none; "
                     f"add one ({', '.join(_TABLES)})"
                 )
         found = read_parts(self.tree.url, self.parts(), []) if self.tables else self.parts()
         if not any(True for _ in found):
             raise ConfigError(f"source.path: {where} holds no images; give a folder with at least one")
+        files = [f"{self.tree.url}/{name}" for name in self.tables]
+        self.config = self.config.with_types(lambda keep: kept_types(keep, files))
 
     def parts(self) -> Iterator[InputPart]:
         if self.tables:
@@ -153,7 +157,7 @@ class FolderSource(Source):
     def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         named = KeyRegistry()
         wanted = {column for both in self.tables.values() for column in both if column is not None}
-        wanted |= set(self.config.annotation_columns.values())
+        wanted |= set(self.config.annotation_names)
         images = 0
         with self.tree.sizes() as size_of, closing(named):
             for part, record in read_parts(self.tree.url, parts, sorted(wanted)):

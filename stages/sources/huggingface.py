@@ -22,6 +22,7 @@ from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.folder import is_image
 from stages.sources.records.cells import BadCell, captions_of, image_of, text_of, top_levels
+from stages.sources.records.kept import types_of_tables
 
 _COMMIT = re.compile(r"commit (?P<commit>[0-9a-zA-Z]+)(?: of (?P<revision>.+))?")
 _BLOCK = 2**22
@@ -195,6 +196,7 @@ class HuggingfaceSource(Source):
         image = "url_column" if self.config.url_column else "image_column"
         present = {field.name: field.type for field in dataset.features.arrow_schema}
         self.config.check_columns((image, "caption_column"), present, self.path)
+        self.config = self.config.with_types(lambda keep: types_of_tables(keep, [(self.path, present)]))
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
@@ -231,7 +233,7 @@ class HuggingfaceSource(Source):
         dataset, config = self._for(shard), self.config
         if config.url_column is not None:
             wanted = [c for c in (config.url_column, config.caption_column) if c is not None]
-            wanted += config.annotation_columns.values()
+            wanted += config.annotation_names
             dataset = dataset.select_columns(top_levels(wanted, dataset.column_names))
             listed = (self._without_image(row, dataset[row.payload[0]]) for row in rows)
             download_originals(listed, scratch, config.download, emit)

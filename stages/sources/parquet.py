@@ -33,7 +33,7 @@ from stages.sources.records.image_files import read_image_file
 from stages.sources.records.parquet import ParquetRows, to_records
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import NotColumnar, RowTexts
-from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor
+from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor, kept_types
 from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
 
 _ROWS = 2**14
@@ -78,6 +78,7 @@ class ParquetSource(TableSource):
     The driver reads only footers and the key column. With arrays, the digest includes the .npy of each.
     """
 
+    config: ParquetConfig
     layout = ("key", "name", "payload", "is_duplicate")
 
     def __init__(self, config: ParquetConfig):
@@ -85,6 +86,7 @@ class ParquetSource(TableSource):
         self.path = require_path(config.path, "parquet")
         self.keys_may_repeat = config.key_column is not None
         self.row_filter = row_filter(config.where)
+        self.has_images_at_hand = config.image_column is not None
         self.folders = {name: ArrayFolder(name, array.folder) for name, array in config.arrays.items()}
         self._opened: tuple[tuple[str, str], ParquetRows] | None = None
 
@@ -98,6 +100,7 @@ class ParquetSource(TableSource):
             self.config.check_columns(names, present := columns(file), file)
             if self.row_filter is not None:
                 self.row_filter.check(present, file)
+        self.config = self.config.with_types(lambda keep: kept_types(keep, files))
         for folder in self.folders.values():
             folder.check(files)
         for file in files if self.folders else ():
@@ -117,8 +120,9 @@ class ParquetSource(TableSource):
             digest, first = self._digest(path, num_rows), part.first
             for rows, found, places in self._keys(path, first, num_rows - first if part.rows is None else part.rows):
                 numbers = first + places
-                keys = pc.coalesce(found, row_text.join(f"{part.name}/", row_text.numbers(numbers, 7)))
-                repeats = marks.repeats(keys.to_pylist()) if self.keys_may_repeat else None
+                made = row_text.join(f"{part.name}/", row_text.numbers(numbers, 7))
+                keys = pc.coalesce(found, made)  # pyright: ignore[reportAttributeAccessIssue]
+                repeats = marks.repeats(row_text.decoded(keys)) if self.keys_may_repeat else None
                 texts = _texts(keys, part.name, numbers, digest, repeats)
                 where = places if len(places) < rows else None
                 yield Block(part, first, number, texts, repeats, False, where, rows - len(places))
@@ -162,7 +166,7 @@ class ParquetSource(TableSource):
         """Records at increasing row numbers. The file stays open for the next shard."""
         config = self.config
         wanted = [c for c in (config.image_column, config.caption_column, config.url_column) if c]
-        wanted += config.annotation_columns.values()
+        wanted += config.annotation_names
         version = (path, str(rows[0].payload[1]))
         if self._opened is None or self._opened[0] != version:
             self._close()
@@ -202,6 +206,9 @@ class ParquetSource(TableSource):
             return replace(original, reason=bad.reason, detail=bad.detail)
         return replace(original, data=data, reason="no_image" if data is None else None)
 
+    def settings(self) -> object:
+        return self.config.model_dump(mode="json")
+
     def fingerprint(self) -> dict[str, object]:
         config = self.config
         return {
@@ -237,12 +244,12 @@ def _footer_digest(path: str) -> str:
 def _keys_of(chunk: Chunk, column: str | None) -> pa.Array:
     if column is None:
         return pa.nulls(len(chunk), pa.large_string())
-    if isinstance(chunk, pa.RecordBatch) and column in chunk.schema.names:
+    if not isinstance(chunk, list) and column in chunk.schema.names:
         try:
             return row_text.keys(chunk.column(column))
         except NotColumnar:
             pass
-    return pa.array([key_of(record, column) for record in to_records(chunk)], pa.large_string())
+    return row_text.encoded(key_of(record, column) for record in to_records(chunk))
 
 
 def _texts(keys: pa.Array, name: str, numbers: np.ndarray, digest: str, repeats: Sequence[bool] | None) -> RowTexts:

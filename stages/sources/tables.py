@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagen_core.far import is_far
+from imagen_core.store import ColumnType
 from pipeline.errors import ConfigError
 from stages.digests import version_of
 from stages.lines import stream_lines
@@ -13,6 +14,7 @@ from stages.sources.base import InputPart
 from stages.sources.records.cells import InvalidLine, top_level, top_levels
 from stages.sources.records.compressed import DAMAGED, SUFFIXES, open_whole
 from stages.sources.records.far import open_file
+from stages.sources.records.kept import Kept, types_of_records, types_of_tables
 from stages.sources.records.parquet import open_parquet, to_records
 from stages.sources.records.regular import Chunk, text_chunks
 from stages.sources.records.text import Record, csv_records, json_records, tsv_records
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 FORMATS = ("txt", "csv", "tsv", "jsonl", "parquet")
 TYPED = ("csv", "tsv", "parquet")
 """Formats whose head names all columns."""
+HEAD_ROWS = 1000
+"""Of text and JSON, by which the types of kept columns are known."""
 _BATCH_ROWS = 4096
 _COLUMN_ROWS = 2**14
 _MAX_AHEAD_ROWS = 2**17
@@ -93,6 +97,17 @@ def _parsed(files: Iterable[str]) -> Iterator[Record]:
             yield record
     if invalid and not some:
         raise ConfigError(f"source.path: {invalid}, and no other line can be used; write the file again")
+
+
+def kept_types(keep: Kept, files: Sequence[str]) -> dict[str, ColumnType]:
+    """The types of columns to keep: those of Parquet, or else what the first rows of the other files hold."""
+    found = types_of_tables(keep, ((file, columns(file)) for file in files if table_format(file) == "parquet"))
+    unknown = [name for name, kind in keep.items() if kind is None and name not in found]
+    texts = (file for file in files if table_format(file) != "parquet")
+    if not unknown:
+        return found
+    records = (record for file in texts for record in read_rows(file, None))
+    return {**found, **types_of_records(unknown, islice(records, HEAD_ROWS))}
 
 
 def estimate_rows(files: Sequence[str]) -> int | None:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO, Literal, Self
 from pydantic import Field, model_validator
 
 from imagen_core.far.ranges import has_ranges
+from imagen_core.store import ColumnType
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from pipeline.storage import parallel_map
@@ -32,10 +34,12 @@ from stages.sources.base import (
 from stages.sources.file_lists import find_listed, listed_rows
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of
+from stages.sources.records.kept import Kept, types_of_records
+from stages.sources.tables import HEAD_ROWS
 from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice
 from stages.sources.tarfiles.index import Members, TarIndex
 from stages.sources.tarfiles.near import NearTars
-from stages.sources.tarfiles.opening import OpenTars, Span, read_span
+from stages.sources.tarfiles.opening import OpenTars, Span, open_tar, read_span
 
 _AT_ONCE = 16
 """Tars of an object store, or parts of a shard, that are read at the same time where little of each is read."""
@@ -118,6 +122,7 @@ class WebdatasetSource(Source):
     headers of tars.
     """
 
+    has_images_at_hand = True
     layout = ("key", "name", "payload", "is_duplicate")
     keys_may_repeat = True
 
@@ -147,6 +152,7 @@ class WebdatasetSource(Source):
                 except Ambiguous as error:
                     raise ConfigError(f"source.path: {index.path}: the sample {key!r} has {error}") from error
             if samples:
+                self.config = self.config.with_types(partial(_types, index.path, samples))
                 return
             damage = damage or (index.damage and f"{index.path} is not a readable tar: {index.damage}")
         raise ConfigError(
@@ -333,6 +339,13 @@ class WebdatasetSource(Source):
                     yield PrecomputedEmbedding(*self.folders[name].read(path, index))
                 else:
                     yield read_member(tars, row.name, row.key, row.payload[0], array)
+
+
+def _types(path: str, samples: Sequence[tuple[str, Members]], keep: Kept) -> dict[str, ColumnType]:
+    """The types of columns to keep, from the JSON of the first samples of a tar."""
+    spans = [members["json"] for _, members in samples[:HEAD_ROWS] if "json" in members]
+    with closing(open_tar(path)) as file:
+        return types_of_records(keep, [_json_object(read_span(file, span)) for span in spans])
 
 
 def _alternatives(suffixes: str | None) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class TsvSource(Source):
     """
 
     layout = ("key", "name", "payload")
+    has_images_at_hand = True
 
     def __init__(self, config: TsvConfig):
         self.config = config

@@ -32,6 +32,7 @@ from stages.sources.tables import (
     estimate_rows,
     has_small_groups,
     json_columns,
+    kept_types,
     parts_with_cursors,
     read_rows,
     table_format,
@@ -64,6 +65,9 @@ class UrlsConfig(AnnotationsConfig):
 class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
+    config: UrlsConfig
+    shards_at_once = 4
+
     def __init__(self, config: UrlsConfig):
         self.config = config
         self.path = require_path(config.path, "urls")
@@ -79,15 +83,18 @@ class UrlsSource(TableSource):
         files = expand(self.path, "source.path", FORMATS)
         named = ("url_column", "caption_column", "key_column")
         for file in files:
+            if table_format(file) == "txt" and self.config.keep_columns:
+                self.config.check_columns((), columns(file), file)
             if table_format(file) in TYPED and (present := columns(file)):
                 self._check_columns(named, present, file)
         objects = [file for file in files if table_format(file) == "jsonl"]
         wanted = [column for field in named if (column := getattr(self.config, field)) is not None]
         wanted += () if self.row_filter is None else self.row_filter.columns
-        if present := json_columns(objects, [*wanted, *self.config.annotation_columns.values()]):
+        if present := json_columns(objects, [*wanted, *self.config.annotation_names]):
             self._check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
         if not any(True for file in files for _ in read_rows(file, [self.config.url_column])):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a list with at least one row")
+        self.config = self.config.with_types(lambda keep: kept_types(keep, files))
 
     def _check_columns(self, named: Sequence[str], present: Columns, where: str) -> None:
         self.config.check_columns(named, present, where)
@@ -105,7 +112,7 @@ class UrlsSource(TableSource):
     def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
-        wanted += config.annotation_columns.values()
+        wanted += config.annotation_names
         wanted += () if self.row_filter is None else self.row_filter.columns
         for part, path, cursor in parts_with_cursors(self.folder, parts, wanted, self.row_filter):
             is_txt, near = table_format(path) == "txt", has_small_groups(path)
@@ -145,9 +152,10 @@ class UrlsSource(TableSource):
         captions = ["null"]
         if config.caption_column is not None and not is_txt:
             captions = row_text.captions_json(_column(batch, config.caption_column))
-        annotations = [self._annotations_json(batch), ","] if config.annotation_columns else []
+        annotations = [self._annotations_json(batch), ","] if config.annotation_names else []
         if config.key_column is not None:
-            found = pc.coalesce(row_text.keys(_column(batch, config.key_column)), numbered)
+            keys = row_text.keys(_column(batch, config.key_column))
+            found = pc.coalesce(keys, numbered)  # pyright: ignore[reportAttributeAccessIssue]
             repeats = marks.repeats(found.to_pylist())
             is_repeated = row_text.booleans(repeats)
         key, url = row_text.escape(found), row_text.escape(url.fill_null(""))
@@ -155,7 +163,7 @@ class UrlsSource(TableSource):
         return RowTexts(joined), repeats
 
     def _annotations_json(self, batch: pa.RecordBatch) -> pa.Array:
-        columns = top_levels(self.config.annotation_columns.values(), batch.schema.names)
+        columns = top_levels(self.config.annotation_names, batch.schema.names)
         try:
             found = [self.config.annotations(record) for record in to_records(batch.select(columns))]
         except BadCell as error:
@@ -183,6 +191,9 @@ class UrlsSource(TableSource):
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         download_originals(map(Original.of, rows), scratch, self.config.download, emit)
+
+    def settings(self) -> object:
+        return self.config.model_dump(mode="json")
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config

@@ -22,6 +22,7 @@ from imagen_core.store import (
     ErasedShard,
     FileEntry,
     Group,
+    ImagesGroup,
     OtherGroup,
     Removal,
     SamplesFile,
@@ -197,7 +198,8 @@ def _erase_shard(
     if not removed:
         return {}
     result.removed_inputs[shard] = {samples.row(row).input_row for row in removed}
-    erased = ErasedShard.of(shard, samples, removed)
+    shapes = next((group.shapes for group in files.groups.values() if isinstance(group, ImagesGroup)), ())
+    erased = ErasedShard.of(shard, samples, removed, shapes)
     for entry in entries.values():
         if revision_of(entry.path) < revision:
             folder.check_bytes(entry)

@@ -2,9 +2,12 @@
 
 from collections import Counter
 
-from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup
+import numpy as np
+
+from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup, Store
 from pipeline.commands import CommandResult
 from pipeline.units import human_bytes
+from stages.precompute.crops import Crops, crops_line, measured
 from stages.store_tools.lineage import lineage_command
 from stages.stores import group_bytes, open_place, open_store
 
@@ -23,6 +26,10 @@ def inspect_command(
     if store.manifest.failed_shards:
         lines.append(f"  without {len(store.manifest.failed_shards)} shards that failed: run the same command again")
     excluded = Counter(reason for rows in store.manifest.excluded.values() for reason in rows.values())
+    if store.manifest.filtered:
+        lines.append(f"  {store.manifest.filtered:,} rows of the source were filtered by source.where")
+    if store.columns:
+        lines.append(f"  kept columns: {', '.join(f'{name} ({kind})' for name, kind in store.columns.items())}")
     if removed := excluded[REMOVED]:
         lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
     for name, group in store.manifest.groups.items():
@@ -30,7 +37,10 @@ def inspect_command(
         text, details = "", {}
         if isinstance(group, ImagesGroup):
             entry.update(size_px=group.size_px, codec=group.codec, **group.config)
-            text, details = f"{group.size_px} px, {group.codec}, {group.format}", group.config
+            text, details = f"{group.size_px} px, {group.codec}, {group.format}", {**group.config}
+            if group.shapes:
+                text += f", {len(group.shapes)} buckets"
+                details["shapes"] = ", ".join(f"{width}x{height}" for height, width in group.shapes)
         elif isinstance(group, EmbeddingGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
@@ -42,6 +52,9 @@ def inspect_command(
         groups[name] = entry
         lines.append(f"  {name:<14} {human_bytes(sizes[name]):>10}  {text}")
         lines += [f"      {key}: {value}" for key, value in sorted(details.items())]
+    crops = _crops(store)
+    if crops:
+        lines.append(f"  crops: {crops_line(crops)}")
     result: dict[str, object] = {
         "input_rows": store.manifest.input_rows,
         **({"filtered": store.manifest.filtered} if store.manifest.filtered else {}),
@@ -54,7 +67,24 @@ def inspect_command(
         "encoders": store.encoders,
         "image_encoders": store.image_encoders,
         "arrays": store.arrays,
+        **({"columns": store.columns} if store.columns else {}),
         "schema_version": store.manifest.schema_version,
         "groups": groups,
+        **({"crops": crops} if crops else {}),
     }
     return result, lines, 0
+
+
+def _crops(store: Store) -> Crops:
+    """How many samples each bucket has, and what is cut off, from all `samples`; of a store with buckets only."""
+    bucketed = [group for group in store.manifest.images.values() if group.shapes]
+    if not bucketed:
+        return {}
+    table = store.sample_columns(["width", "height"])
+    manifest = store.manifest
+    firsts = np.concatenate([[0], np.cumsum(manifest.rows)])
+    excluded = [int(firsts[position]) + row for position, rows in manifest.excluded.items() for row in rows]
+    kept = np.ones(table.num_rows, bool)
+    kept[excluded] = False
+    sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)[kept]
+    return measured(map(tuple, sizes.tolist()), bucketed[0].shapes, stored=True)

@@ -110,6 +110,7 @@ def _stored_in(
             "input_row": sample.input_row,
             "retry_of": _retry_of(store, position, sample.input_row),
             **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
+            **({"columns": dict(sample.columns)} if sample.columns else {}),
             "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
             "groups": _groups(store, position, row, sample.caption_ids),
             **_removal_of(removals, shard, row),

@@ -1,11 +1,12 @@
 """What a training run needs: shown by `--dry-run`, before anything is started."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import StoreError
+from imagen_core.store.buckets import Shape
 from imagen_core.train import TrainConfig, TrainError
-from imagen_core.train.data.store import stored_sizes
+from imagen_core.train.data.store import stored_sizes, trained_shapes
 from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
@@ -18,10 +19,11 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
+    shapes, state = _store_state(config, online=online)
     memory = estimate_memory(
         denoiser,
         micro_batch_size=micro_batch,
-        side_px=config.side_px if isinstance(denoiser, DenoiserConfig) else None,
+        shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
         num_tokens=config.max_tokens,
         bytes_per_activation=_ACTIVATION_BYTES[config.precision],
         num_averages=len(config.ema.rates),
@@ -53,29 +55,34 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_dim_needed": dim,
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
-        **_stores(config, online=online),
+        **_named(config, state),
     }
 
 
-def _stores(config: TrainConfig, *, online: bool) -> dict[str, object]:
-    """Where the data is, and whether it is there and has what the run reads; of a mixture by the stores' names."""
-    now = _state(config, online=online)
+def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:
+    """Where the data is, and its state; of a mixture by the stores' names."""
     if config.store is not None:
         return {"store": config.store, "store_now": now if isinstance(now, str) else next(iter(now.values()))}
     places = {name: one.store for name, one in config.by_store().items()}
     return {"stores": places, "shares": config.shares, "stores_now": now}
 
 
-def _state(config: TrainConfig, *, online: bool) -> str | dict[str, str]:
+def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], str | dict[str, str]]:
+    """The shapes of the images trained on, and whether the stores are there and have what the run reads."""
+    square = [(config.side_px, config.side_px)] if isinstance(config.denoiser, DenoiserConfig) else []
     each = config.by_store()
     try:
-        counts = num_training_samples(open_stores(config, online=online), config)
+        stores = open_stores(config, online=online)
+        counts = num_training_samples(stores, config)
+        shapes = trained_shapes(next(iter(stores.values())), config)
     except (StoreError, TrainError) as error:
         missing = [name for name, one in each.items() if open_storage(str(one.store)).size("manifest.json") is None]
         if missing:
-            return "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
-        return f"cannot be used: {error}"
+            return square, "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
+        return square, f"cannot be used: {error}"
+    buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
     seen = config.num_steps * config.batch_size
-    return {
-        name: f"{count:,} samples: {seen * config.shares[name] / count:,.1f} epochs" for name, count in counts.items()
+    return shapes, {
+        name: f"{count:,} samples{buckets}: {seen * config.shares[name] / count:,.1f} epochs"
+        for name, count in counts.items()
     }

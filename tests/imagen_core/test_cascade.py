@@ -104,6 +104,31 @@ def test_a_cascade_super_resolves_an_image_of_any_size(cascade: Cascade) -> None
         generate(cascade, [0], start_stage=1)
 
 
+def test_the_images_of_all_stages_have_the_ratio_asked_for(cascade: Cascade) -> None:
+    wide = generate(cascade, [0, 1], shape=(6, 10))
+    assert [tuple(image.shape[2:]) for image in wide.values()] == [(6, 10), (12, 20), (24, 40)]
+    assert cascade.shapes((6, 10)) == [(6, 10), (12, 20), (24, 40)]
+    torch.testing.assert_close(generate(cascade, [1], shape=(6, 10))[32][0], wide[32][1], rtol=0, atol=1e-8)
+    rest = generate(cascade, [0, 1], start_stage=1, low_res=wide[8])
+    torch.testing.assert_close(rest[32], wide[32])
+    square = generate(cascade, [0], shape=(8, 8))
+    assert all(torch.equal(image, square[size]) for size, image in generate(cascade, [0]).items())
+    with pytest.raises(ValueError, match=r"images of 6 x 9 px in the first stage are 6 x 9 px in the stage of 8 px"):
+        generate(cascade, [0], shape=(6, 9))
+    with pytest.raises(ValueError, match="needs multiples of 2 px"):
+        generate(cascade, [0], shape=(0, 8))
+
+
+def test_inpainting_and_image_to_image_follow_the_ratio() -> None:
+    base = Cascade([stage(8), stage(16, 8)], ENCODER)
+    image = torch.rand(1, 3, 12, 20, dtype=torch.float64) * 2 - 1
+    keep = torch.ones(1, 1, 12, 20, dtype=torch.bool)
+    kept = generate(base, [0], shape=(6, 10), inpaint=Inpaint(image, keep, 1))
+    torch.testing.assert_close(kept[16], image)
+    started = generate(base, [0], shape=(6, 10), stop_stage=1, init_image=kept[8], strength=0.0)
+    torch.testing.assert_close(started[8], kept[8])
+
+
 def test_image_to_image_keeps_the_image_at_strength_0() -> None:
     base = Cascade([stage(8)], ENCODER)
     image = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 2 - 1

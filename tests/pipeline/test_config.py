@@ -203,6 +203,17 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, content: bytes, says
     assert str(caught.value).startswith(f"config file {path}: {says}")
 
 
+def test_two_numbers_with_a_colon_are_a_text_and_no_number_of_base_60(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("ratios: [3:2, 16:9, 1:30.5]\nwhole: 0x10\npart: 1.5e+3\nnone: .inf\n")
+    assert read_yaml(tmp_path / "c.yaml") == {
+        "ratios": ["3:2", "16:9", "1:30.5"],
+        "whole": 16,
+        "part": 1500.0,
+        "none": float("inf"),
+    }
+    assert load("label=3:2").label == "3:2"
+
+
 def test_keys_are_what_is_written_also_where_yaml_has_a_value_for_them(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("null: x.npy\n'null ': y\non: {yes: 1, ~: null}\n8: b\n")
     expected = {"null": "x.npy", "null ": "y", "on": {"yes": 1, "~": None}, 8: "b"}

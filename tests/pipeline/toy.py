@@ -42,6 +42,14 @@ class ToyOptions(Config):
     keep: bool = False
     meet: bool = False
     """`cube` waits until two of its tasks are under way at once."""
+    modules: tuple[str, ...] = ()
+    """Large packages of `square`, which leaves a mark with its process and that one's parent."""
+    fetch_awaits: str = ""
+    """`fetch` ends only when a mark that begins with this is there."""
+    fetches_at_once: int = 1
+    """Tasks of `fetch` in one process; above 1 each waits until two are under way."""
+    deadly_fetch: int = -1
+    """`fetch` kills its own process each time on this shard."""
 
 
 class Fetch(Stage):
@@ -50,9 +58,15 @@ class Fetch(Stage):
 
     def __init__(self, options: ToyOptions):
         self.options = options
+        self.tasks_per_worker = options.fetches_at_once
 
     def process(self, task: Task) -> None:
-        mark(self.options, f"fetch-{task.shard.name}")
+        mark(self.options, f"fetch-{task.shard.name}-in-{os.getpid()}")
+        wait_for_marks(self.options, self.options.fetch_awaits, 1 if self.options.fetch_awaits else 0)
+        if self.shares_process:
+            wait_for_marks(self.options, "fetch", 2)
+        if task.shard.index == self.options.deadly_fetch:
+            os.kill(os.getpid(), 9)
         rows = cast(list[int], task.shard.rows)
         task.output("raw", ".txt").write_text("\n".join(map(str, rows)))
         task.done("raw", GroupResult(len(rows)))
@@ -65,10 +79,13 @@ class Square(Stage):
     def __init__(self, options: ToyOptions):
         self.options = options
         self.groups = (Group("squares", {"factor": options.factor}),)
+        self.modules = options.modules
 
     def process(self, task: Task) -> None:
         options, shard = self.options, task.shard
         mark(options, f"square-{shard.name}")
+        if options.modules:
+            mark(options, f"worker-{os.getpid()}-of-{os.getppid()}")
         wait_for(options.gate)
         if shard.index in options.fail_shards:
             raise ValueError(f"cannot square shard {shard.index}")
@@ -148,6 +165,13 @@ def toy_shards(options: ToyOptions) -> Iterator[Shard]:
 def wait_for(gate: str) -> None:
     deadline = time.monotonic() + 30
     while gate and not Path(gate).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def wait_for_marks(options: ToyOptions, prefix: str, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while marks(Path(options.trace), prefix) < number:
+        assert time.monotonic() < deadline, f"no mark {prefix}"
         time.sleep(0.01)
 
 

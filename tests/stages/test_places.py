@@ -35,7 +35,7 @@ TAKES = {
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
     *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
-    "image_encoders.null",
+    *("image_encoders.null", "duplicates.exclude"),
 }
 """Keys and options whose value may be a URL. What is here has a test with one, here or in test_object_store.py and
 test_folder_url.py."""
@@ -56,7 +56,7 @@ OTHER = {
     *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "job"),
     *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
-    *("image_embed", "match", "arrays", "array", "member", "pickle_key"),
+    *("where", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 

@@ -55,7 +55,7 @@ def slow(store_format: str, kib: int, executor: str = "inline") -> Any:
 def test_a_run_resumes_where_a_full_disk_stopped_it(
     store_format: str, kib: int, executor: str, small_disk: Path, tmp_path: Path
 ) -> None:
-    settings = (*SMALL, f"store.format={store_format}")
+    settings = (*SMALL, f"store.format={store_format}", "execution.disk_check=warn")
     out = small_disk / "run"
     resize(small_disk, kib)
     stopped = call("run", "precompute", "--out", str(out), "--executor", executor, "--quiet", *settings)

@@ -35,5 +35,10 @@ def test_filtered_rows_are_counted_by_the_run_the_manifest_and_verify(tmp_path: 
     assert verified.code == 0
     assert "5 input rows: 5 samples, 0 dropped, 0 excluded, 0 unaccounted; 3 other rows filtered by" in verified.out
     assert json.loads(call("verify", str(tmp_path / "run"), "--json").out)["filtered"] == 3
+    report = json.loads(call("report", str(tmp_path / "run"), "--json").out)
+    assert report["filtered"] == 3
+    assert "5 input rows, 3 others filtered by source.where" in Path(report["report"]).read_text()
+    assert "3 rows of the source were filtered by source.where" in call("inspect", str(tmp_path / "run")).out
+    assert "3 other rows of the source were filtered by source.where" in call("status", str(tmp_path / "run")).out
     with pytest.raises(StaleOutputError, match="was made from other input rows"):
         precompute(tmp_path / "run", *source, "source.where=score >= 3")

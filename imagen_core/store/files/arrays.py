@@ -272,7 +272,7 @@ class ArrayFile:
         self.num_rows = len(rows.lengths)
         if not np.array_equal(table.prod(axis=1, dtype=np.int64), rows.lengths):
             raise StoreError(f"{self._name}: sizes do not fit offsets; {ADVICE}")
-        return _Slices(rows), sizes
+        return rows, sizes
 
     def _compare(self, found: Mapping[str, str]) -> None:
         expected = {"dtype": self._spec.dtype, "shape": json.dumps(list(self._spec.shape))}
@@ -297,16 +297,6 @@ class ArrayFile:
     def value(self, row: int) -> np.ndarray:
         """The array of one row, a copy; bfloat16 as float32."""
         return restore_array(self._spec, self.stored(row))
-
-
-class _Slices:
-    """Rows of different lengths of an HDF5 dataset."""
-
-    def __init__(self, rows: RaggedRows) -> None:
-        self._rows = rows
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._rows.values[self._rows.offsets[row] : self._rows.offsets[row + 1]]
 
 
 def open_arrays(source: str | BinaryIO, name: str, group: ArrayGroup, *, mapped: bool = True) -> ArrayFile:

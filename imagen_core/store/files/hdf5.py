@@ -4,18 +4,15 @@ A contiguous dataset is one run of bytes in the file, so a local reader asks h5p
 memory.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
-from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
@@ -88,57 +85,6 @@ def new_ragged(
     values = new_dataset(file, name, (int(offsets[-1]), *row_shape), dtype)
     offsets_set = new_dataset(file, "offsets", offsets.shape, offsets.dtype)
     return values, lambda: offsets_set.write_direct(offsets)
-
-
-class Hdf5ImageWriter:
-    """Spools stored images next to the file, and writes them as one dataset at the end.
-
-    Raw ones become "pixels" (n, S, S, 3), encoded ones "pictures" (bytes of all,) with "offsets" (n + 1,);
-    "digests" is (n,).
-    """
-
-    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
-        self._path, self._size_px, self._codec = path, size_px, codec
-        self._lengths: list[int] = []
-        self._digests: list[int] = []
-        self._spool_path = path.with_name(f"{path.name}.spool")
-        self._spool = open(self._spool_path, "w+b")  # noqa: SIM115 - closed by finish and abort
-
-    def append(self, stored: bytes, digest: int) -> None:
-        """Adds an image, as stored, with its digest."""
-        self._spool.write(stored)
-        self._lengths.append(len(stored))
-        self._digests.append(digest)
-
-    def finish(self) -> None:
-        """Writes the file and removes the spool."""
-        with new_hdf5(self._path) as file:
-            file.attrs["size_px"] = np.int32(self._size_px)
-            digests = new_dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
-            if self._codec == "raw":
-                shape = (len(self._lengths), self._size_px, self._size_px, 3)
-                self._unspool(new_dataset(file, "pixels", shape, np.dtype("u1")))
-            else:
-                images, write_offsets = new_ragged(file, "pictures", self._lengths, (), np.dtype("u1"))
-                self._unspool(images)
-                write_offsets()
-            digests[...] = np.array(self._digests, DIGEST_DTYPE)
-        self.abort()
-
-    def _unspool(self, dataset: h5py.Dataset) -> None:
-        item_shape = dataset.shape[1:]
-        item_bytes = math.prod(item_shape)
-        self._spool.seek(0)
-        start = 0
-        while block := self._spool.read(max(1, BLOCK_BYTES // item_bytes) * item_bytes):
-            items = np.frombuffer(block, dtype=np.uint8).reshape(-1, *item_shape)
-            dataset[start : start + len(items)] = items
-            start += len(items)
-
-    def abort(self) -> None:
-        """Removes the spool."""
-        self._spool.close()
-        self._spool_path.unlink(missing_ok=True)
 
 
 def write_embeddings_hdf5(
@@ -214,38 +160,8 @@ class RaggedRows:
         self.offsets: list[int] = offsets.tolist()
         self.values = map_dataset(dataset, source)
 
-
-class Hdf5Images:
-    """Random access to the stored images of a shard; `num_rows` is their number."""
-
-    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec) -> None:
-        self._name = name
-        with reading(name, "hdf5", HDF5_ERRORS):
-            file = open_hdf5(source)
-            what, row_shape = ("pixels", (size_px, size_px, 3)) if codec == "raw" else ("pictures", ())
-            dataset, found_px = file[what], int(file.attrs["size_px"])
-            if dataset.shape[1:] != row_shape or dataset.dtype != np.uint8 or found_px != size_px:
-                raise StoreError(
-                    f"{name}: {what} are {dataset.dtype} {dataset.shape} of {found_px} px, not uint8 {row_shape} "
-                    f"each of {size_px} px; {ADVICE}"
-                )
-            if codec == "raw":
-                self._offsets = None
-                self.num_rows: int = dataset.shape[0]
-                self._values = map_dataset(dataset, source)
-            else:
-                ragged = RaggedRows(file, dataset, source, name)
-                self._offsets, self._values, self.num_rows = ragged.offsets, ragged.values, len(ragged.lengths)
-            self._file = file  # keeps it open as long as a dataset of it is read
-
-    def stored(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
-        try:
-            if self._offsets is None:
-                return self._values[row]
-            return self._values[self._offsets[row] : self._offsets[row + 1]]
-        except HDF5_ERRORS as error:
-            raise unreadable(self._name, "hdf5", error) from error
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
 class Hdf5Embeddings:

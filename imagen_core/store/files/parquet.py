@@ -4,233 +4,30 @@ No dictionary, compression, statistics or Arrow schema: an embedding costs 16 by
 payload, and the payload is the same in the file as in memory, so a local reader maps it (see parquet_column.py).
 """
 
-import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagen_core.store.codec import Codec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
-from imagen_core.store.layout import ROW_GROUP_BYTES, ImageInfo, SampleRow, StoreDtype
+from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
 
-def _required(name: str, kind: pa.DataType) -> pa.Field:
+def required(name: str, kind: pa.DataType) -> pa.Field:
+    """A column without NULL."""
     return pa.field(name, kind, nullable=False)
 
 
-_SAMPLES_SCHEMA = pa.schema(
-    [
-        _required("key", pa.string()),
-        _required("captions", pa.list_(_required("element", pa.string()))),
-        _required("caption_ids", pa.list_(_required("element", pa.int32()))),
-        pa.field("url", pa.string()),
-        _required("sha256", pa.string()),
-        _required("width", pa.int32()),
-        _required("height", pa.int32()),
-        _required("input_row", pa.int32()),
-    ]
-)
-_OPTIONAL_COLUMNS = (  # only in files where some row has a value
-    pa.field("transcription", pa.string()),
-    pa.field("safebox", pa.list_(_required("element", pa.int32()))),
-    pa.field("label", pa.int32()),
-)
-DIGEST_FIELD = _required("digest", pa.uint64())
-
-
-def write_samples(
-    path: str | os.PathLike[str],
-    rows: Sequence[SampleRow],
-    *,
-    num_input_rows: int | None = None,
-    dropped: Mapping[str, Sequence[int]] | None = None,
-) -> None:
-    """Write a shard's `samples` file, which accounts for every row of the shard's input.
-
-    Args:
-        num_input_rows: rows of the shard's input; None means the number of samples and dropped rows.
-        dropped: input rows that did not become samples, by reason.
-    Raises:
-        ValueError: a row has no captions, or not one caption_id per caption; an input row is neither a sample nor
-            dropped, or occurs twice.
-    """
-    dropped = dropped or {}
-    used = Counter(row.input_row for row in rows) + Counter(row for rows in dropped.values() for row in rows)
-    num_input_rows = used.total() if num_input_rows is None else num_input_rows
-    if wrong := [row for row in {*used, *range(num_input_rows)} if used[row] != 1 or not 0 <= row < num_input_rows]:
-        raise ValueError(
-            f"input rows {sorted(wrong)[:10]} of {num_input_rows}: each must be one sample, or dropped for one reason"
-        )
-    for row in rows:
-        if not row.captions or len(row.captions) != len(row.caption_ids):
-            raise ValueError(
-                f"sample {row.key!r}: {len(row.captions)} captions and {len(row.caption_ids)} caption_ids; "
-                "give one id per caption, and at least one caption"
-            )
-    used_columns = [c for c in _OPTIONAL_COLUMNS if any(getattr(row, c.name) is not None for row in rows)]
-    schema = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
-    metadata = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
-    with new_parquet(path, schema, metadata) as writer:
-        if rows:
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
-
-
-def read_samples(path: str | os.PathLike[str]) -> list[SampleRow]:
-    """All rows of a local `samples` file.
-
-    Raises:
-        StoreError: missing, or not such a file.
-    """
-    samples = SamplesFile(os.fspath(path), os.fspath(path))
-    return [samples.row(row) for row in range(samples.num_rows)]
-
-
-def read_columns(source: str | BinaryIO, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a `samples` file, in their order; no other bytes are read.
-
-    Annotations that the file lacks are null in their type, and columns that it does not have in the null type.
-
-    Raises:
-        StoreError: `name` is missing, or not such a file.
-    """
-    with reading(name, "parquet", PARQUET_ERRORS):
-        file = pq.ParquetFile(source)
-        present = [column for column in columns if column in file.schema_arrow.names]
-        table, num_rows = file.read(columns=present, use_threads=False), file.metadata.num_rows
-        types = {field.name: field.type for field in _OPTIONAL_COLUMNS}
-        lacking = {column: pa.nulls(num_rows, types.get(column, pa.null())) for column in columns}
-        return pa.table({column: table[column] if column in present else lacking[column] for column in columns})
-
-
-class SamplesFile:
-    """The `samples` file of a shard, in memory by column; reading a row does not call pyarrow.
-
-    Attributes:
-        num_rows: number of rows, excluded ones included.
-        num_input_rows: rows of the shard's input; None in a store of schema 1.
-        dropped: input rows that did not become samples, by reason.
-    """
-
-    def __init__(self, source: str | BinaryIO, name: str) -> None:
-        """
-        Args:
-            source: path of a local file, or an open remote file.
-            name: of the file, for error messages.
-        Raises:
-            StoreError: it is missing, or not such a file.
-        """
-        with reading(name, "parquet", PARQUET_ERRORS):
-            file = pq.ParquetFile(source)
-            metadata = file.metadata.metadata or {}
-            self.num_input_rows = int(metadata[b"input_rows"]) if b"input_rows" in metadata else None
-            self.dropped: dict[str, list[int]] = json.loads(metadata.get(b"dropped", b"{}"))
-            table = file.read(use_threads=False)
-            if self.num_input_rows is None:
-                table = table.append_column("input_row", pa.array([-1] * table.num_rows, pa.int32()))
-            for column in _OPTIONAL_COLUMNS:
-                if column.name not in table.column_names:
-                    table = table.append_column(column, pa.nulls(table.num_rows, column.type))
-            columns = {name: table[name].combine_chunks() for name in table.column_names}
-            self.num_rows: int = table.num_rows
-            self._ids: list[int] = columns["caption_ids"].flatten().to_pylist()
-            self._first_id = _offsets(columns["caption_ids"])
-            self._first_caption = _offsets(columns["captions"])
-            self._captions = _Strings(columns["captions"].flatten())
-            self._keys, self._urls, self._sha256s = (_Strings(columns[name]) for name in ("key", "url", "sha256"))
-            self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
-            self._transcriptions = _Strings(columns["transcription"])
-            self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
-            boxes = columns["safebox"].to_pylist()
-            self._safeboxes = [None if box is None else tuple(box) for box in boxes]
-            numbers = (columns[name].to_pylist() for name in ("width", "height", "input_row", "label"))
-            self._widths, self._heights, self._input_rows, self._labels = numbers
-
-    def key(self, row: int) -> str:
-        """The sample's key."""
-        return self._keys[row]
-
-    def texts(self, name: str) -> "_Strings":
-        """The column key, url ("" without one) or sha256; a value is decoded when it is accessed."""
-        return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
-
-    def transcription(self, row: int) -> str | None:
-        """The text written in the image, "" if there is none, None if unknown."""
-        return self._transcriptions[row] if self._has_transcription[row] else None
-
-    def label(self, row: int) -> int | None:
-        """The image's class, from 0; None if unknown."""
-        return self._labels[row]
-
-    def caption(self, row: int, number: int) -> str:
-        """One of a sample's captions, by its index."""
-        return self._captions[self._first_caption[row] + number]
-
-    def caption_ids(self, row: int) -> list[int]:
-        """Row of each of the sample's captions in the shard's text groups."""
-        return self._ids[self._first_id[row] : self._first_id[row + 1]]
-
-    def column(self, name: str) -> list[Any]:
-        """One field of `SampleRow` of all rows."""
-        return [getattr(self.row(row), name) for row in range(self.num_rows)]
-
-    def image(self, row: int) -> ImageInfo:
-        """What a crop needs to know about the original image."""
-        return ImageInfo(self._widths[row], self._heights[row], self.transcription(row), self._safeboxes[row])
-
-    def fields(self, row: int) -> tuple[Any, ...]:
-        """The fields of `SampleRow` in its order."""
-        text, starts = self._captions, self._first_caption
-        return (
-            self._keys[row],
-            [text[i] for i in range(starts[row], starts[row + 1])],
-            self.caption_ids(row),
-            self._urls[row] if self._has_url[row] else None,
-            self._sha256s[row],
-            self._widths[row],
-            self._heights[row],
-            self._input_rows[row],
-            self.transcription(row),
-            self._safeboxes[row],
-            self._labels[row],
-        )
-
-    def row(self, row: int) -> SampleRow:
-        """One sample."""
-        key, captions, caption_ids, *others = self.fields(row)
-        return SampleRow(key, tuple(captions), tuple(caption_ids), *others)
-
-
-def _offsets(lists: pa.ListArray) -> list[int]:
-    """Where each row's items start in the flattened column, and where the last row's end."""
-    return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
-
-
-class _Strings:
-    """A column of strings in pyarrow's form: all bytes, and where each string starts."""
-
-    def __init__(self, column: pa.StringArray) -> None:
-        column = column.cast(pa.string())
-        _, offsets, data = column.buffers()
-        self._data: bytes = data.to_pybytes() if data else b""
-        self._offsets = [0]
-        if len(column):
-            self._offsets = np.frombuffer(offsets, np.int32, len(column) + 1, column.offset * 4).tolist()
-
-    def __getitem__(self, row: int) -> str:
-        return self._data[self._offsets[row] : self._offsets[row + 1]].decode()
+DIGEST_FIELD = required("digest", pa.uint64())
 
 
 class RowGroups:
@@ -255,32 +52,6 @@ class RowGroups:
             self._rows, self._num_bytes = [], 0
 
 
-class ParquetImageWriter:
-    """Writes stored images: raw ones as column "pixels", encoded ones as "num_bytes" and "picture"; and "digest"."""
-
-    def __init__(self, path: Path, size_px: int, codec: Codec) -> None:
-        self._is_raw = codec == "raw"
-        if self._is_raw:
-            schema = pa.schema([_required("pixels", pa.binary(size_px * size_px * 3)), DIGEST_FIELD])
-        else:
-            schema = pa.schema([_required("num_bytes", pa.int32()), _required("picture", pa.binary()), DIGEST_FIELD])
-        self._new = new_parquet(path, schema, {"size_px": str(size_px)})
-        self._rows = RowGroups(self._new.__enter__(), schema)
-
-    def append(self, stored: bytes, digest: int) -> None:
-        """Adds an image, as stored, with its digest."""
-        self._rows.append((stored, digest) if self._is_raw else (len(stored), stored, digest), len(stored))
-
-    def finish(self) -> None:
-        """Writes the last row group and closes the file."""
-        self._rows.flush()
-        self.abort()
-
-    def abort(self) -> None:
-        """Closes the file."""
-        self._new.__exit__(None, None, None)
-
-
 def write_embeddings_parquet(
     path: str | os.PathLike[str],
     embeddings: Iterable[tuple[StoredEmbedding, int]],
@@ -289,9 +60,9 @@ def write_embeddings_parquet(
     fingerprint: str,
 ) -> None:
     """Write a shard's embeddings with their digests: columns num_tokens, embedding, digest and, for int8, scale."""
-    fields = [_required("num_tokens", pa.int32()), _required("embedding", pa.binary()), DIGEST_FIELD]
+    fields = [required("num_tokens", pa.int32()), required("embedding", pa.binary()), DIGEST_FIELD]
     if dtype == "int8":
-        fields.append(_required("scale", pa.binary()))
+        fields.append(required("scale", pa.binary()))
     schema = pa.schema(fields)
     with new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
         rows = RowGroups(writer, schema)
@@ -299,39 +70,6 @@ def write_embeddings_parquet(
             row = (len(stored.values), stored.values.tobytes(), digest)
             rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()), stored.values.nbytes)
         rows.flush()
-
-
-def _counts(file: pq.ParquetFile, name: str) -> np.ndarray:
-    """A column of counts, int64."""
-    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
-
-
-class ParquetImages:
-    """Random access to the stored images of a shard; `num_rows` is their number."""
-
-    def __init__(self, source: str | BinaryIO, name: str, size_px: int, codec: Codec, *, mapped: bool = True) -> None:
-        with reading(name, "parquet", PARQUET_ERRORS):
-            file = pq.ParquetFile(source, memory_map=isinstance(source, str))
-            found_px = int((file.metadata.metadata or {})[b"size_px"])
-            if found_px != size_px:
-                raise StoreError(f"{name}: pixels are {found_px} px wide, not {size_px}; {ADVICE}")
-            self.num_rows: int = file.metadata.num_rows
-            if codec == "raw":
-                self._shape: tuple[int, ...] = (size_px, size_px, 3)
-                lengths = np.full(self.num_rows, size_px * size_px * 3, dtype=np.int64)
-                self._values = BlobColumn(file, source, "pixels", lengths, prefix_bytes=0, mapped=mapped)
-            else:
-                self._shape = (-1,)
-                lengths = _counts(file, "num_bytes")
-                self._values = BlobColumn(file, source, "picture", lengths, prefix_bytes=4, mapped=mapped)
-        self._name = name
-
-    def stored(self, row: int) -> np.ndarray:
-        """uint8 (S, S, 3) of a raw image, (bytes,) of an encoded one; possibly a read-only view of the file."""
-        try:
-            return self._values[row].reshape(self._shape)
-        except PARQUET_ERRORS as error:
-            raise unreadable(self._name, "parquet", error) from error
 
 
 class ParquetEmbeddings:
@@ -346,7 +84,7 @@ class ParquetEmbeddings:
             self.fingerprint: str = meta.get(b"fingerprint", b"").decode()
             if found != (dtype, dim):
                 raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
-            self.num_tokens: np.ndarray = _counts(file, "num_tokens")
+            self.num_tokens: np.ndarray = read_counts(file, "num_tokens")
             token_bytes = dim * self._dtype.itemsize
             self._values = BlobColumn(
                 file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
@@ -368,6 +106,11 @@ class ParquetEmbeddings:
             return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
         except PARQUET_ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
+
+
+def read_counts(file: pq.ParquetFile, name: str) -> np.ndarray:
+    """A column of counts, int64."""
+    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
 
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Reads samples of one or several stores into one batch of tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 
 from imagen_core.store.array_spec import ArraySpec
+from imagen_core.store.buckets import Shape, ratios_of
 from imagen_core.store.files.ragged import StoredEmbedding, restore
-from imagen_core.store.read.crop import FullImage
+from imagen_core.store.read.crop import FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.read.reader import StoreReader
+from imagen_core.store.read.reader import OpenShard, StoreReader
 from imagen_core.store.records import EmbeddingGroup
 
 _PADDED_DTYPES = {"bfloat16": np.dtype(np.int16), "float32": np.dtype(np.float32)}  # of others: float16
@@ -36,37 +38,59 @@ class Draw:
 
 
 class BatchReader:
-    """Reads what the options of a loader ask for, see `Loader` for the parts of a batch."""
+    """Reads what the options of a loader ask for, see `Loader` for the parts of a batch.
+
+    Attributes:
+        ratios: height and width, in lowest terms, of the aspect-ratio buckets that a batch has one of; none where
+            images are squares, or none are read.
+    """
 
     def __init__(self, stores: Sequence[StoreReader], options: LoaderOptions) -> None:
         """`stores` have groups of the same dtypes and sizes.
 
         Raises:
-            ValueError: a size or encoder that a store lacks.
+            ValueError: a size or encoder that a store lacks, or images of different aspect-ratio buckets.
         """
         self._stores, self._options = stores, options
         self._view = options.crop or FullImage()
-        self._layout = self._view.layout(options.images) if options.images else {}
+        self.ratios: tuple[Shape, ...] = ()
+        self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         for store in reversed(stores):  # what describes the batch is taken of the first
-            for stored, _ in self._layout.values():
-                store.image_group(stored)
             self._text_group = None if options.text is None else store.text_group(options.text)
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
             self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
+            self._columns = {name: store.column_type(name) for name in options.columns or ()}
             self._array_groups = [store.array_group(name) for name in options.arrays or ()]
 
-    def read(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """A batch of these samples, in this order."""
+    def _layouts_by_bucket(self, sizes: Sequence[int]) -> list[Layout]:
+        """How the images of each bucket are shown; of squares, where there are no buckets."""
+        squares = self._view.layout(sizes, lambda size_px: (size_px, size_px))
+        stored = sorted({frame.stored_px for frame in squares.values()})
+        found = {(store, size): store.image_group(size) for store in self._stores for size in stored}
+        if len({ratios_of(group.shapes) for group in found.values()}) > 1:
+            buckets = ", ".join(f"{group.name}: {list(group.shapes) or 'squares'}" for group in found.values())
+            raise ValueError(f"images of different aspect-ratio buckets cannot be in one batch ({buckets})")
+        shapes = {size: self._stores[0].image_group(size).shapes for size in stored}
+        self.ratios = ratios_of(shapes[stored[0]])
+        if not self.ratios:
+            return [squares]
+        return [
+            self._view.layout(sizes, lambda size_px, bucket=bucket: shapes[size_px][bucket])
+            for bucket in range(len(self.ratios))
+        ]
+
+    def read(self, draws: Sequence[Draw], bucket: int = 0) -> dict[str, Any]:
+        """A batch of these samples, in this order; all are of one aspect-ratio bucket, if there are any."""
+        layout = self._layouts[bucket]
         keys, captions, transcriptions = ([""] * len(draws) for _ in range(3))
         labels = self._empty((len(draws),), np.dtype(np.int64))
-        shapes = {size: (len(draws), side, side, 3) for size, (_, side) in self._layout.items()}
+        shapes = {size: (len(draws), *frame.shown, 3) for size, frame in layout.items()}
         images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
-        embeddings: list[np.ndarray] = [np.empty(0)] * len(draws)
-        text_embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
-        embeds: list[np.ndarray] = [np.empty(0)] * len(draws)
+        rows: list[dict[str, np.ndarray]] = [{}] * len(draws)
         arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
+        columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
         for store, shard, row, k in sorted((draw.store, draw.shard, draw.row, k) for k, draw in enumerate(draws)):
             files, choice = self._stores[store].shard(shard), draws[k].choice
@@ -78,42 +102,58 @@ class BatchReader:
             if self._options.labels:
                 label = files.samples.label(row)
                 labels[k] = -1 if label is None else label
-            boxes = self._view.boxes(self._layout, numbers[k], files.samples.image(row)) if images else {}
+            boxes = self._view.boxes(layout, numbers[k], files.samples.image(row)) if images else {}
             for size, box in boxes.items():
-                stored, side = self._layout[size]
-                pixels[size][k] = box.show(files.images[stored].pixels(row), side)
-            if self._text_group is not None:
-                ids = files.samples.caption_ids(row)
-                stored = files.text[self._text_group.encoder].stored(ids[choice % len(ids)])
-                embeddings[k] = self._truncated(stored, self._text_group)
-            if self._text_embed_group is not None:
-                ids = files.samples.caption_ids(row)
-                group = self._text_embed_group
-                stored = files.text[group.encoder].stored(ids[choice % len(ids)])
-                text_embeds[k] = self._truncated(_one_vector(stored, group.name), group)
-            if self._embed_group is not None:
-                embeds[k] = self._truncated(
-                    files.image_embeds[self._embed_group.encoder].stored(row), self._embed_group
-                )
-            for name, rows in arrays.items():
-                rows[k] = files.arrays[name].stored(row)
+                frame = layout[size]
+                pixels[size][k] = box.show(files.images[frame.stored_px].pixels(row), frame.shown)
+            rows[k] = self._embeddings(files, row, choice)
+            for name, values in columns.items():
+                values[k] = files.samples.kept(row, name)
+            for name, values in arrays.items():
+                values[k] = files.arrays[name].stored(row)
         batch: dict[str, Any] = {"keys": keys, **self._array_parts(arrays)}
         if images:
-            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, s, s)
-        if self._text_group is not None:
-            batch["text"], batch["text_mask"] = self._pad(embeddings, self._text_group)
-        if self._text_embed_group is not None:
-            vectors, _ = self._pad(text_embeds, self._text_embed_group)
-            batch["text_embed"] = vectors.reshape(-1, self._text_embed_group.dim)
-        if self._embed_group is not None:
-            batch["image_embed"] = self._pad(embeds, self._embed_group)[0].reshape(-1, self._embed_group.dim)
+            batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, h, w)
+        batch |= self._embedding_parts(rows)
         if self._options.captions:
             batch["captions"] = captions
         if self._options.transcriptions:
             batch["transcriptions"] = transcriptions
         if self._options.labels:
             batch["labels"] = labels
+        if columns:
+            batch["columns"] = {name: self._column(values, name) for name, values in columns.items()}
         return batch
+
+    def _embeddings(self, files: OpenShard, row: int, choice: int) -> dict[str, np.ndarray]:
+        """The embeddings of a sample that are asked for, by the part of the batch."""
+        found: dict[str, np.ndarray] = {}
+        ids = files.samples.caption_ids(row) if self._text_group or self._text_embed_group else ()
+        if (group := self._text_group) is not None:
+            found["text"] = self._truncated(files.text[group.encoder].stored(ids[choice % len(ids)]), group)
+        if (group := self._text_embed_group) is not None:
+            stored = files.text[group.encoder].stored(ids[choice % len(ids)])
+            found["text_embed"] = self._truncated(_one_vector(stored, group.name), group)
+        if (group := self._embed_group) is not None:
+            found["image_embed"] = self._truncated(files.image_embeds[group.encoder].stored(row), group)
+        return found
+
+    def _embedding_parts(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        parts: dict[str, torch.Tensor] = {}
+        if self._text_group is not None:
+            parts["text"], parts["text_mask"] = self._pad([row["text"] for row in rows], self._text_group)
+        for name, group in {"text_embed": self._text_embed_group, "image_embed": self._embed_group}.items():
+            if group is not None:
+                parts[name] = self._pad([row[name] for row in rows], group)[0].reshape(-1, group.dim)
+        return parts
+
+    def _column(self, values: list[Any], name: str) -> torch.Tensor | list[str | None]:
+        """Values of a kept column: text as it is, others as float64 with NaN for NULL."""
+        if self._columns[name] == "text":
+            return values
+        tensor = self._empty((len(values),), np.dtype(np.float64))
+        tensor.numpy()[:] = [math.nan if value is None else value for value in values]
+        return tensor
 
     def _truncated(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
         """The first max_tokens of an embedding, (n_tokens, dim), in the type of the batch."""

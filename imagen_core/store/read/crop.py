@@ -1,4 +1,4 @@
-"""A square of each image, cropped where it is read, so that the rest is never loaded."""
+"""A part of each image, cropped where it is read, so that the rest is never loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,47 +6,67 @@ from typing import Protocol
 
 import numpy as np
 
+from imagen_core.store.buckets import Shape
 from imagen_core.store.layout import ImageInfo
 
 
 @dataclass(frozen=True, slots=True)
 class CropBox:
-    """A square of a stored image in its pixels, and whether it is flipped horizontally."""
+    """A rectangle of a stored image in its pixels, and whether it is flipped horizontally."""
 
     top: int
     left: int
-    side: int
+    height: int
+    width: int
     flipped: bool = False
 
-    def show(self, pixels: np.ndarray, side_px: int) -> np.ndarray:
-        """uint8 (S, S, 3) -> (side_px, side_px, 3): resized (bicubic, antialiased) if the square has another side.
+    def show(self, pixels: np.ndarray, shape: Shape) -> np.ndarray:
+        """uint8 (h, w, 3) -> (*shape, 3): resized (bicubic, antialiased) if the rectangle has another shape.
 
         By torch's uint8 kernel: three times as fast as Pillow, and within 2 levels of it.
         """
-        square = pixels[self.top : self.top + self.side, self.left : self.left + self.side]
-        if self.side == side_px and not self.flipped:
-            return square
+        part = pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+        keeps_shape = (self.height, self.width) == shape
+        if keeps_shape and not self.flipped:
+            return part
         import torch
         from torch.nn.functional import interpolate
 
-        image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]  # (1, 3, s, s), channels last in memory
-        if self.side != side_px:
-            image = interpolate(image, size=(side_px, side_px), mode="bicubic", antialias=True)
+        image = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        if not keeps_shape:
+            image = interpolate(image, size=shape, mode="bicubic", antialias=True)
         if self.flipped:
             image = image.flip(-1)
         return image[0].permute(1, 2, 0).numpy()
 
 
-Layout = Mapping[int, tuple[int, int]]
-"""By requested size: the stored size it is made from, and its side in the batch."""
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the images of one requested size are made from.
+
+    Attributes:
+        stored_px: the stored size.
+        stored: height and width of the stored images.
+        shown: height and width of the images in the batch.
+    """
+
+    stored_px: int
+    stored: Shape
+    shown: Shape
+
+
+Layout = Mapping[int, Frame]
+"""By requested size."""
+StoredShape = Callable[[int], Shape]
+"""Height and width that the stored images of a size have in one aspect-ratio bucket."""
 
 
 class View(Protocol):
     """What a batch shows of each image. Sample `position` of `epoch` has the counter
     `epoch * samples per epoch + position`, whatever the batch size, the rank and the world size."""
 
-    def layout(self, sizes: Sequence[int]) -> Layout:
-        """Where images of these sizes come from; ValueError if they cannot."""
+    def layout(self, sizes: Sequence[int], shape_of: StoredShape) -> Layout:
+        """Where images of these sizes come from, in one bucket; ValueError if they cannot."""
         ...
 
     def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
@@ -54,21 +74,21 @@ class View(Protocol):
         ...
 
     def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
-        """The square of each size for a sample with these random numbers (d,)."""
+        """The rectangle of each size for a sample with these random numbers (d,)."""
         ...
 
 
 class FullImage:
     """The image as it is stored."""
 
-    def layout(self, sizes: Sequence[int]) -> Layout:
-        return {size: (size, size) for size in sizes}
+    def layout(self, sizes: Sequence[int], shape_of: StoredShape) -> Layout:
+        return {size: Frame(size, shape_of(size), shape_of(size)) for size in sizes}
 
     def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
         return np.empty((len(counters), 0))
 
     def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
-        return {size: CropBox(0, 0, stored) for size, (stored, _) in layout.items()}
+        return {size: CropBox(0, 0, *frame.stored) for size, frame in layout.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +103,7 @@ class Crop:
     side_px: int
     places: Callable[[Sequence[int]], np.ndarray]
 
-    def layout(self, sizes: Sequence[int]) -> Layout:
+    def layout(self, sizes: Sequence[int], shape_of: StoredShape) -> Layout:
         """Side of the square in each size.
 
         Raises:
@@ -96,15 +116,26 @@ class Crop:
             raise ValueError(
                 f"crop of {self.side_px} px must be a multiple of {largest}/{smallest} = {largest // smallest}"
             )
-        return {size: (size, self.side_px * size // largest) for size in sizes}
+        height, width = shape_of(largest)
+        if self.side_px > min(height, width):
+            raise ValueError(
+                f"crop of {self.side_px} px does not fit images of {height} x {width} px, an aspect-ratio bucket of "
+                f"the store; crop {min(height, width)} px at most"
+            )
+        sides = {size: self.side_px * size // largest for size in sizes}
+        return {size: Frame(size, shape_of(size), (side, side)) for size, side in sides.items()}
 
     def random_numbers(self, counters: Sequence[int]) -> np.ndarray:
         return self.places(counters)
 
     def boxes(self, layout: Layout, numbers: Sequence[float], image: ImageInfo) -> dict[int, CropBox]:
         smallest = min(layout)
-        top, left = (int(place * (smallest - layout[smallest][1] + 1)) for place in numbers[:2])
+        small = layout[smallest]
+        top, left = (
+            int(place * (full - part + 1))
+            for place, full, part in zip(numbers[:2], small.stored, small.shown, strict=True)
+        )
         return {
-            size: CropBox(top * (size // smallest), left * (size // smallest), side)
-            for size, (_, side) in layout.items()
+            size: CropBox(top * (size // smallest), left * (size // smallest), *frame.shown)
+            for size, frame in layout.items()
         }

@@ -29,6 +29,8 @@ def check_mixture_state(state: Any) -> Any:
     position, stores, segments = (state.get(name) for name in ("position", "stores", "segments"))
     if not isinstance(position, int) or isinstance(position, bool) or position < 0:
         raise ValueError(f"loader state has position {position!r}, which must be an integer of 0 or more")
+    if not isinstance(state.get("turns", 0), int):
+        raise ValueError(f"loader state has turns {state['turns']!r}, which must be an integer")
     if not isinstance(stores, Mapping) or not isinstance(segments, list) or not segments:
         raise ValueError("loader state of a mixture lacks stores or segments")
     for name, member in stores.items():
@@ -101,6 +103,9 @@ class MixtureLoader:
     positions, always full, split over the ranks in order. There is no epoch of the mixture, so `for batch in loader`
     must be left by the caller, and the loader has no length.
 
+    Buckets. Where images are of aspect-ratio buckets, the quota counts global batches: each is one of one store's own
+    loader, and so of one bucket. A smaller batch at the end of a store's epoch takes a turn as a full one does.
+
     Resume. As with `Loader`: by a state of any rank, with any world size and batch size, also after removals, which
     make batches smaller. With other weights the sequence goes on from there by the new ones: what was read of each
     store is not read again in its epoch. Stores may join, and leave; one that comes back goes on where it was.
@@ -130,7 +135,8 @@ class MixtureLoader:
         self._loaders = {name: self._loader(name, self._seed(name)) for name in self._stores}
         self._reader = BatchReader(list(self._stores.values()), options)
         self._quota = Quota(list(self._weights.values()))
-        self._position = 0
+        self._position = self._turns = 0
+        """Samples of all stores that were gone through; batches since the weights are these."""
         self._first = np.zeros(len(self._stores), np.int64)
         """Samples of each store that were gone through before the weights were these."""
         self._segments = [{"position": 0, "weights": self._weights}]
@@ -154,6 +160,11 @@ class MixtureLoader:
         return derive_key(self._options.seed, int.from_bytes(digest[:8], "big"))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self._reader.ratios:
+            loader = self._next_loader()
+            batch = loader.next_batch(self._position)
+            self._take_turn(loader)
+            yield batch
         while True:
             size, rank, world_size = self._global_batch_size, self._options.rank, self._options.world_size
             first = self._position + rank * size // world_size
@@ -163,6 +174,11 @@ class MixtureLoader:
 
     def skip(self) -> dict[str, Any]:
         """An empty batch instead of the next one, as `Loader.skip`."""
+        if self._reader.ratios:
+            loader = self._next_loader()
+            batch = loader.skip()
+            self._take_turn(loader)
+            return batch
         batch = self._reader.read([])
         self._advance()
         return batch
@@ -170,6 +186,19 @@ class MixtureLoader:
     @property
     def _global_batch_size(self) -> int:
         return self._options.batch_size * self._options.world_size
+
+    def _next_loader(self) -> Loader:
+        """The loader whose turn it is to give a batch."""
+        turns, _ = self._quota.turns(self._turns, self._turns + 1)
+        return list(self._loaders.values())[int(turns[0])]
+
+    def _take_turn(self, loader: Loader) -> None:
+        self._turns, self.global_size = self._turns + 1, loader.global_size
+        self._position = sum(loader.consumed for loader in self._loaders.values()) + self._consumed_by_left
+
+    @property
+    def _consumed_by_left(self) -> int:
+        return sum(map(_consumed, self._left.values()))
 
     def _advance(self) -> None:
         size = self._global_batch_size
@@ -204,16 +233,19 @@ class MixtureLoader:
         """Where the loader is, as JSON values: `position` samples are consumed by all ranks.
 
         Returns:
-            `position`, `seed`; `stores`, the state of each store's own loader by name; `segments`, the positions from
-            which the weights were others, each with these weights by name.
+            `position`, `seed`; with buckets `turns`, the batches since the weights are these; `stores`, the state of
+            each store's own loader by name; `segments`, the positions from which the weights were others, each with
+            these weights by name.
         """
-        counts = self._first + self._quota.counts(self._position - self._segments[-1]["position"])
-        for loader, count in zip(self._loaders.values(), counts.tolist(), strict=True):
-            loader.seek(count)
+        if not self._reader.ratios:
+            counts = self._first + self._quota.counts(self._position - self._segments[-1]["position"])
+            for loader, count in zip(self._loaders.values(), counts.tolist(), strict=True):
+                loader.seek(count)
         return {
             "position": self._position,
             "seed": self._options.seed,
             "segments": [dict(segment) for segment in self._segments],
+            **({"turns": self._turns} if self._reader.ratios else {}),
             "stores": self._left | {name: loader.state_dict() for name, loader in self._loaders.items()},
         }
 
@@ -240,14 +272,16 @@ class MixtureLoader:
         self._position, self._segments = state["position"], [dict(segment) for segment in state["segments"]]
         gone_through = np.array([loader.consumed for loader in self._loaders.values()], np.int64)
         last = self._segments[-1]
-        if _whole(last["weights"]) == _whole(self._weights):
+        if _whole(last["weights"]) != _whole(self._weights):
+            self._first, self._turns = gone_through, 0
+            started = [segment for segment in self._segments if segment["position"] < self._position]
+            self._segments = [*started, {"position": self._position, "weights": self._weights}]
+        elif self._reader.ratios:
+            self._turns = state.get("turns", 0)
+        else:
             self._first = gone_through - self._quota.counts(self._position - last["position"])
             if (self._first < 0).any():
                 raise ValueError("loader state has fewer samples of a store consumed than its last weights say")
-        else:
-            self._first = gone_through
-            started = [segment for segment in self._segments if segment["position"] < self._position]
-            self._segments = [*started, {"position": self._position, "weights": self._weights}]
 
     def _load_member(self, name: str, member: dict[str, Any]) -> None:
         try:

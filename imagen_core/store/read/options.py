@@ -28,12 +28,15 @@ class LoaderOptions:
         transcriptions: load the text written in the images.
         labels: load the images' classes.
         arrays: names of arrays to load that stages of other packages made; None loads none.
+        columns: columns to load that were kept of the source; None loads none.
+        where: condition of SQL on the columns of samples; only samples for which it is true are loaded, see
+            `Store.where`. None loads all.
         max_tokens: truncate longer embeddings to this many tokens; None truncates none.
         seed: decides the order and which of several captions is taken.
         rank, world_size: this process, and the number of processes that share each global batch.
         shuffle: False keeps the store's order in every epoch.
         drop_last: leave out the last global batch if it is not full.
-        samples: indices to load, a range of step 1; None loads all of the store.
+        samples: indices to load, a range of step 1, of the samples that `where` leaves; None loads all of them.
         crop: a view of each image instead of all of it, such as `Crop`; only its square is read where images are raw.
         shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards; for
             stores that are far away or larger than memory. None shuffles all samples with each other.
@@ -61,6 +64,8 @@ class LoaderOptions:
     shuffle_window_shards: int | None = None
     pin_memory: bool = False
     arrays: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
+    where: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

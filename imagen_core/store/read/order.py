@@ -11,7 +11,7 @@ import numpy as np
 _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 6
 _AHEAD = 4096  # positions
-ORDER, CAPTION, _SHARDS, _WINDOW = range(4)  # what a key is for
+ORDER, CAPTION, SHARDS, WINDOW, BATCHES = range(5)  # what a key is for
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@lru_cache(maxsize=64)  # an epoch needs the same few for every batch
+@lru_cache(maxsize=1024)  # an epoch needs the same few for every batch
 def derive_key(*parts: int) -> int:
     """One 64-bit key out of several integers; the order of the parts matters."""
     key = 0
@@ -104,14 +104,14 @@ class WindowedOrder:
             chosen = windows == window
             first = int(self._window_ends[window - 1]) if window else 0
             size = int(self._window_ends[window]) - first
-            key = derive_key(self._seed, epoch, _WINDOW, window)
+            key = derive_key(self._seed, epoch, WINDOW, window)
             placed[chosen] = permute(positions[chosen] - first, size, key) + first
         shards = self._ends.searchsorted(placed, side="right")
         return placed + self._shifts[shards]
 
     def _shuffle_shards(self, epoch: int) -> None:
         num_shards = len(self._counts)
-        order = permute(np.arange(num_shards), num_shards, derive_key(self._seed, epoch, _SHARDS))
+        order = permute(np.arange(num_shards), num_shards, derive_key(self._seed, epoch, SHARDS))
         self._ends = np.cumsum(self._counts[order])
         self._shifts = self._starts[order] - (self._ends - self._counts[order])
         lasts = np.minimum(np.arange(self._window, num_shards + self._window, self._window), num_shards) - 1

@@ -1,29 +1,35 @@
 """Reads the files of a store, shard by shard."""
 
+import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
+from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
-from imagen_core.store.files.parquet import SamplesFile, read_columns
-from imagen_core.store.files.shard import EmbeddingFile, ImageFile, open_embeddings, open_images
+from imagen_core.store.files.images import ImageFile, open_images
+from imagen_core.store.files.samples import SamplesFile, read_columns
+from imagen_core.store.files.shard import EmbeddingFile, open_embeddings
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, StoreDtype
+from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, ColumnType, StoreDtype
 from imagen_core.store.manifest import Manifest
+from imagen_core.store.read.choice import chosen_rows, store_condition
 from imagen_core.store.read.generations import Generations
-from imagen_core.store.read.places import Places
+from imagen_core.store.read.places import AllPlaces, ChosenPlaces, Places
 from imagen_core.store.records import ArrayGroup, EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
 from imagen_core.store.removal_log import load_removals
 
 _FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+_ROWS_AT_ONCE = 1 << 16
 _COLUMN_READERS = 16  # shards whose columns are read at the same time: files of a remote store take their time
 
 
@@ -121,9 +127,12 @@ class StoreReader:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
         self._sizes = list(manifest.images)
+        self._buckets: tuple[tuple[Shape, ...], np.ndarray] | None = None
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
-        self._places = Places(manifest.rows, manifest.excluded)
+        self._chosen: np.ndarray | None = None
+        """Rows of all shards that conditions chose, bool; None without a condition."""
+        self._places = self._places_without(manifest.excluded)
         self._generations = Generations(folder, manifest)
         self._open_of = 0
         """Number of the generation whose files are open."""
@@ -164,6 +173,11 @@ class StoreReader:
         """Names of the arrays that stages of other packages made, sorted."""
         return list(self._manifest.arrays)
 
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        """Types of the columns that were kept of the source, by name."""
+        return dict(self._manifest.columns)
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -192,7 +206,50 @@ class StoreReader:
             if reason == REMOVED and (int(self._manifest.index[shard]), row) in named
         }
         previous = {shard: [row for row in rows if (shard, row) not in removed] for shard, rows in excluded.items()}
-        return Places(self._manifest.rows, previous), removed
+        return self._places_without(previous), removed
+
+    def _places_without(self, excluded: Mapping[int, Collection[int]]) -> Places:
+        if self._chosen is None:
+            return AllPlaces(self._manifest.rows, excluded)
+        return ChosenPlaces(self._manifest.rows, excluded, self._chosen)
+
+    def where(self, condition: str) -> Self:
+        """The same store with only those samples for which a condition is true, in the same order.
+
+            store.where("aesthetic >= 6 and width >= 512")
+
+        Length, indices, loaders and their states are those of the chosen samples. A condition may name the kept
+        columns and key, url, sha256, width, height, label and transcription; its language is that of `source.where`
+        (see the docs, "Choose rows"). Of the files only the columns that it names are read, once.
+
+        Raises:
+            ConditionError: a ValueError: it does not parse, or does not fit the columns.
+            ImportError: sqlglot is not installed.
+            StoreError: a file is missing or unreadable.
+        """
+        parsed = store_condition(condition, self.columns, self._folder.url)
+        names = parsed.columns
+
+        def read(position: int) -> np.ndarray:
+            if not self._manifest.rows[position]:
+                return np.zeros(0, np.bool_)
+            shard = OpenShard(self._folder, self._manifest, self._generations, position)
+            return chosen_rows(parsed, shard.columns(names))
+
+        with ThreadPoolExecutor(_COLUMN_READERS) as readers:
+            found = list(readers.map(read, range(len(self._manifest.rows))))
+        chosen = np.concatenate(found) if found else np.zeros(0, np.bool_)
+        return self._with_chosen(chosen if self._chosen is None else chosen & self._chosen)
+
+    def where_as(self, other: "StoreReader") -> Self:
+        """The same store with the samples that `other` has, a store of the same rows, by its conditions."""
+        return self if other._chosen is None else self._with_chosen(other._chosen)
+
+    def _with_chosen(self, chosen: np.ndarray) -> Self:
+        store = copy.copy(self)
+        store._chosen, store._open, store._pid = chosen, OrderedDict(), os.getpid()
+        store._places = store._places_without(self._manifest.excluded)
+        return store
 
     def sample_columns(self, names: Sequence[str]) -> pa.Table:
         """Columns of `samples` of the whole store, read from all shards: one row per row, excluded ones included.
@@ -218,6 +275,23 @@ class StoreReader:
             raise ValueError(f"the store's samples have no column {', '.join(missing)}")
         return table
 
+    def buckets(self, ratios: tuple[Shape, ...]) -> np.ndarray:
+        """The aspect-ratio bucket of each row, excluded ones included, as indices into `ratios`: one byte a row.
+
+        Read once: the width and height of all samples, from every shard.
+
+        Raises:
+            StoreError: a file is missing or unreadable.
+        """
+        if self._buckets is None or self._buckets[0] != ratios:
+            table = self.sample_columns(["width", "height"])
+            parts, dtype = [np.empty(0, np.uint8)], np.min_scalar_type(len(ratios))
+            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                width, height = (column.to_numpy() for column in batch.columns)
+                parts.append(choose_buckets(width, height, ratios).astype(dtype))
+            self._buckets = ratios, np.concatenate(parts)
+        return self._buckets[1]
+
     def image_group(self, size_px: int) -> ImagesGroup:
         """The group of one size; ValueError if there is none."""
         if size_px not in self._manifest.images:
@@ -241,6 +315,12 @@ class StoreReader:
         if name not in self._manifest.arrays:
             raise ValueError(f"array {name!r} is not in the store; it has {self.arrays}")
         return self._manifest.arrays[name]
+
+    def column_type(self, name: str) -> ColumnType:
+        """The type of a column that was kept of the source; ValueError if there is none."""
+        if name not in self._manifest.columns:
+            raise ValueError(f"column {name!r} is not in the store; it has {sorted(self._manifest.columns)}")
+        return self._manifest.columns[name]
 
     def shard(self, position: int) -> OpenShard:
         """The files of the shard at a position."""

@@ -1,23 +1,26 @@
 """Rewrite one shard's files without the content of removed samples.
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
-input row is still accounted for. An erased row has a blank key, no URL, a black image, blank hashes, empty captions,
-and arrays of zeros, empty along axes whose length differs. A caption that a remaining sample of the shard has too
-stays, with its embedding; all others become "" with no tokens.
+input row is still accounted for. An erased row has a blank key, no URL, NULL in kept columns, a black image, blank
+hashes, empty captions, and arrays of zeros, empty along axes whose length differs. Its width and height are 0, or in a
+store of aspect-ratio buckets the ratio of its bucket, on which the order of a loader depends. A caption that a
+remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from imagen_core.store.buckets import Shape, choose_shape, ratios_of
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
-from imagen_core.store.files.parquet import SamplesFile, write_samples
+from imagen_core.store.files.images import open_image_writer, open_images
 from imagen_core.store.files.ragged import cast_embedding
-from imagen_core.store.files.shard import open_embeddings, open_image_writer, open_images, write_embedding_shard
+from imagen_core.store.files.samples import SamplesFile, write_samples
+from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import (
     ArrayGroup,
@@ -52,14 +55,19 @@ class ErasedShard:
     source: SamplesFile
 
     @classmethod
-    def of(cls, index: int, source: SamplesFile, removed: Collection[int]) -> "ErasedShard":
-        """From the `samples` file of shard `index`, and its rows to erase; some may be erased already."""
+    def of(
+        cls, index: int, source: SamplesFile, removed: Collection[int], shapes: Sequence[Shape] = ()
+    ) -> "ErasedShard":
+        """From the `samples` file of shard `index`, and its rows to erase; some may be erased already.
+
+        `shapes`: the aspect-ratio buckets of the store's images, of any size; none where they are squares.
+        """
         rows = [source.row(row) for row in range(source.num_rows)]
         pairs = [(i, c) for row in rows for i, c in zip(row.caption_ids, row.captions, strict=True)]
         alive = {i for number, row in enumerate(rows) if number not in removed for i in row.caption_ids}
         caption_of = {i: caption if i in alive else "" for i, caption in pairs}
         samples = [
-            _blank(index, number, row, alive, caption_of) if number in removed else row
+            _blank(index, number, row, alive, caption_of, shapes) if number in removed else row
             for number, row in enumerate(rows)
         ]
         captions = [caption_of[i] for i in range(len(caption_of))]
@@ -87,18 +95,19 @@ class ErasedShard:
             )
         else:
             total, dropped = self.source.num_input_rows, self.source.dropped
-            write_samples(new, self.samples, num_input_rows=total, dropped=dropped)
+            columns = self.source.column_types
+            write_samples(new, self.samples, num_input_rows=total, dropped=dropped, columns=columns)
         return len(self.samples)
 
     def _write_images(self, group: ImagesGroup, old: str, new: Path) -> None:
         images = open_images(old, old, group)
-        black = np.zeros((group.size_px, group.size_px, 3), np.uint8)
-        with open_image_writer(new, group.size_px, group.format, group.codec) as writer:
+        with open_image_writer(new, group.size_px, group.format, group.codec, group.shapes) as writer:
             for row, sample in enumerate(self.samples):
                 if row in self.removed:
+                    black = np.zeros((*group.shape_of(sample.width, sample.height), 3), np.uint8)
                     writer.append(black, sample.key, sample.sha256)
                 else:
-                    writer.append_stored(images.stored(row), sample.key, sample.sha256)
+                    writer.append_stored(images.stored(row), images.shape(row), sample.key, sample.sha256)
 
     def _write_arrays(self, group: ArrayGroup, old: str, new: Path) -> None:
         arrays, blank = open_arrays(old, old, group), group.spec.blank()
@@ -130,8 +139,16 @@ class ErasedShard:
         )
 
 
-def _blank(index: int, number: int, row: SampleRow, alive: Collection[int], caption_of: dict[int, str]) -> SampleRow:
+def _blank(
+    index: int,
+    number: int,
+    row: SampleRow,
+    alive: Collection[int],
+    caption_of: dict[int, str],
+    shapes: Sequence[Shape],
+) -> SampleRow:
     """The erased row, with its ids that no remaining sample has, so that every id still occurs, or its first."""
     ids = tuple(i for i in row.caption_ids if i not in alive) or row.caption_ids[:1]
     captions = tuple(caption_of[i] for i in ids)
-    return SampleRow(blank_key(index, number), captions, ids, None, _NO_SHA256, 0, 0, row.input_row)
+    height, width = choose_shape(row.width, row.height, ratios_of(shapes)) if shapes else (0, 0)
+    return SampleRow(blank_key(index, number), captions, ids, None, _NO_SHA256, width, height, row.input_row)

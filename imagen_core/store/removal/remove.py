@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from imagen_core.store.errors import StoreError
-from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.samples import SamplesFile
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import MANIFEST_NAME, REMOVED
 from imagen_core.store.manifest import Manifest, load_manifest, write_manifest

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from imagen_core.store.files.parquet import SamplesFile
+from imagen_core.store.files.samples import SamplesFile
 from imagen_core.store.layout import RETRIED, shard_name
 from imagen_core.store.manifest import Manifest
 from imagen_core.store.records import ShardEntry

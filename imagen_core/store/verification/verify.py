@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_problem, open_arrays
 from imagen_core.store.files.digest import array_digest, caption_digest, fingerprint_digest, image_digest
 from imagen_core.store.files.hashes import HashesFile
+from imagen_core.store.files.images import open_images
 from imagen_core.store.files.null import parse_null
-from imagen_core.store.files.parquet import SamplesFile
 from imagen_core.store.files.ragged import all_finite
-from imagen_core.store.files.shard import open_embeddings, open_images, read_digests
+from imagen_core.store.files.samples import SamplesFile
+from imagen_core.store.files.shard import open_embeddings, read_digests
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
@@ -38,6 +38,7 @@ from imagen_core.store.records import (
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
 from imagen_core.store.verification.report import Problem, VerifyReport
+from imagen_core.store.verification.shard_rows import ShardRows
 
 _MAX_NAMED_KEYS = 10
 
@@ -51,11 +52,11 @@ def verify_store(
 ) -> VerifyReport:
     """Read the complete store, one file at a time, and list the problems of each file.
 
-    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded
-    images decode; caption ids; dim and dtype of embeddings, and that they are finite; unique keys; the log of
-    removals; files the manifest does not know; that every input row is one sample or one drop; that row by row
-    images belong to their samples, and embeddings to their captions and to the encoder that the manifest
-    names. The content of removed samples is not compared, as readers never see it.
+    Checked: the manifest's own digest; each file's existence, size and sha256; row counts; that encoded images decode,
+    and that images have the shape of their aspect-ratio bucket; caption ids; dim and dtype of embeddings, and that
+    they are finite; unique keys; the log of removals; files the manifest does not know; that every input row is one
+    sample or one drop; that row by row images belong to their samples, and embeddings to their captions and to the
+    encoder that the manifest names. The content of removed samples is not compared, as readers never see it.
     A damaged manifest is reported as the only problem, as nothing else can be checked without it.
     Memory: one file's rows, and 8 bytes per sample for the keys. Of a remote store one shard's files are on this
     machine's disk at a time, below TMPDIR; each is fetched once.
@@ -96,20 +97,6 @@ def verify_store(
         check.strays()
     report.ok = not report.problems
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class _ShardRows:
-    """The samples of a shard, which its other files must agree with."""
-
-    keys: list[str]
-    sha256: list[str]
-    captions: list[str]
-    """The distinct captions, by caption id."""
-    removed: frozenset[int]
-    """Removed rows, which may be erased in all, some or none of the files."""
-    removed_ids: frozenset[int]
-    """Caption ids that only removed rows have."""
 
 
 class _Check:
@@ -211,7 +198,7 @@ class _Check:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
         return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _ShardRows | None:
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> ShardRows | None:
         """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
             samples = SamplesFile(self._source(entry), entry.path)
@@ -219,6 +206,9 @@ class _Check:
             self._bad(entry.path, str(error))
             return None
         self._count_rows(entry, samples.num_rows)
+        if samples.column_types != self._manifest.columns:
+            told = f"{samples.column_types or 'none'}, the manifest says {self._manifest.columns or 'none'}"
+            self._bad(entry.path, f"kept columns are {told}")
         if self._has_digests:
             for message in self._coverage.add(shard, samples):
                 self._bad(entry.path, message)
@@ -237,16 +227,19 @@ class _Check:
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        return _ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+        sizes = np.array([samples.size(row) for row in range(samples.num_rows)], int).reshape(-1, 2).T
+        return ShardRows(keys, samples.column("sha256"), sizes, captions, removed, frozenset(removed_ids))
 
-    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
         self._count_rows(entry, images.num_rows)
+        if rows is not None and (wrong := rows.wrong_shapes(images)):
+            self._bad(entry.path, wrong)
         self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
 
-    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
+    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: ShardRows | None) -> None:
         hashes = HashesFile(self._source(entry), entry.path, group)
         self._count_rows(entry, hashes.num_rows)
         self._compare_rows(entry, group, hashes.num_rows, lambda row: hashes.row(row).stored(), "hashes", rows)
@@ -258,7 +251,7 @@ class _Check:
         num_rows: int,
         stored: Callable[[int], np.ndarray],
         what: str,
-        rows: _ShardRows | None,
+        rows: ShardRows | None,
     ) -> None:
         """Compares what is stored of each image with the digest that binds it to its sample."""
         if num_rows != entry.rows or rows is None or len(rows.keys) != num_rows:
@@ -293,7 +286,7 @@ class _Check:
             whose = "captions" if isinstance(group, TextGroup) else "samples"
             self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
-    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: _ShardRows | None) -> None:
+    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: ShardRows | None) -> None:
         arrays = open_arrays(self._source(entry), entry.path, group, mapped=False)
         is_counted = self._count_rows(entry, arrays.num_rows)
         bad = [

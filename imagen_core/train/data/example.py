@@ -67,9 +67,9 @@ def make_example(
     """
     dtype, settings = weights_dtype(config.precision), config.denoiser
     images = settings if isinstance(settings, DenoiserConfig) else None
-    side = (settings.shape[0], config.side_px, config.side_px) if images else settings.shape
+    shape = settings.shape if images is None else (images.shape[0], *batch.images[images.size_px].shape[-2:])
     low_res = images is not None and images.low_res_px is not None
-    numbers = sample_numbers(config.seed, batch.counters or range(1), side, low_res=low_res, device=device)
+    numbers = sample_numbers(config.seed, batch.counters or range(1), shape, low_res=low_res, device=device)
 
     conditioning = _conditions(batch, config, device, dtype)
     if isinstance(settings, PriorConfig):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from imagen_core.diffusion import PriorConfig
+from imagen_core.conditions import ConditionError
+from imagen_core.diffusion import DenoiserConfig, PriorConfig
 from imagen_core.far import StorageError
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import (
@@ -19,6 +20,7 @@ from imagen_core.store import (
     StoreFolder,
     revision_of,
 )
+from imagen_core.store.buckets import Shape, ratios_of, scaled
 from imagen_core.store.errors import ADVICE
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.mixture_loader import MixtureLoader
@@ -34,27 +36,26 @@ MAX_OPEN_SHARDS = 64
 """Shards that a training keeps open, of all its stores together."""
 
 
-def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: int = MAX_OPEN_SHARDS) -> Store:
-    """The store of a training with one, with everything the configuration reads.
+def open_store(
+    config: TrainConfig,
+    *,
+    online: bool = False,
+    max_open_shards: int = MAX_OPEN_SHARDS,
+    before: Store | None = None,
+) -> Store:
+    """The store of a training with one, with everything the configuration reads, of the samples that `where` chooses.
 
     Args:
         online: captions are encoded in the training loop, so `text` need not be in the store.
         max_open_shards: shards whose files are kept open.
+        before: the same store as it was opened before, whose chosen samples are taken.
     Raises:
         TrainError: a size or an encoder is missing, or has another width.
         StoreError: there is no readable store.
         StoreLostError: its files cannot be reached.
     """
     assert config.store is not None
-    data = config.data
-    try:
-        store = Store.open(
-            config.store, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, max_open_shards=max_open_shards
-        )
-    except StorageError as error:
-        raise StoreLostError(str(error), again=error.passes) from error
-    except OSError as error:
-        raise StoreLostError(f"store {config.store}: cannot be read ({error})", again=_passes(error)) from error
+    store = _opened(config.store, config, max_open_shards)
     for size in stored_sizes(config):
         if size not in store.image_sizes:
             raise TrainError(
@@ -62,6 +63,7 @@ def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: in
                 "`pipeline run precompute` and images.sizes_px, or change denoiser.size_px, low_res_px or "
                 "views.resized_crop.from_px"
             )
+    _check_shapes(store, config)
     network = config.denoiser.network
     if isinstance(network, PriorNetworkConfig):
         image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
@@ -77,9 +79,11 @@ def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: in
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
         _check_annotation("label", store, config, "denoiser.unet.num_classes")
+    store = _chosen(store, config, before)
     count = config.validation.num_samples
     if len(store) <= count:
-        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples")
+        chosen = "" if config.where is None else f" for which where={config.where!r} is true"
+        raise TrainError(f"validation.num_samples is {count}, but the store has {len(store)} samples{chosen}")
     chosen, end = training_samples(store, config), len(store) - count
     if not (0 <= chosen.start < chosen.stop <= end):
         raise TrainError(
@@ -87,6 +91,74 @@ def open_store(config: TrainConfig, *, online: bool = False, max_open_shards: in
             "validation"
         )
     return store
+
+
+def _opened(place: str, config: TrainConfig, max_open_shards: int) -> Store:
+    data = config.data
+    try:
+        return Store.open(
+            place, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, max_open_shards=max_open_shards
+        )
+    except StorageError as error:
+        raise StoreLostError(str(error), again=error.passes) from error
+    except OSError as error:
+        raise StoreLostError(f"store {place}: cannot be read ({error})", again=_passes(error)) from error
+
+
+def _chosen(store: Store, config: TrainConfig, before: Store | None) -> Store:
+    if config.where is None:
+        return store
+    if before is not None and np.array_equal(store.manifest.rows, before.manifest.rows):
+        return store.where_as(before)
+    try:
+        return store.where(config.where)
+    except (ConditionError, ImportError) as error:
+        raise TrainError(str(error)) from error
+
+
+def trained_shapes(store: Store, config: TrainConfig) -> list[Shape]:
+    """Height and width of the images that the network sees in training, one for each aspect-ratio bucket.
+
+    Raises:
+        TrainError: the images of a bucket have no whole number of pixels in the size trained on.
+    """
+    if not isinstance(config.denoiser, DenoiserConfig):
+        return []
+    stored_px = stored_sizes(config)[0]
+    stored = store.image_group(stored_px).shapes
+    if config.views.crop_px is not None or not stored:
+        return [(config.side_px, config.side_px)]
+    try:
+        return [*scaled(stored, stored_px, config.denoiser.size_px)]
+    except ValueError as error:
+        raise TrainError(f"views.resized_crop.from_px is {stored_px}: {error}") from error
+
+
+def _check_shapes(store: Store, config: TrainConfig) -> None:
+    """Refuses a store whose aspect-ratio buckets do not fit the model, or the crops."""
+    groups = [store.image_group(size) for size in stored_sizes(config)]
+    if len({ratios_of(group.shapes) for group in groups}) > 1:
+        first, second = groups
+        raise TrainError(
+            f"store {config.store}: {first.name} and {second.name} are not of the same aspect-ratio buckets, so they "
+            "do not show the same part of an image; make both sizes in one run"
+        )
+    shapes, crop_px = trained_shapes(store, config), config.views.crop_px
+    narrowest = min((side for group in groups[:1] for shape in group.shapes for side in shape), default=crop_px)
+    if crop_px is not None and narrowest is not None and crop_px > narrowest:
+        raise TrainError(
+            f"views.crop_px {crop_px} is larger than a side of an aspect-ratio bucket of the store, {narrowest} px; "
+            "take smaller crops"
+        )
+    if isinstance(config.denoiser, DenoiserConfig):
+        divisor = config.denoiser.unet.sides_divisor
+        bad = next((shape for shape in shapes if shape[0] % divisor or shape[1] % divisor), None)
+        if bad is not None:
+            raise TrainError(
+                f"denoiser.unet needs sides that are multiples of {divisor} px, but images of an aspect-ratio bucket "
+                f"of the store {config.store} are {bad[0]} x {bad[1]} px; take a model with fewer levels, or a store "
+                "with images.aspect=square"
+            )
 
 
 def training_samples(store: Store, config: TrainConfig) -> range:
@@ -202,7 +274,7 @@ def _opened_now(store: Store, config: TrainConfig, error: Exception, *, online: 
     """A store as it is now; the same object if nothing was changed."""
     assert config.store is not None
     try:
-        now = open_store(config, online=online, max_open_shards=store.max_open_shards)
+        now = open_store(config, online=online, max_open_shards=store.max_open_shards, before=store)
     except StoreLostError as reason:
         raise reason from error
     except StoreError as reason:

@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def images(self) -> dict[int, Tensor]:
-        """uint8 (b, 3, s, s) by size; empty where no images are read."""
+        """uint8 (b, 3, h, w) by size; empty where no images are read."""
         return self.raw.get("images", {})
 
     @property
@@ -167,7 +167,7 @@ class BatchStream:
             self._read_from(stores, state)
         except ValueError as error:
             raise TrainError(
-                f"the checkpoint's place in the data does not fit: {error}; store, seed and "
+                f"the checkpoint's place in the data does not fit: {error}; store, seed, where and "
                 "samples must stay the same, or start again in another --out"
             ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)

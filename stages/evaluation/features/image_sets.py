@@ -42,7 +42,8 @@ class ImageSet:
     captions: Callable[[], Sequence[str] | None]
     """One per image; None if there are none."""
     sides: Callable[[], Iterator[int | None]]
-    """Side of the centre square of each image in pixels, from the headers of files; None where they do not tell."""
+    """Side of the centre square of each image in pixels, which models read; from the headers of files, None where they
+    do not tell."""
 
 
 class ImageFolder(Config):
@@ -108,7 +109,7 @@ def image_samples(store: Store, path: str, size_px: int, samples: Sequence[int],
         len(samples),
         partial(_stored_pixels, store, samples, size_px),
         partial(_stored_captions, store, samples),
-        lambda: repeat(size_px, len(samples)),
+        partial(_stored_sides, store, samples, size_px),
     )
 
 
@@ -164,6 +165,13 @@ def _texts_next_to(files: Sequence[Path]) -> list[str] | None:
 
 def _stored_pixels(store: Store, chosen: Sequence[int], size_px: int) -> Iterator[np.ndarray]:
     return _of_samples(store, chosen, lambda files, row: files.images[size_px].pixels(row))
+
+
+def _stored_sides(store: Store, chosen: Sequence[int], size_px: int) -> Iterator[int | None]:
+    group = store.manifest.images[size_px]
+    if not group.shapes:
+        return repeat(size_px, len(chosen))
+    return _of_samples(store, chosen, lambda files, row: min(group.shape_of(*files.samples.fields(row)[5:7])))
 
 
 def _stored_captions(store: Store, chosen: Sequence[int]) -> list[str]:

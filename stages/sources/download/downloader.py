@@ -19,6 +19,7 @@ from urllib.request import Request
 
 import pyarrow as pa
 
+from stages.import_alone import import_alone
 from stages.sources.download.config import DownloadConfig
 from stages.sources.download.host_queue import Failures, HostQueue, Ticket, num_threads
 from stages.sources.download.open_url import Endpoint, FetchAttempt, make_opener
@@ -34,13 +35,10 @@ _host_failures: Failures = {}
 """From one shard of this process to its next."""
 
 
-def load_downloader() -> tuple[Any, type[Any]]:
-    """img2dataset's module `downloader`, and its Resizer; the first import takes seconds."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
-    import img2dataset.downloader
-    from img2dataset.resizer import Resizer
-
-    return img2dataset.downloader, Resizer
+def load_downloader() -> Any:
+    """img2dataset's module `downloader`, without the rest of it, which takes seconds to import."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # where all is imported, it would ask the network
+    return import_alone("img2dataset.downloader", unused=("wandb",))
 
 
 def download(
@@ -74,7 +72,7 @@ class _Fetcher:
         """For images that were fetched and not yet handed on."""
         self.answered: set[int] = set()
         self.failure: Exception | None = None
-        self._downloader, _ = load_downloader()
+        self._downloader = load_downloader()
         self._opener = make_opener()
 
     def stop(self, failure: Exception) -> None:
@@ -177,7 +175,7 @@ def classify(message: str) -> str:
 
 
 def _run_downloader(urls: Mapping[int, str], folder: Path, fetcher: _Fetcher, result: Result) -> None:
-    downloader, Resizer = load_downloader()
+    downloader = load_downloader()
     rows = list(urls)
     shard_file = folder / "urls.arrow"
     table = pa.table({"url": list(urls.values())})
@@ -211,12 +209,15 @@ def _run_downloader(urls: Mapping[int, str], folder: Path, fetcher: _Fetcher, re
         def close(self) -> None: ...
 
     config = fetcher.config
-    resizer = Resizer(256, "no", resize_only_if_bigger=False, disable_all_reencoding=True)
 
-    def hand_through(stream: Any, boxes: object) -> object:
-        """The first that happens to an image on its way to `HandOn`, which comes next."""
+    def hand_through(stream: Any, boxes: object) -> tuple[object, ...]:
+        """img2dataset's resizer interface, without re-encoding: image, four sizes that are not known, no message.
+
+        The first that happens to an image on its way to `HandOn`, which comes next.
+        """
+        del boxes
         fetcher.places.release()
-        return resizer(stream, boxes)
+        return stream.read(), None, None, None, None, None
 
     shard = downloader.Downloader(
         sample_writer_class=HandOn,

@@ -239,7 +239,8 @@ class HostQueue:
         if host.failures:
             self._failures[host.name] = host.failures, now
         while len(self._failures) > _MOST_REMEMBERED:
-            self._failures.pop(next(iter(self._failures)), None)
+            names = list(self._failures)  # at once: queues of other shards may change it meanwhile
+            self._failures.pop(names[0], None)
 
 
 def host_of(url: str) -> str:

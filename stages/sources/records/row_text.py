@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+# pyarrow makes its functions when it is imported.
+# pyright: reportAttributeAccessIssue=false
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as arrow
@@ -45,6 +47,21 @@ def keys(column: pa.Array) -> pa.Array:
     return column.cast(_LARGE) if pa.types.is_integer(column.type) else texts(column)
 
 
+def encoded(texts: Iterable[str | None]) -> pa.Array:
+    """Texts as large strings, NULL as it is; surrogates, which stand for what is not UTF-8, as three bytes each."""
+    data = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
+    return pa.array(data, pa.large_binary()).view(_LARGE)
+
+
+def decoded(column: pa.Array) -> list[str]:
+    """The texts of a column without NULL that `encoded` may have made."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        cells = column.view(pa.large_binary()).to_pylist()
+        return [cell.decode("utf-8", "surrogatepass") for cell in cells]
+
+
 def captions_json(column: pa.Array) -> "list[pa.Array | str]":
     """A list of captions in JSON for each cell of a column of text, or of lists of text, in parts to be joined.
 
@@ -79,7 +96,7 @@ def escape(column: pa.Array) -> pa.Array:
     if len(rows) * 8 < len(column):
         mask = np.zeros(len(column), bool)
         mask[rows] = True
-        changed = [canonical_json(text)[1:-1] for text in column.take(pa.array(rows)).to_pylist()]
+        changed = [canonical_json(text)[1:-1] for text in decoded(column.take(pa.array(rows)))]
         return arrow.replace_with_mask(column, pa.array(mask), pa.array(changed, _LARGE))
     found = {data[place] for place in places}
     for byte in sorted(found, key=lambda byte: byte != ord("\\")):  # what it escapes may hold one

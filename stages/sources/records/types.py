@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Columns = Mapping[str, "pa.DataType | None"]
 """The columns of a table, by name; None where the format has no types."""
 
-Content = Literal["texts", "text", "key", "image", "label", "box"]
+Content = Literal["texts", "text", "key", "image", "label", "box", "kept"]
 _WANTED: dict[Content, str] = {
     "texts": "text or a list of texts",
     "text": "text",
@@ -20,6 +20,7 @@ _WANTED: dict[Content, str] = {
     "image": "bytes, base64 or a struct with `bytes` or `path`",
     "label": "numbers or text",
     "box": "a list of numbers or text",
+    "kept": "numbers, booleans or text",
 }
 
 
@@ -50,6 +51,14 @@ def check_column(
         raise ConfigError(
             f"source.{field}: {where}: column {column!r} is of type {found}, not {_WANTED[content]}; {remedy}"
         )
+
+
+def column_type(column: str, present: Columns) -> "pa.DataType | None":
+    """The type of a column, or path into nested columns, behind dictionaries and the like; None if none is known."""
+    name = top_level(column, present)
+    kind = None if name is None else present[name]
+    found = None if name is None or kind is None else _below(kind, column.removeprefix(name).removeprefix("."))
+    return None if found is None else _plain(found)
 
 
 def _below(kind: "pa.DataType", path: str) -> "pa.DataType | None":
@@ -93,6 +102,8 @@ def _fits(kind: "pa.DataType", content: Content) -> bool:
             return is_text
         case "key" | "label":
             return is_text or is_number
+        case "kept":
+            return is_text or is_number or types.is_boolean(kind)
         case "box":
             return is_text or (item is not None and _fits(item, "label"))
         case "image":

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Config
 from pipeline.stage import Shard
 from stages.sources.base import COPY, InputPart, KeyRegistry, Source, SourceRow
 from stages.sources.files import base_folder
@@ -107,16 +106,17 @@ class TableSource(Source):
     reads on from one shard to the next."""
 
     path: str
-    config: Config
+    row_filter: "RowFilter | None" = None
+    """Of `source.where`."""
 
     @cached_property
     def folder(self) -> str:
         """What the paths of parts are relative to."""
         return base_folder(self.path)
 
+    @abstractmethod
     def settings(self) -> object:
         """All that the rows depend on besides the files."""
-        return self.config.model_dump(mode="json")
 
     @abstractmethod
     def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:

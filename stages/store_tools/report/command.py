@@ -6,7 +6,7 @@ from importlib.resources import files
 from itertools import islice
 from typing import Any
 
-from imagen_core.store import Store, StoreError
+from imagen_core.store import SAMPLES_GROUP, Store, StoreError
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError
 from pipeline.storage.events import read_events
@@ -14,6 +14,7 @@ from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.units import human_bytes, human_seconds
 from stages.duplicates.find import duplicates_line, read_duplicates
 from stages.precompute.caption_losses import caption_losses
+from stages.precompute.crops import crops_line, crops_of
 from stages.precompute.quantisation import quantisation_summary
 from stages.store_tools.dropped import first_drops
 from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
@@ -40,6 +41,7 @@ def report_command(path: str) -> CommandResult:
     result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
     found = content["duplicates"]
     lines = [f"report  {page}", *([f"duplicates  {duplicates_line(found)}"] if found else [])]
+    lines += [f"crops  {crops_line(content['crops'])}"] if content["crops"] else []
     return result, [*lines, *comparison_lines(content["planned"])], 0
 
 
@@ -51,6 +53,7 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "num_samples": len(store),
         "num_shards": store.manifest.num_shards,
         "input_rows": summary["tally"]["input_rows"] if summary else None,
+        "filtered": store.manifest.filtered,
         "seconds": summary["seconds"] if summary else None,
         "outcome": summary["outcome"] if summary else None,
         "groups": [
@@ -63,6 +66,7 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "duplicate_rows": list(islice(read_duplicates(run), _NUM_DROPS)),
         "int8": _of_groups(summary, quantisation_summary),
         "losses": _of_groups(summary, caption_losses),
+        "crops": _of_groups(summary, crops_of).get(SAMPLES_GROUP),
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
@@ -82,8 +86,8 @@ def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:
 
 
 def _of_groups(
-    summary: dict[str, Any] | None, part: Callable[[Mapping[str, float]], dict[str, float]]
-) -> dict[str, dict[str, float]]:
+    summary: dict[str, Any] | None, part: Callable[[Mapping[str, float]], Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
     """What `part` makes of the counters of each group, where it makes something."""
     groups = summary["tally"]["groups"] if summary else {}
     content = {name: part(group["counters"]) for name, group in groups.items()}

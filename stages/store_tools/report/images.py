@@ -14,17 +14,20 @@ _SHOWN_PX = 256
 
 
 def image_grid(store: Store, count: int) -> list[dict[str, object]]:
-    """Up to `count` samples spread evenly over the store: captions, and every size as a data URL."""
+    """Up to `count` samples spread evenly over the store: captions, kept columns, and every size as a data URL,
+    uncropped."""
     indices = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int) if len(store) else []
     samples = (store[int(index)] for index in indices)
     return [
         {
             "key": sample.key,
             "captions": list(sample.captions),
+            "columns": sample.columns,
             "images": [
-                {"size_px": size, "url": _png_url(sample.images[size])}
+                {"width_px": width, "height_px": height, "url": _png_url(sample.images[size])}
                 for size in store.image_sizes
                 if size <= _SHOWN_PX or size == min(store.image_sizes)
+                for height, width in [sample.images[size].shape[:2]]
             ],
         }
         for sample in samples

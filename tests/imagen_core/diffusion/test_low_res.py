@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig
-from imagen_core.diffusion.low_res import LogNormalNoise, UniformNoise, add_low_res_noise, upsample
+from imagen_core.diffusion.low_res import LogNormalNoise, UniformNoise, Upsampling, add_low_res_noise, upsample
 from imagen_core.diffusion.schedules import LogNormal, LogSnrLinear
 from imagen_core.models import Conditioning
 from tests.imagen_core.diffusion.small import small_super_denoiser
@@ -55,7 +55,7 @@ def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(obj
     sigma = torch.tensor([0.1, 2.0], dtype=torch.float64)
     conditioning = denoiser.with_low_res(Conditioning(), low_res, sigma, noise)
     column = sigma[:, None, None, None]
-    torch.testing.assert_close(conditioning.low_res, scale(column) * (upsample(low_res, 8) + column * noise))
+    torch.testing.assert_close(conditioning.low_res, scale(column) * (upsample(low_res, (8, 8)) + column * noise))
     torch.testing.assert_close(conditioning.low_res_noise, sigma.log() / 4)
 
 
@@ -82,7 +82,7 @@ def test_without_augmentation_the_image_is_only_upsampled():
     denoiser = small_super_denoiser(unet={"low_res_noise": False}, low_res_noise=None)
     low_res = torch.rand(2, 3, 4, 4) * 2 - 1
     conditioning = denoiser.with_low_res(Conditioning(), low_res, torch.tensor([1.0, 2.0]), torch.randn(2, 3, 8, 8))
-    assert torch.equal(conditioning.low_res, upsample(low_res, 8))
+    assert torch.equal(conditioning.low_res, upsample(low_res, (8, 8)))
     assert conditioning.low_res_noise is None
 
 
@@ -116,21 +116,21 @@ def test_upsampling_is_bicubic_and_stays_in_range():
     ramp = np.linspace(-0.8, 0.8, 8, dtype=np.float32)
     small = np.add.outer(ramp, ramp[::-1] / 2)
     theirs = np.asarray(Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC))
-    ours = upsample(torch.from_numpy(small)[None, None], 32)[0, 0]
+    ours = upsample(torch.from_numpy(small)[None, None], (32, 32))[0, 0]
     inner = slice(4, -4)
     assert float(np.abs(ours.numpy() - np.clip(theirs, -1, 1))[inner, inner].max()) < 0.03
     checkers = (torch.arange(8) % 2 * 2.0 - 1).expand(1, 1, 8, 8)
-    assert float(upsample(checkers, 32).abs().max()) <= 1
+    assert float(upsample(checkers, (32, 32)).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest", "cubic_reflect"])
 def test_every_way_to_upsample_stays_in_range(mode):
-    assert upsample(torch.full((1, 3, 4, 4), 1.3), 8, mode).max() == 1
+    assert upsample(torch.full((1, 3, 4, 4), 1.3), (8, 8), mode).max() == 1
 
 
 def test_unclipped_an_image_may_overshoot():
     checkers = (torch.arange(8) % 2 * 2.0 - 1).expand(1, 1, 8, 8)
-    assert float(upsample(checkers, 32, "bicubic_unclipped").abs().max()) > 1.1
+    assert float(upsample(checkers, (32, 32), "bicubic_unclipped").abs().max()) > 1.1
 
 
 def test_noise_at_the_small_size_is_upsampled_with_the_image():
@@ -148,7 +148,7 @@ def test_noise_at_the_small_size_is_upsampled_with_the_image():
 
 def test_an_image_of_the_right_size_is_left_alone():
     image = torch.rand(1, 3, 8, 8)
-    assert torch.equal(upsample(image, 8), image)
+    assert torch.equal(upsample(image, (8, 8)), image)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -167,9 +167,22 @@ def test_cubic_reflect_is_keys_kernel_on_an_image_reflected_at_its_edges(factor:
             inside = width - 1 - abs(width - 1 - abs(place))
             matrix[row, inside] += kernel(centre - place)
     expected = (matrix @ image[0, 0] @ matrix.T).clamp(-1, 1)
-    torch.testing.assert_close(upsample(image, factor * width, "cubic_reflect")[0, 0], expected)
+    torch.testing.assert_close(upsample(image, (factor * width, factor * width), "cubic_reflect")[0, 0], expected)
 
 
 def test_cubic_reflect_takes_integer_factors_only() -> None:
     with pytest.raises(ValueError, match="10 is not a multiple of 4 x 4 pixels"):
-        upsample(torch.zeros(1, 3, 4, 4), 10, "cubic_reflect")
+        upsample(torch.zeros(1, 3, 4, 4), (10, 10), "cubic_reflect")
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cubic_reflect"])
+def test_images_that_are_not_square_are_upsampled_as_squares_are(mode: Upsampling) -> None:
+    """Far from the edges a part of a square is that part of the result."""
+    image = torch.rand(1, 3, 24, 24, dtype=torch.float64) * 2 - 1
+    whole = upsample(image, (48, 48), mode)
+    part = upsample(image[..., 6:18, :], (24, 48), mode)
+    assert part.shape == (1, 3, 24, 48)
+    torch.testing.assert_close(part[..., 8:-8, 8:-8], whole[..., 20:-20, 8:-8])
+    if mode == "cubic_reflect":
+        with pytest.raises(ValueError, match="24 x 40 is not a multiple of 12 x 24 pixels"):
+            upsample(image[..., 6:18, :], (24, 40), mode)

@@ -13,6 +13,8 @@ from imagen_core import store as st
 
 DIM = 16
 FINGERPRINT = {"model": "tiny"}
+ORIGINALS = ((640, 400), (400, 640), (500, 510))
+"""Width and height of originals that are in the last, the first and the middle one of the buckets."""
 REMOVED_AT = "2026-01-02T03:04:05+00:00"
 
 
@@ -37,6 +39,12 @@ def write_text(
     st.write_embedding_shard(
         path, cast, num_tokens, dim, dtype, store_format, captions=captions, fingerprint=FINGERPRINT
     )
+
+
+def bucket_list(size_px: int) -> tuple[tuple[int, int], ...]:
+    """Three shapes for a size that is a multiple of 4: tall, square and wide."""
+    long, short = size_px * 5 // 4, size_px * 3 // 4
+    return (long, short), (size_px, size_px), (short, long)
 
 
 def file_entry(root: Path, path: str, rows: int) -> dict:
@@ -68,10 +76,14 @@ def make_store(
     num_captions: int = 2,
     codec: st.Codec = "raw",
     seed: int = 0,
+    buckets: bool = False,
     key_prefix: str = "",
     fingerprint: dict[str, Any] = FINGERPRINT,
 ) -> Made:
-    """Write a store with `num_captions` captions a sample, the first shared by pairs of samples."""
+    """Write a store with `num_captions` captions a sample, the first shared by pairs of samples.
+
+    `buckets`: images are wide, tall and square in turn, instead of all square.
+    """
     rng = np.random.default_rng(seed)
     excluded = excluded or {}
     made = Made(root, images={size: [] for size in sizes})
@@ -91,18 +103,20 @@ def make_store(
             ids = tuple(captions.index(caption) for caption in own)
             url = None if row % 2 else f"https://example.com/{shard}/{row}.jpg"
             digest = hashlib.sha256(bytes([shard, row])).hexdigest()
-            samples.append(
-                st.SampleRow(f"{key_prefix}{shard:03d}-{row:03d}", tuple(own), ids, url, digest, 640, 480 + row, row)
-            )
+            width, height = ORIGINALS[row % 3] if buckets else (640, 480 + row)
+            key = f"{key_prefix}{shard:03d}-{row:03d}"
+            samples.append(st.SampleRow(key, tuple(own), ids, url, digest, width, height, row))
         embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
         files = {"samples": st.shard_path("samples", shard)}
         st.write_samples(root / files["samples"], samples)
         for size in sizes:
             name = st.image_group(size)
             files[name] = st.shard_path(name, shard, store_format)
-            with st.open_image_writer(root / files[name], size, store_format, codec) as writer:
+            shapes = bucket_list(size) if buckets else ()
+            with st.open_image_writer(root / files[name], size, store_format, codec, shapes) as writer:
                 for row, sample in enumerate(samples):
-                    pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                    shape = shapes[(2, 0, 1)[row % 3]] if buckets else (size, size)
+                    pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
                     writer.append(pixels, sample.key, sample.sha256)
                     if row not in excluded.get(shard, []):
                         made.images[size].append(pixels)
@@ -141,7 +155,7 @@ def make_store(
             "size_px": size,
             "format": store_format,
             "codec": codec,
-            "config": st.codec_settings(codec),
+            "config": st.codec_settings(codec) | ({"shapes": [list(s) for s in bucket_list(size)]} if buckets else {}),
         }
     header_groups["text-t5"] = {
         "kind": "text",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagen_core import store as st
 from imagen_core.store.codec import decode, encode
-from imagen_core.store.files.shard import ImageFile, open_images
+from imagen_core.store.files.images import ImageFile, open_images
 from tests.imagen_core.store.handmade_store import Made
 from tests.imagen_core.store.verification.test_verify import rewrite_manifest
 
@@ -132,7 +132,7 @@ def test_an_image_that_does_not_decode_is_named_by_verify_and_reader(
     wrong = {"truncated": image[: len(image) // 2], "noise": bytes(range(200))}.get(damage, buffer.getvalue())
     stored = iter([encode(good[0], codec), wrong, image])
     with monkeypatch.context() as patch:
-        patch.setattr("imagen_core.store.files.shard.encode", lambda pixels, codec: next(stored))
+        patch.setattr("imagen_core.store.files.images.encode", lambda pixels, codec: next(stored))
         write(path, good, store_format, codec)
     rewrite_manifest(made.path, lambda shards: None)
     (problem,) = st.verify_store(made.path).problems
@@ -162,6 +162,6 @@ def test_what_is_encoded_is_decoded_alone(codec: st.Codec) -> None:
     (image,) = smooth(1)
     data = np.frombuffer(encode(image, codec), np.uint8)
     other = next(name for name in ENCODED if name != codec)
-    assert decode(data, codec, SIZE_PX).shape == (SIZE_PX, SIZE_PX, 3)
+    assert decode(data, codec, (SIZE_PX, SIZE_PX)).shape == (SIZE_PX, SIZE_PX, 3)
     with pytest.raises(ValueError, match="cannot identify"):
-        decode(data, other, SIZE_PX)
+        decode(data, other, (SIZE_PX, SIZE_PX))

@@ -80,6 +80,16 @@ def test_the_pages_reader_decodes_every_codec_in_both_formats(
     assert_same(list(page["read_store"](made.path)), st.Store.open(made.path))
 
 
+@pytest.mark.parametrize("codec", ["raw", "png"])
+def test_the_pages_reader_reads_images_of_buckets_in_both_formats(
+    page: dict[str, Any], make: Make, store_format: st.StoreFormat, codec: st.Codec
+) -> None:
+    made = make(store_format=store_format, codec=codec, buckets=True)
+    found = list(page["read_store"](made.path))
+    assert_same(found, st.Store.open(made.path))
+    assert {sample["images"][8].shape for sample in found} == {(10, 6, 3), (8, 8, 3), (6, 10, 3)}
+
+
 def test_the_pages_reader_and_digests_know_arrays_in_both_formats(
     page: dict[str, Any], make: Make, store_format: st.StoreFormat
 ) -> None:

@@ -20,6 +20,7 @@ from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
+from tests.imagen_core.store.handmade_store import ORIGINALS, bucket_list
 
 ALONE = World(0, 1, torch.device("cpu"))
 DIM = 8
@@ -51,12 +52,14 @@ def make_store(
     dim: int = DIM,
     large_px: int = 32,
     row_fields: Callable[[int], dict[str, Any]] = lambda row: {},
+    buckets: bool = False,
 ) -> Path:
     """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
 
     Args:
         large_px: another size instead of 32, and its half instead of 16.
         row_fields: fields of the samples by row.
+        buckets: images are wide, tall and square in turn (12 x 20, 20 x 12 and 16 x 16 px, and twice that).
     """
     if (root / "manifest.json").exists():
         return root
@@ -64,7 +67,8 @@ def make_store(
     groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
     for size in (large_px // 2, large_px):
         group = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
-        groups[st.image_group(size)] = group
+        shapes = {"config": {"shapes": [list(shape) for shape in bucket_list(size)]}} if buckets else {}
+        groups[st.image_group(size)] = group | shapes
     groups["text-t5"] = {
         "kind": "text",
         "encoder": "t5",
@@ -87,11 +91,23 @@ def make_store(
         ]
         st.write_samples(root / paths["samples"], samples)
         half = large_px // 2
-        large = rng.integers(0, 256, (count, large_px, large_px, 3), dtype=np.uint8)
-        small = large.reshape(count, half, 2, half, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+        if buckets:
+            samples = [
+                replace(sample, width=width, height=height)
+                for row, sample in enumerate(samples)
+                for width, height in [ORIGINALS[row % 3]]
+            ]
+            st.write_samples(root / paths["samples"], samples)
+        of_row = [bucket_list(half)[(2, 0, 1)[row % 3]] if buckets else (half, half) for row in range(count)]
+        large = [rng.integers(0, 256, (2 * h, 2 * w, 3), dtype=np.uint8) for h, w in of_row]
+        small = [
+            pixels.reshape(h, 2, w, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+            for pixels, (h, w) in zip(large, of_row, strict=True)
+        ]
         for size, images in ((large_px, large), (half, small)):
             name = st.image_group(size)
-            with st.open_image_writer(root / paths[name], size, "parquet") as writer:
+            shapes = bucket_list(size) if buckets else ()
+            with st.open_image_writer(root / paths[name], size, "parquet", shapes=shapes) as writer:
                 for pixels, sample in zip(images, samples, strict=True):
                     writer.append(pixels, sample.key, sample.sha256)
         embeddings = [rng.normal(size=(1 + row % 5, dim)).astype(np.float32) for row in range(count)]

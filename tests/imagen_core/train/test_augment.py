@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser
-from imagen_core.store import CropBox, ImageInfo, Store
+from imagen_core.store import CropBox, Frame, ImageInfo, Store
 from imagen_core.train import TrainConfig, TrainError, train
 from imagen_core.train.augment import BlurConfig, Flipped, RandomResizedCrop, ResizedCropConfig, blur, stored_box
 from imagen_core.train.components import ViewsConfig
@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 PX = 48
 """Stored size."""
-SIZES = {32: (PX, 32), 16: (PX, 16)}
+SIZES = {size: Frame(PX, (PX, PX), (size, size)) for size in (32, 16)}
+FRAME = SIZES[16]
 PLAIN_SUPER = SUPER | {"low_res_noise": None, "unet": SUPER["unet"] | {"low_res_noise": False}}
 
 
@@ -74,9 +75,9 @@ def test_no_crop_divides_a_safebox_or_leaves_the_image_or_upsamples_it() -> None
         x, y = (sorted(rng.uniform(-0.1, 1.1, 2) * side) for side in (width, height))
         box = (math.floor(x[0]), math.floor(y[0]), math.ceil(x[1]) + 1, math.ceil(y[1]) + 1)
         image = ImageInfo(width, height, "text", box)
-        cropped_box = make_crop(min_scale=0.05, max_scale=0.6).square(16, numbers.tolist(), image)
-        assert 0 <= cropped_box.top <= cropped_box.top + cropped_box.side <= PX
-        assert 0 <= cropped_box.left <= cropped_box.left + cropped_box.side <= PX
+        cropped_box = make_crop(min_scale=0.05, max_scale=0.6).box(FRAME, numbers.tolist(), image)
+        assert 0 <= cropped_box.top <= cropped_box.top + cropped_box.height <= PX
+        assert 0 <= cropped_box.left <= cropped_box.left + cropped_box.height <= PX
         # In pixels of the original: the part of the box within the stored centre square lies within the crop.
         short = min(width, height)
         margin = ((width - short) // 2, (height - short) // 2)
@@ -86,10 +87,10 @@ def test_no_crop_divides_a_safebox_or_leaves_the_image_or_upsamples_it() -> None
             seen = max(box[other] - margin[other], 0) < min(box[other + 2] - margin[other], short)
             if low < high and seen:
                 assert first * short / PX <= low + 1e-6
-                assert (first + cropped_box.side) * short / PX >= high - 1e-6
-        assert cropped_box.side >= 16 or cropped_box.side == PX
-        assert cropped_box.side * short / PX >= min(16, short) - 1e-6, "as many pixels of the original"
-        moved += cropped_box.side < PX
+                assert (first + cropped_box.height) * short / PX >= high - 1e-6
+        assert cropped_box.height >= 16 or cropped_box.height == PX
+        assert cropped_box.height * short / PX >= min(16, short) - 1e-6, "as many pixels of the original"
+        moved += cropped_box.height < PX
     assert moved > 1500, "the property is not held by cutting nothing"
 
 
@@ -97,7 +98,7 @@ def test_no_crop_divides_a_safebox_or_leaves_the_image_or_upsamples_it() -> None
 def test_areas_are_uniform_between_the_limits(min_scale: float, max_scale: float, low: int, high: int) -> None:
     crops = make_crop(min_scale=min_scale, max_scale=max_scale)
     numbers = (np.arange(20_000) + 0.5) / 20_000
-    sides = Counter(crops.square(16, [0.0, u, 0.0, 0.0], ImageInfo(640, 480)).side for u in numbers.tolist())
+    sides = Counter(crops.box(FRAME, [0.0, u, 0.0, 0.0], ImageInfo(640, 480)).height for u in numbers.tolist())
     assert (min(sides), max(sides)) == (low, high)
     for side, count in sides.items():
         assert abs(count / 20_000 - (2 * side + 1) / ((high + 1) ** 2 - low**2)) <= 1 / 20_000
@@ -108,33 +109,65 @@ def test_every_allowed_place_is_as_likely() -> None:
     numbers = ((np.arange(900) + 0.5) / 900).tolist()
     plain, boxed = ImageInfo(480, 480), ImageInfo(480, 480, "x", (50, 0, 420, 10))
     for image, places in ((plain, range(9)), (boxed, range(2, 6))):
-        lefts = Counter(crops.square(16, [0.0, 0.5, 0.0, u], image).left for u in numbers)
+        lefts = Counter(crops.box(FRAME, [0.0, 0.5, 0.0, u], image).left for u in numbers)
         assert lefts == dict.fromkeys(places, 900 // len(places))
-    assert {crops.square(16, [0.0, 0.5, u, 0.0], boxed).top for u in numbers} == {0}
+    assert {crops.box(FRAME, [0.0, 0.5, u, 0.0], boxed).top for u in numbers} == {0}
 
 
 def test_the_limits_of_detail_and_writing_are_stronger_than_the_largest_scale() -> None:
     small = {"min_scale": 0.01, "max_scale": 0.01}
     ends: list[list[float]] = [[0.0, u, u, u] for u in (0.0, 0.999999)]
     for numbers in ends:
-        assert make_crop(**small).square(16, numbers, ImageInfo(500, 500)).side == 16, "no stored pixel is upsampled"
-        assert make_crop(**small).square(16, numbers, ImageInfo(24, 30)).side == 32, "nor one of the original, of 24"
-        assert make_crop(**small).square(16, numbers, ImageInfo(9, 9)) == CropBox(0, 0, PX)
-        assert make_crop(**small, min_px=2).square(16, numbers, ImageInfo(500, 500)).side == 32
-        assert make_crop(**small, min_px=0).square(16, numbers, ImageInfo(9, 9)).side == 5
+        assert make_crop(**small).box(FRAME, numbers, ImageInfo(500, 500)).height == 16, "no stored pixel is upsampled"
+        assert make_crop(**small).box(FRAME, numbers, ImageInfo(24, 30)).height == 32, "nor one of the original, of 24"
+        assert make_crop(**small).box(FRAME, numbers, ImageInfo(9, 9)) == CropBox(0, 0, PX, PX)
+        assert make_crop(**small, min_px=2).box(FRAME, numbers, ImageInfo(500, 500)).height == 32
+        assert make_crop(**small, min_px=0).box(FRAME, numbers, ImageInfo(9, 9)).height == 5
         wide = ImageInfo(480, 480, "x", (100, 100, 400, 110))
-        assert make_crop(**small).square(16, numbers, wide).side == 30
+        assert make_crop(**small).box(FRAME, numbers, wide).height == 30
 
 
 def test_images_without_writing_have_settings_of_their_own() -> None:
     crops = make_crop(probability=0.5, without_text={"min_scale": 0.25, "max_scale": 0.25})
     boxed = ImageInfo(480, 480, "x", (0, 0, 1, 1))
-    assert crops.square(16, [0.49, 0.0, 0.0, 0.0], boxed).side == 42
-    assert crops.square(16, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX), "shown in full"
-    assert crops.square(16, [0.0, 0.5, 0.5, 0.5], ImageInfo(480, 480, "x")) == CropBox(0, 0, PX), "unknown place"
+    assert crops.box(FRAME, [0.49, 0.0, 0.0, 0.0], boxed).height == 42
+    assert crops.box(FRAME, [0.50, 0.0, 0.0, 0.0], boxed) == CropBox(0, 0, PX, PX), "shown in full"
+    assert crops.box(FRAME, [0.0, 0.5, 0.5, 0.5], ImageInfo(480, 480, "x")) == CropBox(0, 0, PX, PX), "unknown place"
     for image in (ImageInfo(480, 480, ""), ImageInfo(480, 480), ImageInfo(480, 480, "", (0, 0, 9, 9))):
-        assert crops.square(16, [0.99, 0.0, 0.0, 0.0], image).side == 24
-    assert crops.square(16, [0.50, 0.0, 0.0, 0.0], ImageInfo(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX)
+        assert crops.box(FRAME, [0.99, 0.0, 0.0, 0.0], image).height == 24
+    assert crops.box(FRAME, [0.50, 0.0, 0.0, 0.0], ImageInfo(480, 480, None, (0, 0, 9, 9))) == CropBox(0, 0, PX, PX)
+
+
+def test_a_crop_of_a_bucket_keeps_its_ratio_and_the_writing() -> None:
+    shape = (72, 56)  # of 64 px
+    frame = RandomResizedCrop(make_crop().config.model_copy(update={"from_px": 64}), np.zeros).layout(
+        [32], lambda _: shape
+    )[32]
+    assert frame == Frame(64, shape, (36, 28))
+    rng = np.random.default_rng(4)
+    written = 0
+    for numbers in random_rows(300):
+        height = int(rng.integers(200, 900))
+        image = ImageInfo(int(height * rng.uniform(0.6, 1.2)), height)
+        box = make_crop(min_scale=0.3, max_scale=0.8).box(frame, numbers.tolist(), image)
+        assert 0 <= box.top <= box.top + box.height <= 72
+        assert 0 <= box.left <= box.left + box.width <= 56
+        assert abs(box.height / box.width - 72 / 56) < 0.5 / box.width + 0.5 / box.height * 72 / 56
+        assert box.height * box.width >= 0.28 * 72 * 56
+        x, y = (sorted(rng.integers(0, side, 2).tolist()) for side in (image.width, image.height))
+        text = ImageInfo(image.width, image.height, "text", (x[0], y[0], x[1] + 1, y[1] + 1))
+        left, top, right, bottom = stored_box(text, shape)
+        box = make_crop(min_scale=0.05, max_scale=0.6).box(frame, numbers.tolist(), text)
+        if right > left:
+            assert box.left <= left < right <= box.left + box.width
+            assert box.top <= top < bottom <= box.top + box.height
+            written += 1
+    assert written > 200
+
+
+def test_a_crop_of_a_bucket_to_parts_of_pixels_is_refused() -> None:
+    with pytest.raises(ValueError, match="no whole number of pixels"):
+        make_crop().layout([20], lambda _: (56, 40))
 
 
 def test_only_images_without_writing_are_flipped() -> None:
@@ -157,18 +190,21 @@ def test_a_crop_is_resized_as_pillow_does_and_unchanged_at_its_own_size(flipped:
     pixels = np.random.default_rng(2).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
     part = Image.fromarray(pixels).crop((7, 3, 47, 43))
     turned = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else part
-    cropped_box = CropBox(3, 7, 40, flipped)
-    assert np.array_equal(cropped_box.show(pixels, 40), np.asarray(turned))
+    cropped_box = CropBox(3, 7, 40, 40, flipped)
+    assert np.array_equal(cropped_box.show(pixels, (40, 40)), np.asarray(turned))
     for size in (16, 39, 64):
         expected = np.asarray(turned.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-        assert np.abs(cropped_box.show(pixels, size) - expected).max() <= 2
+        assert np.abs(cropped_box.show(pixels, (size, size)) - expected).max() <= 2
 
 
 def test_a_safebox_is_counted_in_pixels_of_the_stored_centre_square() -> None:
-    assert stored_box(ImageInfo(600, 480, "x", (160, 100, 360, 220)), PX) == (10, 10, 30, 22)
-    assert stored_box(ImageInfo(480, 600, "x", (160, 161, 360, 221)), PX) == (16, 10, 36, 17), "grown"
-    assert stored_box(ImageInfo(600, 480, "x", (-5, -5, 9999, 9999)), PX) == (0, 0, PX, PX)
-    assert stored_box(ImageInfo(600, 480, "x", (0, 0, 60, 480)), PX) == (0, 0, 0, 0), "cropped away by precompute"
+    assert stored_box(ImageInfo(600, 480, "x", (160, 100, 360, 220)), (PX, PX)) == (10, 10, 30, 22)
+    assert stored_box(ImageInfo(480, 600, "x", (160, 161, 360, 221)), (PX, PX)) == (16, 10, 36, 17), "grown"
+    assert stored_box(ImageInfo(600, 480, "x", (-5, -5, 9999, 9999)), (PX, PX)) == (0, 0, PX, PX)
+    assert stored_box(ImageInfo(600, 480, "x", (160, 100, 360, 220)), (40, 50)) == (13, 8, 30, 19), "of a bucket"
+    assert stored_box(ImageInfo(600, 480, "x", (0, 0, 60, 480)), (PX, PX)) == (0, 0, 0, 0), (
+        "cropped away by precompute"
+    )
 
 
 def test_a_full_image_at_its_own_size_has_the_stored_pixels(written_store: Path) -> None:
@@ -185,7 +221,7 @@ def test_both_images_of_super_resolution_show_one_crop_of_the_larger_image(writt
     config = make_config(written_store, denoiser=PLAIN_SUPER, views={"resized_crop": augment, "horizontal_flip": True})
     images = {sample.key: sample for sample in Store.open(written_store)}
     crops = [
-        CropBox(top, left, side, flipped)
+        CropBox(top, left, side, side, flipped)
         for side in range(40, PX + 1)
         for top in range(PX - side + 1)
         for left in range(PX - side + 1)
@@ -196,15 +232,17 @@ def test_both_images_of_super_resolution_show_one_crop_of_the_larger_image(writt
     for k, key in enumerate(batch.keys):
         large, small = (batch.images[size][k].permute(1, 2, 0).numpy() for size in (32, 16))
         pixels = images[key].images[PX]
-        (cropped_box,) = [cropped_box for cropped_box in crops if np.array_equal(cropped_box.show(pixels, 32), large)]
-        assert np.array_equal(cropped_box.show(pixels, 16), small)
+        (cropped_box,) = [
+            cropped_box for cropped_box in crops if np.array_equal(cropped_box.show(pixels, (32, 32)), large)
+        ]
+        assert np.array_equal(cropped_box.show(pixels, (16, 16)), small)
         written, box = images[key].transcription, images[key].safebox
         if written and box is None:
-            assert cropped_box == CropBox(0, 0, PX)
+            assert cropped_box == CropBox(0, 0, PX, PX)
         elif written:
             assert not cropped_box.flipped
         else:
-            assert 43 <= cropped_box.side <= 45
+            assert 43 <= cropped_box.height <= 45
         kinds["text" if written else "flipped" if cropped_box.flipped else "plain"] += 1
     assert min(kinds.values()) >= 1
     assert len(kinds) == 3

@@ -14,7 +14,7 @@ def estimate(batch: int = 1, *, num_shards: int = 1, **changes: object) -> Memor
     return estimate_memory(
         DenoiserConfig(unet=unet, size_px=16),
         micro_batch_size=batch,
-        side_px=16,
+        shape=(16, 16),
         num_tokens=6,
         bytes_per_activation=4,
         num_averages=2,

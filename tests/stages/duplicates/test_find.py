@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -163,7 +164,11 @@ def test_an_evaluation_set_is_found_as_a_folder_a_store_and_a_list(images: Path,
     file = tmp_path / "list.txt"
     file.write_text(f"# held out\n{Store.open(copy / 'store')[5].sha256}  mirrored.png\n")
     run(images, copy, f"duplicates.exclude=[{file}]")
-    assert {key for key, of in listed(copy).items() if of != "a.png"} == {"b.png", "d.png", "f.png"}
+    by_hash = {key for key, of in listed(copy).items() if of != "a.png"}
+    assert by_hash == {"b.png", "d.png", "f.png"}
+    fsspec.filesystem("memory").put(str(file), "memory://sets/list.txt")
+    run(images, copy, "duplicates.exclude=[memory://sets/list.txt]")
+    assert {key for key, of in listed(copy).items() if of != "a.png"} == by_hash
 
 
 def test_a_removed_image_hides_no_copy_of_it_and_compaction_erases_its_hashes(images: Path, copy: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from imagen_core.train import train
 from tests import trained
 from tests.commands import call, precompute
+from tests.imagen_core.train.small import make_config, make_store
 from tests.trained import COMMON, UNET
 
 DIFFUSION = {"schedule": {"kind": "discrete", "num_steps": 6, "beta": "cosine"}, "variance": "learned_range"}
@@ -145,3 +147,16 @@ def test_a_store_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> No
     result = measure(work, tmp_path / "out", f"store={tmp_path}/run/store")
     assert result.code == 2
     assert "by another encoder than the model's" in result.err
+
+
+@pytest.mark.slow
+def test_images_of_aspect_ratio_buckets_are_measured_each_in_its_shape(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run/store", rows=(7,), buckets=True)
+    train(make_config(store, num_steps=1, batch_size=4), tmp_path / "base")
+    more = ("num_images=7", "num_steps=3", "precision=float64")
+    together = facts(measure(tmp_path, tmp_path / "together", *more))
+    facts(measure(tmp_path, tmp_path / "alone", *more, "batch_size=1"))
+    bits, alone = by_key(tmp_path / "together"), by_key(tmp_path / "alone")
+    assert len(bits) == together["images"] == 7
+    assert bits == pytest.approx(alone, rel=1e-9)
+    assert together["bits_per_dimension"] == pytest.approx(together["prior_bits"] + sum(together["bound_bits"]))

@@ -10,7 +10,8 @@ from imagen_core.store import Store
 from stages.filters.base import FilterRow, Rejection
 from stages.filters.registry import AnyFilters
 from stages.filters.size import MaxPixels, TooSmall
-from stages.precompute.resize import ImagesConfig, ResizeStage
+from stages.precompute.images_config import ImagesConfig
+from stages.precompute.resize import ResizeStage
 from tests.commands import drops, precompute
 from tests.images import plain_png
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.images import Filter, center_square, decode_rgb, pyramid, resize_square
+from imagen_core.store.buckets import bucket_shapes, choose_shape, crop_box, scaled
+from stages.images import Filter, center_square, decode_rgb, pyramid, pyramid_of_shapes, resize_square
 
 FILTERS: dict[Filter, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -158,6 +159,37 @@ def test_pyramid_equals_pillow_crop_and_resize_of_the_whole_image(make, height, 
         assert level.flags.writeable
         expected = np.asarray(square.resize((size_px, size_px), Image.Resampling.BICUBIC))
         assert max_difference(level, expected) <= 1
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize(
+    ("height", "width"), [(768, 1024), (1023, 767), (600, 401), (130, 190), (2000, 200), (1, 300), (40, 30)]
+)
+@pytest.mark.parametrize("make", [noise, photo_like])
+def test_images_of_a_bucket_equal_pillow_crop_and_resize_of_the_whole_image(make, height, width, filter):
+    """Also where they grow, and where no bucket is near: 10:1 is cut to 2:1."""
+    pixels = make(height, width)
+    shape = choose_shape(width, height, bucket_shapes(64))
+    box = crop_box(width, height, shape)
+    shapes = {size: (shape[0] * size // 64, shape[1] * size // 64) for size in (64, 256)}
+    for size, level in pyramid_of_shapes(pixels, shapes, filter).items():
+        assert level.shape == (*shapes[size], 3)
+        assert level.flags.c_contiguous
+        expected = Image.fromarray(pixels).crop(box).resize(shapes[size][::-1], FILTERS[filter])
+        assert max_difference(level, np.asarray(expected)) <= 1
+
+
+def test_the_sizes_of_a_bucket_show_the_same_part():
+    """A mark at the edge of the crop is at the edge of every size, however the crop is rounded."""
+    pixels = noise(601, 901)
+    crops = {}
+    for base in (64, 256):
+        shape = choose_shape(901, 601, scaled(bucket_shapes(64), 64, base))
+        crops[base] = crop_box(901, 601, shape)
+        left, top, right, bottom = crops[base]
+        whole = pyramid_of_shapes(pixels, {base: shape}, "box")[base]
+        assert np.array_equal(whole, pyramid_of_shapes(pixels[top:bottom, left:right], {base: shape}, "box")[base])
+    assert crops[64] == crops[256]
 
 
 def test_pyramid_computes_each_size_from_the_original():

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_core.store import Store, verify_store
+from imagen_core.store import Store, crop_box, verify_store
+from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import Summary
+from pipeline.storage.run_folder import RunFolder
 from stages.images import Decoded, decode_rgb
 from stages.store_tools.inspect import inspect_command
+from stages.store_tools.remove import remove_command
 from stages.store_tools.report import report_command
 from tests.runs import precompute
+from workflows.precompute import Precompute, PrecomputeConfig
 
 
 def png(side_px: int, level: int) -> bytes:
@@ -174,3 +178,141 @@ def test_another_codec_is_refused_with_a_diff_and_rebuilt_alone_on_restart(image
 def test_a_codec_that_there_is_not_is_refused(images: Path, tmp_path: Path, codec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, images, "[16]", f"images.codec={codec}")
+
+
+SHAPES_32 = [(40, 24), (32, 32), (24, 40)]
+"""Height and width of the buckets of 32 px."""
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Noise of several shapes: wide, tall, square, 10:1, and too small for 64 px in its height alone."""
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    sizes = {"a": (300, 200), "b": (200, 300), "c": (210, 200), "d": (1000, 100), "e": (150, 40)}
+    for name, (width, height) in sizes.items():
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"scene {name}")
+    return folder
+
+
+BUCKETS = "images.aspect=buckets"
+
+
+@pytest.mark.parametrize(("store_format", "codec"), [("parquet", "raw"), ("hdf5", "png")])
+def test_images_of_buckets_are_cropped_least_and_all_sizes_show_the_same_part(
+    scenes: Path, tmp_path: Path, store_format: str, codec: str
+) -> None:
+    summary = run(tmp_path, scenes, "[32,64]", BUCKETS, f"store.format={store_format}", f"images.codec={codec}")
+    assert summary["tally"]["groups"]["samples"]["drops"] == {"too_small": 1}, "e has 40 px, its bucket 48"
+    store = Store.open(tmp_path / "run" / "store")
+    assert store.manifest.images[64].config["shapes"] == [[2 * h, 2 * w] for h, w in SHAPES_32]
+    expected = {"a.png": (24, 40), "b.png": (40, 24), "c.png": (32, 32), "d.png": (24, 40)}
+    for sample in store:
+        height, width = expected[sample.key]
+        with Image.open(scenes / sample.key) as original:
+            crop = original.crop(crop_box(sample.width, sample.height, (height, width)))
+        for size, factor in ((32, 1), (64, 2)):
+            assert sample.images[size].shape == (height * factor, width * factor, 3)
+            resized = crop.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+            assert np.abs(sample.images[size].astype(int) - np.asarray(resized).astype(int)).max() <= 1
+    assert verify_store(tmp_path / "run" / "store").ok
+
+
+def test_summary_report_and_inspect_say_what_is_cut_off_and_how_many_images_each_bucket_has(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS, "duplicates=report")
+    folder = tmp_path / "run"
+    workflow = Precompute(load_config(PrecomputeConfig, None, ["images.sizes_px=[32]", BUCKETS]))
+    line = dict(workflow.next_steps(RunFolder(str(folder))))["crops"]
+    assert line.endswith("; 24x40 20.0%, 32x32 20.0%, 40x24 60.0%")
+    result, lines, _ = inspect_command(str(folder))
+    assert result["crops"]["histogram"] == {"24x40": 1, "32x32": 1, "40x24": 3}  # type: ignore[index]
+    assert f"  crops: {line}" in lines
+    assert any("32 px, raw, parquet, 3 buckets" in line for line in lines)
+    report, lines, _ = report_command(str(folder))
+    assert f"crops  {line}" in lines
+    assert report["crops"]["images"] == 5  # type: ignore[index]
+    page = (folder / "report" / "index.html").read_text()
+    assert 'width="40" height="24" alt="scene a, 40 x 24 px"' in page
+    assert "<td>40x24</td>" in page
+
+
+@pytest.mark.parametrize(("store_format", "codec"), [("parquet", "raw"), ("hdf5", "png")])
+def test_removed_samples_of_buckets_are_erased_and_counted_no_more(
+    scenes: Path, tmp_path: Path, store_format: str, codec: str
+) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS, f"store.format={store_format}", f"images.codec={codec}")
+    folder, kept = tmp_path / "run", Store.open(tmp_path / "run" / "store")[2].images[32]
+    remove_command(str(folder), key=["a.png"], compact_files=True, grace_s=0)
+    store = Store.open(folder / "store")
+    assert [sample.key for sample in store] == ["b.png", "c.png", "d.png", "e.png"]
+    np.testing.assert_array_equal(store[1].images[32], kept)
+    assert store.shard(0).images[32].shape(0) == (32, 32), "nothing is left of its shape"
+    assert not store.shard(0).images[32].pixels(0).any()
+    assert verify_store(folder / "store").ok
+    crops = inspect_command(str(folder))[0]["crops"]
+    assert crops["histogram"] == {"24x40": 1, "32x32": 1, "40x24": 2}  # type: ignore[index]
+
+
+def test_a_larger_size_added_later_has_the_same_buckets_and_blanks_of_their_shape(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS)
+    assert len(Store.open(tmp_path / "run" / "store")) == 5
+    run(tmp_path, scenes, "[32,64]", BUCKETS)
+    store = Store.open(tmp_path / "run" / "store")
+    assert [sample.key for sample in store] == ["a.png", "b.png", "c.png", "d.png"]
+    files = store.shard(0)
+    assert [files.images[64].shape(row) for row in range(5)] == [(48, 80), (80, 48), (64, 64), (48, 80), (48, 80)]
+    assert not files.images[64].pixels(4).any()
+    assert verify_store(tmp_path / "run" / "store").ok
+
+
+def test_buckets_of_another_list_are_refused_with_a_diff(scenes: Path, tmp_path: Path) -> None:
+    """Squares and buckets, another ratio, or a smaller size whose list does not fit the larger images."""
+    run(tmp_path, scenes, "[64]", BUCKETS)
+    for more in (["[64]"], ["[64]", BUCKETS, "images.max_aspect_ratio=1.5"], ["[32,64]", BUCKETS]):
+        with pytest.raises(StaleOutputError, match=r"(?s)images-64.*shapes"):
+            run(tmp_path, scenes, *more)
+
+
+def test_a_base_size_keeps_the_list_of_a_smaller_size_that_comes_later(scenes: Path, tmp_path: Path) -> None:
+    run(tmp_path, scenes, "[64]", BUCKETS, "images.aspect_base_px=32")
+    before = Store.open(tmp_path / "run" / "store").manifest.file("images-64", 0)
+    run(tmp_path, scenes, "[32,64]", BUCKETS)
+    store = Store.open(tmp_path / "run" / "store")
+    assert store.manifest.file("images-64", 0) == before
+    assert [image.shape for image in store[0].images.values()] == [(24, 40, 3), (48, 80, 3)]
+
+
+def test_squares_are_not_changed_by_the_settings_of_buckets(images: Path, tmp_path: Path) -> None:
+    run(tmp_path, images, "[16]", "images.max_aspect_ratio=3")
+    group = Store.open(tmp_path / "run" / "store").manifest.images[16]
+    assert group.config == {"filter": "bicubic"}
+    assert group.shapes == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "message"),
+    [
+        ("[60]", (), "images: buckets need a smallest size that is a multiple of 8"),
+        ("[64,100]", (), "images: images of 100 px cannot have the shapes of those of 64 px"),
+        ("[16]", (), "images: aspect: buckets of 16 px with max_aspect_ratio 2 have no shape but the square"),
+        ("[64]", ("images.max_aspect_ratio=1.1",), "have no shape but the square"),
+        ("[64]", ("images.max_aspect_ratio=0.5",), "images.max_aspect_ratio"),
+        (
+            "[64]",
+            ("images.aspect_base_px=128",),
+            "images: aspect_base_px is 128, but sizes_px has 64; it may not be larger",
+        ),
+        ("[64]", ("images.aspect=square", "images.aspect_base_px=64"), "images: aspect_base_px is of aspect: buckets"),
+    ],
+)
+def test_lists_of_buckets_that_cannot_be_are_refused(
+    images: Path, tmp_path: Path, sizes: str, more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, images, sizes, BUCKETS, *more)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline.errors import ConfigError
 from stages.sampling.config import InpaintConfig
-from stages.sampling.inputs import read_inpaint, read_squares
+from stages.sampling.inputs import read_centres, read_inpaint
 
 
 def half_clear(path: Path) -> str:
@@ -20,7 +20,7 @@ def half_clear(path: Path) -> str:
 
 
 def test_transparency_of_low_resolution_and_initial_images_is_white(tmp_path: Path) -> None:
-    squares = read_squares([half_clear(tmp_path / "a.png"), None], 8)
+    squares = read_centres([half_clear(tmp_path / "a.png"), None], (8, 8))
     assert squares is not None
     assert squares.shape == (1, 3, 8, 8)
     assert squares[0, :, 0, 0].tolist() == [1, 1, 1]
@@ -40,4 +40,4 @@ def test_transparency_of_image_and_mask_is_white_when_inpainting(tmp_path: Path)
 def test_an_unusable_image_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ConfigError, match=r"a\.png: cannot be read as an image"):
-        read_squares([str(tmp_path / "a.png")], 8)
+        read_centres([str(tmp_path / "a.png")], (8, 8))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.hybrid.blocks import CrossEmbed, GlobalContext, TransformerBlock
@@ -88,6 +88,22 @@ def inputs(model: HybridUNet, padded_to: int = 6, dtype: torch.dtype = torch.flo
     conditioning = replace(more, text=text, text_mask=mask, low_res=x.flip(0) if low else None,
                            low_res_noise=c_noise.flip(0) if low else None)  # fmt: skip
     return x, c_noise, conditioning
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_an_image_need_not_be_square(variant: str) -> None:
+    model = unet(**VARIANTS[variant])
+    x, c_noise, conditioning = inputs(model)
+
+    def narrow(image: Tensor | None) -> Tensor | None:
+        return None if image is None else image[..., :8]
+
+    images = {name: narrow(getattr(conditioning, name)) for name in ("low_res", "images", "estimate")}
+    with torch.no_grad():
+        square, tall = model(x, c_noise, conditioning), model(x[..., :8], c_noise, replace(conditioning, **images))
+    assert tall.shape == (2, 3, 16, 8)
+    assert torch.isfinite(tall).all()
+    assert 0.2 < tall.std() / square.std() < 5
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

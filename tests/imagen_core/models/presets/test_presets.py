@@ -7,6 +7,7 @@ from torch import nn
 from imagen_core.models import UNetConfig
 from imagen_core.models.presets.priors import PRIOR_PRESETS
 from imagen_core.models.presets.unets import PRESETS, list_presets
+from imagen_core.store.buckets import bucket_shapes, scaled
 from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.presets.published import TABLE
 
@@ -22,6 +23,15 @@ def test_a_published_model_has_its_exact_number_of_parameters(name: str):
 
 def test_every_preset_is_of_a_published_model():
     assert set(PRESETS) == set(TABLE)
+
+
+def test_all_models_but_one_take_the_aspect_ratio_buckets_of_64_px():
+    taken = {}
+    for name, preset in PRESETS.items():
+        size, divisor = preset.config.image_size_px, preset.config.sides_divisor
+        shapes = scaled(bucket_shapes(64), 64, size)
+        taken[name] = all(side % divisor == 0 for shape in shapes for side in shape)
+    assert [name for name, fits in taken.items() if not fits] == ["nostalgebraist_64"]
 
 
 def test_presets_are_listed_with_plain_integers():

@@ -1,5 +1,6 @@
 """What holds for the Regular and the Efficient UNet alike."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,32 @@ def test_the_model_runs_on_crops_and_other_sizes_its_levels_divide(family: str):
     x, c_noise, conditioning = inputs(config, side_px=9)
     with pytest.raises(ValueError, match=r"sides that are multiples of 2 px \(got \(9, 9\)\)"):
         unet(x, c_noise, conditioning)
+
+
+@FAMILY
+@pytest.mark.parametrize("writing", [False, True])
+def test_an_image_need_not_be_square(family: str, writing: bool):
+    """A tall image, mirrored at its diagonal with all kernels, gives the mirrored result."""
+    changes: dict[str, Any] = {"low_res": True}
+    if writing:
+        changes["transcription"] = {"dim": 16, "depth": 1, "resolutions": (8,), "head_dim": 8, "gain": 1.0}
+    config, unet = build(family, **changes)
+    x, c_noise, conditioning = inputs(config)
+    conditioning = replace(conditioning, low_res=x[..., :12])
+    if writing:
+        conditioning = replace(conditioning, characters=torch.tensor([[3, 4], [5, 0]]))
+    tall = unet(x[..., :12], c_noise, conditioning)
+    assert tall.shape == (2, 3, 16, 12)
+    mirrored = deepcopy(unet)
+    for name, parameter in list(mirrored.named_parameters()):
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.transpose(2, 3).contiguous()
+        if name.endswith(".rows"):
+            columns = mirrored.get_parameter(name.replace(".rows", ".columns"))
+            parameter.data, columns.data = columns.data, parameter.data
+    conditioning = replace(conditioning, low_res=x[..., :12].transpose(2, 3))
+    wide = mirrored(x[..., :12].transpose(2, 3), c_noise, conditioning)
+    torch.testing.assert_close(wide.transpose(2, 3), tall, rtol=1e-4, atol=1e-4)
 
 
 @FAMILY

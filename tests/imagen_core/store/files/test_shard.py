@@ -17,8 +17,9 @@ from hypothesis import strategies as hs
 from hypothesis.extra import numpy as hnp
 
 from imagen_core import store as st
-from imagen_core.store.files.parquet import ParquetEmbeddings, ParquetImages
-from imagen_core.store.files.shard import open_embeddings, open_images
+from imagen_core.store.files.images import open_images
+from imagen_core.store.files.parquet import ParquetEmbeddings
+from imagen_core.store.files.shard import open_embeddings
 from tests.imagen_core.store.handmade_store import write_text
 
 DTYPES: list[st.StoreDtype] = ["float16", "bfloat16", "float32", "int8"]
@@ -220,7 +221,7 @@ def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:
         for _ in range(100):
             writer.append(np.zeros((64, 64, 3), np.uint8), "key", "sha256")
     write_text(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
-    images = ParquetImages(str(tmp_path / "images"), "images", 64, "raw")
+    images: Any = open_images(str(tmp_path / "images"), "images", st.ImagesGroup("images-64", 64, "parquet", "raw"))
     text = ParquetEmbeddings(str(tmp_path / "text"), "text", 16, "int8")
     assert images._values.is_mapped
     assert text._values.is_mapped

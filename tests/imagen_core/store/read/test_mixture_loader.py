@@ -220,3 +220,54 @@ def test_the_sequence_of_a_mixture_is_frozen(made: dict[str, Made]) -> None:
         (5, "b/001-000"),
         (8, "b/000-002"),
     ]
+
+
+def bucketed(make: Make) -> dict[str, Made]:
+    return {
+        name: make(f"wide-{name}", shard_rows=rows, sizes=(64,), key_prefix=f"{name}/", seed=ord(name), buckets=True)
+        for name, rows in SIZES.items()
+    }
+
+
+def test_with_buckets_each_global_batch_is_of_one_store_and_one_shape(make: Make) -> None:
+    made = bucketed(make)
+    mixed = loader(made, 2, images=[64])
+    turns, keys, shapes = [], [], set()
+    for batch in islice(mixed, 40):
+        (name,) = {key[0] for key in batch["keys"]}
+        turns.append(name)
+        keys += batch["keys"]
+        shapes.add(tuple(batch["images"][64].shape[2:]))
+    assert [turns[start : start + 10].count("a") for start in range(0, 40, 10)] == [7] * 4
+    assert len(shapes) == 3
+    for name, one in made.items():
+        own = [key for key in keys if key[0] == name]
+        assert sorted(own[: len(one.keys)]) == sorted(one.keys)
+
+
+def test_with_buckets_other_world_sizes_go_on_with_the_same_batches(make: Make) -> None:
+    made = bucketed(make)
+    whole = [batch["keys"] for batch in islice(loader(made, 6, images=[64]), 30)]
+    found, state = [], None
+    for world_size, batches in ((2, 7), (1, 8), (3, 15)):
+        ranks = [loader(made, 6 // world_size, images=[64], rank=r, world_size=world_size) for r in range(world_size)]
+        for rank in ranks if state is not None else ():
+            rank.load_state_dict(check_state(state))
+        parts = [[batch["keys"] for batch in islice(rank, batches)] for rank in ranks]
+        found += [[key for part in batch for key in part] for batch in zip(*parts, strict=True)]
+        (state,) = {json.dumps(rank.state_dict()) for rank in ranks}
+        state = json.loads(state)
+    assert found == whole
+
+
+def test_with_buckets_other_weights_begin_where_the_state_is(make: Make) -> None:
+    made = bucketed(make)
+    first = loader(made, 2, images=[64])
+    before = keys_of(first, 9)
+    other = loader(made, 2, (0, 1), images=[64])
+    other.load_state_dict(first.state_dict())
+    after = keys_of(other, 4)
+    assert {key[0] for key in after} == {"b"}
+    own = [key for key in before if key[0] == "b"] + after
+    assert len(set(own[: len(made["b"].keys)])) == len(made["b"].keys)
+    assert [segment["position"] for segment in other.state_dict()["segments"]] == [0, len(before)]

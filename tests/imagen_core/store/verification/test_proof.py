@@ -14,7 +14,8 @@ import pytest
 from imagen_core import store as st
 from imagen_core.store.files.digest import caption_digest, fingerprint_digest
 from imagen_core.store.files.hdf5 import write_embeddings_hdf5
-from imagen_core.store.files.parquet import SamplesFile, write_embeddings_parquet
+from imagen_core.store.files.parquet import write_embeddings_parquet
+from imagen_core.store.files.samples import SamplesFile
 from tests.imagen_core.store.handmade_store import DIM, FINGERPRINT, Made, rewrite_manifest
 
 Make = Callable[..., Made]

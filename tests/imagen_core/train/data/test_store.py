@@ -10,7 +10,7 @@ import pytest
 from imagen_core.store import Store, StoreError
 from imagen_core.train import StoreLostError, TrainConfig, train
 from imagen_core.train.checkpoints.checkpoint import checkpoints
-from imagen_core.train.data.store import opened_again
+from imagen_core.train.data.store import open_store, opened_again
 from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
 from stages.store_tools.compact import compact
@@ -115,3 +115,16 @@ def test_a_store_made_again_with_the_same_samples_is_read_on_and_another_is_not(
         make_store(path, **changes)
         with pytest.raises(StoreLostError, match=rf"made again with other content: {words}"):
             opened_again(before, config, error, online=False)
+
+
+def test_a_training_with_where_goes_on_in_its_order_while_its_samples_are_erased(tmp_path: Path) -> None:
+    pytest.importorskip("sqlglot")
+    path = make_store(tmp_path / "store", rows=ROWS)
+    config = make_config(path, where="width = 32", **TINY)
+    before = open_stores(config)
+    remove(path, key=["3-000"])
+    compact(path, None)
+    (now,) = opened_again(before, config, StoreError("gone"), online=False).values()
+    assert len(open_store(config)) == 23
+    assert [now.locate(index) for index in range(23)] == [open_store(config).locate(index) for index in range(23)]
+    assert len(now.places(0)[0]) == 24, "the erased row, whose width is 0 now, keeps its place in the order"

@@ -12,6 +12,7 @@ from imagen_core.store import Store
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.randomness import SampleColumn, sample_numbers
+from imagen_core.train.data.store import open_store
 from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.parallel.world import World
@@ -52,6 +53,29 @@ def test_a_far_store_is_read_through_the_cache_a_few_shards_at_a_time(store: Pat
     assert len(copies) == 2 * 3  # of two shards: samples, images of one size, embeddings
     resumed = read(config, 4, state=batches[5].loader_state)
     assert [batch.keys for batch in resumed] == [batch.keys for batch in batches[6:]]
+
+
+def test_where_chooses_samples_before_ranges_and_validation_count_them(store: Path) -> None:
+    pytest.importorskip("sqlglot")
+    condition = "NOT key LIKE '%0'"  # 5 of 40 are left out
+    config = make_config(store, where=condition, batch_size=6, validation={"num_samples": 6})
+    batches = read(config, 10)
+    assert [len(batch.keys) for batch in batches] == [6, 6, 6, 6, 5] * 2
+    every = [sample.key for sample in Store.open(store) if not sample.key.endswith("0")]
+    assert {key for batch in batches[:5] for key in batch.keys} == set(every[:29])
+    resumed = read(config, 4, state=batches[5].loader_state)
+    assert [batch.keys for batch in resumed] == [batch.keys for batch in batches[6:]]
+    for other in ("NOT key LIKE '%1'", None):
+        with pytest.raises(TrainError, match="place in the data does not fit: loader state is of another condition"):
+            read(
+                make_config(store, where=other, batch_size=6, validation={"num_samples": 4}),
+                1,
+                state=batches[5].loader_state,
+            )
+    with pytest.raises(TrainError, match=r"where: .* has no column 'score'"):
+        open_store(make_config(store, where="score > 1"))
+    with pytest.raises(TrainError, match="has 0 samples for which where="):
+        open_store(make_config(store, where="width > 100"))
 
 
 def test_a_part_of_the_store_is_trained_on(store: Path) -> None:

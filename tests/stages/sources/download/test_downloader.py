@@ -166,7 +166,7 @@ def test_without_retries_each_url_is_asked_once(tmp_path: Path) -> None:
 
 
 def test_the_images_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, _ = module.load_downloader()
+    theirs = module.load_downloader()
     asked: list[object] = []
     original = theirs.is_disallowed
 
@@ -187,7 +187,7 @@ def test_the_images_come_through_img2dataset(tmp_path: Path, monkeypatch: pytest
 def test_an_img2dataset_that_goes_past_the_limits_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    theirs, _ = module.load_downloader()
+    theirs = module.load_downloader()
 
     if name == "urllib":
         monkeypatch.setattr(theirs, "download_image", lambda row, **_: (row[0], BytesIO(IMAGE), None))
@@ -235,12 +235,15 @@ def test_a_result_that_cannot_be_kept_stops_the_shard(tmp_path: Path) -> None:
 def test_a_url_without_an_answer_is_an_error_and_not_a_lost_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import img2dataset.resizer
+    theirs = module.load_downloader()
+    original = theirs.compute_key
 
-    def broken(self: object, *_: object) -> object:
-        raise ValueError("broken")
+    def broken(key: int, *arguments: object) -> str:
+        if key == 0:
+            raise ValueError("broken")
+        return original(key, *arguments)
 
-    monkeypatch.setattr(img2dataset.resizer.Resizer, "__call__", broken)
+    monkeypatch.setattr(theirs, "compute_key", broken)
     with serve(ROUTES) as server, pytest.raises(RuntimeError, match="no result for 1 of 2 URLs"):
         fetch({0: server.url("/good"), 1: server.url("/404")}, tmp_path)
     capsys.readouterr()  # img2dataset prints the traceback

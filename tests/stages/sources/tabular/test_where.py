@@ -92,7 +92,7 @@ def test_what_is_no_condition_on_the_columns_is_refused(condition: str) -> None:
 def test_a_missing_package_is_named() -> None:
     with (
         mock.patch.dict("sys.modules", {"sqlglot": None}),
-        pytest.raises(MachineError, match=r"pip install 'imagen-precompute\[where\]'"),
+        pytest.raises(MachineError, match=r"pip install 'sqlglot>=30'"),
     ):
         RowFilter("a > 1")
 

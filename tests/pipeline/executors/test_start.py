@@ -1,0 +1,89 @@
+"""Workers start before their first task, take several tasks where these wait, and are forked to import once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ShardError
+from pipeline.executors import task as task_module
+from pipeline.options import RunOptions, Summary
+from tests.pipeline.toy import Toy, ToyConfig, marks
+
+EXECUTORS = ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+
+
+def run(tmp_path: Path, executor: str, *, attempts: int = 3, **toy: object) -> Summary:
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    execution = {"num_cpus": 2, "retry_delay_s": 0, "max_attempts": attempts}
+    config = ToyConfig.model_validate({"toy": {"trace": str(trace), **toy}, "execution": execution})
+    return Toy(config).run(tmp_path / "r", RunOptions(executor, quiet=True))
+
+
+def names(tmp_path: Path, prefix: str) -> list[str]:
+    return [mark.name for mark in sorted((tmp_path / "trace").glob(f"{prefix}-*"))]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_later_stage_is_set_up_before_the_first_shard_is_fetched(executor: str, tmp_path: Path) -> None:
+    summary = run(tmp_path, executor, add_cubes=True, fetch_awaits="setup")
+    assert summary["num_samples"] == 18
+    assert marks(tmp_path / "trace", "setup") == 1, "by the worker that then has the tasks"
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_tasks_that_wait_share_a_process(executor: str, tmp_path: Path) -> None:
+    summary = run(tmp_path, executor, fetches_at_once=4)
+    assert summary["num_samples"] == 18
+    processes = {name.split("-in-")[1].split("-")[0] for name in names(tmp_path, "fetch")}
+    assert len(processes) == 1
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_of_the_tasks_that_die_together_only_the_one_that_causes_it_is_set_aside(
+    executor: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ShardError, match=r"1 of 3 shards failed.*fetch on shard 1: the worker"):
+        run(tmp_path, executor, attempts=2, fetches_at_once=4, num_shards=3, deadly_fetch=1)
+    store = tmp_path / "r/store/squares"
+    assert sorted(file.name for file in store.iterdir()) == ["00000.txt", "00002.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_with_large_packages_are_forked_from_one_process(tmp_path: Path) -> None:
+    assert run(tmp_path, "local", modules=("decimal",))["num_samples"] == 18
+    parents = {name.split("-of-")[1].split("-")[0] for name in names(tmp_path, "worker")}
+    assert len(parents) == 1
+    assert parents != {str(os.getpid())}
+
+
+def test_the_processor_time_of_tasks_that_run_together_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [3.0]
+    monkeypatch.setattr(task_module.time, "process_time", lambda: now[0])
+    shares = task_module._CpuShares()
+    shares.begin(1)
+    now[0] = 4.0
+    shares.begin(2)
+    now[0] = 8.0
+    assert shares.end(1) == 1.0 + 2.0
+    now[0] = 9.0
+    assert shares.end(2) == 2.0 + 1.0
+    assert shares.end(3) == 0.0, "it never began"
+
+
+@pytest.mark.slow
+def test_what_workers_are_forked_from_has_no_threads_of_python_and_uses_no_gpu() -> None:
+    code = (
+        "import importlib, threading\n"
+        "from stages.encoders.t5 import T5EncoderConfig\n"
+        "from stages.precompute.resize import ResizeStage\n"
+        "names = {*ResizeStage.modules, *T5EncoderConfig.modules, ResizeStage.__module__}\n"
+        "[importlib.import_module(name) for name in sorted(names)]\n"
+        "import torch\n"
+        "print(threading.active_count(), torch.cuda.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "1 False\n", done.stderr
