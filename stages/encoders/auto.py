@@ -21,7 +21,8 @@ class AutoEncoderConfig(RecipeConfig):
         config = hf_config(files)
         text = _text_part(config)
         dim = getattr(text, "hidden_size", None)
-        if not isinstance(dim, int) or _model_class(config) is None:
+        reads_text = hasattr(text, "vocab_size")
+        if not reads_text or not isinstance(dim, int) or _model_class(config) is None:
             raise refuse_kind(self.model, files, "text encoder", "give its text part; for CLIP, kind: clip")
         self.check_positions(getattr(text, "max_position_embeddings", None))
         return self.width(dim, text.num_hidden_layers)
@@ -37,8 +38,7 @@ class AutoEncoderConfig(RecipeConfig):
             model = model.get_encoder()
         elif _has_text_tower(config):
             model = model.language_model
-        states = self.states(model, _text_part(config).num_hidden_layers) if self.needs_states else None
-        return PaddedModel(model, self.output, states)
+        return PaddedModel(model, self.output, self.states(model, _text_part(config).num_hidden_layers))
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         from stages.encoders.padded import count_flops

@@ -269,11 +269,17 @@ class EncoderConfig(FrozenModelConfig):
         with reading(self):
             tokenizer = load_tokenizer(files)
             settings = tokenizer_settings(tokenizer, empty_token(tokenizer))
+            own = self.reading_settings(tokenizer)
         return {
             "tokenizer_sha256": files.tokenizer_sha256,
             "text_normalisation": NORMALISATION,
             "tokenizer": settings,
+            **own,
         }
+
+    def reading_settings(self, tokenizer: Any) -> Mapping[str, object]:
+        """What else of the tokenizer decides how captions are read; for the fingerprint."""
+        return {}
 
     def check_positions(self, positions: int | None) -> None:
         """Refuses captions longer than the model's table of positions.

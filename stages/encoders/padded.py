@@ -44,15 +44,10 @@ class PaddedModel:
             attended = own & ~((places >= starts) & (places < stops))
             if any(start < stop < length for (start, stop), length in zip(masked, lengths, strict=True)):
                 options["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
-        result = self._model(
-            input_ids=batch,
-            attention_mask=attended.long(),
-            output_hidden_states=self._output == "penultimate",
-            return_dict=True,
-            **options,
-        )
+        inputs = {"input_ids": batch, "attention_mask": attended.long(), "return_dict": True, **options}
         if self._states is not None:
-            return self._states.of(result)[own]
+            return self._states.run(**inputs)[own]
+        result = self._model(**inputs, output_hidden_states=self._output == "penultimate")
         if self._output == "pooled":
             return result.pooler_output
         if self._output == "projected":

@@ -1,10 +1,9 @@
 """A text encoder of transformers that follows a recipe."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from stages.encoders.base import reading
 from stages.encoders.batches.model_input import CaptionReader
-from stages.encoders.model_files import ModelFiles
 from stages.encoders.recipes.settings import RecipeSettings
 
 
@@ -16,16 +15,13 @@ class RecipeConfig(RecipeSettings):
 
         return RecipeReader(self, tokenizer)
 
-    def input_settings(self, files: ModelFiles) -> dict[str, object]:
-        settings = super().input_settings(files)
-        from stages.encoders.batches.tokens import load_tokenizer
+    def reading_settings(self, tokenizer: Any) -> Mapping[str, object]:
+        """The text that a chat template writes, which its options do not show; raises as `RecipeReader`."""
         from stages.encoders.recipes.template import RecipeReader
 
-        with reading(self):
-            reader = RecipeReader(self, load_tokenizer(files))
-        if self.template is not None and self.template.chat is not None:
-            settings["chat_text"] = [reader.before, reader.after]
-        return settings
+        reader = RecipeReader(self, tokenizer)
+        has_chat = self.template is not None and self.template.chat is not None
+        return {"chat_text": [reader.before, reader.after]} if has_chat else {}
 
     def width(self, dim: int, num_layers: int) -> int:
         """Width of a row: that of the model for each of its layers.
@@ -40,7 +36,9 @@ class RecipeConfig(RecipeSettings):
         return max(self._chosen(num_layers))
 
     def states(self, model: Any, num_layers: int) -> Any:
-        """The `LayerStates` of a loaded model; raises like `width`."""
+        """The `LayerStates` of a loaded model, None if its last hidden states are wanted; raises like `width`."""
+        if self.layers is None and self.final_norm is True:
+            return None
         from stages.encoders.recipes.states import LayerStates
 
         return LayerStates(model, self._chosen(num_layers), self.final_norm, self.join)

@@ -209,7 +209,7 @@ class RecipeSettings(EncoderConfig):
 
     @property
     def needs_states(self) -> bool:
-        """Whether more is wanted of the model than its last hidden states, of text without padding."""
+        """Whether more is wanted of the model than the last hidden states of text without padding."""
         computed = self.pads is not None and self.pads.mode != "zeroed"
         return computed or self.layers is not None or self.final_norm is not True
 

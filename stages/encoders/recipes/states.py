@@ -34,7 +34,7 @@ def chosen_layers(layers: Sequence[int | str], num_layers: int, where: str) -> l
 
 
 class LayerStates:
-    """Catches the states of some layers while a model runs; layers above the highest one are taken out of it.
+    """Runs a model and catches the states of some layers; layers above the highest one are taken out of it.
 
     Args:
         model: of transformers; its list of layers is changed.
@@ -49,6 +49,7 @@ class LayerStates:
         join: Literal["concat", "interleave", "stack"],
     ):
         modules = _layer_list(model)
+        self._model = model
         self._layers, self._join, self._rms = layers, join, final_norm == "rms"
         self._last = len(modules) if final_norm is True else None
         self._caught: dict[int, Tensor] = {}
@@ -58,17 +59,22 @@ class LayerStates:
         if 0 in layers:
             modules[0].register_forward_pre_hook(self._catch_embeddings, with_kwargs=True)
 
-    def of(self, result: Any) -> Tensor:
-        """(batch, length, width of all layers) of the run that gave this result."""
-        if self._last is not None:
-            self._caught[self._last] = result.last_hidden_state
-        states = [self._caught[index] for index in self._layers]
-        self._caught.clear()
+    def run(self, **inputs: Any) -> Tensor:
+        """(batch, length, width of all layers) of the model's inputs."""
+        try:
+            result = self._model(**inputs)
+            if self._last is not None:
+                self._caught[self._last] = result.last_hidden_state
+            return self._joined([self._caught[index] for index in self._layers])
+        finally:
+            self._caught.clear()  # also where memory was short
+
+    def _joined(self, states: Sequence[Tensor]) -> Tensor:
         if self._rms:
             states = [_without_scale(state) for state in states]
         if len(states) == 1:
             return states[0]
-        return torch.stack(states, -1).flatten(-2) if self._join == "interleave" else torch.cat(states, -1)
+        return torch.stack(list(states), -1).flatten(-2) if self._join == "interleave" else torch.cat(list(states), -1)
 
     def _catcher(self, index: int) -> Any:
         def catch(module: Any, arguments: Any, output: Any) -> None:

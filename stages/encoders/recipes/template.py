@@ -39,6 +39,11 @@ class RecipeReader:
                 f"{self._where}.pads: {config.model}'s tokenizer has no pad_token; use mode: zeroed, or name one in "
                 "its tokenizer_config.json"
             )
+        if not self._empty().ids:
+            raise ConfigError(
+                f"{self._where}.empty: nothing is left of the empty caption once {self._config.drop_prefix} rows are "
+                "dropped; use empty: plain, {text: ...} or {token: ...}"
+            )
 
     def __call__(self, captions: Sequence[str]) -> tuple[list[ModelInput], int]:
         """An input for each caption, and how many captions were truncated; a caption of which nothing is left has no

@@ -42,6 +42,9 @@ DECODER = {
 VISION = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 
+SHORT = {"max_tokens": 700}
+"""For recipes of longer texts, which take long to compare; the probe has a text of max_tokens."""
+
 Rows = list[np.ndarray]
 
 
@@ -203,6 +206,7 @@ def t5_part(name: str, length: int, suffix: str = "", **parts: Any) -> Callable[
 
 def flux(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     found = pipe("FluxPipeline", text_encoder=model, text_encoder_2=model, tokenizer_2=tokenizer)
+    object.__setattr__(found, "tokenizer_max_length", 77)
     return masked(found._get_t5_prompt_embeds(captions, max_sequence_length=512, device="cpu"))
 
 
@@ -294,7 +298,7 @@ def ovis(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
 
 
 def ernie(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
-    tokenizer.model_max_length = 2048
+    tokenizer.model_max_length = 700
     found = pipe("ErnieImagePipeline", text_encoder=model, tokenizer=tokenizer)
     return [rows.numpy() for rows in found.encode_prompt(captions, "cpu")]
 
@@ -323,17 +327,17 @@ def one_by_one(run: Callable[[Any, Any, list[str]], Rows]) -> Callable[[Any, Any
 
 def cogview4(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     found = pipe("CogView4Pipeline", text_encoder=model, tokenizer=tokenizer)
-    return masked(found._get_glm_embeds(captions, device="cpu"))
+    return masked(found._get_glm_embeds(captions, max_sequence_length=700, device="cpu"))
 
 
 def fibo(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     found = pipe("BriaFiboPipeline", text_encoder=model, tokenizer=tokenizer)
-    return masked(found.get_prompt_embeds(captions, device=torch.device("cpu"), max_sequence_length=3000)[0])
+    return masked(found.get_prompt_embeds(captions, device=torch.device("cpu"), max_sequence_length=700)[0])
 
 
 def ltx2(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     found = pipe("LTX2Pipeline", text_encoder=model, tokenizer=tokenizer)
-    return masked(*found._get_gemma_prompt_embeds(captions, device="cpu"))
+    return masked(*found._get_gemma_prompt_embeds(captions, device="cpu", max_sequence_length=700))
 
 
 def qwen_image(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
@@ -362,9 +366,9 @@ def krea2(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
 
 def ideogram4(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     found = pipe("Ideogram4Pipeline", text_encoder=model, tokenizer=tokenizer)
-    embeddings = found.encode_prompt(captions, 1, 1, 2048, "cpu")[0]
+    embeddings = found.encode_prompt(captions, 1, 1, 700, "cpu")[0]
     lengths = [int(rows.any(-1).sum()) for rows in embeddings]
-    return [rows[2048 - n : 2048].numpy() for rows, n in zip(embeddings, lengths, strict=True)]
+    return [rows[700 - n : 700].numpy() for rows, n in zip(embeddings, lengths, strict=True)]
 
 
 def dreamlite(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
@@ -397,17 +401,17 @@ CASES: dict[str, Case] = {
     "z-image": Case(decoder("Qwen3"), z_image),
     "flux2-klein": Case(decoder("Qwen3", layers=28), klein),
     "ovis-image": Case(decoder("Qwen3"), ovis),
-    "ernie-image": Case(mistral3, ernie),
+    "ernie-image": Case(mistral3, ernie, settings=SHORT),
     "hunyuan-video": Case(decoder("Llama", "<s> $A"), hunyuan_video),
     "hidream-llama": Case(decoder("Llama", "<s> $A"), hidream_llama),
     "hidream-t5": Case(reference=hidream_t5, **_T5),
-    "cogview4": Case(decoder("Glm", "<s> $A"), one_by_one(cogview4)),
-    "fibo": Case(decoder("SmolLM3", vocab_size=128_064), one_by_one(fibo)),
-    "ltx2": Case(decoder("Gemma3Text", "<s> $A"), ltx2),
+    "cogview4": Case(decoder("Glm", "<s> $A"), one_by_one(cogview4), settings=SHORT),
+    "fibo": Case(decoder("SmolLM3", vocab_size=128_064), one_by_one(fibo), settings=SHORT),
+    "ltx2": Case(decoder("Gemma3Text", "<s> $A"), ltx2, settings=SHORT),
     "qwen-image": Case(vision_language("Qwen2_5_VL"), qwen_image),
     "hunyuan-image": Case(vision_language("Qwen2_5_VL"), hunyuan_image),
     "krea2": Case(vision_language("Qwen3VL", layers=36), krea2),
-    "ideogram4": Case(vision_language("Qwen3VL", layers=36), ideogram4),
+    "ideogram4": Case(vision_language("Qwen3VL", layers=36), ideogram4, settings=SHORT),
     "dreamlite": Case(vision_language("Qwen3VL"), dreamlite),
 }
 """Every recipe that is compared; the ones of one network share the class of their model."""
