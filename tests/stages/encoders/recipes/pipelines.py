@@ -168,7 +168,6 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     empty: Callable[[Any, Any, list[str]], Rows] | None = None
     """The same of the empty caption, where it has a rule of its own."""
-    captions: tuple[str, ...] = CAPTIONS
 
     def config(self, recipe: str, folder: Path) -> dict[str, Any]:
         machine = {"model": str(folder), "compute_dtype": "float32", "num_gpus": 0}
