@@ -103,7 +103,7 @@ class Kinds:
 
 def member_of(union: Any, kind: str) -> type[Any]:
     """The class of a kind in a union that is annotated with `Kinds`; raises as `Kinds.member`."""
-    members, kinds = get_args(union)
+    members, kinds, *_ = get_args(union)
     return kinds.member(get_args(members), kind)
 
 

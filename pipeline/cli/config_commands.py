@@ -43,17 +43,21 @@ def build(name: str, config: str | None, overrides: list[str] | None, out: str |
 
 @config_app.command("ls")
 def config_ls(as_json: AsJson = False) -> None:
-    """List the shipped configurations, and the model presets with their exact parameter counts."""
-    from pipeline.cli.presets import list_models, list_presets
+    """List the shipped configurations, the model presets with their exact parameter counts, and encoder recipes."""
+    from pipeline.cli.presets import list_models, list_presets, list_recipes
     from pipeline.cli.show import show_table
 
-    presets, models = list_presets(), list_models()
+    presets, models, recipes = list_presets(), list_models(), list_recipes()
     if as_json:
-        print_json([*presets, *models])
+        print_json([*presets, *models, *recipes])
     else:
         show_table(["workflow", "name", "description"], [[p["workflow"], p["name"], p["summary"]] for p in presets])
         show_table(
             ["model", "parameters", "description"], [[m["name"], f"{m['parameters']:,}", m["summary"]] for m in models]
+        )
+        show_table(
+            ["encoder recipe", "model", "licence", "description"],
+            [[r["name"], r["model"], r["licence"], f"{r['summary']} ({r['source']})"] for r in recipes],
         )
 
 

@@ -3,7 +3,7 @@
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.config import local_path, parse_yaml
 from pipeline.errors import ConfigError
@@ -24,6 +24,22 @@ def list_presets() -> list[dict[str, str]]:
             "summary": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip(),
         }
         for path in sorted(root.glob("*/*.yaml"))
+    ]
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """Every shipped recipe of a text encoder: its name, model, the licence of its weights, and what it is."""
+    path = Path(str(files("stages"))) / "encoders" / "recipes" / "recipes.yaml"
+    return [
+        {
+            "kind": "encoder_recipe",
+            "name": name,
+            "model": recipe["settings"]["model"],
+            "licence": recipe["licence"],
+            "source": recipe["source"],
+            "summary": recipe["about"],
+        }
+        for name, recipe in sorted(cast(dict[str, Any], parse_yaml(path.read_bytes(), path)).items())
     ]
 
 

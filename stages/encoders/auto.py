@@ -1,14 +1,16 @@
-"""Any other text encoder of transformers: DeBERTa, BERT, RoBERTa, XLM-R, T5Gemma ... or a language model."""
+"""Any other text encoder of transformers: DeBERTa, BERT, RoBERTa, XLM-R, T5Gemma ..., a language model, or the text
+side of a vision-language model."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
+from stages.encoders.base import TokenModel, refuse_kind
 from stages.encoders.loading import load_weights
 from stages.encoders.model_files import ModelFiles, hf_config
+from stages.encoders.recipes.config import RecipeConfig
 
 
-class AutoEncoderConfig(EncoderConfig):
+class AutoEncoderConfig(RecipeConfig):
     """A text encoder found by the `model_type` in its config.json, such as DeBERTa-v2 and v3."""
 
     kind: Literal["auto"] = "auto"
@@ -19,10 +21,11 @@ class AutoEncoderConfig(EncoderConfig):
         config = hf_config(files)
         text = _text_part(config)
         dim = getattr(text, "hidden_size", None)
-        if not isinstance(dim, int) or _model_class(config) is None:
+        reads_text = hasattr(text, "vocab_size")
+        if not reads_text or not isinstance(dim, int) or _model_class(config) is None:
             raise refuse_kind(self.model, files, "text encoder", "give its text part; for CLIP, kind: clip")
         self.check_positions(getattr(text, "max_position_embeddings", None))
-        return dim
+        return self.width(dim, text.num_hidden_layers)
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from stages.encoders.padded import PaddedModel
@@ -33,7 +36,9 @@ class AutoEncoderConfig(EncoderConfig):
         model = load_weights(model_class, files, dtype, device, **alone)
         if model.config.is_encoder_decoder:  # BART and similar models
             model = model.get_encoder()
-        return PaddedModel(model, self.output)
+        elif _has_text_tower(config):
+            model = model.language_model
+        return PaddedModel(model, self.output, self.states(model, _text_part(config).num_hidden_layers))
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         from stages.encoders.padded import count_flops
@@ -43,7 +48,12 @@ class AutoEncoderConfig(EncoderConfig):
         if _is_half(model_class, config):
             config.is_encoder_decoder = False
         own = text if getattr(model_class, "config_class", None) is type(text) else config
-        return count_flops(model_class, own, lengths, text)
+        if _has_text_tower(config):
+            from transformers import AutoModel
+
+            model_class, own = AutoModel, text
+        run = self.layers_run(text.num_hidden_layers) / text.num_hidden_layers
+        return run * count_flops(model_class, own, lengths, text)
 
 
 def _text_part(config: Any) -> Any:
@@ -51,6 +61,14 @@ def _text_part(config: Any) -> Any:
     for part in ("encoder", "text_config"):
         config = getattr(config, part, None) or config
     return config
+
+
+def _has_text_tower(config: Any) -> bool:
+    """Whether it is a model that writes about images, with a language model as a part."""
+    from transformers import AutoModel, AutoModelForImageTextToText
+
+    known = AutoModel._model_mapping, AutoModelForImageTextToText._model_mapping
+    return hasattr(config, "text_config") and all(type(config) in mapping for mapping in known)
 
 
 def _is_half(model_class: Any, config: Any) -> bool:
@@ -69,6 +87,8 @@ def _model_class(config: Any) -> Any:
 
     if type(config) in AutoModelForTextEncoding._model_mapping:
         return AutoModelForTextEncoding._model_mapping[type(config)]
+    if _has_text_tower(config):
+        return AutoModel
     prefix, text = type(config).__name__.removesuffix("Config"), _text_part(config)
     names = (prefix + suffix for suffix in ("Model", "EncoderModel", "TextModel"))
     whole, encoder, half = (getattr(transformers, name, None) for name in names)

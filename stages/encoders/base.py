@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.storage.scratch import temporary_folder
 from stages.captions import NORMALISATION
+from stages.encoders.batches.model_input import CaptionReader, ModelInput
 from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
 from stages.encoders.model_files import ModelFiles, check_headers, find_model
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
@@ -144,6 +145,10 @@ class FrozenModelConfig(Config):
         """Fields that decide the embeddings, in addition to the model."""
         return frozenset(cls.model_fields) - cls.machine_fields - _IDENTITY
 
+    def recorded_fields(self) -> Mapping[str, object]:
+        """The values of `embedding_fields` for the fingerprint."""
+        return self.model_dump(mode="json", include=set(self.embedding_fields()))
+
     @classmethod
     def from_fingerprint(
         cls, name: str, fingerprint: Mapping[str, Any], *, model: str | None = None, **machine: object
@@ -174,7 +179,7 @@ class FrozenModelConfig(Config):
                 fingerprint={
                     **files.identity,
                     "kind": self.kind,
-                    **self.model_dump(mode="json", include=set(self.embedding_fields())),
+                    **self.recorded_fields(),
                     **self.input_settings(files),
                     "model_config": acting_settings(files.config),
                 },
@@ -243,14 +248,22 @@ class EncoderConfig(FrozenModelConfig):
         Raises:
             MachineError: the model cannot be found, or its tokenizer not be read.
         """
-        from stages.encoders.batches.tokens import load_tokenizer, tokenize
+        from stages.encoders.batches.tokens import load_tokenizer
 
         with self.located() as files, reading(self):
-            token_ids, _ = tokenize(load_tokenizer(files), captions, self.max_tokens)
-            lengths = [len(ids) for ids in token_ids]
-            return EncoderWorkload(
-                [1] * len(lengths) if self.output in POOLED else lengths, self.flops(files, lengths)
-            )
+            inputs, _ = self.reader(load_tokenizer(files))(captions)
+            rows = [1 if self.output in POOLED else each.num_rows for each in inputs]
+            return EncoderWorkload(rows, self.flops(files, [len(each.ids) for each in inputs]))
+
+    def reader(self, tokenizer: Any) -> CaptionReader:
+        """What turns captions into the model's input: their tokens, and nothing else."""
+        from stages.encoders.batches.tokens import tokenize
+
+        def read(captions: Sequence[str]) -> tuple[list[ModelInput], int]:
+            token_ids, num_truncated = tokenize(tokenizer, captions, self.max_tokens)
+            return [ModelInput(ids) for ids in token_ids], num_truncated
+
+        return read
 
     def input_settings(self, files: ModelFiles) -> dict[str, object]:
         if files.tokenizer_sha256 is None:
@@ -262,11 +275,17 @@ class EncoderConfig(FrozenModelConfig):
         with reading(self):
             tokenizer = load_tokenizer(files)
             settings = tokenizer_settings(tokenizer, empty_token(tokenizer))
+            own = self.reading_settings(tokenizer)
         return {
             "tokenizer_sha256": files.tokenizer_sha256,
             "text_normalisation": NORMALISATION,
             "tokenizer": settings,
+            **own,
         }
+
+    def reading_settings(self, tokenizer: Any) -> Mapping[str, object]:
+        """What else of the tokenizer decides how captions are read; for the fingerprint."""
+        return {}
 
     def check_positions(self, positions: int | None) -> None:
         """Refuses captions longer than the model's table of positions.
@@ -344,7 +363,7 @@ def reading(config: FrozenModelConfig) -> Iterator[None]:
     """Turns whatever the loaders raise for damaged files, which is almost anything, into a MachineError."""
     try:
         yield
-    except MachineError:
+    except (ConfigError, MachineError):
         raise
     except Exception as error:
         raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error

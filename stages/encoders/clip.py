@@ -4,16 +4,17 @@ DALL-E 2 conditions on the projected embedding and the token states, latent diff
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
+from stages.encoders.base import TokenModel, refuse_kind
 from stages.encoders.loading import load_weights
 from stages.encoders.model_files import ModelFiles, hf_config
+from stages.encoders.recipes.config import RecipeConfig
 
 
-class ClipTextConfig(EncoderConfig):
+class ClipTextConfig(RecipeConfig):
     """A CLIP text encoder."""
 
     kind: Literal["clip"] = "clip"
@@ -22,6 +23,12 @@ class ClipTextConfig(EncoderConfig):
     output: Literal["last_hidden_state", "penultimate", "pooled", "projected"] = "last_hidden_state"
     """Token states after the final norm; token states before the last layer, without a norm; the end token's state; or
     this state projected into the space shared with images (one vector per caption, not normalised)."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.layers is not None or self.final_norm is not True:
+            raise ValueError("layers and final_norm are not for kind: clip; choose its output instead")
+        return self
 
     def dim(self, files: ModelFiles) -> int:
         if files.config.get("model_type") not in ("clip", "clip_text_model"):

@@ -11,7 +11,8 @@ import numpy as np
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, ImageModelConfig, reading
 from stages.encoders.batches.batching import token_budget_batches
 from stages.encoders.batches.memory import run_batches
-from stages.encoders.batches.tokens import load_tokenizer, tokenize, unknown_id
+from stages.encoders.batches.model_input import ModelInput
+from stages.encoders.batches.tokens import load_tokenizer, unknown_id
 from stages.encoders.loading import place
 from stages.encoders.model_files import ModelFiles
 
@@ -34,6 +35,7 @@ class TextEncoder:
         self.dim = config.dim(files)
         with reading(config):
             self.tokenizer = load_tokenizer(files)
+            self.read = config.reader(self.tokenizer)
             self.model = config.build(files, dtype, self.device)
         default = _TOKENS_ON_CPU if self.device.type == "cpu" else _TOKENS_ON_GPU
         self.tokens_per_batch = config.tokens_per_batch or default
@@ -51,8 +53,8 @@ class TextEncoder:
             MemoryError: not even one caption fits.
         """
         with self._tokenizing:
-            token_ids, num_truncated = tokenize(self.tokenizer, captions, self.config.max_tokens)
-        lengths = [len(ids) for ids in token_ids]
+            inputs, num_truncated = self.read(captions)
+        lengths = [len(each.ids) for each in inputs]
 
         def split(rest: Sequence[int], budget: int) -> list[list[int]]:
             batches = token_budget_batches([lengths[i] for i in rest], budget, padded=self.model.padded)
@@ -65,7 +67,7 @@ class TextEncoder:
                 [i for i, length in enumerate(lengths) if length],
                 self.tokens_per_batch,
                 split,
-                lambda batch: self._forward([token_ids[i] for i in batch]),
+                lambda batch: self._forward([inputs[i] for i in batch]),
             )
             self.tokens_per_batch = batches.limit
             self._wait()
@@ -74,23 +76,26 @@ class TextEncoder:
         for batch, rows in batches.results:
             ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
-                embeddings[index] = values
-        return Encoded(embeddings, num_truncated, waited_s, batches.halvings, self._num_unknown(token_ids))
+                embeddings[index] = values if self.model.pooled else inputs[index].kept(values)
+        return Encoded(embeddings, num_truncated, waited_s, batches.halvings, self._num_unknown(inputs))
 
-    def _num_unknown(self, token_ids: Sequence[Sequence[int]]) -> int:
+    def _num_unknown(self, inputs: Sequence[ModelInput]) -> int:
         if self._unknown_id is None:
             return 0
-        counts = [ids.count(self._unknown_id) for ids in token_ids]
+        counts = [each.ids.count(self._unknown_id) for each in inputs]
         return sum(count > 0 for count in counts) if self.model.pooled else sum(counts)
 
-    def _forward(self, token_ids: Sequence[Sequence[int]]) -> "Tensor":
+    def _forward(self, inputs: Sequence[ModelInput]) -> "Tensor":
         """One batch: float32 (rows, dim) on the CPU; the copy from a GPU may not be complete yet."""
         import torch
 
         on_gpu = self.device.type == "cuda"
-        ids = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.long, pin_memory=on_gpu)
+        tokens = [token for each in inputs for token in each.ids]
+        ids = torch.tensor(tokens, dtype=torch.long, pin_memory=on_gpu).to(self.device, non_blocking=True)
+        masked = [each.masked for each in inputs]
+        options = {"masked": masked} if any(start < stop for start, stop in masked) else {}
         with torch.inference_mode():
-            states = self.model(ids.to(self.device, non_blocking=True), [len(ids) for ids in token_ids]).float()
+            states = self.model(ids, [len(each.ids) for each in inputs], **options).float()
             if not on_gpu:
                 return states
             copied = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)

@@ -18,7 +18,7 @@ _TOKENIZER_FILES = re.compile(
 _SAFETENSORS = re.compile(r"model.*\.safetensors")
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
 _ADAPTER = "adapter_config.json"
-_SMALL_FILES = ("*.json", "*.model", "vocab.txt", "merges.txt")
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)

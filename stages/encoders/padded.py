@@ -8,41 +8,52 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.encoders.base import POOLED
+from stages.encoders.recipes.states import LayerStates
 
 
 class PaddedModel:
     """A model that takes `input_ids` and `attention_mask`; padding is masked, and removed from the result.
 
     Args:
+        states: the layers whose states are wanted; None: as `output` says.
         output: `last_hidden_state`; `penultimate`, the states before the last layer, without a final norm;
             `pooled` or `projected`, one vector per caption: CLIP's state of the end token, and its projection.
     """
 
     padded = True
 
-    def __init__(self, model: Any, output: str):
-        self._model, self._output = model, output
+    def __init__(self, model: Any, output: str, states: LayerStates | None = None):
+        self._model, self._output, self._states = model, output, states
         self._pad_id: int = getattr(model.config, "pad_token_id", None) or 0
         self.pooled = output in POOLED
         self.attention: str = getattr(model.config, "_attn_implementation", None) or "its own"
 
-    def __call__(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """int64 (total,) -> (total, dim), or (captions, dim) if pooled; in the type of the weights."""
+    def __call__(self, ids: Tensor, lengths: Sequence[int], masked: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """int64 (total,) -> (total, dim), or (captions, dim) if pooled; in the type of the weights.
+
+        Args:
+            masked: places [start, stop) of each caption to which no token attends. Where text follows such places,
+                positions count the tokens that are attended to.
+        """
         batch = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=self._pad_id)
         places = torch.arange(batch.shape[1], device=ids.device)
-        mask = places < torch.tensor(lengths, device=ids.device)[:, None]
-        result = self._model(
-            input_ids=batch,
-            attention_mask=mask.long(),
-            output_hidden_states=self._output == "penultimate",
-            return_dict=True,
-        )
+        own = places < torch.tensor(lengths, device=ids.device)[:, None]
+        attended, options = own, {}
+        if masked is not None:
+            starts, stops = torch.tensor(masked, device=ids.device).T[:, :, None]
+            attended = own & ~((places >= starts) & (places < stops))
+            if any(start < stop < length for (start, stop), length in zip(masked, lengths, strict=True)):
+                options["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": batch, "attention_mask": attended.long(), "return_dict": True, **options}
+        if self._states is not None:
+            return self._states.run(**inputs)[own]
+        result = self._model(**inputs, output_hidden_states=self._output == "penultimate")
         if self._output == "pooled":
             return result.pooler_output
         if self._output == "projected":
             return result.text_embeds
         states = result.hidden_states[-2] if self._output == "penultimate" else result.last_hidden_state
-        return states[mask]
+        return states[own]
 
 
 def count_flops(model_class: Any, config: Any, lengths: Sequence[int], text: Any = None) -> float:

@@ -9,7 +9,6 @@ import numpy as np
 
 from imagen_core.store import TOLERANCE, probe_differences, probe_entry, token_errors
 from pipeline.fingerprint import differences
-from stages.encoders.batches.tokens import tokenize
 from stages.encoders.encoder import TextEncoder
 
 OTHER_NUMBERS = "install the versions that the run started with, or start a new run"
@@ -48,7 +47,8 @@ def take_probe(encoder: TextEncoder) -> dict[str, Any]:
     """
     length = min(encoder.config.max_tokens + 8, _MOST_WORDS)
     captions = [*_CAPTIONS, " ".join(_WORDS[i % len(_WORDS)] for i in range(length))]
-    ids, _ = tokenize(encoder.tokenizer, captions, encoder.config.max_tokens)
+    inputs, _ = encoder.read(captions)
+    ids = [each.ids for each in inputs]
     # One by one: a batch too large for the memory would lower the limit of all later ones.
     embeddings = [encoder.encode([caption]).embeddings[0] for caption in captions]
     return {

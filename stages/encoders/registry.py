@@ -2,12 +2,15 @@
 
 from typing import Annotated
 
+from pydantic import BeforeValidator
+
 from imagen_core.extensions import Kinds
 from stages.encoders.auto import AutoEncoderConfig
 from stages.encoders.base import EncoderConfig, ImageEncoderConfig
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
+from stages.encoders.recipes.shipped import with_recipe
 from stages.encoders.t5 import T5EncoderConfig
 
 _TextEncoder = (
@@ -20,10 +23,10 @@ _ImageEncoder = ClipImageConfig
 _TEXT_KINDS = Kinds("pipeline.encoders", EncoderConfig, default="t5")
 _IMAGE_KINDS = Kinds("pipeline.image_encoders", ImageEncoderConfig, default="clip")
 
-AnyEncoder = Annotated[_TextEncoder, _TEXT_KINDS]
+AnyEncoder = Annotated[_TextEncoder, _TEXT_KINDS, BeforeValidator(with_recipe)]
 """A model that encodes text; other packages add kinds by entry points in `pipeline.encoders`."""
 
-AnyTextEmbedding = Annotated[_TextEncoder | PrecomputedEmbeddingsConfig, _TEXT_KINDS]
+AnyTextEmbedding = Annotated[_TextEncoder | PrecomputedEmbeddingsConfig, _TEXT_KINDS, BeforeValidator(with_recipe)]
 """Where embeddings of captions come from."""
 
 AnyImageEmbedding = Annotated[_ImageEncoder | PrecomputedEmbeddingsConfig, _IMAGE_KINDS]

@@ -7,37 +7,44 @@ frozen T5-XXL encoder.
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
-from stages.encoders.base import EncoderConfig, TokenModel, refuse_kind
+from stages.encoders.base import TokenModel, refuse_kind
 from stages.encoders.loading import load_weights
 from stages.encoders.model_files import ModelFiles
+from stages.encoders.recipes.config import RecipeConfig
 
 _MODEL_TYPES = ("t5", "mt5", "umt5")  # ByT5 is a T5 with a tokenizer of bytes
 
 
-class T5EncoderConfig(EncoderConfig):
+class T5EncoderConfig(RecipeConfig):
     """An encoder of the T5 family: T5, v1.1, mT5, umT5 or ByT5."""
 
     kind: Literal["t5"] = "t5"
     output: Literal["last_hidden_state"] = "last_hidden_state"
     """The states after the final norm."""
-    modules: ClassVar[tuple[str, ...]] = (*EncoderConfig.modules, "transformers.models.t5.modeling_t5")
+    modules: ClassVar[tuple[str, ...]] = (*RecipeConfig.modules, "transformers.models.t5.modeling_t5")
 
     def dim(self, files: ModelFiles) -> int:
         dim = files.config.get("d_model")
         if files.config.get("model_type") not in _MODEL_TYPES or not isinstance(dim, int):
             raise refuse_kind(self.model, files, "T5", "give a T5, mT5, umT5 or ByT5, or kind: auto")
-        return dim
+        return self.width(dim, int(str(files.config["num_layers"])))
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from transformers import AutoModelForTextEncoding
 
+        model = load_weights(AutoModelForTextEncoding, files, dtype, device)
+        if self.needs_states:
+            from stages.encoders.padded import PaddedModel
+
+            return PaddedModel(model, self.output, self.states(model, int(str(files.config["num_layers"]))))
         from stages.encoders.t5_packed import PackedT5
 
-        return PackedT5(load_weights(AutoModelForTextEncoding, files, dtype, device))
+        return PackedT5(model)
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         shape = cast(Mapping[str, Any], files.config)
         inner = shape["num_heads"] * shape["d_kv"]
         feed_forward = 3 if str(shape.get("feed_forward_proj", "relu")).startswith("gated") else 2
         weights = shape["d_model"] * (4 * inner + feed_forward * shape["d_ff"])
-        return 2.0 * shape["num_layers"] * sum(weights * length + 2 * length**2 * inner for length in lengths)
+        layers = self.layers_run(shape["num_layers"])
+        return 2.0 * layers * sum(weights * length + 2 * length**2 * inner for length in lengths)

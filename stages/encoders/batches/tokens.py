@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import MachineError
@@ -23,7 +23,9 @@ def load_tokenizer(files: ModelFiles) -> Any:
     return AutoTokenizer.from_pretrained(files.model, revision=files.revision or "main", trust_remote_code=False)
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
+def tokenize(
+    tokenizer: Any, captions: Sequence[str], max_tokens: int, *, special_tokens: bool = True
+) -> tuple[list[list[int]], int]:
     """Token ids with start and end tokens, at most max_tokens each; and how many captions were truncated.
 
     "" has at least one token, the `empty_token` if need be; another caption of which the tokenizer leaves nothing has
@@ -31,10 +33,11 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[
     """
     if not captions:
         return [], 0
-    captions, all_ids = _beginnings(tokenizer, captions, max_tokens)
+    options = {} if special_tokens else {"add_special_tokens": False}
+    captions, all_ids = _beginnings(tokenizer, captions, max_tokens, options)
     long = [i for i, ids in enumerate(all_ids) if len(ids) > max_tokens]
     if long:  # the tokenizer knows which tokens must stay at the end
-        cut = tokenizer([captions[i] for i in long], truncation=True, max_length=max_tokens)["input_ids"]
+        cut = tokenizer([captions[i] for i in long], truncation=True, max_length=max_tokens, **options)["input_ids"]
         for i, ids in zip(long, cut, strict=True):
             all_ids[i] = ids
     for i, caption in enumerate(captions):
@@ -43,7 +46,9 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[
     return all_ids, len(long)
 
 
-def _beginnings(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[list[str], list[list[int]]]:
+def _beginnings(
+    tokenizer: Any, captions: Sequence[str], max_tokens: int, options: Mapping[str, bool]
+) -> tuple[list[str], list[list[int]]]:
     """Of each caption as much as has more than max_tokens tokens, or all of it; and the token ids of that."""
     texts, characters = list(captions), _CHARACTERS_PER_TOKEN * max_tokens
     shortened = {i for i, caption in enumerate(captions) if len(caption) > _MORE * characters}
@@ -51,12 +56,12 @@ def _beginnings(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tup
         shortened.clear()
     for i in shortened:
         texts[i] = _beginning(captions[i], characters)
-    all_ids: list[list[int]] = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    all_ids: list[list[int]] = tokenizer(texts, truncation=False, verbose=False, **options)["input_ids"]
     while short := [i for i in shortened if len(all_ids[i]) <= max_tokens and len(texts[i]) < len(captions[i])]:
         characters *= _MORE
         for i in short:
             texts[i] = _beginning(captions[i], characters)
-        again = tokenizer([texts[i] for i in short], truncation=False, verbose=False)["input_ids"]
+        again = tokenizer([texts[i] for i in short], truncation=False, verbose=False, **options)["input_ids"]
         for i, ids in zip(short, again, strict=True):
             all_ids[i] = ids
     return texts, all_ids

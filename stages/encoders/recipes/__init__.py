@@ -1,0 +1,1 @@
+"""Encoder recipes: how a caption becomes the input of a model, and which of its states are kept."""

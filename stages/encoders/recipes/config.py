@@ -1,0 +1,50 @@
+"""A text encoder of transformers that follows a recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.encoders.batches.model_input import CaptionReader
+from stages.encoders.recipes.settings import RecipeSettings
+
+
+class RecipeConfig(RecipeSettings):
+    """What the kinds of encoders share that follow recipes."""
+
+    def reader(self, tokenizer: Any) -> CaptionReader:
+        from stages.encoders.recipes.template import RecipeReader
+
+        return RecipeReader(self, tokenizer)
+
+    def reading_settings(self, tokenizer: Any) -> Mapping[str, object]:
+        """The text that a chat template writes, which its options do not show; raises as `RecipeReader`."""
+        from stages.encoders.recipes.template import RecipeReader
+
+        reader = RecipeReader(self, tokenizer)
+        has_chat = self.template is not None and self.template.chat is not None
+        return {"chat_text": [reader.before, reader.after]} if has_chat else {}
+
+    def width(self, dim: int, num_layers: int) -> int:
+        """Width of a row: that of the model for each of its layers.
+
+        Raises:
+            ConfigError: the model has no such layer.
+        """
+        return dim * len(self._chosen(num_layers))
+
+    def layers_run(self, num_layers: int) -> int:
+        """How many of the model's layers are run."""
+        return max(self._chosen(num_layers))
+
+    def states(self, model: Any, num_layers: int) -> Any:
+        """The `LayerStates` of a loaded model, None if its last hidden states are wanted; raises like `width`."""
+        if self.layers is None and self.final_norm is True:
+            return None
+        from stages.encoders.recipes.states import LayerStates
+
+        return LayerStates(model, self._chosen(num_layers), self.final_norm, self.join)
+
+    def _chosen(self, num_layers: int) -> list[int]:
+        from stages.encoders.recipes.states import chosen_layers
+
+        layers = (-1,) if self.layers is None else self.layers
+        return chosen_layers(layers, num_layers, f"encoders.{self.name}")
