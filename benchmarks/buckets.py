@@ -81,7 +81,7 @@ def run(work: Path, images: Path, aspect: str) -> dict[str, Any]:
         "filters=[{kind: too_small, action: upscale}]",
     ]
     workflow = Precompute(load_config(PrecomputeConfig, None, settings))
-    summary = workflow.run(work / aspect, RunOptions("inline", quiet=True))
+    summary: Any = workflow.run(str(work / aspect), RunOptions("inline", quiet=True))
     crops = crops_of(summary["tally"]["groups"]["samples"]["counters"])
     assert crops is not None
     print(f"{aspect}  {summary['num_samples']} samples; {crops_line(crops)}", flush=True)

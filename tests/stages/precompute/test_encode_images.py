@@ -113,3 +113,9 @@ def test_the_models_own_mean_and_deviation_are_used(tmp_path: Path) -> None:
     prepared = looks.prepare(np.full((4, 4, 3), (0, 255, 51), np.uint8))
     assert prepared.dtype == np.float32
     assert np.allclose(prepared, np.array([-1, 1, -0.6])[:, None, None] * np.ones((3, 4, 4)), atol=1e-6)
+
+
+def test_of_an_image_of_a_bucket_the_centre_square_is_encoded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    looks = Preprocessing(16)
+    np.testing.assert_array_equal(looks.prepare(pixels), looks.prepare(np.ascontiguousarray(pixels[:, 8:32])))

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import Summary
 from pipeline.storage.run_folder import RunFolder
 from stages.images import Decoded, decode_rgb
+from stages.precompute.resize import ResizeStage
 from stages.store_tools.inspect import inspect_command
 from stages.store_tools.remove import remove_command
 from stages.store_tools.report import report_command
@@ -316,3 +317,22 @@ def test_lists_of_buckets_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, images, sizes, BUCKETS, *more)
+
+
+def test_a_run_whose_images_are_all_dropped_has_no_crops(scenes: Path, tmp_path: Path) -> None:
+    run(tmp_path, scenes, "[2048]", BUCKETS, "images.aspect_base_px=64", "max_drop_fraction=1")
+    result, lines, _ = inspect_command(str(tmp_path / "run"))
+    assert "crops" not in result
+    assert not any("crops" in line for line in lines)
+    assert verify_store(tmp_path / "run" / "store").ok
+
+
+@pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
+def test_bytes_of_images_of_buckets_are_planned(scenes: Path, tmp_path: Path, store_format: str) -> None:
+    run(tmp_path, scenes, "[32]", BUCKETS, f"store.format={store_format}")
+    config = load_config(PrecomputeConfig, None, ["images.sizes_px=[32]", BUCKETS])
+    planned = ResizeStage(config.images, config.store.format).estimate_bytes("images-32", 5)
+    assert planned is not None
+    found = Store.open(tmp_path / "run" / "store").manifest.file("images-32", 0)
+    assert found is not None
+    assert planned == pytest.approx(found.bytes, rel=0.1)
