@@ -1,11 +1,9 @@
 """Check every byte of a store against its manifest, and every rule of the format."""
 
-import hashlib
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,8 @@ from imagen_core.store.records import (
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
 from imagen_core.store.verification.report import Problem, VerifyReport
-
-_MAX_NAMED_KEYS = 10
+from imagen_core.store.verification.shard_rows import ShardRows
+from imagen_core.store.verification.unique_keys import UniqueKeys
 
 
 def verify_store(
@@ -98,20 +96,6 @@ def verify_store(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardRows:
-    """The samples of a shard, which its other files must agree with."""
-
-    keys: list[str]
-    sha256: list[str]
-    captions: list[str]
-    """The distinct captions, by caption id."""
-    removed: frozenset[int]
-    """Removed rows, which may be erased in all, some or none of the files."""
-    removed_ids: frozenset[int]
-    """Caption ids that only removed rows have."""
-
-
 class _Check:
     def __init__(
         self,
@@ -125,7 +109,7 @@ class _Check:
         self._scratch = scratch
         self._copies: dict[str, Path] = {}
         """Of a remote store: the files of the shard, so that each is fetched once, and what was compared is read."""
-        self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
+        self._keys = UniqueKeys()
         self._coverage = Coverage(manifest)
         self._fingerprints = {
             name: fingerprint_digest(group.fingerprint)
@@ -211,10 +195,10 @@ class _Check:
             self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
         return found == entry.rows
 
-    def _samples(self, shard: ShardEntry, entry: FileEntry) -> _ShardRows | None:
+    def _samples(self, shard: ShardEntry, entry: FileEntry) -> ShardRows | None:
         """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
-            samples = SamplesFile(self._source(entry), entry.path)
+            samples = self._samples_of(entry)
         except StoreError as error:
             self._bad(entry.path, str(error))
             return None
@@ -235,21 +219,21 @@ class _Check:
         if set(caption_of) != set(range(len(caption_of))):
             self._bad(entry.path, f"caption ids are not 0 to {len(caption_of) - 1}")
         keys = samples.column("key")
-        self._key_hashes.append((shard, np.array([_hash(key) for key in keys], dtype=np.uint64)))
+        self._keys.add(entry, keys)
         captions = [caption_of.get(i, "") for i in range(max(caption_of, default=-1) + 1)]
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
         removed_ids = set(caption_of) - {i for row, listed in ids if row not in removed for i in listed}
-        return _ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
+        return ShardRows(keys, samples.column("sha256"), captions, removed, frozenset(removed_ids))
 
-    def _images(self, entry: FileEntry, group: ImagesGroup, rows: _ShardRows | None) -> None:
+    def _images(self, entry: FileEntry, group: ImagesGroup, rows: ShardRows | None) -> None:
         images = open_images(self._source(entry), entry.path, group)
         for row in range(images.num_rows if group.codec != "raw" else 0):
             images.pixels(row)
         self._count_rows(entry, images.num_rows)
         self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
 
-    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: _ShardRows | None) -> None:
+    def _hashes(self, entry: FileEntry, group: HashesGroup, rows: ShardRows | None) -> None:
         hashes = HashesFile(self._source(entry), entry.path, group)
         self._count_rows(entry, hashes.num_rows)
         self._compare_rows(entry, group, hashes.num_rows, lambda row: hashes.row(row).stored(), "hashes", rows)
@@ -261,7 +245,7 @@ class _Check:
         num_rows: int,
         stored: Callable[[int], np.ndarray],
         what: str,
-        rows: _ShardRows | None,
+        rows: ShardRows | None,
     ) -> None:
         """Compares what is stored of each image with the digest that binds it to its sample."""
         if num_rows != entry.rows or rows is None or len(rows.keys) != num_rows:
@@ -296,7 +280,7 @@ class _Check:
             whose = "captions" if isinstance(group, TextGroup) else "samples"
             self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
-    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: _ShardRows | None) -> None:
+    def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: ShardRows | None) -> None:
         arrays = open_arrays(self._source(entry), entry.path, group, mapped=False)
         is_counted = self._count_rows(entry, arrays.num_rows)
         bad = [
@@ -365,26 +349,12 @@ class _Check:
                 self._report.warnings.append(Problem(name, message))
 
     def keys(self) -> None:
-        """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""
-        if not self._key_hashes:
-            return
-        hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        first_file: dict[str, str] = {}
-        for name, key in self._keys_with(repeated) if repeated.size else ():
-            if key in first_file:
-                also = "" if first_file[key] == name else f" and in {first_file[key]}"
-                self._bad(name, f"key {key!r} occurs twice{also or ' here'}")
-            first_file.setdefault(key, name)
+        """Report keys that occur twice."""
+        for name, message in self._keys.repeated(self._samples_of):
+            self._bad(name, message)
 
-    def _keys_with(self, hashes: np.ndarray) -> Iterator[tuple[str, str]]:
-        wanted = hashes[:_MAX_NAMED_KEYS]
-        for shard, own in self._key_hashes:
-            rows = np.flatnonzero(np.isin(own, wanted))
-            if rows.size:
-                entry = shard.files[SAMPLES_GROUP]
-                samples = SamplesFile(self._source(entry), entry.path)
-                yield from ((entry.path, samples.key(int(row))) for row in rows)
+    def _samples_of(self, entry: FileEntry) -> SamplesFile:
+        return SamplesFile(self._source(entry), entry.path)
 
     def coverage(self) -> None:
         """Sum up all input rows. Rows that damaged files hide are reported for these files only."""
@@ -418,7 +388,3 @@ class _Check:
             if name not in known:
                 message = "not in the manifest: a leftover, or of a group that is not finished for every shard"
                 self._report.warnings.append(Problem(name, message))
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
