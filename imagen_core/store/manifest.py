@@ -32,6 +32,7 @@ import numpy as np
 
 from imagen_core.files import fsync_path
 from imagen_core.store.errors import ADVICE, ManifestError, StoreError
+from imagen_core.store.file_columns import FileColumns
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
     MANIFEST_NAME,
@@ -39,7 +40,6 @@ from imagen_core.store.layout import (
     SAMPLES_GROUP,
     SCHEMA_VERSION,
     ColumnType,
-    revision_of,
     shard_path,
 )
 from imagen_core.store.records import (
@@ -97,7 +97,7 @@ class Manifest:
         self.retries: dict[int, np.ndarray] = {}
         indices: list[int] = []
         rows: list[int] = []
-        columns: dict[str, _FileColumns] = {name: _FileColumns() for name in self.groups}
+        columns: dict[str, FileColumns] = {name: FileColumns() for name in self.groups}
         for raw in shards:
             shard = _next_shard(raw, self.groups, indices[-1] if indices else -1)
             if shard.excluded:
@@ -186,27 +186,6 @@ class Manifest:
             return None
         path = shard_path(group, int(self.index[position]), self.groups[group].format, revisions.get(position, 0))
         return FileEntry(path, int(sizes[position]), digests[position].tobytes().hex(), int(rows[position]))
-
-
-class _FileColumns:
-    """Size, rows and digest of one group's files, shard by shard; size -1 = no file. Revisions where not 0."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.rows: list[int] = []
-        self.digests = bytearray()
-        self.revisions: dict[int, int] = {}
-
-    def append(self, entry: FileEntry | None) -> None:
-        if entry is not None and (revision := revision_of(entry.path)):
-            self.revisions[len(self.sizes)] = revision
-        self.sizes.append(-1 if entry is None else entry.bytes)
-        self.rows.append(0 if entry is None else entry.rows)
-        self.digests += bytes(32) if entry is None else bytes.fromhex(entry.sha256)
-
-    def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, int]]:
-        digests = np.frombuffer(bytes(self.digests), dtype=np.uint8).reshape(-1, 32)
-        return np.array(self.sizes, np.int64), np.array(self.rows, np.int64), digests, self.revisions
 
 
 def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:

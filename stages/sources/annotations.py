@@ -37,7 +37,8 @@ _MAX_INT32 = 2**31 - 1
 
 
 class AnnotationsConfig(Config):
-    """Columns of the text in an image, of its class, and of the hash that its file has."""
+    """Columns of the text in an image, of its class, of the hash that its file has, and others; and which rows there
+    are by their columns."""
 
     transcription_column: str | None = None
     """Column of the text written in the image, as one reads it there; empty where there is none. null: not known."""
@@ -53,6 +54,9 @@ class AnnotationsConfig(Config):
     are the drop `hash_mismatch`. NULL or empty: not compared."""
     md5_column: str | None = None
     """The same of MD5."""
+    where: str | None = None
+    """Which rows to take, as an SQL condition on the columns such as `punsafe < 0.1 and aesthetic >= 5.5`. Others are
+    counted as `filtered`. null: all."""
     keep_columns: dict[str, ColumnType | None] = Field(default_factory=dict)
     """Columns that the store keeps, such as `[aesthetic, punsafe]`, for `sample.columns` and the `where` of a
     training. Their types are those of the table; or, in text and JSON, what the first rows hold: bool, float or text.
@@ -84,12 +88,8 @@ class AnnotationsConfig(Config):
     @property
     def annotation_settings(self) -> dict[str, object]:
         """The annotations' part of a source's fingerprint."""
-        names = {"class_names": self.class_names} if self.class_names else {}
-        return {
-            **self.annotation_columns,
-            **names,
-            **({"keep_columns": self.keep_columns} if self.keep_columns else {}),
-        }
+        others = {"class_names": self.class_names, "keep_columns": self.keep_columns, "where": self.where}
+        return {**self.annotation_columns, **{name: value for name, value in others.items() if value}}
 
     def annotations(self, record: Mapping[str, Any]) -> Annotations:
         """The annotations in a record of a table, not checked yet.

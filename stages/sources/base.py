@@ -250,6 +250,7 @@ class Source(ABC):
 
     def shards(self, shard_size: int, parts: Iterable[InputPart] | None = None) -> Iterator[Shard]:
         """Streams the rows of `parts`, by default of all parts, as shards, without holding them in memory."""
+        self.filtered = 0
         with self.reaching():
             rows = self.rows(self.parts() if parts is None else parts)
             rows = mark_duplicates(rows) if self.keys_may_repeat else rows

@@ -17,6 +17,7 @@ from stages.sources.files import READABLE
 from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
 from stages.sources.tables import columns, count_rows, estimate_rows, kept_types, read_parts
+from stages.sources.tabular.kept_rows import marked, row_filter
 from stages.sources.tree import Content, Sizes, Tree
 
 IMAGE_SUFFIXES = frozenset(
@@ -79,6 +80,7 @@ class FolderSource(Source):
     def __init__(self, config: FolderConfig):
         self.config = config
         self.path = require_path(config.path, "folder")
+        self.row_filter = row_filter(config.where)
         self.layout = ("key", "captions", "payload", *config.annotation_layout, "is_duplicate")
 
     @cached_property
@@ -110,6 +112,11 @@ class FolderSource(Source):
                 yield name, (str(file), None if self.config.caption_column is None else caption)
 
     @property
+    def _read_columns(self) -> list[str]:
+        """What is read of the tables besides files and captions."""
+        return [*self.config.annotation_names, *(self.row_filter.columns if self.row_filter else ())]
+
+    @property
     def grows(self) -> bool:
         return bool(self.tables)
 
@@ -119,12 +126,19 @@ class FolderSource(Source):
         where = self.tree.url
         for name, (file, caption) in self.tables.items():
             where = f"{self.tree.url}/{name}"
-            wanted = [c for c in (file, caption, *self.config.annotation_names) if c is not None]
+            wanted = [c for c in (file, caption, *self._read_columns) if c is not None]
             if present := columns(where, wanted):
+                if self.row_filter is not None:
+                    self.row_filter.check(present, where)
                 named = self.config.model_copy(update={"file_column": file, "caption_column": caption})
                 named.check_columns(("file_column", "caption_column"), present, where)
         if not self.tables:
             named = {f"{field}_column": column for field, column in self.config.annotation_columns.items()}
+            if self.config.where is not None:
+                raise ConfigError(
+                    f"source.where: is a condition on a table of captions, and {where} has none; add one "
+                    f"({', '.join(_TABLES)}), or leave it out"
+                )
             for field, column in (*named.items(), *(("keep_columns", column) for column in self.config.keep_columns)):
                 raise ConfigError(
                     f"source.{field}: {column!r} is a column of a captions table, and {where} has none; "
@@ -157,13 +171,16 @@ class FolderSource(Source):
     def _table_rows(self, parts: Iterable[InputPart]) -> Iterator[tuple[InputPart, SourceRow]]:
         named = KeyRegistry()
         wanted = {column for both in self.tables.values() for column in both if column is not None}
-        wanted |= set(self.config.annotation_names)
+        wanted |= set(self._read_columns)
         images = 0
         with self.tree.sizes() as size_of, closing(named):
-            for part, record in read_parts(self.tree.url, parts, sorted(wanted)):
+            records = read_parts(self.tree.url, parts, sorted(wanted))
+            for (part, record), is_kept in marked(records, lambda each: each[1], self.row_filter):
                 row, place = self._row(part, record, size_of)
                 images += bool(place) and is_image(place) and named.is_new(place)
-                yield part, row
+                self.filtered += not is_kept
+                if is_kept:
+                    yield part, row
         self._count_unnamed(images)
 
     def _row(self, part: InputPart, record: Mapping[str, Any], size_of: Sizes) -> tuple[SourceRow, str]:

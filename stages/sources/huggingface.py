@@ -23,9 +23,11 @@ from stages.sources.download.originals import download_originals
 from stages.sources.folder import is_image
 from stages.sources.records.cells import BadCell, captions_of, image_of, text_of, top_levels
 from stages.sources.records.kept import types_of_tables
+from stages.sources.tabular.kept_rows import row_filter
 
 _COMMIT = re.compile(r"commit (?P<commit>[0-9a-zA-Z]+)(?: of (?P<revision>.+))?")
 _BLOCK = 2**22
+_ROWS = 2**14
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -93,6 +95,7 @@ class HuggingfaceSource(Source):
     def __init__(self, config: HuggingfaceConfig):
         self.config = config
         self.path = require_path(config.path, "huggingface")
+        self.row_filter = row_filter(config.where)
         self._commit: str | None = None
         self._opened: _Opened | None = None
 
@@ -197,6 +200,8 @@ class HuggingfaceSource(Source):
         present = {field.name: field.type for field in dataset.features.arrow_schema}
         self.config.check_columns((image, "caption_column"), present, self.path)
         self.config = self.config.with_types(lambda keep: types_of_tables(keep, [(self.path, present)]))
+        if self.row_filter is not None:
+            self.row_filter.check(present, self.path)
         if not len(dataset):
             raise ConfigError(f"source.path: {self.path} holds no rows; give a dataset with at least one row")
 
@@ -209,8 +214,22 @@ class HuggingfaceSource(Source):
             if part.name:
                 part = replace(part, name=opened.identity)
             identity = part.name or opened.dataset._fingerprint
-            for number in range(len(opened.dataset)):
+            for number in self._kept(opened.dataset):
                 yield part, SourceRow(f"{number:09d}", payload=(number, identity))
+
+    def _kept(self, dataset: Any) -> Iterator[int]:
+        """The numbers of the rows that `where` keeps."""
+        if self.row_filter is None:
+            yield from range(len(dataset))
+            return
+        columns = dataset.select_columns(list(self.row_filter.columns)).with_format("arrow")
+        number = 0
+        for first in range(0, len(dataset), _ROWS):
+            for batch in columns[first : first + _ROWS].to_batches():
+                places = self.row_filter.places(batch)
+                self.filtered += len(batch) - len(places)
+                yield from (number + place for place in places.tolist())
+                number += len(batch)
 
     def prepare(self) -> None:
         if self.config.url_column is not None:

@@ -34,7 +34,8 @@ from stages.sources.records.parquet import ParquetRows, to_records
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import NotColumnar, RowTexts
 from stages.sources.tables import columns, count_rows, cursor_at, estimate_rows, keep_cursor, kept_types
-from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
+from stages.sources.tabular.kept_rows import row_filter
+from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of
 
 _ROWS = 2**14
 """In a block."""
@@ -59,9 +60,6 @@ class ParquetConfig(AnnotationsConfig):
     """Column of the image's URL, kept for lineage."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: file name and row number."""
-    where: str | None = None
-    """Which rows to take, as an SQL condition on the columns such as `punsafe < 0.1 and aesthetic >= 5.5`. Others are
-    counted as `filtered`. null: all."""
     exif_column: str | None = "exif"
     """Column of the EXIF as img2dataset keeps it, JSON with `Image Orientation`: it turns images that have no
     orientation of their own. The column need not be there. null: it is not used."""
@@ -216,7 +214,6 @@ class ParquetSource(TableSource):
             "caption_column": config.caption_column,
             **exif_settings(config.exif_column),
             **config.annotation_settings,
-            **({} if config.where is None else {"where": config.where}),
         }
 
     def describe_array(self, name: str) -> dict[str, object]:

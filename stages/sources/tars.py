@@ -36,6 +36,7 @@ from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, captions_of
 from stages.sources.records.kept import Kept, types_of_records
 from stages.sources.tables import HEAD_ROWS
+from stages.sources.tabular.kept_rows import marked, row_filter
 from stages.sources.tarfiles.choice import CONTENT, Ambiguous, MemberChoice
 from stages.sources.tarfiles.index import Members, TarIndex
 from stages.sources.tarfiles.near import NearTars
@@ -130,6 +131,7 @@ class WebdatasetSource(Source):
         self.config = config
         self.path = require_path(config.path, "webdataset")
         self._choice = config.choice
+        self.row_filter = row_filter(config.where)
         self._near = NearTars()
         self.folders = {
             name: ArrayFolder(name, array.folder) for name, array in config.arrays.items() if array.folder is not None
@@ -153,6 +155,10 @@ class WebdatasetSource(Source):
                     raise ConfigError(f"source.path: {index.path}: the sample {key!r} has {error}") from error
             if samples:
                 self.config = self.config.with_types(partial(_types, index.path, samples))
+                if self.row_filter is not None:
+                    records = _records(index.path, samples)
+                    present = {name: None for record in records for name in record}
+                    self.row_filter.check(present, f"the JSON of the first samples of {index.path}")
                 return
             damage = damage or (index.damage and f"{index.path} is not a readable tar: {index.damage}")
         raise ConfigError(
@@ -185,7 +191,10 @@ class WebdatasetSource(Source):
                 samples = list(samples)
                 places = {name: self._places(name, part, [key for key, _ in samples]) for name in self.folders}
             is_told = False
-            for number, (key, members) in enumerate(samples):
+            for (number, (key, members)), is_kept in self._marked(part, samples):
+                self.filtered += not is_kept
+                if not is_kept:
+                    continue
                 arrays = {name: [rows[number], digest] for name, (rows, digest) in places.items()}
                 chosen = self._chosen(members)
                 is_told |= _is_truncated(chosen, index.cut) and not index.unread_bytes
@@ -196,6 +205,16 @@ class WebdatasetSource(Source):
                 yield part, SourceRow(part.path, part.name, payload=payload)
             self.ignored_members.update(index.ignored)
             self.unread_bytes += index.unread_bytes
+
+    def _marked(
+        self, part: InputPart, samples: Iterable[tuple[str, Members]]
+    ) -> Iterator[tuple[tuple[int, tuple[str, Members]], bool]]:
+        """The samples of a tar with their numbers, each with whether `where` keeps it, which its JSON tells."""
+        if self.row_filter is None:
+            yield from ((numbered, True) for numbered in enumerate(samples))
+            return
+        with closing(open_tar(part.copy or f"{self.folder}/{part.path}")) as file:
+            yield from marked(enumerate(samples), lambda numbered: _record(file, numbered[1][1]), self.row_filter)
 
     def _indexed(
         self, parts: Iterable[InputPart]
@@ -343,9 +362,17 @@ class WebdatasetSource(Source):
 
 def _types(path: str, samples: Sequence[tuple[str, Members]], keep: Kept) -> dict[str, ColumnType]:
     """The types of columns to keep, from the JSON of the first samples of a tar."""
-    spans = [members["json"] for _, members in samples[:HEAD_ROWS] if "json" in members]
+    return types_of_records(keep, _records(path, samples))
+
+
+def _records(path: str, samples: Sequence[tuple[str, Members]]) -> list[dict[str, Any]]:
+    """The JSON of the first samples of a tar."""
     with closing(open_tar(path)) as file:
-        return types_of_records(keep, [_json_object(read_span(file, span)) for span in spans])
+        return [_record(file, members) for _, members in samples[:HEAD_ROWS]]
+
+
+def _record(file: BinaryIO, members: Members) -> dict[str, Any]:
+    return _json_object(read_span(file, members["json"])) if "json" in members else {}
 
 
 def _alternatives(suffixes: str | None) -> tuple[str, ...]:

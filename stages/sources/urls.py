@@ -38,7 +38,8 @@ from stages.sources.tables import (
     read_rows,
     table_format,
 )
-from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of, row_filter
+from stages.sources.tabular.kept_rows import row_filter
+from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of
 
 
 class UrlsConfig(AnnotationsConfig):
@@ -53,9 +54,6 @@ class UrlsConfig(AnnotationsConfig):
     """Column of the caption, or of a list of captions. null, and txt files: every caption is empty."""
     key_column: str | None = None
     """Column of a unique key, text or numbers; default: the row number."""
-    where: str | None = None
-    """Which rows to take, as an SQL condition on the list's columns such as `punsafe < 0.1 and aesthetic >= 5.5`.
-    Others are counted as `filtered`. null: all."""
     download: DownloadConfig = DownloadConfig()
     """How to fetch."""
 
@@ -203,9 +201,8 @@ class UrlsSource(TableSource):
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        where = {} if config.where is None else {"where": config.where}
         columns = {"url_column": config.url_column, "caption_column": config.caption_column}
-        return {**columns, **config.annotation_settings, **where}
+        return {**columns, **config.annotation_settings}
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

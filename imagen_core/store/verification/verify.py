@@ -1,6 +1,5 @@
 """Check every byte of a store against its manifest, and every rule of the format."""
 
-import hashlib
 import os
 import tempfile
 from collections import Counter
@@ -39,8 +38,7 @@ from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
 from imagen_core.store.verification.report import Problem, VerifyReport
 from imagen_core.store.verification.shard_rows import ShardRows
-
-_MAX_NAMED_KEYS = 10
+from imagen_core.store.verification.unique_keys import UniqueKeys
 
 
 def verify_store(
@@ -112,7 +110,7 @@ class _Check:
         self._scratch = scratch
         self._copies: dict[str, Path] = {}
         """Of a remote store: the files of the shard, so that each is fetched once, and what was compared is read."""
-        self._key_hashes: list[tuple[ShardEntry, np.ndarray]] = []
+        self._keys = UniqueKeys()
         self._coverage = Coverage(manifest)
         self._fingerprints = {
             name: fingerprint_digest(group.fingerprint)
@@ -201,7 +199,7 @@ class _Check:
     def _samples(self, shard: ShardEntry, entry: FileEntry) -> ShardRows | None:
         """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
         try:
-            samples = SamplesFile(self._source(entry), entry.path)
+            samples = self._samples_of(entry)
         except StoreError as error:
             self._bad(entry.path, str(error))
             return None
@@ -222,7 +220,7 @@ class _Check:
         if set(caption_of) != set(range(len(caption_of))):
             self._bad(entry.path, f"caption ids are not 0 to {len(caption_of) - 1}")
         keys = samples.column("key")
-        self._key_hashes.append((shard, np.array([_hash(key) for key in keys], dtype=np.uint64)))
+        self._keys.add(entry, keys)
         captions = [caption_of.get(i, "") for i in range(max(caption_of, default=-1) + 1)]
         removed = frozenset(row for row, reason in shard.excluded.items() if reason == REMOVED)
         ids = enumerate(samples.column("caption_ids"))
@@ -355,26 +353,12 @@ class _Check:
                 self._report.warnings.append(Problem(name, message))
 
     def keys(self) -> None:
-        """Report keys that occur twice: by equal hashes first, then the keys themselves are compared."""
-        if not self._key_hashes:
-            return
-        hashes = np.sort(np.concatenate([hashes for _, hashes in self._key_hashes]))
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        first_file: dict[str, str] = {}
-        for name, key in self._keys_with(repeated) if repeated.size else ():
-            if key in first_file:
-                also = "" if first_file[key] == name else f" and in {first_file[key]}"
-                self._bad(name, f"key {key!r} occurs twice{also or ' here'}")
-            first_file.setdefault(key, name)
+        """Report keys that occur twice."""
+        for name, message in self._keys.repeated(self._samples_of):
+            self._bad(name, message)
 
-    def _keys_with(self, hashes: np.ndarray) -> Iterator[tuple[str, str]]:
-        wanted = hashes[:_MAX_NAMED_KEYS]
-        for shard, own in self._key_hashes:
-            rows = np.flatnonzero(np.isin(own, wanted))
-            if rows.size:
-                entry = shard.files[SAMPLES_GROUP]
-                samples = SamplesFile(self._source(entry), entry.path)
-                yield from ((entry.path, samples.key(int(row))) for row in rows)
+    def _samples_of(self, entry: FileEntry) -> SamplesFile:
+        return SamplesFile(self._source(entry), entry.path)
 
     def coverage(self) -> None:
         """Sum up all input rows. Rows that damaged files hide are reported for these files only."""
@@ -408,7 +392,3 @@ class _Check:
             if name not in known:
                 message = "not in the manifest: a leftover, or of a group that is not finished for every shard"
                 self._report.warnings.append(Problem(name, message))
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

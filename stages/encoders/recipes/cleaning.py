@@ -10,7 +10,7 @@ from pipeline.errors import MachineError
 
 CleaningName = Literal["lower", "strip", "whitespace", "ftfy", "html", "deepfloyd", "prx"]
 
-_EXTRA = "pip install 'imagen-precompute[cleaning]'"
+_EXTRA = "pip install ftfy beautifulsoup4"
 _MARKS = re.compile(r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+")
 _CJK = re.compile("[\u31c0-\u31ff\u3200-\u4dff\u4e00-\u9fff]+")
 _DASHES = re.compile(

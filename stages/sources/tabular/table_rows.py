@@ -187,15 +187,6 @@ def kept_of(chunk: Chunk | range, row_filter: "RowFilter | None") -> tuple[Chunk
     return (chunk if len(places) == len(chunk) else chunk.take(pa.array(places))), places
 
 
-def row_filter(where: str | None) -> "RowFilter | None":
-    """The filter of `source.where`; it is loaded only if there is one."""
-    if where is None:
-        return None
-    from stages.sources.tabular.where import RowFilter
-
-    return RowFilter(where)
-
-
 def _span(block: Block, first: int, end: int) -> Span:
     begin, last = block.place(first), block.place(end - 1)
     part = block.part
