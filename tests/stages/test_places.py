@@ -56,6 +56,7 @@ OTHER = {
     *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "job"),
     *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
+    *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""

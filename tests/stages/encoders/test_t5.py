@@ -53,8 +53,8 @@ def encoder() -> TextEncoder:
 
 def with_changes(encoder: TextEncoder, **changes: object) -> TextEncoder:
     """The same weights with other settings, not loaded again."""
-    copy = object.__new__(TextEncoder)
-    copy.__dict__.update(encoder.__dict__, **changes, config=encoder.config.model_copy(update=changes))
+    copy, config = object.__new__(TextEncoder), encoder.config.model_copy(update=changes)
+    copy.__dict__.update(encoder.__dict__, **changes, config=config, read=config.reader(encoder.tokenizer))
     return copy
 
 
