@@ -178,8 +178,9 @@ class WorkerProcess:
         context: Any = multiprocessing.get_context("forkserver" if self.forked and _CAN_FORK else "spawn")
         with stop_signals_held():
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.gpu, self.num_slots, dict(os.environ)))
-            self.process.start()
+            process = context.Process(target=_serve, args=(theirs, self.gpu, self.num_slots, dict(os.environ)))
+            process.start()
+            self.process = process
             theirs.close()  # so that its end is seen here
 
     def stop(self) -> None:
@@ -227,8 +228,8 @@ def _or_end(work: Any, *arguments: object) -> None:
     """What a task does not catch ends the process, as it would in the main thread."""
     try:
         work(*arguments)
-    except BaseException:  # noqa: BLE001 - said, and the driver sees the process end
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # noqa: BLE001 - said, and the driver sees the process end
+        sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
 
 
