@@ -232,12 +232,11 @@ class StoreReader:
         """
         if self._buckets is None or self._buckets[0] != ratios:
             table = self.sample_columns(["width", "height"])
-            parts = [
-                choose_buckets(*(column.to_numpy() for column in batch.columns), ratios).astype(
-                    np.min_scalar_type(len(ratios))
-                )
-                for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE)
-            ]
+            small = np.min_scalar_type(len(ratios))
+            parts = []
+            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                widths, heights = batch.column("width").to_numpy(), batch.column("height").to_numpy()
+                parts.append(choose_buckets(widths, heights, ratios).astype(small))
             self._buckets = ratios, np.concatenate([np.empty(0, np.uint8), *parts])
         return self._buckets[1]
 
