@@ -285,11 +285,12 @@ class StoreReader:
         """
         if self._buckets is None or self._buckets[0] != ratios:
             table = self.sample_columns(["width", "height"])
-            parts, dtype = [np.empty(0, np.uint8)], np.min_scalar_type(len(ratios))
+            small = np.min_scalar_type(len(ratios))
+            parts = []
             for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-                width, height = (column.to_numpy() for column in batch.columns)
-                parts.append(choose_buckets(width, height, ratios).astype(dtype))
-            self._buckets = ratios, np.concatenate(parts)
+                widths, heights = batch.column("width").to_numpy(), batch.column("height").to_numpy()
+                parts.append(choose_buckets(widths, heights, ratios).astype(small))
+            self._buckets = ratios, np.concatenate([np.empty(0, np.uint8), *parts])
         return self._buckets[1]
 
     def image_group(self, size_px: int) -> ImagesGroup:
