@@ -108,15 +108,8 @@ class Condition:
             columns: the cells of `self.columns`, in that order.
         """
         arrays = [self._plain_cells(name, cells) for name, cells in zip(self.columns, columns, strict=True)]
-        names = [*self.columns, _ROW]
-        try:
-            table = pa.table([*arrays, np.arange(num_rows)], names=names).filter(self.expression)
-        except pa.ArrowInvalid:  # integers that floats do not hold exactly: these are compared as the nearest double
-            are_integers = [pa.types.is_integer(cells.type) for cells in arrays]
-            pairs = zip(arrays, are_integers, strict=True)
-            arrays = [cells.cast(pa.float64(), safe=False) if integer else cells for cells, integer in pairs]
-            table = pa.table([*arrays, np.arange(num_rows)], names=names).filter(self.expression)
-        return table.column(_ROW).to_numpy()
+        table = pa.table([*arrays, np.arange(num_rows)], names=[*self.columns, _ROW])
+        return table.filter(self.expression).column(_ROW).to_numpy()
 
     def _plain_cells(self, name: str, cells: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """Text and integers as float64 where the column is compared with numbers, and NULL in place of NaN."""

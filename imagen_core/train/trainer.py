@@ -102,8 +102,8 @@ def train(
             ends the training, and nothing more is written.
     Returns:
         steps, samples, loss, validation_loss, images_per_s, loader_wait, peak_memory_bytes, epoch (of a mixture
-        epoch/NAME for each store), checkpoint (None in a
-        process without its files), best_checkpoint (of the least validation loss; None without validation).
+        epoch/NAME for each store), checkpoint (None in a process without its files), best_checkpoint (of the least
+        validation loss; None without validation).
     Raises:
         TrainError: settings, store or checkpoint do not fit; see its children.
         NonFiniteLossError: the batch's keys are in `out/nan/`.
