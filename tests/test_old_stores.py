@@ -43,6 +43,7 @@ def test_an_old_store_verifies(name: str) -> None:
     assert report.ok, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORES)
 def test_an_old_store_trains(name: str, tmp_path: Path) -> None:
     denoiser = BASE | {"unet": BASE["unet"] | {"text_dim": 64}}

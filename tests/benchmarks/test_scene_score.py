@@ -238,6 +238,7 @@ def image(s: Scene, size_px: int, blur_px=0.0, noise=0.0) -> np.ndarray:
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size_px", "blur_px", "noise", "least"),
     [

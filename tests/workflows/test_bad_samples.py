@@ -200,6 +200,7 @@ def url_run(tmp_path_factory: pytest.TempPathFactory) -> UrlRun:
     )
 
 
+@pytest.mark.slow
 def test_every_bad_url_is_dropped_for_its_own_reason(url_run: UrlRun) -> None:
     expected = {key: reason for key, reason in url_run.expected.items() if reason is not None}
     assert {**url_run.dropped, "good": None} == {**expected, "good": None}

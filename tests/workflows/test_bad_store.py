@@ -62,6 +62,7 @@ def test_a_good_store_verifies_by_its_folder_and_by_the_run_around_it(good: Path
     assert files.startswith("good: 9 files, ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FILES))
 @pytest.mark.parametrize("damage", [flip, pytest.param(cut, marks=pytest.mark.slow)])
 def test_a_damaged_file_alone_is_named_and_computed_again_by_the_advised_command(

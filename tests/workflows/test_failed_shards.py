@@ -27,6 +27,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, stage: type[EncodeStage] | type[Resi
     monkeypatch.setattr(stage, "process", process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [EncodeStage, ResizeStage])
 def test_the_store_of_a_run_with_a_failed_shard_has_the_rows_of_the_others(
     stage: type[EncodeStage], small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

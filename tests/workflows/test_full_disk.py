@@ -40,6 +40,7 @@ def slow(store_format: str, kib: int, executor: str = "inline") -> Any:
     return pytest.param(store_format, kib, executor, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("store_format", "kib", "executor"),
     [

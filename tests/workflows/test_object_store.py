@@ -180,6 +180,7 @@ def test_a_second_run_on_the_same_url_is_refused(remote_run: str, data: Data) ->
     assert "another run is working" in refused.err
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_run_that_lost_the_folder_commits_nothing(data: Data, s3: ObjectStore) -> None:
     from pipeline.storage.lock import LEASE
     from stages.precompute.fetch import FetchStage

@@ -113,6 +113,7 @@ def test_validation_of_a_prior_says_how_alike_its_embeddings_are(work: Path) -> 
     assert found["above_baseline_2"] == pytest.approx(found["with_text_2"] - found["baseline"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_the_encoders_of_captions_and_images(work: Path) -> None:
     prior, decoder = load_checkpoint(work / "prior"), load_checkpoint(work / "decoder")
     assert (prior.encoder or {})["name"] == "tokens"

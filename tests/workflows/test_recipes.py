@@ -83,6 +83,7 @@ SIZES = {"image_size_px", "text_dim", "dim", "embed_dim", "cond_dim", "head_dim"
 SIZES |= {"num_res_blocks"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 )

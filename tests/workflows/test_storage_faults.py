@@ -73,6 +73,7 @@ def commands() -> list[object]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_a_server_that_refuses_is_exit_4_at_once_with_what_to_check(
     command: str, run: str, s3: ObjectStore, tmp_path: Path
@@ -86,6 +87,7 @@ def test_a_server_that_refuses_is_exit_4_at_once_with_what_to_check(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_a_server_that_is_down_for_long_is_exit_75(command: str, run: str, s3: ObjectStore, tmp_path: Path) -> None:
     s3.faults.rule = lambda method, path: "503"
@@ -154,6 +156,7 @@ def test_a_flipped_byte_in_what_a_removal_decides_by_is_refused(
     assert "its bytes do not fit their checksum, also after 3 tries" in result.err
 
 
+@pytest.mark.slow
 def test_a_removal_whose_answer_was_lost_is_in_effect_and_says_so(s3: ObjectStore, run: str) -> None:
     place, late = f"{s3.url}/removal", []
     copy = open_storage(place)

@@ -175,6 +175,7 @@ def test_sampling_writes_every_stage_and_a_grid(work: Path, tmp_path: Path) -> N
     assert json.loads(result.out)["summary"]["generated_now"] == 4
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch_and_are_not_generated_twice(work: Path, tmp_path: Path) -> None:
     prompts = "prompts=[a small red circle,a large blue square on the right,a star]"
     one, three = tmp_path / "one", tmp_path / "three"

@@ -60,6 +60,7 @@ def test_lpips_is_the_formula_of_the_paper(network: Lpips) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_equal_images_have_distance_0_and_order_does_not_matter(network: Lpips) -> None:
     a, b = pairs()
     assert network(a, a).tolist() == [0, 0, 0]

@@ -41,6 +41,7 @@ def test_a_gaussian_is_reached_in_mean_and_variance(name):
     assert variance_error < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [LogSnrLinear(), LogSnrCosine(), Discrete(num_steps=2000)], ids=lambda s: s.kind)
 @pytest.mark.parametrize(
     "name",

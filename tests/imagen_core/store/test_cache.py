@@ -165,6 +165,7 @@ def _read_all(path: Path, cache: Path, cache_bytes: int, results: "multiprocessi
     results.put([[key for batch in loader for key in batch["keys"]] for _ in range(2)])
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_that_is_too_small_for_them(make: Make, tmp_path: Path) -> None:
     made = make(store_format="hdf5", shard_rows=(5, 3, 4, 6))
     context = multiprocessing.get_context("fork")

@@ -289,6 +289,7 @@ def test_grids_are_sampled_from_full_images(written_store: Path) -> None:
         assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_training_on_crops_resumes_after_a_stop_as_if_it_had_not_stopped(
     written_store: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_noise_and_low_resolution_images_have_the_shape_of_the_batch(bucketed: P
     assert seen == set(bucket_list(32))
 
 
+@pytest.mark.slow
 def test_a_training_stopped_and_resumed_in_an_epoch_has_the_weights_of_one_in_one_go(
     bucketed: Path, tmp_path: Path
 ) -> None:

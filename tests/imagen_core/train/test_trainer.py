@@ -116,6 +116,7 @@ def test_training_learns_a_few_images(store: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -273,6 +274,7 @@ def test_validating_does_not_change_training(store: Path, tmp_path: Path) -> Non
     assert all(torch.equal(found[key], values) for key, values in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("denoiser", "side"), [(BASE, 16), pytest.param(SUPER, 32, marks=pytest.mark.slow)])
 def test_grids_are_sampled_on_schedule(store: Path, tmp_path: Path, denoiser: dict[str, Any], side: int) -> None:
     config = make_config(

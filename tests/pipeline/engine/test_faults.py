@@ -35,6 +35,7 @@ def squared(out: Path) -> set[str]:
     return {name.rpartition("/")[2] for name in files(out)}
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_workers_is_set_aside_and_costs_no_other_shard_a_try(
     tmp_path: Path, trace: Path
 ) -> None:

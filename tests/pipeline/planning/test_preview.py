@@ -56,6 +56,7 @@ def test_bytes_are_predicted_within_two_percent(tmp_path: Path, store: str) -> N
         assert group["bytes_to_do"] == pytest.approx(on_disk, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_without_a_probe_text_bytes_are_known_and_time_is_not(tmp_path: Path) -> None:
     out = tmp_path / "run"
     planned = plan("--out", str(out), *SMALL)

@@ -117,6 +117,7 @@ def test_the_slowest_workers_are_busy_95_percent_of_the_time(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_failures_are_retried_and_hopeless_shards_set_aside(tmp_path: Path) -> None:
     executor, tally, _ = simulate(tmp_path, failing)
     assert useful(executor) >= 0.94, "1 % of the tasks are done twice"

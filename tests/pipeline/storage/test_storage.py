@@ -161,6 +161,7 @@ def test_map_hands_on_what_the_function_raises(storage: Storage) -> None:
         list(storage.map(fail, range(10)))
 
 
+@pytest.mark.slow
 def test_chores_are_done_when_they_are_finished_and_their_errors_are_not_lost(storage: Storage) -> None:
     for number in range(20):
         storage.write(f"a/{number}", b"")
@@ -249,6 +250,7 @@ def test_a_large_file_is_replaced_only_while_it_is_of_its_version(
     assert conditions["complete_multipart_upload"] == now, "and by the store when all is there"
 
 
+@pytest.mark.slow
 def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imagen_core.far.calls.LONGEST_PAUSE_S", 0.01)
     storage = open_storage(f"{s3.url}/errors")
@@ -265,6 +267,7 @@ def test_errors_that_pass_are_not_seen(s3: ObjectStore, monkeypatch: pytest.Monk
     assert s3.faults.count["error"] - before >= 5
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_given_up_on_and_asked_again(
     s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

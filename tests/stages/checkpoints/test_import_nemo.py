@@ -148,6 +148,7 @@ def with_yaml(path: Path, _: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [of_gzip, pytest.param(of_omegaconf, marks=pytest.mark.slow), with_yaml])
 def test_every_kind_of_file_is_the_same_model(
     write: Callable[[Path, pytest.MonkeyPatch], Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

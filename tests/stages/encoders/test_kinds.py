@@ -117,6 +117,7 @@ def test_the_result_is_what_transformers_gives_caption_by_caption(case: Case) ->
     assert {e.shape[1] for e in found.embeddings} == {case.config().identify().dim} == {case.encoder.dim}
 
 
+@pytest.mark.slow
 def test_a_cut_caption_is_what_the_tokenizer_cuts_it_to_and_is_counted(case: Case) -> None:
     lengths = [len(ids) for ids in case.encoder.tokenizer(CAPTIONS)["input_ids"]]
     found = case.load(max_tokens=6).encode(CAPTIONS)
@@ -141,6 +142,7 @@ def test_the_configuration_can_be_had_back_from_the_fingerprint(case: Case) -> N
     assert type(again) is type(case.config())
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_by_its_rounding_only(case: Case) -> None:
     found = case.load(compute_dtype="bfloat16").encode(CAPTIONS).embeddings
     for a, b in zip(found, case.encoder.encode(CAPTIONS).embeddings, strict=True):

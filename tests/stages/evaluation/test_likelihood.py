@@ -90,6 +90,7 @@ def test_finished_batches_are_not_measured_again(work: Path, tmp_path: Path) -> 
     assert facts(measure(work, tmp_path, "batch_size=2", "seed=3", "--restart")) != first
 
 
+@pytest.mark.slow
 def test_damaged_measurements_are_made_again_and_a_damaged_record_is_refused(work: Path, tmp_path: Path) -> None:
     few = ("num_images=1", "num_steps=2")
     first = facts(measure(work, tmp_path, *few))

@@ -73,6 +73,7 @@ def test_a_batch_has_the_embeddings_of_its_samples(clip: Path, tmp_path: Path) -
         store.loader(batch_size=3, image_embed="nope")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
 def test_an_image_encoder_added_later_touches_nothing_else_and_verify_finds_exchanged_files(
     clip: Path, tmp_path: Path, store_format: str

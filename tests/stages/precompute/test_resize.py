@@ -130,6 +130,7 @@ def test_a_folder_of_the_kept_originals_is_a_webdataset_source(images: Path, tmp
         assert np.array_equal(a.images[16], b.images[16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store_format", ["parquet", "hdf5"])
 def test_a_codec_by_size_stores_the_pixels_of_raw_ones_and_shows_in_every_command(
     images: Path, tmp_path: Path, store_format: str

@@ -147,6 +147,7 @@ def test_texts_next_to_images_sizes_to_write_and_seconds_of_each_stage(cascade: 
     assert (more["generated_now"], more["sizes_px"]) == (2, [16, 32]), "a size written later is generated later"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_generates_about_the_same_image(cascade: Path, tmp_path: Path, precision: str) -> None:
     for name in ("float32", precision):

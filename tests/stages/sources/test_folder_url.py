@@ -84,6 +84,7 @@ def fetched(source: FolderSource, shard: Shard, scratch: Path) -> list[Original]
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [LOOSE, TABLE], ids=["loose", "table"])
 def test_rows_and_images_are_those_of_a_local_folder(files: dict[str, bytes], far: str, tmp_path: Path) -> None:
     near = str(tmp_path / "near")

@@ -128,6 +128,7 @@ def test_a_run_of_an_earlier_version_records_its_null_embedding_when_it_goes_on(
 TWO = "encoders=[{name: t5, kind: t5, model: tiny-random-t5}, {name: other, kind: t5, model: tiny-random-t5}]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", ["images.sizes_px=[16,24,48]", TWO], ids=["a size", "an encoder"])
 def test_what_is_added_to_a_store_is_not_made_from_a_damaged_file(copy_of_small_run: Path, added: str) -> None:
     run = copy_of_small_run

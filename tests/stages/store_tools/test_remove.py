@@ -289,6 +289,7 @@ def test_a_sample_that_a_retry_brought_goes_from_the_lists_of_retries_too(tmp_pa
     assert verified(run)["num_samples"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "identifier", ["key", *(pytest.param(name, marks=pytest.mark.slow) for name in ("url", "sha256"))]
 )

@@ -31,6 +31,7 @@ def keys(store: Path) -> list[str]:
     return [sample.key for sample in st.Store.open(store)]
 
 
+@pytest.mark.slow
 def test_a_removal_during_a_run_takes_effect_at_once_and_the_run_honours_it(
     tmp_path: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def store(encoded: Path, model: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_captions_are_chosen_by_the_seed_alone_and_agree(store: Path, model: Path) -> None:
     arguments = ("--encoder-model", f"t5={model}", "--reencode")
     few, all_of_them = verified(store, *arguments, "0")[1], verified(store, *arguments, "1")[1]

@@ -60,6 +60,7 @@ def test_online_encoding_gives_the_losses_and_weights_of_cached_embeddings(work:
     assert (work / "online/grids/step-00000006.png").exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_names_the_encoder_as_a_cached_one_and_samples(work: Path, tmp_path: Path) -> None:
     assert state(work / "online")["encoder"] == state(work / "cached")["encoder"]
     stages = [{"checkpoint": str(work / "online"), "sampling": {"num_steps": 2}}]

@@ -51,6 +51,7 @@ def estimates(case: str, denoiser: Denoiser, *, keep: bool) -> Tensor:
         return sampled(denoiser(given["x0"] + sigma[:, None, None, None] * given["noise"], sigma, conditioning))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXPECTED)
 def test_a_model_of_nemo_estimates_the_same_images_here(case: str) -> None:
     denoiser, expected = imported(case), EXPECTED[case]

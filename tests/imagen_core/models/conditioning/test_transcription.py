@@ -93,6 +93,7 @@ def test_padding_does_not_matter(options: dict[str, Any]):
     torch.testing.assert_close(unet(x, c_noise, longer), unet(x, c_noise, conditioning), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @FAMILY
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_dropped_transcription_is_none_at_all(family: str, options: dict[str, Any]):

@@ -12,6 +12,7 @@ from tests.imagen_core.models.count import build_on_meta
 from tests.imagen_core.models.presets.published import TABLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TABLE))
 def test_a_published_model_has_its_exact_number_of_parameters(name: str):
     preset = PRESETS[name]

@@ -91,6 +91,7 @@ def test_a_dropped_caption_is_not_seen(family: str, attention_type: str):
         assert not torch.allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @FAMILY
 @pytest.mark.parametrize("attention_type", ["fused", "cross", "stacked"])
 @pytest.mark.parametrize("half", [False, True])

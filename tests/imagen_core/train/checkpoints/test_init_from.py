@@ -19,6 +19,7 @@ def source(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema-0.9"), ("model", "model"), ("ema-0.5", "ema-0.5")])
 def test_a_training_starts_with_the_weights_of_another(
     source: Path, store: Path, tmp_path: Path, weights: str | None, taken: str

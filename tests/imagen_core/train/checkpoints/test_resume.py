@@ -183,6 +183,7 @@ class Killed(BaseException):
     """Ends a training as a kill does: nothing of it runs on."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps", [pytest.param(4, marks=pytest.mark.slow), 2], ids=["in the middle", "after the last step"]
 )
@@ -219,6 +220,7 @@ def test_what_a_kill_left_out_after_a_checkpoint_is_done_on_resume(
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last_loss", "kept"), [(0.5, [4]), (5.0, [2, 4])])
 def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_step(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_loss: float, kept: list[int]

@@ -69,6 +69,7 @@ def test_a_file_of_an_earlier_version_without_a_digest_is_read(run: Path, tmp_pa
     assert load_checkpoint(path).step == 2
 
 
+@pytest.mark.slow
 def test_a_training_starts_with_a_single_file(run: Path, store: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", load_checkpoint(run))
     started = [

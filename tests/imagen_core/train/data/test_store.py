@@ -41,6 +41,7 @@ def saved(out: Path) -> list[str]:
     return [path.name for path in checkpoints(out / "checkpoints")]
 
 
+@pytest.mark.slow
 def test_a_training_saves_before_it_gives_up_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path = make_store(tmp_path / "store", rows=ROWS)
     config = make_config(path, **TINY)
@@ -74,6 +75,7 @@ def test_a_store_that_is_gone_may_come_back(tmp_path: Path) -> None:
     assert caught.value.again
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_the_same_order_when_its_store_is_compacted(tmp_path: Path) -> None:
     path = make_store(tmp_path / "store", rows=ROWS)
     config = make_config(path, **TINY, validation={"num_samples": 2, "every_steps": 12})

@@ -147,6 +147,7 @@ def test_only_failures_that_may_pass_are_tried_again(tmp_path: Path) -> None:
     assert requests == Counter(once | twice | thrice)
 
 
+@pytest.mark.slow
 def test_silence_is_tried_again(tmp_path: Path) -> None:
     with serve({"/silent": silence, "/slow-start": first_then(silence, body(IMAGE))}) as server:
         assert fetch({0: server.url("/silent")}, tmp_path / "1", timeout_s=0.3, retries=2) == {0: (None, "timeout")}

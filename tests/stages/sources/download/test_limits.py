@@ -115,6 +115,7 @@ def test_one_host_has_no_more_downloads_at_once_than_allowed(tmp_path: Path) -> 
     assert most == dict.fromkeys(hosts, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["silent", "closed", "reset"])
 def test_a_stuck_host_is_given_up_and_others_are_not(tmp_path: Path, kind: str) -> None:
     routes = {"/silent": silence, "/reset": lambda _: None, "/good": body(IMAGE)}
@@ -140,6 +141,7 @@ def test_a_host_whose_targets_are_stuck_is_not_given_up(tmp_path: Path) -> None:
     assert found == ["connection_refused"] * 12 + [IMAGE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [429, 503])
 def test_a_pause_that_a_server_asks_for_is_given_up_to_the_bound(tmp_path: Path, code: int) -> None:
     def busy(seconds: int) -> Answer:
