@@ -10,6 +10,7 @@ python -m benchmarks.chaos --runs 30 --work FOLDER --out benchmarks/results/chao
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -31,7 +32,7 @@ CONFIG = [
 ]
 VICTIMS = {
     "ray": {"driver": "", "encoder": "ray::StageActor", "download": "ray::fetch", "raylet": "raylet/raylet"},
-    "local": {"driver": "", "worker": "spawn_main"},
+    "local": {"driver": "", "worker": "spawn_main|multiprocessing.forkserver"},
 }
 _MOST_KILLS = 3
 _MOST_STARTS = 10
@@ -193,7 +194,7 @@ def _kill(
 ) -> str | None:
     """Kills one process of a kind that is running and returns the kind."""
     there = {
-        kind: [pid for pid, line in family.items() if pattern in line] if pattern else [process.pid]
+        kind: [pid for pid, line in family.items() if re.search(pattern, line)] if pattern else [process.pid]
         for kind, pattern in victims.items()
     }
     kind = chance.choice([kind for kind in victims if there[kind]])

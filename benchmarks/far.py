@@ -37,7 +37,7 @@ from benchmarks.far_proxy import KINDS as FAULTS
 from benchmarks.far_proxy import Proxy, Request
 from benchmarks.far_scenarios import Scenario, scenarios
 from tests.object_store import object_store
-from tests.processes import descendants
+from tests.processes import descendants, is_worker
 
 KINDS = ("fault", "faults", "outage", "kill", "kill a worker", "take-over", "stopped")
 _ORDER = (
@@ -175,7 +175,7 @@ class Attempt:
                 if request.number < at or one.kills > before:
                     return ""
                 driver = started.result(LIMIT_S).pid
-                pids = sorted(pid for pid, line in descendants(driver).items() if "spawn_main" in line)
+                pids = sorted(pid for pid, line in descendants(driver).items() if is_worker(line))
                 if worker and not pids:
                     return ""
                 one.kills += 1

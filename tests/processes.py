@@ -40,3 +40,8 @@ def is_alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def is_worker(line: str) -> bool:
+    """Whether a command line is that of a worker of the local executor, or of what workers are forked from."""
+    return "spawn_main" in line or "multiprocessing.forkserver" in line

@@ -34,9 +34,9 @@ ELSEWHERE = {
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words")
-"""Commands of configurations that need published weights, or a training of hours; their tests are in
-tests/stages/evaluation and tests/workflows/test_writing.py."""
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store")
+"""Commands that need published weights, a training of hours, scores, or other stores; their tests are in
+tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py, and tests/imagen_core/train/data."""
 RUN_HERE = ("train.md", "sample.md", "precompute.md", "planning.md", "nightly.md", "evaluation.md", "scheduling.md")
 """Pages whose commands are run after README's, in this order."""
 ROWS = 24

@@ -39,7 +39,7 @@ def test_of_1000_images_exactly_those_with_other_bytes_are_dropped(column: str, 
         pq.write_table(pa.table(rows), tmp_path / "l.parquet")
         source = ("source.kind=urls", f"source.path={tmp_path / 'l.parquet'}", f"source.{column}_column=digest")
         summary = precompute(tmp_path / "run", *source, *SETTINGS, "max_drop_fraction=0.2")
-    assert summary["tally"]["dropped"] == {"hash_mismatch": len(changed)}
+    assert summary["tally"]["groups"]["samples"]["drops"] == {"hash_mismatch": len(changed)}
     kept = [sample.captions[0] for sample in Store.open(tmp_path / "run" / "store")]
     assert kept == [f"image {number}" for number in range(IMAGES) if number not in changed]
     report = verify_store(tmp_path / "run" / "store")

@@ -68,7 +68,7 @@ def test_a_killed_driver_resumes_with_the_same_command(
 @pytest.mark.parametrize(
     ("executor", "victim"),
     [
-        ("local", "spawn_main"),
+        ("local", "multiprocessing.forkserver"),  # a worker, or what workers are forked from
         pytest.param("ray", "ray::fetch", marks=pytest.mark.ray),
         pytest.param("ray", "ray::StageActor", marks=pytest.mark.ray),
     ],
