@@ -65,7 +65,6 @@ class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
     config: UrlsConfig
-    shards_at_once = 4
 
     def __init__(self, config: UrlsConfig):
         self.config = config
