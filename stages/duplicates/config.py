@@ -13,7 +13,7 @@ class DuplicatesConfig(Config):
 
     action: Literal["report", "drop"] = "report"
     """report: they stay samples, and RUN/duplicates.jsonl names them; drop: only the first of them, by shard and row,
-    stays one. May be changed at any time: the same command again writes only the manifest anew."""
+    stays one. May be changed at any time: the same command again writes only the manifest again."""
     near: bool = True
     """Also find images that are equal but for compression, size, mirroring or a crop of up to 5 % of each side."""
     exclude: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ _NAMES = {DUPLICATE: "equal", NEAR: "nearly equal", EXCLUDED: "of the sets of du
 _FOUND = "state/duplicates/found.json"
 _VERSION = 1
 """Raised when the same images give another list."""
-_AGAIN = "delete it: the same `pipeline run` again makes it anew"
+_AGAIN = "delete it: the same `pipeline run` again makes a new one"
 
 
 @dataclass(frozen=True)

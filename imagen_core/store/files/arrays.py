@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +20,9 @@ from imagen_core.store.array_spec import MAX_ARRAY_BYTES, ArraySpec
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE, array_digest, fingerprint_digest
 from imagen_core.store.files.hdf5 import (
-    BLOCK_BYTES,
     HDF5_ERRORS,
     RaggedRows,
+    fill,
     map_dataset,
     new_dataset,
     new_hdf5,
@@ -190,26 +189,17 @@ class _Hdf5Writer:
             digests = new_dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
             if spec.is_fixed:
                 shape = tuple(n for n in spec.shape if n is not None)
-                self._unspool(new_dataset(file, "values", (len(self._sizes), *shape), spec.disk_dtype))
+                fill(new_dataset(file, "values", (len(self._sizes), *shape), spec.disk_dtype), self._spool)
             else:
                 sizes = np.array(self._sizes, _SIZE_DTYPE).reshape(-1, len(spec.shape))
                 sizes_set = new_dataset(file, "sizes", sizes.shape, _SIZE_DTYPE)
                 lengths = sizes.prod(axis=1, dtype=np.int64).tolist()
                 values, write_offsets = new_ragged(file, "values", lengths, (), spec.disk_dtype)
-                self._unspool(values)
+                fill(values, self._spool)
                 write_offsets()
                 sizes_set[...] = sizes
             digests[...] = np.array(self._digests, DIGEST_DTYPE)
         self.abort()
-
-    def _unspool(self, dataset: h5py.Dataset) -> None:
-        self._spool.seek(0)
-        row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=np.int64))
-        start = 0
-        while block := self._spool.read(max(1, BLOCK_BYTES // row) * row):
-            items = np.frombuffer(block, dataset.dtype).reshape(-1, *dataset.shape[1:])
-            dataset[start : start + len(items)] = items
-            start += len(items)
 
     def abort(self) -> None:
         self._spool.close()

@@ -4,6 +4,7 @@ A contiguous dataset is one run of bytes in the file, so a local reader asks h5p
 memory.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,16 @@ class _Sink:
 
 def new_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
     return file.create_dataset(name, shape=shape, dtype=dtype, track_times=False)
+
+
+def fill(dataset: h5py.Dataset, spool: BinaryIO) -> None:
+    """Copies all values from a file, in which they follow each other as bytes, with a bounded amount of memory."""
+    spool.seek(0)
+    row_bytes, start = dataset.dtype.itemsize * math.prod(dataset.shape[1:]), 0
+    while block := spool.read(max(1, BLOCK_BYTES // row_bytes) * row_bytes):
+        items = np.frombuffer(block, dataset.dtype).reshape(-1, *dataset.shape[1:])
+        dataset[start : start + len(items)] = items
+        start += len(items)
 
 
 def new_ragged(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,9 +22,9 @@ from imagen_core.store.codec import Codec, check_codec, decode, encode
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE, image_digest
 from imagen_core.store.files.hdf5 import (
-    BLOCK_BYTES,
     HDF5_ERRORS,
     RaggedRows,
+    fill,
     map_dataset,
     new_dataset,
     new_hdf5,
@@ -172,28 +171,18 @@ class _Hdf5Writer:
             digests = new_dataset(file, "digests", (len(self._digests),), DIGEST_DTYPE)
             if self._is_raw and self._is_square:
                 shape = (len(self._lengths), self._size_px, self._size_px, 3)
-                self._unspool(new_dataset(file, "pixels", shape, np.dtype("u1")))
+                fill(new_dataset(file, "pixels", shape, np.dtype("u1")), self._spool)
             else:
                 sizes = np.array(self._sizes, _SIZES_DTYPE).reshape(-1, 2)
                 sizes_set = None if self._is_square else new_dataset(file, "sizes", sizes.shape, _SIZES_DTYPE)
                 name = "pixels" if self._is_raw else "pictures"
                 images, write_offsets = new_ragged(file, name, self._lengths, (), np.dtype("u1"))
-                self._unspool(images)
+                fill(images, self._spool)
                 write_offsets()
                 if sizes_set is not None:
                     sizes_set[...] = sizes
             digests[...] = np.array(self._digests, DIGEST_DTYPE)
         self.abort()
-
-    def _unspool(self, dataset: h5py.Dataset) -> None:
-        item_shape = dataset.shape[1:]
-        item_bytes = math.prod(item_shape)
-        self._spool.seek(0)
-        start = 0
-        while block := self._spool.read(max(1, BLOCK_BYTES // item_bytes) * item_bytes):
-            items = np.frombuffer(block, dtype=np.uint8).reshape(-1, *item_shape)
-            dataset[start : start + len(items)] = items
-            start += len(items)
 
     def abort(self) -> None:
         self._spool.close()

@@ -60,7 +60,7 @@ class Loader:
 
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
     received as many batches) restores all of them, with any world size and batch size; with buckets and another
-    global batch size, the samples of the epoch that are left are cut into batches anew. The next `for`
+    global batch size, the samples of the epoch that are left are cut into batches again. The next `for`
     after one that was left early continues from there. If samples were removed since the state was taken, the others
     come in the same batches as before; these are smaller by the removed samples, and can be empty. The same holds for
     samples that are removed while the loader reads, which it notices within a minute; and where compaction replaces
