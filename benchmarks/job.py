@@ -190,7 +190,7 @@ def measure(command: list[str], checkout: Path, run: Path | None = None) -> dict
         SystemExit: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "no_proxy": "*"}
-    log = (run or Path(command[-1])).with_suffix(".log")
+    log = (run or Path(command[1])).with_suffix(".log")
     began, first = time.perf_counter(), None
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -200,7 +200,7 @@ def measure(command: list[str], checkout: Path, run: Path | None = None) -> dict
     try:
         while process.poll() is None:
             processes.look()
-            if first is None and run is not None and any((run / "state" / LAST_GROUP).glob("*.json")):
+            if first is None and run is not None and any((run / "state" / LAST_GROUP).glob("[0-9]*.json")):
                 first = time.perf_counter() - began
             time.sleep(_POLL_S)
     finally:

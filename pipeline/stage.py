@@ -9,9 +9,7 @@ import json
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -22,36 +20,18 @@ from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import RunFolder
 
 _last_sign = time.monotonic()
-_own_sign: ContextVar[list[float] | None] = ContextVar("own_sign", default=None)
 
 
 def note_progress() -> None:
     """Tells that this worker gets on; without such a sign for `execution.task_limit_s` it is ended. A stage tells it
     after every row, batch or the like; it costs nothing."""
     global _last_sign
-    own = _own_sign.get()
-    if own is None:
-        _last_sign = time.monotonic()
-    else:
-        own[0] = time.monotonic()
+    _last_sign = time.monotonic()
 
 
 def seconds_without_progress() -> float:
-    """Seconds since the last sign of progress in this process, of no task in particular."""
+    """Seconds since the last sign of progress in this process."""
     return time.monotonic() - _last_sign
-
-
-@contextmanager
-def own_progress() -> Iterator[Callable[[], float]]:
-    """Within the block a sign of progress in this thread counts for this task alone, and not for others that run in
-    the process at the same time. Gives a function for the seconds since the task's last sign; one in a thread that
-    belongs to no task counts for all."""
-    own = [time.monotonic()]
-    token = _own_sign.set(own)
-    try:
-        yield lambda: min(time.monotonic() - own[0], seconds_without_progress())
-    finally:
-        _own_sign.reset(token)
 
 
 class RowRange(Protocol):
@@ -342,16 +322,10 @@ class Stage(ABC):
     max_workers: int | None = None
     """None means stateless tasks; a number is the maximum of long-lived workers that keep what `setup` loaded."""
     tasks_per_worker: int = 1
-    """Tasks that a worker may run at once, in threads, if the executor supports it: while one computes, another reads
-    or writes. `process` must then be thread-safe."""
+    """Tasks that a long-lived worker may run at once, in threads: while one computes, another reads or writes.
+    `process` must then be thread-safe."""
     modules: tuple[str, ...] = ()
     """Large modules that `setup` and `process` import. Where workers can be forked, they are imported once for all."""
-
-    @property
-    def shares_process(self) -> bool:
-        """True for a stateless stage of which several tasks run in one process, because they wait rather than compute.
-        They do not wait for each other, so each has its own limit of time."""
-        return self.max_workers is None and self.tasks_per_worker > 1
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

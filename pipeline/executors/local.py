@@ -4,7 +4,6 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -17,33 +16,32 @@ from pipeline.storage.run_folder import RunFolder
 
 
 class LocalExecutor(Executor):
-    """Each worker has one process. Of a stage that waits rather than computes, one process takes several tasks."""
+    """Each worker has one process; one that keeps a model takes several tasks, as it does on Ray."""
 
     def __init__(self, stages: Sequence[Stage], run: RunFolder, config: ExecutionConfig):
         self.run = run
         self.limit_s = config.task_limit_s
         self.gpus = visible_gpus()
         self.num_cpus = config.num_cpus or usable_cpus()
-        stateless = [s for s in stages if s.max_workers is None and not s.shares_process]
+        stateless = [s for s in stages if s.max_workers is None and s.resources.num_cpus >= 1]
         forked = any(stage.modules for stage in stateless)
         shared = _Pool([WorkerProcess(None, forked=forked) for _ in range(self.num_cpus)])
+        self.order = [stage.name for stage in stages]
         self.pools = {s.name: shared if s in stateless else self._own_pool(s) for s in stages}
         self.workers = [worker for pool in {*self.pools.values(), shared} for worker in pool.workers]
         self.modules = {s.name: (type(s).__module__, *s.modules) for s in stages if s.modules}
         self.window = config.max_in_flight_shards or max(4, 2 * len(self.workers))
 
     def _own_pool(self, stage: Stage) -> "_Pool":
-        """Processes of a stage that takes several tasks in each; or one worker per GPU, or fraction of a GPU, for a
-        stage whose workers keep their models."""
-        if stage.shares_process:
-            at_once = max(1, round(self.num_cpus / (stage.resources.num_cpus or 1)))
-            count = ceil(at_once / stage.tasks_per_worker)
-            slots = min(stage.tasks_per_worker, at_once)
-            return _Pool([WorkerProcess(None, slots, forked=bool(stage.modules)) for _ in range(count)])
+        """Processes of a stage that waits rather than computes, so that others compute meanwhile; or one worker per
+        GPU, or fraction of a GPU, for a stage whose workers keep their models."""
+        if stage.max_workers is None:
+            return _Pool([WorkerProcess(None, forked=bool(stage.modules)) for _ in range(self.num_cpus)])
         num_gpus = stage.resources.num_gpus
         gpus = [None] if not self.gpus or num_gpus == 0 else self.gpus * max(1, int(1 / (num_gpus or 1)))
         count = stage.max_workers or len(gpus)
-        return _Pool([WorkerProcess(gpus[i % len(gpus)], forked=bool(stage.modules)) for i in range(count)])
+        slots, forked = stage.tasks_per_worker, bool(stage.modules)
+        return _Pool([WorkerProcess(gpus[i % len(gpus)], slots, forked=forked) for i in range(count)])
 
     def expect(self, stages: Sequence[Stage]) -> None:
         if not self.modules.keys().isdisjoint(stage.name for stage in stages):
@@ -66,14 +64,15 @@ class LocalExecutor(Executor):
         self._feed(pool)
 
     def _feed(self, pool: "_Pool") -> None:
-        """Hands waiting tasks to workers: to those that have a process and the fewest tasks first."""
+        """Hands waiting tasks to workers, those of later stages first, so that shards are finished before others are
+        begun: to workers with the fewest tasks first, and to those that have a process."""
         while pool.waiting:
-            stage, request = pool.waiting[0]
+            stage, request = max(pool.waiting, key=lambda work: self.order.index(work[0].name))
             free = [worker for worker in pool.workers if worker.can_take(request)]
             if not free:
                 return
-            pool.waiting.popleft()
-            worker = min(free, key=lambda w: (w.process is None, len(w.tasks), len(w.given)))
+            pool.waiting.remove((stage, request))
+            worker = min(free, key=lambda w: (len(w.tasks), w.process is None, len(w.given)))
             worker.give((stage, self.run, request))
 
     def wait(self, timeout_s: float) -> list[TaskOutcome]:

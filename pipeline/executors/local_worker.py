@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+from pipeline.executors.process import WAITING_THREADS, prepare_process
 from pipeline.executors.task import Setup, SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import run_watched, set_up_watched
 from pipeline.signals import stop_signals_held
@@ -44,9 +45,21 @@ def warm_up(modules: Sequence[str]) -> None:
     _ensure_tracker()
     if not _imported:
         _imported.update(modules)
-    with stop_signals_held():
+    with stop_signals_held(), _environment(WAITING_THREADS):
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
         forkserver.ensure_running()
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """With these variables, where this process does not have them itself."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _ensure_tracker() -> None:
@@ -203,6 +216,7 @@ def _serve(connection: Connection, gpu: str | None, num_slots: int, environment:
     os.environ.update(environment)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    prepare_process()
     _end_with_driver()
     answering = threading.Lock()
 

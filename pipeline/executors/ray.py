@@ -261,7 +261,7 @@ class RayExecutor(Executor):
         for name, stage in self.stages.items():
             demand = self.demands[name] = self._demand(stage, nodes)
             self.stage_refs[name] = ray.put(stage)
-            if self._has_pool(stage):
+            if stage.max_workers is not None:
                 token = self.seeing.token if self.seeing else None
                 self.pools[name] = WorkerPool(stage, self.run, demand, None, self.stage_refs[name], token)
         self._place_on({})
@@ -286,11 +286,6 @@ class RayExecutor(Executor):
                 actor = ray.remote(StageActor).options(max_concurrency=stage.tasks_per_worker, **placement)
                 self.pools[name].actor_class = actor
 
-    def _has_pool(self, stage: Stage) -> bool:
-        """Whether the stage has long-lived workers. Of a stateless one only on a Ray that was started here: in a
-        cluster its waiting tasks are the demand that an autoscaler sees, and Ray places each of them."""
-        return stage.max_workers is not None or (stage.shares_process and self.address is None)
-
     def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
         """Resources that a task or worker of the stage requests; without a cluster at most those of this machine."""
         wanted, joined = stage.resources, self.address is not None
@@ -298,7 +293,7 @@ class RayExecutor(Executor):
         if gpus is None or not joined:
             gpus = min(1.0 if gpus is None else gpus, total(nodes, "GPU"))
         # Workers live as long as there is work. Without a GPU they reserve no CPU: they would starve the tasks.
-        cpus = 0.0 if self._has_pool(stage) and not gpus else wanted.num_cpus
+        cpus = 0.0 if stage.max_workers is not None and not gpus else wanted.num_cpus
         largest = max((node.resources.get("CPU", 0.0) for node in nodes), default=0.0)
         own = wanted.custom or ({} if gpus else self.config.resources)
         demand = {"CPU": min(cpus, largest or cpus), "GPU": gpus, **(own if joined else {})}

@@ -5,11 +5,11 @@ import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 from pipeline.errors import MachineError, first_line
-from pipeline.executors.ray_cluster import ClusterNode, Demand, total
+from pipeline.executors.process import prepare_process
+from pipeline.executors.ray_cluster import ClusterNode, Demand
 from pipeline.executors.ray_nodes import Token
 from pipeline.executors.task import SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import run_watched, set_up_watched
@@ -63,12 +63,8 @@ class WorkerPool:
         self.waiting: deque[TaskRequest] = deque()
 
     def resize(self, nodes: list[ClusterNode]) -> None:
-        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs; of a stage of which
-        several tasks share a process, as many as take the tasks that the CPUs suffice for."""
+        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs."""
         room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
-        if self.stage.shares_process:
-            at_once = total(nodes, "CPU") / (self.stage.resources.num_cpus or 1)
-            room = ceil(at_once / self.stage.tasks_per_worker)
         self.limit = self.stage.max_workers or max(1, room)
 
     def begin(self, request: SetupRequest) -> list[Started]:
@@ -168,6 +164,7 @@ class StageActor:
 
 def run_here(stage: Stage, run: RunFolder, request: TaskRequest, token: Token | None) -> TaskOutcome:
     """Runs the task in this Ray process and records the node; does not begin it without the token of the run."""
+    prepare_process()
     unseen = token.problem_now() if token is not None else ""
     if unseen:
         return TaskOutcome(request, error=UNSEEN.format(unseen), lost="node", node=node_id(), unseen=unseen)
@@ -178,6 +175,7 @@ def run_here(stage: Stage, run: RunFolder, request: TaskRequest, token: Token | 
 
 def set_up_here(stage: Stage, run: RunFolder, request: SetupRequest, token: Token | None) -> None:
     """Loads packages and models in this Ray process, unless its node does not see the run folder."""
+    prepare_process()
     if token is None or not token.problem_now():
         set_up_watched(stage, run, request)
 

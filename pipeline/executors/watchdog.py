@@ -9,53 +9,32 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from pipeline.executors.task import Setup, SetupRequest, TaskOutcome, TaskRequest, run_task, set_up
-from pipeline.stage import Stage, note_progress, own_progress, seconds_without_progress
+from pipeline.stage import Stage, note_progress, seconds_without_progress
 from pipeline.storage.run_folder import RunFolder
 
 _GRACE_S = 60.0
 _STDERR = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Watched:
-    run: RunFolder
-    request: TaskRequest | SetupRequest
-    silent_s: Callable[[], float]
-    """Seconds since the last sign of progress that counts for it."""
-
-    @property
-    def left_s(self) -> float:
-        return (self.request.limit_s or 0.0) - self.silent_s()
-
-
 class Watchdog:
-    """Watches the tasks of this process. A sign of one of them counts for all, as they wait for each other, unless
-    they are watched with `own`."""
+    """Watches the tasks of this process. A sign of one of them counts for all: they wait for each other."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._tasks: list[_Watched] = []
+        self._tasks: list[tuple[RunFolder, TaskRequest | SetupRequest]] = []
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watching(self, run: RunFolder, request: TaskRequest | SetupRequest, *, own: bool = False) -> Iterator[None]:
-        """While the block runs, the process ends `request.limit_s` after the last sign of progress.
-
-        Args:
-            own: only signs of this thread count.
-        """
+    def watching(self, run: RunFolder, request: TaskRequest | SetupRequest) -> Iterator[None]:
+        """While the block runs, the process ends `request.limit_s` after the last sign of progress."""
         if request.limit_s is None:
             yield
             return
-        with own_progress() if own else nullcontext(seconds_without_progress) as silent_s:
-            yield from self._watching(_Watched(run, request, silent_s))
-
-    def _watching(self, watched: _Watched) -> Iterator[None]:
+        watched = (run, request)
         with self._changed:
             note_progress()
             self._tasks.append(watched)
@@ -74,7 +53,7 @@ class Watchdog:
 
     def _left_s(self) -> float:
         """Seconds until the process ends, if there is no further sign."""
-        return min(watched.left_s for watched in self._tasks)
+        return min(request.limit_s or 0.0 for _, request in self._tasks) - seconds_without_progress()
 
     def _arm(self) -> None:
         if self._tasks:
@@ -101,10 +80,9 @@ class Watchdog:
             for ident, frame in sys._current_frames().items()
             if ident != threading.get_ident()
         ]
-        for watched in self._tasks:
-            if watched.left_s <= 0:  # the others die with it, and did not hang
-                with suppress(Exception):  # the process ends in any case
-                    watched.run.storage.write_text(_note(watched.run, watched.request), "\n".join(stacks))
+        for run, request in self._tasks:
+            with suppress(Exception):  # the process ends in any case
+                run.storage.write_text(_note(run, request), "\n".join(stacks))
         os._exit(1)
 
 
@@ -113,7 +91,7 @@ _watchdog = Watchdog()
 
 def run_watched(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
     """`run_task` in a worker process, within the request's limit."""
-    with _watchdog.watching(run, request, own=stage.shares_process):
+    with _watchdog.watching(run, request):
         return run_task(stage, run, request)
 
 

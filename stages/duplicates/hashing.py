@@ -42,16 +42,26 @@ def pixels_digest(pixels: np.ndarray) -> bytes:
 
 def _perceptual(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The perceptual hashes of the centre square, uint64 (12,), and its thumbnail, uint8 (32, 32, 3)."""
-    from imagehash import phash
-    from PIL import Image, ImageFilter, ImageOps
+    from PIL import Image, ImageFilter
 
     square = np.require(center_square(pixels), requirements=["C", "W"])
     image = Image.fromarray(resize_square(square, _BASE_PX))
-    gray, bits = image.convert("L"), []
+    gray, parts = image.convert("L"), []
     for box in _BOXES:
         scaled = (box[0] * _BASE_PX, box[1] * _BASE_PX, box[2] * _BASE_PX, box[3] * _BASE_PX)
-        part = gray.resize((_HASHED_PX, _HASHED_PX), Image.Resampling.LANCZOS, box=scaled)
-        bits += [phash(view, _HASH_BITS_PER_SIDE).hash.ravel() for view in (part, ImageOps.mirror(part))]
+        parts.append(np.asarray(gray.resize((_HASHED_PX, _HASHED_PX), Image.Resampling.LANCZOS, box=scaled)))
     small = image.filter(ImageFilter.GaussianBlur(_BLUR_PX))
     thumbnail = small.resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX)
-    return np.packbits(np.stack(bits), axis=1).view("<u8").ravel(), np.array(thumbnail)
+    return _phash(np.stack([view for part in parts for view in (part, part[:, ::-1])])), np.array(thumbnail)
+
+
+def _phash(views: np.ndarray) -> np.ndarray:
+    """The DCT hashes of gray views, uint8 (n, 32, 32) -> uint64 (n,): bit for bit those of ImageHash's `phash`, which
+    takes one view at a time and twice as long for all."""
+    from scipy.fft import dct
+
+    low = np.asarray(dct(dct(views, axis=1), axis=2))[:, :_HASH_BITS_PER_SIDE, :_HASH_BITS_PER_SIDE].reshape(
+        len(views), -1
+    )
+    bits = low > np.median(low, axis=1, keepdims=True)
+    return np.packbits(bits, axis=1).view("<u8").ravel()

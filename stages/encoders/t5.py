@@ -5,7 +5,7 @@ frozen T5-XXL encoder.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 from stages.encoders.base import TokenModel, refuse_kind
 from stages.encoders.loading import load_weights
@@ -21,7 +21,6 @@ class T5EncoderConfig(RecipeConfig):
     kind: Literal["t5"] = "t5"
     output: Literal["last_hidden_state"] = "last_hidden_state"
     """The states after the final norm."""
-    modules: ClassVar[tuple[str, ...]] = (*RecipeConfig.modules, "transformers.models.t5.modeling_t5")
 
     def dim(self, files: ModelFiles) -> int:
         dim = files.config.get("d_model")

@@ -35,7 +35,6 @@ class FetchStage(Stage):
 
     def __init__(self, source: Source, kind: str):
         self.source = source
-        self.tasks_per_worker = source.shards_at_once
         self.groups = (Group(ORIGINALS, {"source": kind, **source.fingerprint()}, transient=True),)
 
     def setup(self, run: RunFolder) -> None:

@@ -80,7 +80,6 @@ class ResizeStage(Stage):
     name = "resize"
     version = 2
     inputs = (ORIGINALS,)
-    modules = ("torch",)
 
     def __init__(
         self,
@@ -96,6 +95,7 @@ class ResizeStage(Stage):
         self.filters = tuple(filters)
         self.max_pixels = min(filter.max for filter in filters if isinstance(filter, MaxPixels))
         self.columns = dict(sorted((columns or {}).items()))
+        self.modules = ("torch", "scipy.fft") if hashes else ("torch",)
         kept = {"columns": self.columns} if self.columns else {}
         self.groups = (
             Group(SAMPLES, {"kind": "samples", **_filter_settings(filters), **kept}),

@@ -185,9 +185,6 @@ class Source(ABC):
     """True if the images are in the files of the input, so that a plan may look at some."""
     filtered: int = 0
     """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
-    shards_at_once: int = 1
-    """Shards that one process may fetch at the same time, in threads. Above 1 for a source that waits for a network
-    rather than computes; its `rows_of` and `fetch` must be thread-safe."""
     unread_bytes: int = 0
     """How many bytes of damaged files the last pass by `rows` could not read; each such file has a drop besides."""
 

@@ -13,7 +13,7 @@ from pipeline.errors import MachineError
 from pipeline.executors import watchdog
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.stage import Drop, Group, GroupResult, Shard, Stage, Task
+from pipeline.stage import Drop, Group, GroupResult, Resources, Shard, Stage, Task
 from pipeline.storage.run_folder import RunFolder
 from pipeline.workflow import ShardedWorkflow
 
@@ -46,10 +46,8 @@ class ToyOptions(Config):
     """Large packages of `square`, which leaves a mark with its process and that one's parent."""
     fetch_awaits: str = ""
     """`fetch` ends only when a mark that begins with this is there."""
-    fetches_at_once: int = 1
-    """Tasks of `fetch` in one process; above 1 each waits until two are under way."""
-    deadly_fetch: int = -1
-    """`fetch` kills its own process each time on this shard."""
+    fetch_waits: bool = False
+    """`fetch` takes half a CPU; of all shards but the first it waits until a shard is squared."""
 
 
 class Fetch(Stage):
@@ -58,15 +56,13 @@ class Fetch(Stage):
 
     def __init__(self, options: ToyOptions):
         self.options = options
-        self.tasks_per_worker = options.fetches_at_once
+        self.resources = Resources(num_cpus=0.5 if options.fetch_waits else 1)
 
     def process(self, task: Task) -> None:
         mark(self.options, f"fetch-{task.shard.name}-in-{os.getpid()}")
         wait_for_marks(self.options, self.options.fetch_awaits, 1 if self.options.fetch_awaits else 0)
-        if self.shares_process:
-            wait_for_marks(self.options, "fetch", 2)
-        if task.shard.index == self.options.deadly_fetch:
-            os.kill(os.getpid(), 9)
+        if self.options.fetch_waits and task.shard.index:
+            wait_for_marks(self.options, "square", 1)
         rows = cast(list[int], task.shard.rows)
         task.output("raw", ".txt").write_text("\n".join(map(str, rows)))
         task.done("raw", GroupResult(len(rows)))

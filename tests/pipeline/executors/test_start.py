@@ -1,4 +1,4 @@
-"""Workers start before their first task, take several tasks where these wait, and are forked to import once."""
+"""Workers start before their first task, finish shards before they begin others, and are forked to import once."""
 
 import os
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ShardError
 from pipeline.executors import local_worker
 from pipeline.executors import task as task_module
 from pipeline.options import RunOptions, Summary
@@ -17,10 +16,10 @@ from tests.pipeline.toy import Toy, ToyConfig, marks
 EXECUTORS = ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 
 
-def run(tmp_path: Path, executor: str, *, attempts: int = 3, **toy: object) -> Summary:
+def run(tmp_path: Path, executor: str, *, attempts: int = 3, num_cpus: int = 2, **toy: object) -> Summary:
     trace = tmp_path / "trace"
     trace.mkdir()
-    execution = {"num_cpus": 2, "retry_delay_s": 0, "max_attempts": attempts}
+    execution = {"num_cpus": num_cpus, "retry_delay_s": 0, "max_attempts": attempts}
     config = ToyConfig.model_validate({"toy": {"trace": str(trace), **toy}, "execution": execution})
     return Toy(config).run(tmp_path / "r", RunOptions(executor, quiet=True))
 
@@ -37,21 +36,15 @@ def test_a_later_stage_is_set_up_before_the_first_shard_is_fetched(executor: str
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_tasks_that_wait_share_a_process(executor: str, tmp_path: Path) -> None:
-    summary = run(tmp_path, executor, fetches_at_once=4)
-    assert summary["num_samples"] == 18
-    processes = {name.split("-in-")[1].split("-")[0] for name in names(tmp_path, "fetch")}
-    assert len(processes) == 1
+def test_tasks_that_wait_leave_the_processors_to_tasks_that_compute(executor: str, tmp_path: Path) -> None:
+    assert run(tmp_path, executor, fetch_waits=True)["num_samples"] == 18
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_of_the_tasks_that_die_together_only_the_one_that_causes_it_is_set_aside(
-    executor: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ShardError, match=r"1 of 3 shards failed.*fetch on shard 1: the worker"):
-        run(tmp_path, executor, attempts=2, fetches_at_once=4, num_shards=3, deadly_fetch=1)
-    store = tmp_path / "r/store/squares"
-    assert sorted(file.name for file in store.iterdir()) == ["00000.txt", "00002.txt"]
+def test_shards_are_finished_before_others_are_begun(tmp_path: Path) -> None:
+    run(tmp_path, "local", num_cpus=1)
+    begun = [mark.name for mark in sorted((tmp_path / "trace").iterdir(), key=lambda mark: mark.stat().st_mtime_ns)]
+    shards = [name.split("-")[1] for name in begun if name.startswith(("fetch", "square"))]
+    assert shards == [shard for shard in dict.fromkeys(shards) for _ in range(2)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -96,7 +89,7 @@ def test_what_workers_are_forked_from_has_no_threads_of_python_and_uses_no_gpu()
         "import importlib, threading\n"
         "from stages.encoders.t5 import T5EncoderConfig\n"
         "from stages.precompute.resize import ResizeStage\n"
-        "names = {*ResizeStage.modules, *T5EncoderConfig.modules, ResizeStage.__module__}\n"
+        "names = {'torch', 'scipy.fft', *T5EncoderConfig.modules, ResizeStage.__module__}\n"
         "[importlib.import_module(name) for name in sorted(names)]\n"
         "import torch\n"
         "print(threading.active_count(), torch.cuda.is_initialized())\n"

@@ -1,11 +1,9 @@
 """A task that hangs costs its shard one try, and its worker its life."""
 
-import contextvars
 from pathlib import Path
 
 import pytest
 
-from pipeline import stage as stage_module
 from pipeline.errors import ShardError
 from pipeline.executors import watchdog
 from pipeline.executors.task import SetupRequest, TaskRequest
@@ -70,31 +68,6 @@ def test_without_tasks_nothing_ends_and_a_sign_of_one_task_counts_for_all(
             assert 49 < found._left_s() <= 50
         assert 89 < found._left_s() <= 90
     assert [None if s is None else round(s) for s in armed] == [150, 110, 150, None]
-
-
-def test_a_task_that_does_not_wait_for_others_has_a_limit_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(stage_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stage_module, "_last_sign", 0.0)
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
-    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: None)
-    monkeypatch.setattr(watchdog.threading.Thread, "start", lambda _: None)
-    run, found = RunFolder(tmp_path), Watchdog()
-    one, two = (TaskRequest("s", Shard(i, [i], 1), frozenset(), {}, limit_s=90) for i in range(2))
-
-    def gets_on() -> None:
-        with found.watching(run, two, own=True):
-            now[0] = 80.0
-            note_progress()
-            assert [watched.left_s for watched in found._tasks] == [10.0, 90.0]
-
-    with found.watching(run, one, own=True):
-        contextvars.Context().run(gets_on)  # as in another thread
-        assert found._left_s() == 10.0
-        contextvars.Context().run(note_progress)  # of a thread that belongs to no task
-        assert found._left_s() == 90.0
 
 
 def test_only_a_worker_that_left_a_note_hung(tmp_path: Path) -> None:
