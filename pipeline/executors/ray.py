@@ -5,7 +5,6 @@ Ray schedules and places; this file submits tasks, collects results, and follows
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -15,7 +14,7 @@ from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
 from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
-from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here, set_up_here
+from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here
 from pipeline.executors.task import SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import worker_lost
 from pipeline.stage import Stage
@@ -42,8 +41,6 @@ class RayExecutor(Executor):
         self.nodes: list[ClusterNode] = []
         self.refreshed = 0.0
         self.warned: dict[str, float] = {}
-        self.warmed: Counter[str] = Counter()
-        """Stage -> processes that were told to import its modules before they have a task."""
         self.running: dict[Any, tuple[WorkerPool | None, RayWorker | None, TaskRequest | None]] = {}
         self.pools: dict[str, WorkerPool] = {}
         self.demands: dict[str, Demand] = {}
@@ -64,10 +61,6 @@ class RayExecutor(Executor):
             pool = self.pools.get(stage.name)
             if pool is not None:
                 self._track(pool, pool.begin(request))
-            elif self.address is None and stage.modules and self.warmed[stage.name] < total(self.nodes, "CPU"):
-                self.warmed[stage.name] += 1  # Ray keeps its idle processes, which the stage's tasks find warm
-                warm = self.warm_task.options(name=f"start-{stage.name}", num_cpus=0, max_retries=0)
-                warm.remote(self.stage_refs[stage.name], self.run, request, None)
 
     def submit(self, stage: Stage, request: TaskRequest) -> None:
         if not self.started:
@@ -255,13 +248,12 @@ class RayExecutor(Executor):
         self.started = True
         self.head = HeadWatch.start(own=self.address is None)
         self.remote_task, self.stage_refs = {}, {}
-        self.warm_task: Any = ray.remote(set_up_here)
         if self.address is not None:
             self.seeing = SeeingNodes(self.run)
         for name, stage in self.stages.items():
             demand = self.demands[name] = self._demand(stage, nodes)
             self.stage_refs[name] = ray.put(stage)
-            if stage.max_workers is not None:
+            if self._has_pool(stage):
                 token = self.seeing.token if self.seeing else None
                 self.pools[name] = WorkerPool(stage, self.run, demand, None, self.stage_refs[name], token)
         self._place_on({})
@@ -286,6 +278,11 @@ class RayExecutor(Executor):
                 actor = ray.remote(StageActor).options(max_concurrency=stage.tasks_per_worker, **placement)
                 self.pools[name].actor_class = actor
 
+    def _has_pool(self, stage: Stage) -> bool:
+        """Whether the stage has long-lived workers. One that only imports large packages has them on a Ray that was
+        started here: in a cluster its waiting tasks are the demand that an autoscaler sees, and Ray places each."""
+        return stage.max_workers is not None or (bool(stage.modules) and self.address is None)
+
     def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
         """Resources that a task or worker of the stage requests; without a cluster at most those of this machine."""
         wanted, joined = stage.resources, self.address is not None
@@ -293,7 +290,7 @@ class RayExecutor(Executor):
         if gpus is None or not joined:
             gpus = min(1.0 if gpus is None else gpus, total(nodes, "GPU"))
         # Workers live as long as there is work. Without a GPU they reserve no CPU: they would starve the tasks.
-        cpus = 0.0 if stage.max_workers is not None and not gpus else wanted.num_cpus
+        cpus = 0.0 if self._has_pool(stage) and not gpus else wanted.num_cpus
         largest = max((node.resources.get("CPU", 0.0) for node in nodes), default=0.0)
         own = wanted.custom or ({} if gpus else self.config.resources)
         demand = {"CPU": min(cpus, largest or cpus), "GPU": gpus, **(own if joined else {})}

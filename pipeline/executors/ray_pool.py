@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import MachineError, first_line
 from pipeline.executors.process import prepare_process
-from pipeline.executors.ray_cluster import ClusterNode, Demand
+from pipeline.executors.ray_cluster import ClusterNode, Demand, total
 from pipeline.executors.ray_nodes import Token
 from pipeline.executors.task import SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import run_watched, set_up_watched
@@ -63,13 +63,17 @@ class WorkerPool:
         self.waiting: deque[TaskRequest] = deque()
 
     def resize(self, nodes: list[ClusterNode]) -> None:
-        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs."""
+        """Sets the maximum of workers: the stage's own, else as many as fit on the nodes' GPUs, else one, or one for
+        each CPU if they keep no model."""
         room = sum(node.room(self.demand) for node in nodes) if "GPU" in self.demand else 1
+        if self.stage.max_workers is None:
+            room = int(total(nodes, "CPU"))
         self.limit = self.stage.max_workers or max(1, room)
 
     def begin(self, request: SetupRequest) -> list[Started]:
-        """Starts the first worker before there is a task for it, which then loads packages and models."""
-        if self.workers:
+        """Starts a worker before there is a task for it, which then loads packages and models. Of workers that keep a
+        model the others start while tasks wait for them, as an autoscaler expects."""
+        if len(self.workers) >= (self.limit if self.stage.max_workers is None else 1):
             return []
         started = self._start_worker()
         started[1].actor.set_up.remote(request)
