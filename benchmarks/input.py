@@ -15,12 +15,14 @@ What a round has measured stays in the work folder, and a further start goes on 
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,13 @@ def _block(first: int, rows: int, seed: int, numbers: np.ndarray | None) -> pa.T
     return pa.table({"url": urls, "caption": captions, "aesthetic": scores, **more})
 
 
+def apart(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function gives in a process of its own: the memory of this one would count as that of all commands that
+    it starts (Linux takes it over where they are executed)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments, **options).result()
+
+
 def cost(command: list[str], checkout: Path, printed: str = "") -> dict[str, float]:
     """Processor time and time in seconds, and largest memory in MB, of a command; and what it prints last, a number
     with the name `printed`.
@@ -297,11 +306,11 @@ def main() -> None:
     lists = {name: work / f"{args.rows}-{args.seed}" / f"l.{name}" for name in FORMATS}
     many = work / f"{args.many}-{args.seed}" / "numbered.parquet"
     for path, rows in [*((path, args.rows) for path in lists.values()), (many, args.many)]:
-        write_list(path, rows, args.seed, numbered=path == many)
+        apart(write_list, path, rows, args.seed, numbered=path == many)
         print(f"{path.parent.name}/{path.name}: {path.stat().st_size:,} bytes", flush=True)
     images = {rows: work / f"images-{args.seed}" / f"{rows}.parquet" for rows in (GROUP_ROWS, SMALL_GROUP_ROWS)}
     for rows, path in images.items():
-        write_images(path, rows, args.seed)
+        apart(write_images, path, rows, args.seed)
     for number in range(1, args.rounds + 1):
         for name, path in lists.items():
             for which, checkout in (("now", ROOT), ("earlier", earlier)):
@@ -324,7 +333,7 @@ def main() -> None:
                 rounds.add(f"{IMAGES}{rows} {which}", number, lambda c=command, at=checkout: cost(c, at))
     out = work / f"run-{args.many}-{args.seed}"
     if not (out / "made.json").exists():
-        (out / "made.json").write_text(json.dumps(finish(many, out)))
+        (out / "made.json").write_text(json.dumps(apart(finish, many, out)))
     idle = pipeline(ROOT, "run", "precompute", "--out", str(out), "--executor", "inline", "--quiet", *settings(many))
     rounds.add("idle restart of many", args.rounds, lambda: cost(idle, ROOT))
     read = [*idle, "--check-input"]

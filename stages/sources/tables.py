@@ -46,11 +46,12 @@ def table_format(path: str) -> str:
     return name.rpartition(".")[2].replace("ndjson", "jsonl").replace("pq", "parquet")
 
 
-def columns(path: str, wanted: Iterable[str] = ()) -> Columns:
+def columns(path: str, wanted: Iterable[str] = (), most_rows: int | None = None) -> Columns:
     """Columns of a table: names in the first line, Parquet's schema, or the keys of all JSON objects.
 
     Args:
         wanted: columns, or paths into nested ones; JSON is read only as far as until all were seen.
+        most_rows: of JSON at most so many are read.
 
     Raises:
         ConfigError: no line can be parsed.
@@ -61,7 +62,9 @@ def columns(path: str, wanted: Iterable[str] = ()) -> Columns:
     if kind == "parquet":
         with open_parquet(path) as table:
             return {field.name: field.type for field in table.schema_arrow}
-    return json_columns([path], wanted) if kind == "jsonl" else _keys(islice(_parsed([path]), 1), ())
+    if kind == "jsonl":
+        return _keys(islice(_parsed([path]), most_rows), wanted)
+    return _keys(islice(_parsed([path]), 1), ())
 
 
 def json_columns(files: Iterable[str], wanted: Iterable[str]) -> Columns:

@@ -39,6 +39,8 @@ _LONG_LINE = 1024
 """Bytes. What Python's JSON refuses, and Arrow's does not, is longer."""
 _MANY_DIGITS = re.compile(rb"\d{1000}")
 _MOST_BRACKETS = 200
+_NO_NUMBER = re.compile(rb"[:\[,]\s*-?(?:Inf|NaN)")
+"""Some of what Arrow takes for a number, and Python's JSON refuses."""
 _FEW = 64
 """One row of so many may be read by itself within a block of columns."""
 _LF, _CR, _QUOTE, _COMMA = b'\n\r",'
@@ -162,6 +164,8 @@ def _json_batch(block: bytes, kinds: dict[str, pa.DataType]) -> pa.RecordBatch |
         kinds: the columns to read, and of which type each was in the last block: text, a list of texts, whole numbers
             or fractions.
     """
+    if (b"NaN" in block or b"Inf" in block) and _NO_NUMBER.search(block):
+        return None
     count = _count_objects(block)
     for _ in range(4 * len(kinds) + 1):
         try:

@@ -48,7 +48,8 @@ JSONL = [
     b'{"url": "u", "url": "v"}\n',
     b'{"url": "\\ud83d\\ude00", "caption": "\\u0000"}\n',
     b'{"url": "\\ud83d"}\n',
-    b'{"url": NaN}\n',
+    b'{"url": "u", "w": Inf}\n',
+    b'{"url": "u", "w": [1, -NaN]}\n',
     b'{"url":\n',
     b'"u"}\n',
     b"[1]\n",
@@ -100,7 +101,7 @@ def numbers(data: bytes) -> list[object]:
 
 def test_numbers_in_json_keep_value_and_type_whatever_kinds_are_mixed() -> None:
     cells = ["5", "5.0", "1.25", "-0", "-0.0", "1e3", "1e400", "9007199254740993", "9007199254740993.0", "null"]
-    cells += ["12345678901234567890123", '"x"', "true", "NaN", "0.1e-320", "1E5"]
+    cells += ["12345678901234567890123", '"x"', "true", "NaN", "-Infinity", "Inf", "0.1e-320", "1E5"]
     for seed in range(80):
         dice = random.Random(seed)
         some = dice.sample(cells, dice.randrange(1, 4)) + ["0.5"] * (seed % 2 * 40)
