@@ -1,4 +1,4 @@
-"""What does the input cost before the first shard: `plan`, an idle restart? Now, and at an earlier commit.
+"""What does the input cost before the first shard: `plan`, an idle restart, a condition? Now and at an earlier commit.
 
 Lists of URLs with captions are written as Parquet, csv and jsonl. Each command is a process of its own, whose
 processor time (user and system, of it and its children) and largest memory the system tells: both hold under load,
@@ -6,19 +6,23 @@ where seconds do not. The earlier commit is unpacked into the work folder and re
 img2dataset's own reader cuts the same Parquet list into shards beside it.
 
 The idle restart is one of a run with all shards finished, whose records are simulated: every file they name is there
-and empty. What a round has measured stays in the work folder, and a further start goes on behind it.
+and empty. Of conditions (`source.where`), the bytes that come from the Parquet file are counted where it is read. A
+Parquet file of images is written twice, in one row group and in small ones: its first shard is planned and fetched.
+What a round has measured stays in the work folder, and a further start goes on behind it.
 
     python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,26 @@ from benchmarks.earlier import ROOT, unpack
 FORMATS = ("parquet", "csv", "jsonl")
 TARGETS = {"parquet": 15.0, "csv": 5.0, "jsonl": 5.0}
 """Processor time of `plan` at the earlier commit, over that now."""
+LIMITS = {
+    ("plan of many", "cpu s"): 15,
+    ("plan of many", "MB"): 300,
+    ("idle restart of many", "cpu s"): 20,
+    ("idle restart of many", "MB"): 400,
+    ("first shard of many", "first shard s"): 10,
+}
+"""At most."""
+WHERE_S = 60
+"""A condition on the list of many rows takes at most so long."""
+CONDITIONS = {
+    "no condition": None,
+    "a hundredth, sorted column": "number < {hundredth}",
+    "a thousandth, unsorted column": "aesthetic >= 9.99",
+    "one value, unsorted column": "shuffled = 7",
+}
 SHARD_SIZE = 1000
+GROUP_ROWS, SMALL_GROUP_ROWS, IMAGE_BYTES = 4000, 100, 100_000
+"""Of the files of images."""
+IMAGES = "a shard of images, row groups of "
 _BLOCK = 100_000
 _WORDS = 'a photo of the red fox blue house, old street "market" in snow at night with people'
 
@@ -53,6 +76,47 @@ shard.pack()
 print(time.perf_counter() - began)
 """
 
+WHERE = """
+import sys
+from stages.sources.records import parquet
+count = 0
+class Counted:
+    def __init__(self, file):
+        self.file = file
+    def read(self, size=-1):
+        global count
+        data = self.file.read(size)
+        count += len(data)
+        return data
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+opened = parquet.open_file
+parquet.open_file = lambda path: Counted(opened(path))
+from pipeline.cli.main import main
+try:
+    main()
+finally:
+    print(count / 1e6)
+"""
+
+FETCH = """
+import sys, tempfile
+from pathlib import Path
+from stages.sources.parquet import ParquetConfig
+source = ParquetConfig(path=sys.argv[1]).build()
+source.check()
+shard = next(iter(source.shards(int(sys.argv[2]))))
+found = []
+with tempfile.TemporaryDirectory() as folder:
+    rows = source.rows_of(shard) if hasattr(source, "rows_of") else None  # earlier: None for all
+    source.fetch(shard, rows, Path(folder), lambda original: found.append(len(original.data)))
+assert len(found) == int(sys.argv[2]) and min(found) > 1000
+"""
+
 IMG2DATASET = """
 import sys, tempfile
 from img2dataset.reader import Reader
@@ -61,56 +125,94 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def write_list(path: Path, rows: int, seed: int) -> None:
-    """A list of URLs and captions, written under another name first."""
+def write_list(path: Path, rows: int, seed: int, *, numbered: bool = False) -> None:
+    """A list of URLs and captions, written under another name first.
+
+    Args:
+        numbered: with the columns `number`, which is sorted, and `shuffled`, which has the same numbers in any order.
+    """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
+    numbers = np.random.default_rng(seed).permutation(rows) if numbered else None
+    schema = _block(0, 1, seed, numbers).schema
     writers: dict[str, Callable[[], Any]] = {
-        ".parquet": lambda: pq.ParquetWriter(part, _block(0, 1, seed).schema),
-        ".csv": lambda: pyarrow.csv.CSVWriter(part, _block(0, 1, seed).schema),
+        ".parquet": lambda: pq.ParquetWriter(part, schema),
+        ".csv": lambda: pyarrow.csv.CSVWriter(part, schema),
         ".jsonl": lambda: part.open("w", encoding="utf-8"),
     }
     with writers[path.suffix]() as writer:
         for first in range(0, rows, _BLOCK):
-            table = _block(first, min(_BLOCK, rows - first), seed)
+            table = _block(first, min(_BLOCK, rows - first), seed, numbers)
             if path.suffix == ".jsonl":
                 writer.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
             else:
                 writer.write_table(table)
+    _settle(part, path)
+
+
+def _settle(part: Path, path: Path) -> None:
     old = time.time() - 3600
     os.utime(part, (old, old))
     part.rename(path)
 
 
-def _block(first: int, rows: int, seed: int) -> pa.Table:
+def write_images(path: Path, group_rows: int, seed: int) -> None:
+    """A Parquet file of what might be compressed images."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    dice = np.random.default_rng(seed)
+    images = [dice.bytes(IMAGE_BYTES) for _ in range(GROUP_ROWS)]
+    captions = [f"image {number}" for number in range(GROUP_ROWS)]
+    pq.write_table(pa.table({"image": images, "caption": captions}), part, row_group_size=group_rows)
+    _settle(part, path)
+
+
+def _block(first: int, rows: int, seed: int, numbers: np.ndarray | None) -> pa.Table:
     dice = np.random.default_rng((seed, first))
     words = np.array(_WORDS.split())
     captions = [" ".join(line) for line in words[dice.integers(0, len(words), (rows, 9))]]
     urls = [f"https://images.example.org/{name:016x}.jpg" for name in dice.integers(0, 2**63, rows)]
     scores = dice.uniform(0, 10, rows).round(3)
-    return pa.table({"url": urls, "caption": captions, "aesthetic": scores})
+    more = {} if numbers is None else {"number": np.arange(first, first + rows), "shuffled": numbers[first:][:rows]}
+    return pa.table({"url": urls, "caption": captions, "aesthetic": scores, **more})
 
 
-def cost(command: list[str], checkout: Path, keep: bool = False) -> dict[str, float]:
-    """Processor time in seconds and largest memory in MB of a command; what it prints last, with `keep`.
+def apart(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function gives in a process of its own: the memory of this one would count as that of all commands that
+    it starts (Linux takes it over where they are executed)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments, **options).result()
+
+
+def cost(command: list[str], checkout: Path, printed: str = "") -> dict[str, float]:
+    """Processor time and time in seconds, and largest memory in MB, of a command; and what it prints last, a number
+    with the name `printed`.
 
     Raises:
         SystemExit: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:6])}: exit {process.returncode}\n{text[-3000:]}")
-    found = {"cpu s": round(usage.ru_utime + usage.ru_stime, 2), "MB": round(usage.ru_maxrss / 1024)}
-    return {**found, "first shard s": round(float(text.split()[-1]), 2)} if keep else found
+    found = {
+        "cpu s": round(usage.ru_utime + usage.ru_stime, 2),
+        "s": round(seconds, 2),
+        "MB": round(usage.ru_maxrss / 1024),
+    }
+    return {**found, printed: round(float(text.split()[-1]), 2)} if printed else found
 
 
 def pipeline(checkout: Path, *arguments: str) -> list[str]:
@@ -202,10 +304,13 @@ def main() -> None:
         unpack(args.earlier, earlier)
     rounds = Rounds(work / f"rounds-{args.rows}-{args.many}-{args.seed}.json")
     lists = {name: work / f"{args.rows}-{args.seed}" / f"l.{name}" for name in FORMATS}
-    many = work / f"{args.many}-{args.seed}" / "l.parquet"
+    many = work / f"{args.many}-{args.seed}" / "numbered.parquet"
     for path, rows in [*((path, args.rows) for path in lists.values()), (many, args.many)]:
-        write_list(path, rows, args.seed)
+        apart(write_list, path, rows, args.seed, numbered=path == many)
         print(f"{path.parent.name}/{path.name}: {path.stat().st_size:,} bytes", flush=True)
+    images = {rows: work / f"images-{args.seed}" / f"{rows}.parquet" for rows in (GROUP_ROWS, SMALL_GROUP_ROWS)}
+    for rows, path in images.items():
+        apart(write_images, path, rows, args.seed)
     for number in range(1, args.rounds + 1):
         for name, path in lists.items():
             for which, checkout in (("now", ROOT), ("earlier", earlier)):
@@ -216,10 +321,19 @@ def main() -> None:
         command = pipeline(ROOT, "plan", "precompute", "--out", str(work / "none"), *settings(many))
         rounds.add("plan of many", number, lambda c=command: cost(c, ROOT))
         first = [sys.executable, "-c", FIRST_SHARD, str(work / f"fresh-{time.time_ns()}"), *settings(many)]
-        rounds.add("first shard of many", number, lambda c=first: cost(c, ROOT, keep=True))
+        rounds.add("first shard of many", number, lambda c=first: cost(c, ROOT, "first shard s"))
+        for name, condition in CONDITIONS.items():
+            where = () if condition is None else (f"source.where={condition.format(hundredth=args.many // 100)}",)
+            command = [sys.executable, "-c", WHERE, "plan", "precompute", "--out", str(work / "none")]
+            command += [*settings(many), *where]
+            rounds.add(f"plan of many, {name}", number, lambda c=command: cost(c, ROOT, "MB read"))
+        for rows, path in images.items():
+            for which, checkout in (("now", ROOT), ("earlier", earlier)):
+                command = [sys.executable, "-c", FETCH, str(path), str(SHARD_SIZE)]
+                rounds.add(f"{IMAGES}{rows} {which}", number, lambda c=command, at=checkout: cost(c, at))
     out = work / f"run-{args.many}-{args.seed}"
     if not (out / "made.json").exists():
-        (out / "made.json").write_text(json.dumps(finish(many, out)))
+        (out / "made.json").write_text(json.dumps(apart(finish, many, out)))
     idle = pipeline(ROOT, "run", "precompute", "--out", str(out), "--executor", "inline", "--quiet", *settings(many))
     rounds.add("idle restart of many", args.rounds, lambda: cost(idle, ROOT))
     read = [*idle, "--check-input"]
@@ -227,7 +341,7 @@ def main() -> None:
     rows = [
         {
             "what": name,
-            "rows": args.many if "many" in name else args.rows,
+            "rows": args.many if "many" in name else SHARD_SIZE if "images" in name else args.rows,
             **{column: rounds.median(name, column) for column in found[0]},
         }
         for name, found in rounds.found.items()
@@ -238,6 +352,22 @@ def main() -> None:
         )
         for name, target in TARGETS.items()
     }
+    ratios |= {
+        f"{name}: {column} (at most {most})": rounds.median(name, column) for (name, column), most in LIMITS.items()
+    }
+    everything, *conditions = (f"plan of many, {name}" for name in CONDITIONS)
+    ratios |= {f"{name}: s (at most {WHERE_S})": rounds.median(name, "s") for name in conditions}
+    ratios |= {
+        f"{name}: MB read without / with it (at least 1)": round(
+            rounds.median(everything, "MB read") / rounds.median(name, "MB read"), 2
+        )
+        for name in conditions
+    }
+    for which in ("now", "earlier"):
+        one, small = (f"{IMAGES}{rows} {which}" for rows in (GROUP_ROWS, SMALL_GROUP_ROWS))
+        target = " (at most 1.2)" if which == "now" else ""
+        ratio = rounds.median(one, "MB") / rounds.median(small, "MB")
+        ratios[f"a shard of images, {which}: MB with one row group / with small ones{target}"] = round(ratio, 2)
     notes = (
         f"medians of {args.rounds} rounds; start-up of Python and its packages included",
         f"records of the idle restart: {(out / 'made.json').read_text()}, simulated",

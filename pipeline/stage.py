@@ -55,7 +55,7 @@ class Shard:
     as Python objects, and a fifth of that compressed.
     """
 
-    __slots__ = ("_packed", "_range", "_text", "digest", "files", "index", "num_rows")
+    __slots__ = ("_digest", "_packed", "_range", "_text", "files", "index", "num_rows")
 
     def __init__(self, index: int, rows: object, num_rows: int, files: Mapping[str, str] | None = None):
         """
@@ -79,8 +79,7 @@ class Shard:
         self.index = index
         self.num_rows = num_rows
         self.files = files or {}
-        self.digest = digest or hashlib.sha256(text or b"").hexdigest()
-        """Fingerprint of the input rows: SHA-256 of their canonical JSON."""
+        self._digest = hashlib.sha256(text or b"").hexdigest() if rows is None and digest is None else digest
         self._text, self._packed, self._range = text, b"", rows
 
     @classmethod
@@ -92,12 +91,24 @@ class Shard:
 
     @classmethod
     def of_range(
-        cls, index: int, rows: RowRange, digest: str, num_rows: int, files: Mapping[str, str] | None = None
+        cls, index: int, rows: RowRange, digest: str | None, num_rows: int, files: Mapping[str, str] | None = None
     ) -> Self:
-        """A shard whose rows are read where they are needed, and compared with the digest."""
+        """A shard whose rows are read where they are needed, and compared with the digest.
+
+        Args:
+            digest: None where nobody has read the rows; the first who needs them or the digest makes it.
+        """
         shard = cls.__new__(cls)
         shard._set(index, None, num_rows, files, digest, rows)
         return shard
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the input rows: SHA-256 of their canonical JSON."""
+        if self._digest is None:
+            self._read()
+        assert self._digest is not None
+        return self._digest
 
     def pack(self) -> None:
         """Makes the shard small, and ready to travel to a worker."""
@@ -121,7 +132,10 @@ class Shard:
         if self._range is None:
             return zlib.decompress(self._packed)
         text = self._range.read()
-        if hashlib.sha256(text).hexdigest() != self.digest:
+        found = hashlib.sha256(text).hexdigest()
+        if self._digest is None:
+            self._digest = found
+        if found != self._digest:
             raise StaleOutputError(
                 f"source.path: the rows of shard {self.name} are no longer what they were: the source was changed "
                 "while the run was at work, or keeps its size and time. Restore it, or run again with --check-input."

@@ -76,6 +76,7 @@ class Ledger:
         self.transient = plan.transient_groups
         self._complete: set[str] = set()  # groups whose shared files exist
         self._seen: list[list[int]] = []  # [first, last] of each run of shard indices
+        self._begun: set[str] = set()  # groups with records when `finished` began
 
     def refuse_changed_input(self) -> None:
         """Checks the first shard before anything is written: another shard_size or source shows there already.
@@ -188,6 +189,7 @@ class Ledger:
             StaleOutputError: a shard was committed from other input rows, and `restart` is off.
         """
         self._seen = []
+        self._begun = {group for group in self.plan.groups if next(self.run.recorded_shards(group), None) is not None}
         for found in self.run.storage.map(self._find, shards):
             self._record(found.shard.index)
             if found.refused is not None:
@@ -204,7 +206,7 @@ class Ledger:
         found = _Found(shard, {}, [])
         finished, stale = found.finished, found.stale
         for group, fingerprint in self.plan.digests.items():
-            record = self.run.read_record(group, shard.name)
+            record = self.run.read_record(group, shard.name) if group in self._begun else None
             if record is None:
                 continue
             fits = record.input == shard.digest and record.fingerprint == fingerprint

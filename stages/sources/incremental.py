@@ -45,7 +45,9 @@ class InputBatches:
         if self._lost:
             raise self._refusal()
         if isinstance(self.source, TableSource):
-            known = KnownShards(self.run, self.source, self.shard_size, use=not self._reads_all, note=self._begun)
+            use, note = not self._reads_all, self._begun
+            count = use and not note and next(self.run.recorded_shards(self.row_group), None) is None
+            known = KnownShards(self.run, self.source, self.shard_size, use=use, note=note, count=count)
             return known.shards(list(self._parts()))
         return self.source.shards(self.shard_size, self._parts())
 

@@ -49,7 +49,7 @@ def _of_tables(source: TableSource) -> Iterator[Size]:
 
 def _of_table(source: TableSource, part: InputPart, num_rows: int) -> Iterator[Size]:
     path, row_filter = f"{source.folder}/{part.path}", source.row_filter
-    present = {name.lower(): name for name in columns(path, ("width", "height"))}
+    present = {name.lower(): name for name in columns(path, ("width", "height"), num_rows)}
     named = next((pair for pair in _COLUMNS if all(name in present for name in pair)), None)
     if named is None:
         return

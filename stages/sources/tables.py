@@ -46,11 +46,12 @@ def table_format(path: str) -> str:
     return name.rpartition(".")[2].replace("ndjson", "jsonl").replace("pq", "parquet")
 
 
-def columns(path: str, wanted: Iterable[str] = ()) -> Columns:
+def columns(path: str, wanted: Iterable[str] = (), most_rows: int | None = None) -> Columns:
     """Columns of a table: names in the first line, Parquet's schema, or the keys of all JSON objects.
 
     Args:
         wanted: columns, or paths into nested ones; JSON is read only as far as until all were seen.
+        most_rows: of JSON at most so many are read.
 
     Raises:
         ConfigError: no line can be parsed.
@@ -61,7 +62,9 @@ def columns(path: str, wanted: Iterable[str] = ()) -> Columns:
     if kind == "parquet":
         with open_parquet(path) as table:
             return {field.name: field.type for field in table.schema_arrow}
-    return json_columns([path], wanted) if kind == "jsonl" else _keys(islice(_parsed([path]), 1), ())
+    if kind == "jsonl":
+        return _keys(islice(_parsed([path]), most_rows), wanted)
+    return _keys(islice(_parsed([path]), 1), ())
 
 
 def json_columns(files: Iterable[str], wanted: Iterable[str]) -> Columns:
@@ -179,7 +182,8 @@ def read_chunks(
 ) -> Iterator[Chunk | range]:
     """The rows that `read_rows` gives from number `first` on, as columns where they can be read as columns.
 
-    Row groups of Parquet in which `row_filter` keeps no row are not read: a range stands for their rows.
+    Of row groups of Parquet in which `row_filter` keeps no row its columns are read at most: a range stands for their
+    rows.
 
     Raises:
         ConfigError: the format is unknown or the file cannot be read.
@@ -203,12 +207,28 @@ def read_chunks(
 def _group_chunks(
     table: "pq.ParquetFile", names: list[str], groups: list[int], row_filter: "RowFilter | None"
 ) -> Iterator[Chunk | range]:
-    kept = set(groups) if row_filter is None else row_filter.may_match(table, groups)
-    for is_kept, together in groupby(groups, key=lambda group: group in kept):
-        if is_kept:
-            yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=list(together))
-        else:
+    if row_filter is None:
+        yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=groups)
+        return
+    may_match = row_filter.may_match(table, groups)
+    for is_read, together in groupby(groups, key=may_match.__contains__):
+        if not is_read:
             yield range(sum(table.metadata.row_group(group).num_rows for group in together))
+            continue
+        for group in together:
+            if _has_kept(table, names, group, row_filter):
+                yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=[group])
+            else:
+                yield range(table.metadata.row_group(group).num_rows)
+
+
+def _has_kept(table: "pq.ParquetFile", names: list[str], group: int, row_filter: "RowFilter") -> bool:
+    """Whether the condition is true for a row of a row group: its columns alone are read, as far as to such a row."""
+    named = [name for name in names if name in row_filter.columns]
+    if len(named) in (0, len(names)):
+        return True
+    batches = table.iter_batches(batch_size=_COLUMN_ROWS, columns=named, row_groups=[group])
+    return any(len(row_filter.places(batch)) for batch in batches)
 
 
 def _groups_from(metadata: "pq.FileMetaData", first: int) -> tuple[list[int], int]:

@@ -5,8 +5,9 @@ Regular is a block without control characters, lone carriage returns and bytes t
 around whole cells; in jsonl, one object in every line. What pyarrow refuses is not regular either.
 """
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import IO
 
@@ -38,8 +39,12 @@ _LONG_LINE = 1024
 """Bytes. What Python's JSON refuses, and Arrow's does not, is longer."""
 _MANY_DIGITS = re.compile(rb"\d{1000}")
 _MOST_BRACKETS = 200
+_NO_NUMBER = re.compile(rb"[:\[,]\s*-?(?:Inf|NaN)")
+"""Some of what Arrow takes for a number, and Python's JSON refuses."""
+_FEW = 64
+"""One row of so many may be read by itself within a block of columns."""
 _LF, _CR, _QUOTE, _COMMA = b'\n\r",'
-_TEXTS = pa.list_(pa.string())
+_TEXTS, _WHOLE, _FRACTIONS = pa.list_(pa.string()), pa.int64(), pa.float64()
 
 
 class _Blocks:
@@ -144,8 +149,9 @@ def _json_chunks(blocks: _Blocks, wanted: Sequence[str]) -> Iterator[Chunk]:
     plain = all("." not in name for name in wanted)
     while block := blocks.read():
         batch = _json_batch(block, kinds) if plain and _is_regular(block) else None
-        if batch is not None:
-            yield batch
+        own = None if batch is None else _own_rows(block, batch, kinds)
+        if batch is not None and own is not None:
+            yield from _around(batch, own)
             continue
         count = count_lines(block)
         yield list(json_records(islice(blocks.lines(block), count), blocks.number - count + 1))
@@ -155,26 +161,85 @@ def _json_batch(block: bytes, kinds: dict[str, pa.DataType]) -> pa.RecordBatch |
     """A block of objects, one in each line; None if it is not regular.
 
     Args:
-        kinds: the columns to read, and of which type each was in the last block: text, a list of texts, or numbers.
+        kinds: the columns to read, and of which type each was in the last block: text, a list of texts, whole numbers
+            or fractions.
     """
+    if (b"NaN" in block or b"Inf" in block) and _NO_NUMBER.search(block):
+        return None
     count = _count_objects(block)
-    for _ in range(3 * len(kinds) + 1):
-        options = pyarrow.json.ParseOptions(pa.schema(list(kinds.items())), unexpected_field_behavior="ignore")
-        reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    for _ in range(4 * len(kinds) + 1):
         try:
-            table = pyarrow.json.read_json(pa.BufferReader(block), reading, options).combine_chunks()
-            batch = table.to_batches()[0] if table.num_rows else None
+            batch = _json_columns(block, kinds)
             if batch is None or batch.num_rows != count:
                 return None
             batch.validate(full=True)
             return batch
         except pa.ArrowInvalid as error:
             found = re.search(r"Column\(/(.+)\) changed from \w+ to (string|array|number) in row", str(error))
-            kind = None if found is None else {"string": pa.string(), "array": _TEXTS, "number": pa.int64()}[found[2]]
-            if found is None or found[1] not in kinds or kinds[found[1]] == kind:
+            if found is None and "to int64" in str(error):
+                name, kind = _not_whole(block, kinds), _FRACTIONS
+            else:
+                name = None if found is None else found[1]
+                kind = None if found is None else {"string": pa.string(), "array": _TEXTS, "number": _WHOLE}[found[2]]
+            if name is None or kind is None or kinds.get(name, kind) == kind:
                 return None
-            kinds[found[1]] = kind
+            kinds[name] = kind
     return None
+
+
+def _json_columns(block: bytes, kinds: Mapping[str, pa.DataType]) -> pa.RecordBatch | None:
+    """The columns of some lines; None if these are blank.
+
+    Raises:
+        pa.ArrowInvalid: a line is no object, or a column is of another type.
+    """
+    options = pyarrow.json.ParseOptions(pa.schema(list(kinds.items())), unexpected_field_behavior="ignore")
+    reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    table = pyarrow.json.read_json(pa.BufferReader(block), reading, options).combine_chunks()
+    return table.to_batches()[0] if table.num_rows else None
+
+
+def _not_whole(block: bytes, kinds: Mapping[str, pa.DataType]) -> str | None:
+    """The first column of whole numbers that has others; None if there is none."""
+    for name, kind in kinds.items():
+        if kind == _WHOLE:
+            try:
+                _json_columns(block, {name: kind})
+            except pa.ArrowInvalid:
+                return name
+    return None
+
+
+def _own_rows(block: bytes, batch: pa.RecordBatch, kinds: dict[str, pa.DataType]) -> dict[int, Record] | None:
+    """The records with a whole number such as `5`, which is no float in Python's JSON, in a column of fractions, by
+    place; None if these are many, and then it is taken for a column of whole numbers in the next block."""
+    lines: list[bytes] = []
+    own: dict[int, Record] = {}
+    for name, kind in kinds.items():
+        if kind != _FRACTIONS:
+            continue
+        values = pc.fill_null(batch.column(name), 0.5).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+        places = np.flatnonzero(values == np.floor(values))
+        lines = lines or [line for line in block.split(b"\n") if line.rstrip(b"\r")]
+        for place in map(int, places):
+            record = own.get(place) or json.loads(lines[place])
+            if isinstance(record.get(name), int):
+                own[place] = record
+                if len(own) * _FEW > batch.num_rows:
+                    kinds[name] = _WHOLE
+                    return None
+    return own
+
+
+def _around(batch: pa.RecordBatch, own: Mapping[int, Record]) -> Iterator[Chunk]:
+    """A batch, with records in place of some of its rows."""
+    begin = 0
+    for place in [*sorted(own), batch.num_rows]:
+        if place > begin:
+            yield batch.slice(begin, place - begin)
+        if place in own:
+            yield [own[place]]
+        begin = place + 1
 
 
 def _count_objects(block: bytes) -> int:

@@ -44,13 +44,17 @@ class KnownShards:
     Args:
         use: use what was noted.
         note: note what is read, once all of it was.
+        count: read no rows where footers say how many there are: nobody asks for digests.
     """
 
-    def __init__(self, run: RunFolder, source: TableSource, shard_size: int, *, use: bool, note: bool):
+    def __init__(
+        self, run: RunFolder, source: TableSource, shard_size: int, *, use: bool, note: bool, count: bool = False
+    ):
         self.run = run
         self.source = source
         self.use = use
         self.note = note
+        self.count = count
         self.shard_size = shard_size
         self._settings = digest([_FORMAT, shard_size, source.settings()])
 
@@ -65,6 +69,10 @@ class KnownShards:
         number = sum(part.rows or 0 for part in parts[: len(noted.parts)])  # if one is None, keys have no such number
         fresh = parts[len(noted.parts) :]
         if not fresh:
+            return
+        unread = self.source.unread_shards(self.shard_size, fresh, len(noted.shards), number) if self.count else None
+        if unread is not None:
+            yield from unread
             return
         places: dict[str, list[tuple[int, int]]] = {}
         for place, part in enumerate(parts):

@@ -15,6 +15,7 @@ from stages.sources.base import COPY, InputPart, KeyRegistry, Source, SourceRow
 from stages.sources.files import base_folder
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import RowTexts, list_text
+from stages.sources.tables import count_rows, table_format
 
 if TYPE_CHECKING:
     from stages.sources.tabular.where import RowFilter
@@ -158,6 +159,44 @@ class TableSource(Source):
         finally:
             if registry is not None:
                 registry.close()
+
+    def unread_shards(
+        self, shard_size: int, parts: Sequence[InputPart], index: int = 0, number: int = 0
+    ) -> Iterator[Shard] | None:
+        """The same shards, of which nobody has read a row or made a digest; None if only the rows tell which they are.
+
+        Footers of Parquet say how many rows there are; but not which of them a condition keeps, or which keys repeat.
+        """
+        if self.row_filter is not None or self.keys_may_repeat:
+            return None
+        if any(table_format(part.path) != "parquet" for part in parts):
+            return None
+        return self._unread(shard_size, parts, index, number)
+
+    def _unread(self, shard_size: int, parts: Sequence[InputPart], index: int, number: int) -> Iterator[Shard]:
+        for _, batch in groupby(parts, key=lambda part: part.batch):
+            found: list[tuple[InputPart, Span]] = []
+            missing = shard_size
+            for part in batch:
+                first = part.first
+                with self.reaching():
+                    total = count_rows(f"{self.folder}/{part.path}") if part.rows is None else first + part.rows
+                while first < total:
+                    rows = min(missing, total - first)
+                    found.append((part, Span(part.path, part.name, first, rows, number)))
+                    first, number, missing = first + rows, number + rows, missing - rows
+                    if not missing:
+                        yield self._unread_shard(index, found)
+                        found, missing, index = [], shard_size, index + 1
+            if found:
+                yield self._unread_shard(index, found)
+                index += 1
+
+    def _unread_shard(self, index: int, found: Sequence[tuple[InputPart, Span]]) -> Shard:
+        rows = TableRange(self, tuple(span for _, span in found), (), False)
+        return Shard.of_range(
+            index, rows, None, sum(span.rows for _, span in found), files_of(part for part, _ in found)
+        )
 
     def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
         for block in blocks:

@@ -48,7 +48,8 @@ JSONL = [
     b'{"url": "u", "url": "v"}\n',
     b'{"url": "\\ud83d\\ude00", "caption": "\\u0000"}\n',
     b'{"url": "\\ud83d"}\n',
-    b'{"url": NaN}\n',
+    b'{"url": "u", "w": Inf}\n',
+    b'{"url": "u", "w": [1, -NaN]}\n',
     b'{"url":\n',
     b'"u"}\n',
     b"[1]\n",
@@ -91,6 +92,34 @@ def test_regular_tables_are_read_as_columns_alone(kind: str, row: bytes) -> None
     chunks = list(regular.text_chunks(kind, io.BytesIO(HEADS[kind] + 100 * row), ["url", "caption"]))
     assert all(isinstance(chunk, pa.RecordBatch) for chunk in chunks)
     assert sum(len(chunk) for chunk in chunks) == 100
+
+
+def numbers(data: bytes) -> list[object]:
+    """The numbers of lines with their types."""
+    return [repr(record.get("w")) for record in in_columns("jsonl", data, ["w"])]
+
+
+def test_numbers_in_json_keep_value_and_type_whatever_kinds_are_mixed() -> None:
+    cells = ["5", "5.0", "1.25", "-0", "-0.0", "1e3", "1e400", "9007199254740993", "9007199254740993.0", "null"]
+    cells += ["12345678901234567890123", '"x"', "true", "NaN", "-Infinity", "Inf", "0.1e-320", "1E5"]
+    for seed in range(80):
+        dice = random.Random(seed)
+        some = dice.sample(cells, dice.randrange(1, 4)) + ["0.5"] * (seed % 2 * 40)
+        data = b"".join(b'{"w": %s}\n' % dice.choice(some).encode() for _ in range(300))
+        expected = [repr(record.get("w")) for record in json_records(stream_lines(io.BytesIO(data)))]
+        with mock.patch.object(regular, "_BLOCK", 1500):
+            assert numbers(data) == expected, some
+
+
+@pytest.mark.parametrize(("cells", "by_itself"), [(["1.5", "2.0"], 0), (["1.5", "-3e5"], 0), (["1.5"] * 99 + ["2"], 3)])
+def test_fractions_in_json_are_read_as_columns_and_whole_numbers_among_them_by_themselves(
+    cells: list[str], by_itself: int
+) -> None:
+    data = b"".join(b'{"w": %s, "n": 7}\n' % cell.encode() for cell in cells * (300 // len(cells)))
+    chunks = list(regular.text_chunks("jsonl", io.BytesIO(data), ["n", "w"]))
+    assert sum(len(chunk) for chunk in chunks if isinstance(chunk, list)) == by_itself
+    batches = [chunk for chunk in chunks if isinstance(chunk, pa.RecordBatch)]
+    assert {str(kind) for batch in batches for kind in batch.schema.types} == {"int64", "double"}
 
 
 def test_one_irregular_line_costs_only_its_block_the_columns() -> None:

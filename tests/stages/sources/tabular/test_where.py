@@ -140,10 +140,21 @@ def test_images_of_parquet_are_filtered_too(tmp_path: Path) -> None:
 def test_row_groups_without_a_kept_row_are_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "l.parquet", ROWS)
     chunks = list(tables.read_chunks(path, ["url", "score"], 0, RowFilter("score >= 2.5")))
-    assert [type(chunk) is range for chunk in chunks] == [True, False]
-    assert [len(chunk) for chunk in chunks] == [20, 40]
+    assert [(type(chunk) is range, len(chunk)) for chunk in chunks] == [(True, 20), *[(False, 10)] * 4]
     behind = list(tables.read_chunks(path, ["url", "score"], 25, RowFilter("score >= 2.5")))
-    assert [len(chunk) for chunk in behind] == [35]
+    assert [len(chunk) for chunk in behind] == [5, 10, 10, 10]
+
+
+def test_of_row_groups_whose_statistics_tell_nothing_only_the_columns_of_the_condition_are_read(tmp_path: Path) -> None:
+    rows = [{"url": f"u{i}", "odd": i % 2 if i != 33 else 0.5, "text": "x" if i == 33 else "y"} for i in range(60)]
+    path = write(tmp_path / "l.parquet", rows)
+    for condition in ("odd > 0.1 AND odd < 0.9", "text = 'x'"):
+        honest = pq.ParquetFile.iter_batches
+        with mock.patch.object(pq.ParquetFile, "iter_batches", autospec=True, side_effect=honest) as reading:
+            chunks = list(tables.read_chunks(path, ["url", "odd", "text"], 0, RowFilter(condition)))
+        assert [len(chunk) for chunk in chunks if not isinstance(chunk, range)] == [10]
+        read = [(call.kwargs["row_groups"], "url" in call.kwargs["columns"]) for call in reading.call_args_list]
+        assert read == [*(([group], False) for group in range(4)), ([3], True), ([4], False), ([5], False)]
 
 
 @pytest.mark.parametrize(
