@@ -8,7 +8,8 @@ at 64 and 256 px. Then
 - pixels: the greatest difference to Pillow's crop and resize, over all images and sizes;
 - pair: whether both sizes show the same part of the original, by the box that each is cut from;
 - read: images a second out of the store, in buckets against squares, in processor time;
-- loader: complete epochs of shuffled batches of both sizes, in buckets against squares, in processor time.
+- loader: shuffled batches of both sizes, in buckets against squares, in processor time: full batches, in bytes a
+  second, which is batches a second at equal pixels a batch; and complete epochs, whose last batches are smaller.
 
     python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
 """
@@ -126,14 +127,31 @@ def reading(store: Store, size_px: int, seed: int) -> Callable[[], None]:
     return read
 
 
-def loading(loader: Loader, samples: int) -> Callable[[], None]:
-    """Reads the loader's next epoch."""
+def epoch_rates(loader: Loader, samples: int) -> dict[str, float]:
+    """Reads the loader's next epoch; images and batches a second of processor time, and bytes of the full batches."""
+    batches, seen, full_bytes, seconds, full_seconds = iter(loader), 0, 0, 0.0, 0.0
+    while True:
+        began = time.process_time()
+        batch = next(batches, None)
+        took = time.process_time() - began
+        if batch is None:
+            break
+        count = len(batch["keys"])
+        seen, seconds = seen + count, seconds + took
+        if count == _BATCH:
+            full_bytes += sum(images.numel() for images in batch["images"].values())
+            full_seconds += took
+    assert seen == samples, f"{seen} samples in an epoch of {samples}"
+    return {"images": seen / seconds, "batches": len(loader) / seconds, "bytes": full_bytes / full_seconds}
 
-    def epoch() -> None:
-        seen = sum(len(batch["keys"]) for batch in loader)
-        assert seen == samples, f"{seen} samples in an epoch of {samples}"
 
-    return epoch
+def loading(stores: Mapping[str, Store], epochs: int, seed: int) -> dict[str, list[dict[str, float]]]:
+    """The rates of a loader of each store, one epoch of each in turn."""
+    loaders = {name: each.loader(_BATCH, images=list(_SIZES_PX), seed=seed) for name, each in stores.items()}
+    rounds = [
+        {name: epoch_rates(loader, len(stores[name])) for name, loader in loaders.items()} for _ in range(epochs + 1)
+    ]
+    return {name: [rates[name] for rates in rounds[1:]] for name in stores}  # the first one opens the files
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -161,12 +179,14 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
         reads = {aspect: reading(store, size, args.seed) for aspect, store in stores.items()}
         rates = interleaved_rates(reads, args.rounds, args.seconds, time.process_time)
         ratios[f"read {size} px, buckets / square, rate"] = median_ratio(rates, "buckets", "square")
-    loaders = {name: each.loader(_BATCH, images=list(_SIZES_PX), seed=args.seed) for name, each in stores.items()}
-    epochs = {name: loading(loader, len(stores[name])) for name, loader in loaders.items()}
-    rates = interleaved_rates(epochs, args.rounds, args.seconds, time.process_time)
-    ratios["loader, images a second, buckets / square"] = images_ratio = median_ratio(rates, "buckets", "square")
-    batches = {name: len(loader) for name, loader in loaders.items()}
-    ratios["loader, batches a second, buckets / square"] = images_ratio * batches["buckets"] / batches["square"]
+    epochs = loading(stores, args.epochs, args.seed)
+    for what, name in (
+        ("bytes", "full batches a second at equal pixels a batch"),
+        ("images", "images a second, complete epochs"),
+        ("batches", "batches a second, complete epochs"),
+    ):
+        rates = {aspect: [each[what] for each in rounds] for aspect, rounds in epochs.items()}
+        ratios[f"loader, {name}, buckets / square"] = median_ratio(rates, "buckets", "square")
     return results, ratios
 
 
@@ -193,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="per reading and round")
+    parser.add_argument("--epochs", type=int, default=9, help="of each loader, in turn")
     parser.add_argument("--fresh", action="store_true", help="delete what is in --work first")
     args = parser.parse_args()
     if args.fresh:
@@ -202,7 +223,8 @@ def main() -> None:
         f"{args.images} images with sizes drawn from the 5,000 of COCO 2017's validation set, at {_SIZES_PX} px",
         "cropped: the part of an image that is cut off, mean over images; squares of the same images beside it",
         "read: raw images at random places, in processor time; warm page cache",
-        f"loader: complete epochs of shuffled batches of {_BATCH}, of both sizes, in processor time",
+        f"loader: {args.epochs} epochs of shuffled batches of {_BATCH} of both sizes, in turn, processor time; warm "
+        "page cache. At equal pixels a batch: bytes of images a second of the full batches",
     ]
     report("buckets", results, ratios, args.out, ["imagen-precompute", "pillow", "torch", "numpy"], notes)
 

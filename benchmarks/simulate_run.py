@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engine_run import peak_mib
-from pipeline.engine.progress import TrainingProgress
+from pipeline.engine.progress import Progress
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
 from pipeline.executors.base import ExecutionConfig
@@ -158,7 +158,7 @@ class Cluster(SimulatedExecutor):
         return record
 
 
-class Finished(TrainingProgress):
+class Finished(Progress):
     """Notes when each shard was finished, on the simulated clock."""
 
     def __init__(self, plan: Plan, cluster: Cluster):

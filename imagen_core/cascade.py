@@ -59,6 +59,8 @@ class CascadeStage:
     sampling: SamplingConfig
     max_tokens: int | None = None
     """Longer captions are truncated, as they were in training; None means never."""
+    trained_shapes: tuple[tuple[int, int], ...] = ()
+    """Height and width of the images it was trained on; none where they are not known."""
 
     @property
     def config(self) -> DenoiserConfig:

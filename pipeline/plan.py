@@ -10,6 +10,9 @@ from pipeline.stage import Drop, Group, Shard, Stage
 from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
 
+Show = Callable[[str], None]
+"""Shows a line of progress in place of the one before."""
+
 
 class Input(Protocol):
     """An input that may grow from one run to the next."""
@@ -54,9 +57,9 @@ class Plan:
     """In topological order: every group is made before it is read."""
     shards: Callable[[], Iterator[Shard]]
     """Starts the stream of shards again; the input is never held in memory as a whole."""
-    finalize: Callable[[RunFolder, int, Sequence[int]], dict[str, object]]
-    """Called at the end, with the number of input rows and the indices of failed shards; returns entries for the
-    summary."""
+    finalize: Callable[[RunFolder, int, Sequence[int], Show], dict[str, object]]
+    """Called at the end, with the number of input rows, the indices of failed shards, and what shows how far it is;
+    returns entries for the summary."""
     input: Input | None = None
     """The input behind `shards`, if it may grow."""
     final_file: str | None = None

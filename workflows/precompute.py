@@ -154,8 +154,8 @@ class Precompute(ShardedWorkflow):
             check_group=check_store_group,
             shards=batches.shards,
             input=batches,
-            finalize=lambda run, rows, failed: {
-                **build_manifest(run, rows, failed, config.duplicates, source.filtered),
+            finalize=lambda run, rows, failed, show: {
+                **build_manifest(run, rows, failed, config.duplicates, source.filtered, show),
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
                 **({"unread_bytes": source.unread_bytes} if source.unread_bytes else {}),
             },

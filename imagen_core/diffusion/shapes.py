@@ -17,13 +17,13 @@ def default_shape(stage: DenoiserConfig, low_res: Sequence[int] | None) -> tuple
     if low_res is None or stage.low_res_px is None or low_res[0] == low_res[1]:
         return stage.size_px, stage.size_px
     factor = Fraction(stage.size_px, stage.low_res_px)
-    height, width = (side * factor for side in low_res)
-    if height.denominator != 1 or width.denominator != 1:
+    shape = _scaled(low_res, factor)
+    if shape is None:
         raise ValueError(
             f"low_res: {low_res[0]} x {low_res[1]} px times {factor} is no whole number of pixels in the stage of "
             f"{stage.size_px} px"
         )
-    return int(height), int(width)
+    return shape
 
 
 def low_res_shape(stage: DenoiserConfig, shape: tuple[int, int]) -> tuple[int, int] | None:
@@ -34,14 +34,13 @@ def low_res_shape(stage: DenoiserConfig, shape: tuple[int, int]) -> tuple[int, i
     """
     if stage.low_res_px is None:
         return None
-    factor = Fraction(stage.low_res_px, stage.size_px)
-    height, width = (side * factor for side in shape)
-    if height.denominator != 1 or width.denominator != 1:
+    low_res = _scaled(shape, Fraction(stage.low_res_px, stage.size_px))
+    if low_res is None:
         raise ValueError(
             f"images of {shape[0]} x {shape[1]} px are no whole number of pixels in the {stage.low_res_px} px images "
             f"that the stage of {stage.size_px} px upsamples"
         )
-    return int(height), int(width)
+    return low_res
 
 
 def stage_shapes(stages: Sequence[DenoiserConfig], first: tuple[int, int]) -> list[tuple[int, int]]:
@@ -53,11 +52,18 @@ def stage_shapes(stages: Sequence[DenoiserConfig], first: tuple[int, int]) -> li
     found: list[tuple[int, int]] = []
     for stage in stages:
         factor, divisor = Fraction(stage.size_px, stages[0].size_px), stage.unet.sides_divisor
-        height, width = (side * factor for side in first)
-        if height % divisor or width % divisor or min(height, width) <= 0:
+        shape = _scaled(first, factor)
+        if shape is None or shape[0] % divisor or shape[1] % divisor or min(shape) <= 0:
             raise ValueError(
-                f"images of {first[0]} x {first[1]} px in the first stage are {float(height):g} x {float(width):g} px "
-                f"in the stage of {stage.size_px} px, which needs multiples of {divisor} px"
+                f"images of {first[0]} x {first[1]} px in the first stage are {float(first[0] * factor):g} x "
+                f"{float(first[1] * factor):g} px in the stage of {stage.size_px} px, which needs multiples of "
+                f"{divisor} px"
             )
-        found.append((int(height), int(width)))
+        found.append(shape)
     return found
+
+
+def _scaled(shape: Sequence[int], factor: Fraction) -> tuple[int, int] | None:
+    """The shape times a factor; None if that is no whole number of pixels."""
+    height, width = (side * factor for side in shape)
+    return (int(height), int(width)) if height.denominator == width.denominator == 1 else None

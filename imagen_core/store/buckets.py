@@ -16,6 +16,7 @@ SIDE_MULTIPLE = 8
 """Sides of the smallest images are multiples of this, as UNets that halve an image three times need it."""
 AREA_TOLERANCE = Fraction(1, 10)
 DEFAULT_MAX_RATIO = 2.0
+_LARGEST_BASE_PX = 1024
 
 Shape = tuple[int, int]
 """Height and width in pixels."""
@@ -67,6 +68,31 @@ def scaled(shapes: Sequence[Shape], smallest_px: int, size_px: int) -> tuple[Sha
 def ratios_of(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes in lowest terms: the same for all sizes of a store."""
     return tuple((height // gcd(height, width), width // gcd(height, width)) for height, width in shapes)
+
+
+def shapes_difference(one: Sequence[Shape], other: Sequence[Shape]) -> str:
+    """`images.FIELD: its value -> that of the other` of two different lists of shapes; none are squares.
+
+    The settings are found from the lists: the size is the smallest whose list has these ratios.
+    """
+    found = [_settings_of(ratios_of(shapes)) for shapes in (one, other)]
+    for field in ("aspect", "aspect_base_px", "max_aspect_ratio"):
+        values = [settings.get(field) for settings in found]
+        if values[0] != values[1] and None not in values:
+            return f"images.{field}: {values[0]} -> {values[1]}"
+    lists = (", ".join(f"{width}:{height}" for height, width in ratios_of(shapes)) for shapes in (one, other))
+    return f"width:height of the buckets: {' -> '.join(lists)}"
+
+
+def _settings_of(ratios: tuple[Shape, ...]) -> dict[str, object]:
+    """The settings of `images` with which a store has buckets of these ratios, as far as they are known."""
+    if not ratios:
+        return {"aspect": "square"}
+    widest = max(max(ratio) / min(ratio) for ratio in ratios)
+    for size_px in range(SIDE_MULTIPLE, _LARGEST_BASE_PX + 1, SIDE_MULTIPLE):
+        if ratios_of(bucket_shapes(size_px, widest * (1 + 1e-9))) == ratios:
+            return {"aspect": "buckets", "aspect_base_px": size_px, "max_aspect_ratio": round(widest, 2)}
+    return {"aspect": "buckets"}
 
 
 def choose_buckets(widths: np.ndarray, heights: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:

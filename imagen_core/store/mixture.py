@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from imagen_core.differences import changed_fields
+from imagen_core.store.buckets import ratios_of, shapes_difference
 from imagen_core.store.encoder_identity import comparable_records
 from imagen_core.store.probe import record_probe_differences
 from imagen_core.store.read.crop import FullImage
@@ -74,11 +75,13 @@ class Mixture:
 
         Raises:
             ValueError: a store lacks a size, an encoder or an array that is read, or has it by another encoder, of
-                another dtype or shape; names the store, and each field with both values.
+                another dtype or shape, or images of other aspect-ratio buckets; names the store, and each field with
+                both values.
         """
         read = {name: _what_is_read(name, store, options) for name, store in self.stores.items()}
         (first, wanted), *others = read.items()
         for name, found in others:
+            self._check_shapes(first, name, options)
             for group, record in found.items():
                 one, other = comparable_records(wanted[group], record)
                 changes = [*changed_fields(one, other), *record_probe_differences(wanted[group], record)]
@@ -88,6 +91,16 @@ class Mixture:
                         "mix stores that are made alike, or make it again in one of them"
                     )
             self._warn_of_filters(first, name, options)
+
+    def _check_shapes(self, first: str, name: str, options: LoaderOptions) -> None:
+        for size in _stored_sizes(options):
+            one, other = (self.stores[store].image_group(size).shapes for store in (first, name))
+            if ratios_of(one) != ratios_of(other):
+                raise ValueError(
+                    f"store {name}: its images-{size} have other aspect-ratio buckets than those of store {first}: "
+                    f"{shapes_difference(one, other)}; mix stores that are made alike, or make the images again in "
+                    "one of them"
+                )
 
     def _warn_of_filters(self, first: str, name: str, options: LoaderOptions) -> None:
         for size in _stored_sizes(options):

@@ -12,8 +12,9 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
+from imagen_core.train.meter import TrainingProgress
 from imagen_core.train.start import TrainingStart
-from imagen_core.train.trainer import TrainingProgress, train
+from imagen_core.train.trainer import train
 
 __all__ = [
     "CheckpointError",

@@ -1,13 +1,31 @@
-"""Means of the metrics of training steps."""
+"""Means of the metrics of training steps, and how far a training is."""
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    """How far a training is. Rates are over the steps since the last report."""
+
+    step: int
+    num_steps: int
+    loss: float
+    images_per_s: float
+    loader_wait: float
+    """Fraction of the time spent waiting for batches, in [0, 1]."""
+    remaining_s: float
+    """Seconds to the last step at this rate; validation, grids and checkpoints not counted."""
+
+
+OnProgress = Callable[[TrainingProgress], None]
 
 
 class Meter:

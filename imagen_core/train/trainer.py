@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,9 @@ from imagen_core.train.checkpoints.checkpoint import (
 from imagen_core.train.checkpoints.init_from import LoadCheckpoint, initialize_from
 from imagen_core.train.checkpoints.kept import (
     best_checkpoints,
+    newest_checkpoint,
     record_validation,
     remove_old,
-    remove_unfinished,
     validation_losses,
 )
 from imagen_core.train.checkpoints.state import TrainState
@@ -37,14 +37,14 @@ from imagen_core.train.data.store import UnreadableError, agree, opened_again, s
 from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
+from imagen_core.train.errors import StoreLostError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values
 from imagen_core.train.loss import TrainingLoss
-from imagen_core.train.meter import Meter, peak_memory
+from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
 from imagen_core.train.optimizer import make_optimizer
 from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
-from imagen_core.train.parallel.world import World, joined_world
+from imagen_core.train.parallel.world import joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.start import TrainingStart, record_start, refuse_lost, training_start
@@ -53,25 +53,8 @@ from imagen_core.train.step import take_step
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingProgress:
-    """How far a training is. Rates are over the steps since the last report."""
-
-    step: int
-    num_steps: int
-    loss: float
-    images_per_s: float
-    loader_wait: float
-    """Fraction of the time spent waiting for batches, in [0, 1]."""
-    remaining_s: float
-    """Seconds to the last step at this rate; validation, grids and checkpoints not counted."""
-
-
 def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
     return load_checkpoint(Path(path), weights)
-
-
-OnProgress = Callable[[TrainingProgress], None]
 
 
 def train(
@@ -132,7 +115,7 @@ def train(
         context = TrainingContext(config, stores, world, denoiser, loss, encode)
 
         # What training changes, as the newest checkpoint has it.
-        found = _newest_checkpoint(out, world)
+        found = newest_checkpoint(out / "checkpoints", world)
         if found is None:
             refuse_lost(out, config)
         if found is None and config.init_from is not None:
@@ -335,12 +318,14 @@ class TrainingRun:
 
     def _save(self, loader_state: dict[str, Any] | None) -> Path | None:
         folder = self.out / "checkpoints"
+        store = next(iter(self.context.stores.values()))  # those of a mixture have the same shapes
         path = self.state.save(
             folder,
             {
                 "loader": loader_state,
                 "denoiser": _json(self.config.denoiser),
                 **self.encoders,
+                "shapes": [list(shape) for shape in trained_shapes(store, self.config)],
                 "config": _json(self.config),
                 "torch": torch.__version__,
             },
@@ -380,21 +365,6 @@ class TrainingRun:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "best_checkpoint": next(map(str, best_checkpoints(self.out / "checkpoints")), None),
         }
-
-
-def _newest_checkpoint(out: Path, world: World) -> Path | None:
-    """The checkpoint to resume from, if there is one; leftovers of a kill are removed."""
-    if world.is_main:
-        remove_unfinished(out / "checkpoints")
-    found = checkpoints(out / "checkpoints")
-    newest = found[-1] if found else None
-    seen = [str(path and path.name) for path in world.gather(newest)]
-    if len(set(seen)) > 1:
-        raise TrainError(
-            f"{out}: the processes see different checkpoints ({', '.join(sorted(set(seen)))}); use a folder that all "
-            "machines share"
-        )
-    return newest
 
 
 def _json(config: Any) -> dict[str, Any]:

@@ -28,10 +28,12 @@ class _StageCount:
 class Lines:
     """Progress of a job: one line that is rewritten on a terminal, one plain line every 10 s elsewhere."""
 
-    def __init__(self, *, quiet: bool = False):
+    def __init__(self, *, quiet: bool = False, started: float | None = None):
+        """`started`: the `time.perf_counter` from which its seconds count; None means now."""
+        now = time.perf_counter()
         self.quiet = quiet
-        self.started = time.perf_counter()
-        self._next_line = self.started + _PLAIN_INTERVAL_S
+        self.started = now if started is None else started
+        self._next_line = now + _PLAIN_INTERVAL_S
 
     def message(self, text: str) -> None:
         """Shows a message that stays, on a line of its own."""
@@ -49,6 +51,11 @@ class Lines:
         elif final or now >= self._next_line:
             self._next_line = now + _PLAIN_INTERVAL_S
             print(line, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Removes the line that a terminal shows."""
+        if not self.quiet and sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _drops_found(record: Record) -> int:

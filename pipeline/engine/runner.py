@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config import dump_yaml
 from pipeline.engine.input import record_input
-from pipeline.engine.progress import Progress
+from pipeline.engine.progress import Lines, Progress
 from pipeline.engine.room import check_room
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
@@ -119,7 +119,9 @@ def _execute(
                 tally = scheduler.execute()
             tally.subtract_retried(plan.row_group, state.retries.drops())
             run.check()
-            results = plan.finalize(run, tally.input_rows, scheduler.failed_shards)
+            lines = Lines(quiet=options.quiet, started=progress.started)
+            results = plan.finalize(run, tally.input_rows, scheduler.failed_shards, lines.show)
+            lines.clear()
             run.check()  # what another run has written since is not for this one to sweep
             if run.index is not None and run.index.is_changed:
                 run.index.list_again()  # with what workers that died have left

@@ -9,7 +9,7 @@ from imagen_core.store import MANIFEST_NAME, ImageHashes, Store, StoreError
 from pipeline.errors import ConfigError
 from pipeline.storage.files import file_digest
 from pipeline.storage.open import open_storage
-from stages.duplicates.hashing import hash_image
+from stages.duplicates.hashing import hash_image, hash_part
 from stages.images import MAX_PIXELS, read_image
 from stages.lines import split_lines
 from stages.places import local_file, local_folder
@@ -95,7 +95,7 @@ class ExcludedSets:
                 for shard, row in map(store.locate, range(len(store))):
                     files = store.shard(shard)
                     name, pixels = files.samples.key(row), files.images[size_px].pixels(row)
-                    yield ExcludedImage(place, name), hash_image(pixels)
+                    yield ExcludedImage(place, name), hash_part(pixels, *files.samples.size(row))
             except StoreError as error:
                 raise ConfigError(f"{_FIELD}: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from imagen_core.store import HASHES_GROUP
 from pipeline.fingerprint import digest
+from pipeline.plan import Show
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
 from stages.duplicates.config import DuplicatesConfig
@@ -44,7 +45,11 @@ class Duplicates:
 
 
 def find_duplicates(
-    run: RunFolder, config: DuplicatesConfig | None, shards: Sequence[int], gone: Mapping[int, Collection[int]]
+    run: RunFolder,
+    config: DuplicatesConfig | None,
+    shards: Sequence[int],
+    gone: Mapping[int, Collection[int]],
+    show: Show,
 ) -> Duplicates:
     """Compares the images of these shards, and writes the list; a list of the same images is used again.
 
@@ -54,6 +59,7 @@ def find_duplicates(
         config: None deletes the list of an earlier run.
         shards: indices, rising.
         gone: by shard, the rows that readers do not see: nothing is a duplicate of them.
+        show: shows how far the search is.
     Raises:
         ConfigError: an image of `duplicates.exclude` cannot be read.
         MachineError: a file of hashes was changed since it was written.
@@ -75,7 +81,7 @@ def find_duplicates(
     known = run.storage.read_json_if_whole(_FOUND)
     if not (isinstance(known, dict) and known.get("made_of") == made_of and run.storage.size(DUPLICATES) is not None):
         run.storage.delete(_FOUND)
-        known = {"made_of": made_of, **_write_list(run, config, shards, gone, sets)}
+        known = {"made_of": made_of, **_write_list(run, config, shards, gone, sets, show)}
         run.storage.write_json(_FOUND, known)
     rows: dict[int, dict[int, str]] = {}
     for entry in read_duplicates(run):
@@ -106,13 +112,14 @@ def _write_list(
     shards: Sequence[int],
     gone: Mapping[int, Collection[int]],
     sets: ExcludedSets,
+    show: Show,
 ) -> dict[str, object]:
     """Compares the images and writes the list; returns what the summary says of it."""
-    scratch = run.storage.new_folder()
+    scratch, named = run.storage.new_folder(), lambda text: show(f"duplicates: {text}")
     try:
-        images = Images(run, shards, gone, sets, scratch)
+        images = Images(run, shards, gone, sets, scratch, named)
         thumbnails = images.thumbnails if config.near else None
-        found = match(images.pixels, images.perceptual, len(images.excluded), thumbnails)
+        found = match(images.pixels, images.perceptual, len(images.excluded), thumbnails, named)
         entries = list(images.entries(found, dropped=config.action == "drop"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from imagen_core.store import HashesGroup, ImageHashes
+from imagen_core.store.buckets import crop_box
 from stages.images import center_square, resize_square
 
 METHOD = "ImageHash phash 8x8 of the centre square, plain and mirrored, of the whole and of five crops of 95 %; 1"
@@ -31,6 +32,26 @@ HASHES = HashesGroup("hashes", num_perceptual=2 * len(_BOXES), thumbnail_px=_THU
 def hash_image(pixels: np.ndarray) -> ImageHashes:
     """The hashes of a decoded image, uint8 (height, width, 3)."""
     return ImageHashes(pixels_digest(pixels), *_perceptual(pixels))
+
+
+def hash_part(pixels: np.ndarray, width: int, height: int) -> ImageHashes:
+    """The hashes of an image of a store, which has a part of its original: a square, or an aspect-ratio bucket.
+
+    A bucket may lack an eighth of the original's shorter side, and so of its centre square, which is hashed. That is
+    filled with the pixels at the edge: without, one in four images with the sizes of photographs is not recognised.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        width, height: of the original.
+    """
+    rows, columns = pixels.shape[:2]
+    left, top, right, bottom = crop_box(width, height, (rows, columns))
+    before, behind = (top, left), (height - bottom, width - right)
+    scales = rows / (bottom - top), columns / (right - left)
+    short = int(width < height)
+    margins = [(0, 0), (0, 0), (0, 0)]
+    margins[short] = (round(before[short] * scales[short]), round(behind[short] * scales[short]))
+    return ImageHashes(pixels_digest(pixels), *_perceptual(np.pad(pixels, margins, mode="edge")))
 
 
 def pixels_digest(pixels: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from imagen_core.store import HASHES_GROUP, SAMPLES_GROUP, HashesFile, ImageHashes, SamplesFile
+from pipeline.plan import Show
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
 from stages.duplicates.excluded import ExcludedImage, ExcludedSets
@@ -39,20 +40,28 @@ class Images:
         gone: Mapping[int, Collection[int]],
         sets: ExcludedSets,
         scratch: Path,
+        show: Show,
     ):
         """Reads all hashes; see `find_duplicates` for the arguments."""
-        self._run, self._scratch = run, scratch
+        self._run, self._scratch, self._show = run, scratch, show
         self._digests, self._shards = sets.digests(), list(shards)
         self.excluded: list[ExcludedImage] = []
         self.not_compared = 0
         for image, hashes in sets.images():
             self._add_excluded(image, hashes)
-        rows = [self._read_shard(shard, gone.get(shard, ())) for shard in shards]
+            show(f"{len(self.excluded):,} images of duplicates.exclude hashed")
+        rows = [self._read_shard(shard, gone.get(shard, ())) for shard in self._shown(shards, "hashes")]
         self._rows = np.concatenate([np.zeros(0, np.int32), *rows])
         self._starts = np.cumsum([len(self.excluded), *map(len, rows)])
         self.compared = len(self._rows)
         self.pixels = self._all("pixels", np.uint8, 32)
         self.perceptual = self._all("perceptual", np.uint64, HASHES.num_perceptual)
+
+    def _shown(self, shards: Sequence[int], what: str) -> Iterator[int]:
+        """The shards, or their positions; shows how many of them are read."""
+        for number, shard in enumerate(shards, start=1):
+            yield shard
+            self._show(f"{what} of {number:,}/{len(shards):,} shards")
 
     def _add_excluded(self, image: ExcludedImage, hashes: ImageHashes) -> None:
         self.excluded.append(image)
@@ -120,7 +129,7 @@ class Images:
         positions = np.searchsorted(self._starts, numbers, side="right") - 1  # rising; -1: to exclude
         first = int(np.searchsorted(positions, 0))
         found[:first] = self._mapped("thumbnails", np.uint8).reshape(-1, *shape[1:])[numbers[:first]]
-        for position in np.unique(positions[first:]).tolist():
+        for position in self._shown(np.unique(positions[first:]).tolist(), "thumbnails"):
             low, high = np.searchsorted(positions, [position, position + 1])
             rows = self._rows[numbers[low:high] - len(self.excluded)]
             with self._opened(HASHES_GROUP, self._shards[position]) as (path, name):
@@ -151,7 +160,7 @@ class Images:
         found: dict[int, dict[str, Any]] = {}
         ordered = np.array(sorted(numbers), np.int64)
         positions = np.searchsorted(self._starts, ordered, side="right") - 1
-        for position in np.unique(positions).tolist():
+        for position in self._shown(np.unique(positions).tolist(), "keys"):
             shard = self._shards[position]
             with self._opened(SAMPLES_GROUP, shard) as (path, name):
                 samples = SamplesFile(path, name)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.plan import Show
 from stages.duplicates.alike import alike
 from stages.duplicates.hashing import PLAIN
 from stages.duplicates.search import near
@@ -34,7 +35,13 @@ class Matches:
     equal: np.ndarray
 
 
-def match(pixels: np.ndarray, perceptual: np.ndarray, num_excluded: int, thumbnails: Thumbnails | None) -> Matches:
+def match(
+    pixels: np.ndarray,
+    perceptual: np.ndarray,
+    num_excluded: int,
+    thumbnails: Thumbnails | None,
+    show: Show = lambda _: None,
+) -> Matches:
     """Compares all images.
 
     The result is a function of the images in their order, and that of the first n is the same whatever comes later.
@@ -44,6 +51,7 @@ def match(pixels: np.ndarray, perceptual: np.ndarray, num_excluded: int, thumbna
         perceptual: uint64 (n, num_perceptual).
         num_excluded: so many images at the beginning must not be in training; they are not compared with each other.
         thumbnails: None finds only equal images.
+        show: shows how far the search is.
     """
     count = len(pixels)
     kept, bits = np.arange(count), np.zeros(count, np.uint8)
@@ -53,7 +61,7 @@ def match(pixels: np.ndarray, perceptual: np.ndarray, num_excluded: int, thumbna
     equal = (first_of != kept) & (kept >= num_excluded)
     kept = np.where(equal, first_of, kept)
     if thumbnails is not None:
-        _match_near(kept, bits, mirrored, np.sort(first), perceptual, num_excluded, thumbnails)
+        _match_near(kept, bits, mirrored, np.sort(first), perceptual, num_excluded, thumbnails, show)
         kept = np.where(equal, kept[kept], kept)  # an image that equals one which is a near duplicate itself
     return Matches(kept, bits, mirrored, equal)
 
@@ -66,21 +74,23 @@ def _match_near(
     perceptual: np.ndarray,
     num_excluded: int,
     thumbnails: Thumbnails,
+    show: Show,
 ) -> None:
     """Fills in the near duplicates among images that all differ in their pixels, by their numbers."""
-    pairs = _candidates(images, perceptual, num_excluded)
+    pairs = _candidates(images, perceptual, num_excluded, show)
     if not len(pairs):
         return
     wanted = np.unique(np.concatenate([pairs["later"], pairs["earlier"]]))
     shown = thumbnails(wanted)
     compared, of = 0, -1
     rows = (row for low in range(0, len(pairs), _ROWS_AT_ONCE) for row in pairs[low : low + _ROWS_AT_ONCE].tolist())
-    for later, earlier, distance, flipped in rows:
+    for number, (later, earlier, distance, flipped) in enumerate(rows):
         if later != of:
             compared, of = 0, later
         if kept[later] != later or kept[earlier] != earlier or compared == _MOST_COMPARED:
             continue  # it has been found, or the other one is a duplicate itself
         compared += 1
+        show(f"thumbnails of {number:,}/{len(pairs):,} pairs compared")
         a, b = np.searchsorted(wanted, (later, earlier))
         if alike(shown[a], shown[b], mirrored=bool(flipped)):
             kept[later], bits[later], mirrored[later] = earlier, distance, flipped
@@ -89,13 +99,14 @@ def _match_near(
 _PAIR = np.dtype([("later", "<i8"), ("earlier", "<i8"), ("bits", "u1"), ("mirrored", "u1")])
 
 
-def _candidates(images: np.ndarray, perceptual: np.ndarray, num_excluded: int) -> np.ndarray:
+def _candidates(images: np.ndarray, perceptual: np.ndarray, num_excluded: int, show: Show) -> np.ndarray:
     """Pairs of images with near hashes, ordered by the later one, the distance and the earlier one; each once."""
     plain = np.ascontiguousarray(perceptual[images, PLAIN])
     queries, members, starts = _by_hash(plain)
     found = []
     for variant in range(perceptual.shape[1]):
         hashes, others, other_starts = _by_hash(np.ascontiguousarray(perceptual[images, variant]))
+        show(f"hash {variant + 1}/{perceptual.shape[1]} of {len(images):,} images searched")
         for query, hash, distance in near(queries, hashes):
             one, two, of = _expanded(query, hash, members, starts, others, other_starts)
             a, b = images[one], images[two]

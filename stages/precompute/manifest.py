@@ -8,6 +8,7 @@ import imagen_core.store as store_format
 from pipeline.engine.ledger import damaged_fingerprint, read_group_fingerprint
 from pipeline.engine.retries import retry_origins
 from pipeline.errors import ConfigError
+from pipeline.plan import Show
 from pipeline.stage import Group
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
@@ -28,6 +29,7 @@ def build_manifest(
     failed_shards: Collection[int] = (),
     duplicates: DuplicatesConfig | None = None,
     filtered: int = 0,
+    show: Show = lambda _: None,
 ) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
@@ -39,6 +41,7 @@ def build_manifest(
         filtered: rows that `source.where` left out; they are none of `input_rows`.
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
         duplicates: what is done about them; None does not look for any.
+        show: shows how far the search for duplicates is.
     Returns:
         Entries for the run's summary.
     Raises:
@@ -64,7 +67,7 @@ def build_manifest(
         header["removals"] = store_format.removal_entries(removals)
     found = Duplicates()
     if store_format.HASHES_GROUP in started:
-        found = _duplicates(run, duplicates, list(groups), failed, removals)
+        found = _duplicates(run, duplicates, list(groups), failed, removals, show)
     with run.storage.writing(f"{STORE}/manifest.json") as path:
         store_format.write_manifest(path, header, _shards(run, list(groups), failed, removals, found, totals))
     return {
@@ -82,10 +85,11 @@ def _duplicates(
     groups: list[str],
     failed: frozenset[int],
     removals: list[store_format.Removal],
+    show: Show,
 ) -> Duplicates:
     """The duplicates among the rows that readers see otherwise."""
     if config is None:
-        return find_duplicates(run, None, (), {})
+        return find_duplicates(run, None, (), {}, show)
     gone: dict[int, set[int]] = {}
     for group in groups:
         for record in run.records(group):
@@ -96,7 +100,7 @@ def _duplicates(
         if samples is not None:
             gone.setdefault(shard, set()).update(_removed(run, samples, removals))
     shards = sorted(set(run.recorded_shards(SAMPLES)) - failed)
-    return find_duplicates(run, config, shards, gone)
+    return find_duplicates(run, config, shards, gone, show)
 
 
 def run_group(run: RunFolder, name: str) -> dict[str, object]:

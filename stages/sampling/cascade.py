@@ -50,7 +50,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
                     f"{'; '.join(changes)}; take stages trained on one encoder"
                 )
         encoder = encoder or loaded.encoder
-        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens))
+        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes))
         checkpoints.append(loaded)
     if last_px not in (None, built[-1].size_px):
         sizes = [stage.size_px for stage in built]

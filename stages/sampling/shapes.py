@@ -1,6 +1,7 @@
 """Height and width of the images to generate, where they are not square."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -12,6 +13,8 @@ from pipeline.errors import ConfigError
 from stages.sampling.caption_sets import store_of
 from stages.sampling.config import RequestConfig
 from stages.sampling.requests import ImageRequest
+
+log = logging.getLogger(__name__)
 
 
 def with_shapes(requests: Sequence[ImageRequest], config: RequestConfig, cascade: Cascade) -> list[ImageRequest]:
@@ -42,15 +45,19 @@ def with_shapes(requests: Sequence[ImageRequest], config: RequestConfig, cascade
 
 
 def _nearest(aspect: str, cascade: Cascade) -> Shape:
-    """The shape of the first stage's area that is nearest to an aspect such as `3:2`."""
+    """The shape of the first stage's area that is nearest to an aspect such as `3:2`: of those that it was trained on,
+    if they are known and there are ones on both sides of it."""
     width, height = (Fraction(part) for part in aspect.split(":"))
     ratio, size_px = width / height, cascade.sizes_px[0]
     if ratio == 1:
         return size_px, size_px
-    try:
-        candidates = bucket_shapes(size_px, max(DEFAULT_MAX_RATIO, float(ratio), float(1 / ratio)))
-    except ValueError as error:
-        raise ConfigError(f"aspect: {aspect}: {error}; give `size`") from error
+    candidates: Sequence[Shape] = cascade.stages[0].trained_shapes
+    ratios = [Fraction(columns, rows) for rows, columns in candidates]
+    if not ratios or not min(ratios) <= ratio <= max(ratios):
+        try:
+            candidates = bucket_shapes(size_px, max(DEFAULT_MAX_RATIO, float(ratio), float(1 / ratio)))
+        except ValueError as error:
+            raise ConfigError(f"aspect: {aspect}: {error}; give `size`") from error
     fitting = [shape for shape in candidates if _fits(shape, cascade)]
     return choose_shape(ratio.numerator, ratio.denominator, fitting or candidates)
 
@@ -86,11 +93,30 @@ def _shaped(
             low_res_shape(cascade.stages[0].config, shape)
         except ValueError as error:
             raise ConfigError(f"{field}: {error}; take another shape") from error
+    _warn_of_untrained(dict.fromkeys(shapes), cascade)
     square = (cascade.sizes_px[0],) * 2
     return [
         request if shape == square else replace(request, shape=shape)
         for request, shape in zip(requests, shapes, strict=True)
     ]
+
+
+def _warn_of_untrained(shapes: Iterable[Shape], cascade: Cascade) -> None:
+    """Warns of shapes that a stage was not trained on, if those are known, and it was not trained on crops."""
+    by_stage = zip(cascade.stages, zip(*map(cascade.shapes, shapes), strict=True), strict=False)
+    for stage, wanted in by_stage:
+        trained, square = stage.trained_shapes, (stage.size_px, stage.size_px)
+        if square in trained and (others := [shape for shape in wanted if shape not in trained]):
+            log.warning(
+                "the %d px stage was trained on images of %s px (height x width), not of %s, which may be worse",
+                stage.size_px,
+                _listed(trained),
+                _listed(others),
+            )
+
+
+def _listed(shapes: Iterable[Shape]) -> str:
+    return ", ".join(f"{height} x {width}" for height, width in shapes)
 
 
 def batches_of(requests: Sequence[ImageRequest], batch_size: int) -> Iterator[list[ImageRequest]]:

@@ -5,11 +5,12 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from imagen_core.store import ColumnType
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
@@ -18,9 +19,19 @@ from stages.sources.file_lists import find_listed
 from stages.sources.files import base_folder, find_files, named_parts, path_of
 from stages.sources.records.cells import BadCell, from_base64
 from stages.sources.records.compressed import open_whole
+from stages.sources.records.kept import check_names, kept_values
 
 _BLOCK_BYTES = 2**20
 _MAX_LINE_BYTES = 2**28
+
+
+class KeptField(Config):
+    """A field that the store keeps, which gets its name here, as the fields of a line have none."""
+
+    field: int = Field(ge=1)
+    """Its place in a line, counted from 1."""
+    type: ColumnType = "text"
+    """bool, int, float or text; what is read must fit."""
 
 
 class TsvConfig(Config):
@@ -38,6 +49,15 @@ class TsvConfig(Config):
     """Place of the image, in base64, counted from 1."""
     url_field: int | None = Field(default=None, ge=1)
     """Place of the image's URL, kept for lineage."""
+    keep_columns: dict[str, KeptField] = Field(default_factory=dict)
+    """Fields that the store keeps, by name, such as `{score: {field: 4, type: float}}`, for `sample.columns` and the
+    `where` of a training. A value of another type is the drop `unsupported_type`, an empty one is NULL."""
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_kept(cls, columns: dict[str, KeptField]) -> dict[str, KeptField]:
+        check_names(columns)
+        return columns
 
     def build(self) -> "TsvSource":
         return TsvSource(self)
@@ -55,6 +75,10 @@ class TsvSource(Source):
     def __init__(self, config: TsvConfig):
         self.config = config
         self.path = require_path(config.path, "tsv")
+
+    @property
+    def column_types(self) -> dict[str, ColumnType]:
+        return {name: kept.type for name, kept in self.config.keep_columns.items()}
 
     @cached_property
     def folder(self) -> str:
@@ -95,13 +119,18 @@ class TsvSource(Source):
             return Original.dropped(row, "too_large", f"a line of {size:,} bytes")
         file.seek(offset)
         fields = file.read(size).rstrip(b"\r\n").split(b"\t")
-        last = max(config.caption_field or 1, config.image_field, config.url_field or 1)
+        last = max(self._fields)
         if len(fields) < last:
             return Original.dropped(row, "missing_fields", f"{len(fields)} fields, {last} needed")
         url = _text(fields, config.url_field) or None
         caption = _text(fields, config.caption_field)
         image = fields[config.image_field - 1]
-        original = Original(row.position, row.key, url, None if caption is None else (caption,))
+        captions = None if caption is None else (caption,)
+        try:
+            annotations = self._annotations(fields)
+        except BadCell as bad:
+            return Original.dropped(row, bad.reason, bad.detail)
+        original = Original(row.position, row.key, url, captions, annotations=annotations)
         if not image:
             return replace(original, reason="no_image")
         try:
@@ -109,9 +138,23 @@ class TsvSource(Source):
         except BadCell as bad:
             return replace(original, reason=bad.reason, detail=bad.detail)
 
+    @cached_property
+    def _fields(self) -> list[int]:
+        """The places that are read."""
+        config = self.config
+        kept = [each.field for each in config.keep_columns.values()]
+        return [place for place in (config.caption_field, config.image_field, config.url_field, *kept) if place]
+
+    def _annotations(self, fields: Sequence[bytes]) -> dict[str, Any]:
+        kept = self.config.keep_columns
+        record = {name: _text(fields, each.field) for name, each in kept.items()}
+        return {"columns": kept_values(record, self.column_types)} if kept else {}
+
     def fingerprint(self) -> dict[str, object]:
         config = self.config
-        return {name: getattr(config, name) for name in ("caption_field", "image_field", "url_field")}
+        kept = {name: each.model_dump() for name, each in config.keep_columns.items()}
+        places = {name: getattr(config, name) for name in ("caption_field", "image_field", "url_field")}
+        return {**places, **({"keep_columns": kept} if kept else {})}
 
 
 def _text(fields: Sequence[bytes], place: int | None) -> str | None:

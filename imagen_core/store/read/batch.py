@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from imagen_core.store.array_spec import ArraySpec
-from imagen_core.store.buckets import Shape, ratios_of
+from imagen_core.store.buckets import Shape, ratios_of, shapes_difference
 from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.crop import FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
@@ -67,9 +67,13 @@ class BatchReader:
         squares = self._view.layout(sizes, lambda size_px: (size_px, size_px))
         stored = sorted({frame.stored_px for frame in squares.values()})
         found = {(store, size): store.image_group(size) for store in self._stores for size in stored}
-        if len({ratios_of(group.shapes) for group in found.values()}) > 1:
-            buckets = ", ".join(f"{group.name}: {list(group.shapes) or 'squares'}" for group in found.values())
-            raise ValueError(f"images of different aspect-ratio buckets cannot be in one batch ({buckets})")
+        first, *others = found.values()
+        for group in others:
+            if ratios_of(group.shapes) != ratios_of(first.shapes):
+                raise ValueError(
+                    f"{first.name} and {group.name} have different aspect-ratio buckets, so they cannot be in one "
+                    f"batch: {shapes_difference(first.shapes, group.shapes)}; make both with the same settings"
+                )
         shapes = {size: self._stores[0].image_group(size).shapes for size in stored}
         self.ratios = ratios_of(shapes[stored[0]])
         if not self.ratios:

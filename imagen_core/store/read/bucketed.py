@@ -10,11 +10,12 @@ came before: so an epoch that was begun with batches of another size is continue
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from imagen_core.store.read.order import BATCHES, SHARDS, WINDOW, derive_key, permute
+from imagen_core.store.read.order import BATCHES, SHARDS, WINDOW, Ahead, derive_key, permute
 
 MAX_LEFT_OUT = 0.02
 """Largest part of the samples that `drop_last` may leave out of an epoch."""
@@ -85,6 +86,7 @@ class BucketedOrder:
         self._firsts = self._bounds[:-1, None] + np.cumsum(self._counts, axis=1) - self._counts
         self.totals = self._counts.sum(axis=0)
         self._plan: tuple[int, Cut, _Epoch] | None = None
+        self._ahead = [Ahead(int(total), partial(self._samples, bucket)) for bucket, total in enumerate(self.totals)]
 
     def uncut(self, batch_size: int) -> Cut:
         """The cut of an epoch from its beginning."""
@@ -97,15 +99,15 @@ class BucketedOrder:
         return (int(plan.labels[batch]), int(plan.sizes[batch])) if batch < len(plan.ends) else (0, 0)
 
     def indices(self, epoch: int, cut: Cut, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position of an epoch, int64."""
+        """The sample at each of some rising positions of an epoch, int64."""
         plan = self._planned(epoch, cut)
         batches = plan.ends.searchsorted(positions, side="right")
         found = np.empty(len(positions), np.int64)
-        for batch in np.unique(batches).tolist():
+        for batch in dict.fromkeys(batches.tolist()):
             chosen, bucket = batches == batch, int(plan.labels[batch])
             within = positions[chosen] - (plan.ends[batch] - plan.sizes[batch])
             sequence = cut.starts[bucket] + plan.chunks[batch] * cut.batch_size + within
-            found[chosen] = self._samples(epoch, plan, bucket, sequence)
+            found[chosen] = self._ahead[bucket].samples(epoch, sequence)
         return found
 
     def consumed(self, epoch: int, cut: Cut, position: int) -> tuple[int, ...]:
@@ -121,7 +123,10 @@ class BucketedOrder:
         plan = self._planned(epoch, cut)
         done = int(plan.ends.searchsorted(position, side="right"))
         if position != (plan.ends[done - 1] if done else sum(cut.starts)):
-            raise ValueError(f"loader state has position {position}, where no batch of its aspect-ratio buckets ends")
+            raise ValueError(
+                f"position {position} of epoch {epoch}: no batch of these aspect-ratio buckets ends there; take a "
+                "state of this loader"
+            )
         sums = np.bincount(plan.labels[:done], plan.sizes[:done], minlength=len(self.totals))
         return tuple((np.array(cut.starts) + sums.astype(np.int64)).tolist())
 
@@ -130,8 +135,11 @@ class BucketedOrder:
         whole, left = np.divmod(self.totals, batch_size)
         return int(whole.sum()) if full_only else int(whole.sum() + np.count_nonzero(left))
 
-    def _samples(self, epoch: int, plan: _Epoch, bucket: int, sequence: np.ndarray) -> np.ndarray:
-        """The samples at these places of a bucket's sequence."""
+    def _samples(self, bucket: int, epoch: int, sequence: np.ndarray) -> np.ndarray:
+        """The samples at these places of a bucket's sequence, which no cut changes."""
+        assert self._plan is not None
+        assert self._plan[0] == epoch
+        plan = self._plan[2]
         placed, ends = sequence.copy(), plan.window_ends[:, bucket]
         windows = ends.searchsorted(sequence, side="right")
         for window in np.unique(windows).tolist() if self._shuffle else ():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imagen_core.store.buckets import shapes_difference
 from imagen_core.store.read.batch import BatchReader, Draw
 from imagen_core.store.read.bucketed import MAX_LEFT_OUT, BucketedOrder, Cut, check_bucket_state
 from imagen_core.store.read.options import LoaderOptions
@@ -203,8 +204,17 @@ class Loader:
         return self._epoch * len(self._samples) + self._position
 
     def seek(self, consumed: int) -> None:
-        """Goes to where so many samples were gone through since the beginning of the first epoch."""
-        self._epoch, self._position = divmod(consumed, len(self._samples))
+        """Goes to where so many samples were gone through since the beginning of the first epoch.
+
+        Raises:
+            ValueError: with buckets, no batch ends there.
+        """
+        epoch, position = divmod(consumed, len(self._samples))
+        if self._bucketed is not None:
+            cut = self._bucketed.uncut(self._global_batch_size)
+            self._bucketed.consumed(epoch, cut, position)
+            self._cut = cut
+        self._epoch, self._position = epoch, position
 
     @property
     def lacks_samples(self) -> bool:
@@ -287,9 +297,10 @@ class Loader:
         buckets, mine = state.get("buckets"), [list(ratio) for ratio in self._reader.ratios]
         theirs = [] if buckets is None else [list(ratio) for ratio in buckets["ratios"]]
         if theirs != mine:
+            difference = shapes_difference([(h, w) for h, w in theirs], self._reader.ratios)
             raise ValueError(
-                f"loader state has aspect-ratio buckets {theirs or 'none'} (height and width), this loader has "
-                f"{mine or 'none'}: the order of samples differs; resume with the same store and images"
+                f"loader state is of other aspect-ratio buckets than this loader: {difference}: the order of samples "
+                "differs; resume with the same store and images"
             )
         if buckets is None or self._bucketed is None:
             return self._cut

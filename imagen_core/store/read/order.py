@@ -4,6 +4,7 @@ Both are pure functions of (seed, epoch, sample), computed where they are needed
 of all samples, and nothing depends on the numpy version.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -62,24 +63,39 @@ def choices(indices: np.ndarray, key: int) -> list[int]:
     return mix64(mix64(indices.astype(np.uint64)) ^ np.uint64(key)).tolist()
 
 
+class Ahead:
+    """The samples at the next places of a sequence of each epoch, as thousands at once cost little more than a few."""
+
+    def __init__(self, size: int, compute: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """`compute` gives the samples, int64, at rising places below `size` of an epoch."""
+        self._size, self._compute = size, compute
+        self._epoch, self._first, self._samples = -1, 0, np.empty(0, np.int64)
+
+    def samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The sample at each of some rising places of an epoch, int64."""
+        if not len(places):
+            return places.astype(np.int64)
+        first, last = int(places[0]), int(places[-1])
+        if epoch != self._epoch or first < self._first or last >= self._first + len(self._samples):
+            stop = min(self._size, max(last + 1, first + _AHEAD))
+            self._samples = self._compute(epoch, np.arange(first, stop))
+            self._epoch, self._first = epoch, first
+        return self._samples[places - self._first]
+
+
 class ShuffledOrder:
-    """All samples shuffled with each other by `permute`: a function of (seed, epoch), computed for the next positions
-    too, as thousands at once cost little more than a few."""
+    """All samples shuffled with each other by `permute`: a function of (seed, epoch)."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._seed = size, seed
-        self._epoch, self._first, self._ahead = -1, 0, np.empty(0, np.int64)
+        self._ahead = Ahead(size, self._samples)
 
     def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """The sample at each of some rising positions of an epoch, int64."""
-        if not len(positions):
-            return positions.astype(np.int64)
-        first, last = int(positions[0]), int(positions[-1])
-        if epoch != self._epoch or first < self._first or last >= self._first + len(self._ahead):
-            stop = min(self._size, max(last + 1, first + _AHEAD))
-            self._ahead = permute(np.arange(first, stop), self._size, derive_key(self._seed, epoch, ORDER))
-            self._epoch, self._first = epoch, first
-        return self._ahead[positions - self._first]
+        return self._ahead.samples(epoch, positions)
+
+    def _samples(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        return permute(positions, self._size, derive_key(self._seed, epoch, ORDER))
 
 
 class WindowedOrder:
@@ -93,9 +109,13 @@ class WindowedOrder:
         self._starts, self._counts = bounds[:-1], np.diff(bounds)
         self._window, self._seed = window, seed
         self._epoch = -1
+        self._ahead = Ahead(int(bounds[-1] - bounds[0]), self._samples)
 
     def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position of an epoch, int64."""
+        """The sample at each of some rising positions of an epoch, int64."""
+        return self._ahead.samples(epoch, positions)
+
+    def _samples(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         if epoch != self._epoch:
             self._shuffle_shards(epoch)
         placed = positions.astype(np.int64)

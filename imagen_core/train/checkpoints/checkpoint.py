@@ -10,7 +10,7 @@ other. state.json has each file's SHA-256, and ends with its own; checkpoints of
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class LoadedDenoiser:
         weights: which weights these are: model, or ema-RATE.
         sha256: of their file.
         max_tokens: captions were truncated to it in training.
+        shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
+            not known (checkpoints of earlier versions, imports) or it is a prior.
     """
 
     denoiser: Denoiser
@@ -57,6 +59,7 @@ class LoadedDenoiser:
     weights: str
     sha256: str
     max_tokens: int
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def stage(self) -> DenoiserConfig:
@@ -220,7 +223,8 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     denoiser = _built(path / STATE, state["denoiser"], read_tensors(path, state, chosen))
     sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
     encoders = state["encoder"], state.get("embed_encoders", {})
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens)
+    shapes = _shapes(state.get("shapes"))
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes)
 
 
 def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
@@ -230,7 +234,12 @@ def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
             f"{path}: has no weights {weights!r}, but {metadata['weights']!r} alone; leave weights out"
         )
     denoiser = _built(path, metadata.pop("denoiser"), load_file(path))
-    return LoadedDenoiser(denoiser, **metadata, sha256=sha256)
+    shapes = _shapes(metadata.pop("shapes", None))
+    return LoadedDenoiser(denoiser, **metadata, sha256=sha256, shapes=shapes)
+
+
+def _shapes(recorded: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int], ...]:
+    return tuple((height, width) for height, width in recorded or ())
 
 
 def _built(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> Denoiser:

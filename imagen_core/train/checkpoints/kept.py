@@ -1,4 +1,4 @@
-"""Which checkpoints a training keeps: the newest, and those of least validation loss."""
+"""Which checkpoint a training resumes from, and which it keeps: the newest, and those of least validation loss."""
 
 import logging
 import shutil
@@ -8,10 +8,30 @@ from pathlib import Path
 from imagen_core.files import fsync_path
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.train.checkpoints.checkpoint import FOLDER, STATE, checkpoints
+from imagen_core.train.errors import TrainError
 from imagen_core.train.logs import METRICS, read_metrics
+from imagen_core.train.parallel.world import World
 
 log = logging.getLogger(__name__)
 _VALIDATION = "validation.json"
+
+
+def newest_checkpoint(folder: Path, world: World) -> Path | None:
+    """The checkpoint to resume from, if there is one; leftovers of a kill are removed. All processes must call it.
+
+    Raises:
+        TrainError: the processes see different ones.
+    """
+    if world.is_main:
+        remove_unfinished(folder)
+    newest = next(reversed(checkpoints(folder)), None)
+    seen = sorted({str(path and path.name) for path in world.gather(newest)})
+    if len(seen) > 1:
+        raise TrainError(
+            f"{folder.parent}: the processes see different checkpoints ({', '.join(seen)}); use a folder that all "
+            "machines share"
+        )
+    return newest
 
 
 def remove_old(folder: Path, keep: int, keep_best: int = 0, losses: Mapping[str, float] | None = None) -> None:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from imagen_core.store.read.mixture_loader import check_state
 
 _Count = Annotated[int, Field(ge=0)]
+_Shapes = list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]]
 _MOST_SHOWN = 60
 """Characters of a wrong value in a message."""
 
@@ -42,6 +43,7 @@ class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
     encoder: _EncoderRecord | None
+    shapes: _Shapes = []
 
 
 class StateRecord(_ModelRecord):

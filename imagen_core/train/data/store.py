@@ -20,7 +20,7 @@ from imagen_core.store import (
     StoreFolder,
     revision_of,
 )
-from imagen_core.store.buckets import Shape, ratios_of, scaled
+from imagen_core.store.buckets import Shape, ratios_of, scaled, shapes_difference
 from imagen_core.store.errors import ADVICE
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.mixture_loader import MixtureLoader
@@ -141,7 +141,8 @@ def _check_shapes(store: Store, config: TrainConfig) -> None:
         first, second = groups
         raise TrainError(
             f"store {config.store}: {first.name} and {second.name} are not of the same aspect-ratio buckets, so they "
-            "do not show the same part of an image; make both sizes in one run"
+            f"do not show the same part of an image ({shapes_difference(first.shapes, second.shapes)}); make both "
+            "sizes in one run"
         )
     shapes, crop_px = trained_shapes(store, config), config.views.crop_px
     narrowest = min((side for group in groups[:1] for shape in group.shapes for side in shape), default=crop_px)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagen_core.store.buckets import bucket_shapes, choose_buckets, crop_box, scaled
+from imagen_core.store.buckets import Shape, bucket_shapes, choose_buckets, crop_box, scaled, shapes_difference
 
 
 @pytest.mark.parametrize("size_px", [64, 72, 128, 256, 512, 1024])
@@ -51,3 +51,20 @@ def test_the_kept_part_is_centred_and_as_large_as_can_be() -> None:
     assert crop_box(480, 640, (64, 64)) == (0, 80, 480, 560)
     assert crop_box(640, 480, (56, 72)) == (11, 0, 628, 480)
     assert crop_box(1, 1000, (88, 48)) == (0, 499, 1, 501)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [
+        ((), bucket_shapes(64), "images.aspect: square -> buckets"),
+        (bucket_shapes(64), scaled(bucket_shapes(32), 32, 64), "images.aspect_base_px: 64 -> 32"),
+        (scaled(bucket_shapes(128), 128, 256), bucket_shapes(64), "images.aspect_base_px: 128 -> 64"),
+        (bucket_shapes(256), bucket_shapes(64), "images.aspect_base_px: 128 -> 64"),  # 128 has the shapes of 256
+        (bucket_shapes(64), bucket_shapes(64, 1.5), "images.max_aspect_ratio: 1.83 -> 1.29"),
+        (((8, 24), (16, 16)), ((16, 16),), "width:height of the buckets: 3:1, 1:1 -> 1:1"),
+    ],
+)
+def test_what_differs_between_two_lists_of_shapes_is_told_by_the_setting(
+    one: tuple[Shape, ...], other: tuple[Shape, ...], says: str
+) -> None:
+    assert shapes_difference(one, other) == says

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from imagen_core.diffusion import Denoiser
+from imagen_core.sealed import read_sealed, write_sealed
 from imagen_core.store import Store
-from imagen_core.train import TrainError, TrainingStopped, train
+from imagen_core.train import CheckpointError, TrainError, TrainingStopped, load_checkpoint, train
+from imagen_core.train.checkpoints.single_file import write_model
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.store import open_store, trained_shapes
 from imagen_core.train.data.stores import open_stores
@@ -119,3 +121,20 @@ def test_random_crops_of_a_larger_size_keep_the_shapes_of_the_buckets(large: Pat
     shapes = {tuple(stream.next().images[16].shape[2:]) for _ in range(5)}
     stream.close()
     assert shapes == set(bucket_list(16))
+
+
+def test_a_checkpoint_has_the_shapes_that_it_was_trained_on(bucketed: Path, tmp_path: Path) -> None:
+    path = Path(train(make_config(bucketed, num_steps=1, ema={"rates": []}), tmp_path)["checkpoint"])
+    model = load_checkpoint(path)
+    assert model.shapes == bucket_list(16)
+    write_model(tmp_path / "model.safetensors", model)
+    assert load_checkpoint(tmp_path / "model.safetensors").shapes == bucket_list(16)
+    state = read_sealed(path / "state.json")
+    write_sealed(path / "state.json", {name: value for name, value in state.items() if name != "shapes"})
+    earlier = load_checkpoint(path)
+    assert earlier.shapes == (), "of an earlier version"
+    write_model(tmp_path / "earlier.safetensors", earlier)
+    assert load_checkpoint(tmp_path / "earlier.safetensors").shapes == ()
+    write_sealed(path / "state.json", {**state, "shapes": [[16]]})
+    with pytest.raises(CheckpointError, match=r"shapes\.0: list should have at least 2 items"):
+        load_checkpoint(path)

@@ -11,6 +11,9 @@ from PIL import Image
 
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError, MachineError
+from pipeline.storage.run_folder import RunFolder
+from stages.duplicates.config import DuplicatesConfig
+from stages.duplicates.find import find_duplicates
 from stages.store_tools.inspect import inspect_command
 from stages.store_tools.remove import remove_command
 from stages.store_tools.report import report_command
@@ -169,6 +172,32 @@ def test_an_evaluation_set_is_found_as_a_folder_a_store_and_a_list(images: Path,
     fsspec.filesystem("memory").put(str(file), "memory://sets/list.txt")
     run(images, copy, "duplicates.exclude=[memory://sets/list.txt]")
     assert {key for key, of in listed(copy).items() if of != "a.png"} == by_hash
+
+
+def test_an_evaluation_set_in_aspect_ratio_buckets_is_found(tmp_path: Path) -> None:
+    """Its images have other parts of the originals than those of squares."""
+    folder, out, wide = tmp_path / "evaluation", tmp_path / "evaluation-run", painting(7).resize((640, 553))
+    write(folder, "held-out.png", wide)
+    run(folder, out, "images.aspect=buckets", "images.sizes_px=[64,256]")
+    assert Store.open(out / "store")[0].images[256].shape == (224, 288, 3), "a tenth of the height is cut off"
+    photos = tmp_path / "photos"
+    for name, image in altered(wide.crop((43, 0, 596, 553))).items():
+        write(photos, f"{name}.png", image)
+    write(photos, "other.png", painting(8).resize((640, 553)))
+    run(photos, tmp_path / "of-photos", f"duplicates={{action: drop, exclude: [{out}]}}")
+    assert listed(tmp_path / "of-photos") == {f"{name}.png": "held-out.png" for name in altered(wide)}
+    assert keys(tmp_path / "of-photos") == ["other.png"]
+
+
+def test_the_search_shows_how_far_it_is(copy: Path, tmp_path: Path) -> None:
+    write(tmp_path / "evaluation", "held-out.png", altered(painting(2))["jpeg"])
+    shown: list[str] = []
+    excluded = DuplicatesConfig(exclude=(str(tmp_path / "evaluation"),))
+    find_duplicates(RunFolder(str(copy)), excluded, range(3), {}, shown.append)
+    assert shown[0] == "duplicates: 1 images of duplicates.exclude hashed"
+    for line in ("hashes of 2/3 shards", "hash 12/12 of 6 images searched", "keys of 3/3 shards"):
+        assert f"duplicates: {line}" in shown, shown
+    assert any(line.startswith("duplicates: thumbnails of ") and line.endswith(" pairs compared") for line in shown)
 
 
 def test_a_removed_image_hides_no_copy_of_it_and_compaction_erases_its_hashes(images: Path, copy: Path) -> None:

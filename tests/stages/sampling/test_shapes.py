@@ -1,5 +1,6 @@
 """Which shape each image gets, and what is read for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
 from imagen_core.diffusion import Denoiser, DenoiserConfig
+from imagen_core.store.buckets import bucket_shapes, scaled
 from pipeline.errors import ConfigError
 from stages.sampling.config import InpaintConfig, RequestConfig
 from stages.sampling.inputs import read_centres, read_inpaint
@@ -112,3 +114,31 @@ def test_low_resolution_images_that_are_no_whole_number_of_pixels_are_refused() 
     config = RequestConfig(prompts=("a",), low_res=("a.png",), size=(50, 80))
     with pytest.raises(ConfigError, match=r"size: images of 50 x 80 px are no whole number of pixels in the 16 px"):
         with_shapes([ImageRequest(0, resolve_requests(config)[0].caption, 0)], config, cascade)
+
+
+def trained_on(cascade: Cascade, *shapes: tuple[tuple[int, int], ...]) -> Cascade:
+    stages = [replace(stage, trained_shapes=own) for stage, own in zip(cascade.stages, shapes, strict=True)]
+    return Cascade(stages)
+
+
+def test_an_aspect_is_the_nearest_shape_that_the_first_stage_was_trained_on() -> None:
+    cascade = trained_on(make_cascade(64), scaled(bucket_shapes(32), 32, 64))
+    assert shapes_of(cascade, aspect="3:2") == [(48, 80)] * 2
+    assert shapes_of(cascade, aspect="4:3") == [(48, 80)] * 2, "and not 56 x 72 px, which it never saw"
+    assert shapes_of(cascade, aspect="3:1") == [(40, 112)] * 2, "beyond what it was trained on"
+    assert shapes_of(trained_on(make_cascade(64), ((64, 64),)), aspect="4:3") == [(56, 72)] * 2
+
+
+def test_shapes_that_a_stage_was_not_trained_on_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    squares, crops = ((64, 64),), ((128, 128),)
+    wide = {"aspect": ["3:2", "1:1"]}
+    assert shapes_of(trained_on(make_cascade(64, 256), squares, crops), **wide) == [(48, 80), None]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the 64 px stage was trained on images of 64 x 64 px (height x width), not of 48 x 80, which may be worse"
+    )
+    caplog.clear()
+    shapes_of(trained_on(make_cascade(64, 256), bucket_shapes(64), scaled(bucket_shapes(64), 64, 256)), **wide)
+    shapes_of(make_cascade(64, 256), **wide)
+    shapes_of(trained_on(make_cascade(64), squares))
+    assert not caplog.records, "of what they were trained on, what is not known, and squares"

@@ -56,6 +56,40 @@ def test_other_fields_can_be_asked_for(tmp_path: Path) -> None:
     assert tuple(sample.images[16][0, 0]) == BLUE
 
 
+def test_fields_are_kept_by_the_name_and_type_that_are_given(tmp_path: Path) -> None:
+    image = base64.b64encode(plain_png(RED))
+    scores = [b"0.25", b"", b"high"]
+    (tmp_path / "a.tsv").write_bytes(b"".join(b"id\t\ta\t" + score + b"\t" + image + b"\n" for score in scores))
+    kept = "source.keep_columns={score: {field: 4, type: float}, id: {field: 1}}"
+    summary = precompute(tmp_path / "run", *source(tmp_path / "a.tsv", kept))
+    store = Store.open(tmp_path / "run" / "store")
+    assert store.columns == {"score": "float", "id": "text"}
+    assert [sample.columns for sample in store] == [{"score": 0.25, "id": "id"}, {"score": None, "id": "id"}]
+    assert summary["tally"]["groups"]["samples"]["drops"] == {"unsupported_type": 1}
+    assert len(store.where("score < 1")) == 1
+    with pytest.raises(StaleOutputError, match="keep_columns"):
+        precompute(tmp_path / "run", *source(tmp_path / "a.tsv"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        ("{width: {field: 4}}", "'width' is a column that the store has by itself"),
+        ("{score: {field: 0}}", r"keep_columns\.score\.field"),
+        ("{score: {field: 9}}", None),
+        ("[score]", "keep_columns"),
+    ],
+)
+def test_fields_that_cannot_be_kept_are_refused_or_dropped(tmp_path: Path, kept: str, says: str | None) -> None:
+    (tmp_path / "a.tsv").write_bytes(line(b"a", plain_png(RED)) + b"\n")
+    settings = source(tmp_path / "a.tsv", f"source.keep_columns={kept}")
+    if says is None:
+        assert precompute(tmp_path / "run", *settings)["tally"]["groups"]["samples"]["drops"] == {"missing_fields": 1}
+        return
+    with pytest.raises(ConfigError, match=says):
+        precompute(tmp_path / "run", *settings)
+
+
 def test_every_bad_line_is_dropped_for_its_own_reason_and_blank_lines_are_none(tmp_path: Path) -> None:
     cut = noise_jpeg()[:2000]
     lines = [

@@ -105,7 +105,7 @@ def test_an_epoch_goes_on_with_batches_of_another_size_without_losing_or_repeati
 
 def test_a_position_within_a_batch_is_refused() -> None:
     order = make_order()
-    with pytest.raises(ValueError, match="position 5, where no batch"):
+    with pytest.raises(ValueError, match="position 5 of epoch 0: no batch"):
         order.consumed(0, order.uncut(16), 5)
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from imagen_core import store as st
+from imagen_core.store.read import order
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.read.order import WindowedOrder, choices, permute
+from imagen_core.store.read.order import ShuffledOrder, WindowedOrder, choices, permute
 from tests.imagen_core.store.handmade_store import DIM, Made
 
 Make = Callable[..., Made]
@@ -365,6 +366,28 @@ def test_the_order_is_frozen() -> None:
     assert windowed.indices(1, np.arange(9)).tolist() == [8, 7, 2, 6, 4, 3, 0, 5, 1]
     assert permute(np.arange(8), 8, key=1).tolist() == [1, 0, 5, 4, 6, 3, 7, 2]
     assert [number % 5 for number in choices(np.arange(8), key=1)] == [4, 1, 1, 3, 0, 3, 4, 3]
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_order_is_the_same_read_in_any_parts(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Samples are computed for the next positions too; going back, and to another epoch, begins again."""
+    monkeypatch.setattr(order, "_AHEAD", 5)
+    bounds = np.array([0, 4, 9, 11, 20])
+    make = lambda: ShuffledOrder(20, 3) if window is None else WindowedOrder(bounds, window, 3)  # noqa: E731
+    whole = {epoch: make().indices(epoch, np.arange(20)).tolist() for epoch in (0, 1)}
+    assert sorted(whole[0]) == sorted(whole[1]) == list(range(20))
+    read = make()
+    for epoch, start, stop in (
+        (0, 0, 3),
+        (0, 3, 4),
+        (0, 4, 12),
+        (1, 4, 6),
+        (0, 4, 6),
+        (0, 2, 3),
+        (0, 17, 20),
+        (0, 9, 9),
+    ):
+        assert read.indices(epoch, np.arange(start, stop)).tolist() == whole[epoch][start:stop]
 
 
 def test_pinned_memory_without_a_cuda_device_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

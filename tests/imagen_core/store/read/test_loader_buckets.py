@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 from typing import Any
@@ -165,11 +166,9 @@ def test_states_of_squares_and_of_buckets_are_not_taken_for_each_other(made: Mad
     square = st.Store.open(make("square", shard_rows=ROWS, num_captions=1).path).loader(6, [8], seed=1)
     assert "buckets" not in square.state_dict()
     (buckets,) = loaders(made, 1)
-    with pytest.raises(
-        ValueError, match=r"aspect-ratio buckets none .* this loader has \[\[5, 3\], \[1, 1\], \[3, 5\]\]"
-    ):
+    with pytest.raises(ValueError, match=r"than this loader: images\.aspect: square -> buckets: the order"):
         buckets.load_state_dict(square.state_dict())
-    with pytest.raises(ValueError, match="this loader has none"):
+    with pytest.raises(ValueError, match=r"than this loader: images\.aspect: buckets -> square: the order"):
         square.load_state_dict(buckets.state_dict())
     with pytest.raises(ValueError, match="no batch"):
         buckets.load_state_dict(buckets.state_dict() | {"position": 1})
@@ -210,3 +209,29 @@ def test_erased_samples_keep_their_place_in_the_order(made: Made) -> None:
     after = loaders(made, 1)[0]
     after.load_state_dict(state)
     assert [batch["keys"] for batch in after] == [[key for key in keys if key not in gone] for keys in expected]
+
+
+def test_seek_goes_to_the_end_of_a_batch_and_nowhere_else(made: Made) -> None:
+    (whole,) = loaders(made, 1)
+    expected = [batch["keys"] for _ in range(2) for batch in whole]
+    (loader,), (cut,) = loaders(made, 1), loaders(made, 1, 4)
+    list(islice(cut, 3))
+    loader.load_state_dict(cut.state_dict())  # the rest of this epoch is cut in another way
+    assert loader.state_dict()["buckets"]["starts"] != [0, 0, 0]
+    done = sum(map(len, expected[:2]))
+    loader.seek(done)
+    assert loader.state_dict()["buckets"]["starts"] == [0, 0, 0]
+    assert [batch["keys"] for batch in islice(loader, 2)] == expected[2:4]
+    loader.seek(loader.num_samples)
+    assert [batch["keys"] for batch in islice(loader, 2)] == expected[len(whole) : len(whole) + 2]
+    with pytest.raises(ValueError, match=r"position 1 of epoch 0: no batch of these aspect-ratio buckets ends there"):
+        loader.seek(1)
+
+
+def test_sizes_of_other_buckets_are_refused_by_the_setting(made: Made) -> None:
+    store = st.Store.open(made.path)
+    store.manifest.images[4] = replace(store.manifest.images[4], shapes=())
+    with pytest.raises(
+        ValueError, match=r"images-8 have different .* in one batch: images\.aspect: square -> buckets"
+    ):
+        store.loader(2, [8, 4])

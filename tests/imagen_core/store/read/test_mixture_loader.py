@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from imagen_core.store import Mixture, Store
+from imagen_core.store.buckets import bucket_shapes, scaled
 from imagen_core.store.read.mixture_loader import MixtureLoader, as_mixture_state, check_state, consumed, epochs
 from tests.imagen_core.store.handmade_store import Made, remove
 
@@ -271,3 +273,14 @@ def test_with_buckets_other_weights_begin_where_the_state_is(make: Make) -> None
     own = [key for key in before if key[0] == "b"] + after
     assert len(set(own[: len(made["b"].keys)])) == len(made["b"].keys)
     assert [segment["position"] for segment in other.state_dict()["segments"]] == [0, len(before)]
+
+
+def test_stores_of_other_buckets_are_refused_by_the_setting_and_both_values(make: Make) -> None:
+    stores = opened(bucketed(make))
+    for name, base in (("a", 64), ("b", 32)):
+        group = stores[name].manifest.images[64]
+        stores[name].manifest.images[64] = replace(group, shapes=scaled(bucket_shapes(base), base, 64))
+    says = r"store b: its images-64 have other .* than those of store a: images\.aspect_base_px: 64 -> 32; mix"
+    with pytest.raises(ValueError, match=says):
+        Mixture(stores, {"a": 1, "b": 1}).loader(2, images=[64])
+    assert keys_of(Mixture(stores, {"a": 1, "b": 1}).loader(2), 2), "without images they go together"

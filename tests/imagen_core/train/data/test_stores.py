@@ -88,6 +88,12 @@ def test_a_store_is_called_by_its_run_or_its_name() -> None:
             {},
             r'stores: store b: its text-t5 is not made as that of store a: fingerprint\.model: "tiny" -> "other"',
         ),
+        (
+            {"buckets": True},
+            {},
+            r"stores: store b: its images-16 have other aspect-ratio buckets than those of store a: images\.aspect: "
+            r"square -> buckets; mix stores that are made alike",
+        ),
         ({"large_px": 64}, {}, r"store .*/b/store: has no images-16 \(sizes: \[32, 64\]\)"),
         ({}, {"validation": {"num_samples": 5}}, r"validation\.num_samples is 5, but the store has 5 samples"),
     ],
