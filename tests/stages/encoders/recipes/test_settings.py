@@ -280,7 +280,7 @@ def lines_of(name: str) -> int:
 @pytest.mark.parametrize("name", recipes())
 def test_a_shipped_recipe_is_a_short_configuration_with_its_origin(name: str) -> None:
     recipe = recipes()[name]
-    assert recipe.keys() == {"about", "licence", "source", "settings"}
+    assert recipe.keys() == {"about", "licence", "source", "width", "settings"}
     assert lines_of(name) < 12
     given = TypeAdapter(AnyEncoder).validate_python({"name": "text", "recipe": name})
     written_out = TypeAdapter(AnyEncoder).validate_python({"name": "text", **recipe["settings"]})

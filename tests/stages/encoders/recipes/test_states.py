@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer, Qwen3Model
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.prompts import encoder_of
@@ -94,7 +94,7 @@ def test_a_vision_language_model_without_a_text_side_is_refused(folder: Path, tm
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model", "hidden_size": 8}')
-    with pytest.raises(MachineError, match=r"is no text encoder \(model_type 'siglip_vision_model'.*give its text"):
+    with pytest.raises(ConfigError, match=r"is no text encoder \(model_type 'siglip_vision_model'.*give its text"):
         config(tmp_path).identify()
 
 
