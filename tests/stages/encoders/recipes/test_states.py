@@ -109,6 +109,18 @@ def test_a_decoders_padding_has_states_of_its_own(folder: Path) -> None:
         assert np.abs(padded[len(text) :]).min() > 0
 
 
+@pytest.mark.parametrize("mode", ["encoded", "zeroed"])
+def test_padding_on_the_left_does_not_depend_on_the_batch(mode: str, folder: Path) -> None:
+    encoder = load(folder, max_tokens=48, padding_side="left", pads={"multiple_of": 16, "mode": mode})
+    alone = [encoder.encode([caption]).embeddings[0] for caption in CAPTIONS]
+    assert [len(rows) for rows in alone] == [48, 16, 16]
+    assert [not rows[: 48 - len(CAPTIONS[0])].any() for rows in alone[:1]] == [mode == "zeroed"]
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0], [1, 2]):
+        together = encoder.encode([CAPTIONS[i] for i in order]).embeddings
+        for found, i in zip(together, order, strict=True):
+            assert_close(found, alone[i])
+
+
 def test_text_behind_the_padding_has_the_states_that_it_has_without(folder: Path) -> None:
     template = {"prefix": "See: ", "suffix_after_pads": "END"}
     options: dict[str, Any] = {"max_tokens": 40, "template": template}
