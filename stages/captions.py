@@ -4,21 +4,30 @@ import unicodedata
 from collections.abc import Sequence
 
 NORMALISATION = "control characters to spaces, strip"
-"""Part of the encoder fingerprint; change it together with `clean_caption`."""
+"""Part of every text encoder's fingerprint: `clean_caption`, then `on_one_line` unless the encoder follows a recipe,
+which its other settings say. Change it together with them."""
 
+_BREAKS = "\t\n\r"
+_TO_SPACES = str.maketrans(dict.fromkeys(_BREAKS, " "))
 
 MAX_CHARACTERS = 100_000
 """Of all captions of a sample together. Tokenizers take seconds and hundreds of MB per million."""
 
 
 def clean_caption(caption: str) -> str:
-    """Replaces control characters (NUL, newlines, tabs ...) by spaces and strips the ends.
+    """A caption as it is stored: control characters (NUL, escape ...) are spaces, but for tabs and line ends; the ends
+    are stripped.
 
     Nothing else is touched: case, emoji, right-to-left text and combining characters stay as they are.
     """
     if caption.isprintable():
         return caption.strip()
-    return "".join(" " if unicodedata.category(c) == "Cc" else c for c in caption).strip()
+    return "".join(" " if unicodedata.category(c) == "Cc" and c not in _BREAKS else c for c in caption).strip()
+
+
+def on_one_line(caption: str) -> str:
+    """Tabs and line ends as spaces, one for each: how encoders read captions that follow no recipe."""
+    return caption.translate(_TO_SPACES)
 
 
 def is_valid_text(caption: str) -> bool:

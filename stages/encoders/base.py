@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, MachineError
 from pipeline.executors.base import usable_cpus
 from pipeline.storage.scratch import temporary_folder
-from stages.captions import NORMALISATION
+from stages.captions import NORMALISATION, on_one_line
 from stages.encoders.batches.model_input import CaptionReader, ModelInput
 from stages.encoders.identity import acting_settings, identity_changes, tokenizer_settings
 from stages.encoders.model_files import ModelFiles, check_headers, find_model
@@ -133,7 +133,7 @@ class FrozenModelConfig(Config):
         """Width of the embeddings.
 
         Raises:
-            MachineError: the model is of another kind, or not made for such input.
+            ConfigError: the model is of another kind, or not made for such input.
         """
 
     @abstractmethod
@@ -170,7 +170,8 @@ class FrozenModelConfig(Config):
         """Finds the model and its hashes without loading it.
 
         Raises:
-            MachineError: the model cannot be found, is damaged, of another kind, or not made for such input.
+            ConfigError: the model is of another kind, or lacks what the settings need.
+            MachineError: it cannot be found, or is damaged.
         """
         with self.located() as files:
             check_headers(files)
@@ -256,11 +257,12 @@ class EncoderConfig(FrozenModelConfig):
             return EncoderWorkload(rows, self.flops(files, [len(each.ids) for each in inputs]))
 
     def reader(self, tokenizer: Any) -> CaptionReader:
-        """What turns captions into the model's input: their tokens, and nothing else."""
+        """What turns captions into the model's input: the tokens of their text on one line, and nothing else."""
         from stages.encoders.batches.tokens import tokenize
 
         def read(captions: Sequence[str]) -> tuple[list[ModelInput], int]:
-            token_ids, num_truncated = tokenize(tokenizer, captions, self.max_tokens)
+            texts = [on_one_line(caption) for caption in captions]
+            token_ids, num_truncated = tokenize(tokenizer, texts, self.max_tokens)
             return [ModelInput(ids) for ids in token_ids], num_truncated
 
         return read
@@ -369,7 +371,7 @@ def reading(config: FrozenModelConfig) -> Iterator[None]:
         raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
 
 
-def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> MachineError:
+def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> ConfigError:
     """The error for a model of another kind than configured."""
     found = files.config.get("model_type")
-    return MachineError(f"encoders.model: {model} is no {wanted} (model_type {found!r} in config.json); {remedy}")
+    return ConfigError(f"encoders.model: {model} is no {wanted} (model_type {found!r} in config.json); {remedy}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MachineError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest
 from stages.digests import remembered_digest
@@ -17,7 +17,7 @@ _TOKENIZER_FILES = re.compile(
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors")
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _PIPELINE = "adapter_config.json", "model_index.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
 
 
@@ -63,6 +63,7 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
     A hub model that is in the local cache needs no network; `HF_HUB_OFFLINE=1` is respected.
 
     Raises:
+        ConfigError: it is a pipeline of several models.
         MachineError: it is neither a local folder nor a reachable hub model, or files are missing.
     """
     folder = Path(model)
@@ -80,6 +81,7 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
 def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFiles:
     config_file = folder / "config.json"
     if not config_file.is_file():
+        _refuse_pipeline([path.name for path in folder.iterdir()], model)
         raise MachineError(f"encoders.model: {model} has no config.json; give a folder saved by save_pretrained")
     names = [path.name for path in folder.iterdir() if path.is_file()]
     weights = _weight_names(names, model)
@@ -105,13 +107,14 @@ def _hub(model: str, revision: str | None) -> ModelFiles:
     patterns = [*_SMALL_FILES, "*.safetensors", "*.bin"]
     try:
         cached = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=patterns))
+        _refuse_pipeline([path.name for path in cached.iterdir()], model)
         _weight_names([path.name for path in cached.iterdir()], model)
         return _local(cached, model, cached.name, model)
     except (LocalEntryNotFoundError, MachineError, OSError, ValueError):
         pass  # not in the cache, or incomplete: ask the hub
     try:
         return _online(model, revision)
-    except MachineError:
+    except (ConfigError, MachineError):
         raise
     except Exception as error:
         raise MachineError(
@@ -126,6 +129,7 @@ def _online(model: str, revision: str | None) -> ModelFiles:
 
     info = HfApi().model_info(model, revision=revision, files_metadata=True)
     files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    _refuse_pipeline(files, model)
     _refuse_adapter(files, model)
     hashes: dict[str, str] = {}
     for name in _weight_names(files, model):
@@ -171,6 +175,14 @@ def _refuse_adapter(names: Iterable[str], model: str) -> None:
         raise MachineError(
             f"encoders.model: {model} has {_ADAPTER}: with peft installed transformers would load the adapter and the "
             "model it names, without peft the weights of the folder; merge the adapter into the weights, and remove it"
+        )
+
+
+def _refuse_pipeline(names: Iterable[str], model: str) -> None:
+    if _PIPELINE in names:
+        raise ConfigError(
+            f"encoders.model: {model} has {_PIPELINE}: it is a pipeline of several models; copy the files of its "
+            "folders text_encoder and tokenizer into one folder, and give that"
         )
 
 

@@ -15,7 +15,7 @@ from imagen_core.store import (
     probe_path,
     read_samples,
 )
-from pipeline.errors import MachineError
+from pipeline.errors import MachineError, StaleOutputError
 from pipeline.executors.local_worker import call_warm
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
@@ -68,7 +68,8 @@ class EncodeStage(Stage):
         those that the run has.
 
         Raises:
-            MachineError: the model is another one than the run started with, or gives other numbers.
+            MachineError: this worker's model is another one than the driver's.
+            StaleOutputError: it gives other numbers than those that the run has.
         """
         self.encoder.check_unchanged(self.files.fingerprint)
         self._model = load_encoder(self.encoder, self.encoder.threads())
@@ -94,7 +95,7 @@ class EncodeStage(Stage):
             stored, _ = parse_null(kept, name)
             problem = null_problem(stored, embedding, self.encoder.compute_dtype, dtype)
             if problem is not None:
-                raise MachineError(f"encoders.{self.encoder.name}: {name}: {problem}; {OTHER_NUMBERS}")
+                raise StaleOutputError(f"encoders.{self.encoder.name}: {name}: {problem}; {OTHER_NUMBERS}")
 
     def _keep_probe(self, shared: SharedFiles, model: TextEncoder) -> None:
         name, found = probe_path(self.encoder.name), take_probe(model)
@@ -102,7 +103,7 @@ class EncodeStage(Stage):
         if kept is not None:
             problem = probe_problem(parse_probe(kept, name), found, self.encoder.compute_dtype)
             if problem is not None:
-                raise MachineError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
+                raise StaleOutputError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
 
     def process(self, task: Task) -> None:
         assert self._model is not None

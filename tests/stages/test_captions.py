@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.captions import MAX_CHARACTERS, clean_caption, clean_captions, is_valid_text
+from stages.captions import MAX_CHARACTERS, clean_caption, clean_captions, is_valid_text, on_one_line
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,9 @@ from stages.captions import MAX_CHARACTERS, clean_caption, clean_captions, is_va
         ("a cat", "a cat"),
         ("  a cat \n", "a cat"),
         ("a\0cat", "a cat"),
-        ("a\tcat\r\non a mat", "a cat  on a mat"),
+        ("a\tcat\r\non a mat\n", "a\tcat\r\non a mat"),
+        ('{\n  "subject": "a\\ncat"\n}', '{\n  "subject": "a\\ncat"\n}'),
+        ("a\x0bcat\x0con\x1fa mat", "a cat on a mat"),
         ("\x1b[31mred\x7f", "[31mred"),
         ("\u0085next line\u0085", "next line"),
         ("A Cat, UPPER and lower.", "A Cat, UPPER and lower."),
@@ -29,7 +31,7 @@ from stages.captions import MAX_CHARACTERS, clean_caption, clean_captions, is_va
         ("x" * 100_000, "x" * 100_000),
     ],
 )
-def test_control_characters_become_spaces_and_all_else_stays(raw: str, clean: str) -> None:
+def test_control_characters_but_tabs_and_line_ends_become_spaces_and_all_else_stays(raw: str, clean: str) -> None:
     assert clean_caption(raw) == clean
 
 
@@ -38,8 +40,16 @@ def test_control_characters_become_spaces_and_all_else_stays(raw: str, clean: st
 def test_a_clean_caption_is_clean(raw: str) -> None:
     clean = clean_caption(raw)
     assert clean_caption(clean) == clean
-    assert not any(unicodedata.category(c) == "Cc" for c in clean)
+    assert not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in clean)
     assert clean == clean.strip()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text("ab \t\n\r\0\u0085\u00a0é", max_size=30))
+def test_an_encoder_without_a_recipe_reads_what_earlier_versions_stored(raw: str) -> None:
+    earlier = "".join(" " if unicodedata.category(c) == "Cc" else c for c in raw).strip()
+    assert on_one_line(clean_caption(raw)) == earlier
+    assert clean_caption(earlier) == earlier
 
 
 @pytest.mark.parametrize(

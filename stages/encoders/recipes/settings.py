@@ -213,10 +213,20 @@ class RecipeSettings(EncoderConfig):
         computed = self.pads is not None and self.pads.mode != "zeroed"
         return computed or self.layers is not None or self.final_norm is not True
 
+    @property
+    def reads_lines(self) -> bool:
+        """Whether captions are read with their tabs and line ends, as in the recipes' own code: where any setting of a
+        recipe is set. Otherwise they are spaces, as they were to encoders before there were recipes."""
+        return bool(self._recipe_fields(are_set=True))
+
+    def _recipe_fields(self, *, are_set: bool) -> set[str]:
+        fields = RecipeSettings.model_fields
+        added = fields.keys() - EncoderConfig.model_fields.keys() - self.machine_fields
+        return {name for name in added if (getattr(self, name) != fields[name].default) is are_set}
+
     def recorded_fields(self) -> Mapping[str, object]:
         """Settings of the recipe only where they are set: encoders that have none keep their fingerprint."""
-        added = RecipeSettings.model_fields.keys() - EncoderConfig.model_fields.keys()
-        unset = {name for name in added if getattr(self, name) == RecipeSettings.model_fields[name].default}
-        parts = {name: part for name in added - unset if isinstance(part := getattr(self, name), Config)}
+        unset = self._recipe_fields(are_set=False)
         own = {name: value for name, value in super().recorded_fields().items() if name not in unset}
+        parts = {name: part for name in own if isinstance(part := getattr(self, name), Config)}
         return own | {name: part.model_dump(mode="json", exclude_defaults=True) for name, part in parts.items()}

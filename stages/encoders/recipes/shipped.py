@@ -12,7 +12,8 @@ RECIPE = "recipe"
 
 @cache
 def recipes() -> dict[str, dict[str, Any]]:
-    """Each recipe: `about` it, the `licence` of the encoder's weights, the `source` it is equal to, its `settings`."""
+    """Each recipe: `about` it, the `licence` of the encoder's weights, the `source` that it is equal to, the `width`
+    of its rows, and its `settings`."""
     file = files("stages.encoders.recipes").joinpath("recipes.yaml")
     found: Any = parse_yaml(file.read_bytes(), file.name)
     return found

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError
+from stages.captions import on_one_line
 from stages.encoders.batches.model_input import ModelInput
 from stages.encoders.batches.tokens import tokenize
 from stages.encoders.recipes.cleaning import check_cleaning, clean
@@ -48,7 +49,8 @@ class RecipeReader:
     def __call__(self, captions: Sequence[str]) -> tuple[list[ModelInput], int]:
         """An input for each caption, and how many captions were truncated; a caption of which nothing is left has no
         ids."""
-        cleaned = [clean(caption, self._config.cleaning) for caption in captions]
+        read = captions if self._config.reads_lines else [on_one_line(caption) for caption in captions]
+        cleaned = [clean(caption, self._config.cleaning) for caption in read]
         places = [i for i, caption in enumerate(cleaned) if caption]
         inputs = [self._empty() if not caption else ModelInput([]) for caption in captions]
         found, num_truncated = self._read([cleaned[i] for i in places])

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
-from pipeline.errors import MachineError
+from pipeline.errors import ConfigError, MachineError
 from stages.encoders.batches.tokens import tokenize
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.t5 import T5EncoderConfig
@@ -296,7 +296,7 @@ def test_a_model_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> Non
     other = tmp_path / "bert"
     shutil.copytree(folder, other)
     (other / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
-    with pytest.raises(MachineError, match=r"is no T5 \(model_type 'bert' in config\.json\); give a T5"):
+    with pytest.raises(ConfigError, match=r"is no T5 \(model_type 'bert' in config\.json\); give a T5"):
         config(str(other)).identify()
 
 

@@ -1,8 +1,9 @@
 """The settings of recipes: how a caption becomes the input of a model, what is refused, and what is recorded."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
-from pipeline.config import load_config
+from imagen_core.extensions import member_of
+from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError
 from stages.encoders.batches.model_input import ModelInput
+from stages.encoders.identity import identity_changes
 from stages.encoders.recipes.cleaning import clean
 from stages.encoders.recipes.shipped import recipes
 from stages.encoders.recipes.states import chosen_layers
@@ -159,6 +162,26 @@ def test_layers_are_indices_or_slices() -> None:
             chosen_layers((layer,), 4, "e")
 
 
+# ---- tabs and line ends ----
+
+
+@pytest.mark.parametrize("settings", [{"template": {"prefix": "See: "}}, {"layers": [1]}, {"cleaning": "strip"}])
+def test_a_recipe_reads_a_caption_with_its_tabs_and_line_ends(folder: Path, settings: dict[str, Any]) -> None:
+    caption = '{\n\t"subject": "a cat"\r\n}'
+    text, _ = read(folder, caption, **settings)
+    assert text.endswith(caption)
+    assert read(folder, caption, template={"chat": {}})[0].count(f"user\n{caption}<|im_end|>") == 1
+
+
+def test_without_a_recipe_they_are_spaces_as_they_were_to_earlier_versions(folder: Path) -> None:
+    assert read(folder, "a\n\tcat\r\n!")[0] == "<s>a  cat  !"
+    assert read(folder, "a\n\tcat\r\n!", recipe="mochi", kind="t5")[0] == "<s>a  cat  !"
+
+
+def test_the_cleaning_of_a_recipe_decides_what_becomes_of_them(folder: Path) -> None:
+    assert read(folder, "a\n\n cat", cleaning=["whitespace"])[0] == "<s>a cat"
+
+
 # ---- refusals: one line with the key, the value and the remedy ----
 
 
@@ -215,13 +238,16 @@ def test_a_tokenizer_that_lacks_what_the_recipe_needs_is_refused(
 # ---- what is recorded ----
 
 KNOBS: dict[str, Any] = {
-    "prefix": {"template": {"prefix": "x"}},
-    "suffix": {"template": {"suffix": "x"}},
-    "chat": {"template": {"chat": {}}},
-    "chat's option": {"template": {"chat": {"enable_thinking": False}}},
-    "system": {"template": {"chat": {}, "system": ""}},
-    "suffix_after_pads": {"template": {"suffix_after_pads": "x"}},
-    "special_tokens": {"template": {"special_tokens": False}},
+    "compute_dtype": {"compute_dtype": "float32"},
+    "max_tokens": {"max_tokens": 64},
+    "output": {"output": "penultimate"},
+    "template.prefix": {"template": {"prefix": "x"}},
+    "template.suffix": {"template": {"suffix": "x"}},
+    "template.chat": {"template": {"chat": {}}},
+    "template.chat, option": {"template": {"chat": {"enable_thinking": False}}},
+    "template.system": {"template": {"chat": {}, "system": ""}},
+    "template.suffix_after_pads": {"template": {"suffix_after_pads": "x"}},
+    "template.special_tokens": {"template": {"special_tokens": False}},
     "drop_prefix": {"drop_prefix": 1},
     "drop_prefix, auto": {"drop_prefix": "auto", "template": {"prefix": "x"}},
     "drop_prefix, prefix": {"drop_prefix": "prefix", "template": {"prefix": "x"}},
@@ -231,40 +257,92 @@ KNOBS: dict[str, Any] = {
     "layers, order": {"layers": [-1, -2]},
     "layers, other order": {"layers": [-2, -1]},
     "join": {"layers": [-2, -1], "join": "interleave"},
-    "stack": {"layers": [-2, -1], "join": "stack"},
+    "join, stack": {"layers": [-2, -1], "join": "stack"},
     "final_norm": {"final_norm": False},
-    "rms": {"final_norm": "rms"},
-    "pads": {"pads": {"to": 128}},
-    "pads' number": {"pads": {"to": 129}},
-    "multiple_of": {"pads": {"multiple_of": 8}},
-    "add": {"pads": {"add": 8}},
-    "encoded": {"pads": {"to": 128, "mode": "encoded"}},
-    "not stored": {"pads": {"to": 128, "mode": "encoded", "stored": False}},
-    "zeroed": {"pads": {"to": 128, "mode": "zeroed"}},
+    "final_norm, rms": {"final_norm": "rms"},
+    "pads.to": {"pads": {"to": 128}},
+    "pads.to, number": {"pads": {"to": 129}},
+    "pads.multiple_of": {"pads": {"multiple_of": 8}},
+    "pads.add": {"pads": {"add": 8}},
+    "pads.mode": {"pads": {"to": 128, "mode": "encoded"}},
+    "pads.mode, zeroed": {"pads": {"to": 128, "mode": "zeroed"}},
+    "pads.stored": {"pads": {"to": 128, "mode": "encoded", "stored": False}},
     "padding_side": {"pads": {"to": 128, "mode": "zeroed"}, "padding_side": "left"},
     "cleaning": {"cleaning": ["lower", "strip"]},
     "cleaning, order": {"cleaning": ["strip", "lower"]},
-    "empty": {"empty": "plain"},
-    "empty text": {"empty": {"text": " "}},
-    "empty token": {"empty": {"token": 1}},
-    "max_tokens": {"max_tokens": 64},
-    "output": {"output": "penultimate"},
+    "empty.template": {"empty": "plain"},
+    "empty.text": {"empty": {"text": " "}},
+    "empty.token": {"empty": {"token": 1}},
+}
+"""Settings that differ from the default, and from each other, in one field: `field, what of it`."""
+MACHINE: dict[str, Any] = {
+    "num_gpus": 0,
+    "num_cpus": 2,
+    "workers": 2,
+    "resources": {"accelerator_type:H100": 0.001},
+    "cpu_threads": 2,
+    "tokens_per_batch": 1,
+    "recipe": "mochi",
 }
 
 
-def test_every_setting_is_recorded_and_no_two_are_recorded_alike() -> None:
-    plain = config().recorded_fields()
-    found = {name: config(**settings).recorded_fields() for name, settings in KNOBS.items()}
-    assert plain == {"compute_dtype": "bfloat16", "max_tokens": 128, "output": "last_hidden_state"}
-    texts = {yaml.safe_dump(fields) for fields in [plain, *found.values()]}
-    assert len(texts) == len(KNOBS) + 1
+def fields_of(kind: type[Config], names: Iterable[str]) -> set[str]:
+    """The names of a configuration's fields; of those that are configurations themselves, their fields."""
+    found: set[str] = set()
+    for name in names:
+        annotation = kind.model_fields[name].annotation
+        members = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+        parts = [part for part in members if issubclass(part, Config)]
+        found |= {f"{name}.{each}" for part in parts for each in fields_of(part, part.model_fields)} or {name}
+    return found
+
+
+BUILT_IN = [member_of(AnyEncoder, kind) for kind in ("t5", "clip", "auto")]
+FIELDS = sorted(set[str]().union(*(fields_of(each, each.embedding_fields()) for each in BUILT_IN)))
+
+
+def test_the_fields_are_found_by_themselves() -> None:
+    assert {"layers", "pads.mode", "template.chat", "empty.token", "compute_dtype"} <= set(FIELDS)
+    assert {name.partition(",")[0] for name in KNOBS} == set(FIELDS), "each setting has a case, and no other"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_changed_setting_is_another_fingerprint_that_names_it(field: str) -> None:
+    others = {name: config(**settings).recorded_fields() for name, settings in KNOBS.items()} | {
+        "default": config().recorded_fields()
+    }
+    cases = [name for name in KNOBS if name.partition(",")[0] == field]
+    assert cases, f"{field} has no case in KNOBS"
+    for name in cases:
+        found = others.pop(name)
+        for other, recorded in others.items():
+            assert identity_changes(recorded, found), f"{name} is recorded as {other} is"
+        changes = identity_changes(others["default"], found)
+        assert any(change.startswith(field.partition(".")[0]) for change in changes), changes
+
+
+def test_without_settings_of_a_recipe_nothing_of_it_is_recorded() -> None:
+    assert config().recorded_fields() == {
+        "compute_dtype": "bfloat16",
+        "max_tokens": 128,
+        "output": "last_hidden_state",
+    }
+
+
+def test_machine_fields_are_not_recorded() -> None:
+    machine = set[str]().union(*(each.machine_fields for each in BUILT_IN))
+    assert machine == MACHINE.keys(), "each has a case"
+    for name, value in MACHINE.items():
+        assert config(max_tokens=128, **{name: value}).recorded_fields() == config().recorded_fields(), name
 
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_the_settings_can_be_had_back_from_what_is_recorded(name: str) -> None:
     one = config(**KNOBS[name])
     fingerprint = {"kind": "auto", "model": "m", "revision": None, **one.recorded_fields()}
-    assert type(one).from_fingerprint("text", fingerprint) == one
+    again = type(one).from_fingerprint("text", fingerprint)
+    assert again == one
+    assert again.reads_lines is one.reads_lines is (name not in ("compute_dtype", "max_tokens", "output"))
 
 
 # ---- the shipped ones ----
@@ -280,7 +358,7 @@ def lines_of(name: str) -> int:
 @pytest.mark.parametrize("name", recipes())
 def test_a_shipped_recipe_is_a_short_configuration_with_its_origin(name: str) -> None:
     recipe = recipes()[name]
-    assert recipe.keys() == {"about", "licence", "source", "settings"}
+    assert recipe.keys() == {"about", "licence", "source", "width", "settings"}
     assert lines_of(name) < 12
     given = TypeAdapter(AnyEncoder).validate_python({"name": "text", "recipe": name})
     written_out = TypeAdapter(AnyEncoder).validate_python({"name": "text", **recipe["settings"]})

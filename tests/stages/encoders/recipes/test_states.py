@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer, Qwen3Model
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.prompts import encoder_of
@@ -94,7 +94,7 @@ def test_a_vision_language_model_without_a_text_side_is_refused(folder: Path, tm
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model", "hidden_size": 8}')
-    with pytest.raises(MachineError, match=r"is no text encoder \(model_type 'siglip_vision_model'.*give its text"):
+    with pytest.raises(ConfigError, match=r"is no text encoder \(model_type 'siglip_vision_model'.*give its text"):
         config(tmp_path).identify()
 
 
@@ -107,6 +107,18 @@ def test_a_decoders_padding_has_states_of_its_own(folder: Path) -> None:
         assert padded.shape == (40, 32)
         assert_close(padded[: len(text)], text)
         assert np.abs(padded[len(text) :]).min() > 0
+
+
+@pytest.mark.parametrize("mode", ["encoded", "zeroed"])
+def test_padding_on_the_left_does_not_depend_on_the_batch(mode: str, folder: Path) -> None:
+    encoder = load(folder, max_tokens=48, padding_side="left", pads={"multiple_of": 16, "mode": mode})
+    alone = [encoder.encode([caption]).embeddings[0] for caption in CAPTIONS]
+    assert [len(rows) for rows in alone] == [48, 16, 16]
+    assert [not rows[: 48 - len(CAPTIONS[0])].any() for rows in alone[:1]] == [mode == "zeroed"]
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0], [1, 2]):
+        together = encoder.encode([CAPTIONS[i] for i in order]).embeddings
+        for found, i in zip(together, order, strict=True):
+            assert_close(found, alone[i])
 
 
 def test_text_behind_the_padding_has_the_states_that_it_has_without(folder: Path) -> None:
