@@ -7,12 +7,12 @@ level, the noisy image embedding, and a query whose output is the prediction.
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from imagen_core.config import Config
 from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.text import pad_with_learned
+from imagen_core.models.conditioning.text_layers import TextConfig
 from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -21,7 +21,7 @@ _COSINE_SCALE = 16.0
 _ROTARY_WIDTH = 32
 
 
-class PriorNetworkConfig(Config):
+class PriorNetworkConfig(TextConfig):
     """The transformer of a prior."""
 
     family: Literal["prior"] = "prior"
@@ -36,7 +36,8 @@ class PriorNetworkConfig(Config):
     ff_mult: int = Field(default=4, ge=1)
     """Width of the feed-forward layers (SwiGLU), in units of dim."""
     text_dim: int | None = Field(default=None, ge=1)
-    """Width of the captions' token embeddings; null reads only each caption's single embedding."""
+    """Width of the captions' token embeddings, or of each of their layers; null reads only each caption's single
+    embedding."""
     max_text_tokens: int = Field(default=256, ge=1)
     """Captions are padded to this length with learned tokens."""
     num_timesteps: int | None = Field(default=None, ge=1)
@@ -61,6 +62,11 @@ class PriorNetworkConfig(Config):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in the feed-forward layers."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "PriorNetworkConfig":
+        self.check_text_layers()
+        return self
+
     def build(self) -> "PriorNetwork":
         """A new model with random weights."""
         return PriorNetwork(self)
@@ -74,8 +80,9 @@ class PriorNetwork(nn.Module):
         self.config = config
         dim = config.dim
         self.to_text_tokens = None
-        if config.text_dim is not None and config.text_dim != dim:
-            self.to_text_tokens = nn.Linear(config.text_dim, dim)
+        self.text_layers = config.build_text_layers()
+        if config.text_width is not None and config.text_width != dim:
+            self.to_text_tokens = nn.Linear(config.text_width, dim)
         self.to_text_embed = _to_tokens(dim, config.num_text_embed_tokens)
         self.to_image = _to_tokens(dim, config.num_image_tokens)
         self.steps = self.sinusoids = None
@@ -124,9 +131,11 @@ class PriorNetwork(nn.Module):
             ValueError: a condition is missing or of another width, or a caption has more than max_text_tokens tokens.
         """
         parts = [self._text_embed(conditioning), self._time(x, c_noise)]
-        if self.null_text_tokens is not None and self.config.text_dim is not None:
+        if self.null_text_tokens is not None and self.config.text_width is not None:
+            if self.text_layers is not None:
+                conditioning = self.text_layers(conditioning)
             project = nn.Identity() if self.to_text_tokens is None else self.to_text_tokens
-            parts.insert(0, pad_with_learned(conditioning, self.config.text_dim, project, self.null_text_tokens)[0])
+            parts.insert(0, pad_with_learned(conditioning, self.config.text_width, project, self.null_text_tokens)[0])
         keep = keep_mask(conditioning.image_embed_keep, x)
         image = self.to_image(x).unflatten(-1, (-1, self.config.dim))
         parts.append(torch.where(keep[:, None, None], image, self.null_image.to(x.dtype)))

@@ -16,7 +16,7 @@ a digest that binds it to its sample or caption (files/digest.py); `samples` acc
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -28,6 +28,7 @@ ColumnValue = bool | int | float | str | None
 """None: NULL."""
 
 SCHEMA_VERSION = 2
+LAYERS_SCHEMA_VERSION = 3  # of a store with layers, or with several scales per token: earlier versions misread it
 OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
 MANIFEST_NAME = "manifest.json"
 LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
@@ -140,6 +141,11 @@ def revision_of(path: str) -> int:
     """The revision in a path made by `shard_path`; 0 for a file that was never rewritten."""
     found = _REVISION.search(path)
     return int(found[1]) if found else 0
+
+
+def layer_suffixes(layers: Sequence[int]) -> list[str]:
+    """Ends of the names of the columns or datasets that hold the layers of embeddings; one "" without layers."""
+    return [f"_{layer}" for layer in layers] or [""]
 
 
 def null_path(encoder: str) -> str:

@@ -35,10 +35,10 @@ from imagen_core.store.errors import ADVICE, ManifestError, StoreError
 from imagen_core.store.file_columns import FileColumns
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import (
+    LAYERS_SCHEMA_VERSION,
     MANIFEST_NAME,
     OLDEST_READABLE,
     SAMPLES_GROUP,
-    SCHEMA_VERSION,
     ColumnType,
     shard_path,
 )
@@ -55,6 +55,7 @@ from imagen_core.store.records import (
     null_files,
     parse_group,
     parse_shard,
+    schema_version,
 )
 from imagen_core.store.removal_log import Removal, check_listed, load_removals, removal_path
 
@@ -87,7 +88,8 @@ class Manifest:
 
     def __init__(self, header: dict[str, Any], shards: Iterable[dict[str, Any]]) -> None:
         self.header = header
-        self.groups = _parse_header(header)
+        _check_header(header)
+        self.groups = _parse_groups(header)
         self.input_rows: int | None = header.get("input_rows")
         self.filtered = int(header.get("filtered", 0))
         self.failed_shards: tuple[int, ...] = tuple(header.get("failed_shards", ()))
@@ -196,13 +198,14 @@ def write_manifest(path: str | os.PathLike[str], header: dict[str, Any], shards:
 
     Args:
         header: "groups", "writer", "input_rows" if it is known, "removals" if there are any, and anything else that
-            is JSON; "schema_version" is added.
+            is JSON; "schema_version" is added unless it is there.
         shards: entries by increasing index; see ShardEntry for the fields.
     Raises:
         ValueError: a header or shard that `load_manifest` would refuse; a previous file stays.
     """
-    header = {"schema_version": SCHEMA_VERSION, **header}
-    groups = _parse_header(header)
+    groups = _parse_groups(header)
+    header = {"schema_version": schema_version(groups), **header}
+    _check_header(header)
     num_bytes = sum(null.bytes for null in null_files(groups))
     num_rows = num_samples = num_shards = 0
     last = -1
@@ -285,9 +288,9 @@ def _intact_bytes(folder: StoreFolder) -> tuple[bytes, str]:
     digest = hashlib.sha256(memoryview(data)[:-_TAIL_BYTES]).hexdigest()
     intact, path = data[-_TAIL_BYTES:] == _TAIL % digest.encode(), folder.path(MANIFEST_NAME)
     version = _schema_version(data, intact)
-    if version is not None and version > SCHEMA_VERSION:
+    if version is not None and version > LAYERS_SCHEMA_VERSION:
         raise StoreError(
-            f"{path}: schema_version is {version}, this library reads up to {SCHEMA_VERSION}; upgrade "
+            f"{path}: schema_version is {version}, this library reads up to {LAYERS_SCHEMA_VERSION}; upgrade "
             "imagen-precompute"
         )
     if not intact:
@@ -325,10 +328,10 @@ def _shard_lines(body: bytes, start: int, end: int) -> Iterator[dict[str, Any]]:
         start = stop + 1
 
 
-def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
+def _check_header(header: dict[str, Any]) -> None:
     version = header.get("schema_version")
-    if type(version) is not int or not OLDEST_READABLE <= version <= SCHEMA_VERSION:
-        raise ValueError(f"schema_version must be {OLDEST_READABLE} to {SCHEMA_VERSION} (got {version!r})")
+    if type(version) is not int or not OLDEST_READABLE <= version <= LAYERS_SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {OLDEST_READABLE} to {LAYERS_SCHEMA_VERSION} (got {version!r})")
     for number, entry in enumerate(header.get("removals", []), start=1):
         if set(entry) != {"path", "bytes", "sha256"} or entry["path"] != removal_path(number):
             raise ValueError(f"removals: {entry} should be path, bytes and sha256 of {removal_path(number)}")
@@ -339,6 +342,9 @@ def _parse_header(header: dict[str, Any]) -> dict[str, Group]:
         raise ValueError(f"failed_shards must be a list of integers (got {failed!r})")
     if reserved := {"shards", "sha256", *_TOTALS} & set(header):
         raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")
+
+
+def _parse_groups(header: dict[str, Any]) -> dict[str, Group]:
     groups = {name: parse_group(name, raw) for name, raw in sorted(header["groups"].items())}
     if not isinstance(groups.get(SAMPLES_GROUP), SamplesGroup):
         raise ValueError(f"groups {sorted(groups)} lack {SAMPLES_GROUP!r}")

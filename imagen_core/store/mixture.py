@@ -123,12 +123,14 @@ def _what_is_read(name: str, store: Store, options: LoaderOptions) -> dict[str, 
     try:
         for size in _stored_sizes(options):
             store.image_group(size)
-        groups = [store.text_group(encoder) for encoder in (options.text, options.text_embed) if encoder is not None]
+        texts = ((options.text, options.text_layers), (options.text_embed, None))
+        groups = [(store.text_group(encoder), layers) for encoder, layers in texts if encoder is not None]
         embeds = [store.image_embed_group(options.image_embed)] if options.image_embed is not None else []
         arrays = [store.array_group(array) for array in options.arrays or ()]
     except ValueError as error:
         raise ValueError(f"store {name}: {error}") from error
-    made = {group.name: store.encoder_record(group) for group in (*groups, *embeds)}
+    made = {group.name: store.encoder_record(group, layers) for group, layers in groups}
+    made |= {group.name: store.encoder_record(group) for group in embeds}
     for group in arrays:
         made[group.name] = {
             "dtype": group.spec.dtype,

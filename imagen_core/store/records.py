@@ -1,18 +1,23 @@
 """The typed parts of a manifest, and the checks that turn JSON into them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import numpy as np
 
 from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.buckets import Shape, choose_shape
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
+from imagen_core.store.files.ragged import StoredEmbedding, cast_embedding
 from imagen_core.store.layout import (
     HASHES_GROUP,
+    LAYERS_SCHEMA_VERSION,
     REMOVED,
     SAMPLES_GROUP,
+    SCHEMA_VERSION,
     ColumnType,
     StoreDtype,
     StoreFormat,
@@ -90,7 +95,12 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingGroup:
-    """Embeddings by one encoder; `fingerprint` identifies its weights, tokenizer and settings."""
+    """Embeddings by one encoder; `fingerprint` identifies its weights, tokenizer and settings.
+
+    `layers` are the numbers of the encoder's layers that each token has `dim` values of, stored apart: a row is
+    (n_tokens, layers, dim). It is empty where a row is (n_tokens, dim). `num_scales` is the number of equal parts of a
+    token's `dim` values that have an int8 scale each.
+    """
 
     name: str
     encoder: str
@@ -98,6 +108,30 @@ class EmbeddingGroup:
     dtype: StoreDtype
     format: StoreFormat
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    num_scales: int = 1
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of what a row has of one token: (dim,) or (layers, dim)."""
+        return (len(self.layers), self.dim) if self.layers else (self.dim,)
+
+    def blank(self, num_tokens: int) -> StoredEmbedding:
+        """A row of zeros."""
+        return cast_embedding(np.zeros((num_tokens, *self.token_shape), np.float32), self.dtype, self.num_scales)
+
+    def layer_places(self, layers: Sequence[int] | None) -> list[int]:
+        """Where layers are in a row's axis of layers; None means all.
+
+        Raises:
+            ValueError: one is not stored, or there are no layers.
+        """
+        wanted = self.layers if layers is None else layers
+        unknown = [layer for layer in wanted if layer not in self.layers]
+        if unknown or not wanted:
+            has = f"it has the layers {list(self.layers)}" if self.layers else "its layers are not stored apart"
+            raise ValueError(f"{self.name}: layers {list(wanted)} cannot be read; {has}")
+        return [self.layers.index(layer) for layer in wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,12 +270,28 @@ def _shapes(raw: Any, size_px: int) -> tuple[Shape, ...]:
 
 
 def _embeddings(raw: dict[str, Any]) -> dict[str, Any]:
+    dim, dtype = _count(raw["dim"], "dim"), check_dtype(raw["dtype"])
+    layers = tuple(_count(layer, "layers") for layer in raw.get("layers", ()))
+    num_scales = _count(raw.get("num_scales", 1), "num_scales")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers must differ (got {list(layers)})")
+    if num_scales != 1 and (dtype != "int8" or layers or num_scales < 1 or dim % num_scales):
+        raise ValueError(f"num_scales is {num_scales}, which needs int8 without layers, and a dim that it divides")
     return {
-        "dim": _count(raw["dim"], "dim"),
-        "dtype": check_dtype(raw["dtype"]),
+        "dim": dim,
+        "dtype": dtype,
         "format": check_format(raw["format"]),
         "fingerprint": dict(raw.get("fingerprint", {})),
+        "layers": layers,
+        "num_scales": num_scales,
     }
+
+
+def schema_version(groups: Mapping[str, Group]) -> int:
+    """The schema version that a store of these groups has: the lowest whose readers know all of it."""
+    embeddings = [group for group in groups.values() if isinstance(group, EmbeddingGroup)]
+    has_layers = any(group.layers or group.num_scales > 1 for group in embeddings)
+    return LAYERS_SCHEMA_VERSION if has_layers else SCHEMA_VERSION
 
 
 def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:

@@ -32,8 +32,8 @@ class Sample:
     Attributes:
         images: uint8 RGB (height, width, 3) by size in pixels; squares of that size, or of the shape of the sample's
             aspect-ratio bucket.
-        text: by encoder, one (n_tokens, dim) array per caption; float16 for a float16 store, float32
-            for bfloat16, int8 and float32.
+        text: by encoder, one (n_tokens, dim) array per caption, (n_tokens, layers, dim) where layers are stored apart;
+            float16 for a float16 store, float32 for bfloat16, int8 and float32.
         image_embeds: by image encoder, (dim,) in the types of `text`.
         arrays: by name, what stages of other packages made, in the dtype and shape of the store's group; bfloat16 as
             float32, a number as an array without axes.
@@ -168,7 +168,7 @@ class Store(StoreReader, Sequence[Sample]):
         )
 
     def null(self, encoder: str) -> np.ndarray:
-        """The encoding of "", (n_tokens, dim), in the dtype that `Sample.text` has.
+        """The encoding of "", in the shape and dtype that `Sample.text` has.
 
         Raises:
             ValueError: the store has no such encoder.
@@ -193,14 +193,26 @@ class Store(StoreReader, Sequence[Sample]):
             return None
         return parse_probe(self._folder.read_checked(entry), self._folder.path(entry.path))
 
-    def encoder_record(self, group: EmbeddingGroup) -> dict[str, Any]:
-        """What made the embeddings of a group: name, dim, dtype and fingerprint, with the probe if there is one.
+    def encoder_record(self, group: EmbeddingGroup, layers: Sequence[int] | None = None) -> dict[str, Any]:
+        """What made the embeddings of a group: name, dim, dtype and fingerprint, with the layers that are read of it
+        if it has any, and the probe if there is one.
 
+        Args:
+            layers: those that are read; None means all.
         Raises:
             StoreError: the probe's file is damaged.
         """
         fingerprint = dict(group.fingerprint)
-        record = {"name": group.encoder, "dim": group.dim, "dtype": group.dtype, "fingerprint": fingerprint}
+        record: dict[str, Any] = {
+            "name": group.encoder,
+            "dim": group.dim,
+            "dtype": group.dtype,
+            "fingerprint": fingerprint,
+        }
+        if group.layers:
+            record["layers"] = list(group.layers if layers is None else layers)
+        if group.num_scales > 1:
+            record["num_scales"] = group.num_scales
         probe = self.probe(group.encoder) if isinstance(group, TextGroup) else None
         return record if probe is None else {**record, PROBE: probe}
 

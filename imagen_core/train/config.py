@@ -51,6 +51,9 @@ class TrainConfig(Config):
     """The model and its diffusion."""
     text: str | None = None
     """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
+    text_layers: tuple[int, ...] | None = None
+    """Of an encoder whose layers are stored apart (`join: stack`): the numbers of the layers that are read, as the
+    store lists them; the model's num_text_layers says how many. null: all."""
     text_embed: str | None = None
     """Text encoder in the store with one vector per caption, in a space shared with images; a prior reads it."""
     image_embed: str | None = None
@@ -142,6 +145,11 @@ class TrainConfig(Config):
         if (self.text is None) != (network.text_dim is None):
             raise ValueError(
                 f"text is {self.text!r}, but denoiser.{name}.text_dim is {network.text_dim}; set both, or null both"
+            )
+        if self.text_layers is not None and len(self.text_layers) != network.num_text_layers:
+            raise ValueError(
+                f"text_layers are {list(self.text_layers)}, but denoiser.{name}.num_text_layers is "
+                f"{network.num_text_layers}; set it to {len(self.text_layers)}"
             )
         if (self.text_embed is not None) != prior:
             raise ValueError(

@@ -85,8 +85,8 @@ def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, 
 def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
     """One row of everything the network reads."""
     network, text, mask = config.network, None, None
-    if network.text_dim is not None:
-        text, mask = torch.randn(1, num_tokens, network.text_dim), torch.ones(1, num_tokens, dtype=torch.bool)
+    if network.text_shape is not None:
+        text, mask = torch.randn(1, num_tokens, *network.text_shape), torch.ones(1, num_tokens, dtype=torch.bool)
     conditioning = Conditioning(text=text, text_mask=mask)
     if network.self_conditioning:
         conditioning = replace(conditioning, estimate=torch.randn(1, *shape))

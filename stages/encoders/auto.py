@@ -27,6 +27,9 @@ class AutoEncoderConfig(RecipeConfig):
         self.check_positions(getattr(text, "max_position_embeddings", None))
         return self.width(dim, text.num_hidden_layers)
 
+    def num_layers(self, files: ModelFiles) -> int:
+        return _text_part(hf_config(files)).num_hidden_layers
+
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from stages.encoders.padded import PaddedModel
 

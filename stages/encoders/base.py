@@ -87,6 +87,11 @@ class EncoderIdentity:
     fingerprint: dict[str, object]
     """Everything that decides the embeddings: model, revision, weights and tokenizer hashes, and those settings of the
     configuration, of config.json and of the tokenizer that act."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that lie one after another in a row, equally wide; empty where a row has one, or mixes
+    them."""
+    stacked: bool = False
+    """Whether these layers are to be stored apart."""
 
 
 class FrozenModelConfig(Config):
@@ -136,6 +141,14 @@ class FrozenModelConfig(Config):
             ConfigError: the model is of another kind, or not made for such input.
         """
 
+    def joined_layers(self, files: ModelFiles) -> tuple[tuple[int, ...], bool]:
+        """`layers` and `stacked` of the identity.
+
+        Raises:
+            ConfigError: a layer cannot be stored.
+        """
+        return (), False
+
     @abstractmethod
     def input_settings(self, files: ModelFiles) -> dict[str, object]:
         """How captions or images become the model's input, as its files say; for the fingerprint."""
@@ -175,8 +188,11 @@ class FrozenModelConfig(Config):
         """
         with self.located() as files:
             check_headers(files)
+            dim, (layers, stacked) = self.dim(files), self.joined_layers(files)
             return EncoderIdentity(
-                dim=self.dim(files),
+                dim=dim,
+                layers=layers,
+                stacked=stacked,
                 fingerprint={
                     **files.identity,
                     "kind": self.kind,

@@ -37,6 +37,9 @@ class ClipTextConfig(RecipeConfig):
         self.check_positions(text.max_position_embeddings)
         return text.projection_dim if self.output == "projected" else text.hidden_size
 
+    def num_layers(self, files: ModelFiles) -> int:
+        return _text(files).num_hidden_layers
+
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 

@@ -33,6 +33,7 @@ class TextEncoder:
         self.config = config
         self.device, dtype = place(config, num_threads)
         self.dim = config.dim(files)
+        self.layers, _ = config.joined_layers(files)
         with reading(config):
             self.tokenizer = load_tokenizer(files)
             self.read = config.reader(self.tokenizer)

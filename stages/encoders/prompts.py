@@ -12,6 +12,7 @@ from stages.captions import clean_caption, is_valid_text
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.given import KIND as GIVEN
 from stages.encoders.identity import identity_changes
+from stages.encoders.layers import as_recorded
 from stages.encoders.loading import threads_of_process
 from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.registry import AnyEncoder
@@ -31,11 +32,12 @@ def encode_prompts(
 
     Args:
         prompts: texts of any length; truncated to the encoder's max_tokens like captions.
-        trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on.
+        trained_on: `name`, `dim`, `dtype` and `fingerprint` of the text group the checkpoint was trained on, and the
+            `layers` that it read of it, if they are stored apart.
         model: where the model is now (hub id or folder), if not where its name says.
         option: the key of `model`, for messages.
     Returns:
-        float (num_tokens, dim) arrays, rounded as the store rounds them.
+        float (num_tokens, dim) arrays, or (num_tokens, layers, dim), rounded as the store rounds them.
     Raises:
         ConfigError: the encoder found differs from the one trained on; names each field.
         MachineError: the model cannot be found.
@@ -44,12 +46,11 @@ def encode_prompts(
     if bad:
         raise ConfigError(f"prompts: {bad[0]!r} is not valid text; write it in UTF-8")
     encoder = load_matching_encoder(trained_on, model, use_gpu=use_gpu, option=f"{option}=...")
-    dtype = cast(StoreDtype, trained_on["dtype"])
     embeddings: list[np.ndarray] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):  # the encoder's float32 is larger than what is kept
         part = [clean_caption(prompt) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]]
         encoded = zip(part, encoder.encode(part).embeddings, strict=True)
-        embeddings += [_as_stored(prompt, embedding, dtype) for prompt, embedding in encoded]
+        embeddings += [_as_stored(prompt, embedding, trained_on, encoder.layers) for prompt, embedding in encoded]
     return embeddings
 
 
@@ -104,9 +105,10 @@ def encoder_of(trained_on: Mapping[str, Any], model: str | None, *, use_gpu: boo
     )
 
 
-def _as_stored(prompt: str, embedding: np.ndarray, dtype: StoreDtype) -> np.ndarray:
+def _as_stored(prompt: str, encoded: np.ndarray, trained_on: Mapping[str, Any], layers: Sequence[int]) -> np.ndarray:
+    dtype, embedding = cast(StoreDtype, trained_on["dtype"]), as_recorded(encoded, trained_on, layers)
     if not len(embedding):
         raise ConfigError(f"prompts: the tokenizer leaves nothing of {prompt!r}; use another prompt, or the empty one")
     if not is_finite_as(embedding, dtype):
         raise ConfigError(f"prompts: an embedding is not finite as {dtype}; use another prompt")
-    return restore(cast_embedding(embedding, dtype), dtype)
+    return restore(cast_embedding(embedding, dtype, trained_on.get("num_scales", 1)), dtype)

@@ -26,7 +26,10 @@ class T5EncoderConfig(RecipeConfig):
         dim = files.config.get("d_model")
         if files.config.get("model_type") not in _MODEL_TYPES or not isinstance(dim, int):
             raise refuse_kind(self.model, files, "T5", "give a T5, mT5, umT5 or ByT5, or kind: auto")
-        return self.width(dim, int(str(files.config["num_layers"])))
+        return self.width(dim, self.num_layers(files))
+
+    def num_layers(self, files: ModelFiles) -> int:
+        return int(str(files.config["num_layers"]))
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from transformers import AutoModelForTextEncoding
@@ -35,7 +38,7 @@ class T5EncoderConfig(RecipeConfig):
         if self.needs_states:
             from stages.encoders.padded import PaddedModel
 
-            return PaddedModel(model, self.output, self.states(model, int(str(files.config["num_layers"]))))
+            return PaddedModel(model, self.output, self.states(model, self.num_layers(files)))
         from stages.encoders.t5_packed import PackedT5
 
         return PackedT5(model)

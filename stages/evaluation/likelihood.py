@@ -139,6 +139,7 @@ def _measure_batch(
         batch_size=len(samples),
         images=sizes,
         text=None if loaded.encoder is None else loaded.encoder["name"],
+        text_layers=None if loaded.encoder is None else loaded.encoder.get("layers"),
         image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
         transcriptions=settings.unet.transcription is not None,
         labels=settings.unet.num_classes is not None,
@@ -271,7 +272,7 @@ def _check_encoder(
     name = trained_on["name"]
     if name not in groups:
         raise ConfigError(f"store {config.store}: has no encoder of {what} {name!r} (encoders: {sorted(groups)})")
-    changes = record_changes(trained_on, store.encoder_record(groups[name]))
+    changes = record_changes(trained_on, store.encoder_record(groups[name], trained_on.get("layers")))
     if changes:
         raise ConfigError(
             f"store {config.store}: its {what} are encoded by another encoder than the model's: {'; '.join(changes)}"

@@ -1,9 +1,9 @@
 """The files of a group of embeddings: three stages make them, of captions and of images."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from imagen_core.store import (
     StoreDtype,
     StoreFormat,
     cast_embedding,
+    embedding_shard_bytes,
     file_suffix,
     image_embed_group,
     text_group,
@@ -20,12 +21,13 @@ from imagen_core.store import (
 from pipeline.errors import MachineError
 from pipeline.stage import Task
 from pipeline.storage.run_folder import STORE, RunFolder
+from stages.encoders.base import EncoderIdentity
 from stages.stores import previous_header
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFiles:
-    """One group of embeddings, made by one encoder."""
+    """One group of embeddings, made by one encoder; `layers` and `num_scales` are those of `EmbeddingGroup`."""
 
     kind: Literal["text", "image_embeds"]
     encoder: str
@@ -33,6 +35,53 @@ class EmbeddingFiles:
     dtype: StoreDtype
     store_format: StoreFormat
     fingerprint: dict[str, Any]
+    layers: tuple[int, ...] = ()
+    num_scales: int = 1
+
+    @classmethod
+    def of_text(
+        cls,
+        encoder: str,
+        identity: EncoderIdentity,
+        dtype: StoreDtype,
+        store_format: StoreFormat,
+        fingerprint: dict[str, Any],
+        started: Mapping[str, object] | None,
+    ) -> Self:
+        """The group of a text encoder.
+
+        Args:
+            fingerprint: the one to record.
+            started: what the run folder's group was started with, if it was: a group that a version without layers
+                started goes on as it is.
+        """
+        layers, dim = identity.layers, identity.dim
+        config = (started or {}).get("config")
+        before = config if isinstance(config, Mapping) else {}
+        goes_on = (before.get("dim"), before.get("dtype")) == (dim, dtype) and "num_scales" not in before
+        if not layers or goes_on:
+            return cls("text", encoder, dim, dtype, store_format, fingerprint)
+        if identity.stacked:
+            return cls("text", encoder, dim // len(layers), dtype, store_format, fingerprint, layers)
+        num_scales = len(layers) if dtype == "int8" else 1
+        return cls("text", encoder, dim, dtype, store_format, fingerprint, (), num_scales)
+
+    @property
+    def token_values(self) -> int:
+        """Number of values of a token."""
+        return self.dim * (len(self.layers) or 1)
+
+    def with_layers(self, embedding: np.ndarray) -> np.ndarray:
+        """(n_tokens, token_values) as the group has it: (n_tokens, layers, dim) where layers are stored apart. A
+        view."""
+        return embedding.reshape(len(embedding), len(self.layers), self.dim) if self.layers else embedding
+
+    def shard_bytes(self, num_tokens: Sequence[int]) -> int:
+        """Bytes of the file of a shard whose embeddings have these numbers of tokens."""
+        num_layers = len(self.layers) or 1
+        return embedding_shard_bytes(
+            num_tokens, self.dim, self.dtype, num_layers=num_layers, num_scales=self.num_scales
+        )
 
     @property
     def group(self) -> str:
@@ -42,7 +91,8 @@ class EmbeddingFiles:
     @property
     def blank(self) -> StoredEmbedding:
         """Replaces a dropped embedding: no tokens for a caption, one vector of zeros for an image."""
-        return cast_embedding(np.zeros((0 if self.kind == "text" else 1, self.dim), np.float32), self.dtype)
+        blank = np.zeros((0 if self.kind == "text" else 1, self.token_values), np.float32)
+        return cast_embedding(self.with_layers(blank), self.dtype, self.num_scales)
 
     def config(self, min_cosine: float | None = None) -> dict[str, object]:
         """What the bytes of the group depend on in addition to its input; `min_cosine` matters for int8 only."""
@@ -53,6 +103,8 @@ class EmbeddingFiles:
             "dtype": self.dtype,
             "format": self.store_format,
             "fingerprint": self.fingerprint,
+            **({"layers": list(self.layers)} if self.layers else {}),
+            **({"num_scales": self.num_scales} if self.num_scales > 1 else {}),
             **({"min_cosine": min_cosine} if self.dtype == "int8" else {}),
         }
 
@@ -71,6 +123,8 @@ class EmbeddingFiles:
             self.store_format,
             captions=names,
             fingerprint=self.fingerprint,
+            layers=self.layers,
+            num_scales=self.num_scales,
         )
 
 

@@ -7,7 +7,6 @@ from imagen_core.store import (
     StoreDtype,
     StoreFormat,
     dump_null,
-    embedding_shard_bytes,
     is_finite_as,
     null_path,
     parse_null,
@@ -50,7 +49,7 @@ class EncodeStage(Stage):
         identity = call_warm(encoder.identify)
         fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
-        self.files = EmbeddingFiles("text", encoder.name, identity.dim, dtype, store_format, fingerprint)
+        self.files = EmbeddingFiles.of_text(encoder.name, identity, dtype, store_format, fingerprint, started)
         self.min_cosine = min_cosine
         self.name = f"encode-{encoder.name}"
         self.max_workers = encoder.workers or 0
@@ -80,7 +79,7 @@ class EncodeStage(Stage):
 
     def _keep_null(self, shared: SharedFiles, model: TextEncoder) -> None:
         name, dtype = null_path(self.encoder.name), self.files.dtype
-        embedding = model.encode([""]).embeddings[0]
+        embedding = self.files.with_layers(model.encode([""]).embeddings[0])
 
         def dump() -> bytes:
             if not is_finite_as(embedding, dtype):
@@ -113,7 +112,9 @@ class EncodeStage(Stage):
         encoded = self._model.encode(captions)
         task.waited_s += encoded.waited_s
         files = self.files
-        embeddings, bad, quality = cast_for_store(encoded.embeddings, files.dtype, self.min_cosine, files.blank)
+        found = [files.with_layers(embedding) for embedding in encoded.embeddings]
+        encoded.embeddings.clear()
+        embeddings, bad, quality = cast_for_store(found, files.dtype, self.min_cosine, files.blank, files.num_scales)
         for i, embedding in enumerate(embeddings):
             if i not in bad and not len(embedding.values):
                 bad[i] = ("no_tokens", f"{captions[i]!r}")
@@ -129,7 +130,7 @@ class EncodeStage(Stage):
             "tokens": tokens,
             "captions_truncated": encoded.num_truncated,
             "unk_tokens": encoded.num_unknown,
-            "payload_bytes": tokens * files.dim * {"float32": 4, "int8": 1}.get(files.dtype, 2),
+            "payload_bytes": tokens * files.token_values * {"float32": 4, "int8": 1}.get(files.dtype, 2),
             **encoded.oom_counter(),
             **quality,
         }
@@ -144,5 +145,5 @@ class EncodeStage(Stage):
             units=sum(work.tokens),
             flops=work.flops,
             dtype=self.encoder.compute_dtype,
-            bytes={self.files.group: embedding_shard_bytes(work.tokens, self.files.dim, self.files.dtype)},
+            bytes={self.files.group: self.files.shard_bytes(work.tokens)},
         )

@@ -55,7 +55,6 @@ def build_manifest(
     totals = {"num_samples": 0}
     previous = previous_header(run)
     header: dict[str, object] = {
-        "schema_version": store_format.SCHEMA_VERSION,
         "writer": _WRITER,
         "input_rows": input_rows,
         "groups": {name: _describe(run, name, config) for name, config in groups.items()},

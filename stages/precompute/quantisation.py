@@ -16,14 +16,16 @@ from imagen_core.store import (
 
 
 def cast_for_store(
-    embeddings: list[np.ndarray], dtype: StoreDtype, min_cosine: float, blank: StoredEmbedding
+    embeddings: list[np.ndarray], dtype: StoreDtype, min_cosine: float, blank: StoredEmbedding, num_scales: int = 1
 ) -> tuple[list[StoredEmbedding], dict[int, tuple[str, str]], dict[str, float]]:
     """Casts embeddings to the store's dtype, and replaces the ones that it cannot hold.
 
     Args:
-        embeddings: float (n_tokens, dim). The list is emptied on the way, so that memory holds each of them once.
-        min_cosine: least allowed cosine between a token and itself as int8.
+        embeddings: float (n_tokens, dim), or (n_tokens, layers, dim). The list is emptied on the way, so that memory
+            holds each of them once.
+        min_cosine: least allowed cosine between a token, or each of its layers, and itself as int8.
         blank: replaces the ones that do not fit.
+        num_scales: of int8, see `cast_embedding`.
     Returns:
         The embeddings as stored; reason and detail by index of the replaced ones; what int8 costs the others.
     """
@@ -34,7 +36,7 @@ def cast_for_store(
     while embeddings:
         embedding = embeddings.pop()
         try:
-            cast = cast_embedding(embedding, dtype)
+            cast = cast_embedding(embedding, dtype, num_scales)
         except NotFiniteError:
             bad[len(stored)] = ("non_finite_embedding", f"as {dtype}")
             cast = blank
@@ -52,7 +54,7 @@ def cast_for_store(
 
 
 def int8_errors(stored: StoredEmbedding, embedding: np.ndarray) -> TokenErrors:
-    """Errors of a float32 (n_tokens, dim) embedding as int8 with one scale per token."""
+    """Errors of a float32 embedding as int8: one entry per token, or per token and layer."""
     return token_errors(restore(stored, "int8"), embedding)
 
 

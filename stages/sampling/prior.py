@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_core.cascade import pad_text
+from imagen_core.cascade import pad_text, token_shape
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.prior import generate_embeddings
@@ -85,8 +85,8 @@ class PriorSampler:
         vectors, tokens = self._vectors.of(requests), self._tokens.of(requests)
         assert vectors is not None
         network = self._loaded.denoiser.config.network
-        embeds, _ = pad_text(vectors, len(requests), self._loaded.embed_encoders["text_embed"]["dim"])
-        text, mask = pad_text(tokens, len(requests), network.text_dim)
+        embeds, _ = pad_text(vectors, len(requests), token_shape(self._loaded.embed_encoders["text_embed"]))
+        text, mask = pad_text(tokens, len(requests), network.text_shape)
         assert embeds is not None
         kept = slice(self._loaded.max_tokens)
         conditioning = Conditioning(

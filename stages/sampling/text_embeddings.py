@@ -59,14 +59,15 @@ class PromptEmbeddings:
             self._encoded.update(zip(prompts, embeddings, strict=True))
 
     def of(self, requests: Sequence[ImageRequest]) -> list[np.ndarray] | None:
-        """One (num_tokens, dim) array per image; None if the model reads no captions."""
+        """One (num_tokens, dim) or (num_tokens, layers, dim) array per image; None if the model reads no captions."""
         if self._encoder is None:
             return None
         if self._stored is None:
             return [self._encoded[request.prompt] for request in requests]
         store, name = self._stored
         try:
-            return [_read(store, name, request) for request in requests]
+            layers = self._encoder.get("layers")
+            return [_read(store, name, request, layers) for request in requests]
         except StoreError as error:
             raise ConfigError(f"captions.path: {error}") from error
 
@@ -76,15 +77,18 @@ def _stored_group(store: Store, encoder: Mapping[str, Any]) -> tuple[Store, str]
     for name, group in store.manifest.texts.items():
         if group.dtype != encoder["dtype"] or identity_changes(encoder["fingerprint"], group.fingerprint):
             continue
+        if group.dim != encoder["dim"] or not set(encoder.get("layers", ())) <= set(group.layers):
+            continue
         if not record_probe_differences(encoder, store.encoder_record(group)):
             return store, name
     return None
 
 
-def _read(store: Store, name: str, request: ImageRequest) -> np.ndarray:
+def _read(store: Store, name: str, request: ImageRequest, layers: Sequence[int] | None) -> np.ndarray:
     caption = request.caption
     assert caption.sample is not None
     shard, row = store.locate(caption.sample)
     files = store.shard(shard)
     file = files.text[name]
-    return restore(file.stored(files.samples.caption_ids(row)[caption.number]), store.text_group(name).dtype)
+    stored = file.stored(files.samples.caption_ids(row)[caption.number], layers)
+    return restore(stored, store.text_group(name).dtype)

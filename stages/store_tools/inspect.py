@@ -44,6 +44,9 @@ def inspect_command(
         elif isinstance(group, EmbeddingGroup):
             entry.update(encoder=group.encoder, dim=group.dim, dtype=group.dtype, fingerprint=group.fingerprint)
             text = f"{group.fingerprint.get('model')}, dim {group.dim}, {group.dtype}, {group.format}"
+            if group.layers:
+                entry["layers"] = list(group.layers)
+                text = text.replace(", dim", f", {len(group.layers)} layers of dim", 1)
             details = group.fingerprint
         elif isinstance(group, ArrayGroup):
             spec = group.spec

@@ -138,7 +138,7 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
         if isinstance(group, EmbeddingGroup):
             opened = (files.text if isinstance(group, TextGroup) else files.image_embeds)[group.encoder]
             details |= {
-                "shapes": [[int(opened.num_tokens[i]), group.dim] for i in rows],
+                "shapes": [[int(opened.num_tokens[i]), *group.token_shape] for i in rows],
                 "dtype": group.dtype,
                 "encoder": {key: group.fingerprint[key] for key in _FINGERPRINT if key in group.fingerprint},
             }

@@ -47,8 +47,10 @@ class Comparison:
         return {name: value for name, value in asdict(self).items() if name != "problems"}
 
     def add(self, file: str, caption: str, stored: np.ndarray, encoded: np.ndarray) -> None:
-        """Compares the (n_tokens, dim) embeddings of one caption."""
+        """Compares the (n_tokens, dim) embeddings of one caption; of layers stored apart each counts as a token."""
         self.captions += 1
+        if stored.ndim == 3 and encoded.shape == (len(stored), stored[0].size if len(stored) else encoded.shape[1]):
+            stored, encoded = (one.reshape(-1, stored.shape[2]) for one in (stored, encoded))
         if stored.shape != encoded.shape:
             message = f"caption {caption!r}: {_tokens(stored)} stored, {_tokens(encoded)} when encoded again"
             self.problems.append(Problem(file, message))

@@ -29,7 +29,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         num_averages=len(config.ema.rates),
         num_shards=1,
     )
-    dim = denoiser.network.text_dim
+    dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
     sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes]
     needed += [f"text-{encoder}" for encoder in (None if online else config.text, config.text_embed) if encoder]
@@ -53,8 +53,9 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "samples_seen": config.num_steps * config.batch_size,
         "store_groups_needed": needed,
         "text_dim_needed": dim,
+        **({} if num_layers is None else {"text_layers_needed": num_layers}),
         "image_bytes_per_sample": image_bytes,
-        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim,
+        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim * (num_layers or 1),
         **_named(config, state),
     }
 

@@ -81,7 +81,9 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from imagen_core.train import train
 
     config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
-    encoder = None if online is None else online_encoder(TypeAdapter(AnyEncoder).validate_python(online))
+    encoder = None
+    if online is not None:
+        encoder = online_encoder(TypeAdapter(AnyEncoder).validate_python(online), config.text_layers)
     context = ray.train.get_context()
     first, alone, why = context.get_world_rank() == 0, context.get_world_size() == 1, ""
     try:

@@ -35,7 +35,8 @@ class Conditioning:
     keep of None keeps all rows.
 
     Attributes:
-        text: float (b, l, text_dim), token embeddings padded with zeros.
+        text: float (b, l, text_dim), token embeddings padded with zeros; (b, l, layers, text_dim) where a model reads
+            several layers of each token.
         text_mask: bool (b, l), true on real tokens.
         text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
         text_keep: bool (b,), of text and text_embed.

@@ -135,6 +135,10 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
     text, mask = conditioning.text, conditioning.text_mask
     if text is None:
         raise ValueError("conditioning.text: this model reads captions; give text (for none, text_keep=False)")
+    if text.ndim != 3:
+        raise ValueError(
+            f"conditioning.text: this model reads no layers (got {tuple(text.shape)}); set num_text_layers"
+        )
     if text.shape[-1] != text_dim:
         raise ValueError(f"conditioning.text: this model reads {text_dim}-wide embeddings (got {text.shape[-1]})")
     if mask is None:

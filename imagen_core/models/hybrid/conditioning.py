@@ -60,7 +60,8 @@ class HybridInputs(nn.Module):
                 config.image_embed_dim, context_dim, time_dim, config.num_image_tokens
             )
         self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
-        self.text = None if config.text_dim is None else CaptionTokens(config, config.text_dim)
+        self.text_layers = config.build_text_layers()
+        self.text = None if config.text_width is None else CaptionTokens(config, config.text_width)
         self.unread = None
         if config.unread_caption_parameters:
             self.unread = EmptyCaption(config).requires_grad_(False)
@@ -73,6 +74,8 @@ class HybridInputs(nn.Module):
         Raises:
             ValueError: a condition that the model reads is missing.
         """
+        if self.text_layers is not None:
+            conditioning = self.text_layers(conditioning)
         vector, tokens = self.level(c_noise)
         if self.low_res_level is not None:
             more, level_tokens = self.low_res_level(low_res_noise(conditioning))

@@ -4,20 +4,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from imagen_core.config import Config
 from imagen_core.models.conditioning.text import DroppedCaption, Pooling
+from imagen_core.models.conditioning.text_layers import TextConfig
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 
 AttentionType = Literal["self", "cross", "fused", "stacked"]
 
 
-class UNetBaseConfig(Config):
+class UNetBaseConfig(TextConfig):
     """A UNet's inputs and outputs."""
 
     image_size_px: int = Field(ge=1)
     """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
     text_dim: int | None = Field(default=1024, ge=1)
-    """Width of the text embeddings; null disables conditioning on text."""
+    """Width of the text embeddings, or of each of their layers; null disables conditioning on text."""
     image_embed_dim: int | None = Field(default=None, ge=1)
     """Width of an image encoder's embeddings (DALL-E 2's decoder); null disables conditioning on them."""
     num_image_tokens: int = Field(default=4, ge=1)
@@ -51,6 +51,7 @@ class UNetBaseConfig(Config):
 
     def check_inputs(self) -> None:
         """Raises ValueError if an option is set without the one it needs."""
+        self.check_text_layers()
         if self.low_res_noise and not self.low_res:
             raise ValueError("low_res_noise needs low_res")
 

@@ -28,10 +28,11 @@ class Inputs(nn.Module):
 
         self.time = time_mlp()
         self.low_res_time = time_mlp() if config.low_res_noise else None
+        self.text_layers = config.build_text_layers()
         self.text = None
-        if config.text_dim is not None:
+        if config.text_width is not None:
             self.text = TextConditioning(
-                config.text_dim,
+                config.text_width,
                 cond_dim,
                 time_dim,
                 pooling=config.pooling,
@@ -55,6 +56,8 @@ class Inputs(nn.Module):
         Raises:
             ValueError: a condition that the model reads is missing.
         """
+        if self.text_layers is not None:
+            conditioning = self.text_layers(conditioning)
         time = self.time(c_noise)
         if self.low_res_time is not None:
             time = time + self.low_res_time(low_res_noise(conditioning))

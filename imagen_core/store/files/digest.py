@@ -19,9 +19,10 @@ DIGEST_DTYPE = np.dtype("<u8")
 
 def caption_digest(fingerprint: str, caption: str, stored: StoredEmbedding) -> int:
     """The uint64 digest of a row of embeddings: the encoder's `fingerprint_digest`, the caption (or the sample's key)
-    and the embedding as stored."""
-    scales = () if stored.scales is None else (stored.scales,)
-    return _digest(fingerprint.encode(), caption.encode(), stored.values, *scales)
+    and the embedding as stored: the values of each layer, then the scales of each."""
+    parts = stored.parts()
+    scales = [part.scales for part in parts if part.scales is not None]
+    return _digest(fingerprint.encode(), caption.encode(), *(part.values for part in parts), *scales)
 
 
 def image_digest(key: str, sha256: str, stored: np.ndarray) -> int:

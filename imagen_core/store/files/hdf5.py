@@ -16,8 +16,10 @@ import numpy as np
 
 from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
+from imagen_core.store.files.layers import check_held, stored_row
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
-from imagen_core.store.layout import StoreDtype
+from imagen_core.store.layout import StoreDtype, layer_suffixes
+from imagen_core.store.records import EmbeddingGroup
 
 BLOCK_BYTES = 4 << 20
 HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # of h5py
@@ -105,25 +107,38 @@ def write_embeddings_hdf5(
     dim: int,
     dtype: StoreDtype,
     fingerprint: str,
+    layers: Sequence[int] = (),
+    num_scales: int = 1,
 ) -> None:
     """Write a shard's embeddings with their digests.
 
-    Datasets: `tokens` (total, dim), `offsets` int64 (n + 1,), `digests` uint64 (n,) and, for int8, `scales`.
-    bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
+    Datasets: `tokens` (total, dim), `offsets` int64 (n + 1,), `digests` uint64 (n,) and, for int8, `scales`; of layers
+    `tokens_N` and `scales_N` of each. bfloat16 tokens are uint16 bit patterns; the file's attribute "dtype" says so.
     """
+    suffixes = layer_suffixes(layers)
     with new_hdf5(path) as file:
         file.attrs["dtype"] = np.bytes_(dtype)
         file.attrs["dim"] = np.int32(dim)
         file.attrs["fingerprint"] = np.bytes_(fingerprint)
-        tokens, write_offsets = new_ragged(file, "tokens", num_tokens, (dim,), DISK_DTYPES[dtype])
+        if layers:
+            file.attrs["layers"] = np.array(layers, "<i4")
+        if num_scales > 1:
+            file.attrs["num_scales"] = np.int32(num_scales)
+        first, write_offsets = new_ragged(file, f"tokens{suffixes[0]}", num_tokens, (dim,), DISK_DTYPES[dtype])
+        more = [new_dataset(file, f"tokens{suffix}", first.shape, first.dtype) for suffix in suffixes[1:]]
         digests_set = new_dataset(file, "digests", (len(num_tokens),), DIGEST_DTYPE)
-        scales = new_dataset(file, "scales", (len(tokens),), SCALE_DTYPE) if dtype == "int8" else None
+        scales: list[h5py.Dataset] = []
+        if dtype == "int8":
+            shape = (len(first),) if num_scales == 1 else (len(first), num_scales)
+            scales = [new_dataset(file, f"scales{suffix}", shape, SCALE_DTYPE) for suffix in suffixes]
         digests: list[int] = []
         for start, block in _blocks(_without_digests(embeddings, digests)):
-            stop = start + len(block.values)
-            tokens[start:stop] = block.values
-            if scales is not None:
-                scales[start:stop] = block.scales
+            for layer, parts in enumerate(zip(*(stored.parts() for stored in block), strict=True)):
+                joined = _join(parts)
+                stop = start + len(joined.values)
+                [first, *more][layer][start:stop] = joined.values
+                if scales:
+                    scales[layer][start:stop] = joined.scales
         write_offsets()
         digests_set[...] = np.array(digests, DIGEST_DTYPE)
 
@@ -137,23 +152,24 @@ def _without_digests(
         yield stored
 
 
-def _blocks(embeddings: Iterable[StoredEmbedding]) -> Iterator[tuple[int, StoredEmbedding]]:
-    """Embeddings joined to blocks of about 4 MiB, each with the index of its first token."""
+def _blocks(embeddings: Iterable[StoredEmbedding]) -> Iterator[tuple[int, list[StoredEmbedding]]]:
+    """Embeddings in blocks of about 4 MiB, each with the index of its first token."""
     start = num_bytes = 0
     block: list[StoredEmbedding] = []
     for stored in embeddings:
         block.append(stored)
         num_bytes += stored.values.nbytes
         if num_bytes >= BLOCK_BYTES:
-            joined = _join(block)
-            yield start, joined
-            start += len(joined.values)
+            yield start, block
+            start += sum(len(stored.values) for stored in block)
             block, num_bytes = [], 0
     if num_bytes:
-        yield start, _join(block)
+        yield start, block
 
 
-def _join(block: list[StoredEmbedding]) -> StoredEmbedding:
+def _join(block: Sequence[StoredEmbedding]) -> StoredEmbedding:
+    if len(block) == 1:
+        return block[0]
     scales = [stored.scales for stored in block if stored.scales is not None]
     values = np.concatenate([stored.values for stored in block])
     return StoredEmbedding(values, np.concatenate(scales) if scales else None)
@@ -162,14 +178,14 @@ def _join(block: list[StoredEmbedding]) -> StoredEmbedding:
 class RaggedRows:
     """Rows of different lengths in an open file: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    def __init__(self, file: Any, dataset: Any, source: str | BinaryIO, name: str) -> None:
+    def __init__(self, file: Any, dataset: Any, source: str | BinaryIO, name: str, *, close: bool = True) -> None:
         offsets: np.ndarray = file["offsets"][()]
         total = len(dataset)
         self.lengths: np.ndarray = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != total or (self.lengths < 0).any():
             raise StoreError(f"{name}: offsets do not rise from 0 to {total}; {ADVICE}")
         self.offsets: list[int] = offsets.tolist()
-        self.values = map_dataset(dataset, source)
+        self.values = map_dataset(dataset, source, close=close)
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
@@ -178,34 +194,50 @@ class RaggedRows:
 class Hdf5Embeddings:
     """Random access to the embeddings of a shard; see `EmbeddingFile`."""
 
-    def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype) -> None:
-        self._name = name
+    def __init__(self, source: str | BinaryIO, name: str, group: EmbeddingGroup) -> None:
+        self._name, self._group, self._source = name, group, source
         with reading(name, "hdf5", HDF5_ERRORS):
             file = open_hdf5(source)
             found = (file.attrs["dtype"].decode(), int(file.attrs["dim"]))
+            held = (tuple(map(int, file.attrs.get("layers", ()))), int(file.attrs.get("num_scales", 1)))
             self.fingerprint: str = file.attrs.get("fingerprint", b"").decode()
-            tokens = file["tokens"]
-            if found != (dtype, dim) or tokens.dtype != DISK_DTYPES[dtype] or tokens.shape[1:] != (dim,):
-                raise StoreError(
-                    f"{name}: holds (dtype, dim) {found} as {tokens.dtype} {tokens.shape}, not "
-                    f"{(dtype, dim)}; {ADVICE}"
-                )
-            self._scales = file["scales"][()] if dtype == "int8" else None
-            ragged = RaggedRows(file, tokens, source, name)
-            self.num_tokens: np.ndarray = ragged.lengths
-            self._offsets, self._tokens = ragged.offsets, ragged.values
+            check_held(name, group, found, held)
+            self._parts = {suffix: self._open(file, suffix) for suffix in layer_suffixes(group.layers)}
+            self.num_tokens: np.ndarray = next(iter(self._parts.values()))[0].lengths
             self._file = file  # keeps it open as long as a dataset of it is read
+            read = [part for values, scales in self._parts.values() for part in (values.values, scales)]
+            if all(part is None or isinstance(part, np.ndarray) for part in read):
+                file.close()
+
+    def _open(self, file: Any, suffix: str) -> tuple[RaggedRows, Any]:
+        """The values and the scales of one layer; of layers no value is read."""
+        group = self._group
+        tokens = file[f"tokens{suffix}"]
+        if tokens.dtype != DISK_DTYPES[group.dtype] or tokens.shape[1:] != (group.dim,):
+            raise StoreError(
+                f"{self._name}: holds {tokens.name} as {tokens.dtype} {tokens.shape}, not (dtype, dim) "
+                f"{(group.dtype, group.dim)}; {ADVICE}"
+            )
+        scales = None
+        if group.dtype == "int8":
+            scales = file[f"scales{suffix}"]
+            scales = map_dataset(scales, self._source, close=False) if group.layers else scales[()]
+        return RaggedRows(file, tokens, self._source, self._name, close=False), scales
 
     @property
     def num_rows(self) -> int:
         """Number of embeddings."""
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> StoredEmbedding:
-        """The embedding of a row as stored; possibly a read-only view of the file."""
+    def stored(self, row: int, layers: Sequence[int] | None = None) -> StoredEmbedding:
+        """The embedding of a row as stored; without layers possibly a read-only view of the file."""
+        return stored_row(self._group, layers, lambda suffix: self._part(row, suffix))
+
+    def _part(self, row: int, suffix: str) -> StoredEmbedding:
         try:
-            tokens = slice(self._offsets[row], self._offsets[row + 1])
-            return StoredEmbedding(self._tokens[tokens], None if self._scales is None else self._scales[tokens])
+            values, scales = self._parts[suffix]
+            tokens = slice(values.offsets[row], values.offsets[row + 1])
+            return StoredEmbedding(values.values[tokens], None if scales is None else scales[tokens])
         except HDF5_ERRORS as error:
             raise unreadable(self._name, "hdf5", error) from error
 
@@ -220,13 +252,14 @@ def open_hdf5(source: str | BinaryIO) -> Any:
     return h5py.File(source, "r", locking=False)  # read-only network mounts may lack locks
 
 
-def map_dataset(dataset: Any, source: str | BinaryIO) -> Any:
-    """The dataset as a memory map where possible, which closes h5py's file."""
+def map_dataset(dataset: Any, source: str | BinaryIO, *, close: bool = True) -> Any:
+    """The dataset as a memory map where possible, which closes h5py's file unless `close` is false."""
     offset = dataset.id.get_offset()  # None where it is chunked, or empty
     if not isinstance(source, str) or (offset is None and dataset.size):
         return dataset
     shape, dtype = dataset.shape, dataset.dtype
-    dataset.file.close()
+    if close:
+        dataset.file.close()
     if offset is None:
         return np.zeros(shape, dtype)
     return np.memmap(source, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)

@@ -4,8 +4,9 @@ No dictionary, compression, statistics or Arrow schema: an embedding costs 16 by
 payload, and the payload is the same in the file as in memory, so a local reader maps it (see parquet_column.py).
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -13,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagen_core.store.errors import ADVICE, StoreError, reading, unreadable
+from imagen_core.store.errors import reading, unreadable
 from imagen_core.store.files.digest import DIGEST_DTYPE
+from imagen_core.store.files.layers import OnFirstUse, check_held, stored_row
 from imagen_core.store.files.parquet_column import BlobColumn
 from imagen_core.store.files.ragged import DISK_DTYPES, SCALE_DTYPE, StoredEmbedding
-from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype
+from imagen_core.store.layout import ROW_GROUP_BYTES, StoreDtype, layer_suffixes
+from imagen_core.store.records import EmbeddingGroup
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, EOFError)  # of pyarrow
 
@@ -58,52 +61,81 @@ def write_embeddings_parquet(
     dim: int,
     dtype: StoreDtype,
     fingerprint: str,
+    layers: Sequence[int] = (),
+    num_scales: int = 1,
 ) -> None:
-    """Write a shard's embeddings with their digests: columns num_tokens, embedding, digest and, for int8, scale."""
-    fields = [required("num_tokens", pa.int32()), required("embedding", pa.binary()), DIGEST_FIELD]
+    """Write a shard's embeddings with their digests: columns num_tokens, embedding, digest and, for int8, scale; of
+    layers embedding_N and scale_N of each."""
+    suffixes = layer_suffixes(layers)
+    fields = [required("num_tokens", pa.int32())]
+    fields += [*(required(f"embedding{suffix}", pa.binary()) for suffix in suffixes), DIGEST_FIELD]
     if dtype == "int8":
-        fields.append(required("scale", pa.binary()))
-    schema = pa.schema(fields)
-    with new_parquet(path, schema, {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}) as writer:
+        fields += [required(f"scale{suffix}", pa.binary()) for suffix in suffixes]
+    schema, metadata = pa.schema(fields), {"dtype": dtype, "dim": str(dim), "fingerprint": fingerprint}
+    if layers:
+        metadata["layers"] = json.dumps(list(layers))
+    if num_scales > 1:
+        metadata["num_scales"] = str(num_scales)
+    with new_parquet(path, schema, metadata) as writer:
         rows = RowGroups(writer, schema)
         for stored, digest in embeddings:
-            row = (len(stored.values), stored.values.tobytes(), digest)
-            rows.append(row if stored.scales is None else (*row, stored.scales.tobytes()), stored.values.nbytes)
+            parts = stored.parts()
+            scales = [part.scales.tobytes() for part in parts if part.scales is not None]
+            row = (len(stored.values), *(part.values.tobytes() for part in parts), digest, *scales)
+            rows.append(row, stored.values.nbytes)
         rows.flush()
 
 
 class ParquetEmbeddings:
     """Random access to the embeddings of a shard; see `EmbeddingFile`."""
 
-    def __init__(self, source: str | BinaryIO, name: str, dim: int, dtype: StoreDtype, *, mapped: bool = True) -> None:
-        self._name, self._dim, self._dtype = name, dim, DISK_DTYPES[dtype]
+    def __init__(self, source: str | BinaryIO, name: str, group: EmbeddingGroup, *, mapped: bool = True) -> None:
+        self._name, self._group, self._dtype = name, group, DISK_DTYPES[group.dtype]
         with reading(name, "parquet", PARQUET_ERRORS):
             file = pq.ParquetFile(source, memory_map=isinstance(source, str))
             meta = file.metadata.metadata or {}
             found = (meta[b"dtype"].decode(), int(meta[b"dim"]))
+            held = (tuple(json.loads(meta.get(b"layers", b"[]"))), int(meta.get(b"num_scales", b"1")))
             self.fingerprint: str = meta.get(b"fingerprint", b"").decode()
-            if found != (dtype, dim):
-                raise StoreError(f"{name}: holds (dtype, dim) {found}, not {(dtype, dim)}; {ADVICE}")
+            check_held(name, group, found, held)
             self.num_tokens: np.ndarray = read_counts(file, "num_tokens")
-            token_bytes = dim * self._dtype.itemsize
-            self._values = BlobColumn(
-                file, source, "embedding", self.num_tokens * token_bytes, prefix_bytes=4, mapped=mapped
-            )
-            self._scales = None
-            if dtype == "int8":
-                lengths = self.num_tokens * SCALE_DTYPE.itemsize
-                self._scales = BlobColumn(file, source, "scale", lengths, prefix_bytes=4, mapped=mapped)
+            token_bytes = group.dim * self._dtype.itemsize
+
+            # Columns of layers may be opened after the file was deleted.
+            data = np.memmap(source, np.uint8, "r") if group.layers and mapped and isinstance(source, str) else None
+
+            def column(start: str, suffix: str, row_bytes: int) -> BlobColumn:
+                lengths = self.num_tokens * row_bytes
+                return BlobColumn(file, source, f"{start}{suffix}", lengths, prefix_bytes=4, mapped=mapped, data=data)
+
+            def columns(suffix: str) -> tuple[BlobColumn, BlobColumn | None]:
+                scales = None
+                if group.dtype == "int8":
+                    scales = column("scale", suffix, group.num_scales * SCALE_DTYPE.itemsize)
+                return column("embedding", suffix, token_bytes), scales
+
+            if group.layers:
+                self._columns = OnFirstUse(columns)  # of a layer that nobody asks for no byte is read
+            else:
+                self._columns = {"": columns("")}
 
     @property
     def num_rows(self) -> int:
         """Number of embeddings."""
         return len(self.num_tokens)
 
-    def stored(self, row: int) -> StoredEmbedding:
-        """The embedding of a row as stored; possibly a read-only view of the file."""
+    def stored(self, row: int, layers: Sequence[int] | None = None) -> StoredEmbedding:
+        """The embedding of a row as stored; without layers possibly a read-only view of the file."""
+        return stored_row(self._group, layers, lambda suffix: self._part(row, suffix))
+
+    def _part(self, row: int, suffix: str) -> StoredEmbedding:
         try:
-            values = self._values[row].view(self._dtype).reshape(-1, self._dim)
-            return StoredEmbedding(values, None if self._scales is None else self._scales[row].view(SCALE_DTYPE))
+            values, scales = self._columns[suffix]
+            found = values[row].view(self._dtype).reshape(-1, self._group.dim)
+            if scales is None:
+                return StoredEmbedding(found)
+            scale, parts = scales[row].view(SCALE_DTYPE), self._group.num_scales
+            return StoredEmbedding(found, scale if parts == 1 else scale.reshape(-1, parts))
         except PARQUET_ERRORS as error:
             raise unreadable(self._name, "parquet", error) from error
 

@@ -23,6 +23,7 @@ class BlobColumn:
         lengths: int64 (n,), bytes in each row.
         prefix_bytes: bytes that PLAIN puts before each row: 4 for binary, 0 for fixed-size binary.
         mapped: map the file into memory where possible.
+        data: the map of the file, if there is one already.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class BlobColumn:
         *,
         prefix_bytes: int,
         mapped: bool,
+        data: np.ndarray | None = None,
     ) -> None:
         self._name, self._lengths = name, lengths
         meta = file.metadata
@@ -43,7 +45,7 @@ class BlobColumn:
         self._decoded: OrderedDict[int, Any] = OrderedDict()
         self._bytes: np.ndarray | None = None
         if mapped and isinstance(source, str) and len(lengths):
-            data = np.memmap(source, dtype=np.uint8, mode="r")
+            data = np.memmap(source, dtype=np.uint8, mode="r") if data is None else data
             starts = self._find_starts(meta, data, prefix_bytes)
             if starts is not None:
                 self._bytes, self._file = data.view(np.ndarray), None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class BatchReader:
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         for store in reversed(stores):  # what describes the batch is taken of the first
             self._text_group = None if options.text is None else store.text_group(options.text)
+            if options.text_layers is not None:
+                self._text_group = _with_layers(self._text_group, options.text_layers)
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
             self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
             self._columns = {name: store.column_type(name) for name in options.columns or ()}
@@ -134,7 +136,8 @@ class BatchReader:
         found: dict[str, np.ndarray] = {}
         ids = files.samples.caption_ids(row) if self._text_group or self._text_embed_group else ()
         if (group := self._text_group) is not None:
-            found["text"] = self._truncated(files.text[group.encoder].stored(ids[choice % len(ids)]), group)
+            stored = files.text[group.encoder].stored(ids[choice % len(ids)], group.layers or None)
+            found["text"] = self._truncated(stored, group)
         if (group := self._text_embed_group) is not None:
             stored = files.text[group.encoder].stored(ids[choice % len(ids)])
             found["text_embed"] = self._truncated(_one_vector(stored, group.name), group)
@@ -160,18 +163,18 @@ class BatchReader:
         return tensor
 
     def _truncated(self, stored: StoredEmbedding, group: EmbeddingGroup) -> np.ndarray:
-        """The first max_tokens of an embedding, (n_tokens, dim), in the type of the batch."""
-        values = stored.values[: self._options.max_tokens]
-        if stored.scales is not None:
-            return restore(StoredEmbedding(values, stored.scales[: self._options.max_tokens]), group.dtype)
-        return values.view(np.int16) if group.dtype == "bfloat16" else values
+        """The first max_tokens of an embedding, in the type of the batch."""
+        first = stored.first(self._options.max_tokens)
+        if first.scales is not None:
+            return restore(first, group.dtype)
+        return first.values.view(np.int16) if group.dtype == "bfloat16" else first.values
 
     def _pad(self, embeddings: list[np.ndarray], group: EmbeddingGroup) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = np.array([len(embedding) for embedding in embeddings], dtype=np.int64)
         longest = int(lengths.max(initial=0))
         dtype = _PADDED_DTYPES.get(group.dtype, np.dtype(np.float16))
-        text = self._empty((len(embeddings), longest, group.dim), dtype)
-        for row, embedding in zip(text.numpy(), embeddings, strict=True):  # (l, dim)
+        text = self._empty((len(embeddings), longest, *group.token_shape), dtype)
+        for row, embedding in zip(text.numpy(), embeddings, strict=True):  # (l, dim) or (l, layers, dim)
             row[: len(embedding)] = embedding
             row[len(embedding) :] = 0
         mask = self._empty((len(embeddings), longest), np.dtype(np.bool_))
@@ -209,6 +212,18 @@ class BatchReader:
         array = np.empty(0 if self._options.pin_memory else shape, dtype)
         tensor = torch.from_numpy(array)
         return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._options.pin_memory else tensor
+
+
+def _with_layers(group: EmbeddingGroup | None, layers: Sequence[int]) -> EmbeddingGroup:
+    """A group of which only these layers are read.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    if group is None:
+        raise ValueError(f"text_layers are {list(layers)}, but no text is loaded; name its encoder as text")
+    group.layer_places(layers)
+    return replace(group, layers=tuple(layers))
 
 
 def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:

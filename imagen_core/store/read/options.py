@@ -22,6 +22,8 @@ class LoaderOptions:
         batch_size: samples per batch on this rank.
         images: sizes to load, in pixels; None loads no images.
         text: encoder to load; None loads no embeddings of captions.
+        text_layers: numbers of the layers to load of an encoder whose layers are stored apart, in this order; None
+            loads all. Of the others no byte is read.
         text_embed: text encoder of one vector per caption to load, of the same caption as `text`; None loads none.
         image_embed: image encoder to load; None loads no embeddings of images.
         captions: load the caption that `text` is, or would be, of.
@@ -66,6 +68,7 @@ class LoaderOptions:
     arrays: Sequence[str] | None = None
     columns: Sequence[str] | None = None
     where: str | None = None
+    text_layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -15,6 +15,7 @@ from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
 from imagen_core.store.files.images import ImageFile, open_images
+from imagen_core.store.files.layers import OnFirstUse
 from imagen_core.store.files.samples import SamplesFile, read_columns
 from imagen_core.store.files.shard import EmbeddingFile, open_embeddings
 from imagen_core.store.folder import StoreFolder
@@ -27,8 +28,6 @@ from imagen_core.store.records import ArrayGroup, EmbeddingGroup, ImageEmbedGrou
 from imagen_core.store.removal_log import load_removals
 
 _FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
 _ROWS_AT_ONCE = 1 << 16
 _COLUMN_READERS = 16  # shards whose columns are read at the same time: files of a remote store take their time
 
@@ -46,12 +45,14 @@ class OpenShard:
     def __init__(self, folder: StoreFolder, manifest: Manifest, generations: Generations, position: int) -> None:
         self._folder, self._generations, self._position = folder, generations, position
         self._manifest = manifest
-        self.images: dict[int, ImageFile] = _Lazy(self._open_images)
-        self.text: dict[str, EmbeddingFile] = _Lazy(lambda encoder: self._open_embeddings(manifest.texts[encoder]))
-        self.image_embeds: dict[str, EmbeddingFile] = _Lazy(
+        self.images: dict[int, ImageFile] = OnFirstUse(self._open_images)
+        self.text: dict[str, EmbeddingFile] = OnFirstUse(
+            lambda encoder: self._open_embeddings(manifest.texts[encoder])
+        )
+        self.image_embeds: dict[str, EmbeddingFile] = OnFirstUse(
             lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
         )
-        self.arrays: dict[str, ArrayFile] = _Lazy(self._open_arrays)
+        self.arrays: dict[str, ArrayFile] = OnFirstUse(self._open_arrays)
 
     @cached_property
     def samples(self) -> SamplesFile:
@@ -98,17 +99,6 @@ class OpenShard:
         if file.num_rows != entry.rows:
             raise StoreError(f"{path}: {file.num_rows} rows, the manifest says {entry.rows}; {ADVICE}")
         return file
-
-
-class _Lazy(dict[_Key, _Value]):
-    """A dict that makes a value when its key is first requested."""
-
-    def __init__(self, make: Callable[[_Key], _Value]) -> None:
-        self._make = make
-
-    def __missing__(self, key: _Key) -> _Value:
-        value = self[key] = self._make(key)
-        return value
 
 
 class StoreReader:

@@ -18,7 +18,6 @@ from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.images import open_image_writer, open_images
-from imagen_core.store.files.ragged import cast_embedding
 from imagen_core.store.files.samples import SamplesFile, write_samples
 from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
@@ -125,7 +124,7 @@ class ErasedShard:
         of_captions = isinstance(group, TextGroup)
         names = self.captions if of_captions else [sample.key for sample in self.samples]
         erased = self.erased_ids if of_captions else self.removed
-        blank = cast_embedding(np.zeros((0 if of_captions else 1, group.dim), np.float32), group.dtype)
+        blank = group.blank(0 if of_captions else 1)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
         write_embedding_shard(
             new,
@@ -136,6 +135,8 @@ class ErasedShard:
             group.format,
             captions=names,
             fingerprint=group.fingerprint,
+            layers=group.layers,
+            num_scales=group.num_scales,
         )
 
 

@@ -117,7 +117,7 @@ class _Check:
             for name, group in manifest.groups.items()
             if isinstance(group, EmbeddingGroup | ArrayGroup)
         }
-        self._has_digests = manifest.schema_version == SCHEMA_VERSION
+        self._has_digests = manifest.schema_version >= SCHEMA_VERSION
         self._saw_all_samples = True
 
     def count(self, name: str, size_bytes: int) -> None:
@@ -331,9 +331,9 @@ class _Check:
             self._bad(group.null.path, str(error))
             return
         expected = "float16" if group.dtype == "int8" else group.dtype
-        if embedding.shape[1] != group.dim or dtype != expected:
-            found = f"{dtype} {embedding.shape}"
-            self._bad(group.null.path, f"holds {found}, the encoder {expected} (n_tokens, {group.dim})")
+        if embedding.shape[1:] != group.token_shape or dtype != expected:
+            wanted = ", ".join(map(str, ("n_tokens", *group.token_shape)))
+            self._bad(group.null.path, f"holds {dtype} {embedding.shape}, the encoder {expected} ({wanted})")
         elif not np.isfinite(embedding).all():
             self._bad(group.null.path, "not finite")
 

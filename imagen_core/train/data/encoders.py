@@ -22,5 +22,7 @@ def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: On
     if online is not None:
         tokens = dict(online.record)
     else:
-        tokens = None if config.text is None else store.encoder_record(store.manifest.texts[config.text])
+        tokens = None
+        if config.text is not None:
+            tokens = store.encoder_record(store.manifest.texts[config.text], config.text_layers)
     return {"encoder": tokens, "embed_encoders": embeds}

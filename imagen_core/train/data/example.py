@@ -176,7 +176,8 @@ def _bucket_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditio
     text, mask, characters = conditioning.text, conditioning.text_mask, conditioning.characters
     if text is not None and mask is not None:
         more = bucket_length(text.shape[1], config.max_tokens) - text.shape[1]
-        conditioning = replace(conditioning, text=F.pad(text, (0, 0, 0, more)), text_mask=F.pad(mask, (0, more)))
+        padding = (0, 0) * (text.ndim - 2) + (0, more)
+        conditioning = replace(conditioning, text=F.pad(text, padding), text_mask=F.pad(mask, (0, more)))
     if characters is not None and config.transcription is not None:
         more = bucket_length(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
         conditioning = replace(conditioning, characters=F.pad(characters, (0, more)))

@@ -72,6 +72,8 @@ def open_store(
         embed_option = f"{where}.image_embed_dim"
     text = None if online else config.text
     _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
+    if text is not None:
+        _check_layers(store.text_group(text), config, f"{where}.num_text_layers")
     _check_one_vector(store, config.text_embed)
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
@@ -195,6 +197,24 @@ def _check_encoder(
         raise TrainError(
             f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
             f"{option}={groups[encoder].dim}"
+        )
+
+
+def _check_layers(group: EmbeddingGroup, config: TrainConfig, option: str) -> None:
+    """Refuses layers that the store lacks, or another number of them than the model reads."""
+    if config.text_layers is not None:
+        try:
+            group.layer_places(config.text_layers)
+        except ValueError as error:
+            raise TrainError(f"text_layers: {error}") from error
+    wanted, found = config.denoiser.network.num_text_layers, len(config.text_layers or group.layers) or None
+    if wanted != found:
+        has = f"has the layers {list(group.layers)} apart" if group.layers else "has no layers apart"
+        remedy = f"set {option}={'null' if found is None else found}"
+        if group.layers and wanted is not None:
+            remedy += ", or text_layers to as many of them"
+        raise TrainError(
+            f"{option} is {wanted or 'null'}, but the store {config.store} {has} of {group.encoder!r}; {remedy}"
         )
 
 

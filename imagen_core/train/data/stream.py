@@ -110,6 +110,7 @@ def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> Loa
         batch_size,
         images=needed_sizes(config) or None,
         text=None if online else config.text,
+        text_layers=None if online else config.text_layers,
         captions=online,
         text_embed=config.text_embed,
         image_embed=config.image_embed,

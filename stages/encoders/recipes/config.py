@@ -1,9 +1,12 @@
 """A text encoder of transformers that follows a recipe."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.errors import ConfigError
 from stages.encoders.batches.model_input import CaptionReader
+from stages.encoders.model_files import ModelFiles
 from stages.encoders.recipes.settings import RecipeSettings
 
 
@@ -30,6 +33,22 @@ class RecipeConfig(RecipeSettings):
             ConfigError: the model has no such layer.
         """
         return dim * len(self._chosen(num_layers))
+
+    @abstractmethod
+    def num_layers(self, files: ModelFiles) -> int:
+        """How many layers the model has."""
+
+    def joined_layers(self, files: ModelFiles) -> tuple[tuple[int, ...], bool]:
+        layers = () if self.layers is None else tuple(self._chosen(self.num_layers(files)))
+        if len(layers) < 2 or self.join == "interleave":
+            return (), False
+        twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+        if self.join == "stack" and twice is not None:
+            raise ConfigError(
+                f"encoders.{self.name}.layers: names layer {twice} twice, and a stack stores each layer once; "
+                "leave one out"
+            )
+        return layers, self.join == "stack"
 
     def layers_run(self, num_layers: int) -> int:
         """How many of the model's layers are run."""

@@ -79,11 +79,18 @@ def make_store(
     buckets: bool = False,
     key_prefix: str = "",
     fingerprint: dict[str, Any] = FINGERPRINT,
+    layers: tuple[int, ...] = (),
+    num_scales: int = 1,
 ) -> Made:
     """Write a store with `num_captions` captions a sample, the first shared by pairs of samples.
 
-    `buckets`: images are wide, tall and square in turn, instead of all square.
+    `buckets`: images are wide, tall and square in turn, instead of all square. `layers`: of the embeddings, stored
+    apart, each ten times as large as the one before it.
     """
+    token = (len(layers), DIM) if layers else (DIM,)
+    size_of = 10.0 ** np.arange(len(layers))[:, None] if layers else 1.0
+    apart: dict[str, Any] = {"layers": layers} if layers else {}
+    apart |= {"num_scales": num_scales} if num_scales > 1 else {}
     rng = np.random.default_rng(seed)
     excluded = excluded or {}
     made = Made(root, images={size: [] for size in sizes})
@@ -106,7 +113,8 @@ def make_store(
             width, height = ORIGINALS[row % 3] if buckets else (640, 480 + row)
             key = f"{key_prefix}{shard:03d}-{row:03d}"
             samples.append(st.SampleRow(key, tuple(own), ids, url, digest, width, height, row))
-        embeddings = [rng.normal(size=(1 + i % 7, DIM)).astype(np.float32) for i in range(len(captions))]
+        lengths = [1 + i % 7 for i in range(len(captions))]
+        embeddings = [(rng.normal(size=(length, *token)) * size_of).astype(np.float32) for length in lengths]
         files = {"samples": st.shard_path("samples", shard)}
         st.write_samples(root / files["samples"], samples)
         for size in sizes:
@@ -123,13 +131,14 @@ def make_store(
         files["text-t5"] = st.shard_path("text-t5", shard, store_format)
         st.write_embedding_shard(
             root / files["text-t5"],
-            st.cast_embeddings(embeddings, DIM, dtype),
-            [len(x) for x in embeddings],
+            st.cast_embeddings(embeddings, DIM, dtype, num_layers=len(layers) or None, num_scales=num_scales),
+            lengths,
             DIM,
             dtype,
             store_format,
             captions=captions,
             fingerprint=fingerprint,
+            **apart,
         )
         num_rows = dict.fromkeys(groups, rows) | {"text-t5": len(captions)}
         shards.append(
@@ -145,7 +154,7 @@ def make_store(
                 made.keys.append(sample.key)
                 made.captions.append(list(sample.captions))
                 made.text.append([embeddings[i] for i in sample.caption_ids])
-    made.null = rng.normal(size=(1, DIM)).astype(np.float32)
+    made.null = rng.normal(size=(1, *token)).astype(np.float32)
     (root / st.null_path("t5")).write_bytes(st.dump_null(made.null, dtype))
     null = file_entry(root, st.null_path("t5"), 1)
     header_groups: dict[str, dict] = {"samples": {"kind": "samples"}}
@@ -165,6 +174,7 @@ def make_store(
         "format": store_format,
         "fingerprint": fingerprint,
         "null": null,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in apart.items()},
     }
     header = {"writer": "test", "input_rows": sum(shard_rows), "groups": header_groups}
     st.write_manifest(root / "manifest.json", header, shards)

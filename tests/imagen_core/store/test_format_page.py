@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core import store as st
+from imagen_core.store.files.shard import read_digests
 from tests.documents import python_blocks
 from tests.imagen_core.store.arrays_added import add_arrays, values_of
 from tests.imagen_core.store.handmade_store import Made, remove
@@ -70,6 +71,32 @@ def test_the_pages_reader_reads_every_dtype_in_both_formats(
     assert [sample["key"] for sample in found] == made.keys
     group = page["read_manifest"](made.path)["groups"]["text-t5"]
     np.testing.assert_array_equal(page["read_null"](made.path, group), store.null("t5"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pages_reader_and_digests_know_layers_in_both_formats(
+    page: dict[str, Any], make: Make, store_format: st.StoreFormat, dtype: st.StoreDtype
+) -> None:
+    made = make(store_format=store_format, dtype=dtype, layers=(9, 18, 27))
+    store = st.Store.open(made.path)
+    assert_same(list(page["read_store"](made.path)), store)
+    group = page["read_manifest"](made.path)["groups"]["text-t5"]
+    np.testing.assert_array_equal(page["read_null"](made.path, group), store.null("t5"))
+    stored = store.shard(0).text["t5"].stored(0)
+    parts = [np.ascontiguousarray(stored.values[:, layer]) for layer in range(3)]
+    parts += [] if stored.scales is None else [np.ascontiguousarray(stored.scales[:, layer]) for layer in range(3)]
+    maker = page["fingerprint_digest"](group["fingerprint"]).encode()
+    expected = page["row_digest"](maker, made.captions[0][0].encode(), *parts)
+    digests = read_digests(str(made.path / f"text-t5/00000{st.file_suffix(store_format)}"), "text", store_format)
+    assert digests is not None
+    assert int(digests[0]) == expected
+
+
+def test_the_pages_reader_knows_several_scales_per_token(
+    page: dict[str, Any], make: Make, store_format: st.StoreFormat
+) -> None:
+    made = make(store_format=store_format, dtype="int8", num_scales=4)
+    assert_same(list(page["read_store"](made.path)), st.Store.open(made.path))
 
 
 @pytest.mark.parametrize("codec", ["png", "webp", "jpeg"])

@@ -108,10 +108,10 @@ def test_an_added_or_missing_byte_is_noticed(tmp_path: Path, change: Callable[[b
 
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    newer = seal(b'{\n"schema_version":3,\n"shards":[\n],\n"num_bytes":0,\n')
-    for data in (newer, json.dumps({"schema_version": 3}).encode()):
+    newer = seal(b'{\n"schema_version":4,\n"shards":[\n],\n"num_bytes":0,\n')
+    for data in (newer, json.dumps({"schema_version": 4}).encode()):
         path.write_bytes(data)
-        with pytest.raises(st.StoreError, match=r"schema_version is 3, .* up to 2; upgrade"):
+        with pytest.raises(st.StoreError, match=r"schema_version is 4, .* up to 3; upgrade"):
             st.load_manifest(tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_a_wrong_shard_is_refused_and_leaves_nothing(tmp_path: Path, bad: dict[s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 3}, "schema_version must be 1 to 2"),
+        ({"schema_version": 4}, "schema_version must be 1 to 3"),
         ({"num_samples": 3}, "added by write_manifest"),
         ({"groups": {}}, "lack 'samples'"),
         (

@@ -222,11 +222,12 @@ def test_local_parquet_is_mapped_not_decoded(tmp_path: Path) -> None:
             writer.append(np.zeros((64, 64, 3), np.uint8), "key", "sha256")
     write_text(tmp_path / "text", embeddings([3] * 9), 16, "int8", "parquet")
     images: Any = open_images(str(tmp_path / "images"), "images", st.ImagesGroup("images-64", 64, "parquet", "raw"))
-    text = ParquetEmbeddings(str(tmp_path / "text"), "text", 16, "int8")
+    text = ParquetEmbeddings(str(tmp_path / "text"), "text", text_group("int8", "parquet"))
     assert images._values.is_mapped
-    assert text._values.is_mapped
-    assert text._scales is not None
-    assert text._scales.is_mapped
+    values, scales = text._columns[""]
+    assert values.is_mapped
+    assert scales is not None
+    assert scales.is_mapped
 
 
 @pytest.mark.parametrize("options", [{"compression": "zstd"}, {"use_dictionary": True}, {"data_page_size": 64}])
@@ -239,8 +240,8 @@ def test_parquet_rewritten_by_others_is_decoded(tmp_path: Path, options: dict) -
     with pq.ParquetWriter(tmp_path / "theirs", pq.read_schema(tmp_path / "ours"), **options) as writer:
         writer.write_table(pq.read_table(tmp_path / "ours"))
         writer.add_key_value_metadata({"dtype": "float16", "dim": "16"})
-    file = ParquetEmbeddings(str(tmp_path / "theirs"), "theirs", 16, "float16")
-    assert not file._values.is_mapped
+    file = ParquetEmbeddings(str(tmp_path / "theirs"), "theirs", text_group("float16", "parquet"))
+    assert not file._columns[""][0].is_mapped
     for row, x in enumerate(xs):
         check_restored(x, st.restore(file.stored(row), "float16"), "float16")
 
