@@ -27,28 +27,33 @@ from stages.stores import previous_header
 class EmbeddingFiles:
     """One group of embeddings, made by one encoder."""
 
-    kind: Literal["text", "image_embeds"]
+    kind: Literal["text", "set_text", "image_embeds"]
     encoder: str
     dim: int
     dtype: StoreDtype
     store_format: StoreFormat
     fingerprint: dict[str, Any]
+    caption_set: str | None = None
+    """Of the kind `set_text`: the further set of captions that they are of."""
 
     @property
     def group(self) -> str:
         """Name of the group in the store."""
-        return (text_group if self.kind == "text" else image_embed_group)(self.encoder)
+        if self.kind == "image_embeds":
+            return image_embed_group(self.encoder)
+        return text_group(self.encoder, self.caption_set)
 
     @property
     def blank(self) -> StoredEmbedding:
         """Replaces a dropped embedding: no tokens for a caption, one vector of zeros for an image."""
-        return cast_embedding(np.zeros((0 if self.kind == "text" else 1, self.dim), np.float32), self.dtype)
+        return cast_embedding(np.zeros((1 if self.kind == "image_embeds" else 0, self.dim), np.float32), self.dtype)
 
     def config(self, min_cosine: float | None = None) -> dict[str, object]:
         """What the bytes of the group depend on in addition to its input; `min_cosine` matters for int8 only."""
         return {
             "kind": self.kind,
             "encoder": self.encoder,
+            **({} if self.caption_set is None else {"set": self.caption_set}),
             "dim": self.dim,
             "dtype": self.dtype,
             "format": self.store_format,
