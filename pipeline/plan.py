@@ -83,6 +83,8 @@ class Plan:
     """The dropped rows of a committed (group, shard) whose list is gone, from its files; None: it stays gone."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
+    further_captions: Callable[[Shard], Mapping[str, Sequence[tuple[str, ...]]]] | None = None
+    """The captions of further sets, by the set's name, for `Stage.workload`."""
     check_group: Callable[[Group], None] | None = None
     """Raises ConfigError for a lasting group that `finalize` could not describe; so a run with such a stage of another
     package ends before it begins."""
@@ -123,7 +125,7 @@ class Plan:
         """For each group, the lasting groups that must be made before it; in topological order."""
         transient = self.transient_groups
         return {
-            group.name: tuple(n for n in (*stage.inputs, *group.aligned_with) if n not in transient)
+            group.name: tuple(name for name in _made_from(stage, group) if name not in transient)
             for stage in self.stages
             for group in stage.groups
         }
@@ -134,7 +136,7 @@ class Plan:
         result: dict[str, dict[str, object]] = {}
         for stage in self.stages:
             for group in stage.groups:
-                inputs = {name: digest(result[name]) for name in (*stage.inputs, *group.aligned_with)}
+                inputs = {name: digest(result[name]) for name in _made_from(stage, group)}
                 result[group.name] = {
                     "stage": stage.identity,
                     "version": stage.version,
@@ -167,3 +169,8 @@ class Plan:
             "fingerprints": self.fingerprints,
             "max_drop_fraction": self.max_drop_fraction,
         }
+
+
+def _made_from(stage: Stage, group: Group) -> tuple[str, ...]:
+    """The groups that a group is made from or aligned with."""
+    return (*(stage.inputs if group.inputs is None else group.inputs), *group.aligned_with)

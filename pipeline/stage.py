@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from pipeline.errors import StaleOutputError
 from pipeline.fingerprint import canonical_json
+from pipeline.resources import Resources, Workload
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import RunFolder
 
@@ -34,6 +35,10 @@ def seconds_without_progress() -> float:
     return time.monotonic() - _last_sign
 
 
+RowsOfCaptions = Sequence[tuple[str, ...]]
+"""The captions of each row."""
+
+
 class RowRange(Protocol):
     """The rows of a shard as a place in a file, from which they can be read again. Small, and picklable."""
 
@@ -42,8 +47,8 @@ class RowRange(Protocol):
         """True if a worker reads the rows; else the driver does, once the shard is needed, and sends them."""
         ...
 
-    def read(self) -> bytes:
-        """The rows as the canonical JSON of their list."""
+    def read(self) -> tuple[bytes, Mapping[str, bytes]]:
+        """The rows as the canonical JSON of their list; and the cells of further columns, see `Shard.cells`."""
         ...
 
 
@@ -55,7 +60,18 @@ class Shard:
     as Python objects, and a fifth of that compressed.
     """
 
-    __slots__ = ("_digest", "_packed", "_range", "_text", "files", "index", "num_rows")
+    __slots__ = (
+        "_cells",
+        "_digest",
+        "_packed",
+        "_packed_cells",
+        "_range",
+        "_text",
+        "cell_digests",
+        "files",
+        "index",
+        "num_rows",
+    )
 
     def __init__(self, index: int, rows: object, num_rows: int, files: Mapping[str, str] | None = None):
         """
@@ -75,31 +91,50 @@ class Shard:
         files: Mapping[str, str] | None,
         digest: str | None = None,
         rows: RowRange | None = None,
+        cell_digests: Mapping[str, str] | None = None,
     ) -> None:
         self.index = index
         self.num_rows = num_rows
         self.files = files or {}
         self._digest = hashlib.sha256(text or b"").hexdigest() if rows is None and digest is None else digest
+        self.cell_digests: Mapping[str, str] = cell_digests or {}
+        """Of the cells of further columns, by column; see `cells`."""
         self._text, self._packed, self._range = text, b"", rows
+        self._cells: Mapping[str, bytes] = {}
+        self._packed_cells: Mapping[str, bytes] = {}
 
     @classmethod
-    def of_text(cls, index: int, text: bytes, num_rows: int, files: Mapping[str, str] | None = None) -> Self:
-        """A shard whose rows are canonical JSON already."""
+    def of_text(
+        cls,
+        index: int,
+        text: bytes,
+        num_rows: int,
+        files: Mapping[str, str] | None = None,
+        cells: Mapping[str, bytes] | None = None,
+    ) -> Self:
+        """A shard whose rows, and cells of further columns, are canonical JSON already."""
         shard = cls.__new__(cls)
         shard._set(index, text, num_rows, files)
+        shard.take_cells(cells or {})
         return shard
 
     @classmethod
     def of_range(
-        cls, index: int, rows: RowRange, digest: str | None, num_rows: int, files: Mapping[str, str] | None = None
+        cls,
+        index: int,
+        rows: RowRange,
+        digest: str | None,
+        num_rows: int,
+        files: Mapping[str, str] | None = None,
+        cell_digests: Mapping[str, str] | None = None,
     ) -> Self:
-        """A shard whose rows are read where they are needed, and compared with the digest.
+        """A shard whose rows and cells are read where they are needed, and compared with the digests.
 
         Args:
             digest: None where nobody has read the rows; the first who needs them or the digest makes it.
         """
         shard = cls.__new__(cls)
-        shard._set(index, None, num_rows, files, digest, rows)
+        shard._set(index, None, num_rows, files, digest, rows, cell_digests)
         return shard
 
     @property
@@ -110,12 +145,20 @@ class Shard:
         assert self._digest is not None
         return self._digest
 
+    def take_cells(self, cells: Mapping[str, bytes]) -> None:
+        """Gives the shard the cells of further columns: by column the canonical JSON of their list."""
+        self._cells, self.cell_digests = cells, _digests(cells)
+
     def pack(self) -> None:
         """Makes the shard small, and ready to travel to a worker."""
         if self._range is not None and not self._range.near:
-            self._text, self._range = self._read(), None
+            self._text, self._cells = self._read_range(self._range)
+            self._range = None
         if self._text is not None:
             self._packed, self._text = zlib.compress(self._text, level=1), None
+        if self._cells:
+            self._packed_cells = {name: zlib.compress(text, level=1) for name, text in self._cells.items()}
+            self._cells = {}
 
     @property
     def rows(self) -> Any:
@@ -129,22 +172,44 @@ class Shard:
     def _read(self) -> bytes:
         if self._text is not None:
             return self._text
-        if self._range is None:
-            return zlib.decompress(self._packed)
-        text = self._range.read()
-        found = hashlib.sha256(text).hexdigest()
+        return zlib.decompress(self._packed) if self._range is None else self._read_range(self._range)[0]
+
+    def _read_range(self, rows: RowRange) -> tuple[bytes, Mapping[str, bytes]]:
+        text, cells = rows.read()
+        digest, found = hashlib.sha256(text).hexdigest(), _digests(cells)
         if self._digest is None:
-            self._digest = found
-        if found != self._digest:
+            self._digest, self.cell_digests = digest, found
+        if digest != self._digest or any(found[column] != self.cell_digests.get(column, "") for column in found):
             raise StaleOutputError(
                 f"source.path: the rows of shard {self.name} are no longer what they were: the source was changed "
                 "while the run was at work, or keeps its size and time. Restore it, or run again with --check-input."
             )
-        return text
+        return text, cells
+
+    def digest_of(self, column: str | None) -> str:
+        """Fingerprint of the cells of a further column; of the rows, where the shard has no such cells."""
+        digest = self.digest  # first, as reading the rows makes those of the cells too
+        return digest if column is None else self.cell_digests.get(column, digest)
+
+    def cells(self, column: str) -> list[Any]:
+        """The cell of each row in a further column, which is no part of the digest of the rows, so that such a column
+        can be added later. Read or decompressed on each call.
+
+        Raises:
+            KeyError: the shard has no cells of this column.
+            StaleOutputError: the file that they are in was changed since the digest was made.
+        """
+        if self._range is not None:
+            text = self._read_range(self._range)[1][column]
+        else:
+            packed = self._packed_cells.get(column)
+            text = self._cells[column] if packed is None else zlib.decompress(packed)
+        return json.loads(text.decode("utf-8", "surrogatepass"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.pack()
-        return _unpickled, (self.index, self.num_rows, self.files, self.digest, self._packed, self._range)
+        place = (self.index, self.num_rows, self.files, self._range)
+        return _unpickled, (place, (self.digest, self._packed), (self.cell_digests, self._packed_cells))
 
     @property
     def name(self) -> str:
@@ -159,12 +224,20 @@ class Shard:
         return hash((self.index, self.digest))
 
 
+def _digests(cells: Mapping[str, bytes]) -> dict[str, str]:
+    return {column: hashlib.sha256(text).hexdigest() for column, text in cells.items()}
+
+
 def _unpickled(
-    index: int, num_rows: int, files: Mapping[str, str], digest: str, packed: bytes, rows: RowRange | None
+    place: tuple[int, int, Mapping[str, str], RowRange | None],
+    rows: tuple[str, bytes],
+    cells: tuple[Mapping[str, str], Mapping[str, bytes]],
 ) -> Shard:
+    index, num_rows, files, found = place
+    (digest, packed), (cell_digests, packed_cells) = rows, cells
     shard = Shard.__new__(Shard)
-    shard._set(index, None, num_rows, files, digest, rows)
-    shard._packed = packed
+    shard._set(index, None, num_rows, files, digest, found, cell_digests)
+    shard._packed, shard._packed_cells = packed, packed_cells
     return shard
 
 
@@ -181,33 +254,10 @@ class Group:
     """Groups of the same stage that decide its rows: if they are made again, so is this one."""
     shared_files: tuple[str, ...] = ()
     """Files of the group that belong to no shard; `setup` writes the missing ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one task or worker occupies while it runs."""
-
-    num_cpus: float = 1.0
-    num_gpus: float | None = 0.0
-    """None means one GPU on a machine with GPUs, and none elsewhere."""
-    custom: Mapping[str, float] = field(default_factory=dict)
-    """Custom resources of a Ray cluster's nodes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The work that a stage would have, counted without doing it."""
-
-    counter: str
-    """The counter of `GroupResult` that counts the same work once it is done."""
-    units: float
-    """Amount of work, in units of the counter."""
-    flops: float
-    """Floating-point operations; a multiply-add counts as two."""
-    dtype: str
-    """Type of these operations, `bfloat16` or `float32`."""
-    bytes: Mapping[str, int]
-    """Bytes on disk, by group."""
+    inputs: tuple[str, ...] | None = None
+    """Those of the stage's inputs that its bytes depend on; None means all."""
+    cells: str | None = None
+    """The further column of the input that its bytes depend on instead of the rows; see `Shard.cells`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +415,9 @@ class Stage(ABC):
         """Bytes on disk of the group for this number of rows; None if it is not known in advance."""
         return None
 
-    def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload | None:
-        """Counts the work on a shard whose rows have these captions; None if it cannot be counted."""
+    def workload(
+        self, captions: RowsOfCaptions, further: Mapping[str, RowsOfCaptions] | None = None
+    ) -> Workload | None:
+        """Counts the work on a shard whose rows have these captions, and these of further sets by the set's name; None
+        if it cannot be counted."""
         return None

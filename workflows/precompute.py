@@ -16,6 +16,7 @@ from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.arrays.registry import AnyArrayStage
+from stages.captions import clean_captions
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.excluded import ExcludedSets
 from stages.duplicates.find import duplicates_line
@@ -26,6 +27,7 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
+from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line
 from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
@@ -37,6 +39,7 @@ from stages.precompute.make_arrays import array_stages
 from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ResizeStage
+from stages.sources.annotations import AnnotationsConfig, CaptionColumn
 from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
@@ -101,6 +104,20 @@ class PrecomputeConfig(WorkflowConfig):
         return encoders
 
     @model_validator(mode="after")
+    def _check_caption_sets(self) -> Self:
+        source, encoders = self.source, [encoder.name for encoder in self.encoders]
+        further = source.further_captions if isinstance(source, AnnotationsConfig) else ()
+        made = [(name, None) for name in encoders] + [(name, c.called) for name in encoders for c in further]
+        groups = [text_group(*each) for each in made]
+        for place, (encoder, caption_set) in enumerate(made):
+            if groups[place] in groups[:place]:
+                raise ValueError(
+                    f"source.captions: the set {caption_set!r} by the encoder {encoder!r} makes {groups[place]}, as "
+                    "another encoder or set does; name one of them otherwise"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if self.images.sizes_px and isinstance(self.source, ParquetConfig) and self.source.image_column is None:
             raise ValueError(
@@ -155,7 +172,7 @@ class Precompute(ShardedWorkflow):
             shards=batches.shards,
             input=batches,
             finalize=lambda run, rows, failed, show: {
-                **build_manifest(run, rows, failed, config.duplicates, source.filtered, show),
+                **build_manifest(run, rows, failed, config.duplicates, source.filtered, show, self._captions),
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
                 **({"unread_bytes": source.unread_bytes} if source.unread_bytes else {}),
             },
@@ -167,6 +184,7 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
+            further_captions=partial(_further_captions, source, self._further),
             outlook=partial(_outlook, source, config.images),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
@@ -175,6 +193,16 @@ class Precompute(ShardedWorkflow):
                 if isinstance(encoder, EncoderConfig) and encoder.model == TINY_MODEL
             ),
         )
+
+    @property
+    def _captions(self) -> tuple[CaptionColumn, ...]:
+        source = self.config.source
+        return source.captions if isinstance(source, AnnotationsConfig) else ()
+
+    @property
+    def _further(self) -> tuple[CaptionColumn, ...]:
+        """The sets of captions but the first, which is that of `samples`."""
+        return self._captions[1:]
 
     def _stages(self, source: Source, run: RunFolder) -> tuple[Stage, ...]:
         config = self.config
@@ -187,6 +215,7 @@ class Precompute(ShardedWorkflow):
                 hashes=config.duplicates is not None,
                 columns=source.column_types,
             ),
+            *(CaptionColumnStage(captions, source) for captions in self._further),
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )
@@ -197,7 +226,8 @@ class Precompute(ShardedWorkflow):
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
         started = read_group_fingerprint(run, text_group(encoder.name))
-        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine, started=started)
+        sets = [captions.called for captions in self._further]
+        return EncodeStage(encoder, store.format, store.dtype, store.min_cosine, started=started, caption_sets=sets)
 
     def _image_stage(self, encoder: AnyImageEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
@@ -212,6 +242,7 @@ class Precompute(ShardedWorkflow):
         summaries = {name: quantisation_summary(group["counters"]) for name, group in groups.items()}
         losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
         lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
+        lines |= {name: line for name, group in groups.items() if (line := caption_sets_line(group["counters"]))}
         filtered = summary.get("filtered", 0)
         ignored, unread = ignored_line(summary.get("ignored", {})), summary.get("unread_bytes", 0)
         return [
@@ -226,6 +257,14 @@ class Precompute(ShardedWorkflow):
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
         ]
+
+
+def _further_captions(
+    source: Source, further: Sequence[CaptionColumn], shard: Shard
+) -> dict[str, list[tuple[str, ...]]]:
+    """The captions of further sets in the rows of a shard, those of rows that become no sample included."""
+    cells = {captions.called: source.caption_cells(shard, captions.column) for captions in further}
+    return {name: [clean_captions(cell or ())[0] for cell in found] for name, found in cells.items()}
 
 
 def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> dict[str, dict[str, object]]:

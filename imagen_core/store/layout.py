@@ -5,14 +5,17 @@
       images-64/00000.(parquet|h5)     uint8 RGB (64, 64, 3) per row, raw or encoded
       text-t5/00000.(parquet|h5)       token embeddings of the shard's distinct captions
       text-t5/null.safetensors         the encoding of ""
+      captions-short/00000.parquet     the captions of a further set, one row per sample
+      text-t5-short/00000.(...)        token embeddings of the shard's distinct captions of that set
       image-embed-clip/00000.(...)     one embedding per image, (1, dim) per row
       array-mask/00000.(...)           one array per sample, of a dtype and shape that the manifest says
       hashes/00000.parquet             what equal and nearly equal images are recognised by
       removed/00001.json               samples removed from the store (removal_log.py)
 
-Row i of shard s is the same sample in `samples` and in every group of images, image embeddings, arrays or hashes.
-Row j of a text group is the caption with id j; `samples` says which ids a sample has. Each row of any other file has
-a digest that binds it to its sample or caption (files/digest.py); `samples` accounts for every input row.
+Row i of shard s is the same sample in `samples` and in every group of further captions, images, image embeddings,
+arrays or hashes. Row j of a text group is the caption with id j; `samples`, or the file of the further set, says which
+ids a sample has. Each row of any other file has a digest that binds it to its sample or caption (files/digest.py);
+`samples` accounts for every input row.
 """
 
 import re
@@ -33,6 +36,7 @@ OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be
 MANIFEST_NAME = "manifest.json"
 LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
 SAMPLES_GROUP = "samples"
+ORIGINAL_CAPTIONS = "original"  # the set of captions in `samples`, where the source gave it no name
 HASHES_GROUP = "hashes"
 NULL_TENSOR = "embedding"
 RETRIED = "retried"  # drop reason of an input row that a later shard tries again
@@ -80,13 +84,19 @@ def image_group(size_px: int) -> str:
     return f"images-{size_px}"
 
 
-def text_group(encoder: str) -> str:
-    """Name of the group of one text encoder's embeddings.
+def text_group(encoder: str, caption_set: str | None = None) -> str:
+    """Name of the group of one text encoder's embeddings of the captions in `samples`, or of those of a further set.
 
     Raises:
-        ValueError: the encoder name has a character that is not a letter, digit, `.`, `_` or `-`.
+        ValueError: a name has a character that is not a letter, digit, `.`, `_` or `-`.
     """
-    return f"text-{_encoder_name(encoder)}"
+    of_set = "" if caption_set is None else f"-{_legal_name(caption_set, 'caption set')}"
+    return f"text-{_encoder_name(encoder)}{of_set}"
+
+
+def captions_group(caption_set: str) -> str:
+    """Name of the group of the captions of a further set; raises like `text_group`."""
+    return f"captions-{_legal_name(caption_set, 'caption set')}"
 
 
 def image_embed_group(encoder: str) -> str:

@@ -12,8 +12,7 @@ The file is JSON, written in one pass so that 100,000 shards never sit in memory
     {"excluded":{},"files":{...},"index":0,"rows":64},
     ...                             one line per shard, by increasing index
     ],
-    "num_bytes":...,                the totals, known only at the end
-    "num_rows":..., "num_samples":..., "num_shards":...,
+    "num_bytes":..., "num_rows":..., "num_samples":..., "num_shards":...,
     "sha256":"..."                  of every byte above this line
     }
 
@@ -44,13 +43,16 @@ from imagen_core.store.layout import (
 )
 from imagen_core.store.records import (
     ArrayGroup,
+    CaptionsGroup,
     FileEntry,
     Group,
     ImageEmbedGroup,
     ImagesGroup,
     SamplesGroup,
+    SetTextGroup,
     ShardEntry,
     TextGroup,
+    caption_weights,
     groups_by,
     null_files,
     parse_group,
@@ -159,6 +161,16 @@ class Manifest:
     def texts(self) -> dict[str, TextGroup]:
         """Text groups by encoder name, sorted."""
         return groups_by(self.groups, TextGroup, "encoder")
+
+    @cached_property
+    def captions(self) -> dict[str, CaptionsGroup]:
+        """Groups of further sets of captions by the set's name, sorted."""
+        return groups_by(self.groups, CaptionsGroup, "caption_set")
+
+    @cached_property
+    def set_texts(self) -> dict[tuple[str, str], SetTextGroup]:
+        """Groups of their embeddings by encoder and set."""
+        return {(g.encoder, g.caption_set): g for g in self.groups.values() if isinstance(g, SetTextGroup)}
 
     @cached_property
     def image_embeds(self) -> dict[str, ImageEmbedGroup]:
@@ -340,6 +352,7 @@ def _check_header(header: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be an integer (got {header[name]!r})")
     if type(failed := header.get("failed_shards", [])) is not list or any(type(index) is not int for index in failed):
         raise ValueError(f"failed_shards must be a list of integers (got {failed!r})")
+    caption_weights(header.get("captions", ()), further=())  # refuses what is not valid
     if reserved := {"shards", "sha256", *_TOTALS} & set(header):
         raise ValueError(f"header keys {sorted(reserved)} are added by write_manifest; leave them out")
 

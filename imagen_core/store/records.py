@@ -1,7 +1,8 @@
 """The typed parts of a manifest, and the checks that turn JSON into them."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from imagen_core.store.files.ragged import StoredEmbedding, cast_embedding
 from imagen_core.store.layout import (
     HASHES_GROUP,
     LAYERS_SCHEMA_VERSION,
+    ORIGINAL_CAPTIONS,
     REMOVED,
     SAMPLES_GROUP,
     SCHEMA_VERSION,
@@ -22,6 +24,7 @@ from imagen_core.store.layout import (
     StoreDtype,
     StoreFormat,
     array_group,
+    captions_group,
     check_column_type,
     check_dtype,
     check_format,
@@ -147,6 +150,25 @@ class TextGroup(EmbeddingGroup):
 
 
 @dataclass(frozen=True, slots=True)
+class CaptionsGroup:
+    """The captions of a further set, one row per sample, which may have none; always parquet. `made_by` says where
+    they come from."""
+
+    name: str
+    caption_set: str
+    made_by: dict[str, Any] = field(default_factory=dict)
+    format: StoreFormat = "parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class SetTextGroup(EmbeddingGroup):
+    """Embeddings of the captions of a further set, one row per distinct caption; without tokens where a caption could
+    not be encoded."""
+
+    caption_set: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageEmbedGroup(EmbeddingGroup):
     """Embeddings of images, one (1, dim) row per sample."""
 
@@ -171,16 +193,51 @@ class OtherGroup:
     format: StoreFormat
 
 
-Group = SamplesGroup | ImagesGroup | TextGroup | ImageEmbedGroup | ArrayGroup | HashesGroup | OtherGroup
+Group = (
+    SamplesGroup
+    | CaptionsGroup
+    | ImagesGroup
+    | TextGroup
+    | SetTextGroup
+    | ImageEmbedGroup
+    | ArrayGroup
+    | HashesGroup
+    | OtherGroup
+)
 
 
-_GroupT = TypeVar("_GroupT", ImagesGroup, TextGroup, ImageEmbedGroup, ArrayGroup)
+_GroupT = TypeVar("_GroupT", ImagesGroup, TextGroup, ImageEmbedGroup, ArrayGroup, CaptionsGroup)
 
 
 def groups_by(groups: Mapping[str, Group], kind: type[_GroupT], field: str) -> dict[Any, _GroupT]:
     """The groups of one kind by the value of a field, sorted."""
     found = {getattr(group, field): group for group in groups.values() if isinstance(group, kind)}
     return dict(sorted(found.items()))
+
+
+def caption_weights(listed: Any, further: Collection[str]) -> dict[str, float]:
+    """The weight of each set of captions that a store has, by name, that of `samples` first.
+
+    Args:
+        listed: the header's "captions": name and weight of each set of the source, that of `samples` first.
+        further: the further sets that the store has. Those that are not listed, as the source has them no longer, have
+            the weight 0.
+    Raises:
+        ValueError: `listed` is not valid.
+    """
+    try:
+        named = {str(entry["name"]): float(entry["weight"]) for entry in listed}
+        if not all(0 <= weight < math.inf for weight in named.values()):
+            raise ValueError("weights must be finite and 0 or more")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"captions must be a list of name and weight of each set ({error}; got {listed!r})"
+        ) from error
+    first = next(iter(named), ORIGINAL_CAPTIONS)
+    found = {first: named.get(first, 1.0)}
+    found |= {name: weight for name, weight in named.items() if name in further}
+    found |= {name: 0.0 for name in further if name not in found}
+    return found if any(found.values()) else {**found, first: 1.0}
 
 
 def null_files(groups: Mapping[str, Group]) -> list[FileEntry]:
@@ -231,6 +288,12 @@ def parse_group(name: str, raw: Any) -> Group:
             probe = _shared_file(raw.get(PROBE), probe_path(encoder))
             group = TextGroup(name, encoder, **_embeddings(raw), null=null, probe=probe)
             expected_name = text_group(encoder)
+        elif kind == "captions":
+            group = CaptionsGroup(name, str(raw["set"]), dict(raw.get("made_by", {})))
+            expected_name = captions_group(group.caption_set)
+        elif kind == "set_text":
+            group = SetTextGroup(name, str(raw["encoder"]), **_embeddings(raw), caption_set=str(raw["set"]))
+            expected_name = text_group(group.encoder, group.caption_set)
         elif kind == "image_embeds":
             group = ImageEmbedGroup(name, str(raw["encoder"]), **_embeddings(raw))
             expected_name = image_embed_group(group.encoder)
@@ -314,7 +377,7 @@ def parse_shard(raw: Any, groups: dict[str, Group]) -> ShardEntry:
         if unknown := set(raw["files"]) - set(groups):
             raise ValueError(f"files of unknown groups {sorted(unknown)}")
         for name, entry in files.items():
-            if not isinstance(groups[name], TextGroup) and entry.rows != rows:
+            if not isinstance(groups[name], TextGroup | SetTextGroup) and entry.rows != rows:
                 raise ValueError(f"{entry.path} has {entry.rows} rows, the shard has {rows}")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"shard {index}: missing or wrong field {error}") from error

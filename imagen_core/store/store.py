@@ -42,6 +42,8 @@ class Sample:
         transcription: the text written in the image, "" where there is none; None: unknown.
         safebox: the rectangle around that text: left, top, right, bottom in pixels of the original; None: unknown.
         label: the image's class, from 0; None: unknown.
+        caption_sets: the captions by set, `captions` among them; none of a further set that the sample has not.
+        set_texts: by further set and encoder, what `text` has of `captions`.
         columns: the values of the columns that were kept of the source (`source.keep_columns`), by name: bool, int,
             float or str; None for NULL.
     """
@@ -60,6 +62,8 @@ class Sample:
     label: int | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     columns: dict[str, ColumnValue] = field(default_factory=dict)
+    caption_sets: dict[str, list[str]] = field(default_factory=dict)
+    set_texts: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """All fields, with types and shapes instead of the values of arrays."""
@@ -150,6 +154,12 @@ class Store(StoreReader, Sequence[Sample]):
         }
         embeds = {e: restore(files.image_embeds[e].stored(row), dtype)[0] for e, dtype in self._embed_dtypes.items()}
         arrays = {name: files.arrays[name].value(row) for name in self._manifest.arrays}
+        caption_sets = {next(iter(self.caption_sets)): captions}
+        caption_sets |= {name: files.caption_sets[name].captions(row) for name in self._manifest.captions}
+        set_texts: dict[str, dict[str, list[np.ndarray]]] = {}
+        for (encoder, name), group in self._manifest.set_texts.items():
+            ids, file = files.caption_sets[name].caption_ids(row), files.set_texts[encoder, name]
+            set_texts.setdefault(name, {})[encoder] = [restore(file.stored(i), group.dtype) for i in ids]
         if generation != self.generation:
             return self._read(shard, row)
         return Sample(
@@ -165,6 +175,8 @@ class Store(StoreReader, Sequence[Sample]):
             *annotations,
             arrays=arrays,
             columns=columns,
+            caption_sets=caption_sets,
+            set_texts=set_texts,
         )
 
     def null(self, encoder: str) -> np.ndarray:

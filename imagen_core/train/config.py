@@ -1,7 +1,7 @@
 """Everything that decides a training run."""
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,9 @@ class TrainConfig(Config):
     """Text encoder in the store with one vector per caption, in a space shared with images; a prior reads it."""
     image_embed: str | None = None
     """Image encoder in the store: a prior learns to generate its embeddings, a decoder reads them."""
+    captions: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """Weight of each set of captions, such as `{long: 0.8, short: 0.2}`: for each sample a set is chosen by weight,
+    then one of its captions. null: the weights that the stores have."""
     max_tokens: int = Field(default=128, ge=1)
     """Longer captions are truncated."""
     num_steps: int = Field(ge=1)
@@ -104,6 +107,8 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         self._check_stores()
         self._check_encoders()
+        if self.captions is not None and not any(self.captions.values()):
+            raise ValueError("captions: all weights are 0, so no caption would be read; give one a weight above 0")
         schedule = self.denoiser.diffusion.schedule
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"noise_levels.kind=loss_second_moment needs a discrete schedule (got {schedule.kind})")

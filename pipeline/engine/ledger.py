@@ -37,10 +37,15 @@ def _remedy(run: RunFolder, group: str) -> str:
     return f"restore it from a copy; or delete it with state/{group} and {run.group_folder(group)}, to make it again"
 
 
-def changed_input(run: RunFolder, shard: Shard, record: Record) -> str:
-    """The message for a shard whose input rows differ from the rows that it was made from."""
+def changed_input(run: RunFolder, shard: Shard, record: Record, column: str | None = None) -> str:
+    """The message for a shard whose input rows differ from the rows that it was made from.
+
+    Args:
+        column: the one column that it was made from, if it was.
+    """
+    what = "input rows" if column is None else f"cells of the column {column!r}"
     return (
-        f"{run.url}: shard {shard.name} of {record.group} was made from other input rows "
+        f"{run.url}: shard {shard.name} of {record.group} was made from other {what} "
         f"({record.input_rows} rows then, {shard.num_rows} now): the source or shard_size changed.\n"
         "Restore the source, choose another --out, or rebuild the changed shards with --restart."
     )
@@ -89,8 +94,9 @@ class Ledger:
             return
         for group in self.dependencies:
             record = self.run.read_record(group, shard.name)
-            if record is not None and group not in self.transient and record.input != shard.digest:
-                raise StaleOutputError(changed_input(self.run, shard, record))
+            column = self.plan.groups[group].cells
+            if record is not None and group not in self.transient and record.input != shard.digest_of(column):
+                raise StaleOutputError(changed_input(self.run, shard, record, column))
 
     def check_groups(self, *, write: bool = True) -> set[str]:
         """Compares each group's fingerprint with the one it was started with.
@@ -209,9 +215,10 @@ class Ledger:
             record = self.run.read_record(group, shard.name) if group in self._begun else None
             if record is None:
                 continue
-            fits = record.input == shard.digest and record.fingerprint == fingerprint
+            column = self.plan.groups[group].cells
+            fits = record.input == shard.digest_of(column) and record.fingerprint == fingerprint
             if not fits and group not in self.transient and not self.restart:
-                found.refused = changed_input(self.run, shard, record)
+                found.refused = changed_input(self.run, shard, record, column)
                 return found
             # Without a shared file the next shard is made again, for its stage's `setup` to write the file.
             complete = fits and self._has_shared_files(group) and self._has_files(record)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.engine.ledger import changed_input
 from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.fingerprint import canonical_json
 from pipeline.plan import Plan
 from pipeline.stage import Shard
 from pipeline.storage.record import shard_name
@@ -38,8 +39,26 @@ class Retries:
         self.run = run
 
     def all_shards(self) -> Iterator[Shard]:
-        """The shards of the source, followed by the shards of the retry rounds."""
-        return chain(self.plan.shards(), retry_shards(self.run))
+        """The shards of the source, followed by the shards of the retry rounds, whose rows have the cells of further
+        columns that they have in the source."""
+        rows = self.rows
+        if not rows:
+            yield from self.plan.shards()
+            return
+        origins = retry_origins(self.run)
+        cells: dict[tuple[int, int], dict[str, Any]] = {}
+        columns: set[str] = set()
+        for shard in chain(self.plan.shards(), retry_shards(self.run)):
+            columns |= shard.cell_digests.keys()
+            if columns and shard.index in origins:
+                found = [cells.get(origin, {}) for origin in origins[shard.index]]
+                texts = {name: canonical_json([cell.get(name) for cell in found]) for name in sorted(columns)}
+                shard.take_cells({name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()})
+            if shard.cell_digests and shard.index in rows:
+                of_shard = {column: shard.cells(column) for column in shard.cell_digests}
+                for row in rows[shard.index]:
+                    cells[shard.index, row] = {column: found[row] for column, found in of_shard.items()}
+            yield shard
 
     @cached_property
     def rows(self) -> dict[int, set[int]]:
@@ -177,6 +196,7 @@ def redact_retries(
         is_removed: whether a source row is removed in addition to those.
         redact: a source row without content, such as captions and URLs.
     """
+    before = {shard.index: shard.digest for shard in retry_shards(run)}
     for number, file in enumerate(_round_files(run), start=1):
         size = int(PurePosixPath(file).stem.partition("-")[2])
         lines = list(_read(run, file))
@@ -191,5 +211,5 @@ def redact_retries(
         for shard in (shard for shard in retry_shards(run) if shard.index in redacted):
             for group in run.started_groups():
                 record = run.read_record(group, shard.name)
-                if record is not None:
+                if record is not None and record.input == before[shard.index]:
                     run.write_record(replace(record, input=shard.digest))

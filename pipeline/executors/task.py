@@ -143,7 +143,7 @@ def run_task(stage: Stage, run: RunFolder, request: TaskRequest) -> TaskOutcome:
         outcome.setup_s = time.perf_counter() - started
         _cpu.begin(id(task))
         prepared.process(task)
-        outcome.records = _commit(run, task, request)
+        outcome.records = _commit(run, task, request, {group.name: group.cells for group in prepared.groups})
     except PipelineError as error:
         outcome.error, outcome.fatal_exit_code = str(error), error.exit_code
         outcome.traceback = traceback.format_exc()
@@ -193,12 +193,13 @@ def release_stages() -> None:
         _prepared.clear()
 
 
-def _commit(run: RunFolder, task: Task, request: TaskRequest) -> dict[str, Record]:
+def _commit(run: RunFolder, task: Task, request: TaskRequest, cells: Mapping[str, str | None]) -> dict[str, Record]:
     missing = request.wanted - task.results.keys()
     assert not missing, f"stage {request.stage} finished without declaring {sorted(missing)}"
     if run.lease is not None and not isinstance(run.storage, LocalStorage):
         _check_lease(run.lease)  # on a local folder no worker outlives the driver's lock
-    return {group: _commit_group(run, task, group, request) for group in sorted(request.wanted)}
+    digests = {group: task.shard.digest_of(cells.get(group)) for group in request.wanted}
+    return {group: _commit_group(run, task, group, request, digests[group]) for group in sorted(request.wanted)}
 
 
 def _check_lease(lease: Lease) -> None:
@@ -213,7 +214,7 @@ def _check_lease(lease: Lease) -> None:
         _lease_asked[:] = lease.owner, now
 
 
-def _commit_group(run: RunFolder, task: Task, group: str, request: TaskRequest) -> Record:
+def _commit_group(run: RunFolder, task: Task, group: str, request: TaskRequest, digest_of_input: str) -> Record:
     result = task.results[group]
     files = []
     for name, local in task.outputs(group).items():
@@ -226,7 +227,7 @@ def _commit_group(run: RunFolder, task: Task, group: str, request: TaskRequest) 
         group=group,
         shard=task.shard.index,
         fingerprint=request.fingerprints[group],
-        input=task.shard.digest,
+        input=digest_of_input,
         input_rows=task.shard.num_rows,
         rows=result.rows,
         drops=dict(sorted(Counter(drop.reason for drop in result.drops).items())),

@@ -100,10 +100,11 @@ def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
     if plan.captions is None or not samples:
         return {}
     rows = sum(shard.num_rows for shard in samples)
-    captions = [plan.captions(shard) for shard in samples]
+    further = plan.further_captions or (lambda shard: {})
+    captions = [(plan.captions(shard), further(shard)) for shard in samples]
     result: dict[str, Counted] = {}
     for stage in plan.stages:
-        work = [done for texts in captions if (done := stage.workload(texts)) is not None]
+        work = [done for texts in captions if (done := stage.workload(*texts)) is not None]
         if work:
             result[stage.name] = _average(work, rows)
     return result

@@ -29,7 +29,7 @@ from stages.stores import previous_header
 class EmbeddingFiles:
     """One group of embeddings, made by one encoder; `layers` and `num_scales` are those of `EmbeddingGroup`."""
 
-    kind: Literal["text", "image_embeds"]
+    kind: Literal["text", "set_text", "image_embeds"]
     encoder: str
     dim: int
     dtype: StoreDtype
@@ -83,15 +83,20 @@ class EmbeddingFiles:
             num_tokens, self.dim, self.dtype, num_layers=num_layers, num_scales=self.num_scales
         )
 
+    caption_set: str | None = None
+    """Of the kind `set_text`: the further set of captions that they are of."""
+
     @property
     def group(self) -> str:
         """Name of the group in the store."""
-        return (text_group if self.kind == "text" else image_embed_group)(self.encoder)
+        if self.kind == "image_embeds":
+            return image_embed_group(self.encoder)
+        return text_group(self.encoder, self.caption_set)
 
     @property
     def blank(self) -> StoredEmbedding:
         """Replaces a dropped embedding: no tokens for a caption, one vector of zeros for an image."""
-        blank = np.zeros((0 if self.kind == "text" else 1, self.token_values), np.float32)
+        blank = np.zeros((1 if self.kind == "image_embeds" else 0, self.token_values), np.float32)
         return cast_embedding(self.with_layers(blank), self.dtype, self.num_scales)
 
     def config(self, min_cosine: float | None = None) -> dict[str, object]:
@@ -99,6 +104,7 @@ class EmbeddingFiles:
         return {
             "kind": self.kind,
             "encoder": self.encoder,
+            **({} if self.caption_set is None else {"set": self.caption_set}),
             "dim": self.dim,
             "dtype": self.dtype,
             "format": self.store_format,

@@ -1,25 +1,29 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from imagen_core.store import (
     StoreDtype,
     StoreFormat,
+    captions_group,
+    distinct_captions,
     dump_null,
     is_finite_as,
     null_path,
     parse_null,
     parse_probe,
     probe_path,
+    read_captions,
     read_samples,
 )
 from pipeline.errors import MachineError, StaleOutputError
 from pipeline.executors.local_worker import call_warm
-from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
+from pipeline.stage import Drop, Group, GroupResult, Resources, RowsOfCaptions, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
 from pipeline.storage.run_folder import RunFolder
-from stages.encoders.base import EncoderConfig
+from stages.encoders.base import EncoderConfig, EncoderWorkload
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.identity import identity_to_keep, is_complete
 from stages.encoders.probe import OTHER_NUMBERS, null_problem, probe_problem, take_probe
@@ -29,11 +33,14 @@ from stages.precompute.quantisation import cast_for_store, quantisation_summary
 
 
 class EncodeStage(Stage):
-    """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model."""
+    """`samples` -> `text-NAME`: ragged embeddings, row j is caption id j. Workers keep the model.
+
+    Of each further set of captions, `captions-SET` -> `text-NAME-SET` likewise, by the same workers. A caption of such
+    a set that cannot be encoded has no tokens: readers take another one, and the sample stays.
+    """
 
     identity = "EncodeStage"
     version = 3
-    inputs = (SAMPLES,)
     tasks_per_worker = 3  # one in the model, one before it (read, tokenise), one after it (cast, write, sync)
 
     def __init__(
@@ -44,12 +51,19 @@ class EncodeStage(Stage):
         min_cosine: float = 0.99,
         *,
         started: Mapping[str, object] | None = None,
+        caption_sets: Sequence[str] = (),
     ):
-        """`started`: what the run folder's group was started with, if it was."""
+        """
+        Args:
+            started: what the run folder's group was started with, if it was.
+            caption_sets: further sets of captions to encode.
+        """
         identity = call_warm(encoder.identify)
         fingerprint = identity_to_keep(identity.fingerprint, started)
         self.encoder = encoder.pinned(identity)
         self.files = EmbeddingFiles.of_text(encoder.name, identity, dtype, store_format, fingerprint, started)
+        self.sets = {name: replace(self.files, kind="set_text", caption_set=name) for name in caption_sets}
+        self.inputs = (SAMPLES, *map(captions_group, caption_sets))
         self.min_cosine = min_cosine
         self.name = f"encode-{encoder.name}"
         self.max_workers = encoder.workers or 0
@@ -59,7 +73,13 @@ class EncodeStage(Stage):
         if is_complete(fingerprint):  # a group that an earlier version started has no probe, and gets none later
             self.shared.append(probe_path(encoder.name))
         names = tuple(PurePosixPath(path).name for path in self.shared)
-        self.groups = (Group(self.files.group, self.files.config(min_cosine), shared_files=names),)
+        self.groups = (
+            Group(self.files.group, self.files.config(min_cosine), shared_files=names, inputs=(SAMPLES,)),
+            *(
+                Group(files.group, files.config(min_cosine), inputs=(captions_group(name),))
+                for name, files in self.sets.items()
+            ),
+        )
         self._model: TextEncoder | None = None
 
     def setup(self, run: RunFolder) -> None:
@@ -105,24 +125,38 @@ class EncodeStage(Stage):
                 raise StaleOutputError(f"encoders.{self.encoder.name}: {problem}; {OTHER_NUMBERS}")
 
     def process(self, task: Task) -> None:
+        if self.files.group in task.wanted:
+            samples = read_samples(task.input(SAMPLES))
+            by_id = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
+            bad, result = self._encode(task, self.files, [by_id[i] for i in range(len(by_id))])
+            drops = [
+                Drop(row, sample.key, *next(bad[i] for i in sample.caption_ids if i in bad))
+                for row, sample in enumerate(samples)
+                if not bad.keys().isdisjoint(sample.caption_ids)
+            ]
+            info = {"excluded_rows": rows_by_reason(drops), **result.info}
+            task.done(self.files.group, replace(result, rows=len(samples), drops=drops, info=info))
+        for name, files in self.sets.items():
+            if files.group in task.wanted:
+                rows = read_captions(task.input(captions_group(name)))
+                bad, result = self._encode(task, files, distinct_captions(rows))
+                counters = {**result.counters, **({"captions_not_encoded": len(bad)} if bad else {})}
+                task.done(files.group, replace(result, rows=len(rows), counters=counters))
+
+    def _encode(
+        self, task: Task, files: EmbeddingFiles, captions: Sequence[str]
+    ) -> tuple[dict[int, tuple[str, str]], GroupResult]:
+        """Writes the embeddings of some captions; returns which could not be encoded, with reason and detail, and what
+        is known without the samples."""
         assert self._model is not None
-        samples = read_samples(task.input(SAMPLES))
-        by_id = {i: c for s in samples for i, c in zip(s.caption_ids, s.captions, strict=True)}
-        captions = [by_id[i] for i in range(len(by_id))]
         encoded = self._model.encode(captions)
         task.waited_s += encoded.waited_s
-        files = self.files
         found = [files.with_layers(embedding) for embedding in encoded.embeddings]
         encoded.embeddings.clear()
         embeddings, bad, quality = cast_for_store(found, files.dtype, self.min_cosine, files.blank, files.num_scales)
         for i, embedding in enumerate(embeddings):
             if i not in bad and not len(embedding.values):
                 bad[i] = ("no_tokens", f"{captions[i]!r}")
-        drops = [
-            Drop(row, sample.key, *next(bad[i] for i in sample.caption_ids if i in bad))
-            for row, sample in enumerate(samples)
-            if not bad.keys().isdisjoint(sample.caption_ids)
-        ]
         files.write(task, embeddings, captions)
         tokens = sum(len(embedding.values) for embedding in embeddings)
         counters = {
@@ -134,16 +168,19 @@ class EncodeStage(Stage):
             **encoded.oom_counter(),
             **quality,
         }
-        info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_summary(quality)}
-        task.done(files.group, GroupResult(len(samples), drops, counters, info))
+        return bad, GroupResult(0, [], counters, {"captions": len(captions), **quantisation_summary(quality)})
 
-    def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:
-        distinct = list(dict.fromkeys(caption for row in captions for caption in row))
-        work = self.encoder.workload(distinct)
+    def workload(self, captions: RowsOfCaptions, further: Mapping[str, RowsOfCaptions] | None = None) -> Workload:
+        files = {None: self.files, **self.sets}
+        of_sets = further or {}
+        work = {name: self._work(captions if name is None else of_sets.get(name, ())) for name in files}
         return Workload(
             counter="tokens",
-            units=sum(work.tokens),
-            flops=work.flops,
+            units=sum(sum(each.tokens) for each in work.values()),
+            flops=sum(each.flops for each in work.values()),
             dtype=self.encoder.compute_dtype,
-            bytes={self.files.group: self.files.shard_bytes(work.tokens)},
+            bytes={files[name].group: files[name].shard_bytes(each.tokens) for name, each in work.items()},
         )
+
+    def _work(self, captions: RowsOfCaptions) -> EncoderWorkload:
+        return self.encoder.workload(list(dict.fromkeys(caption for row in captions for caption in row)))

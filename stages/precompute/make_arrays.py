@@ -7,10 +7,12 @@ import numpy as np
 
 from imagen_core.store import (
     ArrayGroup,
+    CaptionsGroup,
     ImageEmbedGroup,
     ImagesGroup,
     Sample,
     SampleRow,
+    SetTextGroup,
     StoreFormat,
     TextGroup,
     array_group,
@@ -202,7 +204,10 @@ def array_stages(
     result: list[ArrayStage] = []
     for number, config in enumerate(configs):
         made = [group for stage in [*earlier, *result] for group in stage.groups if not group.transient]
-        readable = {group.name: parse_group(group.name, dict(group.config)) for group in made if group.name != SAMPLES}
+        parsed = {group.name: parse_group(group.name, dict(group.config)) for group in made if group.name != SAMPLES}
+        readable = {
+            name: group for name, group in parsed.items() if not isinstance(group, CaptionsGroup | SetTextGroup)
+        }
         stage = ArrayStage(config, store_format, readable, f"stages.{number}")
         if twice := [group for group in stage.specs if group in readable]:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Writes the store's manifest from the completion records: all files of the store with their checksums."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.find import Duplicates, find_duplicates
 from stages.precompute.embedding_files import SharedFiles
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
+from stages.sources.annotations import CaptionColumn
 from stages.stores import previous_header, run_removals
 
 _WRITER = "imagen-precompute"
@@ -30,6 +31,7 @@ def build_manifest(
     duplicates: DuplicatesConfig | None = None,
     filtered: int = 0,
     show: Show = lambda _: None,
+    captions: Sequence[CaptionColumn] = (),
 ) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
@@ -42,6 +44,7 @@ def build_manifest(
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
         duplicates: what is done about them; None does not look for any.
         show: shows how far the search for duplicates is.
+        captions: the sets of captions of the source, if they have names.
     Returns:
         Entries for the run's summary.
     Raises:
@@ -60,6 +63,7 @@ def build_manifest(
         "groups": {name: _describe(run, name, config) for name, config in groups.items()},
         **({"failed_shards": sorted(failed)} if failed else {}),
         **({"filtered": filtered} if filtered else {}),
+        **({"captions": [{"name": each.called, "weight": each.weight} for each in captions]} if captions else {}),
     }
     removals = _all_removals(run, previous)
     if removals:

@@ -1,13 +1,14 @@
-"""What a source may tell of an image besides captions, in configured columns: the text in it, its class, its hash."""
+"""What a source may tell of an image in configured columns: several sets of captions, the text in it, its class, its
+hash."""
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from imagen_core.store import ColumnType
+from imagen_core.store import ORIGINAL_CAPTIONS, ColumnType, is_legal_name
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from stages.captions import is_valid_text
@@ -36,10 +37,34 @@ _CONTENT: dict[str, Content] = {
 _MAX_INT32 = 2**31 - 1
 
 
-class AnnotationsConfig(Config):
-    """Columns of the text in an image, of its class, of the hash that its file has, and others; and which rows there
-    are by their columns."""
+class CaptionColumn(Config):
+    """A set of captions, in a column of the table."""
 
+    column: str = Field(min_length=1)
+    """Column of the caption, or of a list of captions, or a path into nested columns such as `sentences.raw`."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """How often training takes a caption of this set: this, divided by the sum of all weights. It is the default of
+    trainings and changes nothing that is stored."""
+    name: str | None = None
+    """Names the set in the store; null: as the column."""
+
+    @property
+    def called(self) -> str:
+        """The set's name."""
+        return self.column if self.name is None else self.name
+
+
+class AnnotationsConfig(Config):
+    """Columns of several sets of captions, of the text in an image, of its class, of the hash that its file has, and
+    others; and which rows there are by their columns."""
+
+    takes_caption_sets: ClassVar[bool] = False
+    """Whether the captions are in columns of a table that are read again for a set that is added later."""
+
+    captions: tuple[CaptionColumn, ...] = ()
+    """Several sets of captions with weights, instead of caption_column, such as
+    `[{column: long, weight: 0.8}, {column: short, weight: 0.2}]`. Each sample has a caption of the first. Further sets
+    can be added later, and only what belongs to them is made then."""
     transcription_column: str | None = None
     """Column of the text written in the image, as one reads it there; empty where there is none. null: not known."""
     safebox_column: str | None = None
@@ -63,6 +88,43 @@ class AnnotationsConfig(Config):
     A mapping such as `{aesthetic: float, id: int}` gives them. A value of another type is the drop
     `unsupported_type`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_set_is_caption_column(cls, data: Any) -> Any:
+        captions: Any = data.get("captions") if isinstance(data, Mapping) else None
+        if not isinstance(captions, Sequence) or not captions:
+            return data
+        first: Any = captions[0]
+        column = first.get("column") if isinstance(first, Mapping) else getattr(first, "column", None)
+        given = data.get("caption_column", column)
+        if given != column:
+            raise ValueError(
+                f"captions: its first set is of the column {column!r}, but caption_column is {given!r}; leave "
+                "caption_column out"
+            )
+        return {**data, "caption_column": column}
+
+    @model_validator(mode="after")
+    def _check_captions(self) -> Self:
+        if self.captions and not self.takes_caption_sets:
+            raise ValueError(
+                f"captions: sets of captions are for source.kind=urls, parquet and huggingface, not "
+                f"{getattr(self, 'kind', 'this one')}; leave it out, or convert the captions to a table"
+            )
+        names = [captions.called for captions in self.captions]
+        for place, name in enumerate(names):
+            if not is_legal_name(name):
+                raise ValueError(
+                    f"captions.{place}: a set cannot be named {name!r}; give it a name of letters, digits, '.', '_' "
+                    "and '-', a letter or digit first"
+                )
+            if name in names[:place] or (place and name == ORIGINAL_CAPTIONS):
+                taken = "is there twice" if name in names[:place] else "names the captions of a store without sets"
+                raise ValueError(f"captions.{place}: {name!r} {taken}; give the set another name")
+        if self.captions and not any(captions.weight for captions in self.captions):
+            raise ValueError("captions: all weights are 0, so no caption would be taken; give one a weight above 0")
+        return self
+
     @field_validator("keep_columns", mode="before")
     @classmethod
     def _columns_as_mapping(cls, columns: object) -> object:
@@ -73,6 +135,22 @@ class AnnotationsConfig(Config):
     def _check_kept(cls, columns: dict[str, ColumnType | None]) -> dict[str, ColumnType | None]:
         check_names(columns)
         return columns
+
+    @property
+    def further_captions(self) -> tuple[CaptionColumn, ...]:
+        """The sets of captions but the first, which is that of caption_column."""
+        return self.captions[1:]
+
+    @property
+    def further_columns(self) -> list[str]:
+        """The columns of these."""
+        return list(dict.fromkeys(captions.column for captions in self.further_captions))
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        """All settings that the rows and the cells of further columns may depend on."""
+        settings = self.model_dump(mode="json", exclude={"captions"})
+        return {**settings, **({"captions": self.further_columns} if self.further_captions else {})}
 
     @property
     def annotation_columns(self) -> dict[str, str]:
@@ -120,7 +198,11 @@ class AnnotationsConfig(Config):
             column = getattr(self, field)
             if column is not None:
                 or_else = "; null if there are no captions" if field == "caption_column" else ""
+                if field == "caption_column" and self.captions:
+                    continue
                 check_column(field, column, _CONTENT[field], present, where, or_else=or_else)
+        for place, captions in enumerate(self.captions):
+            check_column(f"captions.{place}.column", captions.column, "texts", present, where)
         for column in self.keep_columns:
             check_column("keep_columns", column, "kept", present, where)
 

@@ -183,6 +183,9 @@ class Source(ABC):
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
     has_images_at_hand: bool = False
     """True if the images are in the files of the input, so that a plan may look at some."""
+    has_cells_apart: bool = False
+    """True if the digest of a shard does not cover columns of further captions: these have digests of their own, see
+    `Shard.cells`."""
     filtered: int = 0
     """How many rows `source.where` left out in the last pass over all shards; no shard has them."""
     unread_bytes: int = 0
@@ -306,6 +309,11 @@ class Source(ABC):
         with temporary_folder() as scratch:
             self.fetch(shard, rows, scratch, lambda original: found.append(original.cleaned().captions or ()))
         return found
+
+    def caption_cells(self, shard: Shard, column: str) -> list[list[str] | None]:
+        """The captions of each row of the shard in a column of further captions, as they are: none for NULL, and None
+        for a cell that holds something else or cannot be read."""
+        raise NotImplementedError
 
     def estimate_rows(self) -> int | None:
         """About how many rows there are, from sizes and footers alone; None where that would take a full pass."""

@@ -21,7 +21,7 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.folder import is_image
-from stages.sources.records.cells import BadCell, captions_of, image_of, text_of, top_levels
+from stages.sources.records.cells import BadCell, caption_cell, captions_of, image_of, text_of, top_levels
 from stages.sources.records.kept import types_of_tables
 from stages.sources.tabular.kept_rows import row_filter
 
@@ -33,6 +33,8 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 class HuggingfaceConfig(AnnotationsConfig):
     """A dataset of the Hugging Face hub, or one saved with `save_to_disk`."""
+
+    takes_caption_sets = True
 
     kind: Literal["huggingface"] = "huggingface"
     path: str | None = None
@@ -242,6 +244,11 @@ class HuggingfaceSource(Source):
         dataset = self._for(shard)
         dataset = dataset.select_columns(top_levels([column], dataset.column_names))
         return [_clean(dataset[row.payload[0]], column) for row in self.rows_of(shard)]
+
+    def caption_cells(self, shard: Shard, column: str) -> list[list[str] | None]:
+        dataset = self._for(shard)
+        dataset = dataset.select_columns(top_levels([column], dataset.column_names))
+        return [caption_cell(dataset[row.payload[0]], column) for row in self.rows_of(shard)]
 
     def estimate_rows(self) -> int:
         return len(self._open().dataset)

@@ -1,6 +1,7 @@
 """Parquet files with the images' bytes in a column."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from stages.sources.base import (
 )
 from stages.sources.files import expand, find_files, named_parts, path_of
 from stages.sources.records import row_text
-from stages.sources.records.cells import BadCell, captions_of, image_of, key_of, text_of
+from stages.sources.records.cells import BadCell, caption_cell, captions_of, image_of, key_of, text_of
 from stages.sources.records.far import open_file
 from stages.sources.records.image_files import read_image_file
 from stages.sources.records.parquet import ParquetRows, to_records
@@ -43,6 +44,8 @@ _ROWS = 2**14
 
 class ParquetConfig(AnnotationsConfig):
     """Parquet files with image bytes."""
+
+    takes_caption_sets = True
 
     kind: Literal["parquet"] = "parquet"
     path: str | None = None
@@ -152,13 +155,25 @@ class ParquetSource(TableSource):
 
     def fetch(self, shard: Shard, rows: Sequence[SourceRow], scratch: Path, emit: Emit) -> None:
         del scratch
+        for path, file_rows in self._by_file(shard, rows):
+            for row, record in zip(file_rows, self._read(path, file_rows), strict=True):
+                emit(self._original(row, record, path))
+
+    def caption_cells(self, shard: Shard, column: str) -> list[list[str] | None]:
+        found: dict[int, list[str] | None] = {}
+        for path, rows in self._by_file(shard, self.rows_of(shard)):
+            with closing(ParquetRows(path, [column])) as table:
+                for row, record in zip(rows, table.read([row.payload[0] for row in rows]), strict=True):
+                    found[row.position] = caption_cell(record, column)
+        return [found[position] for position in sorted(found)]
+
+    def _by_file(self, shard: Shard, rows: Sequence[SourceRow]) -> Iterator[tuple[str, list[SourceRow]]]:
+        """The rows of each file, with its path."""
         by_file: dict[str, list[SourceRow]] = {}
         for row in rows:
             by_file.setdefault(row.name, []).append(row)
         for name, file_rows in by_file.items():
-            path = path_of(shard, name, self.folder, self.parts)
-            for row, record in zip(file_rows, self._read(path, file_rows), strict=True):
-                emit(self._original(row, record, path))
+            yield path_of(shard, name, self.folder, self.parts), file_rows
 
     def _read(self, path: str, rows: Sequence[SourceRow]) -> Iterator[dict[str, Any]]:
         """Records at increasing row numbers. The file stays open for the next shard."""
@@ -205,7 +220,7 @@ class ParquetSource(TableSource):
         return replace(original, data=data, reason="no_image" if data is None else None)
 
     def settings(self) -> object:
-        return self.config.model_dump(mode="json")
+        return self.config.row_settings
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config

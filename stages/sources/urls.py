@@ -20,7 +20,7 @@ from stages.sources.download.downloader import load_downloader
 from stages.sources.download.originals import download_originals
 from stages.sources.files import expand, find_files
 from stages.sources.records import row_text
-from stages.sources.records.cells import BadCell, captions_of, key_of, text_of, top_level, top_levels
+from stages.sources.records.cells import BadCell, caption_cell, captions_of, key_of, text_of, top_level, top_levels
 from stages.sources.records.parquet import to_records
 from stages.sources.records.regular import Chunk
 from stages.sources.records.row_text import NotColumnar, RowTexts
@@ -45,6 +45,8 @@ from stages.sources.tabular.table_rows import Block, Marks, TableSource, kept_of
 class UrlsConfig(AnnotationsConfig):
     """A list of image URLs with captions."""
 
+    takes_caption_sets = True
+
     kind: Literal["urls"] = "urls"
     path: str | None = None
     """A txt, csv, tsv, jsonl or parquet file, a folder of them, or a glob; local or any fsspec URL."""
@@ -65,6 +67,7 @@ class UrlsSource(TableSource):
     """Streams URL lists. The captions of a row are null where the list has no captions at all."""
 
     config: UrlsConfig
+    has_cells_apart = True
 
     def __init__(self, config: UrlsConfig):
         self.config = config
@@ -81,12 +84,13 @@ class UrlsSource(TableSource):
         files = expand(self.path, "source.path", FORMATS)
         named = ("url_column", "caption_column", "key_column")
         for file in files:
-            if table_format(file) == "txt" and self.config.keep_columns:
+            if table_format(file) == "txt" and (self.config.keep_columns or self.config.captions):
                 self.config.check_columns((), columns(file), file)
             if table_format(file) in TYPED and (present := columns(file)):
                 self._check_columns(named, present, file)
         objects = [file for file in files if table_format(file) == "jsonl"]
         wanted = [column for field in named if (column := getattr(self.config, field)) is not None]
+        wanted += self.config.further_columns
         wanted += () if self.row_filter is None else self.row_filter.columns
         if present := json_columns(objects, [*wanted, *self.config.annotation_names]):
             self._check_columns(named, present, objects[0] if len(objects) == 1 else self.path)
@@ -110,7 +114,7 @@ class UrlsSource(TableSource):
     def blocks(self, parts: Iterable[InputPart], marks: Marks, number: int = 0) -> Iterator[Block]:
         config = self.config
         wanted = [c for c in (config.key_column, config.url_column, config.caption_column) if c]
-        wanted += config.annotation_names
+        wanted += [*config.annotation_names, *config.further_columns]
         wanted += () if self.row_filter is None else self.row_filter.columns
         for part, path, cursor in parts_with_cursors(self.folder, parts, wanted, self.row_filter):
             is_txt, near = table_format(path) == "txt", has_small_groups(path)
@@ -118,8 +122,9 @@ class UrlsSource(TableSource):
             for chunk in cursor.take(part.rows):
                 rows, (kept, places) = len(chunk), kept_of(chunk, self.row_filter)
                 texts, repeats = self._texts(kept, number + places, marks, is_txt=is_txt)
+                cells = {column: _cells(kept, column) for column in config.further_columns}
                 where = places if len(places) < rows else None
-                yield Block(part, first, number, texts, repeats, near, where, rows - len(places))
+                yield Block(part, first, number, texts, repeats, near, where, rows - len(places), cells)
                 number, first = number + rows, first + rows
 
     def _texts(
@@ -186,6 +191,9 @@ class UrlsSource(TableSource):
         except BadCell as bad:
             return SourceRow(key, url=url, captions=captions).dropped(bad)
 
+    def caption_cells(self, shard: Shard, column: str) -> list[list[str] | None]:
+        return shard.cells(column)
+
     def prepare(self) -> None:
         load_downloader()
 
@@ -196,12 +204,20 @@ class UrlsSource(TableSource):
         download_originals(map(Original.of, rows), scratch, self.config.download, emit)
 
     def settings(self) -> object:
-        return self.config.model_dump(mode="json")
+        return self.config.row_settings
 
     def fingerprint(self) -> dict[str, object]:
         config = self.config
         columns = {"url_column": config.url_column, "caption_column": config.caption_column}
         return {**columns, **config.annotation_settings}
+
+
+def _cells(chunk: Chunk, column: str) -> RowTexts:
+    """The captions of each row in a further column, as JSON."""
+    if not isinstance(chunk, list):
+        with suppress(NotColumnar):
+            return RowTexts(row_text.join(*row_text.captions_json(_column(chunk, column)), ","))
+    return RowTexts.of(caption_cell(record, column) for record in to_records(chunk))
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

@@ -19,6 +19,8 @@ from imagen_core.store import (
     SAMPLES_GROUP,
     SCHEMA_VERSION,
     Blocklist,
+    CaptionsFile,
+    CaptionsGroup,
     ErasedShard,
     FileEntry,
     Group,
@@ -199,7 +201,13 @@ def _erase_shard(
         return {}
     result.removed_inputs[shard] = {samples.row(row).input_row for row in removed}
     shapes = next((group.shapes for group in files.groups.values() if isinstance(group, ImagesGroup)), ())
-    erased = ErasedShard.of(shard, samples, removed, shapes)
+    sets: dict[str, CaptionsFile] = {}
+    for name, group in files.groups.items():
+        if isinstance(group, CaptionsGroup) and name in entries:
+            folder.check_bytes(entries[name])
+            path = folder.path(entries[name].path)
+            sets[group.caption_set] = CaptionsFile(path, path)
+    erased = ErasedShard.of(shard, samples, removed, shapes, sets)
     for entry in entries.values():
         if revision_of(entry.path) < revision:
             folder.check_bytes(entry)

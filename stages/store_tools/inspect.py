@@ -4,7 +4,15 @@ from collections import Counter
 
 import numpy as np
 
-from imagen_core.store import REMOVED, ArrayGroup, EmbeddingGroup, ImagesGroup, Store
+from imagen_core.store import (
+    REMOVED,
+    ArrayGroup,
+    CaptionsGroup,
+    EmbeddingGroup,
+    ImagesGroup,
+    SetTextGroup,
+    Store,
+)
 from pipeline.commands import CommandResult
 from pipeline.units import human_bytes
 from stages.precompute.crops import Crops, crops_line, measured
@@ -30,6 +38,8 @@ def inspect_command(
         lines.append(f"  {store.manifest.filtered:,} rows of the source were filtered by source.where")
     if store.columns:
         lines.append(f"  kept columns: {', '.join(f'{name} ({kind})' for name, kind in store.columns.items())}")
+    if len(store.caption_sets) > 1 or "captions" in store.manifest.header:
+        lines.append(f"  sets of captions: {', '.join(f'{name} {w:g}' for name, w in store.caption_sets.items())}")
     if removed := excluded[REMOVED]:
         lines.append(f"  {removed} samples removed, in {store.manifest.num_removals} removals")
     for name, group in store.manifest.groups.items():
@@ -48,6 +58,11 @@ def inspect_command(
                 entry["layers"] = list(group.layers)
                 text = text.replace(", dim", f", {len(group.layers)} layers of dim", 1)
             details = group.fingerprint
+            if isinstance(group, SetTextGroup):
+                entry.update(caption_set=group.caption_set)
+        elif isinstance(group, CaptionsGroup):
+            entry.update(caption_set=group.caption_set, made_by=group.made_by)
+            text, details = f"captions, {group.format}", group.made_by
         elif isinstance(group, ArrayGroup):
             spec = group.spec
             entry.update(array=group.array, dtype=spec.dtype, shape=list(spec.shape), fingerprint=group.fingerprint)
@@ -71,6 +86,7 @@ def inspect_command(
         "image_encoders": store.image_encoders,
         "arrays": store.arrays,
         **({"columns": store.columns} if store.columns else {}),
+        "caption_sets": store.caption_sets,
         "schema_version": store.manifest.schema_version,
         "groups": groups,
         **({"crops": crops.to_json()} if crops else {}),

@@ -10,6 +10,7 @@ from imagen_core.store import (
     ArrayGroup,
     EmbeddingGroup,
     Removal,
+    SetTextGroup,
     Store,
     StoreError,
     StoreFolder,
@@ -18,6 +19,8 @@ from imagen_core.store import (
     matching_rows,
     value_digest,
 )
+from imagen_core.store.files.shard import EmbeddingFile
+from imagen_core.store.read.reader import OpenShard
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.storage.record import shard_name
@@ -112,6 +115,7 @@ def _stored_in(
             **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
             **({"columns": dict(sample.columns)} if sample.columns else {}),
             "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
+            **({"caption_sets": sets} if (sets := _caption_sets(store, position, row)) else {}),
             "groups": _groups(store, position, row, sample.caption_ids),
             **_removal_of(removals, shard, row),
         }
@@ -134,9 +138,11 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
         entry = store.manifest.file(name, position)
         assert entry is not None
         rows = list(caption_ids) if isinstance(group, TextGroup) else [row]
+        if isinstance(group, SetTextGroup):
+            rows = files.caption_sets[group.caption_set].caption_ids(row)
         details: dict[str, object] = {"file": entry.path, "rows": rows}
         if isinstance(group, EmbeddingGroup):
-            opened = (files.text if isinstance(group, TextGroup) else files.image_embeds)[group.encoder]
+            opened = _opened(files, group)
             details |= {
                 "shapes": [[int(opened.num_tokens[i]), *group.token_shape] for i in rows],
                 "dtype": group.dtype,
@@ -147,6 +153,18 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
             details |= {"shapes": [list(shape)], "dtype": group.spec.dtype, "made_by": group.fingerprint.get("kind")}
         result[name] = details
     return result
+
+
+def _caption_sets(store: Store, position: int, row: int) -> dict[str, list[str]]:
+    """The captions of further sets."""
+    files = store.shard(position)
+    return {name: files.caption_sets[name].captions(row) for name in store.manifest.captions}
+
+
+def _opened(files: OpenShard, group: EmbeddingGroup) -> EmbeddingFile:
+    if isinstance(group, SetTextGroup):
+        return files.set_texts[group.encoder, group.caption_set]
+    return (files.text if isinstance(group, TextGroup) else files.image_embeds)[group.encoder]
 
 
 def _removal_of(removals: list[Removal], shard: int, row: int) -> dict[str, object]:
@@ -217,6 +235,8 @@ def _lines(entry: dict[str, Any]) -> list[str]:
         lines.append(f"  duplicate  {duplicate['reason']} of {of}")
     lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
     lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
+    for name, captions in entry.get("caption_sets", {}).items():
+        lines += [f"  caption of {name}  {caption!r}" for caption in captions] or [f"  no caption of {name}"]
     for name, group in entry["groups"].items():
         rows = ", ".join(map(str, group["rows"]))
         text = f"  {name:<10} {group['file']} row {rows}"

@@ -6,7 +6,7 @@ another run, but not an attacker. The sha256 in the manifest protects the files.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,11 @@ def array_digest(fingerprint: str, key: str, stored: np.ndarray) -> int:
     """The uint64 digest of a row of arrays: the maker's `fingerprint_digest`, the sample's key, and the array as
     stored, with the length of each axis."""
     return _digest(fingerprint.encode(), key.encode(), np.array(stored.shape, "<i4"), stored)
+
+
+def captions_digest(key: str, captions: Sequence[str]) -> int:
+    """The uint64 digest of a row of a further set of captions: the sample's key, and its captions of the set."""
+    return _digest(key.encode(), *(caption.encode() for caption in captions))
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:

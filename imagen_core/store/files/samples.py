@@ -144,12 +144,12 @@ class SamplesFile:
             columns = {name: table[name].combine_chunks() for name in table.column_names}
             self.num_rows: int = table.num_rows
             self._ids: list[int] = columns["caption_ids"].flatten().to_pylist()
-            self._first_id = _offsets(columns["caption_ids"])
-            self._first_caption = _offsets(columns["captions"])
-            self._captions = _Strings(columns["captions"].flatten())
-            self._keys, self._urls, self._sha256s = (_Strings(columns[name]) for name in ("key", "url", "sha256"))
+            self._first_id = list_offsets(columns["caption_ids"])
+            self._first_caption = list_offsets(columns["captions"])
+            self._captions = Strings(columns["captions"].flatten())
+            self._keys, self._urls, self._sha256s = (Strings(columns[name]) for name in ("key", "url", "sha256"))
             self._has_url: list[bool] = columns["url"].is_valid().to_pylist()
-            self._transcriptions = _Strings(columns["transcription"])
+            self._transcriptions = Strings(columns["transcription"])
             self._has_transcription: list[bool] = columns["transcription"].is_valid().to_pylist()
             boxes = columns["safebox"].to_pylist()
             self._safeboxes = [None if box is None else tuple(box) for box in boxes]
@@ -163,7 +163,7 @@ class SamplesFile:
         """The sample's key."""
         return self._keys[row]
 
-    def texts(self, name: str) -> "_Strings":
+    def texts(self, name: str) -> "Strings":
         """The column key, url ("" without one) or sha256; a value is decoded when it is accessed."""
         return {"key": self._keys, "url": self._urls, "sha256": self._sha256s}[name]
 
@@ -223,12 +223,12 @@ class SamplesFile:
         return SampleRow(key, tuple(captions), tuple(caption_ids), *others)
 
 
-def _offsets(lists: pa.ListArray) -> list[int]:
+def list_offsets(lists: pa.ListArray) -> list[int]:
     """Where each row's items start in the flattened column, and where the last row's end."""
     return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
 
 
-class _Strings:
+class Strings:
     """A column of strings in pyarrow's form: all bytes, and where each string starts."""
 
     def __init__(self, column: pa.StringArray) -> None:

@@ -11,6 +11,7 @@ import torch
 from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.buckets import Shape, ratios_of, shapes_difference
 from imagen_core.store.files.ragged import StoredEmbedding, restore
+from imagen_core.store.read.caption_choice import CaptionChoice, TakenCaption
 from imagen_core.store.read.crop import FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.reader import OpenShard, StoreReader
@@ -26,6 +27,7 @@ class Draw:
     Attributes:
         shard, row: where it is in its store.
         choice: a hash; `choice % n` is the caption that is taken of n.
+        set_choice: a hash of 64 bits by which the set of captions is chosen; unused where there is one.
         counter: decides the random numbers of its view.
         store: index of its store.
     """
@@ -35,12 +37,14 @@ class Draw:
     choice: int
     counter: int
     store: int = 0
+    set_choice: int = 0
 
 
 class BatchReader:
     """Reads what the options of a loader ask for, see `Loader` for the parts of a batch.
 
     Attributes:
+        has_caption_sets: whether a set of captions is to be chosen for each sample.
         ratios: height and width, in lowest terms, of the aspect-ratio buckets that a batch has one of; none where
             images are squares, or none are read.
     """
@@ -53,6 +57,8 @@ class BatchReader:
         """
         self._stores, self._options = stores, options
         self._view = options.crop or FullImage()
+        self._choices = [CaptionChoice(store, options) for store in stores] if options.reads_captions else []
+        self.has_caption_sets = any(choice.has_sets for choice in self._choices)
         self.ratios: tuple[Shape, ...] = ()
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         for store in reversed(stores):  # what describes the batch is taken of the first
@@ -99,10 +105,11 @@ class BatchReader:
         columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
         for store, shard, row, k in sorted((draw.store, draw.shard, draw.row, k) for k, draw in enumerate(draws)):
-            files, choice = self._stores[store].shard(shard), draws[k].choice
+            files, draw, taken = self._stores[store].shard(shard), draws[k], None
             keys[k] = files.samples.key(row)
-            if self._options.captions:
-                captions[k] = files.samples.caption(row, choice % len(files.samples.caption_ids(row)))
+            if self._choices:
+                taken = self._choices[store].take(files, row, draw.choice, draw.set_choice)
+                captions[k] = _caption(files, row, taken) if self._options.captions else ""
             if self._options.transcriptions:
                 transcriptions[k] = files.samples.transcription(row) or ""
             if self._options.labels:
@@ -112,7 +119,7 @@ class BatchReader:
             for size, box in boxes.items():
                 frame = layout[size]
                 pixels[size][k] = box.show(files.images[frame.stored_px].pixels(row), frame.shown)
-            rows[k] = self._embeddings(files, row, choice)
+            rows[k] = self._embeddings(files, row, taken)
             for name, values in columns.items():
                 values[k] = files.samples.kept(row, name)
             for name, values in arrays.items():
@@ -131,15 +138,13 @@ class BatchReader:
             batch["columns"] = {name: self._column(values, name) for name, values in columns.items()}
         return batch
 
-    def _embeddings(self, files: OpenShard, row: int, choice: int) -> dict[str, np.ndarray]:
+    def _embeddings(self, files: OpenShard, row: int, taken: TakenCaption | None) -> dict[str, np.ndarray]:
         """The embeddings of a sample that are asked for, by the part of the batch."""
         found: dict[str, np.ndarray] = {}
-        ids = files.samples.caption_ids(row) if self._text_group or self._text_embed_group else ()
-        if (group := self._text_group) is not None:
-            stored = files.text[group.encoder].stored(ids[choice % len(ids)], group.layers or None)
-            found["text"] = self._truncated(stored, group)
-        if (group := self._text_embed_group) is not None:
-            stored = files.text[group.encoder].stored(ids[choice % len(ids)])
+        if taken is not None and (group := self._text_group) is not None:
+            found["text"] = self._truncated(_stored(files, group.encoder, taken, group.layers), group)
+        if taken is not None and (group := self._text_embed_group) is not None:
+            stored = _stored(files, group.encoder, taken)
             found["text_embed"] = self._truncated(_one_vector(stored, group.name), group)
         if (group := self._embed_group) is not None:
             found["image_embed"] = self._truncated(files.image_embeds[group.encoder].stored(row), group)
@@ -224,6 +229,17 @@ def _with_layers(group: EmbeddingGroup | None, layers: Sequence[int]) -> Embeddi
         raise ValueError(f"text_layers are {list(layers)}, but no text is loaded; name its encoder as text")
     group.layer_places(layers)
     return replace(group, layers=tuple(layers))
+
+
+def _caption(files: OpenShard, row: int, taken: TakenCaption) -> str:
+    if taken.caption_set is None:
+        return files.samples.caption(row, taken.number)
+    return files.caption_sets[taken.caption_set].caption(row, taken.number)
+
+
+def _stored(files: OpenShard, encoder: str, taken: TakenCaption, layers: Sequence[int] = ()) -> StoredEmbedding:
+    file = files.text[encoder] if taken.caption_set is None else files.set_texts[encoder, taken.caption_set]
+    return file.stored(taken.id, layers or None)
 
 
 def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:

@@ -57,7 +57,8 @@ class Loader:
     after another. The order depends on the global batch size too.
 
     Captions. If a sample has several captions, one is taken by a hash of (seed, epoch, sample): the same
-    for any rank, world size and batch size.
+    for any rank, world size and batch size. Where the store has several sets of captions with weights, another such
+    hash chooses the set first, independently for each sample, among those sets of which the sample has a caption.
 
     Resume. A batch that was received counts as consumed. `state_dict` of any rank (all ranks having
     received as many batches) restores all of them, with any world size and batch size; with buckets and another
@@ -339,7 +340,11 @@ class Loader:
         hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
         at = [positions.start + k for k in kept]
         first = epoch * len(self._samples)
-        return [(p, Draw(*place, choice, first + p)) for p, place, choice in zip(at, places, hashes, strict=True)]
+        draws = [(p, Draw(*place, choice, first + p)) for p, place, choice in zip(at, places, hashes, strict=True)]
+        if not self._reader.has_caption_sets:
+            return draws
+        sets = choices(indices, derive_key(self._options.seed, epoch, CAPTION, 1))
+        return [(p, replace(draw, set_choice=choice)) for (p, draw), choice in zip(draws, sets, strict=True)]
 
     def _read(self, epoch: int, positions: range, shift: int) -> dict[str, Any]:
         """Reads of the next batch, again if the store was changed meanwhile, so that no erased sample is in it.

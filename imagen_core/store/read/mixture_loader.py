@@ -226,7 +226,7 @@ class MixtureLoader:
                 first = int(self._first[index] + numbers[places[0]])
                 for offset, draw in _stream(loader, first, first + len(places)):
                     place = int(places[offset])
-                    found[place] = Draw(draw.shard, draw.row, draw.choice, positions.start + place, index)
+                    found[place] = replace(draw, counter=positions.start + place, store=index)
         return [found[place] for place in sorted(found)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a loader reads, and in which order."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -27,6 +27,8 @@ class LoaderOptions:
         text_embed: text encoder of one vector per caption to load, of the same caption as `text`; None loads none.
         image_embed: image encoder to load; None loads no embeddings of images.
         captions: load the caption that `text` is, or would be, of.
+        caption_sets: weights of the sets of captions that captions are taken from, by name; None takes those of the
+            store.
         transcriptions: load the text written in the images.
         labels: load the images' classes.
         arrays: names of arrays to load that stages of other packages made; None loads none.
@@ -34,7 +36,7 @@ class LoaderOptions:
         where: condition of SQL on the columns of samples; only samples for which it is true are loaded, see
             `Store.where`. None loads all.
         max_tokens: truncate longer embeddings to this many tokens; None truncates none.
-        seed: decides the order and which of several captions is taken.
+        seed: decides the order, and which set and which of several captions is taken.
         rank, world_size: this process, and the number of processes that share each global batch.
         shuffle: False keeps the store's order in every epoch.
         drop_last: leave out the last global batch if it is not full.
@@ -69,6 +71,12 @@ class LoaderOptions:
     columns: Sequence[str] | None = None
     where: str | None = None
     text_layers: Sequence[int] | None = None
+    caption_sets: Mapping[str, float] | None = None
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether a caption is taken of each sample, or its embedding."""
+        return self.captions or self.text is not None or self.text_embed is not None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

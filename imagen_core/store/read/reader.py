@@ -14,6 +14,7 @@ import pyarrow as pa
 from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
+from imagen_core.store.files.captions import CaptionsFile
 from imagen_core.store.files.images import ImageFile, open_images
 from imagen_core.store.files.layers import OnFirstUse
 from imagen_core.store.files.samples import SamplesFile, read_columns
@@ -24,10 +25,18 @@ from imagen_core.store.manifest import Manifest
 from imagen_core.store.read.choice import chosen_rows, store_condition
 from imagen_core.store.read.generations import Generations
 from imagen_core.store.read.places import AllPlaces, ChosenPlaces, Places
-from imagen_core.store.records import ArrayGroup, EmbeddingGroup, ImageEmbedGroup, ImagesGroup, TextGroup
+from imagen_core.store.records import (
+    ArrayGroup,
+    EmbeddingGroup,
+    ImageEmbedGroup,
+    ImagesGroup,
+    SetTextGroup,
+    TextGroup,
+    caption_weights,
+)
 from imagen_core.store.removal_log import load_removals
 
-_FileT = TypeVar("_FileT", SamplesFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
+_FileT = TypeVar("_FileT", SamplesFile, CaptionsFile, ImageFile, EmbeddingFile, ArrayFile, pa.Table)
 _ROWS_AT_ONCE = 1 << 16
 _COLUMN_READERS = 16  # shards whose columns are read at the same time: files of a remote store take their time
 
@@ -38,6 +47,8 @@ class OpenShard:
     Attributes:
         images: the image file by size in pixels.
         text: the text file by encoder.
+        caption_sets: the file of captions by further set.
+        set_texts: the text file of a further set, by encoder and set.
         image_embeds: the file of image embeddings by encoder.
         arrays: the file of arrays by name.
     """
@@ -48,6 +59,12 @@ class OpenShard:
         self.images: dict[int, ImageFile] = OnFirstUse(self._open_images)
         self.text: dict[str, EmbeddingFile] = OnFirstUse(
             lambda encoder: self._open_embeddings(manifest.texts[encoder])
+        )
+        self.caption_sets: dict[str, CaptionsFile] = OnFirstUse(
+            lambda caption_set: self._file(manifest.captions[caption_set].name, CaptionsFile)
+        )
+        self.set_texts: dict[tuple[str, str], EmbeddingFile] = OnFirstUse(
+            lambda which: self._open_embeddings(manifest.set_texts[which])
         )
         self.image_embeds: dict[str, EmbeddingFile] = OnFirstUse(
             lambda encoder: self._open_embeddings(manifest.image_embeds[encoder])
@@ -120,6 +137,7 @@ class StoreReader:
         self._buckets: tuple[tuple[Shape, ...], np.ndarray] | None = None
         self._dtypes: dict[str, StoreDtype] = {encoder: group.dtype for encoder, group in manifest.texts.items()}
         self._embed_dtypes: dict[str, StoreDtype] = {e: group.dtype for e, group in manifest.image_embeds.items()}
+        self._caption_sets = caption_weights(manifest.header.get("captions", ()), manifest.captions)
         self._chosen: np.ndarray | None = None
         """Rows of all shards that conditions chose, bool; None without a condition."""
         self._places = self._places_without(manifest.excluded)
@@ -152,6 +170,12 @@ class StoreReader:
     def encoders(self) -> list[str]:
         """Names of the text encoders, sorted."""
         return list(self._dtypes)
+
+    @property
+    def caption_sets(self) -> dict[str, float]:
+        """The sets of captions by name, each with the weight that the source gave it: how often a loader takes its
+        captions. The first is that of `Sample.captions`, of which each sample has some."""
+        return dict(self._caption_sets)
 
     @property
     def image_encoders(self) -> list[str]:
@@ -294,6 +318,22 @@ class StoreReader:
         if encoder not in self._manifest.texts:
             raise ValueError(f"encoder {encoder!r} is not in the store; it has {self.encoders}")
         return self._manifest.texts[encoder]
+
+    def set_text_group(self, encoder: str, caption_set: str) -> SetTextGroup:
+        """The group of one encoder and further set of captions.
+
+        Raises:
+            ValueError: there is none, or not by the same encoder as the captions of `samples`.
+        """
+        group, first = self._manifest.set_texts.get((encoder, caption_set)), self.text_group(encoder)
+        if group is None:
+            raise ValueError(
+                f"caption set {caption_set!r} is not encoded by {encoder!r} in the store; run precompute with this "
+                "encoder and set, or give the set no weight"
+            )
+        if (group.dim, group.dtype, group.fingerprint) != (first.dim, first.dtype, first.fingerprint):
+            raise ValueError(f"{group.name} is not made as {first.name}; make it again, or give the set no weight")
+        return group
 
     def image_embed_group(self, encoder: str) -> ImageEmbedGroup:
         """The group of one image encoder; ValueError if there is none."""

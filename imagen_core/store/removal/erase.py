@@ -2,13 +2,14 @@
 
 Rows keep their places, so that row i is still the same sample in every group, caption ids stay the same, and every
 input row is still accounted for. An erased row has a blank key, no URL, NULL in kept columns, a black image, blank
-hashes, empty captions, and arrays of zeros, empty along axes whose length differs. Its width and height are 0, or in a
-store of aspect-ratio buckets the ratio of its bucket, on which the order of a loader depends. A caption that a
-remaining sample of the shard has too stays, with its embedding; all others become "" with no tokens.
+hashes, empty captions (of further sets only those that no other sample has), and arrays of zeros, empty along axes
+whose length differs. Its width and height are 0, or in a store of aspect-ratio buckets the ratio of its bucket, on
+which the order of a loader depends. A caption that a remaining sample of the shard has too stays, with its embedding;
+all others become "" with no tokens.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from imagen_core.store.buckets import Shape, choose_shape, ratios_of
 from imagen_core.store.errors import StoreError
 from imagen_core.store.files.arrays import open_array_writer, open_arrays
+from imagen_core.store.files.captions import CaptionsFile, RowCaptions, distinct_captions, write_captions
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.images import open_image_writer, open_images
 from imagen_core.store.files.samples import SamplesFile, write_samples
@@ -23,11 +25,13 @@ from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
 from imagen_core.store.records import (
     ArrayGroup,
+    CaptionsGroup,
     EmbeddingGroup,
     Group,
     HashesGroup,
     ImagesGroup,
     OtherGroup,
+    SetTextGroup,
     TextGroup,
 )
 from imagen_core.store.removal_log import blank_key
@@ -45,6 +49,8 @@ class ErasedShard:
         erased_ids: the ids of these captions.
         removed: the rows of removed samples.
         source: the `samples` file they were read from.
+        sets: the captions of each further set, erased likewise; a removed sample keeps those of its ids that no other
+            sample has.
     """
 
     samples: list[SampleRow]
@@ -52,14 +58,22 @@ class ErasedShard:
     erased_ids: frozenset[int]
     removed: frozenset[int]
     source: SamplesFile
+    sets: Mapping[str, Sequence[RowCaptions]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, index: int, source: SamplesFile, removed: Collection[int], shapes: Sequence[Shape] = ()
+        cls,
+        index: int,
+        source: SamplesFile,
+        removed: Collection[int],
+        shapes: Sequence[Shape] = (),
+        sets: Mapping[str, CaptionsFile] | None = None,
     ) -> "ErasedShard":
         """From the `samples` file of shard `index`, and its rows to erase; some may be erased already.
 
-        `shapes`: the aspect-ratio buckets of the store's images, of any size; none where they are squares.
+        Args:
+            shapes: the aspect-ratio buckets of the store's images, of any size; none where they are squares.
+            sets: the file of each further set of captions.
         """
         rows = [source.row(row) for row in range(source.num_rows)]
         pairs = [(i, c) for row in rows for i, c in zip(row.caption_ids, row.captions, strict=True)]
@@ -70,7 +84,8 @@ class ErasedShard:
             for number, row in enumerate(rows)
         ]
         captions = [caption_of[i] for i in range(len(caption_of))]
-        return cls(samples, captions, frozenset(caption_of.keys() - alive), frozenset(removed), source)
+        erased = {name: _erased_captions(file.rows(), removed) for name, file in (sets or {}).items()}
+        return cls(samples, captions, frozenset(caption_of.keys() - alive), frozenset(removed), source, erased)
 
     def write(self, group: Group, old: str, new: Path) -> int:
         """Rewrite the group's file `old` as `new`; returns its number of rows. A failure removes `new`.
@@ -80,9 +95,10 @@ class ErasedShard:
         """
         if isinstance(group, ImagesGroup):
             self._write_images(group, old, new)
+        elif isinstance(group, CaptionsGroup):
+            write_captions(new, [sample.key for sample in self.samples], self.sets[group.caption_set])
         elif isinstance(group, EmbeddingGroup):
-            self._write_embeddings(group, old, new)
-            return len(self.captions) if isinstance(group, TextGroup) else len(self.samples)
+            return self._write_embeddings(group, old, new)
         elif isinstance(group, ArrayGroup):
             self._write_arrays(group, old, new)
         elif isinstance(group, HashesGroup):
@@ -119,11 +135,15 @@ class ErasedShard:
         rows = [blank if row in self.removed else hashes.row(row) for row in range(hashes.num_rows)]
         write_hashes(new, group, rows, [(sample.key, sample.sha256) for sample in self.samples])
 
-    def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> None:
+    def _write_embeddings(self, group: EmbeddingGroup, old: str, new: Path) -> int:
         file = open_embeddings(old, old, group)
-        of_captions = isinstance(group, TextGroup)
-        names = self.captions if of_captions else [sample.key for sample in self.samples]
-        erased = self.erased_ids if of_captions else self.removed
+        of_captions = isinstance(group, TextGroup | SetTextGroup)
+        if isinstance(group, SetTextGroup):
+            names = distinct_captions(self.sets[group.caption_set])
+            erased = frozenset(i for i, caption in enumerate(names) if not caption)
+        else:
+            names = self.captions if of_captions else [sample.key for sample in self.samples]
+            erased = self.erased_ids if of_captions else self.removed
         blank = group.blank(0 if of_captions else 1)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
         write_embedding_shard(
@@ -138,6 +158,16 @@ class ErasedShard:
             layers=group.layers,
             num_scales=group.num_scales,
         )
+        return len(names)
+
+
+def _erased_captions(rows: Sequence[RowCaptions], removed: Collection[int]) -> list[RowCaptions]:
+    alive = {i for number, row in enumerate(rows) if number not in removed for i in row.ids}
+    left = [tuple(i for i in row.ids if i not in alive) for row in rows]
+    return [
+        RowCaptions(("",) * len(left[number]), left[number]) if number in removed else row
+        for number, row in enumerate(rows)
+    ]
 
 
 def _blank(

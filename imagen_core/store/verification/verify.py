@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from imagen_core.files import file_digest
 from imagen_core.store.errors import ManifestError, StoreError
 from imagen_core.store.files.arrays import array_problem, open_arrays
-from imagen_core.store.files.digest import array_digest, caption_digest, fingerprint_digest, image_digest
+from imagen_core.store.files.captions import CaptionsFile, caption_ids_problem, distinct_captions
+from imagen_core.store.files.digest import (
+    array_digest,
+    caption_digest,
+    captions_digest,
+    fingerprint_digest,
+    image_digest,
+)
 from imagen_core.store.files.hashes import HashesFile
 from imagen_core.store.files.images import open_images
 from imagen_core.store.files.null import parse_null
@@ -25,17 +31,20 @@ from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.records import (
     ArrayGroup,
+    CaptionsGroup,
     EmbeddingGroup,
     FileEntry,
     HashesGroup,
     ImageEmbedGroup,
     ImagesGroup,
     OtherGroup,
+    SetTextGroup,
     ShardEntry,
     TextGroup,
 )
 from imagen_core.store.removal_log import REMOVAL_HEAD, removal_path
 from imagen_core.store.verification.coverage import Coverage
+from imagen_core.store.verification.files import FileChecks
 from imagen_core.store.verification.report import Problem, VerifyReport
 from imagen_core.store.verification.shard_rows import ShardRows
 from imagen_core.store.verification.unique_keys import UniqueKeys
@@ -97,7 +106,7 @@ def verify_store(
     return report
 
 
-class _Check:
+class _Check(FileChecks):
     def __init__(
         self,
         folder: StoreFolder,
@@ -106,10 +115,8 @@ class _Check:
         on_file: Callable[[str, int], None] | None,
         scratch: Path,
     ) -> None:
-        self._folder, self._manifest, self._report, self._on_file = folder, manifest, report, on_file
-        self._scratch = scratch
-        self._copies: dict[str, Path] = {}
-        """Of a remote store: the files of the shard, so that each is fetched once, and what was compared is read."""
+        super().__init__(folder, report, on_file, scratch)
+        self._manifest = manifest
         self._keys = UniqueKeys()
         self._coverage = Coverage(manifest)
         self._fingerprints = {
@@ -120,19 +127,15 @@ class _Check:
         self._has_digests = manifest.schema_version >= SCHEMA_VERSION
         self._saw_all_samples = True
 
-    def count(self, name: str, size_bytes: int) -> None:
-        self._report.files_checked += 1
-        self._report.bytes_checked += size_bytes
-        if self._on_file:
-            self._on_file(name, size_bytes)
-
-    def _bad(self, name: str, message: str) -> None:
-        self._report.problems.append(Problem(name, message))
-
     def shard(self, shard: ShardEntry) -> None:
         """Check a shard's files: bytes first, and contents only where the bytes are right."""
         intact = {name: self._bytes(entry) for name, entry in shard.files.items()}
         rows = self._samples(shard, shard.files[SAMPLES_GROUP]) if intact.get(SAMPLES_GROUP) else None
+        sets = {
+            group.caption_set: self._captions(shard.files[group.name], group, rows)
+            for group in self._manifest.captions.values()
+            if intact.get(group.name)
+        }
         self._saw_all_samples &= rows is not None or SAMPLES_GROUP not in shard.files
         for name, entry in shard.files.items():
             if not intact[name]:
@@ -146,6 +149,9 @@ class _Check:
                 elif isinstance(group, TextGroup):
                     names, ignored = (rows.captions, rows.removed_ids) if rows else (None, ())
                     self._embeddings(entry, group, names, "distinct captions", ignored)
+                elif isinstance(group, SetTextGroup):
+                    names, ignored = sets.get(group.caption_set) or (None, ())
+                    self._embeddings(entry, group, names, "distinct captions of the set", ignored)
                 elif isinstance(group, ImageEmbedGroup):
                     names, ignored = (rows.keys, rows.removed) if rows else (None, ())
                     self._embeddings(entry, group, names, "rows", ignored)
@@ -153,48 +159,7 @@ class _Check:
                     self._arrays(entry, group, rows)
             except StoreError as error:
                 self._bad(entry.path, str(error))
-        while self._copies:
-            self._copies.popitem()[1].unlink()
-
-    def _source(self, entry: FileEntry) -> Any:
-        copy = self._copies.get(entry.path)
-        return self._folder.source(entry.path) if copy is None else str(copy)
-
-    def _content(self, entry: FileEntry) -> bytes:
-        copy = self._copies.get(entry.path)
-        return self._folder.read_bytes(entry.path) if copy is None else copy.read_bytes()
-
-    def _size_and_digest(self, entry: FileEntry) -> tuple[int, str]:
-        """Raises FileNotFoundError or NotADirectoryError if there is no such file."""
-        path = Path(self._folder.path(entry.path))
-        if not self._folder.is_local:
-            path = self._scratch / f"{len(self._copies)}-{path.name}"
-            self._folder.fetch(entry, path)
-            self._copies[entry.path] = path
-        return path.stat().st_size, file_digest(path)
-
-    def _bytes(self, entry: FileEntry) -> bool:
-        try:
-            size, digest = self._size_and_digest(entry)
-        except (FileNotFoundError, NotADirectoryError):
-            self._bad(entry.path, "missing")
-            return False
-        except StoreError as error:
-            self._bad(entry.path, str(error))
-            return False
-        self.count(entry.path, size)
-        if size != entry.bytes:
-            self._bad(entry.path, f"{size} bytes, the manifest says {entry.bytes}")
-        elif digest != entry.sha256:
-            self._bad(entry.path, f"sha256 {digest}, the manifest says {entry.sha256}")
-        else:
-            return True
-        return False
-
-    def _count_rows(self, entry: FileEntry, found: int) -> bool:
-        if found != entry.rows:
-            self._bad(entry.path, f"{found} rows, the manifest says {entry.rows}")
-        return found == entry.rows
+        self._drop_copies()
 
     def _samples(self, shard: ShardEntry, entry: FileEntry) -> ShardRows | None:
         """Check a samples file, record its keys and count its input rows; None if it cannot be read."""
@@ -236,6 +201,27 @@ class _Check:
         if rows is not None and (wrong := rows.wrong_shapes(images)):
             self._bad(entry.path, wrong)
         self._compare_rows(entry, group, images.num_rows, images.stored, "images", rows)
+
+    def _captions(
+        self, entry: FileEntry, group: CaptionsGroup, rows: ShardRows | None
+    ) -> tuple[list[str], frozenset[int]] | None:
+        """Check the captions of a further set: the distinct ones, and the ids that only removed samples have; None if
+        these are not known."""
+        try:
+            found = CaptionsFile(self._source(entry), entry.path).rows()
+        except StoreError as error:
+            self._bad(entry.path, str(error))
+            return None
+        if not self._count_rows(entry, len(found)) or rows is None:
+            return None
+        if wrong := caption_ids_problem(found):
+            self._bad(entry.path, wrong)
+            return None
+        digests = (captions_digest(key, row.captions) for key, row in zip(rows.keys, found, strict=False))
+        self._compare_digests(entry, group, digests, rows.keys, "rows do not belong to their samples", rows.removed)
+        alive = {i for place, row in enumerate(found) if place not in rows.removed for i in row.ids}
+        captions = distinct_captions(found)
+        return captions, frozenset(range(len(captions))) - alive
 
     def _hashes(self, entry: FileEntry, group: HashesGroup, rows: ShardRows | None) -> None:
         hashes = HashesFile(self._source(entry), entry.path, group)
@@ -281,7 +267,7 @@ class _Check:
             )
         else:
             found = (caption_digest(encoder, name, text.stored(i)) for i, name in enumerate(names))
-            whose = "captions" if isinstance(group, TextGroup) else "samples"
+            whose = "samples" if isinstance(group, ImageEmbedGroup) else "captions"
             self._compare_digests(entry, group, found, names, f"embeddings do not belong to their {whose}", ignored)
 
     def _arrays(self, entry: FileEntry, group: ArrayGroup, rows: ShardRows | None) -> None:
@@ -305,7 +291,7 @@ class _Check:
     def _compare_digests(
         self,
         entry: FileEntry,
-        group: ImagesGroup | EmbeddingGroup | ArrayGroup | HashesGroup,
+        group: ImagesGroup | EmbeddingGroup | ArrayGroup | HashesGroup | CaptionsGroup,
         found: Iterator[int],
         names: Sequence[str],
         wrong: str,

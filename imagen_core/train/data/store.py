@@ -22,6 +22,7 @@ from imagen_core.store import (
 )
 from imagen_core.store.buckets import Shape, ratios_of, scaled, shapes_difference
 from imagen_core.store.errors import ADVICE
+from imagen_core.store.read.caption_choice import CaptionChoice
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.mixture_loader import MixtureLoader
 from imagen_core.store.read.options import LoaderOptions
@@ -74,6 +75,7 @@ def open_store(
     _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
     if text is not None:
         _check_layers(store.text_group(text), config, f"{where}.num_text_layers")
+    _check_caption_sets(store, config, online=online)
     _check_one_vector(store, config.text_embed)
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
@@ -216,6 +218,16 @@ def _check_layers(group: EmbeddingGroup, config: TrainConfig, option: str) -> No
         raise TrainError(
             f"{option} is {wanted or 'null'}, but the store {config.store} {has} of {group.encoder!r}; {remedy}"
         )
+
+
+def _check_caption_sets(store: Store, config: TrainConfig, *, online: bool) -> None:
+    """Refuses sets of captions that the store lacks, or that were not encoded."""
+    encoders = (None if online else config.text, config.text_embed)
+    text, text_embed = (encoder if encoder in store.encoders else None for encoder in encoders)  # or refused by name
+    try:
+        CaptionChoice(store, LoaderOptions(1, text=text, text_embed=text_embed, caption_sets=config.captions))
+    except ValueError as error:
+        raise TrainError(f"captions: store {config.store}: {error}") from error
 
 
 def _check_one_vector(store: Store, encoder: str | None) -> None:

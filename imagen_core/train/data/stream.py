@@ -117,6 +117,7 @@ def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> Loa
         max_tokens=config.max_tokens,
         transcriptions=config.transcription is not None,
         labels=config.num_classes is not None,
+        caption_sets=config.captions,
     )
 
 

@@ -71,6 +71,14 @@ def captions_of(record: Mapping[str, Any], column: str | None) -> list[str]:
     return list(_texts(value_at(record, column), column))
 
 
+def caption_cell(record: Mapping[str, Any], column: str) -> list[str] | None:
+    """The captions in a record, or None where there is something else."""
+    try:
+        return captions_of(record, column)
+    except BadCell:
+        return None
+
+
 def text_of(record: Mapping[str, Any], column: str | None) -> str | None:
     """The text of a cell; bytes are read as UTF-8. None for NULL and NaN.
 

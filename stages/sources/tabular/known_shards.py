@@ -123,7 +123,7 @@ class KnownShards:
         return None if tag is None else [0, [str(tag), info.get("size")]]
 
     def _shard(self, index: int, line: Any, parts: Sequence[InputPart]) -> Shard:
-        found, num_rows, near, spans, repeated = line
+        found, num_rows, near, spans, repeated, *cells = line
         named = [(parts[place], span) for place, *span in spans]
         rows = TableRange(
             self.source,
@@ -131,7 +131,7 @@ class KnownShards:
             tuple(repeated),
             bool(near),
         )
-        return Shard.of_range(index, rows, found, num_rows, files_of(part for part, _ in named))
+        return Shard.of_range(index, rows, found, num_rows, files_of(part for part, _ in named), *cells)
 
 
 def _line(shard: Shard, rows: TableRange, places: Mapping[str, Sequence[tuple[int, int]]]) -> list[Any]:
@@ -140,4 +140,5 @@ def _line(shard: Shard, rows: TableRange, places: Mapping[str, Sequence[tuple[in
         begins = places[span.path]
         _, place = begins[bisect_right(begins, span.first, key=itemgetter(0)) - 1]
         spans.append([place, span.first, span.rows, span.number])
-    return [shard.digest, shard.num_rows, rows.near, spans, list(rows.repeated)]
+    cells = [dict(shard.cell_digests)] if shard.cell_digests else []
+    return [shard.digest, shard.num_rows, rows.near, spans, list(rows.repeated), *cells]

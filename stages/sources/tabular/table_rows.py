@@ -1,8 +1,8 @@
 """Sources whose rows are those of tables: the driver reads columns; a shard is a range of rows and their digest."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
@@ -63,6 +63,8 @@ class Block:
     """Where the rows are among those of the file from `first` on, if `where` left some out; increasing."""
     filtered: int = 0
     """How many rows `where` left out."""
+    cells: Mapping[str, RowTexts] = field(default_factory=dict)
+    """The cells of further columns in the same rows, see `Shard.cells`."""
 
     def place(self, row: int) -> int:
         """Which of the rows of the file from `first` on a row of the block is."""
@@ -92,14 +94,15 @@ class TableRange:
     """Positions in the shard of rows that repeat a key."""
     near: bool
 
-    def read(self) -> bytes:
-        marks, pieces = _KnownMarks(self.repeated), []
+    def read(self) -> tuple[bytes, dict[str, bytes]]:
+        marks = _KnownMarks(self.repeated)
+        pieces: list[tuple[Block, int, int]] = []
         with self.source.reaching():
             for span in self.spans:
                 part = InputPart(span.path, name=span.name, first=span.first, rows=span.rows)
                 blocks = self.source.blocks([part], marks, span.number)
-                pieces += [block.texts.between(0, block.texts.num_rows) for block in blocks]
-        return list_text(pieces)
+                pieces += [(block, 0, block.texts.num_rows) for block in blocks]
+        return _text_of(pieces), _cells_of(pieces)
 
 
 class TableSource(Source):
@@ -204,14 +207,16 @@ class TableSource(Source):
             yield block
 
     def _shard(self, index: int, pieces: Sequence[tuple[Block, int, int]]) -> tuple[Shard, TableRange]:
-        text = list_text(block.texts.between(first, end) for block, first, end in pieces)
+        text, cells = _text_of(pieces), _cells_of(pieces)
         num_rows = sum(end - first for _, first, end in pieces)
         files = files_of(block.part for block, _, _ in pieces)
-        shard = Shard.of_text(index, text, num_rows, files)
+        shard = Shard.of_text(index, text, num_rows, files, cells)
         spans = tuple(_span(*piece) for piece in pieces)
         near = all(block.near for block, _, _ in pieces)
         rows = TableRange(self, spans, repeated_of(pieces), near)
-        return (Shard.of_range(index, rows, shard.digest, num_rows, files) if near else shard), rows
+        if near:
+            shard = Shard.of_range(index, rows, shard.digest, num_rows, files, shard.cell_digests)
+        return shard, rows
 
 
 def kept_of(chunk: Chunk | range, row_filter: "RowFilter | None") -> tuple[Chunk, np.ndarray]:
@@ -224,6 +229,19 @@ def kept_of(chunk: Chunk | range, row_filter: "RowFilter | None") -> tuple[Chunk
     if isinstance(chunk, list):
         return [chunk[place] for place in places], places
     return (chunk if len(places) == len(chunk) else chunk.take(pa.array(places))), places
+
+
+def _text_of(pieces: Sequence[tuple[Block, int, int]]) -> bytes:
+    return list_text(block.texts.between(first, end) for block, first, end in pieces)
+
+
+def _cells_of(pieces: Sequence[tuple[Block, int, int]]) -> dict[str, bytes]:
+    """By column the cells of a shard, as the canonical JSON of a list."""
+    columns = pieces[0][0].cells if pieces else ()
+    return {
+        column: list_text(block.cells[column].between(first, end) for block, first, end in pieces)
+        for column in columns
+    }
 
 
 def _span(block: Block, first: int, end: int) -> Span:

@@ -70,9 +70,17 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
-        "captions": {name: caption_tokens(store, name) for name in store.encoders},
+        "captions": _caption_tokens(store),
         "images": image_grid(store, _NUM_IMAGES),
     }
+
+
+def _caption_tokens(store: Store) -> dict[str, list[int]]:
+    """Token counts by encoder, and by encoder and further set of captions."""
+    first = next(iter(store.caption_sets))
+    counts = {name: caption_tokens(store, name, first) for name in store.encoders}
+    sets = store.manifest.set_texts
+    return counts | {f"{name}, {of}": caption_tokens(store, name, of) for name, of in sets if name in counts}
 
 
 def _drops(summary: dict[str, Any] | None) -> list[dict[str, object]]:

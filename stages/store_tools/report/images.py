@@ -18,10 +18,14 @@ def image_grid(store: Store, count: int) -> list[dict[str, object]]:
     uncropped."""
     indices = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int) if len(store) else []
     samples = (store[int(index)] for index in indices)
+    further = list(store.caption_sets)[1:]
     return [
         {
             "key": sample.key,
-            "captions": list(sample.captions),
+            "captions": [
+                *sample.captions,
+                *(f"{name}: {caption}" for name in further for caption in sample.caption_sets[name]),
+            ],
             "columns": sample.columns,
             "images": [
                 {"width_px": width, "height_px": height, "url": _png_url(sample.images[size])}
@@ -34,10 +38,11 @@ def image_grid(store: Store, count: int) -> list[dict[str, object]]:
     ]
 
 
-def caption_tokens(store: Store, encoder: str) -> list[int]:
-    """Token counts of captions, from up to some thousands of samples in random order."""
+def caption_tokens(store: Store, encoder: str, caption_set: str) -> list[int]:
+    """Token counts of captions of a set, from up to some thousands of samples in random order; those without one have
+    a caption of the first set."""
     counts: list[int] = []
-    for batch in store.loader(batch_size=64, text=encoder, max_tokens=None, seed=0):
+    for batch in store.loader(batch_size=64, text=encoder, max_tokens=None, seed=0, caption_sets={caption_set: 1.0}):
         counts += batch["text_mask"].sum(dim=1).tolist()
         if len(counts) >= _MAX_COUNTED_CAPTIONS:
             break
