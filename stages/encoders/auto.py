@@ -31,6 +31,7 @@ class AutoEncoderConfig(RecipeConfig):
         return _text_part(hf_config(files)).num_hidden_layers
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
+        from stages.encoders.packed_decoder import PackedDecoder, is_packable
         from stages.encoders.padded import PaddedModel
 
         config = hf_config(files)
@@ -41,7 +42,10 @@ class AutoEncoderConfig(RecipeConfig):
             model = model.get_encoder()
         elif _has_text_tower(config):
             model = model.language_model
-        return PaddedModel(model, self.output, self.states(model, _text_part(config).num_hidden_layers))
+        states = self.states(model, _text_part(config).num_hidden_layers)
+        if is_packable(model):
+            return PackedDecoder(model, self.output, states)
+        return PaddedModel(model, self.output, states)
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         from stages.encoders.padded import count_flops

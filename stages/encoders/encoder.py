@@ -4,14 +4,14 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, ImageModelConfig, reading
 from stages.encoders.batches.batching import token_budget_batches
 from stages.encoders.batches.memory import run_batches
-from stages.encoders.batches.model_input import ModelInput
+from stages.encoders.batches.model_input import ModelInput, common_start
 from stages.encoders.batches.tokens import load_tokenizer, unknown_id
 from stages.encoders.loading import place
 from stages.encoders.model_files import ModelFiles
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 4096, 16384
+_DIFFERENT_CAPTIONS = ("a", "Z", "3", '"')
+"""What all of them begin with is of the template. A caption that does not begin with it is encoded whole."""
+_LEAST_SHARED = 16
+"""Tokens from which on it is worth it to run them once."""
 
 
 class TextEncoder:
@@ -42,6 +46,23 @@ class TextEncoder:
         self.tokens_per_batch = config.tokens_per_batch or default
         self._unknown_id = unknown_id(self.tokenizer)
         self._tokenizing, self._computing = threading.Lock(), threading.Lock()
+        self._shared_ids: list[int] = []
+        self._shared_states: FloatArray | None = None
+        self._share()
+
+    def _share(self) -> None:
+        """Runs the tokens that all captions begin with, once and for all, where the model can go on behind them."""
+        share = getattr(self.model, "share", None)
+        if share is None:
+            return
+        found = common_start(each.ids for each in self.read(_DIFFERENT_CAPTIONS)[0] if each.ids)
+        if len(found) < _LEAST_SHARED:
+            return
+        import torch
+
+        with torch.inference_mode():
+            self._shared_states = share(torch.tensor(found, device=self.device)).float().cpu().numpy()
+        self._shared_ids = found
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.
@@ -55,7 +76,8 @@ class TextEncoder:
         """
         with self._tokenizing:
             inputs, num_truncated = self.read(captions)
-        lengths = [len(each.ids) for each in inputs]
+        shared = [len(self._shared_ids) if each.begins_with(self._shared_ids) else 0 for each in inputs]
+        lengths = [len(each.ids) - start for each, start in zip(inputs, shared, strict=True)]
 
         def split(rest: Sequence[int], budget: int) -> list[list[int]]:
             batches = token_budget_batches([lengths[i] for i in rest], budget, padded=self.model.padded)
@@ -68,7 +90,7 @@ class TextEncoder:
                 [i for i, length in enumerate(lengths) if length],
                 self.tokens_per_batch,
                 split,
-                lambda batch: self._forward([inputs[i] for i in batch]),
+                lambda batch: self._forward([inputs[i] for i in batch], [shared[i] for i in batch]),
             )
             self.tokens_per_batch = batches.limit
             self._wait()
@@ -77,7 +99,8 @@ class TextEncoder:
         for batch, rows in batches.results:
             ends = np.cumsum([1 if self.model.pooled else lengths[i] for i in batch])
             for index, values in zip(batch, np.split(rows.numpy(), ends[:-1]), strict=True):
-                embeddings[index] = values if self.model.pooled else inputs[index].kept(values)
+                before = self._shared_states if shared[index] else None
+                embeddings[index] = values if self.model.pooled else inputs[index].kept(values, before)
         return Encoded(embeddings, num_truncated, waited_s, batches.halvings, self._num_unknown(inputs))
 
     def _num_unknown(self, inputs: Sequence[ModelInput]) -> int:
@@ -86,17 +109,24 @@ class TextEncoder:
         counts = [each.ids.count(self._unknown_id) for each in inputs]
         return sum(count > 0 for count in counts) if self.model.pooled else sum(counts)
 
-    def _forward(self, inputs: Sequence[ModelInput]) -> "Tensor":
-        """One batch: float32 (rows, dim) on the CPU; the copy from a GPU may not be complete yet."""
+    def _forward(self, inputs: Sequence[ModelInput], shared: Sequence[int]) -> "Tensor":
+        """One batch: float32 (rows, dim) on the CPU; the copy from a GPU may not be complete yet.
+
+        Args:
+            shared: how many first tokens of each caption have been run before; they have no rows.
+        """
         import torch
 
         on_gpu = self.device.type == "cuda"
-        tokens = [token for each in inputs for token in each.ids]
+        own = [each.ids[start:] for each, start in zip(inputs, shared, strict=True)]
+        tokens = [token for ids in own for token in ids]
         ids = torch.tensor(tokens, dtype=torch.long, pin_memory=on_gpu).to(self.device, non_blocking=True)
         masked = [each.masked for each in inputs]
-        options = {"masked": masked} if any(start < stop for start, stop in masked) else {}
+        options: dict[str, Any] = {"masked": masked} if any(start < stop for start, stop in masked) else {}
+        if any(shared):
+            options["shares"] = [start > 0 for start in shared]
         with torch.inference_mode():
-            states = self.model(ids, [len(each.ids) for each in inputs], **options).float()
+            states = self.model(ids, [len(each) for each in own], **options).float()
             if not on_gpu:
                 return states
             copied = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)

@@ -1,8 +1,9 @@
 """Runs any encoder of transformers on batches padded to their longest caption."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -43,17 +44,33 @@ class PaddedModel:
             starts, stops = torch.tensor(masked, device=ids.device).T[:, :, None]
             attended = own & ~((places >= starts) & (places < stops))
             if any(start < stop < length for (start, stop), length in zip(masked, lengths, strict=True)):
-                options["position_ids"] = (attended.long().cumsum(-1) - 1).clamp(min=0)
-        inputs = {"input_ids": batch, "attention_mask": attended.long(), "return_dict": True, **options}
-        if self._states is not None:
-            return self._states.run(**inputs)[own]
-        result = self._model(**inputs, output_hidden_states=self._output == "penultimate")
-        if self._output == "pooled":
-            return result.pooler_output
-        if self._output == "projected":
-            return result.text_embeds
-        states = result.hidden_states[-2] if self._output == "penultimate" else result.last_hidden_state
-        return states[own]
+                positions = [torch.from_numpy(token_positions(*each)) for each in zip(lengths, masked, strict=True)]
+                options["position_ids"] = pad_sequence(positions, batch_first=True).to(ids.device)
+        inputs = {"input_ids": batch, "attention_mask": attended.long(), **options}
+        if self.pooled:
+            result = self._model(**inputs, return_dict=True)
+            return result.pooler_output if self._output == "pooled" else result.text_embeds
+        return run_model(self._model, self._output, self._states, inputs)[own]
+
+
+def run_model(model: Any, output: str, states: LayerStates | None, inputs: Mapping[str, Any]) -> Tensor:
+    """(batch, length, dim): the states of chosen layers, or as `output` says `last_hidden_state` or `penultimate`."""
+    if states is not None:
+        return states.run(**inputs, return_dict=True)
+    result = model(**inputs, return_dict=True, output_hidden_states=output == "penultimate")
+    return result.hidden_states[-2] if output == "penultimate" else result.last_hidden_state
+
+
+def token_positions(length: int, masked: tuple[int, int]) -> np.ndarray:
+    """int64 (length,): the positions of a caption's tokens, some of which are masked.
+
+    Where text follows masked places, positions count the tokens that are attended to.
+    """
+    places = np.arange(length)
+    start, stop = masked
+    if not start < stop < length:
+        return places
+    return np.where(places < start, places, np.maximum(places - (stop - start), max(0, start - 1)))
 
 
 def count_flops(model_class: Any, config: Any, lengths: Sequence[int], text: Any = None) -> float:

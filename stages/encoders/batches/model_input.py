@@ -1,7 +1,8 @@
 """What a model reads for each caption, and which of its rows are stored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -31,12 +32,33 @@ class ModelInput:
             return 0
         return self.zeros_before + self.head + len(self.ids) - self.start - self.tail + self.zeros_after
 
-    def kept(self, states: np.ndarray) -> np.ndarray:
-        """float (len(ids), dim) -> (num_rows, dim)."""
-        if not (self.start or self.tail or self.zeros_before or self.zeros_after):
+    def begins_with(self, shared: Sequence[int]) -> bool:
+        """Whether these tokens come first, before others, and are attended to."""
+        count, (start, stop) = len(shared), self.masked
+        apart = start == stop or start >= count
+        return len(self.ids) > count and apart and self.ids[:count] == list(shared)
+
+    def kept(self, states: np.ndarray, shared: np.ndarray | None = None) -> np.ndarray:
+        """float (len(ids), dim) -> (num_rows, dim).
+
+        Args:
+            shared: float (n, dim), the states of the first tokens, if `states` has those of the others only.
+        """
+        shared = states[:0] if shared is None else shared
+        count, end = len(shared), len(shared) + len(states) - self.tail
+        if not (count or self.start or self.tail or self.zeros_before or self.zeros_after):
             return states
         before, after = (np.zeros((n, states.shape[1]), states.dtype) for n in (self.zeros_before, self.zeros_after))
-        return np.concatenate([before, states[: self.head], states[self.start : len(states) - self.tail], after])
+        head, rest = (
+            (shared[start:stop], states[max(0, start - count) : max(0, stop - count)])
+            for start, stop in ((0, self.head), (self.start, end))
+        )
+        return np.concatenate([before, *head, *rest, after])
+
+
+def common_start(all_ids: Iterable[Sequence[int]]) -> list[int]:
+    """The tokens that all of them begin with; none of no texts."""
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*all_ids, strict=False))]
 
 
 CaptionReader = Callable[[Sequence[str]], tuple[list[ModelInput], int]]
