@@ -196,6 +196,7 @@ def cost(command: list[str], checkout: Path, printed: str = "") -> dict[str, flo
         SystemExit: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled modules, as installed packages have them
     began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -69,6 +69,9 @@ class _SimulatedRun(RunFolder):
         self.shards = shards
         self.digests = plan.digests
 
+    def recorded_shards(self, group: str) -> Iterator[int]:
+        return (index for index, shard in enumerate(self.shards) if group not in shard.needs)
+
     def read_record(self, group: str, shard: str) -> Record | None:
         simulated = self.shards[int(shard)]
         if group in simulated.needs:

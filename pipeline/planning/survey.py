@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from pipeline.engine.state import RunState
 from pipeline.plan import Plan
-from pipeline.stage import Shard, Workload
+from pipeline.stage import Shard, Stage, Workload
 
 _SAMPLE_ROWS = 4096
 _LEAST_SAMPLES = 4
@@ -97,13 +97,14 @@ class Counted:
 
 def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
     """Work by stage, of the stages that can count it from captions."""
-    if plan.captions is None or not samples:
+    counting = [stage for stage in plan.stages if type(stage).workload is not Stage.workload]
+    if plan.captions is None or not samples or not counting:
         return {}
     rows = sum(shard.num_rows for shard in samples)
     further = plan.further_captions or (lambda shard: {})
     captions = [(plan.captions(shard), further(shard)) for shard in samples]
     result: dict[str, Counted] = {}
-    for stage in plan.stages:
+    for stage in counting:
         work = [done for texts in captions if (done := stage.workload(*texts)) is not None]
         if work:
             result[stage.name] = _average(work, rows)

@@ -208,7 +208,8 @@ def _group_chunks(
     table: "pq.ParquetFile", names: list[str], groups: list[int], row_filter: "RowFilter | None"
 ) -> Iterator[Chunk | range]:
     if row_filter is None:
-        yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=groups)
+        for some in _together(table.metadata, groups):
+            yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=some)
         return
     may_match = row_filter.may_match(table, groups)
     for is_read, together in groupby(groups, key=may_match.__contains__):
@@ -220,6 +221,21 @@ def _group_chunks(
                 yield from table.iter_batches(batch_size=_COLUMN_ROWS, columns=names, row_groups=[group])
             else:
                 yield range(table.metadata.row_group(group).num_rows)
+
+
+def _together(metadata: "pq.FileMetaData", groups: Sequence[int]) -> Iterator[list[int]]:
+    """Consecutive row groups with not many rows in all: pyarrow holds what it has read of all that it is told."""
+    some: list[int] = []
+    rows = 0
+    for group in groups:
+        size = metadata.row_group(group).num_rows
+        if some and rows + size > _MAX_AHEAD_ROWS:
+            yield some
+            some, rows = [], 0
+        some.append(group)
+        rows += size
+    if some:
+        yield some
 
 
 def _has_kept(table: "pq.ParquetFile", names: list[str], group: int, row_filter: "RowFilter") -> bool:

@@ -106,12 +106,17 @@ class _Blocks:
 
 def count_lines(block: bytes) -> int:
     """How many lines some whole lines are; the last one may have no end."""
-    return block.count(b"\n") + (block != b"" and not block.endswith(b"\n"))
+    return _count(block, _LF) + (block != b"" and not block.endswith(b"\n"))
+
+
+def _count(block: bytes, byte: int) -> int:
+    """How often a byte is there, in a tenth of the time of `bytes.count` where it is often."""
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == byte))
 
 
 def _end_outside_quotes(data: bytes, end: int) -> int:
     """The last end of a line, not behind `end`, with an even number of quotes before it; 0 if there is none."""
-    quotes = data.count(b'"', 0, end)
+    quotes = _count(data[:end], _QUOTE)
     while end and quotes % 2:
         before = data.rfind(b"\n", 0, end - 1) + 1
         quotes -= data.count(b'"', before, end)
@@ -172,7 +177,8 @@ def _json_batch(block: bytes, kinds: dict[str, pa.DataType]) -> pa.RecordBatch |
             batch = _json_columns(block, kinds)
             if batch is None or batch.num_rows != count:
                 return None
-            batch.validate(full=True)
+            if b"\\u" in block:  # half a surrogate pair; the block itself is UTF-8
+                batch.validate(full=True)
             return batch
         except pa.ArrowInvalid as error:
             found = re.search(r"Column\(/(.+)\) changed from \w+ to (string|array|number) in row", str(error))
@@ -336,7 +342,7 @@ def _has_control(block: bytes) -> bool:
     """Whether there are control characters other than tabs and ends of lines, or a lone carriage return."""
     data = np.frombuffer(block, np.uint8)
     few = data[data < 32]
-    return bool(_CONTROL[few].any()) or block.count(b"\r") != block.count(b"\r\n")
+    return bool(_CONTROL[few].any()) or (b"\r" in block and _count(block, _CR) != block.count(b"\r\n"))
 
 
 def _is_quoted_regularly(block: bytes) -> bool:

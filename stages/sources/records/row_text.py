@@ -169,13 +169,18 @@ def escape(column: pa.Array) -> pa.Array:
     places = np.flatnonzero(np.frombuffer(data.translate(_IS_ESCAPED), bool))
     if not len(places):
         return column
-    rows = np.unique(np.searchsorted(offsets - offsets[0], places, side="right") - 1)
+    found = np.flatnonzero(np.bincount(np.frombuffer(data, np.uint8)[places])).tolist()
+    begins = offsets - offsets[0]
+    if set(found) <= set(b'"\\') and not column.null_count:  # each of them grows by one byte
+        data = data.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+        moved = begins + np.searchsorted(places, begins)
+        return pa.Array.from_buffers(_LARGE, len(column), [None, pa.py_buffer(moved), pa.py_buffer(data)])
+    rows = np.unique(np.searchsorted(begins, places, side="right") - 1)
     if len(rows) * 8 < len(column):
         mask = np.zeros(len(column), bool)
         mask[rows] = True
         changed = [canonical_json(text)[1:-1] for text in decoded(column.take(whole_numbers(rows)))]
         return arrow.replace_with_mask(column, _mask(mask), text_array(changed))
-    found = {data[place] for place in places}
     for byte in sorted(found, key=lambda byte: byte != ord("\\")):  # what it escapes may hold one
         column = arrow.replace_substring(column, chr(byte), canonical_json(chr(byte))[1:-1])
     return column
