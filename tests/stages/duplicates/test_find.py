@@ -1,6 +1,7 @@
 """Duplicates of whole runs: listed, dropped, and accounted for."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 
 from imagen_core.store import Store, verify_store
+from pipeline.config import load_config
+from pipeline.engine import progress
 from pipeline.errors import ConfigError, MachineError
+from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.find import find_duplicates
@@ -19,7 +23,9 @@ from stages.store_tools.remove import remove_command
 from stages.store_tools.report import report_command
 from tests.runs import precompute, store_bytes
 from tests.stages.duplicates.paintings import altered, painting
+from workflows.precompute import Precompute, PrecomputeConfig
 
+SETTINGS = ("source.kind=folder", "images.sizes_px=[32]", "encoders=[]", "shard_size=2")
 REASONS = ("duplicate_image", "near_duplicate", "excluded_image")
 
 
@@ -63,9 +69,7 @@ def copy(reported: Path, tmp_path: Path) -> Path:
 
 
 def run(images: Path, out: Path, *more: str, **options: Any) -> dict[str, Any]:
-    settings = ("source.kind=folder", f"source.path={images}", "images.sizes_px=[32]", "encoders=[]", "shard_size=2")
-    more = ("max_drop_fraction=1", *more)
-    return precompute(out, *settings, *more, **options)
+    return precompute(out, f"source.path={images}", *SETTINGS, "max_drop_fraction=1", *more, **options)
 
 
 def listed(out: Path) -> dict[str, str]:
@@ -198,6 +202,19 @@ def test_the_search_shows_how_far_it_is(copy: Path, tmp_path: Path) -> None:
     for line in ("hashes of 2/3 shards", "hash 12/12 of 6 images searched", "keys of 3/3 shards"):
         assert f"duplicates: {line}" in shown, shown
     assert any(line.startswith("duplicates: thumbnails of ") and line.endswith(" pairs compared") for line in shown)
+
+
+def test_a_run_shows_the_search_in_its_progress(
+    images: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_INTERVAL_S", 0)
+    for quiet, action in ((False, "drop"), (True, "report")):
+        (copy / "state" / "duplicates" / "found.json").unlink()
+        settings = [f"source.path={images}", f"duplicates={action}", *SETTINGS, "max_drop_fraction=1"]
+        workflow = Precompute(load_config(PrecomputeConfig, None, settings))
+        workflow.run(str(copy), RunOptions("inline", quiet=quiet))
+        lines = capfd.readouterr().err.splitlines()
+        assert any(re.fullmatch(r"\[ *\d+ s\] duplicates: hashes of 3/3 shards", line) for line in lines) is not quiet
 
 
 def test_a_removed_image_hides_no_copy_of_it_and_compaction_erases_its_hashes(images: Path, copy: Path) -> None:
