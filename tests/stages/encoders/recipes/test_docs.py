@@ -61,7 +61,8 @@ def around(config: RecipeSettings) -> str:
 def pads(found: Pads | None, side: str) -> str:
     if found is None:
         return "none"
-    number = f"to {found.to}" if found.to else f"to {found.multiple_of}s" if found.multiple_of else f"{found.add} more"
+    number = f"to {found.to}" if found.to else f"{found.add} more"
+    number = f"to a multiple of {found.multiple_of}" if found.multiple_of else number
     kept = "" if found.stored else ", not stored"
     return f"{number}, {found.mode}{'' if side == 'right' else ', left'}{kept}"
 
