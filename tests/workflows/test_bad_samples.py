@@ -244,7 +244,7 @@ def test_an_animation_is_its_first_frame(url_run: UrlRun, key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "caption"),
     [
-        ("nul-caption", "a red square"),
+        ("nul-caption", "a red\nsquare"),
         ("emoji", EMOJI),
         ("right-to-left", RIGHT_TO_LEFT),
         ("quotes", 'the sign says "stop, now"'),
