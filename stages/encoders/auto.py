@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from stages.encoders.base import TokenModel, refuse_kind
+from stages.encoders.batches.model_input import CaptionReader, template_start
 from stages.encoders.loading import load_weights
 from stages.encoders.model_files import ModelFiles, hf_config
 from stages.encoders.recipes.config import RecipeConfig
@@ -43,9 +44,14 @@ class AutoEncoderConfig(RecipeConfig):
         elif _has_text_tower(config):
             model = model.language_model
         states = self.states(model, _text_part(config).num_hidden_layers)
-        if is_packable(model):
+        if is_packable(_text_part(config)):
             return PackedDecoder(model, self.output, states)
         return PaddedModel(model, self.output, states)
+
+    def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
+        from stages.encoders.packed_decoder import is_packable
+
+        return template_start(read) if is_packable(_text_part(hf_config(files))) else []
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         from stages.encoders.padded import count_flops

@@ -268,9 +268,17 @@ class EncoderConfig(FrozenModelConfig):
         from stages.encoders.batches.tokens import load_tokenizer
 
         with self.located() as files, reading(self):
-            inputs, _ = self.reader(load_tokenizer(files))(captions)
+            read = self.reader(load_tokenizer(files))
+            inputs, shared = read(captions)[0], self.shared_start(files, read)
             rows = [1 if self.output in POOLED else each.num_rows for each in inputs]
-            return EncoderWorkload(rows, self.flops(files, [len(each.ids) for each in inputs]))
+            flops = self.flops(files, [len(each.ids) for each in inputs])
+            if shared:
+                flops -= self.flops(files, [len(shared) for each in inputs if each.begins_with(shared)])
+            return EncoderWorkload(rows, flops)
+
+    def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
+        """Tokens that captions begin with and that the model runs once for all of them."""
+        return []
 
     def reader(self, tokenizer: Any) -> CaptionReader:
         """What turns captions into the model's input: the tokens of their text on one line, and nothing else."""

@@ -11,7 +11,7 @@ import numpy as np
 from stages.encoders.base import Encoded, EncoderConfig, FloatArray, ImageModelConfig, reading
 from stages.encoders.batches.batching import token_budget_batches
 from stages.encoders.batches.memory import run_batches
-from stages.encoders.batches.model_input import ModelInput, common_start
+from stages.encoders.batches.model_input import ModelInput
 from stages.encoders.batches.tokens import load_tokenizer, unknown_id
 from stages.encoders.loading import place
 from stages.encoders.model_files import ModelFiles
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 4096, 16384
-_DIFFERENT_CAPTIONS = ("a", "Z", "3", '"')
-"""What all of them begin with is of the template. A caption that does not begin with it is encoded whole."""
-_LEAST_SHARED = 16
-"""Tokens from which on it is worth it to run them once."""
 
 
 class TextEncoder:
@@ -46,23 +42,15 @@ class TextEncoder:
         self.tokens_per_batch = config.tokens_per_batch or default
         self._unknown_id = unknown_id(self.tokenizer)
         self._tokenizing, self._computing = threading.Lock(), threading.Lock()
-        self._shared_ids: list[int] = []
-        self._shared_states: FloatArray | None = None
-        self._share()
+        self._shared_ids = config.shared_start(files, self.read)
+        self._shared_states = self._share(self.model) if self._shared_ids else None
 
-    def _share(self) -> None:
-        """Runs the tokens that all captions begin with, once and for all, where the model can go on behind them."""
-        share = getattr(self.model, "share", None)
-        if share is None:
-            return
-        found = common_start(each.ids for each in self.read(_DIFFERENT_CAPTIONS)[0] if each.ids)
-        if len(found) < _LEAST_SHARED:
-            return
+    def _share(self, model: Any) -> FloatArray:
+        """The states of the tokens that captions begin with; the model goes on behind them from now on."""
         import torch
 
         with torch.inference_mode():
-            self._shared_states = share(torch.tensor(found, device=self.device)).float().cpu().numpy()
-        self._shared_ids = found
+            return model.share(torch.tensor(self._shared_ids, device=self.device)).float().cpu().numpy()
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         """Encodes captions in batches of equal or similar lengths and a bounded number of tokens.

@@ -38,9 +38,8 @@ _ALIGNED = 16
 KeysAndValues = tuple[Tensor, Tensor]
 
 
-def is_packable(model: Any) -> bool:
-    """Whether captions can be concatenated for a model of transformers."""
-    config = model.config
+def is_packable(config: Any) -> bool:
+    """Whether captions can be concatenated for a text model of transformers with this configuration."""
     is_causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
     return config.model_type in FAMILIES and bool(is_causal)
 

@@ -188,9 +188,9 @@ class RecipeReader:
         return len(self._tokens(self._chat(template, None))) if rule == "system" else rule
 
     def _check_dropped(self) -> None:
-        """Refuses a number of dropped rows that no short caption has."""
+        """Refuses a number of dropped rows that leaves nothing of a short caption."""
         least = len(self._tokens(f"{self.before}a{self.after}")) + len(self._suffix)
-        if self._dropped is not None and self._dropped >= least:
+        if self._dropped is not None and self._kept_from(self._dropped)[1] >= least:
             raise ConfigError(
                 f"{self._where}.drop_prefix: {self._dropped} rows are dropped ({self._config.drop_prefix}), but the "
                 f'template has only {least} tokens with the caption "a"; drop fewer'

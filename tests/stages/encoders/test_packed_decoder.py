@@ -12,7 +12,6 @@ import transformers
 from pydantic import TypeAdapter
 from torch import Tensor
 
-import stages.encoders.encoder
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.packed_decoder import FAMILIES, PackedDecoder, is_packable
 from stages.encoders.padded import PaddedModel
@@ -21,7 +20,13 @@ from stages.encoders.registry import AnyEncoder
 from tests.stages.encoders import tiny_models
 from tests.stages.encoders.recipes.pipelines import DECODER, MROPE, decoder
 
-SHAPE = {**DECODER, "num_hidden_layers": 3, "vocab_size": 60, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE: dict[str, Any] = {
+    **DECODER,
+    "num_hidden_layers": 3,
+    "vocab_size": 60,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MROPE = {"rope_parameters": MROPE, "rope_scaling": MROPE}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,7 +79,7 @@ def test_every_family_is_compared() -> None:
 @torch.inference_mode()
 def test_every_caption_is_what_transformers_gives_alone(family: str) -> None:
     model = build(family)
-    assert is_packable(model)
+    assert is_packable(model.config)
     ids = torch.randint(3, 60, (sum(LENGTHS),))
     expected = alone(model, ids.split(LENGTHS))
     packed = PackedDecoder(copy.deepcopy(model), "last_hidden_state")
@@ -123,9 +128,9 @@ def test_the_state_before_the_last_layer_is_that_of_transformers() -> None:
 
 
 def test_a_model_that_attends_to_both_sides_is_not_packed() -> None:
-    config = transformers.Gemma3TextConfig(**SHAPE, use_bidirectional_attention=True)
-    assert not is_packable(transformers.Gemma3TextModel(config))
-    assert not is_packable(transformers.BertModel(transformers.BertConfig(**tiny_models.SHAPE)))
+    assert is_packable(transformers.Gemma3TextConfig(**SHAPE))
+    assert not is_packable(transformers.Gemma3TextConfig(**SHAPE, use_bidirectional_attention=True))
+    assert not is_packable(transformers.BertConfig())
 
 
 # ---- through an encoder ----
@@ -165,7 +170,7 @@ def load(folder: Path, **settings: Any) -> TextEncoder:
 
 def padded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> TextEncoder:
     with monkeypatch.context() as patch:
-        patch.setattr("stages.encoders.packed_decoder.is_packable", lambda model: False)
+        patch.setattr("stages.encoders.packed_decoder.is_packable", lambda config: False)
         encoder = load(folder, **settings)
     assert isinstance(encoder.model, PaddedModel)
     return encoder
@@ -198,7 +203,17 @@ def test_tokens_that_all_captions_begin_with_are_run_once(folder: Path, monkeypa
 
 def test_a_short_start_is_not_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(folder, template={"prefix": "See: "})._shared_states is None
-    monkeypatch.setattr(stages.encoders.encoder, "_LEAST_SHARED", 1)
+    monkeypatch.setattr("stages.encoders.batches.model_input._LEAST_SHARED", 1)
     encoder = load(folder, template={"prefix": "See: "})
     assert encoder._shared_states is not None
     assert encoder._shared_states.shape == (6, 32)
+
+
+def test_the_workload_counts_shared_tokens_of_no_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(folder).config
+    prefix, whole = 1 + len(PREFIX), 1 + len(PREFIX) + len("two words")
+    with config.located() as files:
+        counted = [config.flops(files, [length]) for length in (prefix, whole)]
+    assert config.workload(["two words"] * 2).flops == pytest.approx(2 * (counted[1] - counted[0]))
+    monkeypatch.setattr("stages.encoders.packed_decoder.is_packable", lambda config: False)
+    assert config.workload(["two words"]).flops == pytest.approx(counted[1])

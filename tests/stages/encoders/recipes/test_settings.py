@@ -235,6 +235,14 @@ def test_a_tokenizer_that_lacks_what_the_recipe_needs_is_refused(
         RecipeReader(config(**settings), AutoTokenizer.from_pretrained(tmp_path))
 
 
+def test_a_dropped_row_that_is_kept_all_the_same_leaves_something_of_a_caption(folder: Path) -> None:
+    """Where the last token of the template by itself becomes one token with the caption behind it."""
+    options = {"template": {"prefix": "See: "}, "drop_prefix": 7}
+    with pytest.raises(ConfigError, match=r"7 rows are dropped \(7\), but the template has only 7 tokens"):
+        read(folder, "a", **options)
+    assert read(folder, "a", **options, keep_prefix=[1, 1], empty={"text": "-"})[1].num_rows == 2
+
+
 # ---- what is recorded ----
 
 KNOBS: dict[str, Any] = {
