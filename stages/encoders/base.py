@@ -64,6 +64,8 @@ class EncoderWorkload:
     """Rows of each caption as they would be stored: its tokens, or 1 for a pooled output."""
     flops: float
     """FLOPs of the matrix products, without padding; a multiply-add is two."""
+    most_tokens: int
+    """Rows of the longest caption there can be."""
 
 
 class TokenModel(Protocol):
@@ -269,7 +271,8 @@ class EncoderConfig(FrozenModelConfig):
         with self.located() as files, reading(self):
             inputs, _ = self.reader(load_tokenizer(files))(captions)
             rows = [1 if self.output in POOLED else each.num_rows for each in inputs]
-            return EncoderWorkload(rows, self.flops(files, [len(each.ids) for each in inputs]))
+            most = 1 if self.output in POOLED else max(self.max_tokens, *rows, 0)
+            return EncoderWorkload(rows, self.flops(files, [len(each.ids) for each in inputs]), most)
 
     def reader(self, tokenizer: Any) -> CaptionReader:
         """What turns captions into the model's input: their tokens, and nothing else."""

@@ -19,7 +19,7 @@ from pipeline.executors.local_worker import call_warm
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
 from pipeline.storage.run_folder import RunFolder
-from stages.encoders.base import EncoderConfig
+from stages.encoders.base import EncoderConfig, EncoderWorkload
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.identity import identity_to_keep, is_complete
 from stages.encoders.probe import OTHER_NUMBERS, null_problem, probe_problem, take_probe
@@ -136,6 +136,14 @@ class EncodeStage(Stage):
         info = {"excluded_rows": rows_by_reason(drops), "captions": len(captions), **quantisation_summary(quality)}
         task.done(files.group, GroupResult(len(samples), drops, counters, info))
 
+    def _padded_bytes(self, work: EncoderWorkload) -> dict[str, dict[str, int]]:
+        """What a cache of padded tensors would take, values alone; of one vector per caption there is no padding."""
+        if work.most_tokens == 1:
+            return {}
+        dtype = "bfloat16" if self.files.dtype == "int8" else self.files.dtype
+        size = len(work.tokens) * work.most_tokens * self.files.token_values * (4 if dtype == "float32" else 2)
+        return {self.files.group: {f"padded to {work.most_tokens} tokens in {dtype}": size}}
+
     def workload(self, captions: Sequence[tuple[str, ...]]) -> Workload:
         distinct = list(dict.fromkeys(caption for row in captions for caption in row))
         work = self.encoder.workload(distinct)
@@ -145,4 +153,5 @@ class EncodeStage(Stage):
             flops=work.flops,
             dtype=self.encoder.compute_dtype,
             bytes={self.files.group: self.files.shard_bytes(work.tokens)},
+            bytes_otherwise=self._padded_bytes(work),
         )
