@@ -29,3 +29,5 @@ class Workload:
     """Type of these operations, `bfloat16` or `float32`."""
     bytes: Mapping[str, int]
     """Bytes on disk, by group."""
+    bytes_otherwise: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Bytes that the same would take in other layouts, to compare with: by group and by the layout's name."""

@@ -55,7 +55,8 @@ class TrainConfig(Config):
     """Of an encoder whose layers are stored apart (`join: stack`): the numbers of the layers that are read, as the
     store lists them; the model's num_text_layers says how many. null: all."""
     text_embed: str | None = None
-    """Text encoder in the store with one vector per caption, in a space shared with images; a prior reads it."""
+    """Text encoder in the store with one vector per caption: a prior reads it, in a space shared with images, and a
+    model with text_embed_dim, beside `text`."""
     image_embed: str | None = None
     """Image encoder in the store: a prior learns to generate its embeddings, a decoder reads them."""
     captions: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
@@ -156,9 +157,11 @@ class TrainConfig(Config):
                 f"text_layers are {list(self.text_layers)}, but denoiser.{name}.num_text_layers is "
                 f"{network.num_text_layers}; set it to {len(self.text_layers)}"
             )
-        if (self.text_embed is not None) != prior:
+        reads_text_embed = isinstance(network, PriorNetworkConfig) or network.text_embed_dim is not None
+        if (self.text_embed is not None) != reads_text_embed:
             raise ValueError(
-                f"text_embed is {self.text_embed!r}: a prior reads it (denoiser.kind: prior), and nothing else does"
+                f"text_embed is {self.text_embed!r}: a prior reads it (denoiser.kind: prior), and a model with "
+                "denoiser.unet.text_embed_dim, and nothing else does"
             )
         reads_image_embed = isinstance(network, PriorNetworkConfig) or network.image_embed_dim is not None
         if (self.image_embed is not None) != reads_image_embed:

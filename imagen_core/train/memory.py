@@ -100,6 +100,7 @@ def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ..
         low_res=torch.randn(1, *shape) if network.low_res else None,
         low_res_noise=torch.zeros(1) if network.low_res_noise else None,
         labels=None if network.num_classes is None else torch.zeros(1, dtype=torch.long),
+        text_embed=None if network.text_embed_dim is None else torch.randn(1, network.text_embed_dim),
         image_embed=None if network.image_embed_dim is None else torch.randn(1, network.image_embed_dim),
         images=torch.randn(1, network.condition_channels, *shape[1:]) if network.condition_channels else None,
     )

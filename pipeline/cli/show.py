@@ -113,6 +113,11 @@ def show_preview(result: Mapping[str, Any]) -> None:
         rows.append([stage, name, group["shards_done"], group["shards_to_do"], human_bytes(group["bytes_done"]), todo])
     show_table(["stage", "group", "shards done", "shards to do", "on disk", "still to write"], rows)
     print(f"{result['input_rows']:,} samples in {result['shards']:,} shards; run folder {result['out']}")
+    for name, group in result["groups"].items():
+        for layout, size in group.get("bytes_otherwise", {}).items():
+            stored = group["bytes_to_do"]
+            times = f", {size / stored:.3g} times as much" if stored else ""
+            print(f"{name}: {human_bytes(stored)} stored; {layout}: {human_bytes(size)}{times}")
     for name, entry in result.get("outlook", {}).items():
         print(f"{name}: {entry['text']}")
     for room in result.get("disk", ()):

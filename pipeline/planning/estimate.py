@@ -48,6 +48,16 @@ def expected_bytes(plan: Plan, basis: Basis) -> dict[str, int | None]:
     return {n: 0 if not basis.survey.groups[n].shards_to_do else b for n, b in result.items()}
 
 
+def bytes_otherwise(basis: Basis) -> dict[str, dict[str, int]]:
+    """Bytes that what is still to write would take in other layouts, by group and layout."""
+    result: dict[str, dict[str, int]] = {}
+    for counted in basis.counted.values():
+        for group, layouts in counted.bytes_otherwise.items():
+            rows = basis.survey.groups[group].rows_to_do * basis.kept
+            result[group] = {name: round(rows * per_row) for name, per_row in layouts.items() if rows}
+    return result
+
+
 def _bytes_cost(stage: Stage, group: str, basis: Basis) -> LinearCost | None:
     """Bytes by kept rows: counted, else measured, else the stage's own estimate; None if unknown."""
     if stage.name in basis.counted:

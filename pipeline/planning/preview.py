@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig
 from pipeline.options import PlanOptions, WorkflowConfig
 from pipeline.plan import Plan
-from pipeline.planning.estimate import Basis, expected_bytes, predict
+from pipeline.planning.estimate import Basis, bytes_otherwise, expected_bytes, predict
 from pipeline.planning.hardware import Hardware, load_profile, this_machine
 from pipeline.planning.probe import probe
 from pipeline.planning.survey import Survey, count_work, survey
@@ -40,7 +40,7 @@ def preview(
     if options.rows is not None:
         found = found.scaled(options.rows, plan)
     basis = _basis(config.execution, plan, found, hardware, options)
-    bytes_to_do = expected_bytes(plan, basis)
+    bytes_to_do, otherwise = expected_bytes(plan, basis), bytes_otherwise(basis)
     result = {
         **plan.describe(workflow),
         "shards": found.shards,
@@ -51,6 +51,7 @@ def preview(
                 "shards_to_do": group.shards_to_do,
                 "bytes_done": group.bytes_done,
                 "bytes_to_do": bytes_to_do[name],
+                **({"bytes_otherwise": otherwise[name]} if otherwise.get(name) else {}),
             }
             for name, group in found.groups.items()
         },

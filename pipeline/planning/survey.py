@@ -93,6 +93,8 @@ class Counted:
     flops: float
     dtype: str
     bytes: dict[str, float]
+    bytes_otherwise: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By group and layout, as in `Workload`."""
 
 
 def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
@@ -119,4 +121,8 @@ def _average(work: list[Workload], rows: int) -> Counted:
         flops=sum(w.flops for w in work) / rows,
         dtype=first.dtype,
         bytes={group: sum(w.bytes[group] for w in work) / rows for group in first.bytes},
+        bytes_otherwise={
+            group: {name: sum(w.bytes_otherwise[group][name] for w in work) / rows for name in layouts}
+            for group, layouts in first.bytes_otherwise.items()
+        },
     )

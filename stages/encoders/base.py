@@ -64,6 +64,8 @@ class EncoderWorkload:
     """Rows of each caption as they would be stored: its tokens, or 1 for a pooled output."""
     flops: float
     """FLOPs of the matrix products, without padding; a multiply-add is two."""
+    most_tokens: int
+    """Rows of the longest caption there can be."""
 
 
 class TokenModel(Protocol):
@@ -271,10 +273,11 @@ class EncoderConfig(FrozenModelConfig):
             read = self.reader(load_tokenizer(files))
             inputs, shared = read(captions)[0], self.shared_start(files, read)
             rows = [1 if self.output in POOLED else each.num_rows for each in inputs]
+            most = 1 if self.output in POOLED else max(self.max_tokens, *rows, 0)
             flops = self.flops(files, [len(each.ids) for each in inputs])
             if shared:
                 flops -= self.flops(files, [len(shared) for each in inputs if each.begins_with(shared)])
-            return EncoderWorkload(rows, flops)
+            return EncoderWorkload(rows, flops, most)
 
     def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
         """Tokens that captions begin with and that the model runs once for all of them."""

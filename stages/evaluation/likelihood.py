@@ -140,6 +140,7 @@ def _measure_batch(
         images=sizes,
         text=None if loaded.encoder is None else loaded.encoder["name"],
         text_layers=None if loaded.encoder is None else loaded.encoder.get("layers"),
+        text_embed=loaded.embed_encoders.get("text_embed", {}).get("name"),
         image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
         transcriptions=settings.unet.transcription is not None,
         labels=settings.unet.num_classes is not None,
@@ -240,6 +241,7 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
     _check_encoder(config, "captions", loaded.encoder, store, store.manifest.texts)
+    _check_encoder(config, "captions", loaded.embed_encoders.get("text_embed"), store, store.manifest.texts)
     _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store, store.manifest.image_embeds)
     if config.first_image + config.num_images > len(store):
         raise ConfigError(

@@ -180,7 +180,19 @@ class EncodeStage(Stage):
             flops=sum(each.flops for each in work.values()),
             dtype=self.encoder.compute_dtype,
             bytes={files[name].group: files[name].shard_bytes(each.tokens) for name, each in work.items()},
+            bytes_otherwise={
+                files[name].group: padded for name, each in work.items() if (padded := _padded(files[name], each))
+            },
         )
 
     def _work(self, captions: RowsOfCaptions) -> EncoderWorkload:
         return self.encoder.workload(list(dict.fromkeys(caption for row in captions for caption in row)))
+
+
+def _padded(files: EmbeddingFiles, work: EncoderWorkload) -> dict[str, int]:
+    """What a cache of padded tensors would take, values alone; of one vector per caption there is no padding."""
+    if work.most_tokens == 1:
+        return {}
+    dtype = "bfloat16" if files.dtype == "int8" else files.dtype
+    size = len(work.tokens) * work.most_tokens * files.token_values * (4 if dtype == "float32" else 2)
+    return {f"padded to {work.most_tokens} tokens in {dtype}": size}

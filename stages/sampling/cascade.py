@@ -20,6 +20,11 @@ class LoadedCascade:
     checkpoints: Sequence[LoadedDenoiser]
 
     @property
+    def text_embed_encoder(self) -> Mapping[str, Any] | None:
+        """Describes the encoder of captions as one vector that stages were trained on; None if none reads them."""
+        return next((found for one in self.checkpoints if (found := one.embed_encoders.get("text_embed"))), None)
+
+    @property
     def origins(self) -> list[dict[str, object]]:
         """Which checkpoint each stage is from."""
         return [origin(checkpoint) for checkpoint in self.checkpoints]
@@ -34,6 +39,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
     built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
     encoder: Mapping[str, Any] | None = None
+    vectors: Mapping[str, Any] | None = None
     for number, stage in enumerate(stages):
         if last_px is not None and built and built[-1].size_px == last_px:
             break
@@ -42,14 +48,15 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
             loaded.stage  # noqa: B018 - refuses a prior
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
-        if loaded.encoder is not None and encoder is not None:
-            changes = record_changes(encoder, loaded.encoder)
+        mine = loaded.embed_encoders.get("text_embed")
+        for before, now in ((encoder, loaded.encoder), (vectors, mine)):
+            changes = [] if before is None or now is None else record_changes(before, now)
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
                     f"{'; '.join(changes)}; take stages trained on one encoder"
                 )
-        encoder = encoder or loaded.encoder
+        encoder, vectors = encoder or loaded.encoder, vectors or mine
         built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes))
         checkpoints.append(loaded)
     if last_px not in (None, built[-1].size_px):

@@ -173,6 +173,8 @@ class SampleConfig(RequestConfig):
     """For stages that read image embeddings."""
     encoder_model: str | None = None
     """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with."""
+    text_embed_model: str | None = None
+    """Likewise the encoder of captions as one vector, for models with text_embed_dim."""
     output: OutputConfig = OutputConfig()
     """Which files are written."""
     part: PartConfig | None = None
@@ -187,7 +189,7 @@ class SampleConfig(RequestConfig):
 
     def recorded(self) -> dict[str, object]:
         """The settings that change images, for the record in the output folder."""
-        changes_nothing = ("batch_size", "device", "encoder_model", "part")
+        changes_nothing = ("batch_size", "device", "encoder_model", "text_embed_model", "part")
         in_requests = ("captions", "transcriptions", "labels", "size", "aspect")  # the record has those of each image
         exclude = {**dict.fromkeys((*changes_nothing, *in_requests), True), "output": {"all_sizes", "text"}}
         return self.model_dump(mode="json", exclude=exclude)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_core.cascade import pad_text, token_shape
 from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.prior import generate_embeddings
 from imagen_core.store import Store
+from imagen_core.text_batch import pad_text, token_shape
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from stages.checkpoints.load import load_checkpoint_from, origin
@@ -50,7 +50,7 @@ class PriorSampler:
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
         model, option = settings.encoder_model, "prior.encoder_model"
         self._vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
-        if not _same_model(tokens, vector):
+        if not same_model(tokens, vector):
             model, option = encoder_model, "encoder_model"
         self._tokens = PromptEmbeddings(tokens, store, model=model, use_gpu=use_gpu, option=option)
 
@@ -102,7 +102,8 @@ class PriorSampler:
         return generated.cpu()
 
 
-def _same_model(tokens: Mapping[str, Any] | None, vector: Mapping[str, Any]) -> bool:
+def same_model(tokens: Mapping[str, Any] | None, vector: Mapping[str, Any]) -> bool:
+    """Whether two records of encoders name one model."""
     return tokens is not None and tokens["fingerprint"].get("model") == vector["fingerprint"].get("model")
 
 

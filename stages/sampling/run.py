@@ -43,6 +43,7 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
         last_px=config.output.size_px,
         store=store_of(config.captions),
         encoder_model=config.encoder_model,
+        text_embed_model=config.text_embed_model,
         precision=config.precision,
         device=config.device,
     )

@@ -17,7 +17,7 @@ from stages.device import choose_device
 from stages.sampling.cascade import load_cascade
 from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConfig
 from stages.sampling.inputs import read_centres
-from stages.sampling.prior import PriorSampler, load_prior
+from stages.sampling.prior import PriorSampler, load_prior, same_model
 from stages.sampling.requests import ImageRequest
 from stages.sampling.text_embeddings import PromptEmbeddings
 
@@ -30,6 +30,8 @@ class SamplingSession:
     origins: list[dict[str, Any]]
     """The checkpoint of each stage, and of the prior."""
     embeddings: PromptEmbeddings
+    vectors: PromptEmbeddings
+    """Of the prompts as one vector each."""
     prior: PriorSampler | None
     device: torch.device
     autocast: torch.dtype | None
@@ -49,6 +51,7 @@ class SamplingSession:
             MachineError: it cannot be found.
         """
         self.embeddings.encode(requests)
+        self.vectors.encode(requests)
         if self.prior is not None:
             self.prior.encode(requests)
 
@@ -75,9 +78,11 @@ class SamplingSession:
         """
         cascade, first = self.cascade, self.cascade.stages[0].config
         shape = requests[0].shape or (first.size_px, first.size_px)
+        vectors = self.vectors.of(requests)
         return cascade.sample(
             text,
             [request.seed for request in requests],
+            text_embed=None if vectors is None else torch.from_numpy(np.stack([each[0] for each in vectors])).float(),
             image_embed=image_embed,
             transcriptions=None if cascade.max_characters is None else [each.transcription for each in requests],
             labels=None if cascade.num_classes is None else [each.label for each in requests],
@@ -99,6 +104,7 @@ def load_session(
     last_px: int | None,
     store: Store | None,
     encoder_model: str | None,
+    text_embed_model: str | None,
     precision: Precision,
     device: str,
 ) -> SamplingSession:
@@ -108,15 +114,21 @@ def load_session(
         last_px: size of the last stage to load; None means all stages.
         store: the store whose captions are the prompts; its embeddings are used where they fit.
         encoder_model: where the text encoder is, if not where it was in training.
+        text_embed_model: likewise the encoder of captions as one vector; it may be the text encoder.
     Raises:
         ConfigError: checkpoints that are missing, damaged, or do not fit together.
     """
     loaded = load_cascade(stages, last_px)
     on = choose_device(device)
     autocast = autocast_dtype(precision)
-    embeddings = PromptEmbeddings(loaded.cascade.encoder, store, model=encoder_model, use_gpu=on.type == "cuda")
+    use_gpu, encoder, vector = on.type == "cuda", loaded.cascade.encoder, loaded.text_embed_encoder
+    embeddings = PromptEmbeddings(encoder, store, model=encoder_model, use_gpu=use_gpu)
+    model, option = text_embed_model, "text_embed_model"
+    if model is None and vector is not None and same_model(encoder, vector):
+        model, option = encoder_model, "encoder_model"
+    vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
     sampler = load_prior(
         prior, loaded.checkpoints, store=store, encoder_model=encoder_model, device=on, autocast=autocast
     )
     origins = [*loaded.origins, *([] if sampler is None else [sampler.origin])]
-    return SamplingSession(loaded.cascade, origins, embeddings, sampler, on, autocast)
+    return SamplingSession(loaded.cascade, origins, embeddings, vectors, sampler, on, autocast)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig, pad_text
+from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
 from imagen_core.diffusion import Denoiser, DenoiserConfig, DiffusionConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.samplers import Inpaint
+from imagen_core.text_batch import pad_text
 from tests.imagen_core.models.small import random_weights
 
 DIM = 12
@@ -228,16 +229,16 @@ def test_sizes_must_rise() -> None:
 
 
 def test_text_is_padded_with_zeros() -> None:
-    padded, mask = pad_text([caption(0), caption(2)], 2, DIM)
+    padded, mask = pad_text([caption(0), caption(2)], 2, (DIM,))
     assert padded is not None
     assert mask is not None
     assert padded.shape == (2, 4, DIM)
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
     assert float(padded[0, 2:].abs().max()) == 0
     with pytest.raises(ValueError, match="1 captions for 2 images"):
-        pad_text([caption(0)], 2, DIM)
+        pad_text([caption(0)], 2, (DIM,))
     with pytest.raises(ValueError, match=r"embeddings \(got \(3, 5\)\)"):
-        pad_text([np.zeros((3, 5))], 1, DIM)
+        pad_text([np.zeros((3, 5))], 1, (DIM,))
 
 
 def test_images_that_are_not_kept_are_not_super_resolved_and_the_others_are_the_same(cascade: Cascade) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.conditioning.text import pad_with_learned
+from imagen_core.models.conditioning.text_embed import TextEmbedConditioning
 from imagen_core.models.hybrid.config import HybridUNetSettings
 from imagen_core.models.layers.attention import Attention
 from imagen_core.models.layers.context import Context
@@ -59,6 +60,9 @@ class HybridInputs(nn.Module):
             self.image_embed = ImageEmbedConditioning(
                 config.image_embed_dim, context_dim, time_dim, config.num_image_tokens
             )
+        self.text_embed = None
+        if config.text_embed_dim is not None:
+            self.text_embed = TextEmbedConditioning(config.text_embed_dim, time_dim)
         self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
         self.text_layers = config.build_text_layers()
         self.text = None if config.text_width is None else CaptionTokens(config, config.text_width)
@@ -82,6 +86,8 @@ class HybridInputs(nn.Module):
             vector, tokens = vector + more, torch.cat([tokens, level_tokens], dim=1)
         if self.labels is not None:
             vector = vector + self.labels(conditioning)
+        if self.text_embed is not None:
+            vector = vector + self.text_embed(conditioning)
         if self.image_embed is not None:
             image_tokens, more = self.image_embed(conditioning)
             assert image_tokens is not None

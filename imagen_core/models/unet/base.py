@@ -18,6 +18,9 @@ class UNetBaseConfig(TextConfig):
     """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
     text_dim: int | None = Field(default=1024, ge=1)
     """Width of the text embeddings, or of each of their layers; null disables conditioning on text."""
+    text_embed_dim: int | None = Field(default=None, ge=1)
+    """Width of each caption's one vector by another text encoder (CLIP, pooled or projected), which is projected and
+    added to the time vector; null disables conditioning on it."""
     image_embed_dim: int | None = Field(default=None, ge=1)
     """Width of an image encoder's embeddings (DALL-E 2's decoder); null disables conditioning on them."""
     num_image_tokens: int = Field(default=4, ge=1)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, LabelEmbedding
 from imagen_core.models.conditioning.text import TextConditioning
+from imagen_core.models.conditioning.text_embed import TextEmbedConditioning
 from imagen_core.models.conditioning.transcription import TranscriptionEncoder
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.noise_embedding import NoiseEmbedding, level_embedding
@@ -45,6 +46,9 @@ class Inputs(nn.Module):
         if config.image_embed_dim is not None:
             num_tokens = config.num_image_tokens if attends else 0
             self.image_embed = ImageEmbedConditioning(config.image_embed_dim, cond_dim, time_dim, num_tokens)
+        self.text_embed = None
+        if config.text_embed_dim is not None:
+            self.text_embed = TextEmbedConditioning(config.text_embed_dim, time_dim)
         self.labels = None if config.num_classes is None else LabelEmbedding(config.num_classes, time_dim)
         self.transcription = None
         if config.transcription is not None:
@@ -63,6 +67,8 @@ class Inputs(nn.Module):
             time = time + self.low_res_time(low_res_noise(conditioning))
         if self.labels is not None:
             time = time + self.labels(conditioning)
+        if self.text_embed is not None:
+            time = time + self.text_embed(conditioning)
         tokens = mask = None
         if self.text is not None:
             tokens, mask, vector = self.text(conditioning)

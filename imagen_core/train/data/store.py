@@ -68,16 +68,18 @@ def open_store(
     network = config.denoiser.network
     if isinstance(network, PriorNetworkConfig):
         image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
+        text_embed_dim, text_embed_option = network.dim, embed_option
     else:
         image_dim, where = network.image_embed_dim, "denoiser.unet"
         embed_option = f"{where}.image_embed_dim"
+        text_embed_dim, text_embed_option = network.text_embed_dim, f"{where}.text_embed_dim"
     text = None if online else config.text
     _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
     if text is not None:
         _check_layers(store.text_group(text), config, f"{where}.num_text_layers")
     _check_caption_sets(store, config, online=online)
     _check_one_vector(store, config.text_embed)
-    _check_encoder("text_embed", config.text_embed, store.manifest.texts, image_dim, embed_option)
+    _check_encoder("text_embed", config.text_embed, store.manifest.texts, text_embed_dim, text_embed_option)
     _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
     if config.transcription is not None:
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
