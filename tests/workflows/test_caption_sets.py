@@ -221,6 +221,9 @@ def test_other_weights_change_nothing_but_the_manifest(server: Server, tmp_path:
     precompute(out, *config, "source.caption_column=long")  # the set is left as other groups are, and no longer read
     assert times(out) == before
     assert Store.open(out / "store").caption_sets == {"original": 1.0, "short": 0.0}
+    precompute(out, *config, "source.caption_column=short", restart=True)  # other samples
+    assert not list((out / "store").glob("*-short/*")), "what was made from what is gone is gone too"
+    assert verify_store(out / "store").ok
 
 
 @pytest.mark.slow
@@ -242,6 +245,8 @@ def test_tools_show_a_set_and_find_its_damage(server: Server, tmp_path: Path) ->
     page = Path(report["report"]).read_text()
     assert "brief: drei" in page
     assert "t5, brief" in page
+    again = json.loads(call("verify", str(out), "--reencode", "1", "--json").out)
+    assert again["reencoded"]["t5"]["captions"] == 6 + 5 + 1, "of both sets, and the empty one"
     path = out / "store" / "captions-brief" / "00001.parquet"
     data = path.read_bytes()
     path.write_bytes(data.replace(b"drei", b"vier"))
