@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from imagen_core.differences import changed_fields
 from imagen_core.files import append_line
+from imagen_core.store.read.caption_choice import caption_shares
 from imagen_core.train.components import store_name
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
@@ -61,6 +62,9 @@ class TrainingStart:
     """The stores of a mixture."""
     chosen: tuple[int, int] | None = None
     """Samples for which `where` is true, and samples of the store; None without a condition."""
+    captions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By name of each store from whose sets of captions more than the first is read: the part of the captions that
+    comes from each set, 0..1, of samples that have captions of all sets."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
@@ -78,6 +82,10 @@ class TrainingStart:
                 f"store {store.name}: {store.samples:,} samples, {store.share:.4g} of each batch: "
                 f"{seen * store.share / max(1, store.samples):,.1f} epochs"
                 for store in self.stores
+            ),
+            *(
+                f"captions of {store}: " + ", ".join(f"{name} {share:.4g}" for name, share in shares.items())
+                for store, shares in self.captions.items()
             ),
             *(f"changed since the checkpoint: {change}" for change in self.changes),
         ]
@@ -106,8 +114,17 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         checkpoint_every_steps=config.checkpoints.every_steps,
         stores=stores,
         chosen=_chosen(context),
+        captions=_caption_shares(context),
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
+
+
+def _caption_shares(context: TrainingContext) -> dict[str, dict[str, float]]:
+    config = context.config
+    if config.text is None and config.text_embed is None:
+        return {}
+    found = {name: caption_shares(store, config.captions) for name, store in context.stores.items()}
+    return {name: shares for name, shares in found.items() if [*shares] != [*context.stores[name].caption_sets][:1]}
 
 
 def _chosen(context: TrainingContext) -> tuple[int, int] | None:

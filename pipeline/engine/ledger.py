@@ -163,10 +163,9 @@ class Ledger:
 
     def _delete_groups(self, stale: set[str]) -> None:
         self._delete_final_file()
-        for group, inputs in self.unplanned.items():
-            if stale.intersection(inputs):
-                self.run.delete_group(group)
-                self.run.storage.delete(_group_name(group))
+        for group in self._unplanned_without(set(self.unplanned).union(self.plan.groups) - stale):
+            self.run.delete_group(group)
+            self.run.storage.delete(_group_name(group))
         for group in stale:
             self.run.delete_group(group)
         del self.unplanned
@@ -232,10 +231,19 @@ class Ledger:
             if finished[group].info.get("partial") and self.plan.row_group not in finished:
                 del finished[group]
                 stale.append(group)
-        for group, inputs in self.unplanned.items():
-            if not all(name in finished for name in inputs) and self.run.read_record(group, shard.name) is not None:
+        for group in self._unplanned_without(finished):
+            if self.run.read_record(group, shard.name) is not None:
                 stale.append(group)
         return found
+
+    def _unplanned_without(self, present: Iterable[str]) -> list[str]:
+        """The unplanned groups that were made from others than those present and unplanned ones made from these."""
+        kept, left = set(present) - self.unplanned.keys(), dict(self.unplanned)
+        while followed := [group for group, inputs in left.items() if kept.issuperset(inputs)]:
+            kept.update(followed)
+            for group in followed:
+                del left[group]
+        return list(left)
 
     def _has_shared_files(self, group: str) -> bool:
         if group not in self._complete:

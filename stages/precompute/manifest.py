@@ -150,7 +150,10 @@ def _complete_groups(run: RunFolder, started: list[str], failed: frozenset[int])
         config = run_group(run, group)
         if shards.issubset(run.recorded_shards(group)) and _has_null(run, config):
             result[group] = config
-    return result
+    of_sets = {
+        group: store_format.captions_group(str(c["set"])) for group, c in result.items() if c["kind"] == "set_text"
+    }
+    return {group: config for group, config in result.items() if of_sets.get(group, group) in result}
 
 
 def _has_null(run: RunFolder, config: dict[str, object]) -> bool:

@@ -87,15 +87,16 @@ def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, s
     if unknown := sorted(set(models) - set(store.encoders)):
         raise ConfigError(f"--encoder-model {unknown[0]}=...: the store has no such encoder; it has {store.encoders}")
     encoded = [name for name in store.encoders if store.text_group(name).fingerprint.get("kind") != GIVEN]
-    return {name: _compare(store, name, models.get(name), _chosen(store, fraction, seed)) for name in encoded}
+    return {name: _compare(store, name, models.get(name), fraction, seed) for name in encoded}
 
 
-def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:
-    """(shard position, caption id, caption) of the captions to encode; captions of excluded samples do not count."""
+def _chosen(store: Store, caption_set: str | None, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:
+    """(shard position, caption id, caption) of the captions to encode, of `samples` or of a further set; captions of
+    excluded samples do not count."""
     least: tuple[int, int, int, str] | None = None
     found = False
     for position in range(store.manifest.num_shards):
-        for caption_id, caption in _captions(store, position).items():
+        for caption_id, caption in _captions(store, position, caption_set).items():
             number = xxhash.xxh3_64_intdigest(caption.encode(), seed=seed)
             if number < fraction * 2**64:
                 found = True
@@ -105,16 +106,20 @@ def _chosen(store: Store, fraction: float, seed: int) -> Iterator[tuple[int, int
         yield least[1:]
 
 
-def _captions(store: Store, position: int) -> dict[int, str]:
+def _captions(store: Store, position: int, caption_set: str | None) -> dict[int, str]:
     if not store.manifest.rows[position]:
         return {}
-    samples = store.shard(position).samples
+    files = store.shard(position)
     excluded = store.manifest.excluded.get(position, {})
-    rows = enumerate(zip(samples.column("caption_ids"), samples.column("captions"), strict=True))
+    if caption_set is None:
+        found = zip(files.samples.column("caption_ids"), files.samples.column("captions"), strict=True)
+    else:
+        found = ((row.ids, row.captions) for row in files.caption_sets[caption_set].rows())
+    rows = enumerate(found)
     return {i: c for row, (ids, captions) in rows if row not in excluded for i, c in zip(ids, captions, strict=True)}
 
 
-def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[int, int, str]]) -> Comparison:
+def _compare(store: Store, name: str, model: str | None, fraction: float, seed: int) -> Comparison:
     group = store.text_group(name)
     described = {"name": name, "dim": group.dim, "dtype": group.dtype, "fingerprint": group.fingerprint}
     encoder = load_matching_encoder(described, model, use_gpu=True, option=f"--encoder-model {name}=...")
@@ -124,13 +129,18 @@ def _compare(store: Store, name: str, model: str | None, chosen: Iterator[tuple[
         problem = probe_problem(recorded, take_probe(encoder), encoder.config.compute_dtype)
         result.probe = "agrees" if problem is None else "differs"
         result.problems += [] if problem is None else [Problem(group.probe.path, problem)]
-    while batch := list(islice(chosen, _CAPTIONS_AT_ONCE)):
-        embeddings = encoder.encode([caption for _, _, caption in batch]).embeddings
-        for (position, caption_id, caption), encoded in zip(batch, embeddings, strict=True):
-            entry = store.manifest.file(group.name, position)
-            assert entry is not None
-            stored = restore(store.shard(position).text[name].stored(caption_id), group.dtype)
-            result.add(entry.path, caption, stored, encoded)
+    further = {of: found.name for (by, of), found in store.manifest.set_texts.items() if by == name}
+    for caption_set, files in {None: group.name, **further}.items():
+        chosen = _chosen(store, caption_set, fraction, seed)
+        while batch := list(islice(chosen, _CAPTIONS_AT_ONCE)):
+            embeddings = encoder.encode([caption for _, _, caption in batch]).embeddings
+            for (position, caption_id, caption), encoded in zip(batch, embeddings, strict=True):
+                entry, opened = store.manifest.file(files, position), store.shard(position)
+                assert entry is not None
+                file = opened.text[name] if caption_set is None else opened.set_texts[name, caption_set]
+                stored = restore(file.stored(caption_id), group.dtype)
+                if caption_set is None or len(stored):  # without tokens: it could not be encoded, and is not read
+                    result.add(entry.path, caption, stored, encoded)
     if group.null is not None:
         result.add(group.null.path, "", store.null(name), encoder.encode([""]).embeddings[0])
     return result

@@ -92,3 +92,13 @@ def wanted_weights(stored: Mapping[str, float], wanted: Mapping[str, float] | No
         what = "all are 0" if bad is None else f"{bad} has {wanted[bad]}"
         raise ValueError(f"weights of caption sets must be finite and 0 or more, one of them above 0 ({what})")
     return {name: wanted[name] for name in stored if name in wanted}
+
+
+def caption_shares(store: StoreReader, wanted: Mapping[str, float] | None) -> dict[str, float]:
+    """The part of the captions that comes from each set with a weight, 0..1, of samples that have captions of all.
+
+    Raises:
+        ValueError: like `wanted_weights`.
+    """
+    weights = {name: weight for name, weight in wanted_weights(store.caption_sets, wanted).items() if weight}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}

@@ -1,5 +1,6 @@
 """The store of a training: opened with everything the training reads, and opened again once it has changed."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -381,14 +382,15 @@ def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str |
         )
     if after.num_removals < before.num_removals:
         return f"{after.num_removals} removals, not {before.num_removals}"
-    for position in range(before.num_shards):
-        old, new = before.file(SAMPLES_GROUP, position), after.file(SAMPLES_GROUP, position)
+    groups = [SAMPLES_GROUP, *(group.name for name, group in before.captions.items() if name in after.captions)]
+    for group, position in itertools.product(groups, range(before.num_shards)):
+        old, new = before.file(group, position), after.file(group, position)
         if old is None or new is None or old.sha256 == new.sha256:
             continue
         # Compaction writes files with removed rows again, under a later revision; the rows stay where they are.
         erased = REMOVED in after.excluded.get(position, {}).values() and revision_of(new.path) > revision_of(old.path)
         if not erased:
-            return f"{new.path} holds other samples"
+            return f"{new.path} holds other {'samples' if group == SAMPLES_GROUP else 'captions'}"
     for size in stored_sizes(config):
         if before.images[size].config != after.images[size].config:
             return f"images-{size} are resized in another way"

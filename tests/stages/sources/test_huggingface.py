@@ -227,3 +227,15 @@ def test_a_run_of_an_earlier_version_goes_on_where_the_library_finds_the_same_da
 def test_a_url_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match=r"source.path: 's3://bucket/data': .* is a hub id or a local folder; copy"):
         HuggingfaceConfig(path="s3://bucket/data").build().check()
+
+
+def test_captions_of_a_further_column_are_read_by_row_without_the_images(tmp_path: Path) -> None:
+    columns = {"image": [b"x"] * 5, "text": ["a"] * 5, "short": [["one", "uno"], None, [], ["four"], ["five"]]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "data")
+    found = HuggingfaceConfig.model_validate(
+        {"path": str(tmp_path / "data"), "captions": [{"column": "text"}, {"column": "short"}]}
+    ).build()
+    found.check()
+    first, second = found.shards(3)
+    assert found.caption_cells(first, "short") == [["one", "uno"], [], []]
+    assert found.caption_cells(pickle.loads(pickle.dumps(second)), "short") == [["four"], ["five"]]
