@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.errors import ConfigError
+
 stage_commands = typer.Typer()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
@@ -109,15 +111,55 @@ def import_(
 
 @stage_commands.command()
 def export(
-    training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write; a path or a URL.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Run folder of a training, or a checkpoint; with --to a store."),
+    ],
+    out: Annotated[str, typer.Option(help="The .safetensors file to write; with --to the folder. A path or a URL.")],
+    to: Annotated[
+        str | None, typer.Option(help="Export a store, to mds, webdataset or parquet; PATH is the store.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
     ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="With --to: a size of the images; may be repeated. Default: all.")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="With --to: a text encoder; may be repeated. Default: all.")
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="With --to: png or jpeg. Default: the store's files where the target reads them, else png."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --to: float16 or float32 embeddings. Default: float16 stays, others become float32."),
+    ] = None,
+    executor: Annotated[str | None, typer.Option(help="With --to: local, ray or inline. Default: local.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --to: make again what no longer fits, in a folder that has some.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="With --to: no progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model and its configuration as one file; `checkpoint` and `init_from.path` take it."""
-    _stage_command("export", training, as_json, out=out, weights=weights)
+    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take; or, with
+    --to, the samples of a store as files that other trainers read. The same command again resumes that."""
+    of_stores = {"sizes_px": size, "encoders": encoder, "codec": codec, "dtype": dtype}
+    if to is None:
+        others = {"--size": size, "--encoder": encoder, "--codec": codec, "--dtype": dtype, "--executor": executor}
+        others |= {"--restart": restart, "--quiet": quiet}
+        if given := [name for name, value in others.items() if value]:
+            raise ConfigError(f"{given[0]}: is for exports of a store; add --to mds, webdataset or parquet")
+        _stage_command("export", path, as_json, out=out, weights=weights)
+        return
+    if weights is not None:
+        raise ConfigError("--weights: is for exports of a model; leave it out, or --to")
+    from pipeline.cli.main import run
+
+    values = {"store": path, "to": to, **{name: value for name, value in of_stores.items() if value}}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
+    run("export", overrides, out=out, executor=executor, restart=restart, quiet=quiet, as_json=as_json)
 
 
 def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
