@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import ConfigError
-
 stage_commands = typer.Typer()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
@@ -30,7 +28,7 @@ def verify(
 ) -> None:
     """Check all checksums, the alignment of all rows, and that every input row is accounted for. Names each bad file;
     exits with 1 if there is one."""
-    _stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
+    show_stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
 
 
 @stage_commands.command()
@@ -44,7 +42,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the content of a store: samples, groups, bytes, encoder fingerprints; or the details of one sample."""
-    _stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
+    show_stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
 
 
 @stage_commands.command()
@@ -78,7 +76,7 @@ def remove(
     """Remove samples permanently: readers omit them at once, and later runs do not store them again."""
     values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
     options = {"reason": reason, "compact_files": compact, "grace_s": grace, "dry_run": dry_run}
-    _stage_command("remove", run_or_store, as_json, **values, **options)
+    show_stage_command("remove", run_or_store, as_json, **values, **options)
 
 
 @stage_commands.command()
@@ -87,7 +85,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
-    _stage_command("report", run_or_store, as_json)
+    show_stage_command("report", run_or_store, as_json)
 
 
 @stage_commands.command("import")
@@ -109,60 +107,7 @@ def import_(
     _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
 
 
-@stage_commands.command()
-def export(
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="Run folder of a training, or a checkpoint; with --to a store."),
-    ],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write; with --to the folder. A path or a URL.")],
-    to: Annotated[
-        str | None, typer.Option(help="Export a store, to mds, webdataset or parquet; PATH is the store.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
-    ] = None,
-    size: Annotated[
-        list[int] | None, typer.Option(help="With --to: a size of the images; may be repeated. Default: all.")
-    ] = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(help="With --to: a text encoder; may be repeated. Default: all.")
-    ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(help="With --to: png or jpeg. Default: the store's files where the target reads them, else png."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="With --to: float16 or float32 embeddings. Default: float16 stays, others become float32."),
-    ] = None,
-    executor: Annotated[str | None, typer.Option(help="With --to: local, ray or inline. Default: local.")] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="With --to: make again what no longer fits, in a folder that has some.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="With --to: no progress.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take; or, with
-    --to, the samples of a store as files that other trainers read. The same command again resumes that."""
-    of_stores = {"sizes_px": size, "encoders": encoder, "codec": codec, "dtype": dtype}
-    if to is None:
-        others = {"--size": size, "--encoder": encoder, "--codec": codec, "--dtype": dtype, "--executor": executor}
-        others |= {"--restart": restart, "--quiet": quiet}
-        if given := [name for name, value in others.items() if value]:
-            raise ConfigError(f"{given[0]}: is for exports of a store; add --to mds, webdataset or parquet")
-        _stage_command("export", path, as_json, out=out, weights=weights)
-        return
-    if weights is not None:
-        raise ConfigError("--weights: is for exports of a model; leave it out, or --to")
-    from pipeline.cli.main import run
-
-    values = {"store": path, "to": to, **{name: value for name, value in of_stores.items() if value}}
-    overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
-    run("export", overrides, out=out, executor=executor, restart=restart, quiet=quiet, as_json=as_json)
-
-
-def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
+def show_stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points."""
     from pipeline.workflow import load_command
 

@@ -5,6 +5,7 @@ uint8 (max_tokens,), 1 for each token and then 0; `image`: the largest images, `
 `original_height`, `key`, `url`, `sha256`, `num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +83,11 @@ def merge_indices(indices: Iterable[tuple[str, bytes]]) -> bytes:
             parts.append(str(part))
         if not parts:
             return b'{"version": 2, "shards": []}'
-        merge(parts, str(merged))
+        logging.disable()  # it warns that it has a temporary folder
+        try:
+            merge(parts, str(merged))
+        finally:
+            logging.disable(logging.NOTSET)
         return (merged / INDEX).read_bytes()
 
 
