@@ -1,7 +1,7 @@
 """A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -72,6 +72,8 @@ class Plan:
     max_drop_fraction: float = 1.0
     keep: frozenset[str] = frozenset()
     """Transient groups whose files are kept."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Folders of the run, by group, for groups that are no part of a store."""
     shard_size: int | None = None
     """Rows of a full shard; None means that the largest shard is a full one."""
     notices: tuple[str, ...] = ()

@@ -1,11 +1,18 @@
 """The configuration on the command line: how commands take one, and the commands that show and check it."""
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.stage_commands import AsJson, print_json
+from pipeline.errors import RunError
+from pipeline.signals import raise_when_preempted
+
+if TYPE_CHECKING:
+    from pipeline.options import RunOptions
+    from pipeline.workflow import Workflow
 
 _WORKFLOWS = ", ".join(sorted({entry.name for entry in entry_points(group="pipeline.workflows")}))
 config_app = typer.Typer(no_args_is_help=True, help="List, show, describe and check configurations.")
@@ -39,6 +46,32 @@ def build(name: str, config: str | None, overrides: list[str] | None, out: str |
         if source is not None:
             typer.echo(f"configuration: {out}/config.yaml", err=True)
     return workflow_class(load_config(workflow_class.config_class, source, overrides or ()))
+
+
+def run_and_show(workflow: "Workflow", out: str, options: "RunOptions", *, as_json: bool) -> None:
+    """Runs a workflow, and prints its summary; also that of a run that ended otherwise than requested.
+
+    Raises:
+        RunError: it did.
+    """
+    from pipeline.cli.show import show_summary
+    from pipeline.storage.run_folder import RunFolder
+
+    raise_when_preempted()
+    failure: RunError | None = None
+    try:
+        summary: Mapping[str, object] = workflow.run(out, options)
+    except RunError as error:
+        failure, summary = error, error.summary
+    except KeyboardInterrupt:
+        typer.echo("stopped by Ctrl-C; run the same command again to resume", err=True)
+        raise
+    if as_json:
+        print_json(summary)
+    else:
+        show_summary(summary, workflow.next_steps(RunFolder(out)))
+    if failure is not None:
+        raise failure
 
 
 @config_app.command("ls")

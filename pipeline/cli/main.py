@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,10 @@ import typer
 from typer.core import TyperGroup
 
 from imagen_core.far import without_secrets
-from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app
+from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app, run_and_show
+from pipeline.cli.export_command import export
 from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
-from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, PipelineError, RunError, StaleOutputError
-from pipeline.signals import raise_when_preempted
+from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, PipelineError, StaleOutputError
 
 if TYPE_CHECKING:
     from pipeline.deploy.submit import RayJobs
@@ -48,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(stage_commands)
+app.command()(export)
 
 Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...). Default: runs/WORKFLOW.")]
 ExecutorName = Annotated[
@@ -120,31 +121,12 @@ def run(
         _dry_run(shown, restart, as_json)
         return
     from pipeline.options import RunOptions
-    from pipeline.storage.run_folder import RunFolder
 
     folder = out or f"runs/{workflow}"
     chosen = build(workflow, config, overrides, folder)
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
-    raise_when_preempted()
-    failure: RunError | None = None
-    try:
-        options = RunOptions(
-            executor or chosen.default_executor, address, restart, reasons, quiet, take_over, check_input
-        )
-        summary: Mapping[str, object] = chosen.run(folder, options)
-    except RunError as error:
-        failure, summary = error, error.summary
-    except KeyboardInterrupt:
-        typer.echo("stopped by Ctrl-C; run the same command again to resume", err=True)
-        raise
-    if as_json:
-        print_json(summary)
-    else:
-        from pipeline.cli.show import show_summary
-
-        show_summary(summary, chosen.next_steps(RunFolder(folder)))
-    if failure is not None:
-        raise failure
+    options = RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet, take_over, check_input)
+    run_and_show(chosen, folder, options, as_json=as_json)
 
 
 @app.command()

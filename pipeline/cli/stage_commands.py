@@ -28,7 +28,7 @@ def verify(
 ) -> None:
     """Check all checksums, the alignment of all rows, and that every input row is accounted for. Names each bad file;
     exits with 1 if there is one."""
-    _stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
+    show_stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
 
 
 @stage_commands.command()
@@ -42,7 +42,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the content of a store: samples, groups, bytes, encoder fingerprints; or the details of one sample."""
-    _stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
+    show_stage_command("inspect", store, as_json, key=key, url=url, sha256=sha256)
 
 
 @stage_commands.command()
@@ -76,7 +76,7 @@ def remove(
     """Remove samples permanently: readers omit them at once, and later runs do not store them again."""
     values = {"key": key or (), "url": url or (), "sha256": sha256 or ()}
     options = {"reason": reason, "compact_files": compact, "grace_s": grace, "dry_run": dry_run}
-    _stage_command("remove", run_or_store, as_json, **values, **options)
+    show_stage_command("remove", run_or_store, as_json, **values, **options)
 
 
 @stage_commands.command()
@@ -85,7 +85,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
-    _stage_command("report", run_or_store, as_json)
+    show_stage_command("report", run_or_store, as_json)
 
 
 @stage_commands.command("import")
@@ -107,20 +107,7 @@ def import_(
     _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
 
 
-@stage_commands.command()
-def export(
-    training: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a training, or a checkpoint.")],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write; a path or a URL.")],
-    weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a trained model and its configuration as one file; `checkpoint` and `init_from.path` take it."""
-    _stage_command("export", training, as_json, out=out, weights=weights)
-
-
-def _stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
+def show_stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points."""
     from pipeline.workflow import load_command
 

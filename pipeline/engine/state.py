@@ -24,7 +24,7 @@ class RunState:
         Args:
             restart: make work that no longer fits the plan again, instead of refusing it.
         """
-        run.transient_groups = plan.transient_groups
+        run.transient_groups, run.folders = plan.transient_groups, plan.folders
         self.run = run
         self.retries = Retries(plan, run)
         self.plan = replace(plan, shards=self.retries.all_shards)

@@ -5,7 +5,7 @@ RUN/  config.yaml  plan.json  events.jsonl  summary.json  state/<group>/<shard>.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class RunFolder:
     def __init__(self, place: str | os.PathLike[str] | Storage, transient_groups: frozenset[str] = frozenset()):
         self.storage = place if isinstance(place, Storage) else open_storage(place)
         self.transient_groups = transient_groups
+        self.folders: Mapping[str, str] = {}
+        """Where the files of some groups lie, in place of the store; see `Plan.folders`."""
         self.lease: Lease | None = None
         """The right to write, once the run has it."""
         self.index: RecordIndex | None = None
@@ -67,6 +69,8 @@ class RunFolder:
 
     def group_folder(self, group: str) -> str:
         """Where the group's files lie: in the store, or in staging for intermediate files."""
+        if group in self.folders:
+            return self.folders[group]
         return f"staging/{group}" if group in self.transient_groups else f"{STORE}/{group}"
 
     def record_name(self, group: str, shard: str) -> str:

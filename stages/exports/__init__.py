@@ -1,0 +1,1 @@
+"""Exports of a store: its samples in the formats that other trainers read."""

@@ -1,0 +1,149 @@
+"""MDS files for mosaicml-streaming, one folder of them per shard of the store; the names of columns are those of PRX.
+
+`caption`, `caption_1` ...; `latent_{caption}_{encoder}`: float (n_tokens, dim); `attention_mask_{caption}_{encoder}`:
+uint8 (max_tokens,), 1 for each token and then 0; `image`: the largest images, `image_64` others; `original_width`,
+`original_height`, `key`, `url`, `sha256`, `num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from imagen_core.store import TextGroup
+from pipeline.errors import ConfigError
+from stages.exports.samples import ExportSample
+from stages.exports.selection import Selection
+from stages.exports.values import fields_of
+from stages.import_alone import import_without
+
+INDEX = "index.json"
+_IN_OTHER_COLUMNS = ("key", "captions", "url", "sha256", "width", "height")
+_INSTALL = (
+    "pip install 'imagen-precompute[mds]' && pip install --no-deps mosaicml-streaming==0.13.0 (with its dependencies "
+    "it wants transformers 4 and torchvision)"
+)
+
+
+def import_streaming(module: str) -> ModuleType:
+    """`streaming.base.MODULE`, without the `__init__` of its packages, which import torchvision and transformers.
+
+    Raises:
+        ConfigError: the package is not installed; says how.
+    """
+    try:
+        return import_without(f"streaming.base.{module}", "streaming", "streaming.base")
+    except ImportError as error:
+        raise ConfigError(f"--to mds: needs mosaicml-streaming ({error}): {_INSTALL}") from error
+
+
+def check_installed() -> None:
+    """Raises ConfigError if mosaicml-streaming is not installed."""
+    try:
+        version("mosaicml-streaming")
+    except PackageNotFoundError as error:
+        raise ConfigError(f"--to mds: needs mosaicml-streaming, which is not installed: {_INSTALL}") from error
+    import_streaming("format.mds.writer")
+
+
+def write_mds(folder: Path, samples: Iterable[ExportSample], selection: Selection, num_captions: int) -> int:
+    """Writes MDS files and their index into a folder; returns the number of samples.
+
+    Args:
+        num_captions: captions that all samples have columns for. One with fewer has empty texts, one row of NaN, and a
+            mask of zeros in the place of the others: PRX leaves those out.
+    """
+    count = 0
+    writer = import_streaming("format.mds.writer").MDSWriter
+    with writer(columns=_columns(selection, num_captions), out=str(folder), max_workers=1) as out:
+        for sample in samples:
+            out.write(_values(sample, selection, num_captions))
+            count += 1
+    return count
+
+
+def merge_indices(indices: Iterable[tuple[str, bytes]]) -> bytes:
+    """One index of several folders.
+
+    Args:
+        indices: name of each folder, and its index.
+    """
+    merge = import_streaming("util").merge_index
+    with tempfile.TemporaryDirectory() as temporary:
+        parts, merged = [], Path(temporary, "merged")
+        for name, data in indices:
+            part = Path(temporary, "parts", name, INDEX)
+            part.parent.mkdir(parents=True)
+            part.write_bytes(data)
+            parts.append(str(part))
+        if not parts:
+            return b'{"version": 2, "shards": []}'
+        logging.disable()  # it warns that it has a temporary folder
+        try:
+            merge(parts, str(merged))
+        finally:
+            logging.disable(logging.NOTSET)
+        return (merged / INDEX).read_bytes()
+
+
+def _caption_names(num_captions: int) -> list[str]:
+    return [f"caption_{number}" if number else "caption" for number in range(num_captions)]
+
+
+def _columns(selection: Selection, num_captions: int) -> dict[str, str]:
+    """Encoding of each column."""
+    columns: dict[str, str] = dict.fromkeys(("key", "url", "sha256"), "str")
+    columns |= dict.fromkeys(("original_width", "original_height", "num_captions"), "int")
+    columns["metadata"] = "json"
+    for size, group in selection.images.items():
+        columns[selection.image_name(size, "image")] = selection.image_codec(group)
+    for caption in _caption_names(num_captions):
+        columns[caption] = "str"
+        for encoder in selection.texts:
+            columns[f"latent_{caption}_{encoder}"] = "ndarray"
+            columns[f"attention_mask_{caption}_{encoder}"] = "ndarray"
+    columns |= {f"image_embed_{encoder}": "ndarray" for encoder in selection.image_embeds}
+    return columns | {f"array_{name}": "ndarray" for name in selection.arrays}
+
+
+def _values(sample: ExportSample, selection: Selection, num_captions: int) -> dict[str, Any]:
+    row = sample.row
+    values: dict[str, Any] = {
+        "key": row.key,
+        "url": row.url or "",
+        "sha256": row.sha256,
+        "original_width": row.width,
+        "original_height": row.height,
+        "num_captions": len(row.captions),
+        "metadata": {name: value for name, value in fields_of(row).items() if name not in _IN_OTHER_COLUMNS},
+    }
+    for size, data in sample.images.items():
+        values[selection.image_name(size, "image")] = data  # bytes are written as they are
+    for number, caption in enumerate(_caption_names(num_captions)):
+        is_there = number < len(row.captions)
+        values[caption] = row.captions[number] if is_there else ""
+        for encoder, group in selection.texts.items():
+            blank = np.full((1, group.dim), np.nan, selection.float_dtype(group))
+            latent = sample.text[encoder][number] if is_there else blank
+            values[f"latent_{caption}_{encoder}"] = latent
+            values[f"attention_mask_{caption}_{encoder}"] = _mask(group, len(latent), is_there=is_there)
+    values |= {f"image_embed_{encoder}": embedding for encoder, embedding in sample.image_embeds.items()}
+    return values | {f"array_{name}": _array(array) for name, array in sample.arrays.items()}
+
+
+def _mask(group: TextGroup, num_tokens: int, *, is_there: bool) -> np.ndarray:
+    """uint8 (max_tokens,); as long as there are tokens where the encoder has no such limit."""
+    limit = group.fingerprint.get("max_tokens")
+    mask = np.zeros(max(num_tokens, limit if isinstance(limit, int) else 0), np.uint8)
+    mask[: num_tokens * is_there] = 1
+    return mask
+
+
+def _array(array: np.ndarray) -> np.ndarray:
+    """MDS has neither bool nor arrays without axes."""
+    return np.atleast_1d(array.astype(np.uint8) if array.dtype == np.bool_ else array)
