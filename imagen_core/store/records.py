@@ -6,13 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
 from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.buckets import Shape, choose_shape
 from imagen_core.store.codec import Codec, check_codec
 from imagen_core.store.encoder_identity import PROBE
-from imagen_core.store.files.ragged import StoredEmbedding, cast_embedding
 from imagen_core.store.layout import (
     HASHES_GROUP,
     LAYERS_SCHEMA_VERSION,
@@ -118,10 +115,6 @@ class EmbeddingGroup:
     def token_shape(self) -> tuple[int, ...]:
         """The shape of what a row has of one token: (dim,) or (layers, dim)."""
         return (len(self.layers), self.dim) if self.layers else (self.dim,)
-
-    def blank(self, num_tokens: int) -> StoredEmbedding:
-        """A row of zeros."""
-        return cast_embedding(np.zeros((num_tokens, *self.token_shape), np.float32), self.dtype, self.num_scales)
 
     def layer_places(self, layers: Sequence[int] | None) -> list[int]:
         """Where layers are in a row's axis of layers; None means all.

@@ -12,9 +12,9 @@ from stages.captions import clean_caption, is_valid_text
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.given import KIND as GIVEN
 from stages.encoders.identity import identity_changes
-from stages.encoders.layers import as_recorded
 from stages.encoders.loading import threads_of_process
 from stages.encoders.probe import probe_problem, take_probe
+from stages.encoders.recipes.layers import as_recorded
 from stages.encoders.registry import AnyEncoder
 
 _PROMPTS_AT_ONCE = 1024

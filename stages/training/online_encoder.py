@@ -8,8 +8,8 @@ import numpy as np
 from imagen_core.store import PROBE
 from imagen_core.train import OnlineEncoder
 from stages.encoders.encoder import load_encoder
-from stages.encoders.layers import as_recorded, check_layers
 from stages.encoders.probe import take_probe
+from stages.encoders.recipes.layers import as_recorded, check_layers
 from stages.encoders.registry import AnyEncoder
 
 

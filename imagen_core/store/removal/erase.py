@@ -20,6 +20,7 @@ from imagen_core.store.files.arrays import open_array_writer, open_arrays
 from imagen_core.store.files.captions import CaptionsFile, RowCaptions, distinct_captions, write_captions
 from imagen_core.store.files.hashes import HashesFile, ImageHashes, write_hashes
 from imagen_core.store.files.images import open_image_writer, open_images
+from imagen_core.store.files.ragged import cast_embedding
 from imagen_core.store.files.samples import SamplesFile, write_samples
 from imagen_core.store.files.shard import open_embeddings, write_embedding_shard
 from imagen_core.store.layout import SampleRow
@@ -144,7 +145,8 @@ class ErasedShard:
         else:
             names = self.captions if of_captions else [sample.key for sample in self.samples]
             erased = self.erased_ids if of_captions else self.removed
-        blank = group.blank(0 if of_captions else 1)
+        zeros = np.zeros((0 if of_captions else 1, *group.token_shape), np.float32)
+        blank = cast_embedding(zeros, group.dtype, group.num_scales)
         num_tokens = [len(blank.values) if row in erased else int(n) for row, n in enumerate(file.num_tokens)]
         write_embedding_shard(
             new,

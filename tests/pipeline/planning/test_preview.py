@@ -67,6 +67,19 @@ def test_without_a_probe_text_bytes_are_known_and_time_is_not(tmp_path: Path) ->
     assert "--probe measures it here" in call("plan", "precompute", "--out", str(out), *SMALL).out
 
 
+@pytest.mark.parametrize(("dtype", "padded", "size"), [("float32", "float32", 4), ("int8", "bfloat16", 2)])
+def test_a_plan_compares_with_padded_tensors(tmp_path: Path, dtype: str, padded: str, size: int) -> None:
+    planned = call("plan", "precompute", "--json", "--out", str(tmp_path / "run"), *SMALL, f"store.dtype={dtype}")
+    group = json.loads(planned.out)["groups"]["text-t5"]
+    shards = [{c for i in range(s, s + 40) for c in scene(0, i, split="train").captions} for s in (0, 40, 80)]
+    layout = f"padded to 128 tokens in {padded}"
+    assert group["bytes_otherwise"] == {layout: sum(map(len, shards)) * 128 * 64 * size}
+    shown = call("plan", "precompute", "--out", str(tmp_path / "run"), *SMALL, f"store.dtype={dtype}").out
+    times = group["bytes_otherwise"][layout] / group["bytes_to_do"]
+    assert f"stored; {layout}: " in shown
+    assert f"{times:.3g} times as much" in shown
+
+
 def test_a_profile_turns_counted_flops_into_gpu_hours(machine: str) -> None:
     planned = plan("--profile", machine, *SMALL)
     encoder = T5EncoderConfig(name="t5", model=TINY_MODEL)
