@@ -10,6 +10,7 @@ import numpy as np
 from imagen_core.store import TOLERANCE, probe_differences, probe_entry, token_errors
 from pipeline.fingerprint import differences
 from stages.encoders.encoder import TextEncoder
+from stages.encoders.recipes.cleaning import packages
 
 OTHER_NUMBERS = "install the versions that the run started with, or start a new run"
 STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3}
@@ -89,12 +90,12 @@ def null_problem(stored: np.ndarray, found: np.ndarray, compute_dtype: str, dtyp
 
 
 def _environment(encoder: TextEncoder) -> dict[str, str]:
-    """Versions of the libraries that compute embeddings, the kind of attention, and the device."""
+    """Versions of the libraries that clean captions and compute embeddings, the kind of attention, and the device."""
     import torch
 
     device = encoder.device
     return {
-        **{library: version(library) for library in _LIBRARIES},
+        **{library: version(library) for library in (*_LIBRARIES, *packages(getattr(encoder.config, "cleaning", ())))},
         "attention": getattr(encoder.model, "attention", "its own"),
         "device": platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }

@@ -11,6 +11,8 @@ from pipeline.errors import MachineError
 CleaningName = Literal["lower", "strip", "whitespace", "ftfy", "html", "deepfloyd", "prx"]
 
 _EXTRA = "pip install ftfy beautifulsoup4"
+_NEEDS: dict[str, tuple[str, ...]] = {"ftfy": ("ftfy",), "deepfloyd": ("ftfy", "beautifulsoup4"), "prx": ("ftfy",)}
+_MODULES = {"beautifulsoup4": "bs4"}
 _MARKS = re.compile(r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+")
 _CJK = re.compile("[\u31c0-\u31ff\u3200-\u4dff\u4e00-\u9fff]+")
 _DASHES = re.compile(
@@ -77,9 +79,14 @@ def check_cleaning(names: Sequence[str], where: str) -> None:
     Raises:
         MachineError: names the package and how to install it.
     """
-    for name, module in (("ftfy", "ftfy"), ("deepfloyd", "ftfy"), ("deepfloyd", "bs4"), ("prx", "ftfy")):
-        if name in names:
-            _module(module, f"{where}: {name}")
+    for name in names:
+        for package in _NEEDS.get(name, ()):
+            _module(_MODULES.get(package, package), f"{where}: {name}")
+
+
+def packages(names: Sequence[str]) -> list[str]:
+    """The packages that decide what these rules do."""
+    return sorted({package for name in names for package in _NEEDS.get(name, ())})
 
 
 def clean(caption: str, names: Sequence[str]) -> str:
@@ -137,7 +144,7 @@ def _module(name: str, where: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        package = {"bs4": "beautifulsoup4"}.get(name, name)
+        package = next((package for package, module in _MODULES.items() if module == name), name)
         raise MachineError(f"{where} needs the package {package}, which is not installed; {_EXTRA}") from error
 
 

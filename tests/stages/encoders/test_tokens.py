@@ -18,7 +18,7 @@ TEXT = (
     "<|endoftext|> ' \" ... --- ئاپ خط عربي हिन्दी 12,345.67 https://a.b/c?d=e"
 )
 WORDS = TEXT.split(" ")
-SPACES = ["\u00a0", "\u3000", "\u2028"]
+SPACES = ["\u00a0", "\u3000", "\u2028", "\n", "\t", ".\r\n\n"]
 GPT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CLIP = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 

@@ -1,5 +1,6 @@
 """The states of chosen layers equal transformers' hidden_states, whatever the batches, and padding has its rows."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from transformers import AutoTokenizer, Qwen3Model
 
 from pipeline.errors import ConfigError
+from stages.encoders import probe
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.prompts import encoder_of
@@ -166,6 +168,21 @@ def test_a_recipe_is_had_back_from_its_fingerprint_with_the_same_numbers(folder:
     first, second = load_encoder(one, 1), load_encoder(again, 1)
     assert probe_problem(take_probe(first), take_probe(second), "float32") is None
     assert len(first.encode([""]).embeddings[0]) == 1
+
+
+def test_another_version_of_a_package_that_cleans_captions_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ftfy = pytest.importorskip("ftfy")
+    encoder = load(folder, cleaning=["ftfy"])
+    before = take_probe(encoder)
+    assert before["environment"]["ftfy"] == ftfy.__version__
+    assert "ftfy" not in take_probe(load(folder))["environment"]
+    monkeypatch.setattr(ftfy, "fix_text", lambda text: text)  # leaves the ligature of a probe caption
+    monkeypatch.setattr(probe, "version", lambda library: "9.9" if library == "ftfy" else version(library))
+    problem = probe_problem(before, take_probe(encoder), "float32")
+    assert problem is not None
+    assert f"ftfy: {ftfy.__version__} -> 9.9" in problem
 
 
 def test_an_edited_chat_template_is_named(folder: Path, tmp_path: Path) -> None:
