@@ -111,7 +111,9 @@ def test_numbers_in_json_keep_value_and_type_whatever_kinds_are_mixed() -> None:
             assert numbers(data) == expected, some
 
 
-@pytest.mark.parametrize(("cells", "by_itself"), [(["1.5", "2.0"], 0), (["1.5", "-3e5"], 0), (["1.5"] * 99 + ["2"], 3)])
+@pytest.mark.parametrize(
+    ("cells", "by_itself"), [(["1.5", "2.0"], 0), (["1.5", "-3e5"], 0), (["1.5"] * 99 + ["2"], 3)]
+)
 def test_fractions_in_json_are_read_as_columns_and_whole_numbers_among_them_by_themselves(
     cells: list[str], by_itself: int
 ) -> None:

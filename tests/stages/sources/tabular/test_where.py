@@ -145,7 +145,9 @@ def test_row_groups_without_a_kept_row_are_not_read(tmp_path: Path) -> None:
     assert [len(chunk) for chunk in behind] == [5, 10, 10, 10]
 
 
-def test_of_row_groups_whose_statistics_tell_nothing_only_the_columns_of_the_condition_are_read(tmp_path: Path) -> None:
+def test_of_row_groups_whose_statistics_tell_nothing_only_the_columns_of_the_condition_are_read(
+    tmp_path: Path,
+) -> None:
     rows = [{"url": f"u{i}", "odd": i % 2 if i != 33 else 0.5, "text": "x" if i == 33 else "y"} for i in range(60)]
     path = write(tmp_path / "l.parquet", rows)
     for condition in ("odd > 0.1 AND odd < 0.9", "text = 'x'"):
