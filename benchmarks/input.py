@@ -242,8 +242,10 @@ def finish(path: Path, out: Path) -> int:
     from pipeline.engine.state import RunState
     from pipeline.fingerprint import text_digest
     from pipeline.storage.record import CommittedFile, Record, shard_name
+    from pipeline.workflow import ShardedWorkflow
 
     workflow = build("precompute", None, settings(path), str(out))
+    assert isinstance(workflow, ShardedWorkflow)
     state = RunState.open(str(out), workflow.plan)
     assert state.plan.input is not None
     state.plan.input.begin_run()
