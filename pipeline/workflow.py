@@ -1,6 +1,5 @@
 """Workflows: named compositions of stages, found through the `pipeline.workflows` entry points."""
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -107,7 +106,6 @@ def _load(group: str, name: str, what: str) -> Any:
     owners = " and by ".join(_described(entry) for entry in named)
     if len(named) > 1:
         raise ConfigError(f"{what} {name!r} is defined by {owners}; uninstall one of the packages")
-    gc.disable()  # what modules are made of stays
     try:
         return named[0].load()
     except Exception as error:
@@ -115,8 +113,6 @@ def _load(group: str, name: str, what: str) -> Any:
             f"{what} {name!r} of {owners} cannot be loaded ({type(error).__name__}: {error}); "
             "repair or uninstall the package"
         ) from error
-    finally:
-        gc.enable()
 
 
 def _described(entry: EntryPoint) -> str:

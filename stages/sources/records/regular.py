@@ -31,7 +31,7 @@ from stages.sources.records.text import (
 Chunk = pa.RecordBatch | list[Record]
 """Some rows of a table."""
 
-_BLOCK = 2**20
+_BLOCK = 2**21
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _CONTROL = np.array([byte < 32 and byte not in b"\n\r\t" for byte in range(256)])
