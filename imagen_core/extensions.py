@@ -94,7 +94,8 @@ class Kinds:
         result = handler(schema)
         for kind in sorted(_names(self.group)):
             try:
-                choice = handler(self.member((), kind).__pydantic_core_schema__)
+                member = self.member((), kind)
+                choice = member.__get_pydantic_json_schema__(member.__pydantic_core_schema__, handler)
             except ValueError as error:
                 choice = {"properties": {_TAG: {"const": kind}}, "description": str(error)}
             result["oneOf"].append(choice)

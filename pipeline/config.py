@@ -3,25 +3,60 @@
 Every problem is reported in one `ConfigError` with the field's path, the value and the remedy.
 """
 
+import ast
 import difflib
+import inspect
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, to_jsonable_python
 
 from pipeline.errors import ConfigError
 from pipeline.storage.credentials import check_no_credentials
 
 
 class Config(BaseModel):
-    """Base of every configuration model: frozen, no unknown keys, docstrings become schema text."""
+    """Base of every configuration model: frozen, no unknown keys, docstrings become schema text.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    Pydantic's `use_attribute_docstrings` parses the source of each model at its import, a tenth of the start of a
+    command; here the schema does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = handler(core_schema)
+        fields = handler.resolve_ref_schema(found).get("properties", {})
+        for name in cls.model_fields.keys() & fields.keys():
+            owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+            text, told = _field_texts(owner).get(name), handler.resolve_ref_schema(fields[name]).get("description")
+            if "description" not in fields[name] and text not in (None, told):
+                fields[name]["description"] = text
+        return found
+
+
+@cache
+def _field_texts(owner: type) -> dict[str, str]:
+    """The docstrings under the fields of a class, without those of its bases."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 def local_path(place: str, option: str) -> Path:

@@ -10,7 +10,7 @@ from pipeline.storage.scratch import temporary_folder
 from stages.images import MAX_PIXELS, ImageRejected, decode_rgb
 from stages.sources.base import InputPart, Original, Source
 from stages.sources.records.parquet import to_records
-from stages.sources.tables import columns, cursor_at
+from stages.sources.tables import HEAD_ROWS, columns, cursor_at
 from stages.sources.tabular.table_rows import TableSource, kept_of
 
 _COLUMNS = (("width", "height"), ("original_width", "original_height"), ("image_width", "image_height"))
@@ -49,7 +49,7 @@ def _of_tables(source: TableSource) -> Iterator[Size]:
 
 def _of_table(source: TableSource, part: InputPart, num_rows: int) -> Iterator[Size]:
     path, row_filter = f"{source.folder}/{part.path}", source.row_filter
-    present = {name.lower(): name for name in columns(path, ("width", "height"), num_rows)}
+    present = {name.lower(): name for name in columns(path, ("width", "height"), HEAD_ROWS)}
     named = next((pair for pair in _COLUMNS if all(name in present for name in pair)), None)
     if named is None:
         return

@@ -31,7 +31,7 @@ from stages.sources.records.text import (
 Chunk = pa.RecordBatch | list[Record]
 """Some rows of a table."""
 
-_BLOCK = 2**20
+_BLOCK = 2**21
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _CONTROL = np.array([byte < 32 and byte not in b"\n\r\t" for byte in range(256)])
@@ -114,6 +114,14 @@ def _count(block: bytes, byte: int) -> int:
     return int(np.count_nonzero(np.frombuffer(block, np.uint8) == byte))
 
 
+def _has_pair(block: bytes, pair: bytes) -> bool:
+    """Whether two bytes follow each other; much faster than `in` where the first is often."""
+    if pair[:1] not in block:
+        return False
+    data = np.frombuffer(block, np.uint8)
+    return bool((data[np.flatnonzero(data[:-1] == pair[0]) + 1] == pair[1]).any())
+
+
 def _end_outside_quotes(data: bytes, end: int) -> int:
     """The last end of a line, not behind `end`, with an even number of quotes before it; 0 if there is none."""
     quotes = _count(data[:end], _QUOTE)
@@ -169,7 +177,7 @@ def _json_batch(block: bytes, kinds: dict[str, pa.DataType]) -> pa.RecordBatch |
         kinds: the columns to read, and of which type each was in the last block: text, a list of texts, whole numbers
             or fractions.
     """
-    if (b"NaN" in block or b"Inf" in block) and _NO_NUMBER.search(block):
+    if (_has_pair(block, b"Na") or _has_pair(block, b"In")) and _NO_NUMBER.search(block):
         return None
     count = _count_objects(block)
     for _ in range(4 * len(kinds) + 1):
@@ -177,7 +185,7 @@ def _json_batch(block: bytes, kinds: dict[str, pa.DataType]) -> pa.RecordBatch |
             batch = _json_columns(block, kinds)
             if batch is None or batch.num_rows != count:
                 return None
-            if b"\\u" in block:  # half a surrogate pair; the block itself is UTF-8
+            if _has_pair(block, b"\\u"):  # half a surrogate pair; the block itself is UTF-8
                 batch.validate(full=True)
             return batch
         except pa.ArrowInvalid as error:
@@ -201,8 +209,9 @@ def _json_columns(block: bytes, kinds: Mapping[str, pa.DataType]) -> pa.RecordBa
     """
     options = pyarrow.json.ParseOptions(pa.schema(list(kinds.items())), unexpected_field_behavior="ignore")
     reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
-    table = pyarrow.json.read_json(pa.BufferReader(block), reading, options).combine_chunks()
-    return table.to_batches()[0] if table.num_rows else None
+    table = pyarrow.json.read_json(pa.BufferReader(block), reading, options)
+    found = table.to_batches()
+    return None if not table.num_rows else found[0] if len(found) == 1 else table.combine_chunks().to_batches()[0]
 
 
 def _not_whole(block: bytes, kinds: Mapping[str, pa.DataType]) -> str | None:
@@ -341,7 +350,10 @@ def _is_regular(block: bytes) -> bool:
 def _has_control(block: bytes) -> bool:
     """Whether there are control characters other than tabs and ends of lines, or a lone carriage return."""
     data = np.frombuffer(block, np.uint8)
-    few = data[data < 32]
+    are_low = data < 32
+    if np.count_nonzero(are_low) == _count(block, _LF):
+        return False
+    few = data[are_low]
     return bool(_CONTROL[few].any()) or (b"\r" in block and _count(block, _CR) != block.count(b"\r\n"))
 
 

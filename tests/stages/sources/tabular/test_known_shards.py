@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.errors import StaleOutputError
 from pipeline.stage import Shard
+from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
 from stages.sources import tables
 from stages.sources.incremental import InputBatches
@@ -87,6 +88,43 @@ def test_a_second_start_reads_nothing_and_has_the_same_shards(kind: str, keyed: 
     assert [pickle.loads(pickle.dumps(shard)).rows for shard in reversed(second)] == rows[::-1]
     repeated = [row[-1] for shard in rows for row in shard]
     assert repeated == ([False] * 20 + [True] * 5 if keyed else [False] * ROWS)
+
+
+@pytest.mark.parametrize("kind", ["urls", "images"])
+def test_a_plan_reads_no_row_of_parquet_and_its_shards_are_those_of_a_run(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, rows in (("a", 25), ("b", 3), ("c", 12)):
+        write(tmp_path / "data" / f"{name}.parquet", rows, name)
+    batches = InputBatches(source(kind, tmp_path / "data"), RunFolder(tmp_path / "run"), 10, "samples")
+    with reads() as found:
+        planned = list(batches.shards())
+    assert ([shard.num_rows for shard in planned], found) == ([10, 10, 10, 10], [])
+    assert (
+        planned == start(kind, tmp_path / "data", tmp_path / "run") == list(source(kind, tmp_path / "data").shards(10))
+    )
+    assert pickle.loads(pickle.dumps(planned[2])).rows == planned[2].rows
+
+
+@pytest.mark.parametrize(("key_column", "where", "num_rows"), [("id", None, ROWS), (None, "id = 'k3'", 2)])
+def test_a_plan_reads_the_rows_where_they_decide_which_shards_there_are(
+    key_column: str | None, where: str | None, num_rows: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("sqlglot")
+    write(tmp_path / "l.parquet")
+    config = UrlsConfig(path=str(tmp_path / "l.parquet"), key_column=key_column, where=where)
+    with reads() as found:
+        shards = InputBatches(config.build(), RunFolder(tmp_path), 10, "samples").shards()
+        assert sum(shard.num_rows for shard in shards) == num_rows
+    assert found
+
+
+def test_a_plan_of_a_folder_with_finished_shards_reads_what_is_not_noted(tmp_path: Path) -> None:
+    write(tmp_path / "l.parquet")
+    run = RunFolder(tmp_path / "run")
+    run.write_record(Record("samples", 0, "f", "i", 10, 10))
+    with reads() as found:
+        list(InputBatches(source("urls", tmp_path / "l.parquet"), run, 10, "samples").shards())
+    assert found == [("l.parquet", 0)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
