@@ -206,8 +206,8 @@ class BatchReader:
         return batch.view(torch.bfloat16) if spec.dtype == "bfloat16" else batch
 
     def _empty_images(self, count: int, size: int, frame: Frame) -> torch.Tensor:
-        """uint8 (count, h, w, 3), in memory for the largest bucket: the next batch gets that of an earlier one, which is
-        in the caches, and no pages that the system has to clear."""
+        """uint8 (count, h, w, 3), in memory for the largest bucket: the next batch gets that of an earlier one, which
+        is in the caches, and no pages that the system has to clear."""
         height, width = frame.shown
         memory = self._empty((count * self._largest[size] * 3,), np.dtype(np.uint8))
         return memory[: count * height * width * 3].view(count, height, width, 3)
