@@ -12,7 +12,7 @@ from imagen_core.store.array_spec import ArraySpec
 from imagen_core.store.buckets import Shape, ratios_of, shapes_difference
 from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.caption_choice import CaptionChoice, TakenCaption
-from imagen_core.store.read.crop import FullImage, Layout
+from imagen_core.store.read.crop import Frame, FullImage, Layout
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.reader import OpenShard, StoreReader
 from imagen_core.store.records import EmbeddingGroup
@@ -61,6 +61,8 @@ class BatchReader:
         self.has_caption_sets = any(choice.has_sets for choice in self._choices)
         self.ratios: tuple[Shape, ...] = ()
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
+        self._largest = {size: max(math.prod(each[size].shown) for each in self._layouts) for size in self._layouts[0]}
+        """Most pixels of an image in a batch, by size."""
         for store in reversed(stores):  # what describes the batch is taken of the first
             self._text_group = None if options.text is None else store.text_group(options.text)
             if options.text_layers is not None:
@@ -96,8 +98,7 @@ class BatchReader:
         layout = self._layouts[bucket]
         keys, captions, transcriptions = ([""] * len(draws) for _ in range(3))
         labels = self._empty((len(draws),), np.dtype(np.int64))
-        shapes = {size: (len(draws), *frame.shown, 3) for size, frame in layout.items()}
-        images = {size: self._empty(shape, np.dtype(np.uint8)) for size, shape in shapes.items()}
+        images = {size: self._empty_images(len(draws), size, frame) for size, frame in layout.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
         rows: list[dict[str, np.ndarray]] = [{}] * len(draws)
@@ -211,6 +212,13 @@ class BatchReader:
         if not shape:
             batch.numpy()[:] = [array.view(signed) for array in arrays]
         return batch.view(torch.bfloat16) if spec.dtype == "bfloat16" else batch
+
+    def _empty_images(self, count: int, size: int, frame: Frame) -> torch.Tensor:
+        """uint8 (count, h, w, 3), in memory for the largest bucket: the next batch gets that of an earlier one, which
+        is in the caches, and no pages that the system has to clear."""
+        height, width = frame.shown
+        memory = self._empty((count * self._largest[size] * 3,), np.dtype(np.uint8))
+        return memory[: count * height * width * 3].view(count, height, width, 3)
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
         """Memory for a part of a batch. Pinned memory belongs to torch, which reuses it when the tensor is gone."""

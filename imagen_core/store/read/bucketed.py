@@ -86,6 +86,7 @@ class BucketedOrder:
         self._firsts = self._bounds[:-1, None] + np.cumsum(self._counts, axis=1) - self._counts
         self.totals = self._counts.sum(axis=0)
         self._plan: tuple[int, Cut, _Epoch] | None = None
+        self._next: tuple[tuple[int, Cut, int], tuple[int, int]] | None = None
         self._ahead = [Ahead(int(total), partial(self._samples, bucket)) for bucket, total in enumerate(self.totals)]
 
     def uncut(self, batch_size: int) -> Cut:
@@ -94,9 +95,13 @@ class BucketedOrder:
 
     def next_batch(self, epoch: int, cut: Cut, position: int) -> tuple[int, int]:
         """Bucket and size of the batch that comes after `position` samples; the size is 0 at the end of the epoch."""
-        plan = self._planned(epoch, cut)
-        batch = int(plan.ends.searchsorted(position, side="right"))
-        return (int(plan.labels[batch]), int(plan.sizes[batch])) if batch < len(plan.ends) else (0, 0)
+        where = (epoch, cut, position)
+        if self._next is None or self._next[0] != where:  # a loader asks several times
+            plan = self._planned(epoch, cut)
+            batch = int(plan.ends.searchsorted(position, side="right"))
+            found = (int(plan.labels[batch]), int(plan.sizes[batch])) if batch < len(plan.ends) else (0, 0)
+            self._next = where, found
+        return self._next[1]
 
     def indices(self, epoch: int, cut: Cut, positions: np.ndarray) -> np.ndarray:
         """The sample at each of some rising positions of an epoch, int64."""

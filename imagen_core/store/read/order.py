@@ -11,6 +11,7 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 6
+_MOST_VALUES_PER_POSITION = 4  # so many has the network where all positions are asked for
 _AHEAD = 4096  # positions
 ORDER, CAPTION, SHARDS, WINDOW, BATCHES = range(5)  # what a key is for
 
@@ -36,7 +37,8 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a keyed permutation of range(size) sends each position.
 
     A balanced Feistel network (Luby and Rackoff 1988) over the next power of 4, walked until the value
-    is below `size` (Black and Rogaway 2002, cycle walking). Each position is computed on its own.
+    is below `size` (Black and Rogaway 2002, cycle walking). Each position is computed on its own; of many at once the
+    network is computed once for each value that it can have.
 
     Args:
         positions: integers in [0, size).
@@ -46,14 +48,21 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = [np.uint64(derive_key(key, i)) for i in range(_NUM_ROUNDS)]
-    out = positions.astype(np.uint64)
-    todo = np.arange(out.size)
-    while todo.size:
-        x = out[todo]
+
+    def network(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
         for round_key in keys:
             left, right = right, left ^ (mix64(right ^ round_key) & mask)
-        out[todo] = (left << half) | right
+        return (left << half) | right
+
+    num_values = 1 << 2 * int(half)
+    step = network
+    if num_values <= _MOST_VALUES_PER_POSITION * positions.size:
+        step = network(np.arange(num_values, dtype=np.uint64)).__getitem__
+    out = step(positions.astype(np.uint64))
+    todo = np.flatnonzero(out >= size)
+    while todo.size:
+        out[todo] = step(out[todo])
         todo = todo[out[todo] >= size]
     return out.astype(np.int64)
 

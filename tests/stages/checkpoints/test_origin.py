@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "sha256": "1" * 64,
     "max_tokens": 9,
 }
-"""Another value of each field of a loaded checkpoint."""
+"""Another value of each field of a loaded checkpoint, but for `shapes`: those of the images are recorded with each."""
 
 
 def loaded() -> Any:
@@ -30,7 +30,7 @@ def loaded() -> Any:
     return LoadedDenoiser(SimpleNamespace(config=CONFIG), encoder, {}, 2, "ema-0.99", "0" * 64, 8)  # pyright: ignore
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(LoadedDenoiser)])
+@pytest.mark.parametrize("name", [field.name for field in fields(LoadedDenoiser) if field.name != "shapes"])
 def test_another_value_of_anything_that_was_loaded_is_another_origin(name: str) -> None:
     assert canonical_json(origin(loaded())) == canonical_json(origin(loaded()))
     assert origin(replace(loaded(), **{name: OTHER[name]})) != origin(loaded())
