@@ -10,6 +10,9 @@ from stages.encoders.loading import load_weights
 from stages.encoders.model_files import ModelFiles, hf_config
 from stages.encoders.recipes.config import RecipeConfig
 
+_TOWERS = ("language_model", "text_model")
+"""Names of the part of a vision-language model that reads text alone."""
+
 
 class AutoEncoderConfig(RecipeConfig):
     """A text encoder found by the `model_type` in its config.json, such as DeBERTa-v2 and v3."""
@@ -42,7 +45,9 @@ class AutoEncoderConfig(RecipeConfig):
         if model.config.is_encoder_decoder:  # BART and similar models
             model = model.get_encoder()
         elif _has_text_tower(config):
-            model = model.language_model
+            model = next((part for name in _TOWERS if (part := getattr(model, name, None)) is not None), None)
+            if model is None:
+                raise refuse_kind(self.model, files, "model with a text side of its own", "give its text part")
         states = self.states(model, _text_part(config).num_hidden_layers)
         if is_packable(_text_part(config)):
             return PackedDecoder(model, self.output, states)

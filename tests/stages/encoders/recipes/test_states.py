@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoTokenizer, Qwen3Model
+from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from pipeline.errors import ConfigError
-from stages.encoders import probe
+from stages.encoders import auto, probe
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.probe import probe_problem, take_probe
 from stages.encoders.prompts import encoder_of
 from stages.encoders.registry import AnyEncoder
 from tests.stages.encoders import tiny_models
-from tests.stages.encoders.recipes.pipelines import decoder, t5
+from tests.stages.encoders.recipes.pipelines import DECODER, decoder, t5, write_tokenizer
 
 CAPTIONS = ["a red circle above a blue square", "one", "two words"]
 
@@ -98,6 +98,31 @@ def test_a_vision_language_model_without_a_text_side_is_refused(folder: Path, tm
     (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model", "hidden_size": 8}')
     with pytest.raises(ConfigError, match=r"is no text encoder \(model_type 'siglip_vision_model'.*give its text"):
         config(tmp_path).identify()
+
+
+def idefics3(folder: Path) -> None:
+    """A vision-language model that calls its language model `text_model`."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    text = {"model_type": "llama", **DECODER, "num_hidden_layers": 2, "vocab_size": write_tokenizer(folder, "<s> $A")}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Idefics3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+
+
+@torch.inference_mode()
+def test_the_text_side_of_a_vision_language_model_is_found_or_the_model_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.write(idefics3, tmp_path / "idefics3")
+    text_side = AutoModel.from_pretrained(model, dtype=torch.float32).eval().text_model
+    ids = AutoTokenizer.from_pretrained(model)(CAPTIONS[0], return_tensors="pt").input_ids
+    found = load(model, layers=[1, -1]).encode(CAPTIONS).embeddings[0]
+    states = text_side(input_ids=ids, output_hidden_states=True).hidden_states
+    assert_close(found, torch.cat([states[1], states[2]], -1)[0].numpy())
+    monkeypatch.setattr(auto, "_TOWERS", ("language_model",))
+    with pytest.raises(ConfigError, match=r"is no model with a text side .*model_type 'idefics3'.*give its text part"):
+        load(model)
 
 
 def test_a_decoders_padding_has_states_of_its_own(folder: Path) -> None:
