@@ -146,7 +146,7 @@ class PackedDecoder:
         places = np.arange(len(ids)) + (before - starts)[captions]
         positions, attended = places.copy(), np.ones_like(places)
         for start, length, first, span in zip(starts, lengths, before, masked or (), strict=masked is not None):
-            positions[start : start + length] = token_positions(first + length, span)[first:]
+            positions[start : start + length] = token_positions(int(first) + length, span)[first:]
             attended[start + span[0] - first : start + span[1] - first] = 0
         each = torch.from_numpy(np.stack([captions, places, positions, attended]))
         of_tokens = (each if on_cpu else each.pin_memory()).to(ids.device, non_blocking=True)
@@ -187,7 +187,7 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (1, heads, total, head_dim) -> (1, total, heads, head_dim).
 
