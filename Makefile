@@ -38,6 +38,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.encode --out benchmarks/results/encode.json
 	$(BIN)/python -m benchmarks.encode_llm --out benchmarks/results/encode_llm.json
 	$(BIN)/python -m benchmarks.store_size --out benchmarks/results/store_size.json
+	$(BIN)/python -m benchmarks.padding --out benchmarks/results/padding.json
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.overhead --out benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.loader_wait --out benchmarks/results/loader_wait.json
