@@ -21,7 +21,8 @@ from imagen_core.store import (
 )
 from pipeline.errors import MachineError
 from pipeline.executors.local_worker import call_warm
-from pipeline.stage import Drop, Group, GroupResult, Resources, RowsOfCaptions, Stage, Task, Workload, rows_by_reason
+from pipeline.resources import CaptionsBySet, RowsOfCaptions
+from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import EncoderConfig, EncoderWorkload
@@ -168,7 +169,7 @@ class EncodeStage(Stage):
         }
         return bad, GroupResult(0, [], counters, {"captions": len(captions), **quantisation_summary(quality)})
 
-    def workload(self, captions: RowsOfCaptions, further: Mapping[str, RowsOfCaptions] | None = None) -> Workload:
+    def workload(self, captions: RowsOfCaptions, further: CaptionsBySet | None = None) -> Workload:
         files = {None: self.files, **self.sets}
         of_sets = further or {}
         work = {name: self._work(captions if name is None else of_sets.get(name, ())) for name in files}
