@@ -9,7 +9,7 @@ import json
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -395,7 +395,9 @@ class Stage(ABC):
         """Bytes on disk of the group for this number of rows; None if it is not known in advance."""
         return None
 
-    def workload(self, captions: RowsOfCaptions, further: CaptionsBySet | None = None) -> Workload | None:
+    def workload(
+        self, captions: RowsOfCaptions, further: CaptionsBySet | None = None, to_do: Set[str] | None = None
+    ) -> Workload | None:
         """Counts the work on a shard whose rows have these captions, and these of further sets by the set's name; None
-        if it cannot be counted."""
+        if it cannot be counted. Of groups that are not to do, where that is given, only the bytes count."""
         return None
