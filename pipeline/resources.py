@@ -1,7 +1,12 @@
 """What a task occupies, and how much work it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+RowsOfCaptions = Sequence[tuple[str, ...]]
+"""The captions of each row."""
+CaptionsBySet = Mapping[str, RowsOfCaptions]
+"""Those of further sets, by the set's name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,18 @@ import json
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from pipeline.errors import StaleOutputError
 from pipeline.fingerprint import canonical_json
-from pipeline.resources import Resources, Workload
+from pipeline.resources import CaptionsBySet, Resources, RowsOfCaptions, Workload
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import RunFolder
 
+_Cells = Mapping[str, bytes]
 _last_sign = time.monotonic()
 
 
@@ -33,10 +34,6 @@ def note_progress() -> None:
 def seconds_without_progress() -> float:
     """Seconds since the last sign of progress in this process."""
     return time.monotonic() - _last_sign
-
-
-RowsOfCaptions = Sequence[tuple[str, ...]]
-"""The captions of each row."""
 
 
 class RowRange(Protocol):
@@ -100,8 +97,8 @@ class Shard:
         self.cell_digests: Mapping[str, str] = cell_digests or {}
         """Of the cells of further columns, by column; see `cells`."""
         self._text, self._packed, self._range = text, b"", rows
-        self._cells: Mapping[str, bytes] = {}
-        self._packed_cells: Mapping[str, bytes] = {}
+        self._cells: _Cells = {}
+        self._packed_cells: _Cells = {}
 
     @classmethod
     def of_text(
@@ -110,7 +107,7 @@ class Shard:
         text: bytes,
         num_rows: int,
         files: Mapping[str, str] | None = None,
-        cells: Mapping[str, bytes] | None = None,
+        cells: _Cells | None = None,
     ) -> Self:
         """A shard whose rows, and cells of further columns, are canonical JSON already."""
         shard = cls.__new__(cls)
@@ -416,8 +413,8 @@ class Stage(ABC):
         return None
 
     def workload(
-        self, captions: RowsOfCaptions, further: Mapping[str, RowsOfCaptions] | None = None
+        self, captions: RowsOfCaptions, further: CaptionsBySet | None = None, to_do: Set[str] | None = None
     ) -> Workload | None:
         """Counts the work on a shard whose rows have these captions, and these of further sets by the set's name; None
-        if it cannot be counted."""
+        if it cannot be counted. Of groups that are not to do, where that is given, only the bytes count."""
         return None

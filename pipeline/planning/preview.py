@@ -75,7 +75,7 @@ def _rooms(
 
 def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:
     """With a profile only stages that cannot be counted are probed; the others need no models."""
-    counted = count_work(plan, found.samples)
+    counted = count_work(plan, found)
     executor = options.executor or "ray"
     measured = None
     if options.probe and any(batch.needs for batch in found.work):

@@ -97,17 +97,19 @@ class Counted:
     """By group and layout, as in `Workload`."""
 
 
-def count_work(plan: Plan, samples: list[Shard]) -> dict[str, Counted]:
-    """Work by stage, of the stages that can count it from captions."""
+def count_work(plan: Plan, found: Survey) -> dict[str, Counted]:
+    """Work by stage, of the stages that can count it from captions; of groups that are finished only the bytes."""
+    samples = found.samples
     counting = [stage for stage in plan.stages if type(stage).workload is not Stage.workload]
     if plan.captions is None or not samples or not counting:
         return {}
+    to_do = frozenset(name for name, group in found.groups.items() if group.shards_to_do)
     rows = sum(shard.num_rows for shard in samples)
     further = plan.further_captions or (lambda shard: {})
     captions = [(plan.captions(shard), further(shard)) for shard in samples]
     result: dict[str, Counted] = {}
     for stage in counting:
-        work = [done for texts in captions if (done := stage.workload(*texts)) is not None]
+        work = [done for texts in captions if (done := stage.workload(*texts, to_do)) is not None]
         if work:
             result[stage.name] = _average(work, rows)
     return result

@@ -1,6 +1,6 @@
 """Encodes the distinct captions of a shard with one frozen text encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -20,7 +20,8 @@ from imagen_core.store import (
 )
 from pipeline.errors import MachineError, StaleOutputError
 from pipeline.executors.local_worker import call_warm
-from pipeline.stage import Drop, Group, GroupResult, Resources, RowsOfCaptions, Stage, Task, Workload, rows_by_reason
+from pipeline.resources import CaptionsBySet, RowsOfCaptions
+from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, Workload, rows_by_reason
 from pipeline.storage.files import json_text
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import EncoderConfig, EncoderWorkload
@@ -170,14 +171,17 @@ class EncodeStage(Stage):
         }
         return bad, GroupResult(0, [], counters, {"captions": len(captions), **quantisation_summary(quality)})
 
-    def workload(self, captions: RowsOfCaptions, further: Mapping[str, RowsOfCaptions] | None = None) -> Workload:
+    def workload(
+        self, captions: RowsOfCaptions, further: CaptionsBySet | None = None, to_do: Set[str] | None = None
+    ) -> Workload:
         files = {None: self.files, **self.sets}
         of_sets = further or {}
         work = {name: self._work(captions if name is None else of_sets.get(name, ())) for name in files}
+        left = [name for name in files if to_do is None or files[name].group in to_do]
         return Workload(
             counter="tokens",
-            units=sum(sum(each.tokens) for each in work.values()),
-            flops=sum(each.flops for each in work.values()),
+            units=sum(sum(work[name].tokens) for name in left),
+            flops=sum(work[name].flops for name in left),
             dtype=self.encoder.compute_dtype,
             bytes={files[name].group: files[name].shard_bytes(each.tokens) for name, each in work.items()},
             bytes_otherwise={

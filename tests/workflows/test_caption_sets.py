@@ -161,7 +161,7 @@ def test_rows_that_were_tried_again_before_a_set_was_added_have_its_captions(ser
     assert precompute(out, *config, "source.caption_column=long")["num_samples"] == 4
     server.routes = good
     workflow = Precompute(load_config(PrecomputeConfig, None, [*config, "source.caption_column=long"]))
-    workflow.run(out, RunOptions("inline", retry_dropped=("http_404",), quiet=True))
+    workflow.run(str(out), RunOptions("inline", retry_dropped=("http_404",), quiet=True))
     precompute(out, *config, BOTH)
     found = {sample.captions[0]: sample.caption_sets["short"] for sample in Store.open(out / "store")}
     assert found == dict(zip(LONG, HAVE, strict=True))

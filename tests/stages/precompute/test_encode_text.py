@@ -15,8 +15,10 @@ from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
+from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.t5_packed import PackedT5
-from stages.encoders.tiny import write_tiny_model
+from stages.encoders.tiny import TINY_MODEL, write_tiny_model
+from stages.precompute.encode_text import EncodeStage
 from stages.store_tools.reencode import reencode
 from stages.store_tools.report import report_command
 from tests.runs import precompute, store_bytes
@@ -270,3 +272,15 @@ def test_a_caption_of_which_the_tokenizer_leaves_nothing_is_a_counted_drop(capti
     assert [s.key for s in store] == ["a.png", "b.png"]
     assert store.null("t5").shape == (1, 24)
     assert verify_store(tmp_path / "run" / "store").ok
+
+
+def test_the_work_of_a_set_that_is_added_is_that_of_its_captions() -> None:
+    encoder, rows = T5EncoderConfig(name="t5", model=TINY_MODEL), [("a red circle",), ("two words",)]
+    further = {"short": [("red",), ()]}
+    stage = EncodeStage(encoder, "parquet", "float16", caption_sets=["short"])
+    both, first = stage.workload(rows, further), EncodeStage(encoder, "parquet", "float16").workload(rows)
+    short = EncodeStage(encoder, "parquet", "float16").workload(further["short"])
+    assert both.units == first.units + short.units
+    added = stage.workload(rows, further, {"text-t5-short", "samples"})
+    assert (added.units, added.flops) == (short.units, short.flops)
+    assert added.bytes == both.bytes == {"text-t5": first.bytes["text-t5"], "text-t5-short": short.bytes["text-t5"]}

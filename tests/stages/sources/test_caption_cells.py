@@ -81,7 +81,7 @@ def test_cells_are_those_of_the_rows_and_leave_their_digest_alone(
         arrived = [pickle.loads(pickle.dumps(shard)) for shard in shards]
         assert [cell for shard in arrived for cell in shard.cells("short")] == expected
         assert [row for shard in arrived for row in shard.rows] == [row for shard in plain for row in shard.rows]
-    _, *noted = map(json.loads, (tmp_path / "run" / "input" / "known.jsonl").read_text().splitlines())
+    _, _, *noted = map(json.loads, (tmp_path / "run" / "input" / "known.jsonl").read_text().splitlines())
     assert [line[-1] for line in noted] == [shard.cell_digests for shard in first]
 
 
