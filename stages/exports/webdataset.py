@@ -34,7 +34,8 @@ def check_names(selection: Selection) -> None:
     for name in names:
         if lower.count(name.lower()) > 1:
             raise ConfigError(
-                f"--to webdataset: {name} is another name only in upper case; choose one of the encoders"
+                f"encoders: another name differs from {name} in case only, which webdataset does not tell apart; "
+                "choose one with --encoder"
             )
 
 
