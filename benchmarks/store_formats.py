@@ -66,11 +66,17 @@ class Captions:
 # ---- the store ----
 
 
-def write_store(root: Path, data: Captions, images: dict[int, np.ndarray], store_format: st.StoreFormat) -> st.Store:
+def write_store(
+    root: Path,
+    data: Captions,
+    images: dict[int, np.ndarray],
+    store_format: st.StoreFormat,
+    codec: st.Codec = "raw",
+) -> st.Store:
     """A store with one caption per sample, written as the pipeline does it."""
     groups: dict[str, dict[str, Any]] = {"samples": {"kind": "samples"}}
     for size in images:
-        groups[st.image_group(size)] = {"kind": "images", "size_px": size, "format": store_format, "codec": "raw"}
+        groups[st.image_group(size)] = {"kind": "images", "size_px": size, "format": store_format, "codec": codec}
     dim = data.tokens.shape[1]
     text = {"kind": "text", "encoder": "t5", "dim": dim, "dtype": "float16", "format": store_format}
     groups[st.text_group("t5")] = text
@@ -85,7 +91,7 @@ def write_store(root: Path, data: Captions, images: dict[int, np.ndarray], store
         ]
         st.write_samples(root / paths["samples"], rows)
         for size, pixels in images.items():
-            with st.open_image_writer(root / paths[st.image_group(size)], size, store_format) as writer:
+            with st.open_image_writer(root / paths[st.image_group(size)], size, store_format, codec) as writer:
                 for i, row in zip(ids, rows, strict=True):
                     writer.append(pixels[i], row.key, row.sha256)
         embeddings = [data[i] for i in ids]

@@ -34,10 +34,20 @@ ELSEWHERE = {
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store")
-"""Commands that need published weights, a training of hours, scores, or other stores; their tests are in
-tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py, and tests/imagen_core/train/data."""
-RUN_HERE = ("train.md", "sample.md", "precompute.md", "planning.md", "nightly.md", "evaluation.md", "scheduling.md")
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds")
+"""Commands that need published weights, a training of hours, scores, other stores, or an optional package; their tests
+are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py, tests/imagen_core/train/data, and
+tests/stages/exports."""
+RUN_HERE = (
+    "train.md",
+    "sample.md",
+    "precompute.md",
+    "planning.md",
+    "nightly.md",
+    "evaluation.md",
+    "scheduling.md",
+    "export.md",
+)
 """Pages whose commands are run after README's, in this order."""
 ROWS = 24
 SMALL = ["shard_size=8", "images.sizes_px=[8,32]", "encoders.0.model=tiny-random-t5", "max_drop_fraction=0.9"]

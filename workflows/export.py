@@ -3,7 +3,7 @@
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import RunOptions, Summary
 from pipeline.plan import Plan
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import PLAN, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.exports.config import ExportConfig
 from stages.exports.finish import DESCRIPTION, finish
@@ -37,7 +37,10 @@ class Export(ShardedWorkflow):
         )
 
     def run(self, out: str, options: RunOptions) -> Summary:
-        """Raises ConfigError for a folder that holds another export, in one line."""
+        """As of all workflows; in one line ConfigError for a folder that holds another export, or another run."""
+        previous = RunFolder(out).storage.read_json_if_whole(PLAN)
+        if isinstance(previous, dict) and previous.get("workflow") != self.name:
+            raise ConfigError(f"--out {out}: is the folder of a run of {previous.get('workflow')}; give a new folder")
         try:
             return super().run(out, options)
         except StaleOutputError as error:

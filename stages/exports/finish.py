@@ -1,11 +1,8 @@
 """What an export has beside the files of its shards: `store.json`, null embeddings, and the index of MDS."""
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from imagen_core.store import EmbeddingGroup, ImagesGroup, Store
 from pipeline.storage import Storage
@@ -14,6 +11,7 @@ from pipeline.storage.run_folder import RunFolder
 from stages.exports.mds import INDEX, merge_indices
 from stages.exports.selection import Selection
 from stages.exports.stage import DATA, GROUP, index_name
+from stages.exports.webdataset import npy
 
 DESCRIPTION = f"{DATA}/store.json"
 
@@ -32,7 +30,11 @@ def finish(run: RunFolder, store: Store, selection: Selection) -> dict[str, obje
     totals: dict[str, object] = {"num_samples": num_samples, "num_files": num_files, "num_bytes": num_bytes}
     for name, group in selection.texts.items():
         if group.null is not None:
-            _write(run.storage, f"{DATA}/null-{group.name}.npy", _npy(store.null(name), selection.float_dtype(group)))
+            _write(
+                run.storage,
+                f"{DATA}/null-{group.name}.npy",
+                npy(store.null(name).astype(selection.float_dtype(group))),
+            )
     if selection.to == "mds":
         _write(run.storage, f"{DATA}/{INDEX}", merge_indices(_indices(run)))
     text = json.dumps({**_describe(store, selection), **totals}, indent=1, ensure_ascii=False, sort_keys=True)
@@ -77,12 +79,6 @@ def _encoder(group: EmbeddingGroup, selection: Selection) -> Mapping[str, Any]:
 def _indices(run: RunFolder) -> Iterator[tuple[str, bytes]]:
     names = [shard_name(record.shard) for record in run.records(GROUP) if record.files]
     return zip(names, run.storage.map(lambda name: run.storage.read(index_name(name)), names), strict=True)
-
-
-def _npy(array: np.ndarray, dtype: str) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array.astype(dtype), allow_pickle=False)
-    return file.getvalue()
 
 
 def _write(storage: Storage, name: str, data: bytes) -> None:

@@ -111,7 +111,8 @@ class ShardSamples:
         return file.stored(row).tobytes() if group.codec == codec else encode(file.pixels(row), check_codec(codec))
 
     def _embedding(self, group: EmbeddingGroup, row: int) -> np.ndarray:
-        values = restore(self.files[group.name].stored(row), group.dtype)
+        stored = self.files[group.name].stored(row)
+        values = stored.values if group.dtype in ("float16", "float32") else restore(stored, group.dtype)  # no copy
         dtype = self.selection.float_dtype(group)
         if dtype == "float16" and group.dtype != "float16":
             with np.errstate(over="ignore"):

@@ -34,7 +34,8 @@ def check_names(selection: Selection) -> None:
     for name in names:
         if lower.count(name.lower()) > 1:
             raise ConfigError(
-                f"--to webdataset: {name} is another name only in upper case; choose one of the encoders"
+                f"encoders: another name differs from {name} in case only, which webdataset does not tell apart; "
+                "choose one with --encoder"
             )
 
 
@@ -42,7 +43,7 @@ def write_tar(path: Path, samples: Iterable[ExportSample], selection: Selection)
     """Writes the tar; returns the number of samples."""
     count = 0
     with path.open("wb") as file:
-        tar = load_tar_writer()(file, mtime=0.0, encoder=False)
+        tar = load_tar_writer()(file, mtime=0, encoder=False)
         for sample in samples:
             tar.write({"__key__": "{:05d}-{:06d}".format(*sample.place), **_members(sample, selection)})
             count += 1
@@ -60,15 +61,16 @@ def _members(sample: ExportSample, selection: Selection) -> dict[str, bytes]:
     members["json"] = json.dumps(fields_of(sample.row), ensure_ascii=False).encode()
     for name, rows in sample.text.items():
         for number, embedding in enumerate(rows):
-            members[f"{text_group(name).lower()}.{number}.npy"] = _npy(embedding)
+            members[f"{text_group(name).lower()}.{number}.npy"] = npy(embedding)
     for name, embedding in sample.image_embeds.items():
-        members[f"{image_embed_group(name).lower()}.npy"] = _npy(embedding)
+        members[f"{image_embed_group(name).lower()}.npy"] = npy(embedding)
     for name, array in sample.arrays.items():
-        members[f"{array_group(name).lower()}.npy"] = _npy(array)
+        members[f"{array_group(name).lower()}.npy"] = npy(array)
     return members
 
 
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, allow_pickle=False)
-    return file.getvalue()
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    array, file = np.asarray(array, order="C"), io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    return file.getvalue() + array.tobytes()

@@ -9,8 +9,10 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store import Sample, Store
+from tests.documents import blocks
 from tests.imagen_core.store.arrays_added import add_arrays, values_of
 from tests.imagen_core.store.handmade_store import make_store, rewrite_manifest
+from tests.runs import REPOSITORY
 from tests.stages.exports.exporting import (
     DUPLICATE,
     REMOVED,
@@ -185,6 +187,19 @@ def test_encoded_images_go_out_unchanged_where_the_target_reads_them(
         rows = [np.asarray(row["image"]) for row in parquet_samples(tmp_path / "out")]
     for row, sample in zip(rows, store, strict=True):
         assert_same(row, sample.images[8])
+
+
+def test_the_examples_of_the_page_read_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target, folder in (("webdataset", "EXPORTS/tars"), ("parquet", "EXPORTS/parquet")):
+        assert export(run, target, folder).code == 0
+    examples = blocks("py", [REPOSITORY / "docs/how-to/export.md"])
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "<example>", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.count("image number 0") == 2
 
 
 def test_a_selection_has_only_these_sizes_and_encoders(run: Path, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from imagen_core.store import Store
+from imagen_core.store import ArraySpec, Store
 from stages.exports import stage
 from stages.store_tools.remove import remove_command
 from tests.commands import tree
+from tests.imagen_core.store.arrays_added import add_arrays, values_of
 from tests.imagen_core.store.handmade_store import make_store
 from tests.object_store import object_store
-from tests.runs import REPOSITORY, command
+from tests.runs import REPOSITORY, command, pipeline
 from tests.stages.exports.exporting import TARGETS, data_files, export, skip_without, tar_samples, try_once
 
 SHARDS = (5, 3, 4)
@@ -125,6 +126,31 @@ def test_another_export_in_the_folder_is_refused_in_one_line(store: Path, tmp_pa
     assert "to: webdataset -> parquet" in refusal(store, "parquet", tmp_path / "out")
     assert "float16 -> float32" in refusal(store, "webdataset", tmp_path / "out", "--dtype", "float32")
     assert data_files(tmp_path / "out") == before
+
+
+def test_the_folder_of_another_run_is_refused(store: Path, tmp_path: Path, small_run: Path) -> None:
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    before = tree(run)
+    assert "is the folder of a run of precompute" in refusal(store, "parquet", run)
+    assert tree(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_workers_write_the_same_bytes(executor: str, store: Path, tmp_path: Path) -> None:
+    for target in ("parquet", "webdataset"):
+        assert export(store, target, tmp_path / target).code == 0
+        out = tmp_path / f"{target}-{executor}"
+        pipeline("export", str(store), "--to", target, "--out", str(out), "--executor", executor, "--quiet")
+        assert data_files(out) == data_files(tmp_path / target)
+
+
+def test_names_that_differ_in_case_only_are_refused_for_webdataset(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store")
+    for name in ("mask", "MASK"):
+        spec = ArraySpec("float32")
+        add_arrays(made.path, name, spec, values_of(spec), "parquet")
+    assert "in case only" in refusal(made.path, "webdataset", tmp_path / "out")
 
 
 def test_a_wrong_request_is_refused_before_anything_is_written(store: Path, tmp_path: Path) -> None:
