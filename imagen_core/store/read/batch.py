@@ -223,7 +223,9 @@ def _with_layers(group: EmbeddingGroup | None, layers: Sequence[int]) -> Embeddi
 
 
 def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:
-    """Refuses token embeddings where one vector per caption is read."""
+    """Refuses token embeddings, and layers, where one vector per caption is read."""
+    if stored.values.ndim != 2:
+        raise ValueError(f"{group}: holds layers of each token; text_embed reads encoders of one vector per caption")
     if len(stored.values) != 1:
         raise ValueError(
             f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector per "
