@@ -102,6 +102,24 @@ def test_some_of_the_layers_side_by_side_train_and_prompts_are_encoded_to_these(
     assert "was trained with another encoder: layers" in other.err
 
 
+@pytest.mark.slow
+def test_captions_encoded_in_the_training_loop_have_the_same_layers(work: Path, tmp_path: Path) -> None:
+    reads = {"text_dim": 24, "num_text_layers": 2}
+    stacked = {"name": "llm", "kind": "auto", "model": str(work / "llama"), "layers": [1, 2, 3], "join": "stack"}
+    online = {"online_encoder": {**stacked, "max_tokens": 32, "compute_dtype": "float32", "num_gpus": 0}}
+    write_training(work, "online", reads, text_layers=[3, 1], num_steps=3, **online)
+    result = train(work, "online", tmp_path / "online")
+    assert result.code == 0, result.err
+    encoder = load_checkpoint(tmp_path / "online").encoder
+    assert encoder is not None
+    assert (encoder["layers"], encoder["dim"], encoder["dtype"]) == ([3, 1], 24, "float32")
+    (found,) = encode_prompts(["a red square"], encoder, model=str(work / "llama"))
+    assert found.shape[1:] == (2, 24)
+    wrong = train(work, "online", tmp_path / "wrong", "text_layers=[3,4]")
+    assert wrong.code == 2
+    assert "text_layers: [3, 4], but the encoder llm keeps the layers [1, 2, 3]" in wrong.err
+
+
 @pytest.mark.parametrize(
     ("unet", "more", "message"),
     [

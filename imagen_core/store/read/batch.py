@@ -251,7 +251,9 @@ def _stored(files: OpenShard, encoder: str, taken: TakenCaption, layers: Sequenc
 
 
 def _one_vector(stored: StoredEmbedding, group: str) -> StoredEmbedding:
-    """Refuses token embeddings where one vector per caption is read."""
+    """Refuses token embeddings, and layers, where one vector per caption is read."""
+    if stored.values.ndim != 2:
+        raise ValueError(f"{group}: holds layers of each token; text_embed reads encoders of one vector per caption")
     if len(stored.values) != 1:
         raise ValueError(
             f"{group}: holds {len(stored.values)} tokens of a caption; text_embed reads encoders of one vector per "
