@@ -25,8 +25,8 @@ from stages.import_alone import import_without
 INDEX = "index.json"
 _IN_OTHER_COLUMNS = ("key", "captions", "url", "sha256", "width", "height")
 _INSTALL = (
-    "pip install 'imagen-precompute[mds]' && pip install --no-deps mosaicml-streaming==0.13.0 (with its dependencies "
-    "it wants transformers 4 and torchvision)"
+    "pip install brotli catalogue python-snappy zstd && pip install --no-deps mosaicml-streaming==0.13.0 (with its "
+    "dependencies it wants transformers 4 and torchvision)"
 )
 
 

@@ -171,7 +171,7 @@ def test_an_unknown_workflow_is_refused_with_the_available_ones(inputs: Path) ->
     assert_refused(
         call("run", "precomput", "--out", "run"),
         2,
-        ["workflow 'precomput': there is none", "choose from evaluate, likelihood, precompute"],
+        ["workflow 'precomput': there is none", "choose from evaluate, export, likelihood, precompute"],
     )
 
 

@@ -64,7 +64,7 @@ def test_text_that_the_terminal_cannot_show_is_escaped(
 
 def test_help_of_run_lists_the_workflows() -> None:
     words = " ".join(call("run", "--help").out.replace("│", " ").split())
-    assert "evaluate, likelihood, precompute, sample, train." in words
+    assert "evaluate, export, likelihood, precompute, sample, train." in words
 
 
 def images(folder: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("stages.exports.mds.version", missing)
-    assert "pip install 'imagen-precompute[mds]'" in refusal(store, "mds", tmp_path / "out")
+    assert "pip install --no-deps mosaicml-streaming" in refusal(store, "mds", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
