@@ -29,7 +29,7 @@ class Export(ShardedWorkflow):
         return Plan(
             stages=(ExportStage(store_folder(self.config.store), selection),),
             shards=lambda: shards_of(store.manifest.shards(), selection),
-            finalize=lambda run, rows, failed: finish(run, store, selection),
+            finalize=lambda run, rows, failed, show: finish(run, store, selection),
             final_file=DESCRIPTION,
             estimated_shards=store.manifest.num_shards,
             row_group=GROUP,

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 
 
 def export(
-    path: Annotated[
+    store_or_training: Annotated[
         str,
         typer.Argument(metavar="PATH", help="Run folder of a training, or a checkpoint; with --to a store."),
     ],
@@ -49,7 +49,7 @@ def export(
     if to is not None:
         if weights is not None:
             raise ConfigError("--weights: is for exports of a model; leave it out, or --to")
-        chosen = {"store": path, "to": to, **{name: value for name, value in values.items() if value}}
+        chosen = {"store": store_or_training, "to": to, **{name: value for name, value in values.items() if value}}
         workflow = build("export", None, [f"{name}={json.dumps(value)}" for name, value in chosen.items()])
         from pipeline.options import RunOptions
 
@@ -58,4 +58,4 @@ def export(
     others = {"--size": size, "--encoder": encoder, "--codec": codec, "--dtype": dtype, "--executor": executor}
     if given := [name for name, value in (others | {"--restart": restart, "--quiet": quiet}).items() if value]:
         raise ConfigError(f"{given[0]}: is for exports of a store; add --to mds, webdataset or parquet")
-    show_stage_command("export", path, as_json, out=out, weights=weights)
+    show_stage_command("export", store_or_training, as_json, out=out, weights=weights)

@@ -31,7 +31,17 @@ from tests.object_store import ObjectStore, object_store
 URL = "s3://bucket/place"
 
 TAKES = {
-    *("out", "store", "run_or_store", "run_folder", "training", "checkpoint", "init_from.path", "captions.path"),
+    *(
+        "out",
+        "store",
+        "run_or_store",
+        "store_or_training",
+        "run_folder",
+        "training",
+        "checkpoint",
+        "init_from.path",
+        "captions.path",
+    ),
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
     *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
@@ -50,13 +60,14 @@ REFUSES = {
     "huggingface.path": ["run", "precompute", "source.kind=huggingface", f"source.path={URL}"],
 }
 """Keys and options that need a local path, with a command line that gives a URL."""
-MODELS = {"model", "encoder_model", "image_encoders.model"}
+MODELS = {"model", "encoder_model", "text_embed_model", "image_encoders.model"}
 """Names of models: all are found by one function, which refuses URLs."""
 OTHER = {
     *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "job"),
     *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
+    *("captions", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""

@@ -164,7 +164,7 @@ CASES = [
     (absent, "absent", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
     (unfinished, "store", "the run that writes it has not finished; run the same pipeline command again"),
     (barely_begun, "run", "not a store (no manifest.json); give the folder `pipeline run` wrote"),
-    (newer, "manifest.json", "schema_version is 99, this library reads up to 2; upgrade imagen-precompute"),
+    (newer, "manifest.json", "schema_version is 99, this library reads up to 3; upgrade imagen-precompute"),
     (changed, "manifest.json", "do not match their own sha256, so it was changed or truncated; check the store with"),
     (no_json, "manifest.json", "do not match their own sha256"),
 ]
