@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/export.json")
     parser.add_argument("--dir", type=Path, default="/dev/shm", help="where to put the temporary files")
-    parser.add_argument("--captions", type=int, default=2000)
+    parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--mean-tokens", type=float, default=20.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     targets = [target for target in TARGETS if target != "mds" or has_mds()]
     data = Captions.make(args.captions, args.dim, args.mean_tokens)
