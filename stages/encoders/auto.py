@@ -35,8 +35,8 @@ class AutoEncoderConfig(RecipeConfig):
         return _text_part(hf_config(files)).num_hidden_layers
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
-        from stages.encoders.models.packed_decoder import PackedDecoder, is_packable
-        from stages.encoders.models.padded import PaddedModel
+        from stages.encoders.packed_decoder import PackedDecoder, is_packable
+        from stages.encoders.padded import PaddedModel
 
         config = hf_config(files)
         model_class = _model_class(config)
@@ -54,12 +54,12 @@ class AutoEncoderConfig(RecipeConfig):
         return PaddedModel(model, self.output, states)
 
     def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
-        from stages.encoders.models.packed_decoder import is_packable
+        from stages.encoders.packed_decoder import is_packable
 
         return template_start(read) if is_packable(_text_part(hf_config(files))) else []
 
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
-        from stages.encoders.models.padded import count_flops
+        from stages.encoders.padded import count_flops
 
         config = hf_config(files)
         model_class, text = _model_class(config), _text_part(config)

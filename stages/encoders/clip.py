@@ -43,7 +43,7 @@ class ClipTextConfig(RecipeConfig):
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from stages.encoders.models.padded import PaddedModel
+        from stages.encoders.padded import PaddedModel
 
         model_class = CLIPTextModelWithProjection if self.output == "projected" else CLIPTextModel
         return PaddedModel(load_weights(model_class, files, dtype, device), self.output)
@@ -51,7 +51,7 @@ class ClipTextConfig(RecipeConfig):
     def flops(self, files: ModelFiles, lengths: Sequence[int]) -> float:
         from transformers import CLIPTextModel
 
-        from stages.encoders.models.padded import count_flops
+        from stages.encoders.padded import count_flops
 
         return count_flops(CLIPTextModel, _text(files), lengths)
 

@@ -36,10 +36,10 @@ class T5EncoderConfig(RecipeConfig):
 
         model = load_weights(AutoModelForTextEncoding, files, dtype, device)
         if self.needs_states:
-            from stages.encoders.models.padded import PaddedModel
+            from stages.encoders.padded import PaddedModel
 
             return PaddedModel(model, self.output, self.states(model, self.num_layers(files)))
-        from stages.encoders.models.t5_packed import PackedT5
+        from stages.encoders.t5_packed import PackedT5
 
         return PackedT5(model)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.encoders import auto, t5
-from stages.encoders.models.padded import PaddedModel
+from stages.encoders.padded import PaddedModel
 from tests.commands import Result, precompute
 from tests.runs import store_bytes
 from tests.stages.encoders import tiny_models

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from stages.encoders.models.padded import run_model, token_positions
+from stages.encoders.padded import run_model, token_positions
 from stages.encoders.recipes.states import LayerStates
 
 FAMILIES = frozenset(
