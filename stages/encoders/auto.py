@@ -29,7 +29,7 @@ class AutoEncoderConfig(RecipeConfig):
         return self.width(dim, text.num_hidden_layers)
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
-        from stages.encoders.packed_decoder import PackedDecoder, is_packable
+        from stages.encoders.packed.decoder import PackedDecoder, is_packable
         from stages.encoders.padded import PaddedModel
 
         config = hf_config(files)
@@ -46,7 +46,7 @@ class AutoEncoderConfig(RecipeConfig):
         return PaddedModel(model, self.output, states)
 
     def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
-        from stages.encoders.packed_decoder import is_packable
+        from stages.encoders.packed.decoder import is_packable
 
         return template_start(read) if is_packable(_text_part(hf_config(files))) else []
 

@@ -36,7 +36,7 @@ class T5EncoderConfig(RecipeConfig):
             from stages.encoders.padded import PaddedModel
 
             return PaddedModel(model, self.output, self.states(model, int(str(files.config["num_layers"]))))
-        from stages.encoders.t5_packed import PackedT5
+        from stages.encoders.packed.t5 import PackedT5
 
         return PackedT5(model)
 

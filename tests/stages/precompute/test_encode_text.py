@@ -15,7 +15,7 @@ from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
-from stages.encoders.t5_packed import PackedT5
+from stages.encoders.packed.t5 import PackedT5
 from stages.encoders.tiny import write_tiny_model
 from stages.store_tools.reencode import reencode
 from stages.store_tools.report import report_command
