@@ -29,8 +29,8 @@ from imagen_core.store import cast_embeddings, write_embedding_shard
 from stages.encoders.base import TokenModel
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.model_files import ModelFiles
+from stages.encoders.packed.t5 import PackedT5
 from stages.encoders.t5 import T5EncoderConfig
-from stages.encoders.t5_packed import PackedT5
 
 XXL: dict[str, Any] = {**SHAPE, "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 SHARD = 1000

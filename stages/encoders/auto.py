@@ -35,7 +35,7 @@ class AutoEncoderConfig(RecipeConfig):
         return _text_part(hf_config(files)).num_hidden_layers
 
     def build(self, files: ModelFiles, dtype: Any, device: Any) -> TokenModel:
-        from stages.encoders.packed_decoder import PackedDecoder, is_packable
+        from stages.encoders.packed.decoder import PackedDecoder, is_packable
         from stages.encoders.padded import PaddedModel
 
         config = hf_config(files)
@@ -54,7 +54,7 @@ class AutoEncoderConfig(RecipeConfig):
         return PaddedModel(model, self.output, states)
 
     def shared_start(self, files: ModelFiles, read: CaptionReader) -> list[int]:
-        from stages.encoders.packed_decoder import is_packable
+        from stages.encoders.packed.decoder import is_packable
 
         return template_start(read) if is_packable(_text_part(hf_config(files))) else []
 

@@ -39,7 +39,7 @@ class T5EncoderConfig(RecipeConfig):
             from stages.encoders.padded import PaddedModel
 
             return PaddedModel(model, self.output, self.states(model, self.num_layers(files)))
-        from stages.encoders.t5_packed import PackedT5
+        from stages.encoders.packed.t5 import PackedT5
 
         return PackedT5(model)
 

@@ -15,10 +15,10 @@ from tokenizers.processors import TemplateProcessing
 
 from imagen_core.store import probe_differences
 from pipeline.errors import ConfigError, MachineError
-from stages.encoders import t5_packed
 from stages.encoders.batches import tokens
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.identity import acting_settings, identity_changes, identity_to_keep
+from stages.encoders.packed import t5 as t5_packed
 from stages.encoders.probe import null_problem, probe_problem, take_probe
 from stages.encoders.prompts import encode_prompts
 from stages.encoders.registry import AnyEncoder

@@ -13,8 +13,8 @@ from imagen_core.store import Store
 from stages.encoders.batches.memory import is_out_of_memory, run_batches
 from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.encoder import load_encoder
+from stages.encoders.packed.t5 import PackedT5
 from stages.encoders.registry import AnyEncoder
-from stages.encoders.t5_packed import PackedT5
 from tests.runs import SMALL, precompute
 from tests.stages.encoders import tiny_models
 

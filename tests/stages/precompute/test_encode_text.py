@@ -15,8 +15,8 @@ from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
+from stages.encoders.packed.t5 import PackedT5
 from stages.encoders.t5 import T5EncoderConfig
-from stages.encoders.t5_packed import PackedT5
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.precompute.encode_text import EncodeStage
 from stages.store_tools.reencode import reencode

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MT5Config, MT5EncoderModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from stages.encoders.t5_packed import PackedT5
+from stages.encoders.packed.t5 import PackedT5
 
 SMALL = {
     "vocab_size": 50,

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from stages.encoders.encoder import TextEncoder, load_encoder
-from stages.encoders.packed_decoder import FAMILIES, PackedDecoder, is_packable
+from stages.encoders.packed.decoder import FAMILIES, PackedDecoder, is_packable
 from stages.encoders.padded import PaddedModel
 from stages.encoders.recipes.states import LayerStates
 from stages.encoders.registry import AnyEncoder
@@ -170,7 +170,7 @@ def load(folder: Path, **settings: Any) -> TextEncoder:
 
 def padded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> TextEncoder:
     with monkeypatch.context() as patch:
-        patch.setattr("stages.encoders.packed_decoder.is_packable", lambda config: False)
+        patch.setattr("stages.encoders.packed.decoder.is_packable", lambda config: False)
         encoder = load(folder, **settings)
     assert isinstance(encoder.model, PaddedModel)
     return encoder
@@ -215,5 +215,5 @@ def test_the_workload_counts_shared_tokens_of_no_caption(folder: Path, monkeypat
     with config.located() as files:
         counted = [config.flops(files, [length]) for length in (prefix, whole)]
     assert config.workload(["two words"] * 2).flops == pytest.approx(2 * (counted[1] - counted[0]))
-    monkeypatch.setattr("stages.encoders.packed_decoder.is_packable", lambda config: False)
+    monkeypatch.setattr("stages.encoders.packed.decoder.is_packable", lambda config: False)
     assert config.workload(["two words"]).flops == pytest.approx(counted[1])

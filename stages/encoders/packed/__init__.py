@@ -1,0 +1,1 @@
+"""Models over concatenated captions, so that no matrix product contains padding."""
