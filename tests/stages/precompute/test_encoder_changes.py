@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.encoders import auto, t5
-from stages.encoders.padded import PaddedModel
+from stages.encoders.packed.decoder import PackedDecoder
 from tests.commands import Result, precompute
 from tests.runs import store_bytes
 from tests.stages.encoders import tiny_models
@@ -78,8 +78,8 @@ def other_attention(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patched_forward(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = PaddedModel.__call__
-    monkeypatch.setattr(PaddedModel, "__call__", lambda self, *inputs, **more: honest(self, *inputs, **more) * 1.01)
+    honest = PackedDecoder.__call__
+    monkeypatch.setattr(PackedDecoder, "__call__", lambda self, *inputs, **more: honest(self, *inputs, **more) * 1.01)
 
 
 MODEL_CONFIG = "text-text.fingerprint.model_config"
