@@ -21,6 +21,8 @@ class ExportConfig(WorkflowConfig):
     """Sizes of the images; null: all."""
     encoders: tuple[str, ...] | None = None
     """Names of the text encoders; null: all."""
+    caption_sets: tuple[str, ...] | None = None
+    """Names of the further sets of captions; null: all."""
     image_encoders: tuple[str, ...] | None = None
     """Names of the image encoders; null: all."""
     arrays: tuple[str, ...] | None = None
