@@ -22,7 +22,7 @@ class ExportConfig(WorkflowConfig):
     encoders: tuple[str, ...] | None = None
     """Names of the text encoders; null: all."""
     caption_sets: tuple[str, ...] | None = None
-    """Names of the further sets of captions; null: all."""
+    """Names of the sets of captions; null: all. The first one of the store always goes out."""
     image_encoders: tuple[str, ...] | None = None
     """Names of the image encoders; null: all."""
     arrays: tuple[str, ...] | None = None

@@ -57,7 +57,9 @@ class Selection:
         """Raises ConfigError for a size or name that the store lacks."""
         sizes = sorted(_chosen("sizes_px", config.sizes_px, manifest.images), reverse=True)
         texts = _named("encoders", config.encoders, manifest.texts)
-        sets = _named("caption_sets", config.caption_sets, manifest.captions)
+        first = next((str(each["name"]) for each in manifest.header.get("captions", ())), None)
+        wanted = config.caption_sets and [name for name in config.caption_sets if name != first]
+        sets = _named("caption_sets", wanted, manifest.captions)
         set_texts = {of: group for of, group in manifest.set_texts.items() if of[0] in texts and of[1] in sets}
         _check_set_names(config.to, list(texts), list(sets), list(set_texts))
         return cls(

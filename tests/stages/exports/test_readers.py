@@ -204,7 +204,7 @@ def test_further_sets_can_be_left_out_and_must_if_their_columns_have_the_name_of
     refused = call("run", "export", "--out", str(tmp_path / "out"), *settings, "to=mds")
     assert refused.code == 2
     assert "caption_sets: a column of 1 would have the name of another one" in refused.err
-    few = call("run", "export", "--out", str(tmp_path / "out"), *settings, "to=parquet", "caption_sets=[short]")
+    few = call("run", "export", "--out", str(tmp_path / "out"), *settings, "to=parquet", "caption_sets=[long,short]")
     assert few.code == 0
     row = next(iter(parquet_samples(tmp_path / "out")))
     assert [name for name in row if name.startswith("captions")] == ["captions", "captions_short"]
