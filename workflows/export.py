@@ -44,7 +44,9 @@ class Export(ShardedWorkflow):
         try:
             return super().run(out, options)
         except StaleOutputError as error:
-            changes = [line.strip() for line in str(error).splitlines()[1:-1]] or ["the store was changed since"]
+            changes = [line.strip() for line in str(error).splitlines()[1:-1]] or [
+                "the store was changed since, or other parts of it are chosen"
+            ]
             raise ConfigError(
                 f"--out {out}: holds another export ({'; '.join(changes)}); give a new folder, or --restart to make "
                 "again what differs"

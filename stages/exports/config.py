@@ -21,6 +21,8 @@ class ExportConfig(WorkflowConfig):
     """Sizes of the images; null: all."""
     encoders: tuple[str, ...] | None = None
     """Names of the text encoders; null: all."""
+    caption_sets: tuple[str, ...] | None = None
+    """Names of the sets of captions; null: all. The first one of the store always goes out."""
     image_encoders: tuple[str, ...] | None = None
     """Names of the image encoders; null: all."""
     arrays: tuple[str, ...] | None = None

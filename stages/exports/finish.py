@@ -57,6 +57,7 @@ def _describe(store: Store, selection: Selection) -> dict[str, Any]:
         },
         "images": [_images(group, selection) for group in selection.images.values()],
         "encoders": [_encoder(group, selection) for group in selection.texts.values()],
+        **({"caption_sets": _caption_sets(store, selection)} if selection.caption_sets else {}),
         "image_encoders": [_encoder(group, selection) for group in selection.image_embeds.values()],
         "arrays": [
             {"name": name, "dtype": group.spec.dtype, "shape": group.spec.shape, "fingerprint": group.fingerprint}
@@ -64,6 +65,23 @@ def _describe(store: Store, selection: Selection) -> dict[str, Any]:
         ],
         "columns": selection.columns,
     }
+
+
+def _caption_sets(store: Store, selection: Selection) -> list[dict[str, Any]]:
+    """All sets with their weights, the first one included, and the embeddings of the further ones."""
+    texts = selection.set_texts
+    return [
+        {
+            "name": name,
+            "weight": weight,
+            **(
+                {"encoders": [_encoder(group, selection) for (_, of), group in texts.items() if of == name]}
+                if at
+                else {}
+            ),
+        }
+        for at, (name, weight) in enumerate(store.caption_sets.items())
+    ]
 
 
 def _images(group: ImagesGroup, selection: Selection) -> Mapping[str, Any]:

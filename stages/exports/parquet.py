@@ -40,6 +40,7 @@ class ParquetColumns:
             **images,
             "text": pa.string(),
             "captions": pa.list_(pa.string()),
+            **{f"captions_{name}": pa.list_(pa.string()) for name in selection.caption_sets},
             "key": pa.string(),
             "url": pa.string(),
             "sha256": pa.string(),
@@ -49,7 +50,8 @@ class ParquetColumns:
             "safebox": pa.list_(pa.int32()),
             "label": pa.int32(),
         }
-        for name, group in selection.texts.items():
+        texts = {**selection.texts, **{"_".join(of): group for of, group in selection.set_texts.items()}}
+        for name, group in texts.items():
             types[f"embedding_{name}"] = pa.list_(pa.list_(pa.list_(_float(selection.float_dtype(group)), group.dim)))
         for name, group in selection.image_embeds.items():
             types[f"image_embedding_{name}"] = pa.list_(_float(selection.float_dtype(group)), group.dim)
@@ -78,10 +80,14 @@ class ParquetColumns:
             columns[name] = pa.StructArray.from_arrays(
                 [pa.array(data, pa.binary()), pa.array(paths)], fields=list(_IMAGE)
             )
-        for name in self._selection.texts:
-            counts = [len(sample.text[name]) for sample in samples]
-            each = list(chain.from_iterable(sample.text[name] for sample in samples))
-            column = f"embedding_{name}"
+        for name in self._selection.caption_sets:
+            columns[f"captions_{name}"] = [sample.caption_sets[name] for sample in samples]
+        texts = {f"embedding_{name}": [sample.text[name] for sample in samples] for name in self._selection.texts}
+        for of in self._selection.set_texts:
+            texts[f"embedding_{'_'.join(of)}"] = [sample.set_text[of] for sample in samples]
+        for column, rows_of in texts.items():
+            counts = [len(found) for found in rows_of]
+            each = list(chain.from_iterable(rows_of))
             columns[column] = _lists(_nested(each, self.schema.field(column).type.value_type), counts)
         for name in self._selection.image_embeds:
             column = f"image_embedding_{name}"

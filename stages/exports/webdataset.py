@@ -2,8 +2,8 @@
 
 Sample `SSSSS-RRRRRR` (index of the shard, row there) has `txt` (the first caption), `json` (all fields), `png` or
 `jpg` (the largest images; `64.png` others), `text-t5.0.npy` (the embedding of the first caption),
-`image-embed-clip.npy` and `array-mask.npy`. Names of members are lower case, as
-webdataset reads them.
+`image-embed-clip.npy` and `array-mask.npy`; `text-t5-short.0.npy` is that of the first caption of the further set
+`short`. Names of members are lower case, as webdataset reads them.
 """
 
 import io
@@ -27,7 +27,7 @@ def check_names(selection: Selection) -> None:
     """Raises ConfigError if two names are one in lower case."""
     names = [
         group.name
-        for groups in (selection.texts, selection.image_embeds, selection.arrays)
+        for groups in (selection.texts, selection.set_texts, selection.image_embeds, selection.arrays)
         for group in groups.values()
     ]
     lower = [name.lower() for name in names]
@@ -58,10 +58,12 @@ def _members(sample: ExportSample, selection: Selection) -> dict[str, bytes]:
         largest = size == next(iter(selection.images))
         members[suffix if largest else f"{size}.{suffix}"] = data
     members["txt"] = sample.row.captions[0].encode()
-    members["json"] = json.dumps(fields_of(sample.row), ensure_ascii=False).encode()
-    for name, rows in sample.text.items():
+    members["json"] = json.dumps(fields_of(sample), ensure_ascii=False).encode()
+    texts = {text_group(name): rows for name, rows in sample.text.items()}
+    texts |= {text_group(*of): rows for of, rows in sample.set_text.items()}
+    for name, rows in texts.items():
         for number, embedding in enumerate(rows):
-            members[f"{text_group(name).lower()}.{number}.npy"] = npy(embedding)
+            members[f"{name.lower()}.{number}.npy"] = npy(embedding)
     for name, embedding in sample.image_embeds.items():
         members[f"{image_embed_group(name).lower()}.npy"] = npy(embedding)
     for name, array in sample.arrays.items():

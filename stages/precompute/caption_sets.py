@@ -38,9 +38,11 @@ class CaptionColumnStage(Stage):
         samples = read_samples(task.input(SAMPLES))
         cells = self.source.caption_cells(task.shard, self.captions.column)
         found: list[tuple[str, ...]] = []
-        unusable = 0
+        unusable = erased = 0
         for row, sample in enumerate(samples):
-            cell = [] if sample.key == blank_key(task.shard.index, row) else cells[sample.input_row]
+            is_erased = sample.key == blank_key(task.shard.index, row)
+            cell = [] if is_erased else cells[sample.input_row]
+            erased += is_erased
             captions, reason = ((), "unsupported_type") if cell is None else clean_captions(cell)
             found.append(captions if reason is None else ())
             unusable += reason not in (None, "empty_caption")
@@ -49,7 +51,7 @@ class CaptionColumnStage(Stage):
         counters = {
             "captions": sum(map(len, found)),
             "distinct_captions": len({i for row in rows for i in row.ids}),
-            "samples_without": sum(not captions for captions in found),
+            "samples_without": sum(not captions for captions in found) - erased,
             "unusable_cells": unusable,
         }
         task.done(self.group, GroupResult(len(samples), counters=counters))
@@ -64,4 +66,5 @@ def caption_sets_line(counters: Mapping[str, float]) -> str:
     if not without:
         return ""
     told = f", {unusable:,.0f} of them as the cell is of another type or no valid text" if unusable else ""
-    return f"{without:,.0f} samples have no caption of this set{told}"
+    have = "sample has" if without == 1 else "samples have"
+    return f"{without:,.0f} {have} no caption of this set{told}"

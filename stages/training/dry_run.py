@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
-from imagen_core.store import StoreError
+from imagen_core.store import Store, StoreError, captions_group, text_group
 from imagen_core.store.buckets import Shape
+from imagen_core.store.read.caption_choice import caption_shares
 from imagen_core.train import TrainConfig, TrainError
 from imagen_core.train.data.store import stored_sizes, trained_shapes
 from imagen_core.train.data.stores import num_training_samples, open_stores
@@ -19,7 +20,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
-    shapes, state = _store_state(config, online=online)
+    shapes, sets, state = _store_state(config, online=online)
     memory = estimate_memory(
         denoiser,
         micro_batch_size=micro_batch,
@@ -32,7 +33,10 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
     sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes]
-    needed += [f"text-{encoder}" for encoder in (None if online else config.text, config.text_embed) if encoder]
+    encoders = [encoder for encoder in (None if online else config.text, config.text_embed) if encoder]
+    needed += [text_group(encoder) for encoder in encoders]
+    for name in sets:
+        needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
     needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
     image_bytes = sum(3 * size * size for size in sizes)
     return {
@@ -68,8 +72,9 @@ def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:
     return {"stores": places, "shares": config.shares, "stores_now": now}
 
 
-def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], str | dict[str, str]]:
-    """The shapes of the images trained on, and whether the stores are there and have what the run reads."""
+def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape], Sequence[str], str | dict[str, str]]:
+    """The shapes of the images trained on, the further sets of captions that are read, and whether the stores are
+    there and have what the run reads."""
     square = [(config.side_px, config.side_px)] if isinstance(config.denoiser, DenoiserConfig) else []
     each = config.by_store()
     try:
@@ -79,11 +84,29 @@ def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape],
     except (StoreError, TrainError) as error:
         missing = [name for name, one in each.items() if open_storage(str(one.store)).size("manifest.json") is None]
         if missing:
-            return square, "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
-        return square, f"cannot be used: {error}"
+            state = "not there yet" if config.store is not None else f"not there yet: {', '.join(missing)}"
+            return square, [], state
+        return square, [], f"cannot be used: {error}"
     buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
     seen = config.num_steps * config.batch_size
-    return shapes, {
-        name: f"{count:,} samples{buckets}: {seen * config.shares[name] / count:,.1f} epochs"
-        for name, count in counts.items()
+    shares = {name: _caption_shares(store, config) for name, store in stores.items()}
+    sets = sorted(
+        {name for store, of in shares.items() for name in of if name != next(iter(stores[store].caption_sets))}
+    )
+    told = {
+        name: ", captions " + ", ".join(f"{called} {share:.4g}" for called, share in of.items()) if sets and of else ""
+        for name, of in shares.items()
     }
+    return (
+        shapes,
+        sets,
+        {
+            name: f"{count:,} samples{buckets}{told[name]}: {seen * config.shares[name] / count:,.1f} epochs"
+            for name, count in counts.items()
+        },
+    )
+
+
+def _caption_shares(store: Store, config: TrainConfig) -> dict[str, float]:
+    """The part of the captions that comes from each set; none if no captions are read."""
+    return {} if config.text is None and config.text_embed is None else caption_shares(store, config.captions)

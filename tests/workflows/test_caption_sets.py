@@ -273,7 +273,9 @@ def test_a_removed_sample_is_erased_from_all_sets(server: Server, tmp_path: Path
     for file in (out / "store").rglob("*"):
         assert file.is_dir() or not any(word in file.read_bytes() for word in (b"drei", b"three")), file
     assert precompute(out, *config, BOTH)["tally"]["shards_skipped"] == 3
-    precompute(out, *config, BOTH.replace("}]", "}, {column: short, name: again, weight: 1}]"))
+    summary = precompute(out, *config, BOTH.replace("}]", "}, {column: short, name: again, weight: 1}]"))
+    counters = summary["tally"]["groups"]["captions-again"]["counters"]
+    assert counters["samples_without"] == 2, "erased ones are no samples"
     assert [sample.caption_sets["again"] for sample in Store.open(out / "store")] == sets(out)
     assert verify_store(out / "store").ok
 

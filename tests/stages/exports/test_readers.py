@@ -9,8 +9,10 @@ import pytest
 
 from imagen_core import store as st
 from imagen_core.store import Sample, Store
+from tests.commands import call
 from tests.documents import blocks
 from tests.imagen_core.store.arrays_added import add_arrays, values_of
+from tests.imagen_core.store.caption_sets_added import add_caption_sets
 from tests.imagen_core.store.handmade_store import make_store, rewrite_manifest
 from tests.runs import REPOSITORY
 from tests.stages.exports.exporting import (
@@ -155,6 +157,58 @@ def test_images_of_aspect_ratio_buckets_keep_their_shapes(target: str, tmp_path:
     made = make_store(tmp_path / "store", buckets=True)
     assert export(made.path, target, tmp_path / "out").code == 0
     compare(target, tmp_path / "out", Store.open(made.path))
+
+
+def short_captions(_: int, row: int) -> list[str]:
+    return [[], ["one"], ["three", "drei"], ["empty", "one"]][row % 4]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_captions_of_further_sets_go_out_with_their_embeddings(target: str, tmp_path: Path) -> None:
+    skip_without(target)
+    made = make_store(tmp_path / "store", dtype="float16", excluded={1: [2]})
+    add_caption_sets(made.path, {"short": short_captions}, {"long": 0.8, "short": 0.2})
+    assert export(made.path, target, tmp_path / "out").code == 0
+    store = Store.open(made.path)
+    assert {len(sample.caption_sets["short"]) for sample in store} == {0, 1, 2}
+    for row, sample in zip(compare(target, tmp_path / "out", store), store, strict=True):
+        captions, rows = sample.caption_sets["short"], sample.set_texts["short"]["t5"]
+        if target == "parquet":
+            assert row["captions_short"] == captions
+            found = [as_array(values, like) for values, like in zip(row["embedding_t5_short"], rows, strict=True)]
+        elif target == "webdataset":
+            assert row["json"]["caption_sets"] == {"short": captions}
+            assert f"text-t5-short.{len(rows)}.npy" not in row
+            found = [row[f"text-t5-short.{number}.npy"] for number in range(len(rows))]
+        else:
+            names = ["caption_short", "caption_short_1"]
+            assert [row[name] for name in names] == [*captions, "", ""][:2]
+            found = [row[f"latent_{name}_t5"] for name in names]
+            masks = [row[f"attention_mask_{name}_t5"] for name in names]
+            rows = [*rows, *[np.empty((0, 16), np.float16)] * 2][:2]
+            assert [mask.sum() for mask in masks] == [len(array) for array in rows]
+            lacking = [array for array, like in zip(found, rows, strict=True) if not len(like)]
+            assert all(array.shape == (1, 16) and np.isnan(array).all() for array in lacking)
+            found = [array[: len(like)] for array, like in zip(found, rows, strict=True)]
+        for array, expected in zip(found, rows, strict=True):
+            assert_same(array, expected)
+    described = json.loads((tmp_path / "out/data/store.json").read_text())["caption_sets"]
+    assert [(each["name"], each["weight"]) for each in described] == [("long", 0.8), ("short", 0.2)]
+    assert [each["name"] for each in described[1]["encoders"]] == ["t5"]
+
+
+def test_further_sets_can_be_left_out_and_must_if_their_columns_have_the_name_of_another(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store")
+    add_caption_sets(made.path, {"1": short_captions, "short": short_captions}, {"long": 1, "1": 1, "short": 1})
+    settings = ("--executor", "inline", "--quiet", f"store={made.path}")
+    refused = call("run", "export", "--out", str(tmp_path / "out"), *settings, "to=mds")
+    assert refused.code == 2
+    assert "caption_sets: a column of 1 would have the name of another one" in refused.err
+    few = call("run", "export", "--out", str(tmp_path / "out"), *settings, "to=parquet", "caption_sets=[long,short]")
+    assert few.code == 0
+    row = next(iter(parquet_samples(tmp_path / "out")))
+    assert [name for name in row if name.startswith("captions")] == ["captions", "captions_short"]
+    assert [name for name in row if name.startswith("embedding")] == ["embedding_t5", "embedding_t5_short"]
 
 
 @pytest.mark.parametrize(

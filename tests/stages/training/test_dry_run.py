@@ -1,0 +1,26 @@
+"""What a plan of a training says of the sets of captions that it reads."""
+
+from pathlib import Path
+
+from stages.training.dry_run import dry_run_summary
+from tests.imagen_core.store.caption_sets_added import add_caption_sets
+from tests.imagen_core.train.small import make_config, make_store
+
+
+def test_a_plan_names_the_sets_of_captions_that_are_read(tmp_path: Path) -> None:
+    sets, plain = make_store(tmp_path / "sets"), make_store(tmp_path / "plain")
+    add_caption_sets(sets, {"brief": lambda *_: ["brief"]}, {"long": 0.75, "brief": 0.25})
+    without = dry_run_summary(make_config(plain))
+    first = dry_run_summary(make_config(sets, captions={"long": 1.0}))
+    assert first["store_now"] == without["store_now"]
+    assert first["store_groups_needed"] == without["store_groups_needed"] == ["images-16", "text-t5"]
+    both = dry_run_summary(make_config(sets))
+    assert both["store_groups_needed"] == ["images-16", "text-t5", "captions-brief", "text-t5-brief"]
+    assert "captions long 0.75, brief 0.25" in str(both["store_now"])
+    online = dry_run_summary(make_config(sets), online=True)
+    assert online["store_groups_needed"] == ["images-16", "captions-brief"]
+    mixed = dry_run_summary(make_config(None, stores=[{"path": str(sets)}, {"path": str(plain)}]))
+    assert mixed["store_groups_needed"] == both["store_groups_needed"]
+    now = mixed["stores_now"]
+    assert isinstance(now, dict)
+    assert "captions original 1" in now["plain"]
