@@ -1,8 +1,9 @@
 """MDS files for mosaicml-streaming, one folder of them per shard of the store; the names of columns are those of PRX.
 
-`caption`, `caption_1` ...; `latent_{caption}_{encoder}`: float (n_tokens, dim); `attention_mask_{caption}_{encoder}`:
-uint8 (max_tokens,), 1 for each token and then 0; `image`: the largest images, `image_64` others; `original_width`,
-`original_height`, `key`, `url`, `sha256`, `num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
+`caption`, `caption_1` ...; `latent_{caption}_{encoder}`: float (n_tokens, dim) or (n_tokens, layers, dim);
+`attention_mask_{caption}_{encoder}`: uint8 (max_tokens,), 1 for each token and then 0; `image`: the largest
+images, `image_64` others; `original_width`, `original_height`, `key`, `url`, `sha256`, `num_captions`, `metadata`
+(JSON), `image_embed_{encoder}`, `array_{name}`.
 """
 
 import logging
@@ -128,7 +129,7 @@ def _values(sample: ExportSample, selection: Selection, num_captions: int) -> di
         is_there = number < len(row.captions)
         values[caption] = row.captions[number] if is_there else ""
         for encoder, group in selection.texts.items():
-            blank = np.full((1, group.dim), np.nan, selection.float_dtype(group))
+            blank = np.full((1, *group.token_shape), np.nan, selection.float_dtype(group))
             latent = sample.text[encoder][number] if is_there else blank
             values[f"latent_{caption}_{encoder}"] = latent
             values[f"attention_mask_{caption}_{encoder}"] = _mask(group, len(latent), is_there=is_there)

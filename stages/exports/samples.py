@@ -34,7 +34,7 @@ class ExportSample:
         row: its fields.
         place: index of its shard, and its row there.
         images: a file of the codec that `Selection.image_codec` says, by size.
-        text: by encoder, float (n_tokens, dim) of each caption.
+        text: by encoder, float (n_tokens, dim), or (n_tokens, layers, dim), of each caption.
         image_embeds: by encoder, float (dim,).
         arrays: by name, as `Sample.arrays`.
     """

@@ -134,6 +134,11 @@ def test_captions_encoded_in_the_training_loop_have_the_same_layers(work: Path, 
             {"text_layers": [2, 3]},
             "denoiser.unet.num_text_layers is 1; set it",
         ),
+        (
+            {"text_dim": 24, "num_text_layers": 2},
+            {"text_layers": [3, 3]},
+            "text_layers are [3, 3], which names a layer twice",
+        ),
     ],
 )
 def test_what_does_not_fit_the_stored_layers_is_refused_in_one_line(
