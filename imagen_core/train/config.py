@@ -157,6 +157,8 @@ class TrainConfig(Config):
                 f"text_layers are {list(self.text_layers)}, but denoiser.{name}.num_text_layers is "
                 f"{network.num_text_layers}; set it to {len(self.text_layers)}"
             )
+        if self.text_layers is not None and len(set(self.text_layers)) < len(self.text_layers):
+            raise ValueError(f"text_layers are {list(self.text_layers)}, which names a layer twice; name each once")
         reads_text_embed = isinstance(network, PriorNetworkConfig) or network.text_embed_dim is not None
         if (self.text_embed is not None) != reads_text_embed:
             raise ValueError(

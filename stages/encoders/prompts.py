@@ -7,7 +7,7 @@ import numpy as np
 
 from imagen_core.extensions import member_of
 from imagen_core.store import PROBE, StoreDtype, cast_embedding, is_finite_as, restore
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 from stages.captions import clean_caption, is_valid_text
 from stages.encoders.encoder import TextEncoder, load_encoder
 from stages.encoders.given import KIND as GIVEN
@@ -73,7 +73,11 @@ def load_matching_encoder(made_by: Mapping[str, Any], model: str | None, *, use_
             "sample, encode the captions with `pipeline run precompute`, and train on these embeddings"
         )
     config = encoder_of(made_by, model, use_gpu=use_gpu)
-    changes = identity_changes(made_by["fingerprint"], config.identify().fingerprint)
+    try:
+        identity = config.identify()
+    except (ConfigError, MachineError) as error:
+        raise type(error)(f"encoder {made_by['name']}: {error}; its place now is {option}") from error
+    changes = identity_changes(made_by["fingerprint"], identity.fingerprint)
     if model is not None:  # a folder may have another name than the one it was encoded from
         changes = [change for change in changes if not change.startswith(("model:", "revision:"))]
     if changes:

@@ -1,9 +1,9 @@
 """MDS files for mosaicml-streaming, one folder of them per shard of the store; the names of columns are those of PRX.
 
 `caption`, `caption_1` ..., of a further set `caption_{set}`, `caption_{set}_1` ...; `latent_{caption}_{encoder}`:
-float (n_tokens, dim); `attention_mask_{caption}_{encoder}`: uint8 (max_tokens,), 1 for each token and then 0;
-`image`: the largest images, `image_64` others; `original_width`, `original_height`, `key`, `url`, `sha256`,
-`num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
+float (n_tokens, dim) or (n_tokens, layers, dim); `attention_mask_{caption}_{encoder}`: uint8 (max_tokens,), 1 for each
+token and then 0; `image`: the largest images, `image_64` others; `original_width`, `original_height`, `key`, `url`,
+`sha256`, `num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
 """
 
 import logging
@@ -137,7 +137,7 @@ def _values(sample: ExportSample, selection: Selection, num_captions: Mapping[st
             values[caption] = captions[number] if number < len(captions) else ""
             for encoder, (group, rows) in texts.items():
                 is_there = number < len(rows) and len(rows[number]) > 0
-                blank = np.full((1, group.dim), np.nan, selection.float_dtype(group))
+                blank = np.full((1, *group.token_shape), np.nan, selection.float_dtype(group))
                 latent = rows[number] if is_there else blank
                 values[f"latent_{caption}_{encoder}"] = latent
                 values[f"attention_mask_{caption}_{encoder}"] = _mask(group, len(latent), is_there=is_there)

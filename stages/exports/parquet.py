@@ -1,7 +1,7 @@
 """Parquet files that `datasets` streams and the viewer of the Hugging Face hub shows, one per shard of the store.
 
 Images are structs of `bytes` and `path`, as the feature `Image` has them. An embedding is a list (tokens) of lists of
-fixed width. The features are in the schema's metadata, under `huggingface`.
+fixed width, or of one such list for each layer. The features are in the schema's metadata, under `huggingface`.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagen_core.store import ArraySpec, ColumnType
+from imagen_core.store import ArraySpec, ColumnType, EmbeddingGroup
 from stages.exports.samples import ExportSample
 from stages.exports.selection import Selection
 from stages.exports.webdataset import SUFFIXES
@@ -52,10 +52,13 @@ class ParquetColumns:
         }
         texts = {**selection.texts, **{"_".join(of): group for of, group in selection.set_texts.items()}}
         for name, group in texts.items():
-            types[f"embedding_{name}"] = pa.list_(pa.list_(pa.list_(_float(selection.float_dtype(group)), group.dim)))
+            types[f"embedding_{name}"] = pa.list_(_array_type((None, *group.token_shape), _float(group, selection)))
         for name, group in selection.image_embeds.items():
-            types[f"image_embedding_{name}"] = pa.list_(_float(selection.float_dtype(group)), group.dim)
-        types |= {f"array_{name}": _array_type(group.spec) for name, group in selection.arrays.items()}
+            types[f"image_embedding_{name}"] = pa.list_(_float(group, selection), group.dim)
+        types |= {
+            f"array_{name}": _array_type(group.spec.shape, _type_of(group.spec))
+            for name, group in selection.arrays.items()
+        }
         self._kept = {name if name not in types else f"column_{name}": name for name in selection.columns}
         kept = {column: _COLUMN_TYPES[selection.columns[name]] for column, name in self._kept.items()}
         features = {
@@ -147,13 +150,17 @@ def _leaves(schema: pa.Schema) -> dict[str, list[str]]:
     return {field.name: list(below(field.name, field.type)) for field in schema}
 
 
-def _float(dtype: str) -> pa.DataType:
-    return pa.float16() if dtype == "float16" else pa.float32()
+def _float(group: EmbeddingGroup, selection: Selection) -> pa.DataType:
+    return pa.float16() if selection.float_dtype(group) == "float16" else pa.float32()
 
 
-def _array_type(spec: ArraySpec) -> pa.DataType:
-    kind = pa.from_numpy_dtype(np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype))
-    for length in reversed(spec.shape):
+def _type_of(spec: ArraySpec) -> pa.DataType:
+    return pa.from_numpy_dtype(np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype))
+
+
+def _array_type(shape: Sequence[int | None], kind: pa.DataType) -> pa.DataType:
+    """Arrays of this shape and type of elements; None is any length."""
+    for length in reversed(shape):
         kind = pa.list_(kind) if length is None else pa.list_(kind, length)
     return kind
 

@@ -35,7 +35,7 @@ class ExportSample:
         row: its fields.
         place: index of its shard, and its row there.
         images: a file of the codec that `Selection.image_codec` says, by size.
-        text: by encoder, float (n_tokens, dim) of each caption.
+        text: by encoder, float (n_tokens, dim), or (n_tokens, layers, dim), of each caption.
         caption_sets: captions of further sets, by set; may be empty.
         set_text: by encoder and set, as `text`; without tokens where a caption could not be encoded.
         image_embeds: by encoder, float (dim,).

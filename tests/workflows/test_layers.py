@@ -76,6 +76,10 @@ def test_a_model_learns_the_weights_of_stacked_layers_beside_a_pooled_vector_and
     assert loaded.embed_encoders["text_embed"]["name"] == "clip"
     images = sample(work, "sum", tmp_path / "images")
     assert images.code == 0, images.err
+    gone = sample(work, "sum", tmp_path / "gone", f"text_embed_model={work}/gone")
+    assert gone.code == 4
+    assert "error: encoder clip: " in gone.err
+    assert "its place now is text_embed_model=..." in gone.err
     from_store = sample(
         work, "sum", tmp_path / "of-store", "prompts=[]", f"captions={{kind: store, path: {work}/run/store}}"
     )
@@ -133,6 +137,11 @@ def test_captions_encoded_in_the_training_loop_have_the_same_layers(work: Path, 
             {"text_dim": 24, "num_text_layers": 1},
             {"text_layers": [2, 3]},
             "denoiser.unet.num_text_layers is 1; set it",
+        ),
+        (
+            {"text_dim": 24, "num_text_layers": 2},
+            {"text_layers": [3, 3]},
+            "text_layers are [3, 3], which names a layer twice",
         ),
     ],
 )

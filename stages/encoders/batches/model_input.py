@@ -59,7 +59,7 @@ class ModelInput:
 CaptionReader = Callable[[Sequence[str]], tuple[list[ModelInput], int]]
 """Turns captions into inputs of a model; also returns how many were truncated."""
 
-_DIFFERENT_CAPTIONS = ("a", "Z", "3", '"')
+DIFFERENT_CAPTIONS = ("a", "Z", "3", '"')
 """What all of them begin with is of the template. A caption that does not begin with it is encoded whole."""
 _LEAST_SHARED = 16
 """Tokens from which on it is worth it to run them once."""
@@ -72,5 +72,5 @@ def common_start(all_ids: Iterable[Sequence[int]]) -> list[int]:
 
 def template_start(read: CaptionReader) -> list[int]:
     """The tokens that captions begin with, whatever they say; none if they are few."""
-    found = common_start(each.ids for each in read(_DIFFERENT_CAPTIONS)[0] if each.ids)
+    found = common_start(each.ids for each in read(DIFFERENT_CAPTIONS)[0] if each.ids)
     return found if len(found) >= _LEAST_SHARED else []

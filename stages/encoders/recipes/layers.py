@@ -16,7 +16,7 @@ def check_layers(name: str, identity: EncoderIdentity, layers: Sequence[int]) ->
         ConfigError: names them, and the ones there are.
     """
     if not identity.stacked or not set(layers) <= set(identity.layers):
-        kept = f"keeps the layers {list(identity.layers)}" if identity.stacked else "has no join: stack"
+        kept = f"keeps the layers {list(identity.layers)}" if identity.stacked else "keeps no layers apart"
         raise ConfigError(
             f"text_layers: {list(layers)}, but the encoder {name} {kept}; choose of these, or leave it out"
         )

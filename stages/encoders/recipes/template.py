@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from stages.captions import on_one_line
-from stages.encoders.batches.model_input import ModelInput
+from stages.encoders.batches.model_input import DIFFERENT_CAPTIONS, ModelInput
 from stages.encoders.batches.tokens import tokenize
 from stages.encoders.recipes.cleaning import check_cleaning, clean
 from stages.encoders.recipes.settings import RecipeSettings, Template
@@ -21,7 +21,8 @@ class RecipeReader:
     Attributes:
         before, after: the text around each caption.
     Raises:
-        ConfigError: the tokenizer lacks what the recipe needs, or more is dropped than the template has.
+        ConfigError: the tokenizer lacks what the recipe needs, more is dropped than the template has, or the template
+            leaves a caption no room.
     """
 
     def __init__(self, config: RecipeSettings, tokenizer: Any):
@@ -34,6 +35,7 @@ class RecipeReader:
         self._suffix = self._tokens(template.suffix_after_pads, special=False) if template.suffix_after_pads else []
         self._dropped = self._count_dropped(template)
         self._check_dropped()
+        self._check_room()
         pads = config.pads
         if pads is not None and pads.mode != "zeroed" and tokenizer.pad_token_id is None:
             raise ConfigError(
@@ -194,4 +196,13 @@ class RecipeReader:
             raise ConfigError(
                 f"{self._where}.drop_prefix: {self._dropped} rows are dropped ({self._config.drop_prefix}), but the "
                 f'template has only {least} tokens with the caption "a"; drop fewer'
+            )
+
+    def _check_room(self) -> None:
+        """Refuses a template that is cut off before the caption begins: all captions would be the same."""
+        inputs, num_truncated = self._read(DIFFERENT_CAPTIONS)
+        if num_truncated == len(inputs) and all(each == inputs[0] for each in inputs):
+            raise ConfigError(
+                f"{self._where}.max_tokens is {self._config.max_tokens}, which the template before the caption fills, "
+                "so nothing of a caption would be read; raise it, or drop the template's rows with drop_prefix"
             )

@@ -136,6 +136,15 @@ def test_embeddings_of_other_dtypes_are_exact_as_float32(target: str, dtype: Any
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("apart", [{"layers": (9, 3, 18)}, {"num_scales": 4}])
+def test_int8_layers_are_those_of_the_store(target: str, apart: dict[str, Any], tmp_path: Path) -> None:
+    skip_without(target)
+    made = make_store(tmp_path / "store", dtype="int8", **apart)
+    assert export(made.path, target, tmp_path / "out").code == 0
+    compare(target, tmp_path / "out", Store.open(made.path))
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_arrays_of_any_shape_are_exported(target: str, tmp_path: Path) -> None:
     skip_without(target)
     made = make_store(tmp_path / "store", excluded={1: [2]})

@@ -50,6 +50,10 @@ def run(folder: Path, model: Path, captions: list[str], **settings: Any) -> Resu
             ["encoders.text.drop_prefix: 40 rows are dropped", "has only 6 tokens", "drop fewer"],
         ),
         ({"drop_prefix": 1}, ["encoders.text.drop_prefix: 1 rows are dropped", "only 1 tokens", "drop fewer"]),
+        (
+            {"template": {"prefix": "See: ", "suffix": "."}, "max_tokens": 5},
+            ["encoders.text.max_tokens is 5, which the template before the caption fills", "raise it, or drop"],
+        ),
     ],
 )
 def test_a_setting_that_the_model_does_not_fit(

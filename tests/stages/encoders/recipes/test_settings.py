@@ -102,7 +102,7 @@ def test_max_tokens_is_of_the_rows_or_of_the_caption(folder: Path) -> None:
     assert (text, found.num_rows) == ("<s>See: abcd", 4)
     text, _ = read(folder, "abcdef", max_tokens=4, template=template, max_tokens_of="caption")
     assert text == "<s>See: abcd."
-    reader = RecipeReader(config(max_tokens=4, template=template), AutoTokenizer.from_pretrained(folder))
+    reader = RecipeReader(config(max_tokens=8, template=template), AutoTokenizer.from_pretrained(folder))
     assert reader(["abcdef", "", "abc"])[1] == 2
 
 
