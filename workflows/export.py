@@ -1,5 +1,7 @@
 """export: store -> files that other trainers read."""
 
+from collections.abc import Collection
+
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import RunOptions, Summary
 from pipeline.plan import Plan
@@ -34,6 +36,7 @@ class Export(ShardedWorkflow):
             estimated_shards=store.manifest.num_shards,
             row_group=GROUP,
             folders={GROUP: DATA},
+            notices=_left_out(store.manifest.captions),
         )
 
     def run(self, out: str, options: RunOptions) -> Summary:
@@ -52,3 +55,8 @@ class Export(ShardedWorkflow):
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("data", f"{run.url}/{DATA}")]
+
+
+def _left_out(further_sets: Collection[str]) -> tuple[str, ...]:
+    names = ", ".join(further_sets)
+    return (f"captions of further sets ({names}) and their embeddings are not exported",) if names else ()
