@@ -63,12 +63,16 @@ class Condition:
         """`field`: what messages call the condition."""
         self.text, self.field = text, field
         self._numbers: dict[str, bool] = {}
+        self._others: dict[str, pa.DataType] = {}
+        self._compared: list[set[str]] = []
         try:
             parsed = _parsed(text)
             self.expression = self._condition(parsed)
         except ConditionError as error:
             raise ConditionError(f"{field}: {error}") from error
         self.bounds = list(_bounds(parsed))
+        for _ in self._compared:
+            self._share_kinds()
 
     def __reduce__(self) -> tuple[type["Condition"], tuple[str, str]]:
         return Condition, (self.text, self.field)
@@ -78,9 +82,19 @@ class Condition:
         """The columns that it names."""
         return tuple(self._numbers)
 
-    def is_number(self, column: str) -> bool:
-        """Whether a column is compared with numbers."""
-        return self._numbers[column]
+    def compared_as(self, column: str) -> pa.DataType | None:
+        """What a column is compared with: numbers (float64), else text or booleans; None where that is nothing but
+        other columns and NULL."""
+        return pa.float64() if self._numbers[column] else self._others.get(column)
+
+    def _share_kinds(self) -> None:
+        """What a column is compared with holds for the columns that it is compared with, too."""
+        for names in self._compared:
+            if any(self._numbers[name] for name in names):
+                self._numbers.update(dict.fromkeys(names, True))
+            kind = next((self._others[name] for name in names if name in self._others), None)
+            if kind is not None:
+                self._others.update(dict.fromkeys(names, kind))
 
     def check(self, present: Mapping[str, pa.DataType | None], where: str) -> None:
         """Checks that the columns exist in the table `where`, and can be compared as they are.
@@ -138,6 +152,7 @@ class Condition:
         if kind == "Boolean":
             return pc.scalar(bool(node.this))
         if kind == "Column":
+            self._others[node.name] = pa.bool_()
             return self._value(node, is_number=False)
         found = self._predicate(kind, node)
         return ~found if node.args.get("negate") else found
@@ -158,7 +173,7 @@ class Condition:
         if kind == "Is" and _kind(node.expression) == "Null":
             return self._value(node.this, is_number=self._is_computed(node.this)).is_null()
         if kind in ("Like", "ILike") and _kind(node.expression) == "Literal" and node.expression.is_string:
-            (value,) = self._values([node.this], ordered=False)
+            value, _ = self._values([node.this, node.expression], ordered=False)
             pattern, ignores = node.expression.this, kind == "ILike"
             return pc.match_like(value, pattern, ignore_case=ignores)  # pyright: ignore[reportAttributeAccessIssue]
         raise _unsupported(node, "is no condition that is supported")
@@ -168,6 +183,12 @@ class Condition:
         nodes = [_plain(node) for node in nodes]
         are_columns = all(_kind(node) == "Column" for node in nodes)
         is_number = any(map(self._is_computed, nodes)) or (ordered and are_columns and len(nodes) > 1)
+        names = {node.name for node in nodes if _kind(node) == "Column"}
+        is_text = any(_kind(node) == "Literal" and node.is_string for node in nodes)
+        if is_text or any(_kind(node) == "Boolean" for node in nodes):
+            self._others.update(dict.fromkeys(names, pa.string() if is_text else pa.bool_()))
+        if len(names) > 1:
+            self._compared.append(names)
         return iter([self._value(node, is_number=is_number) for node in nodes])
 
     def _is_computed(self, node: Any) -> bool:

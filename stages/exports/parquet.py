@@ -5,7 +5,7 @@ fixed width, or of one such list for each layer. The features are in the schema'
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class ParquetColumns:
             f"array_{name}": _array_type(group.spec.shape, _type_of(group.spec))
             for name, group in selection.arrays.items()
         }
-        self._kept = {name if name not in types else f"column_{name}": name for name in selection.columns}
+        self._kept = {_free(name, {*types, *selection.columns}, types): name for name in selection.columns}
         kept = {column: _COLUMN_TYPES[selection.columns[name]] for column, name in self._kept.items()}
         features = {
             name: {"_type": "Image"} if kind == _IMAGE else _feature(kind) for name, kind in (types | kept).items()
@@ -148,6 +148,14 @@ def _leaves(schema: pa.Schema) -> dict[str, list[str]]:
             yield path
 
     return {field.name: list(below(field.name, field.type)) for field in schema}
+
+
+def _free(name: str, others: Collection[str], taken: Collection[str]) -> str:
+    """The column of a kept column: its name, or where that is taken `column_NAME`."""
+    column = name
+    while column in (taken if column == name else others):
+        column = f"column_{column}"
+    return column
 
 
 def _float(group: EmbeddingGroup, selection: Selection) -> pa.DataType:

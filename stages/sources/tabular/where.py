@@ -8,7 +8,10 @@ import pyarrow as pa
 
 from imagen_core.conditions import Condition, ConditionError
 from pipeline.errors import ConfigError, MachineError
+from pipeline.fingerprint import canonical_json
+from stages.captions import is_valid_text
 from stages.sources.records.cells import InvalidLine, is_nothing
+from stages.sources.records.parquet import to_records
 from stages.sources.records.regular import Chunk
 
 if TYPE_CHECKING:
@@ -55,7 +58,11 @@ class RowFilter:
 
     def places(self, chunk: Chunk) -> np.ndarray:
         """Positions of the rows that are kept, increasing."""
-        found = self._condition.places([self._column(chunk, name) for name in self.columns], len(chunk))
+        try:
+            found = self._condition.places([self._column(chunk, name) for name in self.columns], len(chunk))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # of JSON, whose columns no schema tells
+            chunk = to_records(chunk)
+            found = self._condition.places([self._column(chunk, name) for name in self.columns], len(chunk))
         if isinstance(chunk, list):
             invalid = [place for place, record in enumerate(chunk) if isinstance(record, InvalidLine)]
             found = np.concatenate((found, np.array(invalid, np.int64)))
@@ -79,20 +86,14 @@ class RowFilter:
         return {group for group in groups if not is_excluded(group)}
 
     def _column(self, chunk: Chunk, name: str) -> pa.Array:
-        as_number = self._condition.is_number(name)
+        kind = self._condition.compared_as(name) or pa.string()
         if isinstance(chunk, list):
             cells = [dict.get(record, name) for record in chunk]
-            kind = pa.float64() if as_number else _kind_of(cells)
-            return pa.array([_cell(cell, kind) for cell in cells], kind)
+            read = _any if self._condition.compared_as(name) is None else _cell
+            return pa.array([read(cell, kind) for cell in cells], kind)
         if name not in chunk.schema.names:
-            return pa.nulls(len(chunk), pa.float64() if as_number else pa.string())
+            return pa.nulls(len(chunk), kind)
         return chunk.column(name)
-
-
-def _kind_of(cells: Sequence[Any]) -> pa.DataType:
-    """Of cells of JSON that are not compared with numbers: the type of the first that is no NULL."""
-    first = next((cell for cell in cells if not is_nothing(cell)), "")
-    return pa.bool_() if isinstance(first, bool) else pa.float64() if isinstance(first, int | float) else pa.string()
 
 
 def _cell(value: Any, kind: pa.DataType) -> Any:
@@ -102,10 +103,21 @@ def _cell(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_boolean(kind):
         return value if isinstance(value, bool) else None
     if not pa.types.is_floating(kind):
-        return value if isinstance(value, str) and value.isprintable() else None
+        return value if isinstance(value, str) and is_valid_text(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         return float(value)
     except (ValueError, OverflowError):
         return None
+
+
+def _any(value: Any, kind: pa.DataType) -> str | None:
+    """A cell of JSON that is compared with other cells at most, as text: equal numbers have an equal one."""
+    del kind
+    if is_nothing(value):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    whole = isinstance(value, float) and value.is_integer()
+    return canonical_json(int(value) if whole else value).encode("utf-8", "backslashreplace").decode()

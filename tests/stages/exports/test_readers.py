@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imagen_core import store as st
@@ -14,7 +16,8 @@ from tests.documents import blocks
 from tests.imagen_core.store.arrays_added import add_arrays, values_of
 from tests.imagen_core.store.caption_sets_added import add_caption_sets
 from tests.imagen_core.store.handmade_store import make_store, rewrite_manifest
-from tests.runs import REPOSITORY
+from tests.images import plain_png
+from tests.runs import REPOSITORY, precompute
 from tests.stages.exports.exporting import (
     DUPLICATE,
     REMOVED,
@@ -312,3 +315,23 @@ def test_a_caption_that_a_sample_lacks_is_left_out_by_prx(run: Path, tmp_path: P
             assert not row[f"attention_mask_caption_{number}_t5"].any()
         assert row["attention_mask_caption_t5"].shape == (16,)
         assert row["attention_mask_caption_T5.long"].shape == (32,)
+
+
+def test_kept_columns_whose_names_are_taken_stay_apart(tmp_path: Path) -> None:
+    rows = [
+        {"image": plain_png(), "caption": f"c{i}", "text": f"t{i}", "column_text": i, "x": i / 2} for i in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
+    precompute(
+        tmp_path / "run",
+        "source.kind=parquet",
+        f"source.path={tmp_path / 'l.parquet'}",
+        "source.keep_columns=[text,column_text,x]",
+        "images.sizes_px=[8]",
+        "encoders=[]",
+    )
+    result = export(tmp_path / "run", "parquet", tmp_path / "out")
+    assert result.code == 0
+    names = ("text", "column_column_text", "column_text", "x")
+    found = pq.read_table(tmp_path / "out" / "data" / "00000.parquet").select(names).to_pylist()
+    assert [tuple(row.values()) for row in found] == [(f"c{i}", f"t{i}", i, i / 2) for i in range(3)]

@@ -126,6 +126,34 @@ def test_kept_rows_keep_their_keys_in_every_format_and_in_shards_of_workers(suff
     assert source.filtered == len(ROWS) - len(KEPT)
 
 
+@pytest.mark.parametrize(
+    ("condition", "kept"),
+    [
+        ("x <> 'a'", ["b", "n\no"]),
+        ("x LIKE 'n%'", ["n\no"]),
+        ("x is not null", ["a", 5, 5.5, True, "b", 2**70, "n\no", [1]]),
+        ("x > 5", [5.5, 2**70]),
+        ("x = y", [5, "b"]),
+        ("x = y and y > 1", [5]),
+        ("x = y and y <> 'a'", ["b"]),
+        ("x = y and not x = 'a' and y is not null", ["b"]),
+    ],
+)
+def test_cells_of_json_of_other_types_are_read_alike_by_columns_one_by_one_and_from_any_row(
+    condition: str, kept: list[Any], tmp_path: Path
+) -> None:
+    values = ["a", 5, 5.5, None, True, "b", 2**70, "n\no", [1]]
+    others = {"5": 5.0, "b": "b"}
+    where = RowFilter(condition)
+    rows = [{"x": value, "y": others.get(str(value))} for value in values]
+    assert [values[place] for place in where.places(rows)] == kept
+    alone = [where.places([row]).tolist() for row in rows]
+    assert [value for value, found in zip(values, alone, strict=True) if found] == kept
+    for value, row in zip(values, rows, strict=True):  # a table of equal lines is one of columns
+        (chunk,) = tables.read_chunks(write(tmp_path / "l.jsonl", [row] * 3), ["x", "y"])
+        assert where.places(chunk).tolist() == ([0, 1, 2] if value in kept else [])
+
+
 def test_images_of_parquet_are_filtered_too(tmp_path: Path) -> None:
     path = write(tmp_path / "l.parquet", [{**row, "image": b"i"} for row in ROWS])
     for key_column in (None, "url"):
