@@ -117,8 +117,8 @@ def _simulated_stage(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware)
             0.0, counted.flops * basis.kept / (_tflops(hardware, counted.dtype) * hardware.utilisation * 1e12)
         )
         uses = {"gpus": gpus} if gpus else {"cpus": float(hardware.num_cpus)}
-    elif stage.name in hardware.cpu_s_per_row:
-        seconds = LinearCost(0.0, hardware.cpu_s_per_row[stage.name])
+    elif (known := hardware.seconds_per_row(stage.name)) is not None:
+        seconds = LinearCost(0.0, known)
     else:
         raise ConfigError(
             f"--profile {basis.profile}: cpu_s_per_row has no {stage.name}; add it, or measure it with --probe"

@@ -23,7 +23,8 @@ class Hardware(Config):
     utilisation: float = Field(default=1.0, gt=0, le=1)
     """Fraction of this rate that an encoder reaches."""
     cpu_s_per_row: dict[str, float] = Field(default_factory=dict)
-    """CPU seconds per row of each stage that runs no model; `--probe` measures them instead."""
+    """CPU seconds per row of each stage that runs no model; `--probe` measures them instead. `read-captions` is that of
+    the stages of all further sets of captions, `read-captions-NAME`."""
     original_bytes: int = Field(default=0, ge=0)
     """Bytes of an original image; `--probe` measures them instead."""
     network_gbit_per_s: float | None = Field(default=None, gt=0)
@@ -46,6 +47,12 @@ class Hardware(Config):
             (self.num_gpus, self.usd_per_gpu_hour) if self.num_gpus else (self.num_cpus, self.usd_per_cpu_hour)
         )
         return None if price is None else count * price
+
+    def seconds_per_row(self, stage: str) -> float | None:
+        """CPU seconds per row of a stage by its name, or by what its name begins with; None if unknown."""
+        parts = stage.split("-")
+        names = ("-".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next((self.cpu_s_per_row[name] for name in names if name in self.cpu_s_per_row), None)
 
 
 def load_profile(name: str) -> Hardware:

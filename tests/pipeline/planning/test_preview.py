@@ -188,3 +188,12 @@ def test_every_shipped_profile_is_whole() -> None:
         assert hardware.usd_per_hour
         for line in profiles()[name].read_text().splitlines()[3:]:
             assert "#" in line or line.endswith(":"), f"{name}: {line} has no source"
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_a_shipped_profile_knows_what_each_set_of_captions_costs_to_read(name: str) -> None:
+    hardware = load_profile(name)
+    cost = hardware.seconds_per_row("read-captions")
+    assert cost is not None
+    assert hardware.seconds_per_row("read-captions-short") == cost
+    assert hardware.seconds_per_row("read") is None
