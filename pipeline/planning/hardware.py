@@ -23,8 +23,8 @@ class Hardware(Config):
     utilisation: float = Field(default=1.0, gt=0, le=1)
     """Fraction of this rate that an encoder reaches."""
     cpu_s_per_row: dict[str, float] = Field(default_factory=dict)
-    """CPU seconds per row of each stage that runs no model; `--probe` measures them instead. `read-captions` is that of
-    the stages of all further sets of captions, `read-captions-NAME`."""
+    """CPU seconds per row of each stage that runs no model; `--probe` measures them instead. `read-captions` is that
+    of the stages of all further sets of captions, `read-captions-NAME`."""
     original_bytes: int = Field(default=0, ge=0)
     """Bytes of an original image; `--probe` measures them instead."""
     network_gbit_per_s: float | None = Field(default=None, gt=0)

@@ -67,7 +67,7 @@ OTHER = {
     *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
-    *("captions", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
+    *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
