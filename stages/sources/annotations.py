@@ -233,9 +233,10 @@ def check_hashes(annotations: Annotations, data: bytes | None) -> tuple[Annotati
     if data is None:
         return others, None
     for name in _HASHES:
-        expected, found = annotations.get(name), hashlib.new(name, data, usedforsecurity=False)
+        expected = annotations.get(name)
         if not expected or not expected.strip():
             continue
+        found = hashlib.new(name, data, usedforsecurity=False)
         raw = expected.encode("utf-8", "surrogateescape")
         wanted = raw.hex() if len(raw) == found.digest_size else expected.strip().lower()
         if wanted != found.hexdigest():
