@@ -314,7 +314,8 @@ def ernie(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
 def hunyuan_video(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
     module = importlib.import_module("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video")
     found = pipe("HunyuanVideoPipeline", text_encoder=model, tokenizer=tokenizer)
-    return masked(*found._get_llama_prompt_embeds(captions, module.DEFAULT_PROMPT_TEMPLATE, device="cpu"))
+    options = {"device": "cpu", "max_sequence_length": 700}
+    return masked(*found._get_llama_prompt_embeds(captions, module.DEFAULT_PROMPT_TEMPLATE, **options))
 
 
 def hidream_llama(model: Any, tokenizer: Any, captions: list[str]) -> Rows:
@@ -406,7 +407,7 @@ CASES: dict[str, Case] = {
     "flux2-klein": Case(decoder("Qwen3", layers=28), klein),
     "ovis-image": Case(decoder("Qwen3"), ovis),
     "ernie-image": Case(mistral3, ernie, settings=SHORT),
-    "hunyuan-video": Case(decoder("Llama", "<s> $A"), hunyuan_video),
+    "hunyuan-video": Case(decoder("Llama", "<s> $A"), hunyuan_video, settings=SHORT),
     "hidream-llama": Case(decoder("Llama", "<s> $A"), hidream_llama),
     "hidream-t5": Case(reference=hidream_t5, **_T5),
     "cogview4": Case(decoder("Glm", "<s> $A"), cogview4, settings=SHORT, alone=True),
