@@ -18,7 +18,7 @@ def prepare_process() -> None:
     """Lets waiting threads sleep, unless the environment says otherwise, and, with glibc, keeps freed memory.
 
     glibc gives the memory of an image or of a model's activations back to the system with every `free`, and takes it
-    anew, page by page, for the next one: as much time as decoding a JPEG needs.
+    again, page by page, for the next one: as much time as decoding a JPEG needs.
     """
     for name, value in WAITING_THREADS.items():
         os.environ.setdefault(name, value)
