@@ -2,8 +2,9 @@
 # The first `pa.array` of a process imports pandas, whatever it is given.
 #
 # `import pyarrow` does not load pandas, and an array of plain Python integers has nothing to do with it. Yet in pyarrow
-# 26.0.1 the first call of `pa.array` or `pa.scalar` loads an installed pandas (2.3.3), 394 modules in all, to find out
-# whether the value is one of pandas' objects; an array made from buffers does not. A driver that reads a list of millions of rows pays that in time and memory at its start, and so does every worker process.
+# 26.0.1 the first call of `pa.array` or `pa.scalar` loads an installed pandas (2.3.3), some 390 modules, to find out whether
+# the value is one of pandas' objects; an array made from buffers does not. A driver pays that in time and memory at its
+# start, and so does every worker process.
 # stages/sources/records/row_text.py makes its arrays from buffers instead.
 #
 # Fails if it is not as seen on 2026-11-30.
