@@ -94,7 +94,7 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
         else:
             os.environ.pop("RAY_ADDRESS", None)
             ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
-            with without_api_server():
+            with without_needless_processes():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus or usable_cpus(),
@@ -116,20 +116,24 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
 
 
 @contextmanager
-def without_api_server() -> Iterator[None]:
-    """Lets Ray start no API server in the block, as if that had failed, which Ray goes on after.
+def without_needless_processes() -> Iterator[None]:
+    """Lets Ray start neither its API server in the block, as if that had failed, which Ray goes on after, nor its
+    autoscaler and its reader of logs, which are two more interpreters and have nothing to do on one machine.
 
-    Without a dashboard it has one module, UsageStatsHead. This asks 169.254.169.254 and metadata.google.internal for
-    the cloud that it is in, also where usage statistics are off; no setting of Ray 2.60 stops that.
+    Without a dashboard the API server has one module, UsageStatsHead. This asks 169.254.169.254 and
+    metadata.google.internal for the cloud that it is in, also where usage statistics are off; no setting of Ray 2.60
+    stops that.
     """
     from ray._private import services
+    from ray._private.node import Node
 
-    start = services.start_api_server
+    found = services.start_api_server, Node.start_monitor, Node.start_log_monitor
     services.start_api_server = lambda *_, **__: (None, None)
+    Node.start_monitor = Node.start_log_monitor = lambda *_: None
     try:
         yield
     finally:
-        services.start_api_server = start
+        services.start_api_server, Node.start_monitor, Node.start_log_monitor = found
 
 
 def _not_connected(address: str | None, why: str) -> str:
