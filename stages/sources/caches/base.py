@@ -34,7 +34,7 @@ class CacheConfig(Config):
     """A text cache: one file per image or per caption. A new kind needs `kind`, `files` and `read`."""
 
     kind: Any
-    folder: str | None = None
+    folder: str | None
     """The folder of the cache, local or any fsspec URL. null: its files lie next to the images."""
     pads: Literal["cut", "keep"] = "cut"
     """cut: only the tokens that the cache's mask marks as text are stored. keep: also the rows of its padding, for
@@ -62,14 +62,14 @@ class CacheConfig(Config):
     def embedding(self, data: bytes, captions: Sequence[str]) -> np.ndarray:
         """The embedding in a file, (tokens, dim) or (dim,); raises as `read`."""
         found = self.read(data, captions)
-        return text_of(found.array, found.mask, keep_pads=self.pads == "keep")
+        return cut_to_text(found.array, found.mask, keep_pads=self.pads == "keep")
 
     def describe(self) -> dict[str, object]:
         """How the arrays are found, for the fingerprint of the embeddings; no paths."""
         return {"kind": self.kind, **self.model_dump(mode="json", exclude={"folder"}, exclude_defaults=True)}
 
 
-def text_of(array: np.ndarray, mask: np.ndarray | None, *, keep_pads: bool) -> np.ndarray:
+def cut_to_text(array: np.ndarray, mask: np.ndarray | None, *, keep_pads: bool) -> np.ndarray:
     """The rows of (..., tokens, dim) that a mask marks as text; axes of length 1 in front are left out.
 
     Args:

@@ -15,10 +15,9 @@ import numpy as np
 from stages.sources.caches.base import Unusable
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK"
-_DTYPES = {
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "?"},
-}
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_OTHERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "?"}
+_DTYPES = {**_FLOATS, **_OTHERS}
 
 
 @dataclass(frozen=True, slots=True)

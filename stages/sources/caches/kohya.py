@@ -36,6 +36,9 @@ class KohyaCacheConfig(CacheConfig):
     """A text cache of sd-scripts (`--cache_text_encoder_outputs_to_disk`)."""
 
     kind: Literal["kohya"] = "kohya"
+    folder: str | None = None
+    """The folder of the cache, local or any fsspec URL, with the subfolders that the images have. null: its files lie
+    next to the images, where sd-scripts writes them."""
     model: Literal["sdxl", "sd3", "flux", "lumina", "hunyuan_image", "anima"]
     """The model that the cache was made for; it decides the names of the files."""
     array: str

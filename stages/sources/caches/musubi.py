@@ -23,6 +23,8 @@ class MusubiCacheConfig(CacheConfig):
     """A text cache of musubi-tuner."""
 
     kind: Literal["musubi"] = "musubi"
+    folder: str | None = None
+    """The folder of the cache (`cache_directory`), local or any fsspec URL. null: its files lie next to the images."""
     architecture: str = Field(pattern=r"^[a-z0-9]+$")
     """How the names of its files end: `fk` of NAME_fk_te.safetensors (FLUX Kontext), `qi` (Qwen-Image), `f2d`
     (FLUX.2), `zi` (Z-Image), `wan`, `hv`, `k5` and others."""

@@ -102,9 +102,14 @@ def write_sd3(root: Path, image: str, caption: str, array: np.ndarray, mask: np.
     del caption
     np.savez(
         f"{root / image.removesuffix('.png')}_sd3_te.npz",
-        **{"lg_out": array + 1, "lg_pooled": array[0] + 2, "t5_out": array},
-        **{"clip_l_attn_mask": mask, "clip_g_attn_mask": mask, "t5_attn_mask": mask},
-        **{"apply_lg_attn_mask": np.array(False), "apply_t5_attn_mask": np.array(True)},
+        lg_out=array + 1,
+        lg_pooled=array[0] + 2,
+        t5_out=array,
+        clip_l_attn_mask=mask,
+        clip_g_attn_mask=mask,
+        t5_attn_mask=mask,
+        apply_lg_attn_mask=np.array(False),
+        apply_t5_attn_mask=np.array(True),
     )
 
 
@@ -337,7 +342,7 @@ def flux_file(root: Path, image: str, **changed: Any) -> None:
 
 
 HOLES = np.array([1, 1, 0, 1, *[0] * 8])
-FLUX_DAMAGE: Mapping[str, tuple[str, Callable[[Path], None]]] = {
+FLUX_DAMAGE: Mapping[str, tuple[str, Callable[[Path], object]]] = {
     "no file": ("missing_embedding", lambda path: path.unlink()),
     "a cut file": ("unreadable_embedding", lambda path: path.write_bytes(path.read_bytes()[:-40])),
     "a flipped byte": ("unreadable_embedding", lambda path: path.write_bytes(_flipped(path.read_bytes()))),
@@ -469,7 +474,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, cache: str, messa
 def test_an_array_that_no_cache_has_is_refused(tmp_path: Path) -> None:
     root = images(tmp_path / "images")
     config = settings(root, "{kind: kohya, model: flux, array: t5_out}", "encoders.0.array=clip")
-    with pytest.raises(ConfigError, match="array 'clip' is not in source.arrays, which has: t5"):
+    with pytest.raises(ConfigError, match=r"array 'clip' is not in source.arrays, which has: t5"):
         precompute(tmp_path / "run", *config)
 
 
