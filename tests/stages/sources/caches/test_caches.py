@@ -454,6 +454,18 @@ def test_a_pt_file_with_code_is_a_counted_drop_and_the_code_does_not_run(tmp_pat
     assert [sample.key for sample in Store.open(tmp_path / "run" / "store")] == [NAMES[4]]
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_flipped_byte_in_a_pt_file_is_a_counted_drop(tmp_path: Path, compress: bool) -> None:
+    root, cache = images(tmp_path / "images"), tmp_path / "cache"
+    fill(root, write_simpletuner(cache))
+    path = simpletuner_path(cache, caption_of(NAMES[1]))
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(torch.from_numpy(states(1)).bfloat16().view(torch.uint16).numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(gzip.compress(bytes(data)) if compress else data)
+    summary = precompute(tmp_path / "run", *settings(root, f"{{kind: simpletuner, model: flux, folder: {cache}}}"))
+    assert summary["tally"]["groups"]["text-t5"]["drops"] == {"unreadable_embedding": 1}
+
+
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
