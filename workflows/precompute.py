@@ -44,6 +44,7 @@ from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches, first_part
+from stages.sources.mds.source import MdsConfig
 from stages.sources.original_sizes import original_sizes
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
@@ -119,7 +120,8 @@ class PrecomputeConfig(WorkflowConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.images.sizes_px and isinstance(self.source, ParquetConfig) and self.source.image_column is None:
+        source = self.source
+        if self.images.sizes_px and isinstance(source, ParquetConfig | MdsConfig) and source.image_column is None:
             raise ValueError(
                 f"source.image_column is null, so there are no images, but images.sizes_px is "
                 f"{list(self.images.sizes_px)}; set images.sizes_px=[]"

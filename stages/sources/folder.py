@@ -8,11 +8,26 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.lines import split_lines
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import MAX_FILE_BYTES, Emit, InputPart, KeyRegistry, Original, Source, SourceRow, require_path
+from stages.sources.arrays.folders import no_array
+from stages.sources.base import (
+    MAX_FILE_BYTES,
+    Emit,
+    InputPart,
+    KeyRegistry,
+    Original,
+    PrecomputedEmbedding,
+    Source,
+    SourceRow,
+    require_path,
+)
+from stages.sources.caches.reader import CacheReader
+from stages.sources.caches.registry import AnyCache
 from stages.sources.files import READABLE
 from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
@@ -63,6 +78,8 @@ class FolderConfig(AnnotationsConfig):
     every caption is empty, also without a table."""
     use_tables: bool = True
     """false: the captions are in files next to the images, though there are tables."""
+    arrays: dict[str, AnyCache] = Field(default_factory=dict)
+    """Embeddings of the captions in text caches of other trainers, by a name that encoders of kind `given` request."""
 
     def build(self) -> "FolderSource":
         return FolderSource(self)
@@ -82,6 +99,7 @@ class FolderSource(Source):
         self.path = require_path(config.path, "folder")
         self.row_filter = row_filter(config.where)
         self.layout = ("key", "captions", "payload", *config.annotation_layout, "is_duplicate")
+        self.caches = {name: CacheReader(name, cache, self.path) for name, cache in config.arrays.items()}
 
     @cached_property
     def tree(self) -> Tree:
@@ -149,6 +167,12 @@ class FolderSource(Source):
             raise ConfigError(f"source.path: {where} holds no images; give a folder with at least one")
         files = [f"{self.tree.url}/{name}" for name in self.tables]
         self.config = self.config.with_types(lambda keep: kept_types(keep, files))
+        for cache in self.caches.values():
+            cache.check(self._images())
+
+    def _images(self) -> Iterator[str]:
+        """The images' paths; without tables, captions are not read for that."""
+        return (row.key for _, row in self.rows(self.parts())) if self.tables else (p.path for p in self.parts())
 
     def parts(self) -> Iterator[InputPart]:
         if self.tables:
@@ -245,6 +269,15 @@ class FolderSource(Source):
         if isinstance(content, OSError):
             return replace(original, reason="unreadable_file", detail=content.strerror or "")
         return replace(original, data=content)
+
+    def describe_array(self, name: str) -> dict[str, object]:
+        if name not in self.caches:
+            raise no_array(name, self.caches)
+        return self.caches[name].config.describe()
+
+    def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
+        rows = self.rows_of(shard)
+        return self.caches[name].read(rows[position] for position in positions)
 
     def fingerprint(self) -> dict[str, object]:
         suffixes = sorted({name.rpartition("/")[2].removeprefix("captions") for name in self.tables})
