@@ -42,7 +42,7 @@ class _SettingsRecord(_Record):
 class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
-    encoder: _EncoderRecord | None
+    encoder: _EncoderRecord | Annotated[list[_EncoderRecord], Field(min_length=1)] | None
     shapes: _Shapes = []
 
 
