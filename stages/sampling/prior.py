@@ -55,6 +55,11 @@ class PriorSampler:
         self._tokens = PromptTokens(tokens, store, model=model, use_gpu=use_gpu, option=option)
 
     @property
+    def token_encoders(self) -> list[str]:
+        """Names of the text encoders whose tokens it reads."""
+        return self._tokens.names
+
+    @property
     def origin(self) -> dict[str, object]:
         """Which checkpoint it is from."""
         return origin(self._loaded)

@@ -20,7 +20,7 @@ from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConf
 from stages.sampling.inputs import read_centres
 from stages.sampling.prior import PriorSampler, load_prior, same_model
 from stages.sampling.requests import ImageRequest
-from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens, model_of
+from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens, check_names, model_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,5 +133,7 @@ def load_session(
     sampler = load_prior(
         prior, loaded.checkpoints, store=store, encoder_model=encoder_model, device=on, autocast=autocast
     )
+    of_prior = [] if sampler is None else sampler.token_encoders
+    check_names(encoder_model, [*dict.fromkeys([*embeddings.names, *of_prior])], "encoder_model")
     origins = [*loaded.origins, *([] if sampler is None else [sampler.origin])]
     return SamplingSession(loaded.cascade, origins, embeddings, vectors, sampler, on, autocast)

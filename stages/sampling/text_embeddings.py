@@ -91,7 +91,7 @@ class PromptTokens:
         """The arguments are those of `PromptEmbeddings`; `encoders`, and then `model`, may be of several.
 
         Raises:
-            ConfigError: `model` names another encoder, or is one for several.
+            ConfigError: `model` is one for several encoders.
         """
         records = each_encoder(encoders)
         self._several = not isinstance(encoders, Mapping | None)
@@ -106,6 +106,11 @@ class PromptTokens:
             )
             for name, record in ((record["name"], record) for record in records)
         }
+
+    @property
+    def names(self) -> list[str]:
+        """The encoders' names."""
+        return [*self._each]
 
     @property
     def origin(self) -> str | dict[str, str | None] | None:
@@ -136,12 +141,17 @@ def _models(encoders: Sequence[str], model: EncoderModel, option: str) -> Mappin
                 f"{option}={{{example}}}"
             )
         return dict.fromkeys(encoders, model)
-    if unknown := [name for name in model if name not in encoders]:
+    return model
+
+
+def check_names(model: EncoderModel, encoders: Sequence[str], option: str) -> None:
+    """Raises ConfigError if `model` names an encoder that is none of these."""
+    unknown = [name for name in model if name not in encoders] if isinstance(model, Mapping) else []
+    if unknown:
         raise ConfigError(
-            f"{option}: names the encoder {unknown[0]!r}, but the model reads {', '.join(encoders) or 'none'}; name "
+            f"{option}: names the encoder {unknown[0]!r}, but the models read {', '.join(encoders) or 'none'}; name "
             "one of these"
         )
-    return model
 
 
 def model_of(model: EncoderModel, encoder: str) -> str | None:
