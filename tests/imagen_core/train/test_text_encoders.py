@@ -126,6 +126,7 @@ def test_it_lowers_its_loss(store: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["efficient", "hybrid"])
 def test_every_family_trains(store: Path, tmp_path: Path, family: str) -> None:
     unets = {
