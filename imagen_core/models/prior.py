@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.text import pad_with_learned
-from imagen_core.models.conditioning.text_layers import TextConfig
+from imagen_core.models.conditioning.text_layers import TextConfig, TextDim
 from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -35,9 +35,10 @@ class PriorNetworkConfig(TextConfig):
     """Channels of one attention head."""
     ff_mult: int = Field(default=4, ge=1)
     """Width of the feed-forward layers (SwiGLU), in units of dim."""
-    text_dim: int | None = Field(default=None, ge=1)
+    text_dim: TextDim = None
     """Width of the captions' token embeddings, or of each of their layers; null reads only each caption's single
-    embedding."""
+    embedding. A list: the widths of several encoders, whose tokens are projected to the largest of them and joined to
+    one sequence."""
     max_text_tokens: int = Field(default=256, ge=1)
     """Captions are padded to this length with learned tokens."""
     num_timesteps: int | None = Field(default=None, ge=1)

@@ -123,7 +123,7 @@ def _what_is_read(name: str, store: Store, options: LoaderOptions) -> dict[str, 
     try:
         for size in _stored_sizes(options):
             store.image_group(size)
-        texts = ((options.text, options.text_layers), (options.text_embed, None))
+        texts = [*options.texts.items(), (options.text_embed, None)]
         groups = [(store.text_group(encoder), layers) for encoder, layers in texts if encoder is not None]
         embeds = [store.image_embed_group(options.image_embed)] if options.image_embed is not None else []
         arrays = [store.array_group(array) for array in options.arrays or ()]

@@ -1,6 +1,7 @@
 """Everything that decides a training run."""
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.store.read.options import layers_by_encoder
 from imagen_core.train.components import (
     CheckpointsConfig,
     ComputeConfig,
@@ -34,6 +36,11 @@ def _place(path: str) -> str:
     return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
+def _length(value: object) -> int | None:
+    """Entries of a list; None of what is none."""
+    return len(value) if isinstance(value, tuple) else None
+
+
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -49,11 +56,13 @@ class TrainConfig(Config):
     such as `aesthetic >= 6 and width >= 512`; `data.samples` and `validation.num_samples` count these. null: all."""
     denoiser: AnyDenoiserConfig
     """The model and its diffusion."""
-    text: str | None = None
-    """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
-    text_layers: tuple[int, ...] | None = None
+    text: str | tuple[str, ...] | None = None
+    """Encoder in the store whose embeddings the model reads; null: not conditioned on captions. A list such as `[t5,
+    clip]`: several encoders, whose tokens the model joins; its text_dim is a list too."""
+    text_layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     """Of an encoder whose layers are stored apart (`join: stack`): the numbers of the layers that are read, as the
-    store lists them; the model's num_text_layers says how many. null: all."""
+    store lists them; the model's num_text_layers says how many. null: all. Of several encoders by name, such as
+    `{llm: [9, 18]}`."""
     text_embed: str | None = None
     """Text encoder in the store with one vector per caption: a prior reads it, in a space shared with images, and a
     model with text_embed_dim, beside `text`."""
@@ -110,6 +119,8 @@ class TrainConfig(Config):
         self._check_encoders()
         if self.captions is not None and not any(self.captions.values()):
             raise ValueError("captions: all weights are 0, so no caption would be read; give one a weight above 0")
+        if self.captions is not None and not self.reads_captions:
+            raise ValueError("captions: the model reads no captions; leave it out, or set text and text_dim")
         schedule = self.denoiser.diffusion.schedule
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"noise_levels.kind=loss_second_moment needs a discrete schedule (got {schedule.kind})")
@@ -148,17 +159,7 @@ class TrainConfig(Config):
         """Refuses encoders that the model does not read, and the lack of encoders that it does."""
         network, prior = self.denoiser.network, isinstance(self.denoiser, PriorConfig)
         name = "network" if prior else "unet"
-        if (self.text is None) != (network.text_dim is None):
-            raise ValueError(
-                f"text is {self.text!r}, but denoiser.{name}.text_dim is {network.text_dim}; set both, or null both"
-            )
-        if self.text_layers is not None and len(self.text_layers) != network.num_text_layers:
-            raise ValueError(
-                f"text_layers are {list(self.text_layers)}, but denoiser.{name}.num_text_layers is "
-                f"{network.num_text_layers}; set it to {len(self.text_layers)}"
-            )
-        if self.text_layers is not None and len(set(self.text_layers)) < len(self.text_layers):
-            raise ValueError(f"text_layers are {list(self.text_layers)}, which names a layer twice; name each once")
+        self._check_tokens(f"denoiser.{name}")
         reads_text_embed = isinstance(network, PriorNetworkConfig) or network.text_embed_dim is not None
         if (self.text_embed is not None) != reads_text_embed:
             raise ValueError(
@@ -171,6 +172,40 @@ class TrainConfig(Config):
                 f"image_embed is {self.image_embed!r}: a prior and a decoder with denoiser.unet.image_embed_dim read "
                 "it, and nothing else does"
             )
+
+    def _check_tokens(self, model: str) -> None:
+        """Refuses encoders of tokens, or layers of them, of another number than the model reads."""
+        network = self.denoiser.network
+        dims, counts = network.text_dim, network.text_layer_counts
+        if (self.text is None) != (dims is None):
+            raise ValueError(f"text is {self.text!r}, but {model}.text_dim is {dims}; set both, or null both")
+        if _length(self.text) != _length(dims):
+            shown = list(dims) if isinstance(dims, tuple) else dims
+            raise ValueError(
+                f"text is {list(self.text) if isinstance(self.text, tuple) else self.text!r}, but {model}.text_dim is "
+                f"{shown}; give one width for one encoder, or a list with the width of each"
+            )
+        for number, (encoder, layers) in enumerate(self.texts.items()):
+            if layers is None:
+                continue
+            of = f" of {encoder!r}" if isinstance(self.text, tuple) else ""
+            option = f"{model}.num_text_layers{f'.{number}' if of else ''}"
+            if len(layers) != counts[number]:
+                raise ValueError(
+                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set it to {len(layers)}"
+                )
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"text_layers{of} are {list(layers)}, which names a layer twice; name each once")
+
+    @property
+    def texts(self) -> dict[str, Sequence[int] | None]:
+        """The encoders of `text` in their order, each with the layers that are read; None: all, or it has none."""
+        return layers_by_encoder(self.text, self.text_layers)
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the model reads captions, as tokens or as one vector."""
+        return self.text is not None or self.text_embed is not None
 
     def _check_best_checkpoints(self) -> None:
         """Refuses to keep the best of checkpoints that have no validation loss."""

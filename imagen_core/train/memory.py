@@ -46,7 +46,7 @@ def estimate_memory(
 
     Args:
         shape: height and width of the images or crops trained on; None for a prior.
-        num_tokens: length of the captions in a batch.
+        num_tokens: length of the captions in a batch, by each encoder.
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
     """
@@ -84,10 +84,12 @@ def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, 
 
 def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
     """One row of everything the network reads."""
-    network, text, mask = config.network, None, None
-    if network.text_shape is not None:
-        text, mask = torch.randn(1, num_tokens, *network.text_shape), torch.ones(1, num_tokens, dtype=torch.bool)
-    conditioning = Conditioning(text=text, text_mask=mask)
+    network, conditioning = config.network, Conditioning()
+    if network.text_shapes:
+        text = tuple(torch.randn(1, num_tokens, *shape) for shape in network.text_shapes)
+        mask = tuple(torch.ones(1, num_tokens, dtype=torch.bool) for _ in text)
+        several = isinstance(network.text_dim, tuple)
+        conditioning = Conditioning(text=text if several else text[0], text_mask=mask if several else mask[0])
     if network.self_conditioning:
         conditioning = replace(conditioning, estimate=torch.randn(1, *shape))
     if isinstance(network, PriorNetworkConfig):

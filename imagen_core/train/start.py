@@ -121,7 +121,7 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
 
 def _caption_shares(context: TrainingContext) -> dict[str, dict[str, float]]:
     config = context.config
-    if config.text is None and config.text_embed is None:
+    if not config.reads_captions:
         return {}
     found = {name: caption_shares(store, config.captions) for name, store in context.stores.items()}
     return {name: shares for name, shares in found.items() if [*shares] != [*context.stores[name].caption_sets][:1]}

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
@@ -43,7 +44,9 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
 
 def origin(loaded: LoadedDenoiser) -> dict[str, object]:
     """All of a trained stage that decides what it generates or measures, for the record of a folder of results."""
-    encoders = {"captions": loaded.encoder, **loaded.embed_encoders}
+    tokens = each_encoder(loaded.encoder)
+    several = isinstance(loaded.encoder, list)
+    encoders = {f"captions.{one['name']}" if several else "captions": one for one in tokens} | loaded.embed_encoders
     return {
         "step": loaded.step,
         "weights": loaded.weights,
@@ -51,7 +54,7 @@ def origin(loaded: LoadedDenoiser) -> dict[str, object]:
         _SETTINGS: {
             "denoiser": loaded.denoiser.config.model_dump(mode="json", exclude_defaults=True),
             "max_tokens": loaded.max_tokens,
-            "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items() if encoder is not None},
+            "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items()},
         },
     }
 

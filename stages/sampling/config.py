@@ -171,8 +171,9 @@ class SampleConfig(RequestConfig):
     """The cascade, smallest images first."""
     prior: SamplePriorConfig | None = None
     """For stages that read image embeddings."""
-    encoder_model: str | None = None
-    """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with."""
+    encoder_model: str | dict[str, str] | None = None
+    """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with. For models
+    that read several, by name, such as `{t5: models/t5, clip: models/clip}`."""
     text_embed_model: str | None = None
     """Likewise the encoder of captions as one vector, for models with text_embed_dim."""
     output: OutputConfig = OutputConfig()

@@ -1,6 +1,6 @@
 """The models of a sampling, loaded once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from imagen_core.cascade import Cascade, OnStep
 from imagen_core.diffusion.shapes import low_res_shape
 from imagen_core.samplers import Inpaint
 from imagen_core.store import Store
+from imagen_core.text_batch import each_encoder
 from imagen_core.train.parallel.precision import autocast_dtype
 from stages.device import choose_device
 from stages.sampling.cascade import load_cascade
@@ -19,7 +20,7 @@ from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConf
 from stages.sampling.inputs import read_centres
 from stages.sampling.prior import PriorSampler, load_prior, same_model
 from stages.sampling.requests import ImageRequest
-from stages.sampling.text_embeddings import PromptEmbeddings
+from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens, check_names, model_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class SamplingSession:
     cascade: Cascade
     origins: list[dict[str, Any]]
     """The checkpoint of each stage, and of the prior."""
-    embeddings: PromptEmbeddings
+    embeddings: PromptTokens
     vectors: PromptEmbeddings
     """Of the prompts as one vector each."""
     prior: PriorSampler | None
@@ -62,7 +63,7 @@ class SamplingSession:
     def generate(
         self,
         requests: Sequence[ImageRequest],
-        text: Sequence[np.ndarray] | None,
+        text: Sequence[np.ndarray] | Mapping[str, Sequence[np.ndarray]] | None,
         image_embed: Tensor | None,
         *,
         strength: float,
@@ -103,7 +104,7 @@ def load_session(
     *,
     last_px: int | None,
     store: Store | None,
-    encoder_model: str | None,
+    encoder_model: EncoderModel,
     text_embed_model: str | None,
     precision: Precision,
     device: str,
@@ -121,14 +122,18 @@ def load_session(
     loaded = load_cascade(stages, last_px)
     on = choose_device(device)
     autocast = autocast_dtype(precision)
-    use_gpu, encoder, vector = on.type == "cuda", loaded.cascade.encoder, loaded.text_embed_encoder
-    embeddings = PromptEmbeddings(encoder, store, model=encoder_model, use_gpu=use_gpu)
+    use_gpu, vector = on.type == "cuda", loaded.text_embed_encoder
+    embeddings = PromptTokens(loaded.cascade.encoder, store, model=encoder_model, use_gpu=use_gpu)
     model, option = text_embed_model, "text_embed_model"
-    if model is None and vector is not None and same_model(encoder, vector):
-        model, option = encoder_model, "encoder_model"
+    if model is None and vector is not None:
+        same = next((one for one in each_encoder(loaded.cascade.encoder) if same_model(one, vector)), None)
+        if same is not None:
+            model, option = model_of(encoder_model, same["name"]), "encoder_model"
     vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
     sampler = load_prior(
         prior, loaded.checkpoints, store=store, encoder_model=encoder_model, device=on, autocast=autocast
     )
+    of_prior = [] if sampler is None else sampler.token_encoders
+    check_names(encoder_model, [*dict.fromkeys([*embeddings.names, *of_prior])], "encoder_model")
     origins = [*loaded.origins, *([] if sampler is None else [sampler.origin])]
     return SamplingSession(loaded.cascade, origins, embeddings, vectors, sampler, on, autocast)

@@ -1,5 +1,6 @@
 """What a training run needs: shown by `--dry-run`, before anything is started."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
@@ -31,9 +32,11 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         num_shards=1,
     )
     dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
+    token_bytes = [2 * math.prod(shape) for shape in denoiser.network.text_shapes]
+    per_token = dict(zip(config.texts, token_bytes, strict=True)) if isinstance(config.text, tuple) else None
     sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes]
-    encoders = [encoder for encoder in (None if online else config.text, config.text_embed) if encoder]
+    encoders = [*([] if online else config.texts), *([config.text_embed] if config.text_embed else [])]
     needed += [text_group(encoder) for encoder in encoders]
     for name in sets:
         needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
@@ -59,7 +62,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_dim_needed": dim,
         **({} if num_layers is None else {"text_layers_needed": num_layers}),
         "image_bytes_per_sample": image_bytes,
-        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim * (num_layers or 1),
+        "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
 
@@ -109,4 +112,4 @@ def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape],
 
 def _caption_shares(store: Store, config: TrainConfig) -> dict[str, float]:
     """The part of the captions that comes from each set; none if no captions are read."""
-    return {} if config.text is None and config.text_embed is None else caption_shares(store, config.captions)
+    return caption_shares(store, config.captions) if config.reads_captions else {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor
 
 Condition = Literal["text", "transcription", "labels", "image_embed", "low_res"]
 """A condition that guidance can drop."""
+
+Tokens = Tensor | tuple[Tensor, ...]
+"""Of one text encoder, or of each of several in their order."""
 
 _TENSORS: dict[Condition, tuple[str, ...]] = {
     "text": ("text", "text_embed"),
@@ -36,8 +39,8 @@ class Conditioning:
 
     Attributes:
         text: float (b, l, text_dim), token embeddings padded with zeros; (b, l, layers, text_dim) where a model reads
-            several layers of each token.
-        text_mask: bool (b, l), true on real tokens.
+            several layers of each token. Where it reads several encoders, such a tensor of each, with an l of its own.
+        text_mask: bool (b, l), true on real tokens; of each encoder where there are several.
         text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
         text_keep: bool (b,), of text and text_embed.
         characters: int64 (b, l), the text to be written in the image, as `character_ids` gives it.
@@ -53,8 +56,8 @@ class Conditioning:
         estimate: float (b, c, h, w), an earlier estimate of the clean image (self-conditioning).
     """
 
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
+    text: Tokens | None = None
+    text_mask: Tokens | None = None
     text_embed: Tensor | None = None
     text_keep: Tensor | None = None
     characters: Tensor | None = None
@@ -70,7 +73,13 @@ class Conditioning:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Applies a function to every tensor."""
-        return Conditioning(**{name: None if t is None else function(t) for name, t in self._items()})
+        values: dict[str, Any] = {name: None if t is None else _each(function, t) for name, t in self._items()}
+        return Conditioning(**values)
+
+    def map_text(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """Applies a function to the token embeddings and the mask, of every encoder."""
+        text, mask = (None if t is None else _each(function, t) for t in (self.text, self.text_mask))
+        return replace(self, text=text, text_mask=mask)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
         """Moves all tensors to a device; `dtype` applies to floating-point tensors only, None keeps theirs."""
@@ -105,13 +114,18 @@ class Conditioning:
         """A copy with all captions dropped, for classifier-free guidance (Ho and Salimans 2022)."""
         return self.without("text")
 
-    def _items(self) -> list[tuple[str, Tensor | None]]:
+    def _items(self) -> list[tuple[str, Tokens | None]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
     def _keep_all(self) -> Tensor:
         """bool (b,), all true."""
-        some = next(t for _, t in self._items() if t is not None)
+        found = next(t for _, t in self._items() if t is not None)
+        some = found[0] if isinstance(found, tuple) else found
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
+
+
+def _each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+    return tuple(map(function, tokens)) if isinstance(tokens, tuple) else function(tokens)
 
 
 def unit_variance(embeds: Tensor) -> Tensor:
@@ -133,7 +147,7 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
     Raises:
         ValueError: a condition that some parts have and others lack.
     """
-    joined: dict[str, Tensor | None] = {}
+    joined: dict[str, Any] = {}
     for field in fields(Conditioning):
         values = [getattr(part, field.name) for part in parts]
         present = [value for value in values if value is not None]
@@ -141,5 +155,8 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
             values = [part._keep_all() if value is None else value for part, value in zip(parts, values, strict=True)]
         elif present and len(present) != len(values):
             raise ValueError(f"conditioning.{field.name}: some parts have it and some do not")
-        joined[field.name] = torch.cat(values) if present else None
+        if present and isinstance(present[0], tuple):
+            joined[field.name] = tuple(map(torch.cat, zip(*values, strict=True)))
+        else:
+            joined[field.name] = torch.cat(values) if present else None
     return Conditioning(**joined)

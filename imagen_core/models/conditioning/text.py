@@ -135,6 +135,8 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
     text, mask = conditioning.text, conditioning.text_mask
     if text is None:
         raise ValueError("conditioning.text: this model reads captions; give text (for none, text_keep=False)")
+    if isinstance(text, tuple) or isinstance(mask, tuple):
+        raise ValueError("conditioning.text: this model reads one text encoder (got several); give one tensor")
     if text.ndim != 3:
         raise ValueError(
             f"conditioning.text: this model reads no layers (got {tuple(text.shape)}); set num_text_layers"

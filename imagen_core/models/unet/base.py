@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from imagen_core.models.conditioning.text import DroppedCaption, Pooling
-from imagen_core.models.conditioning.text_layers import TextConfig
+from imagen_core.models.conditioning.text_layers import TextConfig, TextDim
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 
 AttentionType = Literal["self", "cross", "fused", "stacked"]
@@ -16,8 +16,9 @@ class UNetBaseConfig(TextConfig):
 
     image_size_px: int = Field(ge=1)
     """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
-    text_dim: int | None = Field(default=1024, ge=1)
-    """Width of the text embeddings, or of each of their layers; null disables conditioning on text."""
+    text_dim: TextDim = 1024
+    """Width of the text embeddings, or of each of their layers; null disables conditioning on text. A list: the widths
+    of several encoders, whose tokens are projected to the largest of them and joined to one sequence."""
     text_embed_dim: int | None = Field(default=None, ge=1)
     """Width of each caption's one vector by another text encoder (CLIP, pooled or projected), which is projected and
     added to the time vector; null disables conditioning on it."""

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, P
 from imagen_core.files import file_digest, fsync_path, make_folder, share
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.store import comparable_records, record_probe_differences
+from imagen_core.text_batch import each_encoder
 from imagen_core.train.checkpoints.record import StateRecord, wrong_fields
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
@@ -43,7 +45,8 @@ class LoadedDenoiser:
     """A trained stage, ready to sample.
 
     Attributes:
-        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
+        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; a list of these, if it reads the
+            tokens of several encoders; None without captions.
         embed_encoders: the same for `text_embed` and `image_embed`, where the model reads them.
         weights: which weights these are: model, or ema-RATE.
         sha256: of their file.
@@ -53,7 +56,7 @@ class LoadedDenoiser:
     """
 
     denoiser: Denoiser
-    encoder: dict[str, Any] | None
+    encoder: dict[str, Any] | list[dict[str, Any]] | None
     embed_encoders: dict[str, dict[str, Any]]
     step: int
     weights: str
@@ -260,7 +263,7 @@ def refuse_other(
     path: Path,
     *,
     denoiser: dict[str, Any],
-    encoder: dict[str, Any] | None,
+    encoder: dict[str, Any] | list[dict[str, Any]] | None,
     embed_encoders: dict[str, dict[str, Any]],
 ) -> None:
     """Refuses to resume from a checkpoint of another model or other embeddings.
@@ -280,7 +283,7 @@ def refuse_other(
         ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings")
     ]
     embeds = state.get("embed_encoders", {})
-    encoders = [(state["encoder"], encoder)]
+    encoders = [*zip_longest(each_encoder(state["encoder"]), each_encoder(encoder))] or [(None, None)]
     encoders += [(embeds.get(name), embed_encoders.get(name)) for name in sorted({*embeds, *embed_encoders})]
     compared += [("encoder", *comparable_records(*pair), same_store) for pair in encoders]
     for what, theirs, mine, remedy in compared:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from imagen_core.store.read.mixture_loader import check_state
 
@@ -30,6 +30,13 @@ class _EncoderRecord(_Record):
     fingerprint: dict[str, Any]
 
 
+_ONE, _SEVERAL = "one", "several"
+_EncoderRecords = Annotated[
+    Annotated[_EncoderRecord, Tag(_ONE)] | Annotated[list[_EncoderRecord], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list) else _ONE),
+]
+
+
 class _LossScaleRecord(_Record):
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     good_steps: _Count
@@ -42,7 +49,7 @@ class _SettingsRecord(_Record):
 class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
-    encoder: _EncoderRecord | None
+    encoder: _EncoderRecords | None
     shapes: _Shapes = []
 
 
@@ -76,7 +83,7 @@ def wrong_fields(record: type[_Record], value: object) -> list[str]:
 
 
 def _described(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    field = ".".join(map(str, location)) or "its content"
+    field = ".".join(str(part) for part in location if part not in (_ONE, _SEVERAL)) or "its content"
     if kind == "missing":
         return f"{field}: is missing"
     wrong = message.removeprefix("Value error, ")

@@ -9,7 +9,8 @@ from imagen_core.train.data.online import OnlineEncoder
 
 
 def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
-    """`encoder` of captions' tokens, None if the model reads none; `embed_encoders` of vectors, by setting.
+    """`encoder` of captions' tokens, None if the model reads none, a list where it reads several encoders;
+    `embed_encoders` of vectors, by setting.
 
     Stores that are mixed are of the same encoders, so the first one stands for all.
     """
@@ -20,9 +21,8 @@ def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: On
     if config.image_embed is not None:
         embeds["image_embed"] = store.encoder_record(store.manifest.image_embeds[config.image_embed])
     if online is not None:
-        tokens = dict(online.record)
+        tokens = [dict(online.record)]
     else:
-        tokens = None
-        if config.text is not None:
-            tokens = store.encoder_record(store.manifest.texts[config.text], config.text_layers)
-    return {"encoder": tokens, "embed_encoders": embeds}
+        tokens = [store.encoder_record(store.text_group(name), layers) for name, layers in config.texts.items()]
+    several = isinstance(config.text, tuple)
+    return {"encoder": tokens if several else next(iter(tokens), None), "embed_encoders": embeds}
