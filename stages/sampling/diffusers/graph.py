@@ -98,7 +98,7 @@ def _read(program: ExportedProgram, inputs: dict[str, str]) -> NetworkGraph:
             names[placeholder] = inputs[placeholder]
             continue
         target = str(spec.target)
-        owner = program.state_dict if spec.kind == InputKind.PARAMETER else program.constants | program.state_dict
+        owner: dict[str, Any] = program.constants | program.state_dict
         name = target.removeprefix("denoiser.") if spec.kind == InputKind.PARAMETER else f"constants.{placeholder}"
         tensors[name] = owner[target].detach().contiguous()
         names[placeholder] = f"weights[{name!r}]"
