@@ -96,9 +96,11 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
         raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
 
 
-def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
+def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any] | None) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
 
+    Args:
+        encoder: of the captions, `t5_facts`; None if no stage reads captions.
     Raises:
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
@@ -118,7 +120,7 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
 
 
 def _write_stages(
-    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]
+    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any] | None
 ) -> CommandResult:
     """Writes into `folder` what will be at `target`."""
     session, rows = [], []
@@ -138,7 +140,8 @@ def _write_stages(
     _write_yaml(folder / _SAMPLE, {"stages": session})
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
-    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
+    hint = "" if stages[0].config.unet.text_dim is None else " text=t5"
+    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE{hint}")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
 
 
@@ -148,12 +151,13 @@ def _same_files(new: Path, old: Path) -> bool:
     return all((old / file).is_file() and file_digest(new / file) == file_digest(old / file) for file in files)
 
 
-def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any]) -> Path:
+def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any] | None) -> Path:
     """Writes into a folder laid out like a training's."""
     from imagen_core.train.checkpoints.checkpoint import write_checkpoint
 
     state = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
-    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": dict(encoder)}
+    read = None if stage.config.unet.text_dim is None else encoder
+    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": read}
     state |= {"imported_from": stage.source}
     tensors = {f"net.{name}": values for name, values in stage.network().items()}
     return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, state)

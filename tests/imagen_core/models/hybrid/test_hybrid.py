@@ -269,6 +269,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         model(x, c_noise, Conditioning())
     with pytest.raises(ValidationError, match="attention_levels has 1 entries for 2 levels"):
         config(attention_levels=(True,))
+    with pytest.raises(ValidationError, match=r"init_kernels must rise and be odd \(got \(7, 3\)\)"):
+        config(init_kernels=(7, 3))
     with pytest.raises(ValidationError, match=r"unread_caption_parameters is for models without captions"):
         config(unread_caption_parameters=True)
 
