@@ -1,8 +1,9 @@
 """`pipeline import dalle2-pytorch`: checkpoints of DALLE2-pytorch's trainers become checkpoints of this toolkit.
 
 prior.pth           of DiffusionPriorTrainer.save
-prior.json          its settings next to it, else prior_config.json in its folder: a TrainDiffusionPriorConfig, or its
-                    part `prior`
+decoder.pth         of DecoderTrainer.save
+prior.json          settings next to each, else prior_config.json and decoder_config.json in its folder: a
+                    TrainDiffusionPriorConfig or TrainDecoderConfig, or its part `prior` or `decoder`
 """
 
 import json
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, first_line
 from stages.checkpoints.imported import (
     ImportedEncoders,
     ImportedModel,
+    ImportedStage,
     clip_encoders,
     load_tensors,
     new_folder,
@@ -67,23 +69,25 @@ class _Model:
 
 
 def import_dalle2_pytorch(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
-    """Writes `OUT/prior` with a checkpoint, and `OUT/sample.yaml`, its way to sample.
+    """Writes `OUT/prior`, and `OUT/unet-0`, `OUT/unet-1` ... of a decoder, with a checkpoint each, and
+    `OUT/sample.yaml`, their way to sample.
 
     Args:
-        paths: a file of a prior.
-        encoder_model: where its CLIP is (hub id or folder), if it is not OpenAI's from the hub that the settings name.
+        paths: a file of a prior, a file of a decoder, or both, in any order.
+        encoder_model: where their CLIP is (hub id or folder), if not OpenAI's from the hub that the settings name.
     Raises:
         ConfigError: a file cannot be read, or has a setting without a counterpart here.
         MachineError: CLIP cannot be found.
     """
     target = new_folder(out)
     models = [_model(Path(path)) for path in paths]
-    priors = [model for model in models if model.kind == "prior"]
-    if len(priors) != 1:
-        raise ConfigError(f"give one prior (got {', '.join(str(model.path) for model in priors) or 'none'})")
-    prior = _prior(priors[0])
-    encoders = _encoders(models, prior, encoder_model)
-    return write_stages(target, [], encoders, prior=prior)
+    kinds = [model.kind for model in models]
+    if len(set(kinds)) != len(kinds):
+        raise ConfigError(f"give one prior, one decoder, or both (got {', '.join(kinds)})")
+    priors = [_prior(model) for model in models if model.kind == "prior"]
+    stages = [stage for model in models if model.kind == "decoder" for stage in _decoder(model)]
+    encoders = _encoders(models, [*priors, *stages], encoder_model)
+    return write_stages(target, stages, encoders, prior=priors[0] if priors else None)
 
 
 def _model(path: Path) -> _Model:
@@ -136,29 +140,79 @@ def _prior_network(path: Path, config: Any) -> dict[str, Any]:
         raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
 
 
+def _decoder(model: _Model) -> list[ImportedStage]:
+    from imagen_core.conversion.dalle2_decoder import decoder_unets
+
+    try:
+        unets = decoder_unets(model.settings)
+    except (ValidationError, ValueError, TypeError) as error:
+        raise ConfigError(f"{model.path}: cannot be built here: {error}") from error
+    return [
+        ImportedStage(
+            str(model.path),
+            unet.config,
+            unet.sampling,
+            min(_MAX_TOKENS, model.settings["unets"][unet.index].get("max_text_len", _MAX_TOKENS)),
+            partial(_unet_network, model.path, unet),
+        )
+        for unet in unets
+    ]
+
+
+def _unet_network(path: Path, unet: Any) -> dict[str, Any]:
+    """The tensors of a UNet by name: their average, if there is one that was updated."""
+    from imagen_core.conversion.dalle2_unet import unet_weights
+
+    checkpoint = _checkpoint(path)
+    averages, tensors, prefix = checkpoint.get("ema") or {}, checkpoint["model"], f"unets.{unet.index}."
+    if averages.get(f"{unet.index}.initted"):
+        tensors, prefix = averages, f"{unet.index}.ema_model."
+    try:
+        return unet_weights(_under(prefix, tensors), unet.config.unet, constrained=unet.constrained)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path}: the weights of unets.{unet.index} do not fit the settings: {error}") from error
+
+
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
 
 
-def _encoders(models: Sequence[_Model], prior: ImportedModel, encoder_model: str | None) -> ImportedEncoders:
+def _encoders(
+    models: Sequence[_Model], imported: Sequence[ImportedModel], encoder_model: str | None
+) -> ImportedEncoders:
     """CLIP, which encoded captions and images."""
-    clip = next((model.settings["clip"] for model in models if isinstance(model.settings.get("clip"), dict)), {})
-    name = (
-        CLIPS.get(clip.get("model", "ViT-L/14")) if clip.get("make", "openai" if clip else None) == "openai" else None
-    )
-    if encoder_model is None and name is None:
-        found = f"clip is {json.dumps(clip)}" if clip else "the settings have no clip"
-        raise ConfigError(
-            f"{models[0].path}: {found}, which is none of OpenAI's ({', '.join(CLIPS)}); say with --encoder-model "
-            "which model made the embeddings"
-        )
-    network: Any = prior.config.network
+    networks: list[Any] = [model.config.network for model in imported]
+    priors = [network.dim for network in networks if network.family == "prior"]
+    decoders = [network.image_embed_dim for network in networks if network.family != "prior"]
+    image_embed_dim = _width("embeddings of images", [*priors, *decoders])
+    text_dim = _width("tokens of captions", [network.text_dim for network in networks])
+    if image_embed_dim is None and text_dim is None:
+        return ImportedEncoders(None)
     return clip_encoders(
-        encoder_model or str(name),
+        encoder_model or _clip(models),
         max_tokens=_MAX_TOKENS,
-        text_dim=network.text_dim,
-        text_embed_dim=network.dim,
-        image_embed_dim=network.dim,
+        text_dim=text_dim,
+        text_embed_dim=priors[0] if priors else None,
+        image_embed_dim=image_embed_dim,
+    )
+
+
+def _width(what: str, widths: Sequence[int | None]) -> int | None:
+    found = sorted({width for width in widths if width is not None})
+    if len(found) > 1:
+        raise ConfigError(f"the models read {what} of different widths ({found}), so not of one CLIP")
+    return found[0] if found else None
+
+
+def _clip(models: Sequence[_Model]) -> str:
+    """The name on the hub of the CLIP that the settings name."""
+    clip = next((model.settings["clip"] for model in models if isinstance(model.settings.get("clip"), dict)), None)
+    if clip is not None and clip.get("make", "openai") == "openai" and clip.get("model", "ViT-L/14") in CLIPS:
+        return CLIPS[clip.get("model", "ViT-L/14")]
+    found = "the settings have no clip" if clip is None else f"clip is {json.dumps(clip)}"
+    raise ConfigError(
+        f"{models[0].path}: {found}, which is none of OpenAI's ({', '.join(CLIPS)}); say with --encoder-model "
+        "which model made the embeddings"
     )
 
 

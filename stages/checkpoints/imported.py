@@ -210,8 +210,10 @@ def _write_stages(
     first = {} if prior is None else {"prior": session.pop(0)}
     _write_yaml(folder / _SAMPLE, first | ({"stages": session} if session else {}))
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
-    more = "'prompts=[...]'" if session else "'stages=[{checkpoint: DECODER}]' 'prompts=[...]'"
-    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}")
+    more = "" if session else "'stages=[{checkpoint: DECODER}]' "
+    if prior is None and encoders.image_embed is not None:
+        more = "'prior={checkpoint: PRIOR}' "
+    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}'prompts=[...]'")
     name, stage = named[0]
     reads = "".join(f" {field}={record['name']}" for field, record in _read(stage, encoders).items())
     lines.append(f"train on: pipeline run train -c {target}/{name}/train.yaml --out trained store=STORE{reads}")

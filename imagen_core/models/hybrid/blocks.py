@@ -135,13 +135,10 @@ class FeatureCombiner(nn.Module):
         super().__init__()
         self.upsample_first = config.combine_at == "full"
         rms = self.upsample_first and config.norm == "rms"
-        conv_first = self.upsample_first and config.res_block == "conv_first"
 
         def narrow(width: int) -> nn.Sequential:
-            normed = config.dim if conv_first else width
-            norm = PixelRMSNorm(normed) if rms else nn.GroupNorm(8, normed)
-            conv = nn.Conv2d(width, config.dim, 3, padding=1)
-            return nn.Sequential(conv, norm, nn.SiLU()) if conv_first else nn.Sequential(norm, nn.SiLU(), conv)
+            norm = PixelRMSNorm(width) if rms else nn.GroupNorm(8, width)
+            return nn.Sequential(norm, nn.SiLU(), nn.Conv2d(width, config.dim, 3, padding=1))
 
         self.narrow = nn.ModuleList([narrow(width) for width in widths])
 

@@ -32,7 +32,8 @@ class LevelTokens(nn.Module):
         time_dim, context_dim = config.time_dim, config.context_dim
         embedding = level_embedding(config.dim, config.num_fourier_frequencies, closed=config.sinusoids == "closed")
         self.embedding = embedding
-        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
+        activation = nn.GELU() if config.level_activation == "gelu" else nn.SiLU()
+        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), activation)
         self.to_vector = nn.Linear(time_dim, time_dim)
         self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
 

@@ -77,6 +77,8 @@ class HybridUNetSettings(UNetBaseConfig):
     """Change resolution before the ResBlocks of a level, not after them."""
     initial_res_block: bool = False
     """A ResBlock before the first level (memory-efficient models of imagen-pytorch and PaddleFleetX)."""
+    convs_after: bool = False
+    """With memory_efficient, a 1x1 convolution at the end of each level on the way down (DALLE2-pytorch)."""
     downsample: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
     """Downsample by moving pixels into channels, by one strided convolution (MinImagen), or by two in parallel with
     kernels of 2 and 4 pixels."""
@@ -101,6 +103,8 @@ class HybridUNetSettings(UNetBaseConfig):
     sinusoids: Literal["open", "closed"] = "open"
     """For imported models: the frequencies of fixed sinusoids, from 1, end one step before 1/10000 (open) or at it
     (closed, MinImagen)."""
+    level_activation: Literal["silu", "gelu"] = "silu"
+    """Activation between the two layers of the noise level's embedding; gelu is DALLE2-pytorch's."""
     low_res_at_end: bool = True
     """Concatenate the low-resolution image to the input of the last convolution too."""
     scale_skips: bool = True
@@ -111,7 +115,7 @@ class HybridUNetSettings(UNetBaseConfig):
     """Concatenate the upsampled outputs of all levels on the way up to it too."""
     combine_at: Literal["level", "full"] = "level"
     """Where these outputs are narrowed: at their level's resolution, by group norm, SiLU and a convolution; or after
-    upsampling, with the norm and the order of the ResBlocks (full: imagen-pytorch, DALLE2-pytorch)."""
+    upsampling, with the norm of the ResBlocks (full, imagen-pytorch)."""
     out_kernel_size: Literal[1, 3] = 3
     """Kernel side of the last convolution, in pixels."""
 
@@ -129,6 +133,8 @@ class HybridUNetSettings(UNetBaseConfig):
             self.init_kernels
         ):
             raise ValueError(f"init_kernels must rise and be odd (got {self.init_kernels})")
+        if self.convs_after and not self.memory_efficient:
+            raise ValueError("convs_after is for models with memory_efficient, whose levels end with none")
         if self.transcription is not None:
             raise ValueError("transcription: Hybrid UNets read none; use family regular or efficient")
         self.check_inputs()

@@ -43,7 +43,8 @@ class HybridUNet(nn.Module):
         for level in range(last + 1):
             narrow, wide = widths[level], widths[level + 1]
             if config.memory_efficient:
-                self.down.append(self._level(level, wide, before=self._downsample(narrow, wide)))
+                after = nn.Conv2d(wide, wide, 1) if config.convs_after else None
+                self.down.append(self._level(level, wide, before=self._downsample(narrow, wide), after=after))
             else:
                 after = self._downsample(narrow, wide) if level < last else self._widen(narrow, wide)
                 self.down.append(self._level(level, narrow, after=after))

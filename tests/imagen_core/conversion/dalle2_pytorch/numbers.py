@@ -35,3 +35,20 @@ def prior_inputs() -> dict[str, Tensor]:
         "estimate": numbers("estimate", (2, DIM)),
         "step_noise": numbers("step_noise", (2, DIM)),
     }
+
+
+def decoder_inputs() -> dict[str, Tensor]:
+    """Two images of 8 px in [-1, 1], noise to add, unit embeddings of two images, tokens of captions (2 and 4),
+    low-resolution images of half the side, an earlier estimate, and noise of sampling."""
+    given, shape = prior_inputs(), (2, 3, 8, 8)
+    x0 = numbers("x0", shape).clamp(-1, 1)
+    return {
+        "x0": x0,
+        "noise": numbers("noise", shape),
+        "image_embed": F.normalize(numbers("image_embed", (2, DIM)), dim=-1),
+        "text": given["text"],
+        "mask": given["mask"],
+        "low_res": x0[..., ::2, ::2],
+        "estimate": numbers("estimate", shape).clamp(-1, 1),
+        "step_noise": numbers("step_noise", shape),
+    }
