@@ -44,11 +44,15 @@ def test_the_result_has_the_variance_of_the_closed_form(sigma):
 
 
 @pytest.mark.parametrize(
-    ("objective", "scale"),
-    [("edm", lambda sigma: (sigma**2 + 0.25) ** -0.5), ("eps", lambda sigma: (sigma**2 + 1) ** -0.5)],
+    ("objective", "low_res_scale", "scale"),
+    [
+        ("edm", "input", lambda sigma: (sigma**2 + 0.25) ** -0.5),
+        ("edm", "variance_preserving", lambda sigma: (sigma**2 + 1) ** -0.5),
+        ("eps", "input", lambda sigma: (sigma**2 + 1) ** -0.5),
+    ],
 )
-def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(objective, scale):
-    denoiser = small_super_denoiser(diffusion={"objective": objective})
+def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(objective, low_res_scale, scale):
+    denoiser = small_super_denoiser(diffusion={"objective": objective}, low_res_scale=low_res_scale)
     generator = torch.Generator().manual_seed(0)
     low_res = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
     noise = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
