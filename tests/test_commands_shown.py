@@ -32,6 +32,7 @@ ELSEWHERE = {
     "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
+    "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
 WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds")

@@ -33,7 +33,7 @@ from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
 from stages.sources.tables import columns, count_rows, estimate_rows, kept_types, read_parts
 from stages.sources.tabular.kept_rows import marked, row_filter
-from stages.sources.tree import Content, Sizes, Tree
+from stages.sources.tree import Content, Sizes, Tree, places
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -171,8 +171,10 @@ class FolderSource(Source):
             cache.check(self._images())
 
     def _images(self) -> Iterator[str]:
-        """The images' paths; without tables, captions are not read for that."""
-        return (row.key for _, row in self.rows(self.parts())) if self.tables else (p.path for p in self.parts())
+        """The paths of the images that exist; without tables, captions are not read for that."""
+        if self.tables:
+            return (row.key for _, row in self.rows(self.parts()) if row.drop is None and row.payload[0] >= 0)
+        return (part.path for part in self.parts())
 
     def parts(self) -> Iterator[InputPart]:
         if self.tables:
@@ -216,7 +218,7 @@ class FolderSource(Source):
         try:
             name = text_of(record, file_column) or ""
             name = f"{folder}/{name}" if folder and name else name
-            found = ((place, size) for place in _places(name) if (size := size_of(place)) is not None)
+            found = ((place, size) for place in places(name) if (size := size_of(place)) is not None)
             place, size = next(found, ("", -1))
             payload = (size,)
             captions = None if caption_column is None else captions_of(record, caption_column)
@@ -257,11 +259,11 @@ class FolderSource(Source):
                 detail = f"{row.payload[0]:,} bytes, over {MAX_FILE_BYTES:,}"
                 emit(replace(Original.of(row), reason="too_large", detail=detail))
         rows = [row for row in rows if row.payload[0] <= MAX_FILE_BYTES]
-        for row, content in zip(rows, self.tree.read(_places(row.key) for row in rows), strict=True):
+        for row, content in zip(rows, self.tree.read(places(row.key) for row in rows), strict=True):
             emit(self._original(row, content))
 
     def _original(self, row: SourceRow, content: Content) -> Original:
-        if not _places(row.key):
+        if not places(row.key):
             return Original.dropped(row, "unsafe_path", "must stay inside the folder")
         if isinstance(content, FileNotFoundError):
             return Original.dropped(row, "missing_file", f"not found below {PurePosixPath(self.tree.url).name}/")
@@ -303,13 +305,6 @@ def _ignored_by_suffix(name: str, siblings: Set[str], ignored: Mapping[str, int]
 
 def _caption_files(image: str) -> list[str]:
     return [PurePosixPath(image).with_suffix(suffix).as_posix() for suffix in _CAPTION_SUFFIXES]
-
-
-def _places(name: str) -> tuple[str, ...]:
-    """Where an image of this name may be; empty if that would be outside the folder."""
-    path = PurePosixPath(name)
-    inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
-    return (name, f"images/{name}") if inside else ()
 
 
 def _lines(text: Content) -> list[str]:

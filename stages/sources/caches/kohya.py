@@ -64,7 +64,8 @@ class KohyaCacheConfig(CacheConfig):
 
     def files(self, image: str, captions: Sequence[str]) -> Sequence[str]:
         del captions
-        return [f"{PurePosixPath(image).with_suffix('')}{_MODELS[self.model][0]}"]
+        path = PurePosixPath(image)
+        return [(path.parent / f"{path.stem}{_MODELS[self.model][0]}").as_posix()]
 
     def read(self, data: bytes, captions: Sequence[str]) -> CachedText:
         del captions

@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 from stages.captions import clean_captions
 from stages.sources.base import KeyRegistry, PrecomputedEmbedding, SourceRow
 from stages.sources.caches.base import CacheConfig, Unusable
-from stages.sources.tree import Content, Tree
+from stages.sources.tree import Content, Tree, places
 
 
 class CacheReader:
@@ -44,15 +44,20 @@ class CacheReader:
     def read(self, rows: Iterable[SourceRow]) -> Iterator[PrecomputedEmbedding]:
         """The embedding of each row's caption, or why there is none."""
         asked, rows = tee(rows)
-        contents = self.tree.read(self.config.files(row.key, row.captions or ("",)) for row in asked)
+        contents = self.tree.read(self._files(row) for row in asked)
         for row, content in zip(rows, contents, strict=True):
             yield self._embedding(row, content)
 
+    def _files(self, row: SourceRow) -> list[str]:
+        """Where the embedding of a row may be; next to its image, that is where a table's images may be, too."""
+        files = self.config.files(row.key, row.captions or ("",))
+        return [place for file in files for place in (places(file) if self.config.folder is None else (file,))]
+
     def _embedding(self, row: SourceRow, content: Content) -> PrecomputedEmbedding:
-        files = ", ".join(self.config.files(row.key, row.captions or ("",)))
-        where = f"{self.field}: {files} of {row.key}"
+        name = next(iter(self._files(row)), "")
+        where = f"{self.field}: {name} of {row.key}"
         if isinstance(content, FileNotFoundError):
-            return PrecomputedEmbedding(where, reason="missing_embedding", detail=f"no file {files}")
+            return PrecomputedEmbedding(where, reason="missing_embedding", detail=f"no file {name}")
         if isinstance(content, OSError):
             return PrecomputedEmbedding(where, reason="unreadable_embedding", detail=content.strerror or str(content))
         try:

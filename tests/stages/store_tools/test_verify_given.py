@@ -70,6 +70,7 @@ def stated(model: Path, **more: object) -> str:
     return "text={" + ", ".join(f"{name}: {value}" for name, value in settings.items()) + "}"
 
 
+@pytest.mark.slow
 def test_the_encoder_that_made_a_cache_agrees_with_it(tmp_path: Path, model: Path) -> None:
     run = store_of(tmp_path, model, masked=True)
     result, found = verified(run, "--encoder", stated(model))

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from safetensors.torch import save_file
 from imagen_core.store import Store, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from pipeline.storage.open import open_storage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
+from tests.commands import call
 from tests.images import plain_png
+from tests.object_store import object_store
 from tests.runs import precompute, store_bytes
 from workflows.precompute import PrecomputeConfig
 
@@ -323,6 +327,55 @@ def test_a_cache_can_be_added_to_a_finished_run(tmp_path: Path) -> None:
     assert len(Store.open(tmp_path / "run" / "store")[3].text["t5"][0]) == LENGTHS[3]
 
 
+def test_a_cache_that_was_completed_is_read_again_where_the_group_was_deleted(tmp_path: Path) -> None:
+    root = images(tmp_path / "images")
+    fill(root, write_flux())
+    config = settings(root, "{kind: kohya, model: flux, array: t5_out}")
+    precompute(tmp_path / "whole", *config)
+    lost = root / "a" / "1_flux_te.npz"
+    whole_file = lost.read_bytes()
+    lost.unlink()
+    precompute(tmp_path / "run", *config)
+    lost.write_bytes(whole_file)
+    assert precompute(tmp_path / "run", *config)["num_samples"] == len(NAMES) - 1, "finished shards stay as they are"
+    rmtree(tmp_path / "run" / "store" / "text-t5")
+    precompute(tmp_path / "run", *config)
+    assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    root = images(tmp_path / "images")
+    fill(root, write_simpletuner(tmp_path / "cache"))
+    config = settings(root, f"{{kind: simpletuner, model: flux, folder: {tmp_path / 'cache'}}}")
+    for executor in ("inline", "local"):
+        precompute(tmp_path / executor, *config, executor=executor)
+    assert store_bytes(tmp_path / "local") == store_bytes(tmp_path / "inline")
+
+
+@pytest.mark.parametrize("more", [(), ("--probe", "--executor", "inline")])
+def test_plan_says_what_the_run_would_write_and_writes_nothing(tmp_path: Path, more: tuple[str, ...]) -> None:
+    root = images(tmp_path / "images")
+    fill(root, write_flux())
+    config = settings(root, "{kind: kohya, model: flux, array: t5_out}")
+    planned = call("plan", "precompute", "--out", str(tmp_path / "run"), "--json", *more, *config)
+    assert (planned.code, '"text-t5"' in planned.out) == (0, True), planned.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_cache_behind_a_url_is_read(tmp_path: Path) -> None:
+    root = images(tmp_path / "images")
+    fill(root, write_simpletuner(tmp_path / "cache"))
+    config = "{kind: simpletuner, model: flux, folder: FOLDER}"
+    with object_store() as s3:
+        for path in (tmp_path / "cache").iterdir():
+            open_storage(f"{s3.url}/cache").write(path.name, path.read_bytes())
+        precompute(tmp_path / "far", *settings(root, config.replace("FOLDER", f"{s3.url}/cache")))
+    precompute(tmp_path / "near", *settings(root, config.replace("FOLDER", str(tmp_path / "cache"))))
+    assert store_bytes(tmp_path / "far") == store_bytes(tmp_path / "near")
+
+
 class Code:
     """A pickle that would write a file if it were run."""
 
@@ -488,6 +541,17 @@ def test_an_array_that_no_cache_has_is_refused(tmp_path: Path) -> None:
     config = settings(root, "{kind: kohya, model: flux, array: t5_out}", "encoders.0.array=clip")
     with pytest.raises(ConfigError, match=r"array 'clip' is not in source.arrays, which has: t5"):
         precompute(tmp_path / "run", *config)
+
+
+def test_files_next_to_the_images_of_a_table_are_found(tmp_path: Path) -> None:
+    root = images(tmp_path / "data" / "images")
+    fill(root, write_flux())
+    rows = [f"{name}\t{caption_of(name)}" for name in NAMES]
+    (root.parent / "captions.tsv").write_text("\n".join(["file\tcaption", *rows, "\tno file", "../x.png\toutside"]))
+    summary = precompute(tmp_path / "run", *settings(root.parent, "{kind: kohya, model: flux, array: t5_out}"))
+    assert summary["tally"]["groups"]["text-t5"]["drops"] == {}
+    for sample, length in zip(Store.open(tmp_path / "run" / "store"), LENGTHS, strict=True):
+        np.testing.assert_array_equal(sample.text["t5"], [states(NAMES.index(sample.key))[:length]])
 
 
 @pytest.mark.parametrize("table", [False, True])

@@ -18,9 +18,11 @@ from PIL import Image
 from imagen_core.store import Store, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from pipeline.storage.open import open_storage
 from stages.exports.mds import import_streaming
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.images import plain_png
+from tests.object_store import object_store
 from tests.runs import precompute, store_bytes
 from tests.stages.exports.exporting import export, make_run, skip_without
 from tests.stages.sources.reading import outcomes
@@ -143,6 +145,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(prx: Path, tmp_path: Path, monke
             precompute(tmp_path / "run", *settings(prx))
     precompute(tmp_path / "run", *settings(prx))
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_bytes_also_from_a_url(prx: Path, tmp_path: Path) -> None:
+    precompute(tmp_path / "inline", *settings(prx))
+    precompute(tmp_path / "local", *settings(prx), executor="local")
+    assert store_bytes(tmp_path / "local") == store_bytes(tmp_path / "inline")
+    with object_store() as s3:
+        for path in prx.iterdir():
+            open_storage(f"{s3.url}/mds").write(path.name, path.read_bytes())
+        precompute(tmp_path / "far", *settings(prx), f"source.path={s3.url}/mds")
+    assert store_bytes(tmp_path / "far") == store_bytes(tmp_path / "inline")
 
 
 def test_new_shards_are_added_and_a_changed_one_is_refused(prx: Path, tmp_path: Path) -> None:
