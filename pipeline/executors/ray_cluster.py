@@ -130,13 +130,15 @@ def without_needless_processes() -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
-    found = services.start_api_server, Node.start_monitor, Node.start_log_monitor
-    services.start_api_server = lambda *_, **__: (None, None)
-    Node.start_monitor = Node.start_log_monitor = lambda *_: None
+    starts = ((services, "start_api_server"), (Node, "start_monitor"), (Node, "start_log_monitor"))
+    found = [getattr(owner, name) for owner, name in starts]
+    for owner, name in starts:
+        setattr(owner, name, lambda *_, **__: (None, None))
     try:
         yield
     finally:
-        services.start_api_server, Node.start_monitor, Node.start_log_monitor = found
+        for (owner, name), start in zip(starts, found, strict=True):
+            setattr(owner, name, start)
 
 
 def _not_connected(address: str | None, why: str) -> str:
