@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
 """Environment of workers: threads of a model that wait for each other sleep. By default they spin, and take the cores
-that other workers compute on. OpenMP reads it when torch is imported."""
+that other workers compute on. OpenMP reads it when torch is imported; OpenBLAS, whose threads wait for 2**4 cycles,
+when NumPy or SciPy is."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 * 2**20

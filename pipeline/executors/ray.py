@@ -263,7 +263,7 @@ class RayExecutor(Executor):
         """From now on tasks and workers go to nodes with these labels."""
         import ray
 
-        for name, stage in self.stages.items():
+        for name in self.stages:
             demand = self.demands[name]
             # The scheduler retries, not Ray: it knows the cause, and Ray retries out-of-memory kills without end.
             placement: dict[str, Any] = {

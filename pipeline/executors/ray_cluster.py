@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import MachineError, PipelineError, first_line
 from pipeline.executors.base import usable_cpus
+from pipeline.executors.process import WAITING_THREADS
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     # By default Ray ends workers that are idle for a second, and their successors load all packages again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "86400000")
     if address is None:
+        for name, value in WAITING_THREADS.items():
+            os.environ.setdefault(name, value)  # which workers then have before they import anything
         # Ray's switch for machines that are no cluster: everything binds 127.0.0.1 instead of all interfaces.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
@@ -127,13 +130,15 @@ def without_needless_processes() -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
-    found = services.start_api_server, Node.start_monitor, Node.start_log_monitor
-    services.start_api_server = lambda *_, **__: (None, None)
-    Node.start_monitor = Node.start_log_monitor = lambda *_: None
+    starts = ((services, "start_api_server"), (Node, "start_monitor"), (Node, "start_log_monitor"))
+    found = [getattr(owner, name) for owner, name in starts]
+    for owner, name in starts:
+        setattr(owner, name, lambda *_, **__: (None, None))
     try:
         yield
     finally:
-        services.start_api_server, Node.start_monitor, Node.start_log_monitor = found
+        for (owner, name), start in zip(starts, found, strict=True):
+            setattr(owner, name, start)
 
 
 def _not_connected(address: str | None, why: str) -> str:

@@ -109,6 +109,7 @@ def _open(plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.Image:
         each = "" if weight == 1 else f", each of which counts as {weight:g} ({image.format}),"
         detail = f"{image.width} x {image.height}{each} is over {max_pixels} pixels"
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, detail)
+    image.decodermaxblock = max(image.decodermaxblock, len(data))  # the decoder gets all at once
     image.load()
     return image
 
