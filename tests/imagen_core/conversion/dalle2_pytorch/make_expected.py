@@ -3,7 +3,8 @@
     python -m tests.imagen_core.conversion.dalle2_pytorch.make_expected
     python -m tests.imagen_core.conversion.dalle2_pytorch.make_expected prior-1.0.1.json    (or 1.8.4, 1.9.0)
 
-Needs DALLE2-pytorch (1.15.6, or the version of a prior) installed, without CLIP, torchvision and trainers, which are not used.
+Needs DALLE2-pytorch (1.15.6, or the version of a prior) installed, without CLIP, torchvision and trainers, which are
+not used.
 """
 
 import importlib
