@@ -1,9 +1,11 @@
-"""The settings of a decoder of DALLE2-pytorch as denoisers' configurations (DALLE2-pytorch 1.15.6, Decoder)."""
+"""The settings of a decoder of DALLE2-pytorch as denoisers' configurations (DALLE2-pytorch 1.10 to 1.15.6,
+Decoder)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imagen_core.conversion.dalle2_prior import LATEST, Version, check_version
 from imagen_core.conversion.dalle2_unet import unet_config
 from imagen_core.diffusion.config import DenoiserConfig
 
@@ -28,6 +30,8 @@ _DECODER: dict[str, Any] = {  # arguments of the class Decoder
     "p2_loss_weight_k": 1,
     "ddim_sampling_eta": 0.0,
 }
+_OLDEST: Version = (1, 10)
+_V: Version = (1, 12, 4)
 _NOT_READ = {  # of CLIP and of training, or without effect
     *("clip", "clip_adapter_overrides", "image_cond_drop_prob", "text_cond_drop_prob", "random_crop_sizes"),
     *("use_blur_for_lowres_cond", "lowres_downsample_first", "blur_prob", "blur_sigma", "blur_kernel_size"),
@@ -52,11 +56,12 @@ class DecoderUnet:
     constrained: bool
 
 
-def decoder_unets(settings: Mapping[str, Any]) -> list[DecoderUnet]:
+def decoder_unets(settings: Mapping[str, Any], version: Version = LATEST) -> list[DecoderUnet]:
     """The UNets of a decoder.
 
     Args:
         settings: arguments of its class Decoder; `unets` has those of Unet.
+        version: of DALLE2-pytorch, that the decoder was trained with.
     Raises:
         ValueError: a setting is unknown, missing, or has no counterpart here.
     """
@@ -67,6 +72,9 @@ def decoder_unets(settings: Mapping[str, Any]) -> list[DecoderUnet]:
     if not isinstance(given, list | tuple) or not all(isinstance(unet, Mapping) for unet in given) or not given:
         raise ValueError(f"unets must be a list with the settings of each UNet (got {given!r})")
     decoder = {**_DECODER, **settings}
+    check_version("a decoder", version, _OLDEST)
+    if decoder["predict_v"] not in (False, [False] * len(given)):
+        check_version("predict_v", version, _V)
     sizes = decoder["image_sizes"] or [decoder["image_size"]]
     if len(sizes) != len(given) or None in sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"image_sizes must rise and have an entry for each of the {len(given)} unets (got {sizes})")

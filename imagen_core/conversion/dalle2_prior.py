@@ -1,9 +1,15 @@
-"""DALLE2-pytorch's priors: settings and weights (DALLE2-pytorch 1.15.6, DiffusionPrior and DiffusionPriorNetwork)."""
+"""DALLE2-pytorch's priors: settings and weights (DALLE2-pytorch 1.0 to 1.15.6, DiffusionPrior and
+DiffusionPriorNetwork).
+
+Before 1.9 its networks have no learned embeddings of a dropped caption and image, and before 1.4.3 attention without
+cosine similarity, whose position bias counts 128 times.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imagen_core.conversion.weights import match_parameters
@@ -45,6 +51,14 @@ _NETWORK: dict[str, Any] = {  # arguments of the class DiffusionPriorNetwork
     "rotary_emb": True,
 }
 _TRAINING_ONLY = {"attn_dropout"}
+Version = tuple[int, ...]
+LATEST: Version = (1, 15, 6)
+_OLDEST: Version = (1, 0)
+_COSINE: Version = (1, 4, 3)
+_LEARNED_NULLS: Version = (1, 9)
+_EXACT_SINUSOIDS: Version = (1, 10, 9)
+_V_AND_ESTIMATES: Version = (1, 12, 4)
+_OLD_BIAS = 128
 _MAX_TEXT_LEN = 256
 _CANDIDATES = 2
 _RULES = (  # its names -> names here; each is applied once, in this order
@@ -72,11 +86,12 @@ _RULES = (  # its names -> names here; each is applied once, in this order
 )
 
 
-def prior_config(settings: Mapping[str, Any]) -> tuple[PriorConfig, dict[str, Any]]:
+def prior_config(settings: Mapping[str, Any], version: Version = LATEST) -> tuple[PriorConfig, dict[str, Any]]:
     """The configuration of a prior, and how DALLE2-pytorch samples from it.
 
     Args:
         settings: arguments of its class DiffusionPrior; `net` has those of DiffusionPriorNetwork.
+        version: of DALLE2-pytorch, that the prior was trained with.
     Raises:
         ValueError: a setting is unknown, missing, or has no counterpart here.
     """
@@ -91,7 +106,7 @@ def prior_config(settings: Mapping[str, Any]) -> tuple[PriorConfig, dict[str, An
         if unknown:
             raise ValueError(f"{name}{', '.join(unknown)}: not a setting of DALLE2-pytorch 1.15.6's prior")
     prior, network = {**_PRIOR, **settings}, {**_NETWORK, **net}
-    _check(prior, network)
+    _check(prior, network, version)
     reads_text = prior["condition_on_text_encodings"]
     config = {
         "kind": "prior",
@@ -111,6 +126,7 @@ def prior_config(settings: Mapping[str, Any]) -> tuple[PriorConfig, dict[str, An
             "num_text_embed_tokens": network["num_text_embeds"],
             "sinusoids": "closed",
             "self_conditioning": network["self_cond"],
+            "cosine_attention": version >= _COSINE,
             "rotary": network["rotary_emb"],
             "null_position": True,
             "ff_norm": network["normformer"],
@@ -130,8 +146,14 @@ def prior_config(settings: Mapping[str, Any]) -> tuple[PriorConfig, dict[str, An
     return PriorConfig.model_validate(config), _sampling(prior)
 
 
-def _check(prior: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+def _check(prior: Mapping[str, Any], network: Mapping[str, Any], version: Version) -> None:
     """Raises ValueError for settings without a counterpart."""
+    check_version("a prior", version, _OLDEST)
+    if network["num_timesteps"] is None:
+        check_version("net.num_timesteps: null", version, _EXACT_SINUSOIDS)
+    for name, used in (("net.self_cond", network["self_cond"]), ("predict_v", prior["predict_v"])):
+        if used:
+            check_version(name, version, _V_AND_ESTIMATES)
     if network["norm_in"]:
         raise ValueError("net.norm_in is True, but only False has a counterpart here")
     if not prior["predict_x_start"]:
@@ -148,6 +170,16 @@ def _check(prior: Mapping[str, Any], network: Mapping[str, Any]) -> None:
         raise ValueError(f"init_image_embed_l2norm has no counterpart here with an image_embed_scale of {scale}")
 
 
+def check_version(what: str, version: Version, since: Version) -> None:
+    """Raises ValueError if what is imported is of a version that computed something else than those since then."""
+    if version < since:
+        found, oldest = (".".join(map(str, numbers)) for numbers in (version, since))
+        raise ValueError(
+            f"{what} of version {found} of DALLE2-pytorch computes something else than since {oldest}, which is what "
+            "has a counterpart here"
+        )
+
+
 def _sampling(prior: Mapping[str, Any]) -> dict[str, Any]:
     """Ancestral in all steps, or DDIM with eta 1 in fewer; the best of two."""
     steps = prior["sample_timesteps"] or prior["timesteps"]
@@ -161,22 +193,32 @@ def _sampling(prior: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prior_weights(state: Mapping[str, Tensor], config: PriorConfig) -> dict[str, Tensor]:
+def prior_weights(state: Mapping[str, Tensor], config: PriorConfig, version: Version = LATEST) -> dict[str, Tensor]:
     """The parameters of `config.network.build()`, by name, from a state dict of a DiffusionPriorNetwork.
+
+    Learned embeddings that its version does not have are zero.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape.
     """
-    return match_parameters(_named(state, config), config.network)
+    return match_parameters(_named(state, config, version), config.network)
 
 
-def _named(state: Mapping[str, Tensor], config: PriorConfig) -> Iterator[tuple[str, str, Tensor]]:
+def _named(state: Mapping[str, Tensor], config: PriorConfig, version: Version) -> Iterator[tuple[str, str, Tensor]]:
     # its feed-forward layers have an empty place for each part that is left out
     last = 3 + config.network.ff_norm + (config.network.dropout > 0)
+    network = config.network
+    if version < _LEARNED_NULLS:
+        yield "null_text_embeds", "null_text_embed", torch.zeros(network.num_text_embed_tokens, network.dim)
+        yield "null_image_embed", "null_image", torch.zeros(network.dim)
     for name, values in state.items():
         converted = convert_name(name).replace("feed_forward.5.", f"feed_forward.{last}.")
         if converted == "to_time.0.weight":  # it has sines first, this library cosines
             values = values.roll(values.shape[1] // 2, dims=1)
+        elif converted == "bias.embedding.weight" and version < _COSINE:
+            values = values * _OLD_BIAS
+        elif name == "null_text_embed" and version < _LEARNED_NULLS:
+            converted = "null_text_tokens"
         yield name, converted, values
 
 

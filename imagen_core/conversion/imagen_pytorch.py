@@ -1,5 +1,5 @@
-"""The settings of an imagen-pytorch cascade as denoisers' configurations (imagen-pytorch 2.1.0, imagen_pytorch.py and
-elucidated_imagen.py)."""
+"""The settings of an imagen-pytorch cascade as denoisers' configurations (imagen-pytorch 1.24.2 to 2.1.0,
+imagen_pytorch.py and elucidated_imagen.py)."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from imagen_core.conversion.imagen_pytorch_unet import unet_config
 from imagen_core.diffusion.config import DenoiserConfig
+from imagen_core.models.hybrid.unet import HybridUNetConfig
 
 _COMMON: dict[str, Any] = {
     "text_encoder_name": "google/t5-v1_1-base",
@@ -90,12 +91,15 @@ def cascade_settings(imagen: Mapping[str, Any], *, elucidated: bool) -> dict[str
     return settings
 
 
-def cascade_unets(imagen: Mapping[str, Any], *, elucidated: bool, text_dim: int | None) -> list[CascadeUnet]:
+def cascade_unets(
+    imagen: Mapping[str, Any], *, elucidated: bool, text_dim: int | None, group_norm: bool = False
+) -> list[CascadeUnet]:
     """The UNets of an Imagen or ElucidatedImagen but for placeholders (NullUnet).
 
     Args:
         imagen: `cascade_settings`.
         text_dim: width of the text encoder's embeddings; None for a model without captions.
+        group_norm: the ResBlocks have group norms, as before version 2.
     Raises:
         ValueError: a setting has no counterpart here.
     """
@@ -106,7 +110,15 @@ def cascade_unets(imagen: Mapping[str, Any], *, elucidated: bool, text_dim: int 
         if unet.get("is_null"):
             continue
         try:
-            config = _denoiser(index, unet, imagen, elucidated=elucidated, text_dim=text_dim)
+            network = unet_config(
+                unet,
+                text_dim=text_dim,
+                channels=imagen["channels"],
+                low_res=index > 0,
+                size_px=imagen["image_sizes"][index],
+                group_norm=group_norm,
+            )
+            config = _denoiser(index, network, imagen, elucidated=elucidated)
             sampling = _sampling(index, imagen, elucidated=elucidated)
         except (ValueError, TypeError) as error:
             raise ValueError(f"unets.{index}: {error}") from error
@@ -114,14 +126,11 @@ def cascade_unets(imagen: Mapping[str, Any], *, elucidated: bool, text_dim: int 
     return unets
 
 
-def _denoiser(
-    index: int, unet: Mapping[str, Any], imagen: Mapping[str, Any], *, elucidated: bool, text_dim: int | None
-) -> DenoiserConfig:
-    size, low_res = imagen["image_sizes"][index], index > 0
-    network = unet_config(unet, text_dim=text_dim, channels=imagen["channels"], low_res=low_res, size_px=size)
+def _denoiser(index: int, network: HybridUNetConfig, imagen: Mapping[str, Any], *, elucidated: bool) -> DenoiserConfig:
+    size = network.image_size_px
     diffusion = (_elucidated if elucidated else _original)(index, imagen)
     config: dict[str, Any] = {"unet": network.model_dump(), "diffusion": diffusion, "size_px": size}
-    if low_res:
+    if network.low_res:
         small, mode = imagen["image_sizes"][index - 1], _known("resize_mode", imagen["resize_mode"], _UPSAMPLING)
         if mode == "nearest" and size % small:
             raise ValueError(f"resize_mode is nearest, but {size} px are no multiple of {small} px")

@@ -1,4 +1,5 @@
-"""imagen-pytorch's UNets as Hybrid UNets: settings and weights (imagen-pytorch 2.1.0, imagen_pytorch.py)."""
+"""imagen-pytorch's UNets as Hybrid UNets: settings and weights (imagen-pytorch 1.24.2 to 2.1.0,
+imagen_pytorch.py)."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ _UNET: dict[str, Any] = {  # arguments of the class Unet, and their defaults in 
     "init_cross_embed": True,
     "init_cross_embed_kernel_sizes": (3, 7, 15),
     "cross_embed_downsample": False,
+    "resnet_groups": 8,
     "attn_pool_text": True,
     "attn_pool_num_latents": 32,
     "memory_efficient": False,
@@ -83,6 +85,7 @@ _RULES = (  # imagen-pytorch's names -> names here; each is applied once, in thi
     (r"^mid_attn\.", "middle.1."),
     (r"^mid_block2\.", f"{_LAST_IN_MIDDLE}.layer."),
     (r"^upsample_combiner\.fmap_convs\.(\d+)\.norm\.gamma$", r"combiner.narrow.\1.0.gain"),
+    (r"^upsample_combiner\.fmap_convs\.(\d+)\.groupnorm\.", r"combiner.narrow.\1.0."),
     (r"^upsample_combiner\.fmap_convs\.(\d+)\.project\.", r"combiner.narrow.\1.2."),
     (r"^final_res_block\.", "final.layer."),
     (r"^final_conv\.", "conv_out."),
@@ -93,6 +96,7 @@ _RULES = (  # imagen-pytorch's names -> names here; each is applied once, in thi
     (r"\.after\.fns\.1\.", ".after.narrow."),
     (r"\.time_mlp\.1\.", ".time."),
     (r"\.block([12])\.norm\.gamma$", r".norm\1.gain"),
+    (r"\.block([12])\.groupnorm\.", r".norm\1."),
     (r"\.block([12])\.project\.", r".conv\1."),
     (r"\.gca\.to_k\.", ".gate.score."),
     (r"\.gca\.net\.", ".gate.gate."),
@@ -112,7 +116,13 @@ _RULES = (  # imagen-pytorch's names -> names here; each is applied once, in thi
 
 
 def unet_config(
-    settings: Mapping[str, Any], *, text_dim: int | None, channels: int, low_res: bool, size_px: int
+    settings: Mapping[str, Any],
+    *,
+    text_dim: int | None,
+    channels: int,
+    low_res: bool,
+    size_px: int,
+    group_norm: bool = False,
 ) -> HybridUNetConfig:
     """A Hybrid UNet like the one imagen-pytorch builds in a cascade.
 
@@ -120,6 +130,7 @@ def unet_config(
         settings: arguments of its class Unet; of those left out, the defaults of its UnetConfig.
         text_dim, channels, low_res, size_px: decided by the cascade; text_dim is None without captions, and size_px
             the side of the images in pixels.
+        group_norm: its ResBlocks have group norms, as before version 2, not root-mean-square norms.
     Raises:
         ValueError: a setting is unknown or has no counterpart here.
     """
@@ -167,7 +178,7 @@ def unet_config(
             "initial_res_block": unet["memory_efficient"],
             "upsample": "pixel_shuffle" if unet["pixel_shuffle_upsample"] else "repeat_conv",
             "global_context": unet["use_global_context_attn"],
-            "norm": "rms",
+            "norm": "group" if group_norm else "rms",
             "qk_norm": True,
             "num_fourier_frequencies": unet["learned_sinu_pos_emb_dim"] // 2,
             "scale_skips": unet["scale_skip_connection"],
@@ -192,6 +203,7 @@ def _check(unet: Mapping[str, Any], *, linear_attention: bool) -> None:
         "use_linear_attn": (False, linear_attention),
         "use_linear_cross_attn": (False, any(_levels(unet, "use_linear_cross_attn", 1))),
         "init_dim": (unet["dim"], unet["init_dim"] is not None),
+        "resnet_groups": (8, set(_levels(unet, "resnet_groups", 1)) != {8}),
         "cross_embed_downsample": (False, True),  # its Unet fails to build with it
         "use_global_context_attn": (True, unet["memory_efficient"]),
         "final_resnet_block": (True, True),

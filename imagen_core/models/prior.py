@@ -61,6 +61,8 @@ class PriorNetworkConfig(TextConfig):
     """Number of tokens of the caption's embedding."""
     self_conditioning: bool = False
     """One more token: an earlier estimate of the embedding (Chen et al. 2022, arXiv 2208.04202)."""
+    cosine_attention: bool = True
+    """Attention by cosine similarity; false divides by the root of a head's width (DALLE2-pytorch before 1.4.3)."""
     rotary: bool = True
     """Rotary positions in addition to the relative position bias."""
     null_position: bool = False
@@ -129,7 +131,7 @@ class PriorNetwork(nn.Module):
                     ff_mult=config.ff_mult,
                     activation="swiglu",
                     ff_norm=config.ff_norm,
-                    qk_norm=_COSINE_SCALE,
+                    qk_norm=_COSINE_SCALE if config.cosine_attention else False,
                     causal=True,
                     dropout=config.dropout,
                 )

@@ -7,7 +7,8 @@ prior.json          settings next to each, else prior_config.json and decoder_co
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,22 +50,23 @@ def _empty_dict(*_: object) -> dict[str, Any]:
     return {}
 
 
-class _Ignored:
-    """Stands in for an object that is not read."""
+class _Inert:
+    """Stands in for an object; keeps what it was pickled with."""
 
-    def __init__(self, *_: object):
-        pass
+    def __init__(self, *content: object):
+        self.content: object = content
 
     def __setstate__(self, state: object) -> None:
-        pass
+        self.content = state
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A file with its settings; `kind` is prior or decoder."""
+    """A file with its settings; `kind` is prior or decoder, and `version` DALLE2-pytorch's."""
 
     path: Path
     kind: str
+    version: tuple[int, ...]
     settings: Mapping[str, Any]
 
 
@@ -91,12 +93,26 @@ def import_dalle2_pytorch(paths: Sequence[str], *, out: str, encoder_model: str 
 
 
 def _model(path: Path) -> _Model:
-    weights = _checkpoint(path)["model"]
+    checkpoint = _checkpoint(path)
+    weights, version = checkpoint["model"], _version(checkpoint.get("version"))
+    if not version:
+        raise ConfigError(f"{path}: names no version; give a checkpoint of DALLE2-pytorch's trainers, which do")
     kinds = {"prior": "net.", "decoder": "unets."}
     found = [kind for kind, prefix in kinds.items() if any(name.startswith(prefix) for name in weights)]
     if len(found) != 1:
         raise ConfigError(f"{path}: its model is neither a prior nor a decoder of DALLE2-pytorch")
-    return _Model(path, found[0], _settings(path, found[0]))
+    return _Model(path, found[0], version, _settings(path, found[0]))
+
+
+def _version(value: object) -> tuple[int, ...]:
+    """The numbers of a version, as text or as packaging pickles it; empty if there is none."""
+    if isinstance(value, str):
+        return tuple(int(number) for number in re.findall(r"\d+", value)[:3])
+    if isinstance(value, tuple) and len(value) > 1 and all(isinstance(number, int) for number in value):
+        return value
+    parts = value.content if isinstance(value, _Inert) else value
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return next(filter(None, map(_version, parts)), ()) if isinstance(parts, Iterable) else ()
 
 
 def _settings(path: Path, kind: str) -> Mapping[str, Any]:
@@ -119,32 +135,32 @@ def _prior(model: _Model) -> ImportedModel:
     from imagen_core.conversion.dalle2_prior import prior_config
 
     try:
-        config, sampling = prior_config(model.settings)
+        config, sampling = prior_config(model.settings, model.version)
     except (ValidationError, ValueError, TypeError) as error:
         raise ConfigError(f"{model.path}: cannot be built here: {error}") from error
     max_tokens = min(_MAX_TOKENS, config.network.max_text_tokens)
-    return ImportedModel(str(model.path), config, sampling, max_tokens, partial(_prior_network, model.path, config))
+    return ImportedModel(str(model.path), config, sampling, max_tokens, partial(_prior_network, model, config))
 
 
-def _prior_network(path: Path, config: Any) -> dict[str, Any]:
+def _prior_network(model: _Model, config: Any) -> dict[str, Any]:
     """The tensors of the network by name: their average, if there is one that was updated."""
     from imagen_core.conversion.dalle2_prior import prior_weights
 
-    checkpoint = _checkpoint(path)
+    checkpoint = _checkpoint(model.path)
     ema = checkpoint.get("ema") or {}
     averages = checkpoint.get("ema_model") or _under("ema_model.", ema)
     tensors = averages if averages and ema.get("initted", True) else checkpoint["model"]
     try:
-        return prior_weights(_under("net.", tensors), config)
+        return prior_weights(_under("net.", tensors), config, model.version)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
+        raise ConfigError(f"{model.path}: the weights do not fit the settings: {error}") from error
 
 
 def _decoder(model: _Model) -> list[ImportedStage]:
     from imagen_core.conversion.dalle2_decoder import decoder_unets
 
     try:
-        unets = decoder_unets(model.settings)
+        unets = decoder_unets(model.settings, model.version)
     except (ValidationError, ValueError, TypeError) as error:
         raise ConfigError(f"{model.path}: cannot be built here: {error}") from error
     return [
@@ -221,7 +237,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a checkpoint of DALLE2-pytorch's trainers")
-    stand_ins = [(_Ignored, name) for name in _INERT]
+    stand_ins = [(_Inert, name) for name in _INERT]
     with torch.serialization.safe_globals([*stand_ins, (_empty_dict, "collections.defaultdict")]):
         checkpoint = load_tensors(path, str(path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):

@@ -6,6 +6,7 @@ imagen.json    the settings of one that was not: {"type": "original" or "elucida
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from stages.checkpoints.imported import (
 
 _ENCODED_TOKENS = 256
 """Tokens of a caption that it encodes, before they are truncated to max_text_len."""
+_OLDEST = (1, 24, 2)
 _TYPES = {"original": False, "elucidated": True}
 
 
@@ -57,6 +59,14 @@ def _settings(path: Path) -> tuple[dict[str, Any], bool]:
     from imagen_core.conversion.imagen_pytorch import cascade_settings
 
     checkpoint, beside = _checkpoint(path), path.with_suffix(".json")
+    version = tuple(int(number) for number in re.findall(r"\d+", str(checkpoint.get("version"))))
+    if not version:
+        raise ConfigError(f"{path}: names no version; give a checkpoint of ImagenTrainer.save, which does")
+    if version < _OLDEST:
+        raise ConfigError(
+            f"{path}: is of version {checkpoint.get('version')} of imagen-pytorch, which computed something else than "
+            f"those since {'.'.join(map(str, _OLDEST))}; only these have a counterpart here"
+        )
     where, kind, imagen = f"{path}: imagen_params", checkpoint.get("imagen_type"), checkpoint.get("imagen_params")
     if imagen is None:
         if not beside.is_file():
@@ -108,8 +118,9 @@ def _stages(
     from imagen_core.conversion.imagen_pytorch import cascade_unets
 
     text_dim = encoder["dim"] if encoder is not None and imagen["condition_on_text"] else None
+    group_norm = any(".groupnorm." in name for name in _checkpoint(path)["model"])
     try:
-        unets = cascade_unets(imagen, elucidated=elucidated, text_dim=text_dim)
+        unets = cascade_unets(imagen, elucidated=elucidated, text_dim=text_dim, group_norm=group_norm)
     except (ValidationError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be built here: {error}") from error
     return [

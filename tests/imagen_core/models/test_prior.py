@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "unit_text_embed": True,
         "sinusoids": "closed",
         "null_position": True,
+        "cosine_attention": False,
         "stable_norm_out": True,
     },
 }

@@ -112,11 +112,24 @@ def test_unets_trained_apart_make_one_cascade(tmp_path: Path) -> None:
     assert "1.pt -> " in result.out.splitlines()[1]
 
 
+def test_group_norms_of_versions_before_2_are_read(tmp_path: Path) -> None:
+    old = EXPECTED["base bare of 1.26.3"]
+    state = weights(old["shapes"] | {"text_to_cond.weight": [8, 64]})
+    model = {f"unets.0.{name}": values for name, values in state.items()}
+    file = {"model": model, "version": "1.26.3", "imagen_type": "original", "imagen_params": old["imagen"]}
+    result = imported(tmp_path / "run", saved(tmp_path / "imagen.pt", file))
+    assert result.code == 0, result.err
+    loaded = load_checkpoint(tmp_path / "run/unet-0")
+    assert loaded.denoiser.state_dict()["net.final.layer.norm1.bias"].equal(
+        state["final_res_block.block1.groupnorm.bias"]
+    )
+
+
 def test_a_model_without_captions_has_no_encoder(tmp_path: Path) -> None:
     imagen = EXPECTED["base without captions"]["imagen"]
     state = weights(EXPECTED["base without captions"]["shapes"])
     model = {f"unets.0.{name}": values for name, values in state.items()}
-    file = {"model": model, "imagen_type": "original", "imagen_params": imagen}
+    file = {"model": model, "version": "2.1.0", "imagen_type": "original", "imagen_params": imagen}
     result = call("import", "imagen-pytorch", str(saved(tmp_path / "i.pt", file)), "--out", str(tmp_path / "run"))
     assert result.code == 0, result.err
     assert load_checkpoint(tmp_path / "run/unet-0").encoder is None
@@ -152,6 +165,8 @@ def test_what_cannot_be_imported_exactly_is_refused(tmp_path: Path) -> None:
     refused("imagen_params: p2_loss_weight_k: not a setting", checkpoint(imagen=IMAGEN | {"p2_loss_weight_k": 1}))
     refused("unets.0: final_resnet_block is False", with_unet(final_resnet_block=False))
     refused("the weights of unets.0 do not fit the settings", with_unet(cond_dim=8))
+    refused("is of version 1.20.3 of imagen-pytorch", checkpoint(version="1.20.3"))
+    refused("names no version", checkpoint(version=None))
     refused("its type must be original or elucidated (got 'video')", checkpoint("video"))
     refused(f"put its settings at {tmp_path}/imagen.json", checkpoint(imagen=None))
     refused("has no imagen in it", checkpoint(imagen=None), "{}")

@@ -1,8 +1,10 @@
 """Writes prior.json and decoder.json: what DALLE2-pytorch's models give for weights and inputs made of their names.
 
     python -m tests.imagen_core.conversion.dalle2_pytorch.make_expected
+    python -m tests.imagen_core.conversion.dalle2_pytorch.make_expected prior-1.0.1.json    (or 1.8.4, 1.9.0)
 
-Needs DALLE2-pytorch (1.15.6) installed, without CLIP, torchvision and trainers, which are not used.
+Needs DALLE2-pytorch (1.15.6, or the version of a prior) installed, without CLIP, torchvision and trainers, which are
+not used.
 """
 
 import importlib
@@ -187,6 +189,20 @@ def prior(settings: dict[str, Any], module: Any) -> dict[str, Any]:
     return {"settings": settings, "shapes": shapes, **{what: rounded(values) for what, values in results.items()}}
 
 
+def old_prior(module: Any) -> dict[str, Any]:
+    """The same of a network of an earlier version, without what it drops or estimates."""
+    settings = PRIORS["steps"]
+    net = module.DiffusionPriorNetwork(**settings["net"]).eval()
+    shapes = {name: list(values.shape) for name, values in net.state_dict().items()}
+    net.load_state_dict(weights(shapes))
+    given = prior_inputs()
+    scheduler = module.NoiseScheduler(beta_schedule="cosine", timesteps=settings["timesteps"], loss_type="l2")
+    noisy = scheduler.q_sample(given["x0"], torch.tensor(STEPS), noise=given["noise"])
+    with torch.no_grad():
+        output = net(noisy, torch.tensor(STEPS), text_embed=given["text_embed"], text_encodings=given["text"])
+    return {"settings": settings, "shapes": shapes, "with_caption": rounded(output)}
+
+
 def decoder(settings: dict[str, Any], module: Any) -> dict[str, Any]:
     """The same of the last UNet of a decoder."""
     options = {name: value for name, value in settings.items() if name != "unets"}
@@ -227,8 +243,11 @@ def rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.7g}") for value in values.flatten().tolist()]
 
 
-def main() -> None:
+def main(old: str | None = None) -> None:
     module = dalle2_pytorch()
+    if old is not None:
+        Path(__file__).with_name(old).write_text(json.dumps(old_prior(module), separators=(",", ":")) + "\n")
+        return
     for name, run, models in (("prior", prior, PRIORS), ("decoder", decoder, DECODERS)):
         with torch.no_grad():
             cases = {case: run(settings, module) for case, settings in models.items()}
@@ -237,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

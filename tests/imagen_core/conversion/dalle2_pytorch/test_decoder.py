@@ -169,6 +169,14 @@ def test_settings_without_a_counterpart_are_refused(settings: dict[str, Any], wo
         decoder_unets(settings)
 
 
+def test_decoders_of_earlier_versions_are_refused() -> None:
+    assert decoder_unets(BASE, (1, 10, 0))
+    with pytest.raises(ValueError, match=r"a decoder of version 1\.9\.0 of DALLE2-pytorch computes something else"):
+        decoder_unets(BASE, (1, 9, 0))
+    with pytest.raises(ValueError, match=r"predict_v of version 1\.11\.0"):
+        decoder_unets(EXPECTED["super"]["settings"], (1, 11, 0))
+
+
 def test_weights_of_other_settings_are_refused() -> None:
     state, config = weights(EXPECTED["base"]["shapes"]), decoder_unets(BASE)[0].config.unet
     other: Any = decoder_unets(changed(cond_dim=24))[0].config.unet

@@ -62,6 +62,34 @@ def test_a_prior_of_dalle2_pytorch_gives_the_same_here(case: str) -> None:
         close(output, EXPECTED[case][what])
 
 
+@pytest.mark.parametrize("version", [(1, 0, 1), (1, 8, 4), (1, 9, 0)])
+def test_a_prior_of_an_earlier_version_gives_the_same_here(version: tuple[int, ...]) -> None:
+    name = f"prior-{'.'.join(map(str, version))}.json"
+    expected, given = json.loads(Path(__file__).with_name(name).read_text()), prior_inputs()
+    config, _ = prior_config(expected["settings"], version)
+    denoiser = Denoiser(config).eval()
+    denoiser.net.load_state_dict(prior_weights(weights(expected["shapes"]), config, version))
+    sigma = levels(config).float()
+    with torch.no_grad():
+        x = given["x0"] + sigma[:, None] * given["noise"]
+        close(denoiser.network(x, sigma, conditions(config, given))[0], expected["with_caption"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "version", "words"),
+    [
+        ({}, (0, 26, 2), r"a prior of version 0\.26\.2 of DALLE2-pytorch computes something else than since 1\.0"),
+        ({"num_timesteps": None}, (1, 10, 7), "net.num_timesteps: null of version 1.10.7"),
+        ({"self_cond": True}, (1, 12, 0), "net.self_cond of version 1.12.0"),
+    ],
+)
+def test_what_earlier_versions_computed_otherwise_is_refused(
+    settings: dict[str, Any], version: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        prior_config(changed(**settings), version)
+
+
 @pytest.mark.parametrize("case", EXPECTED)
 def test_the_loss_is_dalle2_pytorchs(case: str) -> None:
     config, _, denoiser = imported(case)

@@ -30,6 +30,8 @@ from tests.imagen_core.conversion.imagen_pytorch.numbers import (
 from tests.imagen_core.conversion.minimagen.numbers import sampled, weights
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("expected.json").read_text())
+OLD: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("expected-1.26.3.json").read_text())
+EXPECTED |= {f"{case} of 1.26.3": expected for case, expected in OLD.items()}
 
 
 def imported(case: str) -> tuple[CascadeUnet, Denoiser]:
@@ -37,7 +39,9 @@ def imported(case: str) -> tuple[CascadeUnet, Denoiser]:
     elucidated = expected["kind"] == "elucidated"
     settings = cascade_settings(expected["imagen"], elucidated=elucidated)
     text_dim = TEXT_DIM if settings["condition_on_text"] else None
-    (unet,) = cascade_unets(settings, elucidated=elucidated, text_dim=text_dim)
+    group_norm = any("groupnorm" in name for name in expected["shapes"])
+    assert group_norm == case.endswith("1.26.3")
+    (unet,) = cascade_unets(settings, elucidated=elucidated, text_dim=text_dim, group_norm=group_norm)
     denoiser = Denoiser(unet.config).eval()
     denoiser.net.load_state_dict(unet_weights(weights(expected["shapes"]), unet.config.unet))
     return unet, denoiser
@@ -184,6 +188,7 @@ def changed(**unet: Any) -> dict[str, Any]:
         (changed(use_linear_cross_attn=[False, True]), "use_linear_cross_attn is"),
         (changed(ff_mult=4), "ff_mult is 4, but only 2"),
         (changed(cond_images_channels=3), "cond_images_channels is 3, but only 0"),
+        (changed(resnet_groups=[4, 8]), r"resnet_groups is \[4, 8\], but only 8"),
         (changed(init_dim=16), "init_dim is 16, but only 8"),
         (changed(memory_efficient=True, use_global_context_attn=False), "use_global_context_attn is False"),
         (changed(final_conv_kernel_size=5), "out_kernel_size"),
