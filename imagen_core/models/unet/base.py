@@ -49,6 +49,11 @@ class UNetBaseConfig(TextConfig):
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     @property
+    def needs_empty_caption(self) -> bool:
+        """Whether the encoding of "" takes the place of a dropped caption."""
+        return False
+
+    @property
     def input_channels(self) -> int:
         """Channels of everything that is concatenated for the first convolution."""
         return self.in_channels * (1 + self.low_res + self.self_conditioning) + self.condition_channels
@@ -96,7 +101,8 @@ class AttentionUNetConfig(UNetBaseConfig):
     is always masked, and each token is normalised by itself."""
     dropped_caption: DroppedCaption = "zero_tokens"
     """What a row attends to when its caption is dropped: zero_tokens, a zero vector for each of its tokens (NeMo);
-    no_tokens, nothing, so that the result does not depend on the caption's length either."""
+    no_tokens, nothing, so that the result does not depend on the caption's length either; empty_caption, the encoding
+    of "" (DeepFloyd IF), which training takes from the store, and sampling from the store or the encoder."""
     learned_fourier_frequencies: int | None = None
     """Number of frequencies of a learned time embedding; null uses fixed sinusoids."""
     init_kernel_size: int = Field(default=3, ge=1)
@@ -115,6 +121,10 @@ class AttentionUNetConfig(UNetBaseConfig):
     def time_dim(self) -> int:
         """Width of the time vector."""
         return self.time_embed_dim or 4 * self.embed_dim
+
+    @property
+    def needs_empty_caption(self) -> bool:
+        return self.dropped_caption == "empty_caption"
 
     @property
     def sides_divisor(self) -> int:
@@ -139,6 +149,11 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        if self.needs_empty_caption and (self.text_dim is None or self.text_embed_dim is not None):
+            raise ValueError(
+                "dropped_caption=empty_caption is for a model that reads captions as tokens only (got text_dim "
+                f"{self.text_dim} and text_embed_dim {self.text_embed_dim})"
+            )
         if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
             raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")
         resolutions = () if self.transcription is None else self.transcription.resolutions

@@ -5,10 +5,9 @@ with an empty caption, learned variance, thresholding, and the noise on the low-
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def generators(seeds: Sequence[int], stream: int) -> list[torch.Generator]:
 def network(*, low_res: bool) -> nn.Module:
     """A network of a stage, with random weights.
 
-    Those of the noise are small, as a difference of rounding would otherwise grow at each step as in no trained network.
+    Those of the noise are small, or a difference of rounding would grow at each step, as in no trained network.
     """
     build = importlib.import_module("diffusers").UNet2DConditionModel
     torch.manual_seed(int(low_res))
