@@ -10,7 +10,7 @@ from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, 
 from imagen_core.models.conditioning.text import TextConditioning
 from imagen_core.models.conditioning.text_embed import TextEmbedConditioning
 from imagen_core.models.conditioning.transcription import TranscriptionEncoder
-from imagen_core.models.layers.activation import activate
+from imagen_core.models.layers.activation import Activation, activate
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.noise_embedding import NoiseEmbedding, level_embedding
 from imagen_core.models.unet.base import AttentionUNetConfig, UNetBaseConfig
@@ -23,7 +23,8 @@ class Inputs(nn.Module):
         """`attends`: whether the model attends to conditions, which become tokens of width `cond_dim`."""
         super().__init__()
         time_dim = config.time_dim
-        self.activation, self.activations = config.activation, config.time_activations
+        self.activation: Activation = config.activation
+        self.activations = config.time_activations
 
         def time_mlp() -> NoiseEmbedding:
             embedding = level_embedding(config.embed_dim, config.learned_fourier_frequencies)
