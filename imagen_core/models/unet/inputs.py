@@ -122,7 +122,7 @@ def concatenate_images(x: Tensor, conditioning: Conditioning, config: UNetBaseCo
 
 
 def _image(name: str, image: Tensor | None, x: Tensor, channels: int) -> Tensor:
-    wanted = (len(x), channels, *x.shape[2:])
+    wanted = (x.shape[0], channels, *x.shape[2:])
     if image is None or image.shape != wanted:
         found = None if image is None else tuple(image.shape)
         raise ValueError(f"conditioning.{name}: this model reads an image of {wanted} (got {found})")
