@@ -1,8 +1,8 @@
 """DeepFloyd IF's UNets as Regular UNets, and back: settings and weights as in diffusers' UNet2DConditionModel.
 
 IF is ADM's UNet with T5's tokens in its attention and, pooled, in the time vector (github.com/deep-floyd/IF,
-deepfloyd_if/model/unet.py); diffusers 0.42 has it as options of `UNet2DConditionModel`. Both directions are exact: what
-has no counterpart is refused.
+deepfloyd_if/model/unet.py); diffusers 0.42 has it as options of `UNet2DConditionModel`. Both directions are exact:
+what has no counterpart is refused.
 """
 
 import re
@@ -241,12 +241,12 @@ def unet_weights(state: Mapping[str, Tensor], config: RegularUNetConfig) -> dict
     if missing := sorted(wanted - state.keys()):
         raise ValueError(f"{missing[0]} is missing ({len(missing)} of {len(wanted)} tensors are)")
     if unknown := sorted(state.keys() - wanted):
-        raise ValueError(f"{unknown[0]} has no place in a network of these settings ({len(unknown)} tensors have none)")
+        raise ValueError(f"{unknown[0]} has no place in a network of these settings (as {len(unknown)} tensors)")
     return match_parameters(_joined(state, named), config)
 
 
 def diffusers_weights(tensors: Mapping[str, Tensor], config: RegularUNetConfig) -> dict[str, Tensor]:
-    """The state dict of diffusers' UNet from the parameters of `config.build()`, by name; the inverse of `unet_weights`.
+    """The state dict of diffusers' UNet from the parameters of `config.build()`, by name; undoes `unet_weights`.
 
     Raises:
         ValueError: diffusers has no such network; see `why_not`.
@@ -314,7 +314,7 @@ def _one_number(name: str, unet: Mapping[str, Any]) -> int:
 def _image_channels(unet: Mapping[str, Any], low_res: bool) -> int:
     inputs, outputs = unet["in_channels"], unet["out_channels"]
     channels = inputs // (1 + low_res)
-    if channels * (1 + low_res) != inputs or outputs not in (channels, 2 * channels):
+    if channels * (1 + low_res) != inputs or outputs != 2 * channels:
         raise ValueError(
             f"in_channels is {inputs} and out_channels {outputs}; a DeepFloyd IF reads an image"
             f"{', and the upsampled one,' if low_res else ''} and predicts noise and variance: "
@@ -358,5 +358,5 @@ def _time_activations(unet: Mapping[str, Any]) -> int:
         raise ValueError(f"time_embedding_act_fn is {own!r}, but act_fn {unet['act_fn']!r}; they must be the same")
     count = (own is not None) + (not unet["resnet_skip_time_act"])
     if not count:
-        raise ValueError("resnet_skip_time_act is true without a time_embedding_act_fn: nothing activates the time vector")
+        raise ValueError("resnet_skip_time_act is true without time_embedding_act_fn: nothing activates the time")
     return count

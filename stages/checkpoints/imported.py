@@ -1,11 +1,12 @@
 """What the imports of other systems' models share: a checkpoint per stage, and files to sample and to train with."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from zipfile import is_zipfile
 
 import yaml
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from imagen_core.diffusion import DenoiserConfig
 
+ResultT = TypeVar("ResultT")
 _SAMPLE = "sample.yaml"
+_TEXT_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,12 @@ class ImportedStage:
     network: "Callable[[], Mapping[str, Tensor]]"
 
 
-def new_folder(out: str) -> Path:
-    """The folder of --out; ConfigError if it holds anything but an import, which `write_stages` compares."""
+def new_folder(out: str, marker: str = _SAMPLE) -> Path:
+    """The folder of --out; ConfigError if it holds anything but what has the file `marker`, which `write_folder`
+    compares."""
     target = local_path(out, "--out")
     check_above(target, out)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _SAMPLE).exists())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / marker).exists())):
         wrong = "is not empty" if target.is_dir() else "is a file"
         raise ConfigError(f"--out {out}: {wrong}; give a new folder")
     return target
@@ -60,16 +64,18 @@ def check_above(target: Path, out: str) -> None:
             raise ConfigError(f"--out {out}: {above} is a file, not a folder; give another place")
 
 
-def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
+def t5_facts(model: str, max_tokens: int, dim: int | None, **reading: object) -> dict[str, Any]:
     """Name, dim, dtype and fingerprint of a text encoder, as of a store's text group.
 
     Args:
         dim: width of the embeddings that the network reads, if it is known.
+        reading: settings of a recipe: how captions become its input, and which rows it keeps.
     Raises:
         ConfigError: the encoder has another width.
         MachineError: it cannot be found.
     """
-    config = T5EncoderConfig(name="t5", model=model, max_tokens=max_tokens, compute_dtype="float32")
+    settings = {"name": "t5", "model": model, "max_tokens": max_tokens, "compute_dtype": "float32"}
+    config = T5EncoderConfig.model_validate({**reading, **settings})
     try:
         identity = config.identify()
     except MachineError as error:
@@ -96,22 +102,48 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
         raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
 
 
-def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
+def write_stages(
+    target: Path,
+    stages: Sequence[ImportedStage],
+    encoder: Mapping[str, Any],
+    text_encoder: Sequence[Path] = (),
+) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
 
+    Args:
+        text_encoder: files of the text encoder's model and tokenizer, which become the folder `text_encoder`, as hard
+            links where the file system has them; without, the encoder is found by its name.
     Raises:
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
+    """
+
+    def write(folder: Path) -> CommandResult:
+        result = _write_stages(folder, target, stages, encoder)
+        link_files(text_encoder, folder / _TEXT_ENCODER)
+        if text_encoder:
+            _add_to_sample(folder, encoder_model=str((target / _TEXT_ENCODER).absolute()))
+        return result
+
+    return write_folder(target, write, "import")
+
+
+def write_folder(target: Path, write: Callable[[Path], ResultT], what: str) -> ResultT:
+    """A folder with all that `write` writes into the one it is given, or nothing.
+
+    Raises:
+        ConfigError: `target` holds another one; the same one is no error, so that a killed command may be started
+            again, whatever it had done.
     """
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        result = _write_stages(temporary, target, stages, encoder)
+        result = write(temporary)
         if not target.exists() or not any(target.iterdir()):
             commit_folder(temporary, target)
         elif not _same_files(temporary, target):
-            raise ConfigError(f"--out {target}: holds another import; give a new folder")
+            raise ConfigError(f"--out {target}: holds another {what}; give a new folder")
         return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -140,6 +172,21 @@ def _write_stages(
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
     lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
+
+
+def link_files(files: Sequence[Path], folder: Path) -> None:
+    """Makes a folder of files that lie elsewhere, as hard links, or as copies where there can be none."""
+    for file in files:
+        make_folder(folder)
+        try:
+            os.link(file.resolve(), folder / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _add_to_sample(folder: Path, **settings: str) -> None:
+    content = yaml.safe_load((folder / _SAMPLE).read_text(encoding="utf-8"))
+    _write_yaml(folder / _SAMPLE, {**content, **settings})
 
 
 def _same_files(new: Path, old: Path) -> bool:

@@ -166,7 +166,7 @@ def unit_variance(embeds: Tensor) -> Tensor:
 
 def keep_mask(keep: Tensor | None, like: Tensor) -> Tensor:
     """`keep`, or all true if it is None: bool (b,), with the rows and the device of `like`."""
-    return torch.ones(len(like), dtype=torch.bool, device=like.device) if keep is None else keep
+    return torch.ones(like.shape[0], dtype=torch.bool, device=like.device) if keep is None else keep
 
 
 def cat(parts: Sequence[Conditioning]) -> Conditioning:

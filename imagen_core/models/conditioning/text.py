@@ -115,7 +115,7 @@ class TextConditioning(nn.Module):
         if context is None or not self.attended:
             return None, None, vector
         if self.null_token is not None:
-            null = self.null_token.to(context.dtype).expand(len(context), 1, -1)
+            null = self.null_token.to(context.dtype).expand(context.shape[0], 1, -1)
             context, mask = torch.cat([null, context], dim=1), F.pad(mask, (1, 0), value=True)
         return context, mask, vector
 

@@ -51,6 +51,8 @@ DEEPFLOYD_PRESETS: dict[str, Preset] = {
     "if_i_m": Preset(_if(64, 192, (1, 2, 3, 4)), 371_605_830, f"{_NAME}-I-M (published as 400M; {_UNSEEN})"),
     "if_i_l": Preset(_if(64, 320, (1, 2, 3, 4)), 935_365_830, f"{_NAME}-I-L (published as 900M; {_UNSEEN})"),
     "if_i_xl": Preset(_if(64, 704, (1, 2, 3, 4)), 4_304_695_110, f"{_NAME}-I-XL (4.3B)"),
-    "if_ii_l": Preset(_stage_2(160, (1, 2, 4, 6, 8), (2, 2, 3, 5, 5)), 1_243_277_190, f"{_NAME}-II-L, 64 -> 256 (1.2B)"),
+    "if_ii_l": Preset(
+        _stage_2(160, (1, 2, 4, 6, 8), (2, 2, 3, 5, 5)), 1_243_277_190, f"{_NAME}-II-L, to 256 px (1.2B)"
+    ),
 }
 """UNets of DeepFloyd IF by name, with T5-XXL's 4096-wide text."""

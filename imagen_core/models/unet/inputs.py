@@ -10,7 +10,7 @@ from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, 
 from imagen_core.models.conditioning.text import TextConditioning
 from imagen_core.models.conditioning.text_embed import TextEmbedConditioning
 from imagen_core.models.conditioning.transcription import TranscriptionEncoder
-from imagen_core.models.layers.activation import activate
+from imagen_core.models.layers.activation import Activation, activate
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.noise_embedding import NoiseEmbedding, level_embedding
 from imagen_core.models.unet.base import AttentionUNetConfig, UNetBaseConfig
@@ -23,7 +23,8 @@ class Inputs(nn.Module):
         """`attends`: whether the model attends to conditions, which become tokens of width `cond_dim`."""
         super().__init__()
         time_dim = config.time_dim
-        self.activation, self.activations = config.activation, config.time_activations
+        self.activation: Activation = config.activation
+        self.activations = config.time_activations
 
         def time_mlp() -> NoiseEmbedding:
             embedding = level_embedding(config.embed_dim, config.learned_fourier_frequencies)
@@ -121,7 +122,7 @@ def concatenate_images(x: Tensor, conditioning: Conditioning, config: UNetBaseCo
 
 
 def _image(name: str, image: Tensor | None, x: Tensor, channels: int) -> Tensor:
-    wanted = (len(x), channels, *x.shape[2:])
+    wanted = (x.shape[0], channels, *x.shape[2:])
     if image is None or image.shape != wanted:
         found = None if image is None else tuple(image.shape)
         raise ValueError(f"conditioning.{name}: this model reads an image of {wanted} (got {found})")

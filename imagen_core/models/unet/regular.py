@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from imagen_core.config import default_field
 from imagen_core.models.conditioning.base import Conditioning
 from imagen_core.models.layers.activation import activate
 from imagen_core.models.layers.attention import zero_
@@ -45,9 +46,9 @@ class RegularUNetConfig(AttentionUNetConfig):
     """Downsample with a strided convolution; false averages 2 x 2 pixels. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
     """How to upsample without resblock_updown."""
-    block_divisor: float = Field(default=1.0, gt=0)
+    block_divisor: float = default_field(1.0, gt=0)
     """The sum of a ResBlock's two branches is divided by it; sqrt(2) in DeepFloyd IF's super-resolution."""
-    middle_divisor: float = Field(default=1.0, gt=0)
+    middle_divisor: float = default_field(1.0, gt=0)
     """The same for the ResBlocks between the way down and the way up."""
 
     @model_validator(mode="after")
