@@ -6,6 +6,7 @@ FOLDER/README.md  what it is, and how it is used
 """
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,19 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from imagen_core.cascade import CascadeStage
-from imagen_core.conversion.deepfloyd import noising_settings, not_expressible, scheduler_settings
+from imagen_core.cascade import CascadeStage, SamplingConfig
+from imagen_core.conversion.deepfloyd import (
+    noising_settings,
+    not_expressible,
+    published_sampling,
+    scheduler_settings,
+)
 from imagen_core.conversion.deepfloyd_unet import CLASS, diffusers_weights, unet_settings
 from imagen_core.files import share
 from imagen_core.train import LoadedDenoiser
 from pipeline.errors import ConfigError
 from pipeline.storage.files import write_json, write_text
 from stages.checkpoints.diffusers_files import INDEX, NOISING, SCHEDULER, UNET
-from stages.checkpoints.imported import link_files
 from stages.encoders.batches.tokens import load_tokenizer
 from stages.encoders.identity import identity_changes
 from stages.encoders.prompts import encoder_of
@@ -57,10 +62,11 @@ def write_deepfloyd(
     encoder = loaded.cascade.encoder
     for index, (stage, checkpoint) in enumerate(zip(loaded.cascade.stages, loaded.checkpoints, strict=True)):
         below, is_upsampler = folder / _name(stage), stage.is_super_resolution
-        parts: dict[str, Any] = {SCHEDULER: ("diffusers", "DDPMScheduler"), UNET: ("diffusers", CLASS)}
+        scheduler = _scheduler(stage)
+        parts: dict[str, Any] = {SCHEDULER: ("diffusers", scheduler["_class_name"]), UNET: ("diffusers", CLASS)}
         parts |= dict.fromkeys((*_NOT_INCLUDED, "text_encoder", "tokenizer"), (None, None))
         write_json(below / UNET / "config.json", unet_settings(_unet(stage)))
-        write_json(below / SCHEDULER / "scheduler_config.json", scheduler_settings(stage.config))
+        write_json(below / SCHEDULER / "scheduler_config.json", scheduler)
         if is_upsampler:
             parts[NOISING] = ("diffusers", "DDPMScheduler")
             write_json(below / NOISING / "scheduler_config.json", noising_settings(stage.config))
@@ -74,6 +80,22 @@ def write_deepfloyd(
 
 def _name(stage: CascadeStage) -> str:
     return "stage-2" if stage.is_super_resolution else "stage-1"
+
+
+def _session(stage: CascadeStage) -> SamplingConfig:
+    """How a stage samples: as --sampling says, else as IF's own pipelines do."""
+    if stage.sampling != SamplingConfig():
+        return stage.sampling
+    return SamplingConfig.model_validate(published_sampling(low_res=stage.is_super_resolution))
+
+
+def _scheduler(stage: CascadeStage) -> dict[str, Any]:
+    try:
+        return scheduler_settings(stage.config, _session(stage).model_dump(mode="json"))
+    except ValueError as error:
+        raise ConfigError(
+            f"--sampling: the {stage.size_px} px stage: {error} in diffusers' pipelines of DeepFloyd IF"
+        ) from error
 
 
 def _unet(stage: CascadeStage) -> Any:
@@ -103,7 +125,9 @@ def _include_encoder(model: str, encoder: Mapping[str, Any] | None, folder: Path
     if changes:
         raise ConfigError(f"--encoder-model {model}: is not the encoder of the training: {'; '.join(changes)}")
     files = [path for path in sorted(place.iterdir()) if _MODEL_FILES.fullmatch(path.name)]
-    link_files(files, folder / "text_encoder")
+    (folder / "text_encoder").mkdir(parents=True)
+    for path in files:  # no links: who saves into an exported folder must not change the model it was made from
+        shutil.copyfile(path, folder / "text_encoder" / path.name)
     with config.located() as found:
         tokenizer = load_tokenizer(found)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -147,7 +171,13 @@ _NAMED = (
 )
 _LOAD = '{variable} = DiffusionPipeline.from_pretrained("FOLDER/{name}", torch_dtype=torch.{dtype})'
 _ENCODE = 'text, empty = {variable}.encode_prompt("a red fox in the snow")'
-_RUN = "images = {variable}({image}prompt_embeds=text, negative_prompt_embeds=empty{more}).images"
+_RUN = """\
+images = {variable}(
+    {image}prompt_embeds=text,
+    negative_prompt_embeds=empty,
+    num_inference_steps={steps},
+    guidance_scale={guidance}{more},
+).images"""
 
 
 def _card(loaded: LoadedCascade, dtype: Dtype, *, includes_encoder: bool) -> str:
@@ -162,8 +192,10 @@ def _card(loaded: LoadedCascade, dtype: Dtype, *, includes_encoder: bool) -> str
         rows.append(f"| {' | '.join(cells)} | {checkpoint.weights} of step {checkpoint.step:,}, {dtype} |")
         variable = "upsampler" if upsamples else "base"
         load.append(_LOAD.format(variable=variable, name=_name(stage), dtype=dtype))
-        image = "image=images, " if number else "image=SMALL_IMAGES, " if upsamples else ""
-        run.append(_RUN.format(variable=variable, image=image, more="" if is_last else ', output_type="pt"'))
+        image = "image=images,\n    " if number else "image=SMALL_IMAGES,\n    " if upsamples else ""
+        session, more = _session(stage), "" if is_last else ',\n    output_type="pt"'
+        steps, guidance = session.num_steps, session.guidance.text
+        run.append(_RUN.format(variable=variable, image=image, steps=steps, guidance=guidance, more=more))
     encode = _ENCODE.format(variable="upsampler" if stages[0].is_super_resolution else "base")
     model = "an encoder that is not recorded" if encoder is None else f"`{encoder['fingerprint']['model']}`"
     remark = _INCLUDED.format(name=_name(stages[0])) if includes_encoder else _NAMED.format(model=model)
