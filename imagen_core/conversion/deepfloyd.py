@@ -18,6 +18,8 @@ _NOISE_LEVEL = 250
 """Step whose noise the low-resolution image gets in sampling."""
 _FACTOR = 4
 """How much larger stage II's images are than stage I's."""
+_NO_CAP = 1e6  # diffusers has no dynamic thresholding without a largest divisor
+_KINDS = {"DDPMScheduler": "ancestral", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpmpp_2m"}
 _BETAS = {"squaredcos_cap_v2": "cosine", "linear": "linear"}
 _COMMON: dict[str, tuple[Any, ...]] = {  # what the schedulers share: the default first, then what else works here
     "prediction_type": ("epsilon",),
@@ -129,22 +131,58 @@ def not_expressible(config: DenoiserConfig) -> str | None:
     return None
 
 
-def scheduler_settings(config: DenoiserConfig) -> dict[str, Any]:
-    """scheduler_config.json of a stage: the DDPMScheduler that IF's own pipelines have."""
-    schedule = config.diffusion.schedule
-    assert isinstance(schedule, Discrete)
-    return {
-        **_betas(schedule),
-        "prediction_type": "epsilon",
-        "variance_type": config.diffusion.variance,
+def published_sampling(*, low_res: bool) -> dict[str, Any]:
+    """A `SamplingConfig`, as plain values: how IF's own pipelines sample."""
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "variance_type": "learned_range",
         "thresholding": True,
         "dynamic_thresholding_ratio": 0.95,
-        "sample_max_value": 1.0 if config.unet.low_res else 1.5,
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "leading",
-        "steps_offset": 0,
+        "sample_max_value": 1.0 if low_res else 1.5,
     }
+    return sampling(scheduler, low_res=low_res)
+
+
+def scheduler_settings(config: DenoiserConfig, session: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json of a stage: what `sampling` reads as this session. Steps and guidance are no part of it.
+
+    Args:
+        session: a `SamplingConfig` as plain values.
+    Raises:
+        ValueError: no scheduler of diffusers that is known here samples so.
+    """
+    sampler, grid, threshold = (dict(session[part]) for part in ("sampler", "grid", "threshold"))
+    name = {kind: name for name, kind in _KINDS.items()}.get(sampler["kind"])
+    solver = name == "DPMSolverMultistepScheduler"
+    spacing = grid.get("spacing", "linspace")
+    for part, value, possible in (
+        ("sampler.kind", sampler["kind"], tuple(_KINDS.values())),
+        ("sampler.eta", sampler.get("eta", 0.0), (0.0,)),
+        ("sampler.kept_noise", sampler.get("kept_noise"), ("of_network",) if name == "DDIMScheduler" else (None,)),
+        ("grid.kind", grid["kind"], ("uniform",)),
+        ("grid.skip_lowest", grid.get("skip_lowest", False), (solver and spacing != "trailing",)),
+        ("threshold.kind", threshold["kind"], ("dynamic", "none") if solver else ("dynamic", "static", "none")),
+        ("start", session.get("start"), ("unit_variance",)),
+    ):
+        if value not in possible:
+            raise ValueError(f"{part} is {value!r}, and only {' or '.join(map(repr, possible))} has a counterpart")
+    schedule = config.diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    settings = {
+        **_betas(schedule),
+        "_class_name": name,
+        "prediction_type": "epsilon",
+        "timestep_spacing": spacing,
+        "steps_offset": grid.get("offset", 0),
+        "thresholding": threshold["kind"] == "dynamic",
+        "dynamic_thresholding_ratio": threshold["percentile"],
+        "sample_max_value": _NO_CAP if threshold.get("cap") is None else threshold["cap"],
+    }
+    if not solver:
+        settings |= {"clip_sample": threshold["kind"] == "static", "clip_sample_range": 1.0}
+    if name != "DDIMScheduler":
+        settings["variance_type"] = sampler.get("variance") or config.diffusion.variance
+    return settings
 
 
 def noising_settings(config: DenoiserConfig) -> dict[str, Any]:
@@ -171,16 +209,15 @@ def _check(part: str, settings: Mapping[str, Any], known: Mapping[str, tuple[Any
 
 
 def _sampler(name: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    if name == "DPMSolverMultistepScheduler":
-        return {"kind": "dpmpp_2m"}
-    if name == "DDIMScheduler":
-        return {"kind": "ddim", "kept_noise": "of_network"}
+    kind = _KINDS[name]
+    if kind != "ancestral":
+        return {"kind": kind, "kept_noise": "of_network"} if kind == "ddim" else {"kind": kind}
     variance = scheduler.get("variance_type", "fixed_small")
     known = {"learned_range": {}, "learned": {}, "fixed_small": {"variance": "fixed_small"}}
     known |= {"fixed_large": {"variance": "fixed_large"}}
     if variance not in known:
         raise ValueError(f"scheduler: variance_type is {variance!r}, but only {' or '.join(known)} works here")
-    return {"kind": "ancestral", **known[variance]}
+    return {"kind": kind, **known[variance]}
 
 
 def _betas(schedule: Discrete) -> dict[str, Any]:

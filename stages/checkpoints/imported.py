@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 from zipfile import is_zipfile
 
 import yaml
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from imagen_core.diffusion import DenoiserConfig
 
-ResultT = TypeVar("ResultT")
 _SAMPLE = "sample.yaml"
 _TEXT_ENCODER = "text_encoder"
 
@@ -46,12 +45,11 @@ class ImportedStage:
     network: "Callable[[], Mapping[str, Tensor]]"
 
 
-def new_folder(out: str, marker: str = _SAMPLE) -> Path:
-    """The folder of --out; ConfigError if it holds anything but what has the file `marker`, which `write_folder`
-    compares."""
+def new_folder(out: str) -> Path:
+    """The folder of --out; ConfigError if it holds anything but an import, which `write_stages` compares."""
     target = local_path(out, "--out")
     check_above(target, out)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / marker).exists())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / _SAMPLE).exists())):
         wrong = "is not empty" if target.is_dir() else "is a file"
         raise ConfigError(f"--out {out}: {wrong}; give a new folder")
     return target
@@ -117,33 +115,18 @@ def write_stages(
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
     """
-
-    def write(folder: Path) -> CommandResult:
-        result = _write_stages(folder, target, stages, encoder)
-        link_files(text_encoder, folder / _TEXT_ENCODER)
-        if text_encoder:
-            _add_to_sample(folder, encoder_model=str((target / _TEXT_ENCODER).absolute()))
-        return result
-
-    return write_folder(target, write, "import")
-
-
-def write_folder(target: Path, write: Callable[[Path], ResultT], what: str) -> ResultT:
-    """A folder with all that `write` writes into the one it is given, or nothing.
-
-    Raises:
-        ConfigError: `target` holds another one; the same one is no error, so that a killed command may be started
-            again, whatever it had done.
-    """
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        result = write(temporary)
+        result = _write_stages(temporary, target, stages, encoder)
+        link_files(text_encoder, temporary / _TEXT_ENCODER)
+        if text_encoder:
+            _add_to_sample(temporary, encoder_model=str((target / _TEXT_ENCODER).absolute()))
         if not target.exists() or not any(target.iterdir()):
             commit_folder(temporary, target)
         elif not _same_files(temporary, target):
-            raise ConfigError(f"--out {target}: holds another {what}; give a new folder")
+            raise ConfigError(f"--out {target}: holds another import; give a new folder")
         return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
