@@ -126,11 +126,14 @@ def test_written_schedulers_are_read_by_diffusers_with_the_same_noise_levels(num
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
 def test_a_scheduler_without_a_counterpart_is_refused_by_name(scheduler: dict[str, Any], words: str) -> None:
-    changed = SCHEDULERS[1] | scheduler
     with pytest.raises(ValueError) as caught:
-        denoiser_config(UNETS[1], changed)
-        sampling(changed, low_res=False)
+        both(SCHEDULERS[1] | scheduler)
     assert words in str(caught.value)
+
+
+def both(scheduler: dict[str, Any]) -> None:
+    denoiser_config(UNETS[1], scheduler)
+    sampling(scheduler, low_res=False)
 
 
 def test_stage_2_needs_the_scheduler_that_noises_its_low_resolution_images() -> None:
