@@ -38,7 +38,9 @@ _FILES = """
 - The number of steps, the sampler and the threshold are fixed: export again for others. `guidance_scale`, `height` and
   `width` may be given.
 - The same `seed` and embeddings give the images of `pipeline run sample`, up to rounding.
-- `torch_dtype=torch.bfloat16` or `torch.float16` holds the weights so and runs the networks under autocast.
+- With `dtype=torch.bfloat16` or `torch.float16` (`torch_dtype` in older versions of diffusers) convolutions and other
+  products run in that type, and all else in float32.
+- `save_pretrained` does not copy the code; copy or upload this folder instead.
 """
 
 

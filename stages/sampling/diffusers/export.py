@@ -68,6 +68,8 @@ def export_diffusers(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write(loaded, temporary, encoder_model)
+        for path in temporary.rglob("*.safetensors"):
+            share(path)
         commit_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -206,9 +208,7 @@ def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] 
             "sampling": sampling,
         },
     )
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    save_file(graph.tensors, weights, metadata={"format": "pt"})
-    share(weights)
+    save_file(graph.tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     write_text(folder / "network.py", (_FILES / "network.py").read_text(encoding="utf-8"))
 
 

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 _CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
 _SIZES = ("getitem", "add", "sub", "mul", "neg", "mod", "floordiv", "truediv", "eq", "ne", "lt", "le", "gt", "ge")
 """What is computed with the sizes of tensors; operations on tensors are those of torch.ops.aten."""
+_PRODUCTS = ("linear", "conv2d", "conv_transpose2d", "einsum", "matmul", "scaled_dot_product_attention")
+"""What runs in the type of the weights; all else runs in float32."""
+_LOW = (torch.float16, torch.bfloat16)
 
 Values = dict[str, Any]
 Reader = Callable[[Values], Any]
@@ -65,7 +68,7 @@ class Network(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Estimates x0 from x = x0 + sigma * noise.
 
-        Weights of half precision are used under autocast, as numbers between them need float32.
+        With weights of half precision only convolutions and other products run so.
 
         Args:
             x: float32 (b, c, h, w), with x0 in [-1, 1].
@@ -78,12 +81,11 @@ class Network(ModelMixin, ConfigMixin):
         """
         values: Values = {name: {"x": x, "sigma": sigma, **conditions}[name] for name in self.config.inputs}
         values |= {"weights": {**dict(self.named_parameters()), **dict(self.named_buffers())}, "device": x.device}
-        low = self.dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(x.device.type, self.dtype if low else None, enabled=low):
-            for name, read, done in self._program:
-                values[name] = read(values)
-                for used in done:
-                    values.pop(used, None)
+        values["low"] = self.dtype if self.dtype in _LOW else None
+        for name, read, done in self._program:
+            values[name] = read(values)
+            for used in done:
+                values.pop(used, None)
         results = [values[name] for name in self.config.outputs]
         return results[0], results[1] if len(results) > 1 else None
 
@@ -91,7 +93,7 @@ class Network(ModelMixin, ConfigMixin):
 def _program(graph: list[str], outputs: list[str]) -> list[tuple[str, Reader, list[str]]]:
     """For each line the name it sets, the function that gives its value, and the names not read again."""
     program: list[tuple[str, Reader, list[str]]] = []
-    read_later = {"weights", "device", "aten", "operator", "torch", *outputs}
+    read_later = {"weights", "device", "low", "aten", "operator", "torch", *outputs}
     for text in reversed(graph):
         line = ast.parse(text).body[0]
         if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Name):
@@ -122,12 +124,20 @@ def _reader(node: ast.expr) -> Reader:
         constant = getattr(torch, node.attr)  # a type or a layout
         return lambda values: constant
     if isinstance(node, ast.Call):
-        function = _function(ast.unparse(node.func))
+        name = ast.unparse(node.func)
+        function, is_product = _function(name), name.split(".")[1] in _PRODUCTS
         arguments = [_reader(argument) for argument in node.args]
         named = {str(keyword.arg): _reader(keyword.value) for keyword in node.keywords}
-        return lambda values: function(
-            *(read(values) for read in arguments), **{name: read(values) for name, read in named.items()}
-        )
+
+        def call(values: Values) -> Any:
+            given, low = [read(values) for read in arguments], values["low"]
+            options = {key: read(values) for key, read in named.items()}
+            if low is None:
+                return function(*given, **options)
+            dtype = low if is_product else torch.float32
+            return _cast(function(*_cast(given, dtype), **options), torch.float32)
+
+        return call
     raise ValueError(f"graph: {ast.unparse(node)} is no operation of a network")
 
 
@@ -139,3 +149,10 @@ def _function(name: str) -> Callable[..., Any]:
         raise ValueError(f"graph: {name} is no operation of a network")
     packet, overload = rest.split(".")
     return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors of up to 32 bits in another floating-point type."""
+    if isinstance(value, list | tuple):
+        return [_cast(item, dtype) for item in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (*_LOW, torch.float32) else value
