@@ -1,10 +1,12 @@
 """Tiny pipelines of DeepFloyd IF, as diffusers saves them."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.stages.encoders.recipes.pipelines import t5
 
@@ -33,14 +35,15 @@ STATIC = DYNAMIC | {"sample_max_value": 1.0}
 def network(text_dim: int, *, low_res: bool) -> Any:
     """A network of a stage, with random weights.
 
-    Those of the noise are small, or a difference of rounding would grow at each step, as in no trained network.
+    The last ones are small: else a difference of rounding would grow at each step, as in no trained network, and
+    variances would lie outside the learned range.
     """
     build = importlib.import_module("diffusers").UNet2DConditionModel
     torch.manual_seed(int(low_res))
     size, more = (LARGE, {"class_embed_type": "timestep"}) if low_res else (SMALL, {})
     unet = build(sample_size=size, in_channels=6 if low_res else 3, encoder_hid_dim=text_dim, **UNET, **more).eval()
     with torch.no_grad():
-        unet.conv_out.weight[:3] *= 0.1
+        unet.conv_out.weight *= 0.1
     return unet
 
 
@@ -72,3 +75,26 @@ def save_pipelines(folder: Path) -> list[str]:
         scheduler = diffusers.DDPMScheduler(**SCHEDULE, **threshold, variance_type="learned_range")
         pipeline(network(dim, low_res=name == "II"), scheduler, **parts).save_pretrained(folder / name)
     return [str(folder / name) for name in ("I", "II")]
+
+
+class SameNoise:
+    """Numbers in the order in which diffusers takes them from one generator for each image."""
+
+    def __init__(self, seeds: Sequence[int], stream: int):
+        self.generators, self.stream, self.calls = generators(seeds, stream), stream, 0
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def normal(self, shape: Sequence[int], device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        self.calls += 1
+        if self.stream == 1 and self.calls == 1:  # we noise the low-resolution image first, diffusers second
+            self.start = self._next(shape)
+        return self.start if self.stream == 1 and self.calls == 2 else self._next(shape)
+
+    def _next(self, shape: Sequence[int]) -> Tensor:
+        return torch.cat([torch.randn(1, *shape, generator=generator) for generator in self.generators])
+
+
+def generators(seeds: Sequence[int], stream: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 * stream + seed) for seed in seeds]

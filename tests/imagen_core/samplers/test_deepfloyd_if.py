@@ -16,27 +16,9 @@ import imagen_core.cascade
 from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
 from imagen_core.diffusion import Denoiser, DenoiserConfig
 from imagen_core.models import Conditioning
+from tests.deepfloyd import DYNAMIC, LARGE, SCHEDULE, SMALL, STATIC, SameNoise, generators, network, pipeline
 
-DIM, TOKENS, SMALL, LARGE, SEEDS = 8, 77, 16, 32, (3, 4)
-UNET = {
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "out_channels": 6,
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": DIM,
-    "attention_head_dim": 8,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_norm": "group_norm",
-    "resnet_time_scale_shift": "scale_shift",
-    "act_fn": "gelu",
-}
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-DYNAMIC = {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5}
-STATIC = DYNAMIC | {"sample_max_value": 1.0}
+DIM, TOKENS, SEEDS = 8, 77, (3, 4)
 FAST27 = [*(999, 800, 799, 600, 599, 500, 400), *(399, 377, 355, 333, 311, 288, 266, 244, 222, 200)]
 FAST27 += [199, 177, 155, 133, 111, 88, 66, 44, 22, 0]
 
@@ -53,43 +35,6 @@ class Theirs(nn.Module):
         assert bool(conditioning.text_mask.all())
         x = x if conditioning.low_res is None else torch.cat([x, conditioning.low_res], dim=1)
         return self.unet(x, c_noise, conditioning.text, class_labels=conditioning.low_res_noise).sample
-
-
-class SameNoise:
-    """Numbers in the order in which diffusers takes them from one generator for each image."""
-
-    def __init__(self, seeds: Sequence[int], stream: int):
-        self.generators, self.stream, self.calls = generators(seeds, stream), stream, 0
-
-    def __len__(self) -> int:
-        return len(self.generators)
-
-    def normal(self, shape: Sequence[int], device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        self.calls += 1
-        if self.stream == 1 and self.calls == 1:  # we noise the low-resolution image first, diffusers second
-            self.start = self._next(shape)
-        return self.start if self.stream == 1 and self.calls == 2 else self._next(shape)
-
-    def _next(self, shape: Sequence[int]) -> Tensor:
-        return torch.cat([torch.randn(1, *shape, generator=generator) for generator in self.generators])
-
-
-def generators(seeds: Sequence[int], stream: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(100 * stream + seed) for seed in seeds]
-
-
-def network(*, low_res: bool) -> nn.Module:
-    """A network of a stage, with random weights.
-
-    Those of the noise are small, or a difference of rounding would grow at each step, as in no trained network.
-    """
-    build = importlib.import_module("diffusers").UNet2DConditionModel
-    torch.manual_seed(int(low_res))
-    size, more = (LARGE, {"class_embed_type": "timestep"}) if low_res else (SMALL, {})
-    unet = build(sample_size=size, in_channels=6 if low_res else 3, **UNET, **more).eval()
-    with torch.no_grad():
-        unet.conv_out.weight[:3] *= 0.1
-    return unet
 
 
 def stage(unet: nn.Module, sampling: dict[str, Any], *, low_res: bool) -> CascadeStage:
@@ -121,21 +66,11 @@ def captions() -> tuple[Tensor, Tensor]:
 
 def theirs(schedulers: Sequence[Any], captions: tuple[Tensor, Tensor], **options: Any) -> dict[int, Tensor]:
     """What diffusers samples in both stages, in [-1, 1]."""
-    diffusers, text, empty = importlib.import_module("diffusers"), *captions
-    nothing = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    text, empty = captions
     embeds = {"prompt_embeds": text, "negative_prompt_embeds": empty.expand(2, -1, -1), "output_type": "pt"}
-    first = diffusers.IFPipeline(
-        **nothing, unet=network(low_res=False), scheduler=schedulers[0], requires_safety_checker=False
+    first, second = (
+        pipeline(network(DIM, low_res=bool(number)), scheduler) for number, scheduler in enumerate(schedulers)
     )
-    second = diffusers.IFSuperResolutionPipeline(
-        **nothing,
-        unet=network(low_res=True),
-        scheduler=schedulers[1],
-        image_noising_scheduler=diffusers.DDPMScheduler(**SCHEDULE),
-        requires_safety_checker=False,
-    )
-    for pipeline in (first, second):
-        pipeline.set_progress_bar_config(disable=True)
     small = first(**embeds, generator=generators(SEEDS, 0), **options).images
     large = second(**embeds, image=small, generator=generators(SEEDS, 1), **options).images
     return {SMALL: small, LARGE: large}
@@ -143,7 +78,7 @@ def theirs(schedulers: Sequence[Any], captions: tuple[Tensor, Tensor], **options
 
 def ours(sampling: Sequence[dict[str, Any]], captions: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
     """What our cascade samples."""
-    stages = [stage(network(low_res=bool(n)), each, low_res=bool(n)) for n, each in enumerate(sampling)]
+    stages = [stage(network(DIM, low_res=bool(n)), each, low_res=bool(n)) for n, each in enumerate(sampling)]
     text, empty = captions
     return Cascade(stages, {"name": "t5", "dim": DIM}).sample(list(text), SEEDS, null_text=empty)
 
