@@ -1,4 +1,4 @@
-"""The commands of docs/how-to/deepfloyd-if.md on tiny pipelines; what is exported is what was trained, to diffusers."""
+"""The commands of docs/how-to/deepfloyd-if.md on tiny pipelines: what is trained here samples alike in diffusers."""
 
 import importlib
 import json
