@@ -137,12 +137,14 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
         raise ValueError(f"sample_size must be one number of pixels (got {size!r})")
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels: the first must divide the others (got {list(widths)})")
+    if _one_number("cross_attention_dim", unet) % 32:
+        raise ValueError(f"cross_attention_dim must be a multiple of 32 (got {unet['cross_attention_dim']})")
     low_res = _known("class_embed_type", unet, {None: False, "timestep": True})
     return RegularUNetConfig.model_validate(
         {
             "image_size_px": size,
             "text_dim": unet["encoder_hid_dim"],
-            "cond_dim": unet["cross_attention_dim"],
+            "cond_dim": _one_number("cross_attention_dim", unet),
             "padded_tokens": MAX_TOKENS,
             "pooling": "multihead",
             "pooling_heads": unet["addition_embed_type_num_heads"],

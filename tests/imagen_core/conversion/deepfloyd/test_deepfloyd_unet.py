@@ -133,6 +133,7 @@ def test_half_precision_becomes_float32_and_half_precision_again() -> None:
     ("change", "words"),
     [
         ({"cross_attention_dim": None}, "cross_attention_dim is missing"),
+        ({"cross_attention_dim": 40}, "cross_attention_dim must be a multiple of 32 (got 40)"),
         ({"depth": 3}, "depth: not a setting of the UNet2DConditionModel known here"),
         ({"norm_num_groups": 16}, "norm_num_groups is 16, but a DeepFloyd IF has 32"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time', but a DeepFloyd IF has 'text'"),
