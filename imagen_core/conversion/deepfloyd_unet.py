@@ -122,27 +122,20 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
     Raises:
         ValueError: a setting is missing, unknown, or has no counterpart here.
     """
-    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    if missing := sorted(name for name in _NEEDED if settings.get(name) is None):
-        raise ValueError(f"{missing[0]} is missing; give the UNet of a DeepFloyd IF")
-    known = _NEEDED | _DEFAULTS.keys() | _ONLY.keys() | _WITHOUT_EFFECT
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"{', '.join(unknown)}: not a setting of the {CLASS} known here")
-    for name, (default, possible) in _ONLY.items():
-        if (value := settings.get(name, default)) not in possible:
-            raise ValueError(f"{name} is {value!r}, but a DeepFloyd IF has {' or '.join(map(repr, possible))}")
-    unet = {**_DEFAULTS, **settings}
+    unet = _checked(settings)
     widths, size = _whole_numbers("block_out_channels", unet), unet["sample_size"]
     if not isinstance(size, int):
         raise ValueError(f"sample_size must be one number of pixels (got {size!r})")
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels: the first must divide the others (got {list(widths)})")
+    if _one_number("cross_attention_dim", unet) % 32:
+        raise ValueError(f"cross_attention_dim must be a multiple of 32 (got {unet['cross_attention_dim']})")
     low_res = _known("class_embed_type", unet, {None: False, "timestep": True})
     return RegularUNetConfig.model_validate(
         {
             "image_size_px": size,
             "text_dim": unet["encoder_hid_dim"],
-            "cond_dim": unet["cross_attention_dim"],
+            "cond_dim": _one_number("cross_attention_dim", unet),
             "padded_tokens": MAX_TOKENS,
             "dropped_caption": "empty_caption",
             "pooling": "multihead",
@@ -169,6 +162,20 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
             "middle_divisor": unet["mid_block_scale_factor"],
         }
     )
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with their defaults; ValueError for one that is missing, unknown, or has another value than IF's."""
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+    if missing := sorted(name for name in _NEEDED if settings.get(name) is None):
+        raise ValueError(f"{missing[0]} is missing; give the UNet of a DeepFloyd IF")
+    known = _NEEDED | _DEFAULTS.keys() | _ONLY.keys() | _WITHOUT_EFFECT
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"{', '.join(unknown)}: not a setting of the {CLASS} known here")
+    for name, (default, possible) in _ONLY.items():
+        if (value := settings.get(name, default)) not in possible:
+            raise ValueError(f"{name} is {value!r}, but a DeepFloyd IF has {' or '.join(map(repr, possible))}")
+    return {**_DEFAULTS, **settings}
 
 
 def why_not(config: object) -> str | None:

@@ -156,7 +156,8 @@ def _hub(place: str, classes: Iterable[str]) -> PipelineFiles:
     except Exception as error:
         raise MachineError(
             f"{place!r} is neither a local folder, nor cached, nor reachable on the hub ({type(error).__name__}); "
-            f"download it once with `hf download {place}`, or give a local folder"
+            f"download it once with `hf download {place}` (of a gated model accept the licence, and log in), or give a "
+            "local folder"
         ) from error
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from safetensors.torch import save_file
 
@@ -91,7 +91,7 @@ def writer_of(loaded: LoadedCascade, dtype: str | None = None) -> Writer:
     if dtype not in (None, *get_args(Dtype)):
         raise ConfigError(f"--dtype {dtype}: must be {', '.join(get_args(Dtype))}")
     if is_deepfloyd(loaded):
-        return partial(write_deepfloyd, dtype=dtype or "float32")
+        return partial(write_deepfloyd, dtype=cast(Dtype, dtype or "float32"))
     if dtype is not None:
         raise ConfigError(
             f"--dtype {dtype}: is for DeepFloyd IF's networks; give torch_dtype where the folder is opened"
