@@ -24,7 +24,7 @@ from tests.deepfloyd import LARGE, SMALL, SameNoise, generators, save_pipelines
 from tests.runs import REPOSITORY
 from tests.test_docs import commands
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PAGE = REPOSITORY / "docs/how-to/deepfloyd-if.md"
 TRAINED = {"IF-I": 20, "IF-II": 8}
 """Steps of training of stages I and II."""
