@@ -177,6 +177,17 @@ def test_both_stages_sample_the_images_of_diffusers(name, settings, options, sam
     assert_same(mine, theirs(schedulers, captions, **options))
 
 
+@pytest.mark.slow
+def test_stage_one_samples_the_images_of_diffusers_euler_steps(captions) -> None:
+    """Not stage II, whose low-resolution image diffusers scales together with the noisy one."""
+    schedulers = [scheduler("EulerDiscreteScheduler", timestep_spacing="leading") for _ in range(2)]
+    for each in schedulers:
+        each.register_to_config(variance_type="fixed_small")
+    sampling = {"sampler": {"kind": "euler"}, **uniform(6, spacing="leading"), "threshold": {"kind": "none"}}
+    other = theirs(schedulers, captions, num_inference_steps=6)[SMALL]
+    torch.testing.assert_close(ours([sampling] * 2, captions)[SMALL], other.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
 def test_the_captions_and_the_empty_one_matter_to_these_networks(captions) -> None:
     sampling = [{"sampler": {"kind": "ancestral"}, **uniform(3), "threshold": each} for each in CLIPPED]
     text, empty = captions
