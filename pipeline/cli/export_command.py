@@ -17,7 +17,7 @@ _STORE_TARGETS = "mds, webdataset or parquet"
 Paths = Annotated[
     list[str],
     typer.Argument(
-        metavar="PATH...",
+        metavar="PATH",
         help="Run folder of a training, or a checkpoint; with --to diffusers those of a cascade, smallest images "
         f"first; with --to {_STORE_TARGETS} a store.",
     ),
