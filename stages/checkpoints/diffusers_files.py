@@ -156,8 +156,7 @@ def _hub(place: str, classes: Iterable[str]) -> PipelineFiles:
     except Exception as error:
         raise MachineError(
             f"{place!r} is neither a local folder, nor cached, nor reachable on the hub ({type(error).__name__}); "
-            f"download it once with `hf download {place}` (of a gated model accept the licence, and log in), or give a "
-            "local folder"
+            f"download it once with `hf download {place}` (a gated one after login and licence), or give a folder"
         ) from error
 
 
