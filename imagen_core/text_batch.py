@@ -42,3 +42,18 @@ def pad_text(
         row[: len(values)] = values
     lengths = torch.tensor([len(row) for row in rows])
     return padded, torch.arange(longest) < lengths[:, None]
+
+
+def null_text_tensor(null_text: np.ndarray | Tensor, text_shape: tuple[int, ...] | None) -> Tensor:
+    """The caption that takes the place of dropped ones as a float32 tensor (num_tokens, *text_shape).
+
+    Raises:
+        ValueError: no text is read, or of another shape.
+    """
+    if text_shape is None:
+        raise ValueError("null_text: the stages read no captions as tokens; leave it out")
+    values = torch.as_tensor(np.asarray(null_text, dtype=np.float32))
+    if not values.ndim or values.shape[1:] != text_shape:
+        wanted = ", ".join(map(str, ("num_tokens", *text_shape)))
+        raise ValueError(f"null_text: the stages read ({wanted}) embeddings (got {tuple(values.shape)})")
+    return values

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "add-a-stage.md": "needs an installed stage; tests/stages/precompute/test_make_arrays.py has one",
     "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
+    "deepfloyd-if.md": "needs pipelines of DeepFloyd IF; tests/workflows/test_deepfloyd_if.py runs them on tiny ones",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }

@@ -56,7 +56,10 @@ def export(
     codec: Codec = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32."),
+        typer.Option(
+            help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32. Of "
+            "DeepFloyd IF's networks: float32, float16 or bfloat16 weights. Default: float32."
+        ),
     ] = None,
     executor: Annotated[str | None, typer.Option(help="Of a store: local, ray or inline. Default: local.")] = None,
     restart: Annotated[
@@ -68,7 +71,7 @@ def export(
     """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take; with
     --to diffusers a cascade as a folder that diffusers opens; or the samples of a store as files that other trainers
     read, where the same command again resumes."""
-    of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--dtype": dtype, "--executor": executor}
+    of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--executor": executor}
     of_stores |= {"--restart": restart, "--quiet": quiet}
     of_cascades = {"--sampling": sampling, "--encoder-model": encoder_model}
     if to == _DIFFUSERS:
@@ -76,14 +79,14 @@ def export(
         from pipeline.cli.presets import find_config
 
         settings = None if sampling is None else find_config("sample", sampling, "--sampling")
-        options = {"weights": weights, "sampling": settings, "encoder_model": encoder_model}
+        options = {"weights": weights, "sampling": settings, "encoder_model": encoder_model, "dtype": dtype}
         show_stage_command("export-diffusers", paths, as_json, out=out, **options)
         return
     if len(paths) > 1:
         raise ConfigError(f"PATH: {paths[1]}: only --to diffusers takes several; export one after the other")
     _refuse(of_cascades, "is for exports of a cascade; add --to diffusers")
     if to is None:
-        _refuse(of_stores, f"is for exports of a store; add --to {_STORE_TARGETS}")
+        _refuse(of_stores | {"--dtype": dtype}, f"is for exports of a store; add --to {_STORE_TARGETS}")
         show_stage_command("export", paths[0], as_json, out=out, weights=weights)
         return
     _refuse({"--weights": weights}, "is for exports of a model; leave it out, or --to")

@@ -3,8 +3,9 @@
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from stages.checkpoints.imported import check_above
 from stages.sampling.cascade import LoadedCascade, load_cascade
 from stages.sampling.config import SampleConfig, SampleStageConfig
 from stages.sampling.diffusers.card import model_card
+from stages.sampling.diffusers.deepfloyd import Dtype, is_deepfloyd, write_deepfloyd
 from stages.sampling.diffusers.encoder import export_encoder
 from stages.sampling.diffusers.graph import trace
 from stages.sampling.diffusers.steps import sampling_table
@@ -42,6 +44,7 @@ def export_diffusers(
     weights: str | None = None,
     sampling: Path | None = None,
     encoder_model: str | None = None,
+    dtype: str | None = None,
 ) -> CommandResult:
     """Writes the trained stages of a cascade as a folder for `DiffusionPipeline.from_pretrained`; all or nothing.
 
@@ -50,6 +53,7 @@ def export_diffusers(
         weights: `model`, or one of the averages; None means the slowest average of each.
         sampling: configuration of `pipeline run sample`, of which only how the stages sample is read.
         encoder_model: where the text encoder is: a folder, which is copied, or a hub id, which is named.
+        dtype: of the weights of DeepFloyd IF's networks, float32 if None; others keep theirs.
     Raises:
         ConfigError: checkpoints that are missing, or do not fit together, or that no such folder can hold; or a folder
             that is not new.
@@ -60,7 +64,7 @@ def export_diffusers(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {out}: {'is not empty' if target.is_dir() else 'is a file'}; give a new folder")
     loaded = _load(places, weights, sampling)
-    write = writer_of(loaded)
+    write = writer_of(loaded, dtype)
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,8 +84,20 @@ def export_diffusers(
     return {"folder": out, "bytes": size, "stages": stages}, lines, EXIT_OK
 
 
-def writer_of(loaded: LoadedCascade) -> Writer:
-    """What writes this cascade: networks that diffusers has go out in its own layout, others with their own code."""
+def writer_of(loaded: LoadedCascade, dtype: str | None = None) -> Writer:
+    """What writes this cascade: networks that diffusers has go out in its own layout, others with their own code.
+
+    Raises:
+        ConfigError: an unknown dtype, or one for networks with their own code.
+    """
+    if dtype not in (None, *get_args(Dtype)):
+        raise ConfigError(f"--dtype {dtype}: must be {', '.join(get_args(Dtype))}")
+    if is_deepfloyd(loaded):
+        return partial(write_deepfloyd, dtype=cast(Dtype, dtype or "float32"))
+    if dtype is not None:
+        raise ConfigError(
+            f"--dtype {dtype}: is for DeepFloyd IF's networks; give torch_dtype where the folder is opened"
+        )
     return write_folder
 
 
