@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import torch
 from safetensors.torch import save_file
 
 from imagen_core.cascade import CascadeStage
 from imagen_core.files import share
+from imagen_core.models import Conditioning
 from pipeline.commands import CommandResult
 from pipeline.config import load_config, local_path
 from pipeline.errors import EXIT_OK, ConfigError
@@ -214,8 +216,6 @@ def _write_stage(stage: CascadeStage, folder: Path) -> None:
 
 def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     """How the low-resolution image of a stage is prepared; None for a base."""
-    import torch
-
     config, noise = stage.config, stage.config.low_res_noise
     if config.low_res_px is None:
         return None
@@ -223,7 +223,7 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     sigma = 0.0 if noise is None else noise.sampling_sigma if given is None else given
     level = torch.zeros(1, 3, 1, 1)
     denoiser = stage.denoiser
-    conditioning = denoiser.with_sampling_low_res(_empty(), level, level, sigma)
+    conditioning = denoiser.with_sampling_low_res(Conditioning(), level, level, sigma)
     c_noise = conditioning.low_res_noise
     return {
         "size_px": config.low_res_px,
@@ -233,12 +233,6 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
         "scale": float(denoiser.coefficients(torch.tensor([sigma])).input),
         "c_noise": 0.0 if c_noise is None else float(c_noise),
     }
-
-
-def _empty() -> Any:
-    from imagen_core.models import Conditioning
-
-    return Conditioning()
 
 
 def _origins(loaded: LoadedCascade) -> list[dict[str, object]]:
