@@ -11,6 +11,11 @@ from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import record_changes
 from stages.sampling.config import SampleStageConfig
 
+_IMPORTED = 0
+"""The step of a checkpoint of another system."""
+_NUMBERS = ("dtype:", "fingerprint.compute_dtype:")
+"""In which types embeddings were computed and stored: an import knows none, and says float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedCascade:
@@ -51,6 +56,8 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         mine = loaded.embed_encoders.get("text_embed")
         for before, now in ((encoder, loaded.encoder), (vectors, mine)):
             changes = [] if before is None or now is None else record_changes(before, now)
+            if any(one.step == _IMPORTED for one in (*checkpoints, loaded)):
+                changes = [change for change in changes if not change.startswith(_NUMBERS)]
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "

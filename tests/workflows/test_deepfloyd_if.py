@@ -45,8 +45,8 @@ def on_tiny_models(words: list[str]) -> list[str]:
     """The arguments of a command of the page, with what makes it short."""
     words = [HERE.get(word, word) for word in words[1:] if not word.startswith("num_steps=")]
     if words[:2] == ["run", "precompute"]:
-        words += [f"images.sizes_px=[{SMALL},{LARGE}]", "encoders.0.model=IF/text_encoder", "store.dtype=float32"]
-        words += ["--executor", "inline"]
+        words += [f"images.sizes_px=[{SMALL},{LARGE}]", "encoders.0.model=IF/text_encoder", "--executor", "inline"]
+        words += ["encoders.0.compute_dtype=float32", "store.dtype=float32"]
     elif words[:2] == ["run", "train"]:
         words += [f"num_steps={TRAINED[words[words.index('--out') + 1]]}", "optimizer.warmup_steps=1", "ema.rates=[]"]
         words += ["logging.every_steps=1", "conditioning_dropout.text=0.3"]
