@@ -83,3 +83,21 @@ def pad_text(
         row[: len(values)] = values
     lengths = torch.tensor([len(row) for row in rows])
     return padded, torch.arange(longest) < lengths[:, None]
+
+
+def null_text_tensor(null_text: np.ndarray | Tensor, encoders: EncoderRecords) -> Tensor:
+    """The caption that takes the place of dropped ones as a float32 tensor (num_tokens, *text_shape).
+
+    Raises:
+        ValueError: no text is read, or of several encoders, or of another shape.
+    """
+    read = each_encoder(encoders)
+    if len(read) != 1:
+        count = f"captions by {len(read)} encoders" if read else "no captions as tokens"
+        raise ValueError(f"null_text: the stages read {count}; leave it out")
+    text_shape = token_shape(read[0])
+    values = torch.as_tensor(np.asarray(null_text, dtype=np.float32))
+    if not values.ndim or values.shape[1:] != text_shape:
+        wanted = ", ".join(map(str, ("num_tokens", *text_shape)))
+        raise ValueError(f"null_text: the stages read ({wanted}) embeddings (got {tuple(values.shape)})")
+    return values

@@ -31,14 +31,15 @@ ELSEWHERE = {
     "add-a-stage.md": "needs an installed stage; tests/stages/precompute/test_make_arrays.py has one",
     "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
+    "deepfloyd-if.md": "needs pipelines of DeepFloyd IF; tests/workflows/test_deepfloyd_if.py runs them on tiny ones",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds")
-"""Commands that need published weights, a training of hours, scores, other stores, or an optional package; their tests
-are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py, tests/imagen_core/train/data, and
-tests/stages/exports."""
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds", "--to diffusers")
+"""Commands that need published weights, a training of hours, scores, other stores, stages that fit, or an optional
+package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py,
+tests/imagen_core/train/data, tests/stages/exports and tests/stages/sampling/diffusers."""
 RUN_HERE = (
     "train.md",
     "sample.md",

@@ -61,7 +61,8 @@ def validation_loss(context: TrainingContext, name: str) -> float:
         first = done + world.rank * size // world.size
         counters = range(first, first + len(raw["keys"]))
         batch = Batch(raw, counters, size, -(-size // world.size), state)
-        losses = context.loss(make_example(batch, fixed, context.denoiser, world.device, step=0))
+        example = make_example(batch, fixed, context.denoiser, world.device, step=0, null_text=context.null_text)
+        losses = context.loss(example)
         total += losses[: len(batch.keys)].sum().double()
         done += size
     agree(world, errors)
@@ -103,6 +104,8 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
             continue
         shape = (settings.unet.in_channels, *raw["images"][settings.size_px].shape[-2:])
         conditioning = all_conditions(raw, settings.unet, device, dtype)
+        if context.null_text is not None:
+            conditioning = conditioning.with_null_text(context.null_text)
         if settings.low_res_px is not None:
             low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
             low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res

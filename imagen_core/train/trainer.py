@@ -29,7 +29,7 @@ from imagen_core.train.checkpoints.kept import (
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.encoders import encoder_records
+from imagen_core.train.data.encoders import encoder_records, null_text
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.data.randomness import RandomStream, mix
@@ -112,7 +112,7 @@ def train(
             denoiser.net.compile(dynamic=False)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()
-        context = TrainingContext(config, stores, world, denoiser, loss, encode)
+        context = TrainingContext(config, stores, world, denoiser, loss, encode, null_text(stores, config, encode))
 
         # What training changes, as the newest checkpoint has it.
         found = newest_checkpoint(out / "checkpoints", world)

@@ -14,46 +14,54 @@ _DIFFUSERS = "diffusers"
 _STORE_TARGETS = "mds, webdataset or parquet"
 
 
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH",
+        help="Run folder of a training, or a checkpoint; with --to diffusers those of a cascade, smallest images "
+        f"first; with --to {_STORE_TARGETS} a store.",
+    ),
+]
+Out = Annotated[str, typer.Option(help="The .safetensors file to write; with --to the folder. A path or a URL.")]
+To = Annotated[str | None, typer.Option(help=f"Export a cascade, to diffusers; or a store, to {_STORE_TARGETS}.")]
+Weights = Annotated[
+    str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
+]
+SamplingConfig = Annotated[
+    str | None,
+    typer.Option(help="With --to diffusers: configuration of `pipeline run sample` that says how stages sample."),
+]
+EncoderModel = Annotated[
+    str | None, typer.Option(help="With --to diffusers: where the text encoder is; a folder is copied.")
+]
+Sizes = Annotated[
+    list[int] | None, typer.Option(help="Of a store: a size of the images; may be repeated. Default: all.")
+]
+Encoders = Annotated[list[str] | None, typer.Option(help="Of a store: a text encoder; may be repeated. Default: all.")]
+Codec = Annotated[
+    str | None,
+    typer.Option(help="Of a store: png or jpeg. Default: the store's files where the target reads them, else png."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32. Of DeepFloyd "
+        "IF's networks: float32, float16 or bfloat16 weights. Default: float32."
+    ),
+]
+
+
 def export(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...",
-            help="Run folder of a training, or a checkpoint; with --to diffusers those of a cascade, smallest images "
-            f"first; with --to {_STORE_TARGETS} a store.",
-        ),
-    ],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write; with --to the folder. A path or a URL.")],
-    to: Annotated[
-        str | None,
-        typer.Option(help=f"Export a cascade, to diffusers; or a store, to {_STORE_TARGETS}."),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
-    ] = None,
-    sampling: Annotated[
-        str | None,
-        typer.Option(help="With --to diffusers: configuration of `pipeline run sample` that says how stages sample."),
-    ] = None,
-    encoder_model: Annotated[
-        str | None, typer.Option(help="With --to diffusers: where the text encoder is; a folder is copied.")
-    ] = None,
-    size: Annotated[
-        list[int] | None, typer.Option(help="Of a store: a size of the images; may be repeated. Default: all.")
-    ] = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(help="Of a store: a text encoder; may be repeated. Default: all.")
-    ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a store: png or jpeg. Default: the store's files where the target reads them, else png."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32."),
-    ] = None,
+    paths: Paths,
+    out: Out,
+    to: To = None,
+    weights: Weights = None,
+    sampling: SamplingConfig = None,
+    encoder_model: EncoderModel = None,
+    size: Sizes = None,
+    encoder: Encoders = None,
+    codec: Codec = None,
+    dtype: Dtype = None,
     executor: Annotated[str | None, typer.Option(help="Of a store: local, ray or inline. Default: local.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Of a store: make again what no longer fits, in a folder that has some.")
@@ -64,7 +72,7 @@ def export(
     """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take; with
     --to diffusers a cascade as a folder that diffusers opens; or the samples of a store as files that other trainers
     read, where the same command again resumes."""
-    of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--dtype": dtype, "--executor": executor}
+    of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--executor": executor}
     of_stores |= {"--restart": restart, "--quiet": quiet}
     of_cascades = {"--sampling": sampling, "--encoder-model": encoder_model}
     if to == _DIFFUSERS:
@@ -72,14 +80,14 @@ def export(
         from pipeline.cli.presets import find_config
 
         settings = None if sampling is None else find_config("sample", sampling, "--sampling")
-        options = {"weights": weights, "sampling": settings, "encoder_model": encoder_model}
+        options = {"weights": weights, "sampling": settings, "encoder_model": encoder_model, "dtype": dtype}
         show_stage_command("export-diffusers", paths, as_json, out=out, **options)
         return
     if len(paths) > 1:
         raise ConfigError(f"PATH: {paths[1]}: only --to diffusers takes several; export one after the other")
     _refuse(of_cascades, "is for exports of a cascade; add --to diffusers")
     if to is None:
-        _refuse(of_stores, f"is for exports of a store; add --to {_STORE_TARGETS}")
+        _refuse(of_stores | {"--dtype": dtype}, f"is for exports of a store; add --to {_STORE_TARGETS}")
         show_stage_command("export", paths[0], as_json, out=out, weights=weights)
         return
     _refuse({"--weights": weights}, "is for exports of a model; leave it out, or --to")

@@ -100,6 +100,9 @@ class RequestConfig(Config):
     captions: AnyCaptions | None = None
     """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions and
     labels come with them."""
+    negative_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
+    """What guidance leads away from, in all images, in place of a dropped caption. null: a dropped caption as in
+    training, which is the empty prompt for models with dropped_caption=empty_caption."""
     transcriptions: tuple[str, ...] = ()
     """The text to be written in each image, one per prompt, for a cascade that reads them; default: none."""
     labels: tuple[int, ...] = ()

@@ -46,21 +46,47 @@ class PromptEmbeddings:
             return None
         return "encoder" if self._stored is None else f"store, text-{self._stored[1]}"
 
-    def encode(self, requests: Sequence[ImageRequest]) -> None:
-        """Encodes the prompts that `of` will need; the encoder is loaded for it, and not kept.
+    def encode(self, requests: Sequence[ImageRequest], negative: str | None = None) -> None:
+        """Encodes the prompts that `of` and `of_negative` will need; the encoder is loaded for it, and not kept.
 
         Raises:
             ConfigError: the encoder found is not the one of the cascade.
             MachineError: it cannot be found.
         """
-        if self._encoder is None or self._stored is not None:
+        if self._encoder is None:
             return
-        prompts = sorted({request.prompt for request in requests} - self._encoded.keys())
+        wanted = {request.prompt for request in requests} if self._stored is None else set[str]()
+        if negative is not None and requests and self._stored_null(negative) is None:
+            wanted.add(negative)
+        prompts = sorted(wanted - self._encoded.keys())
         if prompts:
             embeddings = encode_prompts(
                 prompts, self._encoder, model=self._model, use_gpu=self._use_gpu, option=self._option
             )
             self._encoded.update(zip(prompts, embeddings, strict=True))
+
+    def of_negative(self, prompt: str | None) -> np.ndarray | None:
+        """(num_tokens, dim) or (num_tokens, layers, dim) of a negative prompt; None for none."""
+        if prompt is None:
+            return None
+        stored = self._stored_null(prompt)
+        return self._encoded[prompt] if stored is None else stored
+
+    def _stored_null(self, prompt: str) -> np.ndarray | None:
+        """The empty prompt's embedding, if the store has it.
+
+        Raises:
+            ConfigError: its file is damaged.
+        """
+        if prompt or self._stored is None or self._encoder is None:
+            return None
+        store, name = self._stored
+        if store.text_group(name).null is None:
+            return None
+        try:
+            return store.null(name, self._encoder.get("layers"))
+        except StoreError as error:
+            raise ConfigError(f"captions.path: {error}") from error
 
     def of(self, requests: Sequence[ImageRequest]) -> list[np.ndarray] | None:
         """One (num_tokens, dim) or (num_tokens, layers, dim) array per image; None if the model reads no captions."""

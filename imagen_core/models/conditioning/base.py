@@ -21,7 +21,10 @@ _TENSORS: dict[Condition, tuple[str, ...]] = {
     "image_embed": ("image_embed",),
     "low_res": ("low_res",),
 }
-_COMPANIONS: dict[Condition, tuple[str, ...]] = {"text": ("text_mask",), "low_res": ("low_res_noise",)}
+_COMPANIONS: dict[Condition, tuple[str, ...]] = {
+    "text": ("text_mask", "null_text", "null_text_mask"),
+    "low_res": ("low_res_noise",),
+}
 _KEEP = {
     "text": "text_keep",
     "transcription": "characters_keep",
@@ -43,6 +46,9 @@ class Conditioning:
         text_mask: bool (b, l), true on real tokens; of each encoder where there are several.
         text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
         text_keep: bool (b,), of text and text_embed.
+        null_text, null_text_mask: as text and text_mask, of the same length: the caption that takes the place of a
+            dropped one, such as the empty or a negative one; None where the network itself knows what a dropped
+            caption is.
         characters: int64 (b, l), the text to be written in the image, as `character_ids` gives it.
         characters_keep: bool (b,).
         low_res: float (b, c, h, w), the low-resolution image upsampled to the size of x, noised and
@@ -60,6 +66,8 @@ class Conditioning:
     text_mask: Tokens | None = None
     text_embed: Tensor | None = None
     text_keep: Tensor | None = None
+    null_text: Tensor | None = None
+    null_text_mask: Tensor | None = None
     characters: Tensor | None = None
     characters_keep: Tensor | None = None
     low_res: Tensor | None = None
@@ -77,9 +85,10 @@ class Conditioning:
         return Conditioning(**values)
 
     def map_text(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """Applies a function to the token embeddings and the mask, of every encoder."""
-        text, mask = (None if t is None else _each(function, t) for t in (self.text, self.text_mask))
-        return replace(self, text=text, text_mask=mask)
+        """Applies a function to token embeddings and masks of every encoder, and to those of `null_text`."""
+        names = ("text", "text_mask", "null_text", "null_text_mask")
+        found = {name: tokens for name in names if (tokens := getattr(self, name)) is not None}
+        return replace(self, **{name: _each(function, tokens) for name, tokens in found.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
         """Moves all tensors to a device; `dtype` applies to floating-point tensors only, None keeps theirs."""
@@ -95,7 +104,36 @@ class Conditioning:
 
     def with_keep(self, condition: Condition, keep: Tensor) -> "Conditioning":
         """A copy with a condition dropped in the rows where `keep`, bool (b,), is false; not for low_res."""
-        return replace(self, **{_KEEP[condition]: keep})
+        if condition != "text" or self.null_text is None:
+            return replace(self, **{_KEEP[condition]: keep})
+        assert isinstance(self.text, Tensor)
+        assert isinstance(self.text_mask, Tensor)
+        assert self.null_text_mask is not None
+        text = torch.where(keep.view(-1, *[1] * (self.text.ndim - 1)), self.text, self.null_text)
+        return replace(self, text=text, text_mask=torch.where(keep[:, None], self.text_mask, self.null_text_mask))
+
+    def with_null_text(self, null_text: Tensor) -> "Conditioning":
+        """A copy in which a dropped caption is replaced by `null_text`, (l, text_dim) or (l, layers, text_dim).
+
+        Raises:
+            ValueError: there is no text, it is of several encoders, or captions are read as one vector too.
+        """
+        if not isinstance(self.text, Tensor) or self.text_embed is not None:
+            raise ValueError("conditioning.null_text: is for models that read captions as tokens of one encoder alone")
+        batch, length = self.text.shape[:2]
+        mask = self.text_mask
+        if not isinstance(mask, Tensor):
+            mask = self.text.new_ones(batch, length, dtype=torch.bool)
+        longest = max(length, len(null_text))
+        null = _longer(null_text.to(self.text), longest, axis=0).expand(batch, *[-1] * (self.text.ndim - 1))
+        null_mask = torch.arange(longest, device=mask.device) < len(null_text)
+        return replace(
+            self,
+            text=_longer(self.text, longest, axis=1),
+            text_mask=_longer(mask, longest, axis=1),
+            null_text=null,
+            null_text_mask=null_mask.expand(batch, -1),
+        )
 
     def without(self, condition: Condition) -> "Conditioning":
         """A copy with a condition dropped in all rows; a low-resolution image becomes zero, which is mid-gray."""
@@ -126,6 +164,13 @@ class Conditioning:
 
 def _each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
     return tuple(map(function, tokens)) if isinstance(tokens, tuple) else function(tokens)
+
+
+def _longer(values: Tensor, length: int, *, axis: int) -> Tensor:
+    """Padded with zeros to `length` along an axis."""
+    missing = length - values.shape[axis]
+    padding = values.new_zeros(*values.shape[:axis], missing, *values.shape[axis + 1 :])
+    return torch.cat([values, padding], dim=axis) if missing else values
 
 
 def unit_variance(embeds: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning, keep_mask
+from imagen_core.models.conditioning.multihead_pooling import MultiheadPooling
 
-Pooling = Literal["attention", "mean"]
-DroppedCaption = Literal["zero_tokens", "no_tokens"]
+Pooling = Literal["attention", "mean", "multihead"]
+DroppedCaption = Literal["zero_tokens", "no_tokens", "empty_caption"]
 
 
 class AttentionPooling(nn.Module):
@@ -36,6 +37,13 @@ class MeanPooling(nn.Module):
         return (text * mask[..., None]).sum(dim=1) / counts
 
 
+def _pooling_layer(kind: Pooling, text_dim: int, time_dim: int, num_heads: int) -> nn.Module:
+    """(b, l, text_dim), bool (b, l) -> (b, text_dim), or of kind multihead (b, time_dim)."""
+    if kind == "multihead":
+        return MultiheadPooling(text_dim, time_dim, num_heads)
+    return AttentionPooling(text_dim) if kind == "attention" else MeanPooling()
+
+
 class TextConditioning(nn.Module):
     """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
 
@@ -50,6 +58,7 @@ class TextConditioning(nn.Module):
         time_dim: int,
         *,
         pooling: Pooling = "attention",
+        pooling_heads: int = 64,
         null_token: bool = False,
         dropped_caption: DroppedCaption = "zero_tokens",
         padded_tokens: int | None = None,
@@ -58,7 +67,8 @@ class TextConditioning(nn.Module):
         """
         Args:
             dropped_caption: what a row attends to when its caption is dropped: a zero embedding for each of its
-                tokens (NeMo Imagen), or nothing, as if the caption were empty.
+                tokens (NeMo Imagen); nothing; or the encoding of "", which takes the caption's place as
+                `Conditioning.null_text` (DeepFloyd IF).
             null_token: adds one learned token to every context, never masked.
             padded_tokens: captions are padded with zeros to this number of tokens; the padding is masked in the
                 context but not in the pooling, and mean pooling averages the context (NeMo Imagen).
@@ -67,37 +77,41 @@ class TextConditioning(nn.Module):
         super().__init__()
         self.text_dim = text_dim
         self.dropped_caption, self.padded_tokens, self.attended = dropped_caption, padded_tokens, attended
-        self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
         averages_context = padded_tokens is not None and pooling == "mean"
-        self.pooled = None
-        if not averages_context:
+        self.pool = _pooling_layer(pooling, text_dim, time_dim, pooling_heads)
+        self.pooled = self.to_time = None
+        if pooling != "multihead" and not averages_context:
             self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
         self.to_context = nn.Linear(text_dim, cond_dim) if attended or averages_context else None
-        self.to_time = nn.Sequential(
-            nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        if pooling != "multihead":
+            self.to_time = nn.Sequential(
+                nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
         self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token and attended else None
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim).
 
         Raises:
-            ValueError: the text is missing, of another width, or longer than padded_tokens.
+            ValueError: the text is missing, of another width, or longer than padded_tokens; or a caption is dropped
+                without a null_text that the model needs.
         """
         text, mask = masked_text(conditioning, self.text_dim)
+        if self.dropped_caption == "empty_caption" and conditioning.text_keep is not None:
+            raise ValueError("conditioning.text_keep: this model reads the empty caption instead; give null_text")
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
-        text, pooled_mask = text.to(next(self.to_time.parameters()).dtype), mask
+        text, pooled_mask = text.to(next(self.parameters()).dtype), mask
         if self.padded_tokens is not None:
             text, mask = _padded(text, mask, self.padded_tokens)
             pooled_mask = torch.ones_like(mask)
         context = None if self.to_context is None else self.to_context(text)
-        if self.pooled is not None:
-            pooled = self.pooled(self.pool(text, pooled_mask))
+        if self.to_time is None:
+            vector = self.pool(text, pooled_mask)
+        elif self.pooled is not None:
+            vector = self.to_time(self.pooled(self.pool(text, pooled_mask)))
         else:
-            assert context is not None
-            pooled = self.pool(context, pooled_mask)
-        vector = self.to_time(pooled)
+            vector = self.to_time(self.pool(context, pooled_mask))
         if context is None or not self.attended:
             return None, None, vector
         if self.null_token is not None:

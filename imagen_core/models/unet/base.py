@@ -4,9 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from imagen_core.config import default_field
 from imagen_core.models.conditioning.text import DroppedCaption, Pooling
 from imagen_core.models.conditioning.text_layers import TextConfig, TextDim
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
+from imagen_core.models.layers.activation import Activation
 
 AttentionType = Literal["self", "cross", "fused", "stacked"]
 
@@ -49,6 +51,11 @@ class UNetBaseConfig(TextConfig):
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     @property
+    def needs_empty_caption(self) -> bool:
+        """Whether the encoding of "" takes the place of a dropped caption."""
+        return False
+
+    @property
     def input_channels(self) -> int:
         """Channels of everything that is concatenated for the first convolution."""
         return self.in_channels * (1 + self.low_res + self.self_conditioning) + self.condition_channels
@@ -81,8 +88,13 @@ class AttentionUNetConfig(UNetBaseConfig):
     """Channels of one attention head (NeMo: per_head_channels)."""
     num_heads: int | None = Field(default=None, ge=1)
     """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
+    shared_norm: bool = default_field(False)
+    """Fused attention has one norm for queries and the pixels' keys (DeepFloyd IF); false: a norm for each (NeMo)."""
     pooling: Pooling = "attention"
-    """How the caption becomes one vector, added to the time vector."""
+    """How the caption becomes one vector, added to the time vector: attention, a weighted mean of its tokens; mean;
+    multihead, what the mean of the tokens attends to in them, with pooling_heads heads (DeepFloyd IF)."""
+    pooling_heads: int = default_field(64, ge=1)
+    """Heads of pooling=multihead; they divide the width of the text."""
     null_token: bool = False
     """Add one learned token to every caption (NeMo: use_null_token)."""
     padded_tokens: int | None = Field(default=None, ge=1)
@@ -91,18 +103,30 @@ class AttentionUNetConfig(UNetBaseConfig):
     is always masked, and each token is normalised by itself."""
     dropped_caption: DroppedCaption = "zero_tokens"
     """What a row attends to when its caption is dropped: zero_tokens, a zero vector for each of its tokens (NeMo);
-    no_tokens, nothing, so that the result does not depend on the caption's length either."""
+    no_tokens, nothing, so that the result does not depend on the caption's length either; empty_caption, the encoding
+    of "" (DeepFloyd IF), which training takes from the store, and sampling from the store or the encoder."""
     learned_fourier_frequencies: int | None = None
     """Number of frequencies of a learned time embedding; null uses fixed sinusoids."""
     init_kernel_size: int = Field(default=3, ge=1)
     """Kernel side of the first convolution, in pixels; odd."""
     scale_shift: bool = True
     """The time vector scales and shifts the second norm of a ResBlock; false adds it before that norm."""
+    activation: Activation = default_field("silu")
+    """Activation of ResBlocks, of the time vector and before the output."""
+    time_embed_dim: int | None = default_field(None, ge=1)
+    """Width of the time vector; null: 4 times embed_dim."""
+    time_activations: Literal[1, 2] = default_field(1)
+    """How often the time vector is activated before ResBlocks project it; diffusers does so twice where it has an
+    activation of its own and resnet_skip_time_act is false."""
 
     @property
     def time_dim(self) -> int:
         """Width of the time vector."""
-        return 4 * self.embed_dim
+        return self.time_embed_dim or 4 * self.embed_dim
+
+    @property
+    def needs_empty_caption(self) -> bool:
+        return self.dropped_caption == "empty_caption"
 
     @property
     def sides_divisor(self) -> int:
@@ -127,6 +151,13 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        if self.needs_empty_caption and (not isinstance(self.text_dim, int) or self.text_embed_dim is not None):
+            raise ValueError(
+                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder only (got text_dim "
+                f"{self.text_dim} and text_embed_dim {self.text_embed_dim})"
+            )
+        if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
+            raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")
         resolutions = () if self.transcription is None else self.transcription.resolutions
         if not set(resolutions) <= set(self.sides_px):
             raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")

@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_core.store import Store
+import torch
+from torch import Tensor
+
+from imagen_core.diffusion import DenoiserConfig
+from imagen_core.store import Store, StoreError
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data.online import OnlineEncoder
+from imagen_core.train.data.online import Encode, OnlineEncoder
+from imagen_core.train.errors import TrainError
 
 
 def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
@@ -26,3 +31,27 @@ def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: On
         tokens = [store.encoder_record(store.text_group(name), layers) for name, layers in config.texts.items()]
     several = isinstance(config.text, tuple)
     return {"encoder": tokens if several else next(iter(tokens), None), "embed_encoders": embeds}
+
+
+def null_text(stores: Mapping[str, Store], config: TrainConfig, encode: Encode | None) -> Tensor | None:
+    """The encoding of "" that takes the place of a dropped caption, float32 (l, text_dim) or (l, layers, text_dim);
+    None for a model that needs none.
+
+    Raises:
+        TrainError: the store does not have it.
+    """
+    settings = config.denoiser
+    if not isinstance(settings, DenoiserConfig) or not settings.unet.needs_empty_caption:
+        return None
+    if encode is not None:
+        (found,) = encode([""])
+    else:
+        ((group, layers),) = config.texts.items()
+        store = next(iter(stores.values()))
+        try:
+            found = store.null(group, layers)
+        except StoreError as error:
+            raise TrainError(
+                f"denoiser.unet.dropped_caption=empty_caption: {error}; encode the captions again with this version"
+            ) from error
+    return torch.from_numpy(found[: config.max_tokens].astype("float32"))

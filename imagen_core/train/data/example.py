@@ -58,10 +58,11 @@ def make_example(
     device: torch.device,
     step: int,
     noise_levels: NoiseLevelSampler | None = None,
+    null_text: Tensor | None = None,
 ) -> Example:
     """Images or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
 
-    Noise levels are uniform in the schedule's time without `noise_levels`.
+    Noise levels are uniform in the schedule's time without `noise_levels`; `null_text` is that of the context.
 
     An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss has weight 0.
     """
@@ -71,7 +72,7 @@ def make_example(
     low_res = images is not None and images.low_res_px is not None
     numbers = sample_numbers(config.seed, batch.counters or range(1), shape, low_res=low_res, device=device)
 
-    conditioning = _conditions(batch, config, device, dtype)
+    conditioning = _conditions(batch, config, device, dtype, null_text)
     if isinstance(settings, PriorConfig):
         assert conditioning.image_embed is not None
         x0 = settings.to_length(conditioning.image_embed)
@@ -141,13 +142,17 @@ def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
     )
 
 
-def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
+def _conditions(
+    batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype, null_text: Tensor | None
+) -> Conditioning:
     """The conditions of each image, some of them dropped."""
     conditioning = all_conditions(batch.raw, config.denoiser.network, device, dtype)
-    if config.compute.compile:
-        conditioning = _bucket_lengths(conditioning, config)
+    if null_text is not None:
+        conditioning = conditioning.with_null_text(null_text)
     counters = batch.counters or range(1)
-    return drop_conditions(conditioning, counters, config.conditioning_dropout, config.seed, device)
+    conditioning = drop_conditions(conditioning, counters, config.conditioning_dropout, config.seed, device)
+    conditioning = replace(conditioning, null_text=None, null_text_mask=None)
+    return _bucket_lengths(conditioning, config) if config.compute.compile else conditioning
 
 
 def _with_low_res(

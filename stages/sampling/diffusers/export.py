@@ -3,13 +3,16 @@
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+import torch
 from safetensors.torch import save_file
 
 from imagen_core.cascade import CascadeStage
 from imagen_core.files import share
+from imagen_core.models import Conditioning
 from pipeline.commands import CommandResult
 from pipeline.config import load_config, local_path
 from pipeline.errors import EXIT_OK, ConfigError
@@ -19,6 +22,7 @@ from stages.checkpoints.imported import check_above
 from stages.sampling.cascade import LoadedCascade, load_cascade
 from stages.sampling.config import SampleConfig, SampleStageConfig
 from stages.sampling.diffusers.card import model_card
+from stages.sampling.diffusers.deepfloyd import Dtype, is_deepfloyd, write_deepfloyd
 from stages.sampling.diffusers.encoder import export_encoder
 from stages.sampling.diffusers.graph import trace
 from stages.sampling.diffusers.steps import sampling_table
@@ -40,6 +44,7 @@ def export_diffusers(
     weights: str | None = None,
     sampling: Path | None = None,
     encoder_model: str | None = None,
+    dtype: str | None = None,
 ) -> CommandResult:
     """Writes the trained stages of a cascade as a folder for `DiffusionPipeline.from_pretrained`; all or nothing.
 
@@ -48,6 +53,7 @@ def export_diffusers(
         weights: `model`, or one of the averages; None means the slowest average of each.
         sampling: configuration of `pipeline run sample`, of which only how the stages sample is read.
         encoder_model: where the text encoder is: a folder, which is copied, or a hub id, which is named.
+        dtype: of the weights of DeepFloyd IF's networks, float32 if None; others keep theirs.
     Raises:
         ConfigError: checkpoints that are missing, or do not fit together, or that no such folder can hold; or a folder
             that is not new.
@@ -58,7 +64,7 @@ def export_diffusers(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {out}: {'is not empty' if target.is_dir() else 'is a file'}; give a new folder")
     loaded = _load(places, weights, sampling)
-    write = writer_of(loaded)
+    write = writer_of(loaded, dtype)
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
@@ -78,8 +84,20 @@ def export_diffusers(
     return {"folder": out, "bytes": size, "stages": stages}, lines, EXIT_OK
 
 
-def writer_of(loaded: LoadedCascade) -> Writer:
-    """What writes this cascade: networks that diffusers has go out in its own layout, others with their own code."""
+def writer_of(loaded: LoadedCascade, dtype: str | None = None) -> Writer:
+    """What writes this cascade: networks that diffusers has go out in its own layout, others with their own code.
+
+    Raises:
+        ConfigError: an unknown dtype, or one for networks with their own code.
+    """
+    if dtype not in (None, *get_args(Dtype)):
+        raise ConfigError(f"--dtype {dtype}: must be {', '.join(get_args(Dtype))}")
+    if is_deepfloyd(loaded):
+        return partial(write_deepfloyd, dtype=cast(Dtype, dtype or "float32"))
+    if dtype is not None:
+        raise ConfigError(
+            f"--dtype {dtype}: is for DeepFloyd IF's networks; give torch_dtype where the folder is opened"
+        )
     return write_folder
 
 
@@ -135,7 +153,7 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     index |= dict.fromkeys(names[: len(stages)], ("network", "Network"))
     write_json(folder / "model_index.json", index | dict(encoder.components) | dict(encoder.settings))
     for stage, name in zip(stages, names, strict=False):
-        _write_stage(stage, folder / name, loaded.cascade.text_shape)
+        _write_stage(stage, folder / name)
     write_text(folder / "pipeline.py", (_FILES / "pipeline.py").read_text(encoding="utf-8"))
     write_text(folder / "README.md", model_card(stages, loaded.checkpoints, encoder))
 
@@ -158,9 +176,9 @@ def _check_parts(stage: CascadeStage) -> None:
         raise ConfigError(f"{prefix}: threshold.kind=length is for a prior's embeddings; use dynamic or static")
 
 
-def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] | None) -> None:
+def _write_stage(stage: CascadeStage, folder: Path) -> None:
     try:
-        graph, table = trace(stage, text_shape), sampling_table(stage)
+        graph, table = trace(stage), sampling_table(stage)
     except ValueError as error:
         raise ConfigError(f"the {stage.size_px} px stage: {error}") from error
     settings, config = stage.sampling, stage.config
@@ -169,7 +187,7 @@ def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] 
         "divisor": config.unet.sides_divisor,
         "channels": config.shape[0],
         "conditions": [name for name in _CONDITIONS if name in stage.conditions],
-        "text_shape": None if text_shape is None else list(text_shape),
+        "text_shape": list(config.unet.text_shape or ()),
         "max_tokens": stage.max_tokens,
         "guidance": {name: getattr(settings.guidance, name) for name in _CONDITIONS},
         "threshold": settings.threshold.model_dump(mode="json"),
@@ -198,8 +216,6 @@ def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] 
 
 def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     """How the low-resolution image of a stage is prepared; None for a base."""
-    import torch
-
     config, noise = stage.config, stage.config.low_res_noise
     if config.low_res_px is None:
         return None
@@ -207,7 +223,7 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     sigma = 0.0 if noise is None else noise.sampling_sigma if given is None else given
     level = torch.zeros(1, 3, 1, 1)
     denoiser = stage.denoiser
-    conditioning = denoiser.with_sampling_low_res(_empty(), level, level, sigma)
+    conditioning = denoiser.with_sampling_low_res(Conditioning(), level, level, sigma)
     c_noise = conditioning.low_res_noise
     return {
         "size_px": config.low_res_px,
@@ -217,12 +233,6 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
         "scale": float(denoiser.coefficients(torch.tensor([sigma])).input),
         "c_noise": 0.0 if c_noise is None else float(c_noise),
     }
-
-
-def _empty() -> Any:
-    from imagen_core.models import Conditioning
-
-    return Conditioning()
 
 
 def _origins(loaded: LoadedCascade) -> list[dict[str, object]]:

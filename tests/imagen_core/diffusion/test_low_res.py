@@ -190,3 +190,9 @@ def test_images_that_are_not_square_are_upsampled_as_squares_are(mode: Upsamplin
     if mode == "cubic_reflect":
         with pytest.raises(ValueError, match="24 x 40 is not a multiple of 12 x 24 pixels"):
             upsample(image[..., 6:18, :], (24, 40), mode)
+
+
+def test_bilinear_corners_is_a_straight_line_from_one_corner_pixel_to_the_other_and_does_not_clip():
+    low_res = torch.tensor([0.0, 3.0]).expand(1, 1, 2, 2)
+    line = torch.linspace(0, 3, 8).expand(1, 1, 8, 8)
+    torch.testing.assert_close(upsample(low_res, (8, 8), "bilinear_corners"), line)
