@@ -151,6 +151,7 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     index: dict[str, Any] = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": _DIFFUSERS_VERSION}
     index |= dict.fromkeys((*names, "text_encoder", "tokenizer"), (None, None))
     index |= dict.fromkeys(names[: len(stages)], ("network", "Network"))
+    index["empty_caption"] = any(stage.config.unet.needs_empty_caption for stage in stages)
     write_json(folder / "model_index.json", index | dict(encoder.components) | dict(encoder.settings))
     for stage, name in zip(stages, names, strict=False):
         _write_stage(stage, folder / name)

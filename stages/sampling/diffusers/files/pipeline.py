@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-Estimate = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
-"""(x, sigma, whether guided) -> the estimate of x0, and the channels of a learned variance."""
+Estimate = Callable[[Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
+"""(x, sigma, whether guided) -> the estimate of x0, before and after the threshold, and the channels of a learned
+variance."""
+Texts = dict[str, Tensor]
+"""`text` (b, l, dim) and `text_mask` (b, l); with `null_` in front what takes the place of a dropped caption."""
 
 
 class Noise:
@@ -58,6 +62,7 @@ class CascadePipeline(DiffusionPipeline):
         encoder_revision: str | None = None,
         max_tokens: int = 128,
         embedding_dtype: str | None = None,
+        empty_caption: bool = False,
     ):
         """
         Args:
@@ -65,6 +70,7 @@ class CascadePipeline(DiffusionPipeline):
                 the first prompt is encoded.
             max_tokens: longer prompts are truncated.
             embedding_dtype: type that the embeddings are rounded to, as those of training were.
+            empty_caption: whether a dropped caption is the empty one; otherwise the networks know what it is.
         """
         super().__init__()
         self.register_modules(
@@ -80,6 +86,7 @@ class CascadePipeline(DiffusionPipeline):
             encoder_revision=encoder_revision,
             max_tokens=max_tokens,
             embedding_dtype=embedding_dtype,
+            empty_caption=empty_caption,
         )
         self.processor = VaeImageProcessor(vae_scale_factor=1)
 
@@ -96,6 +103,8 @@ class CascadePipeline(DiffusionPipeline):
         *,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         prompt_mask: Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         labels: Sequence[int] | None = None,
         image: Any = None,
         num_images_per_prompt: int = 1,
@@ -113,6 +122,9 @@ class CascadePipeline(DiffusionPipeline):
             prompt: one prompt or several.
             prompt_embeds: instead of prompts their embeddings, float (b, l, dim) with `prompt_mask`, bool (b, l), or
                 one (l, dim) for each.
+            negative_prompt: what guidance leads away from, one for all prompts or one for each; None means a dropped
+                caption as in training.
+            negative_prompt_embeds: instead of negative prompts their embeddings.
             labels: the class of each prompt, for a cascade that reads classes; -1 means unknown.
             image: the images to super-resolve, if the first stage does that: PIL images, or float (b, 3, h, w) in
                 [-1, 1].
@@ -125,7 +137,14 @@ class CascadePipeline(DiffusionPipeline):
             ValueError: inputs that do not fit the cascade.
         """
         device = self._execution_device
-        text, mask, count = self._texts(prompt, prompt_embeds, prompt_mask, labels, image, num_images_per_prompt)
+        others = [len(given) for given in (labels, image) if isinstance(given, Sequence | Tensor)]
+        texts = self._texts(prompt, prompt_embeds, prompt_mask)
+        count = len(texts["text"]) if texts else (*others, 1)[0]
+        if any(number != count for number in others):
+            raise ValueError(f"labels, image: give one for each of {count} prompts")
+        texts |= self._null_texts(texts, negative_prompt, negative_prompt_embeds, guidance_scale)
+        texts = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in texts.items()}
+        count *= num_images_per_prompt
         shapes = self._shapes(height, width)
         classes = None if labels is None else torch.tensor(list(labels)).repeat_interleave(num_images_per_prompt)
         low_res = self._low_res(image, shapes[0], num_images_per_prompt)
@@ -136,7 +155,7 @@ class CascadePipeline(DiffusionPipeline):
             for stage, shape, noise in zip(self.stages, shapes, noises, strict=True):
                 settings = stage.config.sampling
                 start = None if settings["low_res"] is None else current
-                inputs = _inputs(settings, text, mask, classes, start, shape, noise, device)
+                inputs = _inputs(settings, texts, classes, start, shape, noise, device)
                 estimate = _guided(stage, settings, inputs, guidance_scale, bar.update)
                 current = follow(settings, estimate, noise, (settings["channels"], *shape), device)
         assert current is not None
@@ -170,34 +189,60 @@ class CascadePipeline(DiffusionPipeline):
         self.register_modules(text_encoder=encoder.eval().to(self._execution_device), tokenizer=tokenizer)
 
     def _texts(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: Tensor | Sequence[Tensor] | None,
-        mask: Tensor | None,
-        labels: Sequence[int] | None,
-        image: Any,
-        copies: int,
-    ) -> tuple[Tensor | None, Tensor | None, int]:
-        """Embeddings and mask of each image, if the cascade reads captions; and the number of images."""
-        others = [len(given) for given in (labels, image) if isinstance(given, Sequence | Tensor)]
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | Sequence[Tensor] | None, mask: Tensor | None
+    ) -> Texts:
+        """The captions; empty if the cascade reads none."""
         if not any("text" in stage.config.sampling["conditions"] for stage in self.stages):
             if prompt is not None or embeds is not None:
                 raise ValueError("prompt: this cascade reads no captions; leave it out")
-            return None, None, copies * (others or [1])[0]
+            return {}
         if (prompt is None) == (embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if embeds is None:
-            assert prompt is not None
-            embeds, mask = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
-        elif not isinstance(embeds, Tensor):
-            rows = list(embeds)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True).bool()
-            embeds = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        if any(number != len(embeds) for number in others):
-            raise ValueError(f"labels, image: give one for each of {len(embeds)} prompts")
-        text, mask = (each.to(self._execution_device).repeat_interleave(copies, dim=0) for each in (embeds, mask))
-        return text.float(), mask, len(text)
+        text, mask = self._embedded(prompt, embeds, mask)
+        return {"text": text, "text_mask": mask}
+
+    def _embedded(
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | Sequence[Tensor] | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts or their embeddings -> float32 (b, l, dim) and bool (b, l)."""
+        if prompt is not None:
+            return self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
+        assert embeds is not None
+        if not isinstance(embeds, Tensor):
+            mask = pad_sequence([torch.ones(len(row)) for row in embeds], batch_first=True)
+            embeds = pad_sequence([row.float() for row in embeds], batch_first=True)
+        mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+        return embeds.to(self._execution_device, torch.float32), mask.to(self._execution_device, torch.bool)
+
+    def _null_texts(
+        self,
+        texts: Texts,
+        prompt: str | Sequence[str] | None,
+        embeds: Tensor | Sequence[Tensor] | None,
+        guidance_scale: float | None,
+    ) -> Texts:
+        """What takes the place of dropped captions, if the networks do not know it; both in one length."""
+        weights = [stage.config.sampling["guidance"]["text"] for stage in self.stages]
+        guided = any(weight != 1 for weight in weights) if guidance_scale is None else guidance_scale != 1
+        if prompt is None and embeds is None:
+            if not texts or not guided or not self.config["empty_caption"]:
+                return {}
+            if self.text_encoder is None and self.config["encoder_model"] is None:
+                raise ValueError("negative_prompt_embeds: give the embedding of the empty prompt, or guidance_scale=1")
+            prompt = ""
+        if not texts:
+            raise ValueError("negative_prompt: this cascade reads no captions; leave it out")
+        null, mask = self._embedded(prompt, embeds)
+        if len(null) not in (1, len(texts["text"])):
+            raise ValueError(
+                f"negative_prompt: {len(null)} for {len(texts['text'])} prompts; give one for all or each"
+            )
+        found = texts | {"null_text": null, "null_text_mask": mask}
+        longest = max(each.shape[1] for each in found.values())
+        for name, each in found.items():
+            padding = each.new_zeros(len(each), longest - each.shape[1], *each.shape[2:])
+            found[name] = torch.cat([each, padding], dim=1).expand(len(texts["text"]), *[-1] * (each.ndim - 1))
+        return found
 
     def _shapes(self, height: int | None, width: int | None) -> list[tuple[int, int]]:
         """Height and width of each stage's images."""
@@ -257,7 +302,8 @@ def follow(
 ) -> Tensor:
     """Follows the table of a stage's sampler: float32 (b, *shape).
 
-    An entry takes noise, or adds up named images, each times a number; the sum is an image, or what the network gets.
+    An entry takes noise, or adds up named images, each times a number; the sum is an image, or what the network gets;
+    `unclipped` names its estimate before the threshold.
     The term `noise` of an entry `variance` is also multiplied by exp(log_ratio * v), where v are the variance's
     channels of an estimate.
     """
@@ -280,7 +326,9 @@ def follow(
         result = sum((factor * values[name] for name, factor in factors.items()), torch.zeros((), device=device))
         if "estimate" in entry:
             name = entry["estimate"]
-            values[name], channels = estimate(result, entry["sigma"], entry["guided"])
+            before, values[name], channels = estimate(result, entry["sigma"], entry["guided"])
+            if "unclipped" in entry:
+                values[entry["unclipped"]] = before
             variances = {name: channels}
         else:
             values[entry["image"]] = result
@@ -290,8 +338,7 @@ def follow(
 
 def _inputs(
     settings: Mapping[str, Any],
-    text: Tensor | None,
-    mask: Tensor | None,
+    texts: Texts,
     labels: Tensor | None,
     low_res: Tensor | None,
     shape: tuple[int, int],
@@ -301,14 +348,10 @@ def _inputs(
     """What the network of a stage reads beside the noisy image, but for which of it is kept."""
     inputs: dict[str, Tensor] = {}
     if "text" in settings["conditions"]:
-        assert text is not None
-        assert mask is not None
-        if list(text.shape[2:]) != settings["text_shape"]:
-            raise ValueError(
-                f"prompt_embeds: {list(text.shape[2:])} wide, this cascade reads {settings['text_shape']}"
-            )
-        tokens = slice(settings["max_tokens"])
-        inputs |= {"text": text[:, tokens], "text_mask": mask[:, tokens]}
+        if list(texts["text"].shape[2:]) != settings["text_shape"]:
+            found = list(texts["text"].shape[2:])
+            raise ValueError(f"prompt_embeds: {found} wide, this cascade reads {settings['text_shape']}")
+        inputs |= {name: each[:, : settings["max_tokens"]] for name, each in texts.items()}
     if "labels" in settings["conditions"]:
         unknown = torch.full((len(noise.generators),), -1)
         inputs["labels"] = (unknown if labels is None else labels).to(device)
@@ -337,6 +380,8 @@ def _upsample(image: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
     if mode == "nearest":
         return F.interpolate(image, size=shape, mode="nearest-exact").clamp(-1, 1)
     smaller = image.shape[-1] > shape[-1]
+    if mode == "bilinear_corners":
+        return F.interpolate(image, size=shape, mode="bilinear", align_corners=True)
     if mode == "bicubic_unclipped":
         return F.interpolate(image, size=shape, mode="bicubic", antialias=smaller)
     return F.interpolate(image, size=shape, mode=mode, antialias=smaller).clamp(-1, 1)
@@ -363,19 +408,23 @@ def _guided(
     weights = settings["guidance"] | ({} if scale is None else {"text": scale})
     guided, plain = _terms(settings["conditions"], weights), [(1.0, frozenset[str]())]
 
-    def estimate(x: Tensor, sigma: float, is_guided: bool) -> tuple[Tensor, Tensor | None]:
+    def estimate(x: Tensor, sigma: float, is_guided: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         total, variance = torch.zeros_like(x), None
         level = torch.full((len(x),), sigma, device=x.device)
         for index, (weight, dropped) in enumerate(guided if is_guided else plain):
             given = dict(inputs)
+            replaces = "text" in dropped and "null_text" in given
+            if replaces:
+                given |= {"text": given["null_text"], "text_mask": given["null_text_mask"]}
             for name in ("text", "labels"):
-                given[f"{name}_keep"] = torch.full((len(x),), name not in dropped, device=x.device)
+                is_kept = name not in dropped or (name == "text" and replaces)
+                given[f"{name}_keep"] = torch.full((len(x),), is_kept, device=x.device)
             if "low_res" in dropped:
                 given["low_res"] = torch.zeros_like(given["low_res"])
             found, channels = network(x, level, **given)
             total, variance = total + weight * found, channels if index == 0 else variance
         count()
-        return _threshold(total, settings["threshold"]), variance
+        return total, _threshold(total, settings["threshold"]), variance
 
     return estimate
 
