@@ -80,10 +80,10 @@ class _Recorder:
 def sampling_table(stage: CascadeStage) -> list[Instruction]:
     """The instructions of one stage, which `files/pipeline.py` follows; the last one sets the stage's images.
 
-    `{noise: NAME}` takes standard normal numbers. `{estimate: NAME, of: {NAME: NUMBER}, sigma, guided}` runs the network
-    on a sum of images; `unclipped: NAME` names its estimate before the threshold. `{image: NAME, of: {NAME: NUMBER}}`
-    adds up; the term `noise` of an entry `variance` has the deviation number * exp(log_ratio * v), v being the channels
-    of an estimate's variance.
+    `{noise: NAME}` takes standard normal numbers. `{estimate: NAME, of: {NAME: NUMBER}, sigma, guided}` runs the
+    network on a sum of images; `unclipped: NAME` names its estimate before the threshold. `{image: NAME, of: {NAME:
+    NUMBER}}` adds up; the term `noise` of an entry `variance` has the deviation number * exp(log_ratio * v), v being
+    the channels of an estimate's variance.
 
     Raises:
         ValueError: the sampler does something else than adding up, or the grid does not suit it.

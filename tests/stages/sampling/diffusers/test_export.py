@@ -93,11 +93,17 @@ def captions(folder: Path, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [EFFICIENT, REGULAR, HYBRID], ids=["efficient", "regular", "hybrid"])
-def test_a_process_without_this_package_generates_the_same_images(tmp_path: Path, base: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("base", "upsampling"),
+    [(EFFICIENT, "bicubic"), (REGULAR, "bilinear_corners"), (HYBRID, "cubic_reflect")],
+    ids=["efficient", "regular", "hybrid"],
+)
+def test_a_process_without_this_package_generates_the_same_images(
+    tmp_path: Path, base: dict[str, Any], upsampling: str
+) -> None:
     places = [
         save(tmp_path / "base", denoiser(base), ENCODER),
-        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES), ENCODER),
+        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES, low_res_upsampling=upsampling), ENCODER),
     ]
     config = sampling_file(tmp_path, SAMPLING)
     result = call("export", *places, "--to", "diffusers", "--out", str(tmp_path / "out"), "--sampling", config)
