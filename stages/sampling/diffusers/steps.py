@@ -78,7 +78,7 @@ class _Recorder:
 
 
 def sampling_table(stage: CascadeStage) -> list[Instruction]:
-    """The instructions of one stage, which `files/pipeline.py` follows; the last one sets the stage's images.
+    """The instructions of one stage, which `files/cascade_sampling.py` follows; the last one sets the stage's images.
 
     `{noise: NAME}` takes standard normal numbers. `{estimate: NAME, of: {NAME: NUMBER}, sigma, guided}` runs the
     network on a sum of images; `unclipped: NAME` names its estimate before the threshold. `{image: NAME, of: {NAME:
@@ -173,7 +173,7 @@ def _clip(estimate: Tensor) -> Tensor:
 
 
 def _followed(table: Sequence[Instruction], denoise: Any, noise: SeededNoise, *, sigmoid: bool) -> Tensor:
-    """What `files/pipeline.py` does with a table, for numbers, float64 (1, *_SHAPE)."""
+    """What `files/cascade_sampling.py` does with a table, for numbers, float64 (1, *_SHAPE)."""
     values: dict[str, Tensor] = {}
     channels: dict[str, Tensor | None] = {}
     result = torch.zeros(())

@@ -157,7 +157,14 @@ def test_prompts_give_the_images_of_run_sample(trained: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_folder_says_what_it_is(trained: Path) -> None:
     out = trained / "out"
-    assert {"README.md", "model_index.json", "pipeline.py", "stage_1/network.py", "stage_2/config.json"} <= tree(out)
+    assert {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "cascade_sampling.py",
+        "stage_1/network.py",
+        "stage_2/config.json",
+    } <= tree(out)
     index = json.loads((out / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     card = (out / "README.md").read_text()
