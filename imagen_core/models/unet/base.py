@@ -153,8 +153,8 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
         if self.needs_empty_caption and (not isinstance(self.text_dim, int) or self.text_embed_dim is not None):
             raise ValueError(
-                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder only (got text_dim "
-                f"{self.text_dim} and text_embed_dim {self.text_embed_dim})"
+                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder alone "
+                f"(got text_dim {self.text_dim} and text_embed_dim {self.text_embed_dim})"
             )
         if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
             raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")

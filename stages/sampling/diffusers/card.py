@@ -17,7 +17,8 @@ tags: [diffusion, cascade]
 # {title}
 
 A cascade of pixel diffusion models, exported from imagen-precompute. It needs torch, diffusers and transformers; the
-code is in `pipeline.py` and `network.py`, which `trust_remote_code=True` runs, so read them first.
+code is in `pipeline.py`, `cascade_sampling.py` and `network.py`, which `trust_remote_code=True` runs, so read them
+first.
 
 The licence above is to be filled in by whoever publishes the model.
 

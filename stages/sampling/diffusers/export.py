@@ -28,6 +28,7 @@ from stages.sampling.diffusers.graph import trace
 from stages.sampling.diffusers.steps import sampling_table
 
 _FILES = Path(__file__).with_name("files")
+_CODE = ("pipeline.py", "cascade_sampling.py")
 _DIFFUSERS_VERSION = "0.42.1"
 """The version whose layout is written."""
 _MOST_STAGES = 4
@@ -151,10 +152,12 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     index: dict[str, Any] = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": _DIFFUSERS_VERSION}
     index |= dict.fromkeys((*names, "text_encoder", "tokenizer"), (None, None))
     index |= dict.fromkeys(names[: len(stages)], ("network", "Network"))
+    index["empty_caption"] = any(stage.config.unet.needs_empty_caption for stage in stages)
     write_json(folder / "model_index.json", index | dict(encoder.components) | dict(encoder.settings))
     for stage, name in zip(stages, names, strict=False):
         _write_stage(stage, folder / name)
-    write_text(folder / "pipeline.py", (_FILES / "pipeline.py").read_text(encoding="utf-8"))
+    for name in _CODE:
+        write_text(folder / name, (_FILES / name).read_text(encoding="utf-8"))
     write_text(folder / "README.md", model_card(stages, loaded.checkpoints, encoder))
 
 

@@ -81,6 +81,8 @@ def _arguments(stage: CascadeStage) -> tuple[dict[str, Tensor], dict[str, Any]]:
         arguments |= dict(zip(_TEXT, (*text, torch.ones(batch, dtype=torch.bool)), strict=True))
         token = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
         sizes |= {"text": token, "text_mask": token, "text_keep": row}
+    if config.unet.needs_empty_caption:  # takes the place of the caption, whichever the pipeline gives
+        del arguments["text_keep"], sizes["text_keep"]
     if config.unet.num_classes is not None:
         arguments |= dict(zip(_LABELS, (torch.zeros(batch).long(), torch.ones(batch, dtype=torch.bool)), strict=True))
         sizes |= dict.fromkeys(_LABELS, row)

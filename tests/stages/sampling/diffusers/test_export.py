@@ -93,11 +93,17 @@ def captions(folder: Path, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [EFFICIENT, REGULAR, HYBRID], ids=["efficient", "regular", "hybrid"])
-def test_a_process_without_this_package_generates_the_same_images(tmp_path: Path, base: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("base", "upsampling"),
+    [(EFFICIENT, "bicubic"), (REGULAR, "bilinear_corners"), (HYBRID, "cubic_reflect")],
+    ids=["efficient", "regular", "hybrid"],
+)
+def test_a_process_without_this_package_generates_the_same_images(
+    tmp_path: Path, base: dict[str, Any], upsampling: str
+) -> None:
     places = [
         save(tmp_path / "base", denoiser(base), ENCODER),
-        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES), ENCODER),
+        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES, low_res_upsampling=upsampling), ENCODER),
     ]
     config = sampling_file(tmp_path, SAMPLING)
     result = call("export", *places, "--to", "diffusers", "--out", str(tmp_path / "out"), "--sampling", config)
@@ -151,7 +157,14 @@ def test_prompts_give_the_images_of_run_sample(trained: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_folder_says_what_it_is(trained: Path) -> None:
     out = trained / "out"
-    assert {"README.md", "model_index.json", "pipeline.py", "stage_1/network.py", "stage_2/config.json"} <= tree(out)
+    assert {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "cascade_sampling.py",
+        "stage_1/network.py",
+        "stage_2/config.json",
+    } <= tree(out)
     index = json.loads((out / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     card = (out / "README.md").read_text()
