@@ -117,10 +117,7 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         self._check_stores()
         self._check_encoders()
-        if self.captions is not None and not any(self.captions.values()):
-            raise ValueError("captions: all weights are 0, so no caption would be read; give one a weight above 0")
-        if self.captions is not None and not self.reads_captions:
-            raise ValueError("captions: the model reads no captions; leave it out, or set text and text_dim")
+        self._check_captions()
         schedule = self.denoiser.diffusion.schedule
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"noise_levels.kind=loss_second_moment needs a discrete schedule (got {schedule.kind})")
@@ -154,6 +151,15 @@ class TrainConfig(Config):
                 raise ValueError(f"stores.{number}.{field}: {values[number]!r} is there twice; {remedy}")
         if not any(share.weight for share in self.stores):
             raise ValueError("stores: all weights are 0, so there is nothing to train on; give one a weight above 0")
+
+    def _check_captions(self) -> None:
+        """Refuses weights of sets of captions that would leave no caption to read, or that nothing reads."""
+        of_stores = {f"stores.{number}.captions": share.captions for number, share in enumerate(self.stores)}
+        for field, weights in {"captions": self.captions, **of_stores}.items():
+            if weights is not None and not any(weights.values()):
+                raise ValueError(f"{field}: all weights are 0, so no caption would be read; give one a weight above 0")
+            if weights is not None and not self.reads_captions:
+                raise ValueError(f"{field}: the model reads no captions; leave it out, or set text and text_dim")
 
     def _check_encoders(self) -> None:
         """Refuses encoders that the model does not read, and the lack of encoders that it does."""
@@ -285,7 +291,9 @@ class TrainConfig(Config):
         found = {}
         for share in self.stores:
             data = self.data.model_copy(update={"samples": share.samples})
-            found[share.called] = self.model_copy(update={"store": share.path, "stores": (), "data": data})
+            captions = self.captions if share.captions is None else share.captions
+            changes = {"store": share.path, "stores": (), "data": data, "captions": captions}
+            found[share.called] = self.model_copy(update=changes)
         return found
 
     @property

@@ -15,7 +15,6 @@ from imagen_core.diffusion.steps import Karras
 from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
-from imagen_core.store import Store
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.train.augment import grayscale
@@ -47,9 +46,8 @@ def validation_loss(context: TrainingContext, name: str) -> float:
     levels every time."""
     config, world, store = context.config, context.world, context.stores[name]
     fixed, samples = _for_validation(config), validation_samples(store, config)
-    options = loader_options(
-        config, config.micro_batch_size or max(1, config.batch_size // world.size), online=context.encode is not None
-    )
+    micro_batch = config.micro_batch_size or max(1, config.batch_size // world.size)
+    options = loader_options(config.by_store()[name], micro_batch, online=context.encode is not None)
     order = {"seed": config.seed, "rank": world.rank, "world_size": world.size, "shuffle": False}
     loader = Loader(store, replace(options, **order, samples=samples, crop=random_views(fixed)))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -157,7 +155,7 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     generated: dict[int, list[Tensor]] = {steps: [] for steps in config.validation.similarity_num_steps}
     images, texts = [], []
     errors: list[Exception] = []
-    batches = (raw for store in context.stores.values() for raw in _validation_batches(context, store, errors))
+    batches = (raw for name in context.stores for raw in _validation_batches(context, name, errors))
     if is_sharded(config, context.world):  # processes meet in each batch, so all must be readable
         batches = list(batches)
         agree(context.world, errors)
@@ -183,13 +181,12 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     return found
 
 
-def _validation_batches(
-    context: TrainingContext, store: Store, errors: list[Exception]
-) -> Iterator[Mapping[str, Any]]:
-    """All validation samples of a store, the same on every process; `errors` as of `read_batches`."""
-    config = context.config
+def _validation_batches(context: TrainingContext, name: str, errors: list[Exception]) -> Iterator[Mapping[str, Any]]:
+    """All validation samples of the store of this name, the same on every process; `errors` as of `read_batches`."""
+    config, store = context.config, context.stores[name]
     options = _plain_options(context, config.micro_batch_size or config.batch_size)
-    loader = Loader(store, replace(options, samples=validation_samples(store, config)))
+    captions = config.by_store()[name].captions
+    loader = Loader(store, replace(options, samples=validation_samples(store, config), caption_sets=captions))
     return read_batches(loader, config, context.encode, errors)
 
 

@@ -123,7 +123,8 @@ def _caption_shares(context: TrainingContext) -> dict[str, dict[str, float]]:
     config = context.config
     if not config.reads_captions:
         return {}
-    found = {name: caption_shares(store, config.captions) for name, store in context.stores.items()}
+    each = config.by_store()
+    found = {name: caption_shares(store, each[name].captions) for name, store in context.stores.items()}
     return {name: shares for name, shares in found.items() if [*shares] != [*context.stores[name].caption_sets][:1]}
 
 

@@ -92,7 +92,7 @@ def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape],
         return square, [], f"cannot be used: {error}"
     buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
     seen = config.num_steps * config.batch_size
-    shares = {name: _caption_shares(store, config) for name, store in stores.items()}
+    shares = {name: _caption_shares(store, each[name]) for name, store in stores.items()}
     sets = sorted(
         {name for store, of in shares.items() for name in of if name != next(iter(stores[store].caption_sets))}
     )

@@ -1,7 +1,7 @@
 """Reads samples of one or several stores into one batch of tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -49,15 +49,22 @@ class BatchReader:
             images are squares, or none are read.
     """
 
-    def __init__(self, stores: Sequence[StoreReader], options: LoaderOptions) -> None:
-        """`stores` have groups of the same dtypes and sizes.
+    def __init__(
+        self,
+        stores: Sequence[StoreReader],
+        options: LoaderOptions,
+        caption_sets: Sequence[Mapping[str, float] | None] | None = None,
+    ) -> None:
+        """`stores` have groups of the same dtypes and sizes; `caption_sets`: of each of them, instead of `options`'.
 
         Raises:
             ValueError: a size or encoder that a store lacks, or images of different aspect-ratio buckets.
         """
         self._stores, self._options = stores, options
         self._view = options.crop or FullImage()
-        self._choices = [CaptionChoice(store, options) for store in stores] if options.reads_captions else []
+        sets = [options.caption_sets] * len(stores) if caption_sets is None else caption_sets
+        each = [replace(options, caption_sets=weights) for weights in sets]
+        self._choices = list(map(CaptionChoice, stores, each)) if options.reads_captions else []
         self.has_caption_sets = any(choice.has_sets for choice in self._choices)
         self.ratios: tuple[Shape, ...] = ()
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]

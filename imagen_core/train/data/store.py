@@ -164,7 +164,8 @@ def make_loader(
     if config.store is not None:
         ((name, store),) = stores.items()
         return Loader(store, replace(options, samples=samples[name]))
-    return MixtureLoader(stores, config.weights, options, samples)
+    captions = {name: one.captions for name, one in config.by_store().items() if one.captions is not None}
+    return MixtureLoader(stores, config.weights, options, samples, captions)
 
 
 def validation_samples(store: Store, config: TrainConfig) -> range:

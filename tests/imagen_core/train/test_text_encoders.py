@@ -15,6 +15,7 @@ from imagen_core.train import CheckpointMismatchError, OnlineEncoder, TrainConfi
 from imagen_core.train.checkpoints.single_file import write_model
 from imagen_core.train.data.example import make_example
 from imagen_core.train.data.stores import open_stores
+from tests.imagen_core.train.processes import job, launched
 from tests.imagen_core.train.small import (
     ALONE,
     BASE_UNET,
@@ -116,6 +117,21 @@ def test_it_trains_in_micro_batches_with_validation_and_grids(store: Path, tmp_p
     train(two(store, num_steps=2, micro_batch_size=3, **more), tmp_path / "more")
     assert "validation_loss" in metrics(tmp_path / "more")[-1]
     assert [*(tmp_path / "more").rglob("*.png")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_does_replicated_and_sharded(store: Path, trained: Path, tmp_path: Path) -> None:
+    changes = two(store, micro_batch_size=3).model_dump(mode="json", exclude={"store", "parallel"})
+    kinds = ("ddp", "fsdp2")
+    with launched(tmp_path, [job(store, tmp_path / kind, **changes, parallel={"kind": kind}) for kind in kinds]):
+        pass
+    expected = tensors(trained / "checkpoints/step-00000006")
+    for kind in kinds:
+        found = tensors(tmp_path / kind / "checkpoints/step-00000006")
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-10)
 
 
 @pytest.mark.slow
