@@ -165,6 +165,7 @@ def _check_parts(stage: CascadeStage) -> None:
     """ConfigError for what `files/pipeline.py` cannot give to a network."""
     unet, prefix = stage.config.unet, f"the {stage.size_px} px stage"
     for option, is_used, why in (
+        ("text_dim", len(unet.text_shapes) > 1, "reads captions by several encoders"),
         ("transcription", unet.transcription is not None, "reads transcriptions"),
         ("image_embed_dim", unet.image_embed_dim is not None, "reads image embeddings, which a prior generates"),
         ("text_embed_dim", unet.text_embed_dim is not None, "reads captions as one vector by a second encoder"),
@@ -190,7 +191,7 @@ def _write_stage(stage: CascadeStage, folder: Path) -> None:
         "divisor": config.unet.sides_divisor,
         "channels": config.shape[0],
         "conditions": [name for name in _CONDITIONS if name in stage.conditions],
-        "text_shape": list(config.unet.text_shape or ()),
+        "text_shape": list(config.unet.text_shapes[0] if config.unet.text_shapes else ()),
         "max_tokens": stage.max_tokens,
         "guidance": {name: getattr(settings.guidance, name) for name in _CONDITIONS},
         "threshold": settings.threshold.model_dump(mode="json"),
