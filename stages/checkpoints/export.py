@@ -3,7 +3,7 @@
 import os
 from pathlib import PurePosixPath
 
-from imagen_core.train import CheckpointError
+from imagen_core.train import TrainError
 from imagen_core.train.checkpoints.single_file import write_model
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
@@ -28,7 +28,7 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
     _check_target(storage, name, out)
     try:
         model = load_checkpoint_from(place, weights)
-    except CheckpointError as error:
+    except TrainError as error:
         raise ConfigError(str(error)) from error
     temporary = storage.local / f"{TEMPORARY_MARK}{name}"  # always the same: no kill leaves it
     make_folder(temporary.parent)
