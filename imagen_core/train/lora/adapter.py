@@ -99,6 +99,12 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(f".{_NAME}.", "."): p for name, p in own.items()} if own else named
 
 
+def adapter_settings(model: nn.Module) -> tuple[int, float]:
+    """Rank and alpha of the model's adapter."""
+    layer = next(iter(_adapted(model).values()))
+    return layer.r[_NAME], layer.lora_alpha[_NAME]
+
+
 def adapter_layers(names: Iterable[str]) -> list[str]:
     """The layers that the tensors of an adapter are for, from the tensors' names."""
     return list(dict.fromkeys(name.partition(mark)[0] for name in names for mark in _MATRICES if mark in name))

@@ -79,7 +79,7 @@ def test_a_new_adapter_changes_nothing_and_a_filled_one_adds_its_product(family:
     assert not torch.allclose(adapted(*given), plain(*given), rtol=1e-3)
     for layer in target_layers(plain, None):
         added = values[f"{layer}.lora_B.weight"] @ values[f"{layer}.lora_A.weight"]
-        plain.get_submodule(layer).weight += 6 / 3 * added
+        plain.get_parameter(f"{layer}.weight").add_(6 / 3 * added)
     torch.testing.assert_close(adapted(*given), plain(*given), rtol=1e-9, atol=1e-9)
 
 
@@ -104,7 +104,7 @@ def test_the_adapter_alone_gets_gradients(family: str) -> None:
     assert len(adapter) == 2 * len(target_layers(denoiser(family), None)) > 0
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in adapter), name
-        assert id(parameter) not in adapter or bool(parameter.grad.abs().sum() > 0), name
+        assert parameter.grad is None or bool(parameter.grad.abs().sum() > 0), name
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def test_convolutions_have_adapters_of_their_kernel() -> None:
     assert {name.rpartition(".")[2] for name in layers} == {"conv1", "skip"}
     for layer in layers:
         a, b = values[f"{layer}.lora_A.weight"], values[f"{layer}.lora_B.weight"]
-        plain.get_submodule(layer).weight += torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+        plain.get_parameter(f"{layer}.weight").add_(torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a))
     torch.testing.assert_close(model(*given), plain(*given), rtol=1e-9, atol=1e-9)
     merge_adapter(model)
     torch.testing.assert_close(model(*given), plain(*given), rtol=1e-9, atol=1e-9)

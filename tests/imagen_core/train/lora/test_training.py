@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from imagen_core.diffusion import PriorConfig
-from imagen_core.train import CheckpointError, CheckpointMismatchError, LoraUseConfig, TrainError, load_checkpoint, train
+from imagen_core.train import (
+    CheckpointError,
+    CheckpointMismatchError,
+    LoraUseConfig,
+    TrainError,
+    load_checkpoint,
+    train,
+)
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.memory import estimate_memory
 from tests.imagen_core.models.small import inputs, regular
@@ -79,8 +86,11 @@ def test_the_weights_of_the_base_stay_bit_for_bit(base: Path, store: Path, tmp_p
 
 
 def test_merged_and_separate_adapters_generate_alike(base: Path, store: Path, tmp_path: Path) -> None:
-    fast = {"lr": 1e-2, "warmup_steps": 0}
-    train(make_config(store, num_steps=4, **settings(base, optimizer=fast)), tmp_path)
+    fast = {
+        "optimizer": {"lr": 1e-2, "warmup_steps": 0},
+        "lora": {"rank": 4, "targets": ["to_q", "conv1", "conv_out"]},
+    }
+    train(make_config(store, num_steps=4, **settings(base, **fast)), tmp_path)
     x, _, conditioning = inputs(regular(text_dim=8))
     sigma = torch.tensor([0.5, 2.0])
     found = [
@@ -137,23 +147,6 @@ def test_two_processes_train_the_adapter_of_one(base: Path, store: Path, tmp_pat
             torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-10)
 
 
-@pytest.mark.slow
-def test_a_hundred_steps_lower_the_validation_loss(base: Path, store: Path, tmp_path: Path) -> None:
-    changes = {
-        "num_steps": 100,
-        "batch_size": 8,
-        "data": {"samples": [0, 32]},
-        "lora": {"rank": 8, "targets": ["to_q", "to_kv", "context_to_kv", "to_out", "conv1", "conv2"]},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-        "validation": {"num_samples": 8, "every_steps": 1},
-        "checkpoints": {"every_steps": 100},
-    }
-    config = make_config(store, **settings(base, **changes))
-    first = train(config.model_copy(update={"num_steps": 1}), tmp_path)["validation_loss"]
-    last = train(config, tmp_path)["validation_loss"]
-    assert last < 0.9 * first
-
-
 def test_a_training_with_another_adapter_or_base_is_not_resumed(base: Path, store: Path, tmp_path: Path) -> None:
     config = settings(base)
     train(make_config(store, num_steps=1, **config), tmp_path / "run")
@@ -165,7 +158,9 @@ def test_a_training_with_another_adapter_or_base_is_not_resumed(base: Path, stor
         again(lora={"rank": 5, "alpha": 8})
     with pytest.raises(CheckpointMismatchError, match=r"trains an adapter; restore lora, or start in another --out"):
         again(lora=None, init_from=None)
-    with pytest.raises(CheckpointMismatchError, match=r"trained on ema-0.9 of step 3 of .* has other weights \(step 3"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"trained on ema-0.9 of step 3 of .* has other weights \(step 3"
+    ):
         again(init_from={"path": str(base), "weights": "model"})
     moved = tmp_path / "moved"
     base.rename(moved)
