@@ -94,19 +94,26 @@ class Threshold(Config):
 
 @dataclass(frozen=True, slots=True)
 class GuidedDenoiser:
-    """A `Denoise` that also gives the learned variance of a step.
+    """A `Denoise` that also gives the learned variance of a step, and the estimate before the threshold.
 
     Attributes:
-        with_variance: (x, sigma) -> the estimate of x0, and the channels for `variance.log_variance`, which are those
-            with all conditions; None if the variance is fixed.
+        unclipped: (x, sigma) -> the estimate of x0 before the threshold, and the channels for
+            `variance.log_variance`, which are those with all conditions; None if the variance is fixed.
         diffusion: the model's configuration, with the kind of variance.
+        clip: the threshold, of estimates (b, c, h, w).
     """
 
-    with_variance: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    unclipped: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
     diffusion: DiffusionConfig
+    clip: Callable[[Tensor], Tensor] = Threshold(kind="none")
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.with_variance(x, sigma)[0]
+
+    def with_variance(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The estimate of x0 after the threshold, and the channels as of `unclipped`."""
+        estimate, channels = self.unclipped(x, sigma)
+        return self.clip(estimate), channels
 
 
 @dataclass(slots=True)
@@ -132,7 +139,10 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         learns = is_learned(denoiser.config.diffusion.variance)
         return denoiser.with_variance(x, level, condition) if learns else (denoiser(x, level, condition), None)
 
-    def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    def clip(estimate: Tensor) -> Tensor:
+        return threshold(estimate, length)
+
+    def unclipped(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         terms = within if guidance.applies(sigma) else outside
         if self_conditioning and previous.estimate is not None:
             terms = [(weight, replace(condition, estimate=previous.estimate)) for weight, condition in terms]
@@ -149,10 +159,11 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        previous.estimate = threshold(total, length)
-        return previous.estimate, channels
+        if self_conditioning:
+            previous.estimate = clip(total)
+        return total, channels
 
-    return GuidedDenoiser(with_variance, denoiser.config.diffusion)
+    return GuidedDenoiser(unclipped, denoiser.config.diffusion, clip)
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:

@@ -62,15 +62,16 @@ class UniformNoise(Config):
 LowResNoise = Annotated[LogNormalNoise | UniformNoise, Field(discriminator="kind")]
 
 
-Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "nearest", "cubic_reflect"]
+Upsampling = Literal["bicubic", "bicubic_unclipped", "bilinear", "bilinear_corners", "nearest", "cubic_reflect"]
 """cubic_reflect: the cubic kernel of a = -1/2 (Keys 1981) on an image reflected at its edges, for integer
-factors (MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo)."""
+factors (MinImagen); bicubic has a = -3/4 and repeats the edges, and unclipped it may overshoot [-1, 1] (NeMo);
+bilinear_corners puts the centres of the corner pixels on each other, and does not clip (DeepFloyd IF)."""
 
 
 def upsample(low_res: Tensor, shape: tuple[int, int], mode: Upsampling = "bicubic") -> Tensor:
     """(b, c, h, w) in [-1, 1] -> (b, c, *shape), antialiased if it is downsampled.
 
-    Clipped to [-1, 1], except with bicubic_unclipped.
+    Clipped to [-1, 1], except with bicubic_unclipped and bilinear_corners.
 
     Raises:
         ValueError: mode=cubic_reflect, and `shape` is not a whole multiple of (h, w).
@@ -82,6 +83,8 @@ def upsample(low_res: Tensor, shape: tuple[int, int], mode: Upsampling = "bicubi
     if mode == "nearest":
         return F.interpolate(low_res, size=shape, mode="nearest-exact").clamp(-1, 1)
     downsamples = low_res.shape[-1] > shape[-1]
+    if mode == "bilinear_corners":
+        return F.interpolate(low_res, size=shape, mode="bilinear", align_corners=True)
     if mode == "bicubic_unclipped":
         return F.interpolate(low_res, size=shape, mode="bicubic", antialias=downsamples)
     return F.interpolate(low_res, size=shape, mode=mode, antialias=downsamples).clamp(-1, 1)

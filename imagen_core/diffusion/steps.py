@@ -1,13 +1,14 @@
 """Grids of noise levels that sampling visits: decreasing, float64 on the CPU, with 0 at the end."""
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion.schedules import Discrete, NoiseSchedule, sampling_range
 
 
@@ -40,21 +41,87 @@ class Uniform(Config):
     """Equal steps of the schedule's time, as DDPM takes them."""
 
     kind: Literal["uniform"] = "uniform"
+    spacing: Literal["linspace", "leading", "trailing"] = default_field("linspace")
+    """Which of the T steps of a discrete schedule (Lin et al. 2023, arXiv 2305.08891, table 2): linspace, from the
+    lowest to the highest; leading, from the lowest at a stride of T // num_steps, so that the highest are left out;
+    trailing, from the highest at a stride of T / num_steps, rounded, so that the lowest are left out."""
+    offset: int = default_field(0, ge=0)
+    """Added to each step of leading."""
+    skip_lowest: bool = default_field(False)
+    """Space num_steps + 1 steps and leave out the lowest, as diffusers' multistep solvers do; not for trailing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Uniform":
+        if self.offset and self.spacing != "leading":
+            raise ValueError(f"offset is for spacing=leading (got spacing={self.spacing})")
+        if self.skip_lowest and self.spacing == "trailing":
+            raise ValueError("skip_lowest: spacing=trailing leaves out the lowest steps already; set it to false")
+        return self
 
     def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         """num_steps levels, then 0.
 
         Raises:
-            ValueError: more steps than a discrete schedule has.
+            ValueError: more steps than a discrete schedule has, or a spacing of a schedule that is not discrete.
         """
         if isinstance(schedule, Discrete):
-            return Respaced(sections=str(num_steps)).sigmas(schedule, num_steps)
+            return _append_zero(schedule.sigmas()[self._steps(schedule.num_steps, num_steps)].flip(0))
+        if self != Uniform():
+            raise ValueError(f"grid.spacing, offset and skip_lowest need a discrete schedule (got {schedule.kind})")
         low, high = sampling_range(schedule)
         ends = schedule.time(torch.tensor([high, low], dtype=torch.float64))
         if num_steps == 1:
             return _append_zero(torch.tensor([high], dtype=torch.float64))
         times = torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64)
         return _append_zero(schedule.sigma(times))
+
+    def _steps(self, total: int, num_steps: int) -> list[int]:
+        """num_steps increasing step indices in [0, total)."""
+        count = num_steps + self.skip_lowest
+        if self.spacing == "linspace":
+            return respaced_steps(total, str(count))[self.skip_lowest :]
+        if self.spacing == "trailing":
+            steps = [round(total * (1 - index / count)) - 1 for index in range(count)][::-1]
+        else:
+            steps = [index * (total // count) + self.offset for index in range(self.skip_lowest, count)]
+        if count > total or steps[-1] >= total:
+            raise ValueError(
+                f"num_steps is {num_steps}, but grid.spacing={self.spacing} finds no {num_steps} steps in a schedule "
+                f"of {total}; request fewer"
+            )
+        return steps
+
+
+class Listed(Config):
+    """Steps of a discrete schedule, one by one."""
+
+    kind: Literal["listed"] = "listed"
+    steps: tuple[int, ...] = Field(min_length=1)
+    """Step indices, falling, as diffusers' `timesteps`: `[999, 800, ..., 0]`."""
+
+    @field_validator("steps")
+    @classmethod
+    def _check(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = next((pair for pair in pairwise(steps) if pair[1] >= pair[0]), None)
+        if wrong is not None:
+            raise ValueError(f"must fall from step to step (got {wrong[0]}, {wrong[1]})")
+        if steps[-1] < 0:
+            raise ValueError(f"must not be below 0 (got {steps[-1]})")
+        return steps
+
+    def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        """The levels of the listed steps, then 0.
+
+        Raises:
+            ValueError: the schedule is not discrete or has too few steps, or num_steps differs from the steps listed.
+        """
+        if not isinstance(schedule, Discrete):
+            raise ValueError(f"grid.kind=listed needs a discrete schedule (got {schedule.kind}); use uniform")
+        if self.steps[0] >= schedule.num_steps:
+            raise ValueError(f"grid.steps has {self.steps[0]}, but the schedule ends at {schedule.num_steps - 1}")
+        if len(self.steps) != num_steps:
+            raise ValueError(f"num_steps is {num_steps}, but grid.steps has {len(self.steps)} steps")
+        return _append_zero(schedule.sigmas()[list(self.steps)])
 
 
 class Respaced(Config):
@@ -83,7 +150,7 @@ class Respaced(Config):
         return _append_zero(schedule.sigmas()[steps].flip(0))
 
 
-AnyGrid = Annotated[Karras | Uniform | Respaced, Field(discriminator="kind")]
+AnyGrid = Annotated[Karras | Uniform | Respaced | Listed, Field(discriminator="kind")]
 
 
 def respaced_steps(total: int, sections: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from imagen_core.config import default_field
 from imagen_core.diffusion.guidance import Denoise, GuidedDenoiser
 from imagen_core.diffusion.variance import log_variance
 from imagen_core.samplers.base import History, SampleNoise, Sampler
@@ -21,10 +22,16 @@ class Ddim(Sampler):
     kind: Literal["ddim"] = "ddim"
     eta: float = Field(default=0.0, ge=0, le=1)
     """Share of fresh noise."""
+    kept_noise: Literal["of_threshold", "of_network"] = default_field("of_threshold")
+    """The noise that a step keeps: what is left of x without the estimate after the threshold; or before it, which is
+    the network's own estimate of the noise (diffusers' default, DeepFloyd IF)."""
 
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
+        if self.kept_noise == "of_network" and isinstance(denoise, GuidedDenoiser):
+            unclipped, _ = denoise.unclipped(x, sigma)
+            return posterior_step(x, denoise.clip(unclipped), sigma, sigma_next, self.eta, noise, unclipped)
         return posterior_step(x, denoise(x, sigma), sigma, sigma_next, self.eta, noise)
 
 
@@ -56,10 +63,16 @@ class Ancestral(Sampler):
 
 
 def posterior_step(
-    x: Tensor, estimate: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: SampleNoise
+    x: Tensor,
+    estimate: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    eta: float,
+    noise: SampleNoise,
+    unclipped: Tensor | None = None,
 ) -> Tensor:
-    """From sigma to sigma_next, given the estimate D of x0."""
+    """From sigma to sigma_next, given the estimate D of x0; the noise that is kept is that of `unclipped`, if given."""
     ratio = sigma_next / sigma
     kept = ratio * (1 - eta**2 + (eta * ratio) ** 2).sqrt()  # sqrt(sigma_next^2 - eta^2 u^2) / sigma
-    result = estimate + kept * (x - estimate)
+    result = estimate + kept * (x - (estimate if unclipped is None else unclipped))
     return result if eta == 0 or sigma_next == 0 else result + eta * sigma_next * (1 - ratio**2).sqrt() * noise()

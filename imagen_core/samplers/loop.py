@@ -1,7 +1,9 @@
 """The sampling loop, shared by all samplers: image to image and inpainting included."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from imagen_core.samplers.noise import Noise
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called after each step as (steps done, number of steps, image (b, c, h, w) at its noise level)."""
+
+Start = Literal["sigma", "unit_variance"]
+"""Standard deviation of the noise that sampling starts from: sigma, the first noise level; unit_variance,
+sqrt(1 + sigma^2), so that the state in DDPM's scale, x / sqrt(1 + sigma^2), is standard normal (diffusers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ def sample(
     init_image: Tensor | None = None,
     strength: float = 1.0,
     latent: Tensor | None = None,
+    start: Start = "sigma",
     inpaint: Inpaint | None = None,
     schedule: NoiseSchedule | None = None,
     on_step: OnStep | None = None,
@@ -65,6 +72,7 @@ def sample(
         init_image: (b, c, h, w) in [-1, 1] to start from (SDEdit, Meng et al. 2022, arXiv 2108.01073).
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
         latent: (b, c, h, w), standard normal, to start from instead of random noise; `encode` computes it.
+        start: how large the noise is that sampling starts from.
         schedule: lets samplers that look between two levels (prk) take the middle in its time.
     Returns:
         (b, c, h, w), about in [-1, 1].
@@ -82,7 +90,8 @@ def sample(
 
     if init_image is None or strength == 1:
         first = 0
-        x = float(sigmas[0]) * (normal() if latent is None else latent.to(device, dtype))
+        size = math.hypot(float(sigmas[0]), start == "unit_variance")
+        x = size * (normal() if latent is None else latent.to(device, dtype))
     else:
         first = len(sigmas) - 1 - round(strength * (len(sigmas) - 1))
         x = init_image.to(device, dtype).expand(len(noise), *shape)

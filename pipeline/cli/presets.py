@@ -51,19 +51,19 @@ def list_models() -> list[dict[str, object]]:
     return [row for entry in sorted(entry_points(group=_MODELS)) for row in entry.load()()]
 
 
-def find_config(workflow: str, name: str) -> Path:
-    """The file of this path, or the shipped configuration of this name.
+def find_config(workflow: str, name: str, option: str = "--config") -> Path:
+    """The file of this path, or the shipped configuration of this name; `option` is how the user gave it.
 
     Raises:
         ConfigError: neither exists.
     """
-    path = local_path(name, "--config")
+    path = local_path(name, option)
     if path.exists() or path.suffix:
         return path
     shipped = {preset["name"]: Path(preset["path"]) for preset in list_presets() if preset["workflow"] == workflow}
     if name not in shipped:
         choices = ", ".join(sorted(shipped)) or "(none)"
-        raise ConfigError(f"--config {name}: no such file or shipped configuration; shipped: {choices}")
+        raise ConfigError(f"{option} {name}: no such file or shipped configuration; shipped: {choices}")
     return shipped[name]
 
 

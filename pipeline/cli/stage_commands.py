@@ -107,7 +107,7 @@ def import_(
     _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
 
 
-def show_stage_command(name: str, path: str, as_json: bool, **options: object) -> None:
+def show_stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
     """Runs a command that a stage offers through the `pipeline.commands` entry points."""
     from pipeline.workflow import load_command
 

@@ -1,5 +1,6 @@
 """What the imports of other systems' models share: a checkpoint per stage, and files to sample and to train with."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from imagen_core.diffusion import DenoiserConfig
 
 _SAMPLE = "sample.yaml"
+_TEXT_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,18 @@ def check_above(target: Path, out: str) -> None:
             raise ConfigError(f"--out {out}: {above} is a file, not a folder; give another place")
 
 
-def t5_facts(model: str, max_tokens: int, dim: int | None) -> dict[str, Any]:
+def t5_facts(model: str, max_tokens: int, dim: int | None, **reading: object) -> dict[str, Any]:
     """Name, dim, dtype and fingerprint of a text encoder, as of a store's text group.
 
     Args:
         dim: width of the embeddings that the network reads, if it is known.
+        reading: settings of a recipe: how captions become its input, and which rows it keeps.
     Raises:
         ConfigError: the encoder has another width.
         MachineError: it cannot be found.
     """
-    config = T5EncoderConfig(name="t5", model=model, max_tokens=max_tokens, compute_dtype="float32")
+    settings = {"name": "t5", "model": model, "max_tokens": max_tokens, "compute_dtype": "float32"}
+    config = T5EncoderConfig.model_validate({**reading, **settings})
     try:
         identity = config.identify()
     except MachineError as error:
@@ -96,9 +100,17 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
         raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
 
 
-def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]) -> CommandResult:
+def write_stages(
+    target: Path,
+    stages: Sequence[ImportedStage],
+    encoder: Mapping[str, Any],
+    text_encoder: Sequence[Path] = (),
+) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
 
+    Args:
+        text_encoder: files of the text encoder's model and tokenizer, which become the folder `text_encoder`, as hard
+            links where the file system has them; without, the encoder is found by its name.
     Raises:
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
@@ -108,6 +120,9 @@ def write_stages(target: Path, stages: Sequence[ImportedStage], encoder: Mapping
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         result = _write_stages(temporary, target, stages, encoder)
+        link_files(text_encoder, temporary / _TEXT_ENCODER)
+        if text_encoder:
+            _add_to_sample(temporary, encoder_model=str((target / _TEXT_ENCODER).absolute()))
         if not target.exists() or not any(target.iterdir()):
             commit_folder(temporary, target)
         elif not _same_files(temporary, target):
@@ -140,6 +155,21 @@ def _write_stages(
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
     lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
+
+
+def link_files(files: Sequence[Path], folder: Path) -> None:
+    """Makes a folder of files that lie elsewhere, as hard links, or as copies where there can be none."""
+    for file in files:
+        make_folder(folder)
+        try:
+            os.link(file.resolve(), folder / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _add_to_sample(folder: Path, **settings: str) -> None:
+    content = yaml.safe_load((folder / _SAMPLE).read_text(encoding="utf-8"))
+    _write_yaml(folder / _SAMPLE, {**content, **settings})
 
 
 def _same_files(new: Path, old: Path) -> bool:

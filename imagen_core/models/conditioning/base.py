@@ -18,7 +18,10 @@ _TENSORS: dict[Condition, tuple[str, ...]] = {
     "image_embed": ("image_embed",),
     "low_res": ("low_res",),
 }
-_COMPANIONS: dict[Condition, tuple[str, ...]] = {"text": ("text_mask",), "low_res": ("low_res_noise",)}
+_COMPANIONS: dict[Condition, tuple[str, ...]] = {
+    "text": ("text_mask", "null_text", "null_text_mask"),
+    "low_res": ("low_res_noise",),
+}
 _KEEP = {
     "text": "text_keep",
     "transcription": "characters_keep",
@@ -40,6 +43,9 @@ class Conditioning:
         text_mask: bool (b, l), true on real tokens.
         text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
         text_keep: bool (b,), of text and text_embed.
+        null_text, null_text_mask: as text and text_mask, of the same length: the caption that takes the place of a
+            dropped one, such as the empty or a negative one; None where the network itself knows what a dropped
+            caption is.
         characters: int64 (b, l), the text to be written in the image, as `character_ids` gives it.
         characters_keep: bool (b,).
         low_res: float (b, c, h, w), the low-resolution image upsampled to the size of x, noised and
@@ -57,6 +63,8 @@ class Conditioning:
     text_mask: Tensor | None = None
     text_embed: Tensor | None = None
     text_keep: Tensor | None = None
+    null_text: Tensor | None = None
+    null_text_mask: Tensor | None = None
     characters: Tensor | None = None
     characters_keep: Tensor | None = None
     low_res: Tensor | None = None
@@ -86,7 +94,34 @@ class Conditioning:
 
     def with_keep(self, condition: Condition, keep: Tensor) -> "Conditioning":
         """A copy with a condition dropped in the rows where `keep`, bool (b,), is false; not for low_res."""
-        return replace(self, **{_KEEP[condition]: keep})
+        if condition != "text" or self.null_text is None:
+            return replace(self, **{_KEEP[condition]: keep})
+        assert self.text is not None
+        assert self.text_mask is not None
+        assert self.null_text_mask is not None
+        text = torch.where(keep.view(-1, *[1] * (self.text.ndim - 1)), self.text, self.null_text)
+        return replace(self, text=text, text_mask=torch.where(keep[:, None], self.text_mask, self.null_text_mask))
+
+    def with_null_text(self, null_text: Tensor) -> "Conditioning":
+        """A copy in which a dropped caption is replaced by `null_text`, (l, text_dim) or (l, layers, text_dim).
+
+        Raises:
+            ValueError: there is no text, or captions are read as one vector too, which this replaces nothing of.
+        """
+        if self.text is None or self.text_embed is not None:
+            raise ValueError("conditioning.null_text: is for models that read captions as tokens, and nothing else")
+        batch, length = self.text.shape[:2]
+        mask = self.text.new_ones(batch, length, dtype=torch.bool) if self.text_mask is None else self.text_mask
+        longest = max(length, len(null_text))
+        null = _longer(null_text.to(self.text), longest, axis=0).expand(batch, *[-1] * (self.text.ndim - 1))
+        null_mask = torch.arange(longest, device=mask.device) < len(null_text)
+        return replace(
+            self,
+            text=_longer(self.text, longest, axis=1),
+            text_mask=_longer(mask, longest, axis=1),
+            null_text=null,
+            null_text_mask=null_mask.expand(batch, -1),
+        )
 
     def without(self, condition: Condition) -> "Conditioning":
         """A copy with a condition dropped in all rows; a low-resolution image becomes zero, which is mid-gray."""
@@ -114,6 +149,13 @@ class Conditioning:
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
 
 
+def _longer(values: Tensor, length: int, *, axis: int) -> Tensor:
+    """Padded with zeros to `length` along an axis."""
+    missing = length - values.shape[axis]
+    padding = values.new_zeros(*values.shape[:axis], missing, *values.shape[axis + 1 :])
+    return torch.cat([values, padding], dim=axis) if missing else values
+
+
 def unit_variance(embeds: Tensor) -> Tensor:
     """(..., d) -> the same directions at length sqrt(d), so that each component has variance 1.
 
@@ -124,7 +166,7 @@ def unit_variance(embeds: Tensor) -> Tensor:
 
 def keep_mask(keep: Tensor | None, like: Tensor) -> Tensor:
     """`keep`, or all true if it is None: bool (b,), with the rows and the device of `like`."""
-    return torch.ones(len(like), dtype=torch.bool, device=like.device) if keep is None else keep
+    return torch.ones(like.shape[0], dtype=torch.bool, device=like.device) if keep is None else keep
 
 
 def cat(parts: Sequence[Conditioning]) -> Conditioning:

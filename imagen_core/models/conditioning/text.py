@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning, keep_mask
+from imagen_core.models.conditioning.multihead_pooling import MultiheadPooling
 
-Pooling = Literal["attention", "mean"]
+Pooling = Literal["attention", "mean", "multihead"]
 DroppedCaption = Literal["zero_tokens", "no_tokens"]
 
 
@@ -36,6 +37,13 @@ class MeanPooling(nn.Module):
         return (text * mask[..., None]).sum(dim=1) / counts
 
 
+def _pooling_layer(kind: Pooling, text_dim: int, time_dim: int, num_heads: int) -> nn.Module:
+    """(b, l, text_dim), bool (b, l) -> (b, text_dim), or of kind multihead (b, time_dim)."""
+    if kind == "multihead":
+        return MultiheadPooling(text_dim, time_dim, num_heads)
+    return AttentionPooling(text_dim) if kind == "attention" else MeanPooling()
+
+
 class TextConditioning(nn.Module):
     """Embeddings -> context (b, l, cond_dim) for attention, and a vector (b, time_dim).
 
@@ -50,6 +58,7 @@ class TextConditioning(nn.Module):
         time_dim: int,
         *,
         pooling: Pooling = "attention",
+        pooling_heads: int = 64,
         null_token: bool = False,
         dropped_caption: DroppedCaption = "zero_tokens",
         padded_tokens: int | None = None,
@@ -67,15 +76,16 @@ class TextConditioning(nn.Module):
         super().__init__()
         self.text_dim = text_dim
         self.dropped_caption, self.padded_tokens, self.attended = dropped_caption, padded_tokens, attended
-        self.pool = AttentionPooling(text_dim) if pooling == "attention" else MeanPooling()
         averages_context = padded_tokens is not None and pooling == "mean"
-        self.pooled = None
-        if not averages_context:
+        self.pool = _pooling_layer(pooling, text_dim, time_dim, pooling_heads)
+        self.pooled = self.to_time = None
+        if pooling != "multihead" and not averages_context:
             self.pooled = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, cond_dim))
         self.to_context = nn.Linear(text_dim, cond_dim) if attended or averages_context else None
-        self.to_time = nn.Sequential(
-            nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        if pooling != "multihead":
+            self.to_time = nn.Sequential(
+                nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
         self.null_token = nn.Parameter(torch.zeros(cond_dim)) if null_token and attended else None
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -87,21 +97,21 @@ class TextConditioning(nn.Module):
         text, mask = masked_text(conditioning, self.text_dim)
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
-        text, pooled_mask = text.to(next(self.to_time.parameters()).dtype), mask
+        text, pooled_mask = text.to(next(self.parameters()).dtype), mask
         if self.padded_tokens is not None:
             text, mask = _padded(text, mask, self.padded_tokens)
             pooled_mask = torch.ones_like(mask)
         context = None if self.to_context is None else self.to_context(text)
-        if self.pooled is not None:
-            pooled = self.pooled(self.pool(text, pooled_mask))
+        if self.to_time is None:
+            vector = self.pool(text, pooled_mask)
+        elif self.pooled is not None:
+            vector = self.to_time(self.pooled(self.pool(text, pooled_mask)))
         else:
-            assert context is not None
-            pooled = self.pool(context, pooled_mask)
-        vector = self.to_time(pooled)
+            vector = self.to_time(self.pool(context, pooled_mask))
         if context is None or not self.attended:
             return None, None, vector
         if self.null_token is not None:
-            null = self.null_token.to(context.dtype).expand(len(context), 1, -1)
+            null = self.null_token.to(context.dtype).expand(context.shape[0], 1, -1)
             context, mask = torch.cat([null, context], dim=1), F.pad(mask, (1, 0), value=True)
         return context, mask, vector
 

@@ -161,7 +161,7 @@ class PerceiverResampler(nn.Module):
         """(b, l, dim), l <= 512 -> (b, 36, dim)."""
         placed = tokens + self.positions[: tokens.shape[1]].to(tokens.dtype)
         mean = self.to_mean_latents(self.mean_norm(tokens.mean(dim=1))).unflatten(-1, (-1, tokens.shape[-1]))
-        latents = torch.cat([mean, self.latents.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+        latents = torch.cat([mean, self.latents.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             latents = layer(placed, latents)
         return latents

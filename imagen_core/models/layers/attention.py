@@ -180,9 +180,11 @@ class PixelAttention(nn.Module):
         context_dim: int | None = None,
         num_groups: int = 32,
         group_context: bool = False,
+        shared_norm: bool = False,
     ):
         """
         Args:
+            shared_norm: fused attention has one norm for queries and the pixels' keys; otherwise a norm for each.
             group_context: normalise the context by `TokenGroupNorm`; otherwise each token by layer norm.
         Raises:
             ValueError: dim is not a multiple of head_dim.
@@ -191,7 +193,7 @@ class PixelAttention(nn.Module):
         if dim % head_dim:
             raise ValueError(f"attention: {dim} channels are not a multiple of head_dim {head_dim}")
         self.norm = nn.GroupNorm(num_groups, dim)
-        self.norm_keys = nn.GroupNorm(num_groups, dim) if kind == "fused" else None
+        self.norm_keys = nn.GroupNorm(num_groups, dim) if kind == "fused" and not shared_norm else None
         self.norm_context = None
         if kind != "self":
             width = context_dim or 0

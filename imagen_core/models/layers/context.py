@@ -10,7 +10,7 @@ class Context:
     """The conditions, as every block of a UNet receives them.
 
     Attributes:
-        time: (b, time_dim), the noise level with pooled text and labels, after its SiLU.
+        time: (b, time_dim), the noise level with pooled text and labels, after its activation.
         tokens: (b, l, cond_dim), the conditions to attend to; None without conditions.
         mask: bool (b, l), true on real tokens; None if all tokens are real.
         characters: (b, m, dim), the transcription's encoded characters; None for models that read none.

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from imagen_core.models.layers.activation import Activation, activate
+
 
 class SinusoidalEmbedding(nn.Module):
     """Cosines and sines of geometrically spaced frequencies 1 ... 1/10000 (Vaswani et al. 2017, section 3.5)."""
@@ -64,13 +66,19 @@ class NoiseEmbedding(nn.Module):
     The noise level may be a step index, ln(sigma)/4 or a log-SNR.
     """
 
-    def __init__(self, embedding: SinusoidalEmbedding | LearnedFourierEmbedding, time_dim: int):
+    def __init__(
+        self,
+        embedding: SinusoidalEmbedding | LearnedFourierEmbedding,
+        time_dim: int,
+        activation: Activation = "silu",
+    ):
         super().__init__()
         self.embedding = embedding
+        self.activation: Activation = activation
         self.hidden = nn.Linear(embedding.out_dim, time_dim)
         self.out = nn.Linear(time_dim, time_dim)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """float (b,) -> (b, time_dim)."""
         embedded = self.embedding(c_noise).to(self.hidden.weight.dtype)
-        return self.out(nn.functional.silu(self.hidden(embedded)))
+        return self.out(activate(self.hidden(embedded), self.activation))

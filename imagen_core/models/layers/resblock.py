@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imagen_core.models.layers.activation import Activation, activate
 from imagen_core.models.layers.attention import zero_
 from imagen_core.models.layers.context import Context
 
@@ -13,7 +14,7 @@ Resample = Literal["none", "down", "up", "up_learned"]
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the noise level scales and shifts the second norm (ADM: Dhariwal and
+    """Norm, activation, convolution, twice; the noise level scales and shifts the second norm (ADM: Dhariwal and
     Nichol 2021, arXiv 2105.05233, table 1 and section 3.1).
 
     The last convolution starts at zero, so a new block passes its skip branch through.
@@ -29,9 +30,11 @@ class ResBlock(nn.Module):
         num_groups: int = 32,
         always_project_skip: bool = False,
         skip_scale: float = 1.0,
+        divisor: float = 1.0,
         scale_shift: bool = True,
         resample: Resample = "none",
         norm: Literal["group", "rms"] = "group",
+        activation: Activation = "silu",
         zero_init: bool = True,
         conv_first: bool = False,
         weight_standardization: bool = False,
@@ -42,12 +45,13 @@ class ResBlock(nn.Module):
         Args:
             always_project_skip: a 1x1 convolution on the skip branch even where the widths agree.
             skip_scale: factor on the skip branch; 1/sqrt(2) in Efficient UNets.
+            divisor: the sum of both branches is divided by it; sqrt(2) in DeepFloyd IF's super-resolution.
             scale_shift: False adds the time vector before the second norm (DDPM, Ho et al. 2020).
             resample: average-pool or repeat both branches by 2 between the first norm and convolution; up_learned: a
                 transposed convolution for each branch.
             zero_init: the last convolution starts at zero.
-            conv_first: convolution, norm, SiLU, twice, the first norm scaled and shifted (DALLE2-pytorch); else norm,
-                SiLU, convolution, twice, the second norm scaled and shifted.
+            conv_first: convolution, norm, activation, twice, the first norm scaled and shifted (DALLE2-pytorch); else
+                norm, activation, convolution, twice, the second norm scaled and shifted.
             weight_standardization: the kernels of each output channel have mean 0 and variance 1.
             text_attention: (b, c, h, w) and a `Context` -> (b, c, h, w), between the two convolutions.
             gate: (b, c, h, w) -> (b, c, h, w), at the end of the branch.
@@ -58,7 +62,8 @@ class ResBlock(nn.Module):
         if resample == "up_learned":
             layers = [nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1) for _ in range(2)]
             self.doubling = nn.ModuleList(layers)
-        self.skip_scale, self.scale_shift = skip_scale, scale_shift
+        self.skip_scale, self.divisor, self.scale_shift = skip_scale, divisor, scale_shift
+        self.activation: Activation = activation
         self.conv_first = conv_first
         conv = StandardizedConv2d if weight_standardization else nn.Conv2d
 
@@ -81,11 +86,11 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (b, in_channels, h, w) -> (b, out_channels, h', w')."""
         if self.conv_first:
-            h = F.silu(self._shifted(self.norm1, self.conv1(x), context))
+            h = activate(self._shifted(self.norm1, self.conv1(x), context), self.activation)
             h = h if self.text_attention is None else self.text_attention(h, context)
-            h = F.silu(self.norm2(self.conv2(self.dropout(h))))
+            h = activate(self.norm2(self.conv2(self.dropout(h))), self.activation)
         else:
-            h = F.silu(self.norm1(x))
+            h = activate(self.norm1(x), self.activation)
             if self.doubling is not None:
                 h, x = self.doubling[0](h), self.doubling[1](x)
             elif self.resample != "none":
@@ -93,11 +98,12 @@ class ResBlock(nn.Module):
             h = self.conv1(h)
             h = h if self.text_attention is None else self.text_attention(h, context)
             h = self._shifted(self.norm2, h, context)
-            h = self.conv2(self.dropout(F.silu(h)))
+            h = self.conv2(self.dropout(activate(h, self.activation)))
         if self.gate is not None:
             h = self.gate(h)
         skip = self.skip(x)
-        return torch.add(h, skip, alpha=self.skip_scale)
+        total = torch.add(h, skip, alpha=self.skip_scale)
+        return total if self.divisor == 1 else total / self.divisor
 
     def _shifted(self, norm: nn.Module, h: Tensor, context: Context) -> Tensor:
         """A norm with the time vector's scale and shift, or after adding the time vector."""

@@ -5,6 +5,7 @@ configuration builds, `source` says so.
 """
 
 from imagen_core.models.presets.base import Preset
+from imagen_core.models.presets.deepfloyd import DEEPFLOYD_PRESETS
 from imagen_core.models.presets.hybrid import HYBRID_PRESETS
 from imagen_core.models.presets.priors import PRIOR_PRESETS
 from imagen_core.models.unet.efficient import EfficientUNetConfig
@@ -165,6 +166,7 @@ PRESETS: dict[str, Preset] = {
         538_707_206,
         "nostalgebraist improved-diffusion, 64 px, the image core without its text modules",
     ),
+    **DEEPFLOYD_PRESETS,
     **HYBRID_PRESETS,
 }
 """UNets of all families by name. Text is 1024 wide (T5 11B) unless the name says otherwise."""

@@ -4,9 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from imagen_core.config import default_field
 from imagen_core.models.conditioning.text import DroppedCaption, Pooling
 from imagen_core.models.conditioning.text_layers import TextConfig
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
+from imagen_core.models.layers.activation import Activation
 
 AttentionType = Literal["self", "cross", "fused", "stacked"]
 
@@ -80,8 +82,13 @@ class AttentionUNetConfig(UNetBaseConfig):
     """Channels of one attention head (NeMo: per_head_channels)."""
     num_heads: int | None = Field(default=None, ge=1)
     """Heads of every attention, instead of head_dim (NeMo: num_attn_heads)."""
+    shared_norm: bool = default_field(False)
+    """Fused attention has one norm for queries and the pixels' keys (DeepFloyd IF); false: a norm for each (NeMo)."""
     pooling: Pooling = "attention"
-    """How the caption becomes one vector, added to the time vector."""
+    """How the caption becomes one vector, added to the time vector: attention, a weighted mean of its tokens; mean;
+    multihead, what the mean of the tokens attends to in them, with pooling_heads heads (DeepFloyd IF)."""
+    pooling_heads: int = default_field(64, ge=1)
+    """Heads of pooling=multihead; they divide the width of the text."""
     null_token: bool = False
     """Add one learned token to every caption (NeMo: use_null_token)."""
     padded_tokens: int | None = Field(default=None, ge=1)
@@ -97,11 +104,18 @@ class AttentionUNetConfig(UNetBaseConfig):
     """Kernel side of the first convolution, in pixels; odd."""
     scale_shift: bool = True
     """The time vector scales and shifts the second norm of a ResBlock; false adds it before that norm."""
+    activation: Activation = default_field("silu")
+    """Activation of ResBlocks, of the time vector and before the output."""
+    time_embed_dim: int | None = default_field(None, ge=1)
+    """Width of the time vector; null: 4 times embed_dim."""
+    time_activations: Literal[1, 2] = default_field(1)
+    """How often the time vector is activated before ResBlocks project it; diffusers does so twice where it has an
+    activation of its own and resnet_skip_time_act is false."""
 
     @property
     def time_dim(self) -> int:
         """Width of the time vector."""
-        return 4 * self.embed_dim
+        return self.time_embed_dim or 4 * self.embed_dim
 
     @property
     def sides_divisor(self) -> int:
@@ -126,6 +140,8 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
+            raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")
         resolutions = () if self.transcription is None else self.transcription.resolutions
         if not set(resolutions) <= set(self.sides_px):
             raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")

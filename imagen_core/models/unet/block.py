@@ -62,7 +62,14 @@ def make_attention(config: AttentionUNetConfig, width: int, cond_dim: int) -> nn
     if kind == "stacked":
         return StackedAttention(width, head_dim=head_dim, context_dim=cond_dim, group_context=grouped)
     context_dim = None if kind == "self" else cond_dim
-    return PixelAttention(width, kind=kind, head_dim=head_dim, context_dim=context_dim, group_context=grouped)
+    return PixelAttention(
+        width,
+        kind=kind,
+        head_dim=head_dim,
+        context_dim=context_dim,
+        group_context=grouped,
+        shared_norm=config.shared_norm,
+    )
 
 
 def make_transcription_attention(

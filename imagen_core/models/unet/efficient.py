@@ -125,6 +125,7 @@ class EfficientUNet(AttentionUNet):
                 config.time_dim,
                 scale_shift=config.scale_shift,
                 dropout=config.dropout,
+                activation=config.activation,
                 always_project_skip=True,
                 skip_scale=math.sqrt(0.5) if config.scale_skips else 1.0,
             )

@@ -10,6 +10,7 @@ from imagen_core.models.conditioning.image_embed import ImageEmbedConditioning, 
 from imagen_core.models.conditioning.text import TextConditioning
 from imagen_core.models.conditioning.text_embed import TextEmbedConditioning
 from imagen_core.models.conditioning.transcription import TranscriptionEncoder
+from imagen_core.models.layers.activation import Activation, activate
 from imagen_core.models.layers.context import Context
 from imagen_core.models.layers.noise_embedding import NoiseEmbedding, level_embedding
 from imagen_core.models.unet.base import AttentionUNetConfig, UNetBaseConfig
@@ -22,10 +23,12 @@ class Inputs(nn.Module):
         """`attends`: whether the model attends to conditions, which become tokens of width `cond_dim`."""
         super().__init__()
         time_dim = config.time_dim
+        self.activation: Activation = config.activation
+        self.activations = config.time_activations
 
         def time_mlp() -> NoiseEmbedding:
             embedding = level_embedding(config.embed_dim, config.learned_fourier_frequencies)
-            return NoiseEmbedding(embedding, time_dim)
+            return NoiseEmbedding(embedding, time_dim, config.activation)
 
         self.time = time_mlp()
         self.low_res_time = time_mlp() if config.low_res_noise else None
@@ -37,6 +40,7 @@ class Inputs(nn.Module):
                 cond_dim,
                 time_dim,
                 pooling=config.pooling,
+                pooling_heads=config.pooling_heads,
                 null_token=config.null_token,
                 dropped_caption=config.dropped_caption,
                 padded_tokens=config.padded_tokens,
@@ -80,7 +84,8 @@ class Inputs(nn.Module):
                 tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
             elif more is not None:
                 tokens = more
-        time = F.silu(time)
+        for _ in range(self.activations):
+            time = activate(time, self.activation)
         characters = (None, None) if self.transcription is None else self.transcription(conditioning, time)
         return Context(time, tokens, mask, *characters)
 
@@ -117,7 +122,7 @@ def concatenate_images(x: Tensor, conditioning: Conditioning, config: UNetBaseCo
 
 
 def _image(name: str, image: Tensor | None, x: Tensor, channels: int) -> Tensor:
-    wanted = (len(x), channels, *x.shape[2:])
+    wanted = (x.shape[0], channels, *x.shape[2:])
     if image is None or image.shape != wanted:
         found = None if image is None else tuple(image.shape)
         raise ValueError(f"conditioning.{name}: this model reads an image of {wanted} (got {found})")

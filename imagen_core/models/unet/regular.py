@@ -8,11 +8,12 @@ the way down is concatenated to an input on the way up.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from imagen_core.config import default_field
 from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.layers.activation import activate
 from imagen_core.models.layers.attention import zero_
 from imagen_core.models.layers.resblock import RepeatConv, Resample, ResBlock
 from imagen_core.models.unet.attention_unet import AttentionUNet
@@ -45,6 +46,10 @@ class RegularUNetConfig(AttentionUNetConfig):
     """Downsample with a strided convolution; false averages 2 x 2 pixels. Not used with resblock_updown."""
     upsample: Literal["conv_transpose", "repeat_conv"] = "conv_transpose"
     """How to upsample without resblock_updown."""
+    block_divisor: float = default_field(1.0, gt=0)
+    """The sum of a ResBlock's two branches is divided by it; sqrt(2) in DeepFloyd IF's super-resolution."""
+    middle_divisor: float = default_field(1.0, gt=0)
+    """The same for the ResBlocks between the way down and the way up."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegularUNetConfig":
@@ -91,8 +96,8 @@ class RegularUNet(AttentionUNet):
                 skips.append(width)
             self.down.append(Level(blocks, self._resample("down", width) if level < last else None))
 
-        self.middle = nn.ModuleList([Block(self._res(width, width), self._attention(width))])
-        self.middle.append(Block(self._res(width, width), None))
+        middle = [self._res(width, width, divisor=config.middle_divisor) for _ in range(2)]
+        self.middle = nn.ModuleList([Block(middle[0], self._attention(width)), Block(middle[1], None)])
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
@@ -126,7 +131,7 @@ class RegularUNet(AttentionUNet):
                 h = self.run(block, torch.cat([h, skips.pop()], dim=1), context)
             if level.resample is not None:
                 h = self.run(level.resample, h, context)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activate(self.norm_out(h), self.config.activation))
 
     def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> Block:
         attends = self.config.sides_px[level] in self.config.attention_resolutions
@@ -136,13 +141,17 @@ class RegularUNet(AttentionUNet):
             make_transcription_attention(self.config, level, out_channels, up=up),
         )
 
-    def _res(self, in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
+    def _res(
+        self, in_channels: int, out_channels: int, resample: Resample = "none", divisor: float | None = None
+    ) -> ResBlock:
         return ResBlock(
             in_channels,
             out_channels,
             self.config.time_dim,
             dropout=self.config.dropout,
             scale_shift=self.config.scale_shift,
+            activation=self.config.activation,
+            divisor=divisor or self.config.block_divisor,
             resample=resample,
         )
 

@@ -17,7 +17,7 @@ ATTENTION = ("to_q", "to_kv", "context_to_kv", "to_out")
 """Names of the projections of attention, of which a network has some."""
 _KINDS = (nn.Linear, nn.Conv2d)  # and not their children, which may compute something else with their weights
 _NAME = "default"  # of the adapter within peft's layers
-_MATRICES = (".lora_A.", ".lora_B.")
+MATRICES = (".lora_A.", ".lora_B.")
 
 
 def _peft() -> Any:
@@ -88,14 +88,14 @@ def add_adapter(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: fl
 
 def has_adapter(model: nn.Module) -> bool:
     """Whether `add_adapter` changed the model, and it was not merged since."""
-    return any(mark in name for name, _ in model.named_parameters() for mark in _MATRICES)
+    return any(mark in name for name, _ in model.named_parameters() for mark in MATRICES)
 
 
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a training averages and saves, by its name in checkpoints: the adapter alone, if the model has one, and
     otherwise all parameters, also frozen ones."""
     named = dict(model.named_parameters())
-    own = {name: p for name, p in named.items() if any(mark in name for mark in _MATRICES)}
+    own = {name: p for name, p in named.items() if any(mark in name for mark in MATRICES)}
     return {name.replace(f".{_NAME}.", "."): p for name, p in own.items()} if own else named
 
 
@@ -107,7 +107,7 @@ def adapter_settings(model: nn.Module) -> tuple[int, float]:
 
 def adapter_layers(names: Iterable[str]) -> list[str]:
     """The layers that the tensors of an adapter are for, from the tensors' names."""
-    return list(dict.fromkeys(name.partition(mark)[0] for name in names for mark in _MATRICES if mark in name))
+    return list(dict.fromkeys(name.partition(mark)[0] for name in names for mark in MATRICES if mark in name))
 
 
 @torch.no_grad()

@@ -50,6 +50,14 @@ def test_norm_silu_conv_twice_with_scale_and_shift_on_the_second_norm(groups: in
     torch.testing.assert_close(b(x, context()), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_gelu_takes_the_place_of_silu_and_the_sum_of_both_branches_is_divided():
+    b, x = random_weights(block(activation="gelu", divisor=2.5)), normal(2, 32, 4, 4)
+    h = b.conv1(F.gelu(b.norm1(x)))
+    scale, shift = b.time(context().time)[..., None, None].chunk(2, dim=1)
+    expected = (b.conv2(F.gelu(b.norm2(h) * (1 + scale) + shift)) + x) / 2.5
+    torch.testing.assert_close(b(x, context()), expected)
+
+
 def test_without_scale_shift_the_time_is_added_before_the_second_norm():
     b, x = random_weights(block(scale_shift=False)), normal(2, 32, 4, 4)
     h = b.conv1(F.silu(b.norm1(x))) + b.time(context().time)[..., None, None]

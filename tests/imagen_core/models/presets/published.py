@@ -29,6 +29,11 @@ TABLE = {
     "adm_256": 553_838_086,
     "adm_256_upsampler": 311_795_910,
     "nostalgebraist_64": 538_707_206,
+    # DeepFloyd IF: counts of diffusers' UNet2DConditionModel
+    "if_i_m": 371_605_830,
+    "if_i_l": 935_365_830,
+    "if_i_xl": 4_304_695_110,
+    "if_ii_l": 1_243_277_190,
     # PaddleFleetX, imagen-pytorch, MinImagen
     "paddle_397m": 414_393_508,
     "paddle_2b": 1_625_964_196,

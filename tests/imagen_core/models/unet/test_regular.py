@@ -137,3 +137,26 @@ def test_all_outputs_on_the_way_down_are_used_on_the_way_up():
     ]
     #        deepest: (64 + 64), (64 + 32);   top: (64 + 32), (32 + 32), (32 + 32)
     assert first == [128, 96, 96, 64, 64]
+
+
+def test_a_divisor_of_the_middle_is_apart_from_that_of_the_levels():
+    unet = regular(block_divisor=2.0, middle_divisor=3.0, resblock_updown=True).build()
+    divisors = {name: block.divisor for name, block in unet.named_modules() if isinstance(block, ResBlock)}
+    assert {divisor for name, divisor in divisors.items() if name.startswith("middle")} == {3.0}
+    assert {divisor for name, divisor in divisors.items() if not name.startswith("middle")} == {2.0}
+
+
+def test_queries_and_keys_share_a_norm_where_configured():
+    apart, shared = regular().build(), regular(shared_norm=True).build()
+    names = {name for name, _ in apart.named_parameters()} - {name for name, _ in shared.named_parameters()}
+    assert len(names) == 2 * 4, "weight and bias of the level's three attentions and the middle's"
+    assert all(".norm_keys." in name for name in names)
+
+
+def test_options_at_their_defaults_leave_no_trace_in_a_record():
+    """So that checkpoints of earlier versions are of the same model."""
+    later = {"shared_norm", "pooling_heads", "activation", "time_embed_dim", "time_activations"}
+    later |= {"block_divisor", "middle_divisor"}
+    assert later <= set(type(regular()).model_fields)
+    assert not later & regular().model_dump().keys()
+    assert regular(activation="gelu").model_dump()["activation"] == "gelu"

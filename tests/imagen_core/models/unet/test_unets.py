@@ -27,6 +27,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"pooling": "mean", "null_token": True, "dropped_caption": "no_tokens"},
     {"learned_fourier_frequencies": 8, "num_heads": 2},
     {"low_res": True, "low_res_noise": True},
+    {"pooling": "multihead", "pooling_heads": 3, "activation": "gelu", "shared_norm": True},
+    {"time_embed_dim": 40, "time_activations": 2, "pooling": "multihead", "pooling_heads": 4},
     {"image_embed_dim": 10, "self_conditioning": True, "condition_channels": 2},
     {"text_dim": None, "image_embed_dim": 24, "attention_type": "cross"},
     {"text_dim": None, "image_embed_dim": 10, "attention_type": "self"},

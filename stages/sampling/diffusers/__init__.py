@@ -1,0 +1,1 @@
+"""A cascade as a folder that diffusers opens without this package."""
