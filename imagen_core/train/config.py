@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
@@ -78,7 +78,7 @@ class TrainConfig(Config):
     scales the loss; it is slow on CPUs."""
     init_from: InitFromConfig | None = None
     """Start with the weights of another training; null: with random weights."""
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = default_field(None)
     """Train an adapter of the model in `init_from`, whose weights stay as they are; null: train all weights."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the samples whose network is shown its own first estimate, if it has self_conditioning."""

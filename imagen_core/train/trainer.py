@@ -1,6 +1,6 @@
 """The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
 from imagen_core.sealed import write_sealed
+from imagen_core.store import Store
 from imagen_core.train.checkpoints.checkpoint import (
     LoadCheckpoint,
     checkpoints,
@@ -45,7 +46,7 @@ from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
 from imagen_core.train.optimizer import make_optimizer
 from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
-from imagen_core.train.parallel.world import joined_world
+from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.start import TrainingStart, record_start, refuse_lost, training_start
@@ -99,22 +100,7 @@ def train(
         found = newest_checkpoint(out / "checkpoints", world)
         if found is None:
             refuse_lost(out, config)
-        torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
-        denoiser = Denoiser(config.denoiser)
-        base = None
-        if config.lora is not None:
-            base = initialize_from(denoiser, config, load)
-            add_new_adapter(denoiser, config.lora)
-        denoiser.to(world.device, weights_dtype(config.precision))
-        if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compute.compile:
-            # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
-            # evaluation.
-            shapes = max(len(trained_shapes(store, config)) for store in stores.values())
-            torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
-            torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
-            denoiser.net.compile(dynamic=False)
+        denoiser, base = _make_denoiser(config, world, stores, load)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()
         context = TrainingContext(config, stores, world, denoiser, loss, encode)
@@ -150,6 +136,28 @@ def train(
             return run.run(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
             loggers.close()
+
+
+def _make_denoiser(
+    config: TrainConfig, world: World, stores: Mapping[str, Store], load: LoadCheckpoint
+) -> tuple[Denoiser, Start | None]:
+    """The model of this process, and the base that was loaded into it, if an adapter is trained."""
+    torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
+    denoiser, base = Denoiser(config.denoiser), None
+    if config.lora is not None:
+        base = initialize_from(denoiser, config, load)
+        add_new_adapter(denoiser, config.lora)
+    denoiser.to(world.device, weights_dtype(config.precision))
+    if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compute.compile:
+        # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
+        # evaluation.
+        shapes = max(len(trained_shapes(store, config)) for store in stores.values())
+        torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
+        torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
+        denoiser.net.compile(dynamic=False)
+    return denoiser, base
 
 
 class TrainingRun:

@@ -26,7 +26,9 @@ def export(
     out: Annotated[str, typer.Option(help="The .safetensors file to write; of a store the folder. A path or a URL.")],
     to: Annotated[
         str | None,
-        typer.Option(help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."),
+        typer.Option(
+            help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."
+        ),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
@@ -64,9 +66,10 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", help="Of a store: no progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take, an adapter
-    merged into its base; with --to lora the adapter alone; with --to diffusers a cascade as a folder that diffusers
-    opens; or the samples of a store as files that other trainers read, where the same command again resumes."""
+    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take, an
+    adapter merged into its base; with --to lora the adapter alone; with --to diffusers a cascade as a folder that
+    diffusers opens; or the samples of a store as files that other trainers read, where the same command again
+    resumes."""
     of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--executor": executor}
     of_stores |= {"--restart": restart, "--quiet": quiet}
     of_cascades = {"--sampling": sampling, "--encoder-model": encoder_model}

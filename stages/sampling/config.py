@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from imagen_core.cascade import SamplingConfig
+from imagen_core.config import default_field
 from imagen_core.prior import PriorSamplingConfig
 from imagen_core.train import LoraUseConfig
 from pipeline.config import Config
@@ -23,7 +24,7 @@ class SampleStageConfig(Config):
     """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
     weights: str | None = None
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
-    lora: LoraUseConfig | None = None
+    lora: LoraUseConfig | None = default_field(None)
     """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
     sampling: SamplingConfig = SamplingConfig()
     """How the stage samples."""
@@ -39,7 +40,7 @@ class SamplePriorConfig(Config):
     encoder_model: str | None = None
     """Where the text encoder is whose vectors the prior reads (hub id or folder), if it is not found under the name it
     was trained with. If the tokens it reads are from another model, that one is found as the stages' encoder is."""
-    lora: LoraUseConfig | None = None
+    lora: LoraUseConfig | None = default_field(None)
     """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
     sampling: PriorSamplingConfig = PriorSamplingConfig()
     """How the prior samples."""
@@ -197,8 +198,4 @@ class SampleConfig(RequestConfig):
         changes_nothing = ("batch_size", "device", "encoder_model", "text_embed_model", "part")
         in_requests = ("captions", "transcriptions", "labels", "size", "aspect")  # the record has those of each image
         exclude = {**dict.fromkeys((*changes_nothing, *in_requests), True), "output": {"all_sizes", "text"}}
-        recorded = self.model_dump(mode="json", exclude=exclude)
-        for model in (*recorded["stages"], *([recorded["prior"]] if recorded["prior"] else [])):
-            if model["lora"] is None:  # as in records of earlier versions
-                del model["lora"]
-        return recorded
+        return self.model_dump(mode="json", exclude=exclude)

@@ -44,7 +44,7 @@ def write_adapter(path: Path, denoiser: Denoiser, origin: Mapping[str, str]) -> 
 def diffusers_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter of diffusers' UNet like this one of a Regular UNet.
 
-    A layer that is two in diffusers, for keys and values, has the first and the second half of B's rows, and A in both.
+    A layer that is two in diffusers, for keys and values, has A in both, and the first and second half of B's rows.
     """
     found: dict[str, Tensor] = {}
     for name, values in tensors.items():
