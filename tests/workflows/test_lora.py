@@ -164,7 +164,7 @@ def test_a_hundred_steps_lower_the_validation_loss(work: Path, tmp_path: Path) -
         lora={"rank": 8, "targets": layers},
         optimizer={"lr": 1e-3, "warmup_steps": 0},
         num_steps=100,
-        batch_size=8,
+        batch_size=4,
         validation={"num_samples": 16, "every_steps": 100},
         checkpoints={"every_steps": 100},
         ema={"rates": [0.9]},
