@@ -34,10 +34,10 @@ ELSEWHERE = {
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds")
-"""Commands that need published weights, a training of hours, scores, other stores, or an optional package; their tests
-are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py, tests/imagen_core/train/data, and
-tests/stages/exports."""
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds", "--to diffusers")
+"""Commands that need published weights, a training of hours, scores, other stores, stages that fit, or an optional
+package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py,
+tests/imagen_core/train/data, tests/stages/exports and tests/stages/sampling/diffusers."""
 RUN_HERE = (
     "train.md",
     "sample.md",

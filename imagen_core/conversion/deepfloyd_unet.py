@@ -122,16 +122,7 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
     Raises:
         ValueError: a setting is missing, unknown, or has no counterpart here.
     """
-    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    if missing := sorted(name for name in _NEEDED if settings.get(name) is None):
-        raise ValueError(f"{missing[0]} is missing; give the UNet of a DeepFloyd IF")
-    known = _NEEDED | _DEFAULTS.keys() | _ONLY.keys() | _WITHOUT_EFFECT
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"{', '.join(unknown)}: not a setting of the {CLASS} known here")
-    for name, (default, possible) in _ONLY.items():
-        if (value := settings.get(name, default)) not in possible:
-            raise ValueError(f"{name} is {value!r}, but a DeepFloyd IF has {' or '.join(map(repr, possible))}")
-    unet = {**_DEFAULTS, **settings}
+    unet = _checked(settings)
     widths, size = _whole_numbers("block_out_channels", unet), unet["sample_size"]
     if not isinstance(size, int):
         raise ValueError(f"sample_size must be one number of pixels (got {size!r})")
@@ -170,6 +161,20 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
             "middle_divisor": unet["mid_block_scale_factor"],
         }
     )
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with their defaults; ValueError for one that is missing, unknown, or has another value than IF's."""
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+    if missing := sorted(name for name in _NEEDED if settings.get(name) is None):
+        raise ValueError(f"{missing[0]} is missing; give the UNet of a DeepFloyd IF")
+    known = _NEEDED | _DEFAULTS.keys() | _ONLY.keys() | _WITHOUT_EFFECT
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"{', '.join(unknown)}: not a setting of the {CLASS} known here")
+    for name, (default, possible) in _ONLY.items():
+        if (value := settings.get(name, default)) not in possible:
+            raise ValueError(f"{name} is {value!r}, but a DeepFloyd IF has {' or '.join(map(repr, possible))}")
+    return {**_DEFAULTS, **settings}
 
 
 def why_not(config: object) -> str | None:

@@ -14,51 +14,59 @@ _DIFFUSERS, _ADAPTER = "diffusers", "lora"
 _STORE_TARGETS = "mds, webdataset or parquet"
 
 
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH",
+        help="Run folder of a training, or a checkpoint; with --to diffusers those of a cascade, smallest images "
+        f"first; with --to {_STORE_TARGETS} a store.",
+    ),
+]
+Out = Annotated[
+    str, typer.Option(help="The .safetensors file to write; of a cascade or store the folder. A path or a URL.")
+]
+To = Annotated[
+    str | None,
+    typer.Option(help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
+]
+SamplingConfig = Annotated[
+    str | None,
+    typer.Option(help="With --to diffusers: configuration of `pipeline run sample` that says how stages sample."),
+]
+EncoderModel = Annotated[
+    str | None, typer.Option(help="With --to diffusers: where the text encoder is; a folder is copied.")
+]
+Sizes = Annotated[
+    list[int] | None, typer.Option(help="Of a store: a size of the images; may be repeated. Default: all.")
+]
+Encoders = Annotated[list[str] | None, typer.Option(help="Of a store: a text encoder; may be repeated. Default: all.")]
+Codec = Annotated[
+    str | None,
+    typer.Option(help="Of a store: png or jpeg. Default: the store's files where the target reads them, else png."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32. Of DeepFloyd "
+        "IF's networks: float32, float16 or bfloat16 weights. Default: float32."
+    ),
+]
+
+
 def export(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...",
-            help="Run folder of a training, or a checkpoint; with --to diffusers those of a cascade, smallest images "
-            f"first; with --to {_STORE_TARGETS} a store.",
-        ),
-    ],
-    out: Annotated[str, typer.Option(help="The .safetensors file to write; of a store the folder. A path or a URL.")],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
-    ] = None,
-    sampling: Annotated[
-        str | None,
-        typer.Option(help="With --to diffusers: configuration of `pipeline run sample` that says how stages sample."),
-    ] = None,
-    encoder_model: Annotated[
-        str | None, typer.Option(help="With --to diffusers: where the text encoder is; a folder is copied.")
-    ] = None,
-    size: Annotated[
-        list[int] | None, typer.Option(help="Of a store: a size of the images; may be repeated. Default: all.")
-    ] = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(help="Of a store: a text encoder; may be repeated. Default: all.")
-    ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a store: png or jpeg. Default: the store's files where the target reads them, else png."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a store: float16 or float32 embeddings. Default: float16 stays, others become float32. Of "
-            "DeepFloyd IF's networks: float32, float16 or bfloat16 weights. Default: float32."
-        ),
-    ] = None,
+    paths: Paths,
+    out: Out,
+    to: To = None,
+    weights: Weights = None,
+    sampling: SamplingConfig = None,
+    encoder_model: EncoderModel = None,
+    size: Sizes = None,
+    encoder: Encoders = None,
+    codec: Codec = None,
+    dtype: Dtype = None,
     executor: Annotated[str | None, typer.Option(help="Of a store: local, ray or inline. Default: local.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Of a store: make again what no longer fits, in a folder that has some.")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,12 @@ def _hub(place: str, classes: Iterable[str]) -> PipelineFiles:
     small = [INDEX, *(f"{part}/{name}" for part, name in _CONFIGS.items())]
     try:
         cached = Path(snapshot_download(place, local_files_only=True, allow_patterns=[*small, f"{UNET}/{_STEM}*"]))
-        return _read(place, cached, classes)
-    except (ConfigError, OSError, ValueError):
-        pass  # not in the cache, or incomplete: ask the hub
+    except (OSError, ValueError):
+        cached = None  # not in the cache
+    if cached is not None and (cached / INDEX).is_file():
+        _check_class(place, cached / INDEX, classes)
+        with suppress(ConfigError):  # incomplete: ask the hub
+            return _read(place, cached, classes)
     try:
         return _online(place, small, classes)
     except ConfigError:
@@ -156,7 +160,7 @@ def _hub(place: str, classes: Iterable[str]) -> PipelineFiles:
     except Exception as error:
         raise MachineError(
             f"{place!r} is neither a local folder, nor cached, nor reachable on the hub ({type(error).__name__}); "
-            f"download it once with `hf download {place}`, or give a local folder"
+            f"download it once with `hf download {place}` (a gated one after login and licence), or give a folder"
         ) from error
 
 

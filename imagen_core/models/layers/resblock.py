@@ -66,15 +66,11 @@ class ResBlock(nn.Module):
         self.activation: Activation = activation
         self.conv_first = conv_first
         conv = StandardizedConv2d if weight_standardization else nn.Conv2d
-
-        def make_norm(channels: int) -> nn.Module:
-            return PixelRMSNorm(channels) if norm == "rms" else nn.GroupNorm(num_groups, channels)
-
-        self.norm1 = make_norm(out_channels if conv_first else in_channels)
+        self.norm1 = _norm(norm, out_channels if conv_first else in_channels, num_groups)
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.text_attention = text_attention
-        self.norm2 = make_norm(out_channels)
+        self.norm2 = _norm(norm, out_channels, num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         if zero_init:
@@ -112,6 +108,10 @@ class ResBlock(nn.Module):
             return norm(h + shift)
         scale, shift = shift.chunk(2, dim=1)
         return torch.addcmul(shift, norm(h), 1 + scale)
+
+
+def _norm(kind: Literal["group", "rms"], channels: int, num_groups: int) -> nn.Module:
+    return PixelRMSNorm(channels) if kind == "rms" else nn.GroupNorm(num_groups, channels)
 
 
 class StandardizedConv2d(nn.Conv2d):

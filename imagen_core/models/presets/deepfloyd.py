@@ -1,4 +1,8 @@
-"""DeepFloyd IF's UNets of stages I and II, as options of the Regular family."""
+"""DeepFloyd IF's UNets of stages I and II, as options of the Regular family.
+
+I-XL and II-L are those of their config.json, and have as many parameters as their files. Those of I-M and I-L were not
+at hand: these have I-XL's layout at the width that gives the published number. II-M is not known.
+"""
 
 from imagen_core.models.presets.base import Preset
 from imagen_core.models.unet.regular import RegularUNetConfig
@@ -44,11 +48,10 @@ def _stage_2(channels: int, mult: tuple[int, ...], blocks: tuple[int, ...]) -> R
 
 
 _NAME = "DeepFloyd IF"
-_UNSEEN = "its width follows from this label, as its config.json was not at hand"
 
 DEEPFLOYD_PRESETS: dict[str, Preset] = {
-    "if_i_m": Preset(_if(64, 192, (1, 2, 3, 4)), 371_605_830, f"{_NAME}-I-M (published as 400M; {_UNSEEN})"),
-    "if_i_l": Preset(_if(64, 320, (1, 2, 3, 4)), 935_365_830, f"{_NAME}-I-L (published as 900M; {_UNSEEN})"),
+    "if_i_m": Preset(_if(64, 192, (1, 2, 3, 4)), 371_605_830, f"{_NAME}-I-M (by its label, 400M)"),
+    "if_i_l": Preset(_if(64, 320, (1, 2, 3, 4)), 935_365_830, f"{_NAME}-I-L (by its label, 900M)"),
     "if_i_xl": Preset(_if(64, 704, (1, 2, 3, 4)), 4_304_695_110, f"{_NAME}-I-XL (4.3B)"),
     "if_ii_l": Preset(
         _stage_2(160, (1, 2, 4, 6, 8), (2, 2, 3, 5, 5)), 1_243_277_190, f"{_NAME}-II-L, to 256 px (1.2B)"

@@ -151,7 +151,7 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     index |= dict.fromkeys(names[: len(stages)], ("network", "Network"))
     write_json(folder / "model_index.json", index | dict(encoder.components) | dict(encoder.settings))
     for stage, name in zip(stages, names, strict=False):
-        _write_stage(stage, folder / name, loaded.cascade.text_shape)
+        _write_stage(stage, folder / name)
     write_text(folder / "pipeline.py", (_FILES / "pipeline.py").read_text(encoding="utf-8"))
     write_text(folder / "README.md", model_card(stages, loaded.checkpoints, encoder))
 
@@ -174,9 +174,9 @@ def _check_parts(stage: CascadeStage) -> None:
         raise ConfigError(f"{prefix}: threshold.kind=length is for a prior's embeddings; use dynamic or static")
 
 
-def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] | None) -> None:
+def _write_stage(stage: CascadeStage, folder: Path) -> None:
     try:
-        graph, table = trace(stage, text_shape), sampling_table(stage)
+        graph, table = trace(stage), sampling_table(stage)
     except ValueError as error:
         raise ConfigError(f"the {stage.size_px} px stage: {error}") from error
     settings, config = stage.sampling, stage.config
@@ -185,7 +185,7 @@ def _write_stage(stage: CascadeStage, folder: Path, text_shape: tuple[int, ...] 
         "divisor": config.unet.sides_divisor,
         "channels": config.shape[0],
         "conditions": [name for name in _CONDITIONS if name in stage.conditions],
-        "text_shape": None if text_shape is None else list(text_shape),
+        "text_shape": list(config.unet.text_shape or ()),
         "max_tokens": stage.max_tokens,
         "guidance": {name: getattr(settings.guidance, name) for name in _CONDITIONS},
         "threshold": settings.threshold.model_dump(mode="json"),

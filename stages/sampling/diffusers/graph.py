@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
@@ -48,25 +49,26 @@ class _Inputs(nn.Module):
         return [estimate] if channels is None else [estimate, channels]
 
 
-def trace(stage: CascadeStage, text_shape: tuple[int, ...] | None) -> NetworkGraph:
+def trace(stage: CascadeStage) -> NetworkGraph:
     """The denoiser's operations for images of any number and sides, and captions of any length.
 
-    Args:
-        text_shape: of one token; None if no stage reads captions.
     Raises:
-        ValueError: an operation that the graph's file does not know.
+        ValueError: it does not run for all shapes, or has an operation that the graph's file does not know.
     """
     denoiser = stage.denoiser.to("cpu", torch.float32).eval()
-    given, sizes = _arguments(stage, text_shape)
+    given, sizes = _arguments(stage)
     first = ("x", "sigma")
     arguments = (*(given.pop(name) for name in first), given)
     shapes = (*(sizes.pop(name) for name in first), sizes)
-    with torch.no_grad():
-        program = export(_Inputs(denoiser), arguments, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            program = export(_Inputs(denoiser), arguments, dynamic_shapes=shapes, strict=False)
+    except UserError as error:
+        raise ValueError(f"the network cannot be traced for all shapes: {str(error).splitlines()[0]}") from error
     return _read(program, {name: name for name in first} | {f"given_{name}": name for name in given})
 
 
-def _arguments(stage: CascadeStage, text_shape: tuple[int, ...] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _arguments(stage: CascadeStage) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Example inputs, and which of their sizes may differ; no two of these are equal, or they would stay equal."""
     config, divisor = stage.config, stage.config.unet.sides_divisor
     batch, tokens = 3, 5
@@ -74,8 +76,8 @@ def _arguments(stage: CascadeStage, text_shape: tuple[int, ...] | None) -> tuple
     image, row = {0: Dim.DYNAMIC, 2: height, 3: width}, {0: Dim.DYNAMIC}
     x = torch.zeros(batch, config.shape[0], config.size_px, config.size_px + divisor)
     arguments, sizes = {"x": x, "sigma": torch.ones(batch)}, {"x": image, "sigma": row}
-    if config.unet.text_dim is not None and text_shape is not None:
-        text = torch.zeros(batch, tokens, *text_shape), torch.ones(batch, tokens, dtype=torch.bool)
+    if config.unet.text_shape is not None:
+        text = torch.zeros(batch, tokens, *config.unet.text_shape), torch.ones(batch, tokens, dtype=torch.bool)
         arguments |= dict(zip(_TEXT, (*text, torch.ones(batch, dtype=torch.bool)), strict=True))
         token = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
         sizes |= {"text": token, "text_mask": token, "text_keep": row}
@@ -98,7 +100,7 @@ def _read(program: ExportedProgram, inputs: dict[str, str]) -> NetworkGraph:
             names[placeholder] = inputs[placeholder]
             continue
         target = str(spec.target)
-        owner = program.state_dict if spec.kind == InputKind.PARAMETER else program.constants | program.state_dict
+        owner: dict[str, Any] = program.constants | program.state_dict
         name = target.removeprefix("denoiser.") if spec.kind == InputKind.PARAMETER else f"constants.{placeholder}"
         tensors[name] = owner[target].detach().contiguous()
         names[placeholder] = f"weights[{name!r}]"

@@ -275,6 +275,15 @@ def test_a_hub_id_is_found_in_the_local_cache(folders: list[Path], monkeypatch: 
     assert not any(pattern.startswith(("text_encoder", "safety_checker")) for pattern in request["allow_patterns"])
 
 
+def test_a_cached_pipeline_of_another_class_is_refused_without_a_network(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(folders[0] / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders[0]))
+    with pytest.raises(ConfigError, match=r"some/model: .* names a StableDiffusionPipeline"):
+        find_pipeline("some/model", CLASSES)
+
+
 def test_of_a_pipeline_on_the_hub_only_what_is_read_is_downloaded(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 _CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
@@ -79,14 +79,14 @@ class Network(ModelMixin, ConfigMixin):
         Returns:
             The estimate, and the channels of a learned variance or None; both float32 (b, c, h, w).
         """
-        values: Values = {name: {"x": x, "sigma": sigma, **conditions}[name] for name in self.config.inputs}
+        values: Values = {name: {"x": x, "sigma": sigma, **conditions}[name] for name in self.config["inputs"]}
         values |= {"weights": {**dict(self.named_parameters()), **dict(self.named_buffers())}, "device": x.device}
         values["low"] = self.dtype if self.dtype in _LOW else None
         for name, read, done in self._program:
             values[name] = read(values)
             for used in done:
                 values.pop(used, None)
-        results = [values[name] for name in self.config.outputs]
+        results = [values[name] for name in self.config["outputs"]]
         return results[0], results[1] if len(results) > 1 else None
 
 

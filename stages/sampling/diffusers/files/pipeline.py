@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 Estimate = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
@@ -42,6 +42,8 @@ class CascadePipeline(DiffusionPipeline):
     """Text to image by up to four stages, each with larger images than the one before."""
 
     model_cpu_offload_seq = "text_encoder->stage_1->stage_2->stage_3->stage_4"
+    text_encoder: Any
+    tokenizer: Any
     _optional_components = ["stage_2", "stage_3", "stage_4", "text_encoder", "tokenizer"]  # noqa: RUF012
 
     def __init__(
@@ -130,7 +132,7 @@ class CascadePipeline(DiffusionPipeline):
         noises = self._noises(seed, generator, count)
         total = sum("estimate" in entry for stage in self.stages for entry in stage.config.sampling["table"])
         current = low_res
-        with self.progress_bar(total=total) as bar:
+        with self.progress_bar(total=total) as bar:  # type: ignore[call-arg]
             for stage, shape, noise in zip(self.stages, shapes, noises, strict=True):
                 settings = stage.config.sampling
                 start = None if settings["low_res"] is None else current
@@ -138,31 +140,31 @@ class CascadePipeline(DiffusionPipeline):
                 estimate = _guided(stage, settings, inputs, guidance_scale, bar.update)
                 current = follow(settings, estimate, noise, (settings["channels"], *shape), device)
         assert current is not None
-        images = self.processor.postprocess(current.clamp(-1, 1).cpu(), output_type)
+        images: Any = self.processor.postprocess(current.clamp(-1, 1).cpu(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> float32 (b, l, dim), zero in padding, and bool (b, l), true on tokens."""
-        if self.text_encoder is None or self.tokenizer is None:
+        if any(part is None for part in (self.text_encoder, self.tokenizer)):
             self._load_encoder()
-        device = self._execution_device
+        device, tokenizer, encoder = self._execution_device, self.tokenizer, self.text_encoder
         words = ["".join(" " if unicodedata.category(c) == "Cc" else c for c in prompt).strip() for prompt in prompts]
-        limit = self.config.max_tokens
-        tokens = self.tokenizer(words, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        limit = self.config["max_tokens"]
+        tokens = tokenizer(words, truncation=True, max_length=limit, padding=True, return_tensors="pt")
         ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        if self.config.embedding_dtype is not None:
-            states = states.to(getattr(torch, self.config.embedding_dtype)).float()
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        if self.config["embedding_dtype"] is not None:
+            states = states.to(getattr(torch, self.config["embedding_dtype"])).float()
         return states * mask[..., None], mask.bool()
 
     def _load_encoder(self) -> None:
-        model = self.config.encoder_model
+        model = self.config["encoder_model"]
         if model is None:
             raise ValueError("this folder has no text encoder (see its README.md): give prompt_embeds")
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-        revision = self.config.encoder_revision
+        revision = self.config["encoder_revision"]
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         encoder: Any = AutoModelForTextEncoding.from_pretrained(model, revision=revision)
         self.register_modules(text_encoder=encoder.eval().to(self._execution_device), tokenizer=tokenizer)
@@ -222,7 +224,8 @@ class CascadePipeline(DiffusionPipeline):
             return None
         if not isinstance(image, Tensor):
             factor = Fraction(settings["low_res"]["size_px"], settings["size_px"])
-            image = self.processor.preprocess(image, *(int(side * factor) for side in shape))
+            height, width = (int(side * factor) for side in shape)
+            image = self.processor.preprocess(image, height=height, width=width)
         return image.to(self._execution_device, torch.float32).repeat_interleave(copies, dim=0)
 
     def _noises(

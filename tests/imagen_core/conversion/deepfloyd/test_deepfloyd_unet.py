@@ -97,6 +97,88 @@ def unet_of(preset: Any) -> RegularUNetConfig:
     return preset.config
 
 
+_PUBLISHED = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "attention_head_dim": 64,
+    "center_input_sample": False,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": "group_norm",
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 6,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_time_scale_shift": "scale_shift",
+    "time_cond_proj_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+PUBLISHED = {
+    "if_i_xl": _PUBLISHED
+    | {
+        "addition_time_embed_dim": None,
+        "block_out_channels": [704, 1408, 2112, 2816],
+        "class_embed_type": None,
+        "cross_attention_dim": 2816,
+        "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3],
+        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"],
+        "in_channels": 3,
+        "layers_per_block": 3,
+        "mid_block_scale_factor": 1,
+        "num_attention_heads": None,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "sample_size": 64,
+        "time_embedding_act_fn": None,
+        "time_embedding_dim": None,
+        "transformer_layers_per_block": 1,
+    },
+    "if_ii_l": _PUBLISHED
+    | {
+        "block_out_channels": [160, 320, 640, 960, 1280],
+        "class_embed_type": "timestep",
+        "cross_attention_dim": 1280,
+        "down_block_types": [*["ResnetDownsampleBlock2D"] * 3, *["SimpleCrossAttnDownBlock2D"] * 2],
+        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * 2, *["ResnetUpsampleBlock2D"] * 3],
+        "in_channels": 6,
+        "layers_per_block": [2, 2, 3, 5, 5],
+        "mid_block_scale_factor": 1.4142271248762552,
+        "resnet_out_scale_factor": 1.4142271248762552,
+        "resnet_skip_time_act": True,
+        "sample_size": 256,
+        "time_embedding_act_fn": "gelu",
+        "time_embedding_dim": 1280,
+    },
+}
+"""config.json of IF-I-XL and IF-II-L."""
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_the_published_settings_are_those_of_the_preset(name: str) -> None:
+    config, preset = unet_config(PUBLISHED[name]), unet_of(PRESETS[name])
+    assert config.blocks_per_level == preset.blocks_per_level
+    assert set(config.attention_resolutions) == set(preset.attention_resolutions)
+    same = {"num_res_blocks": 1, "attention_resolutions": ()}
+    assert config.model_copy(update=same) == preset.model_copy(update=same)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_settings_survive_the_way_back(number: int) -> None:
     config = unet_config(UNETS[number])

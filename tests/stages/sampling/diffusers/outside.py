@@ -7,6 +7,7 @@ images as a NumPy file.
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 OURS = ("imagen_core", "stages", "pipeline", "workflows", "tests", "benchmarks")
 
@@ -21,15 +22,17 @@ class Refuse:
 
 
 def main(folder: str, out: str) -> None:
+    import diffusers
     import numpy as np
-    from diffusers import DiffusionPipeline
     from safetensors.torch import load_file
 
     options = json.load(sys.stdin)
     if "embeds" in options:
         tensors = load_file(options.pop("embeds"))
         options["prompt_embeds"] = [tensors[name] for name in sorted(tensors)]
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options.pop("load", {}))
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(  # pyright: ignore[reportPrivateImportUsage]
+        folder, trust_remote_code=True, **options.pop("load", {})
+    )
     pipe.set_progress_bar_config(disable=True)
     np.save(out, pipe(output_type="np", **options).images)
     assert not any(name.partition(".")[0] in OURS for name in sys.modules)

@@ -9,7 +9,7 @@ from torch import Tensor
 from imagen_core.cascade import CascadeStage
 from imagen_core.models import Conditioning
 from stages.sampling.diffusers.graph import NetworkGraph, trace
-from tests.stages.sampling.diffusers.models import DISCRETE, EFFICIENT, HYBRID, REGULAR, SUPER, TEXT_DIM, stage
+from tests.stages.sampling.diffusers.models import DISCRETE, EFFICIENT, HYBRID, REGULAR, SUPER, stage
 
 pytestmark = pytest.mark.slow  # diffusers takes seconds to import
 
@@ -23,6 +23,7 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"diffusion": DISCRETE | {"variance": "learned_range"}},
     ),
     "regular, previous state": (REGULAR, {"diffusion": DISCRETE | {"objective": "prev"}}),
+    "regular, layers of an encoder": (REGULAR | {"num_text_layers": 3}, {}),
     "hybrid": (HYBRID, {}),
     "hybrid, super-resolution": (
         HYBRID | SUPER | {"memory_efficient": True, "combine_up_features": True, "init_residual": True},
@@ -55,9 +56,9 @@ def inputs(
     x = torch.randn(batch, 3, height, width, generator=generator)
     given: dict[str, Any] = {}
     keep = torch.arange(batch) % 2 == 0
-    if unet.text_dim is not None:
+    if unet.text_shape is not None:
         lengths = torch.arange(batch)[:, None] % tokens
-        given["text"] = torch.randn(batch, tokens, TEXT_DIM, generator=generator)
+        given["text"] = torch.randn(batch, tokens, *unet.text_shape, generator=generator)
         given |= {"text_mask": torch.arange(tokens)[None] <= lengths, "text_keep": keep}
     if unet.num_classes is not None:
         given |= {"labels": torch.arange(batch) % (unet.num_classes + 1) - 1, "labels_keep": keep}
@@ -72,7 +73,7 @@ def inputs(
 def test_the_graph_equals_the_denoiser_for_other_batches_lengths_and_sides(name: str) -> None:
     unet, settings = STAGES[name]
     traced = stage(unet, **settings)
-    exported = network(trace(traced, None if unet["text_dim"] is None else (TEXT_DIM,)))
+    exported = network(trace(traced))
     for batch, tokens, height, width in ((1, 1, 16, 16), (4, 12, 8, 24), (3, 5, 32, 16)):
         x, sigma, given = inputs(traced, batch, tokens, height, width)
         expected, channels = traced.denoiser.with_variance(x, sigma, Conditioning(**given))
@@ -85,7 +86,7 @@ def test_the_graph_equals_the_denoiser_for_other_batches_lengths_and_sides(name:
 
 def test_the_graph_has_the_weights_under_the_names_of_the_checkpoint() -> None:
     traced = stage(EFFICIENT)
-    graph = trace(traced, (TEXT_DIM,))
+    graph = trace(traced)
     state = traced.denoiser.state_dict()
     assert graph.tensors.keys() == state.keys()
     assert all(torch.equal(graph.tensors[name], state[name]) for name in state)
@@ -96,7 +97,7 @@ def test_the_graph_has_the_weights_under_the_names_of_the_checkpoint() -> None:
 @torch.no_grad()
 def test_half_precision_stays_near_the_denoiser() -> None:
     traced = stage(REGULAR, diffusion=DISCRETE)
-    exported = network(trace(traced, (TEXT_DIM,))).to(torch.bfloat16)
+    exported = network(trace(traced)).to(torch.bfloat16)
     x, sigma, given = inputs(traced, 2, 5, 16, 16)
     expected = traced.denoiser(x, sigma, Conditioning(**given))
     found, _ = exported(x, sigma, **given)
