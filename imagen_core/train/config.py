@@ -201,8 +201,10 @@ class TrainConfig(Config):
             of = f" of {encoder!r}" if isinstance(self.text, tuple) else ""
             option = f"{model}.num_text_layers{f'.{number}' if of else ''}"
             if len(layers) != counts[number]:
+                remedy = network.with_layer_count(number, len(layers))
                 raise ValueError(
-                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set it to {len(layers)}"
+                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set "
+                    + (f"{model}.num_text_layers={remedy}" if of else f"it to {remedy}")
                 )
             if len(set(layers)) < len(layers):
                 raise ValueError(f"text_layers{of} are {list(layers)}, which names a layer twice; name each once")
