@@ -280,7 +280,7 @@ def test_a_cached_pipeline_of_another_class_is_refused_without_a_network(
 ) -> None:
     write_json(folders[0] / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders[0]))
-    with pytest.raises(ConfigError, match="some/model: .* names a StableDiffusionPipeline"):
+    with pytest.raises(ConfigError, match=r"some/model: .* names a StableDiffusionPipeline"):
         find_pipeline("some/model", CLASSES)
 
 
