@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import BlurConfig, ResizedCropConfig
 
@@ -166,6 +166,9 @@ class OptimizerConfig(Config):
     """Gradients are scaled down to this norm."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameters with another learning rate or weight decay, by name."""
+    on_cpu: bool = default_field(False)
+    """Keep Adam's moments in main memory: frees 8 bytes per parameter on the GPU, and each step copies 16 bytes per
+    parameter. The numbers are the same."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
