@@ -68,8 +68,11 @@ class InitFromConfig(Config):
     """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
     weights: str | None = None
     """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
-    mismatch: Literal["error", "skip"] = "error"
-    """Tensors that only one of the two models has, or that differ in shape: refuse, or leave them random."""
+    mismatch: Literal["error", "skip", "grow"] = "error"
+    """Tensors that only one of the two models has, or that differ in shape: refuse; skip: leave them random; grow: as
+    skip, but a smaller tensor becomes the first part of the larger one. Its outputs read nothing new, and what is new
+    is initialised as ever: more channels in or out, classes, and a larger first kernel leave the function as it was;
+    wider layers and embeddings do not, as norms mix their channels."""
 
 
 class ConditioningDropoutConfig(Config):

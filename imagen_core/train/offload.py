@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from imagen_core.train.parallel.world import local
 
 _PART_NUMBERS = 2**26
-"""Most values of the parameters that are updated together, unless a single one has more; their two moments take 512 MiB
-of the device."""
+"""Most values of the parameters that are updated together, unless a single one has more; their two moments take 512
+MiB of the device."""
 
 
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW that computes where the weights are, part by part, and gives the same numbers as AdamW.
 
-    The moments of a part are copied to the weights' device, updated there by the fused kernel, and copied back: 16 bytes
-    per parameter and step, over PCIe. Between steps the device holds none of them.
+    The moments of a part are copied to the weights' device, updated there by the fused kernel, and copied back: 16
+    bytes per parameter and step, over PCIe. Between steps the device holds none of them.
     """
 
     @torch.no_grad()
