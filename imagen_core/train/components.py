@@ -227,6 +227,9 @@ class ComputeConfig(Config):
     """torch.compile the network: slow to start, faster steps."""
     channels_last: bool = True
     """Memory order of images and kernels; the faster one nearly everywhere."""
+    cudnn_autotune: bool = default_field(False)
+    """cuDNN measures its convolutions at the first step of each shape, and takes the fastest. Which one that is may
+    change from start to start, so a resumed training is then not the same to the last bit."""
 
 
 class ValidationConfig(Config):
