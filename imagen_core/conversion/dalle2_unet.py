@@ -230,7 +230,7 @@ def _named(
         if converted == "inputs.level.hidden.0.weight":  # it has sines first, this library cosines
             values = values.roll(values.shape[1] // 2, dims=1)
         elif re.search(r"layers\.0\.attention\.to_q\.weight$", converted):
-            values = values * config.head_dim**-0.5
+            values = values * config.heads(-1)[1] ** -0.5
         elif re.search(r"image_embed\.to_(tokens|vector)\.weight$", converted) and config.image_embed_dim:
             values = values * config.image_embed_dim**-0.5
         elif name.startswith("init_conv.") and values.ndim == 4 and config.low_res and config.self_conditioning:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import BlurConfig, ResizedCropConfig
 
@@ -68,8 +68,11 @@ class InitFromConfig(Config):
     """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
     weights: str | None = None
     """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
-    mismatch: Literal["error", "skip"] = "error"
-    """Tensors that only one of the two models has, or that differ in shape: refuse, or leave them random."""
+    mismatch: Literal["error", "skip", "grow"] = "error"
+    """Tensors that only one of the two models has, or that differ in shape: refuse; skip: leave them random; grow: as
+    skip, but a smaller tensor becomes the first part of the larger one. Its outputs read nothing new, and what is new
+    is initialised as ever: more channels in or out, classes, and a larger first kernel leave the function as it was;
+    wider layers and embeddings do not, as norms mix their channels."""
 
 
 class ConditioningDropoutConfig(Config):
@@ -166,6 +169,9 @@ class OptimizerConfig(Config):
     """Gradients are scaled down to this norm."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameters with another learning rate or weight decay, by name."""
+    on_cpu: bool = default_field(False)
+    """Keep Adam's moments in main memory: frees 8 bytes per parameter on the GPU, and each step copies 16 bytes per
+    parameter. The numbers are the same."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
@@ -221,6 +227,9 @@ class ComputeConfig(Config):
     """torch.compile the network: slow to start, faster steps."""
     channels_last: bool = True
     """Memory order of images and kernels; the faster one nearly everywhere."""
+    cudnn_autotune: bool = default_field(False)
+    """cuDNN measures its convolutions at the first step of each shape, and takes the fastest. Which one that is may
+    change from start to start, so a resumed training is then not the same to the last bit."""
 
 
 class ValidationConfig(Config):

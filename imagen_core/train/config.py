@@ -235,8 +235,8 @@ class TrainConfig(Config):
             raise ValueError("lora: is an adapter of a trained model; name it as init_from.path")
         if self.lora is not None and self.init_from is not None and self.init_from.mismatch != "error":
             raise ValueError(
-                "init_from.mismatch: skip would leave weights random that no checkpoint of an adapter holds; leave it "
-                "out, or train all weights with lora=null"
+                f"init_from.mismatch: {self.init_from.mismatch} would leave weights random that no checkpoint of an "
+                "adapter holds; leave it out, or train all weights with lora=null"
             )
 
     def _check_prior(self) -> None:

@@ -45,7 +45,7 @@ from imagen_core.train.lora.adapter import add_new_adapter
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
 from imagen_core.train.optimizer import make_optimizer
-from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
+from imagen_core.train.parallel.precision import LossScale, kernel_settings, weights_dtype
 from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
@@ -92,7 +92,8 @@ def train(
         StoreLostError: the store cannot be read any more; a checkpoint was saved.
         StoreError: it cannot be read from the beginning.
     """
-    with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
+    settings = kernel_settings(tf32=config.compute.tf32, cudnn_autotune=config.compute.cudnn_autotune)
+    with settings, joined_world() as world:
         # Model: the same weights on every process.
         stores = open_stores(config, online=online_encoder is not None)
         if online_encoder is not None:

@@ -53,6 +53,10 @@ class InitConfig(Config):
     """Images to start from, one per prompt."""
     strength: float = Field(default=0.7, ge=0, le=1)
     """How far the images are sent back into noise: 0 keeps them, 1 forgets them."""
+    encode: bool = default_field(False)
+    """Start from the noise that the stage itself would generate the images from without prompts (reversed DDIM),
+    instead of random noise: what the prompt does not change stays, even at strength 1, and the seed does not matter.
+    For samplers that add no noise."""
 
 
 class InpaintConfig(Config):

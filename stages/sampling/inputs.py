@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from imagen_core.cascade import CascadeStage
 from imagen_core.images import from_pixels
-from imagen_core.samplers import Inpaint
+from imagen_core.samplers import Inpaint, encode
 from imagen_core.store.buckets import Shape, crop_box
 from pipeline.errors import ConfigError
 from stages.images import read_image
 from stages.images.resample import pyramid_of_shapes
-from stages.sampling.config import InpaintConfig
+from stages.sampling.config import InitConfig, InpaintConfig
 
 
 def read_centres(paths: Sequence[str | None], shape: Shape | None) -> torch.Tensor | None:
@@ -47,3 +48,15 @@ def read_inpaint(config: InpaintConfig, shape: Shape | None = None) -> Inpaint:
     image, mask = image[top:bottom, left:right], mask[top:bottom, left:right]
     keep = torch.from_numpy(mask[None, None, ..., 0] >= 128)
     return Inpaint(from_pixels(image[None]), keep, config.resample_times)
+
+
+def check_init(config: InitConfig | None, first: CascadeStage) -> None:
+    """ConfigError if images are to be encoded by a sampler that cannot, because it adds noise."""
+    if config is None or not config.encode:
+        return
+    settings, schedule = first.sampling, first.config.diffusion.schedule
+    sigmas = settings.grid.sigmas(schedule, settings.num_steps)
+    try:
+        encode(settings.sampler, lambda x, _: torch.zeros_like(x), sigmas, torch.zeros(1, 1, 1, 1), schedule=schedule)
+    except ValueError as error:
+        raise ConfigError(f"init.encode: {error} (stages.0.sampling.sampler)") from error

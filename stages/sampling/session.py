@@ -70,6 +70,7 @@ class SamplingSession:
         image_embed: Tensor | None,
         *,
         strength: float,
+        encode_init: bool,
         inpaint: Inpaint | None,
         on_step: OnStep,
     ) -> dict[int, Tensor]:
@@ -95,6 +96,7 @@ class SamplingSession:
             init_image=read_centres([each.init_image for each in requests], shape),
             shape=shape,
             strength=strength,
+            encode_init=encode_init,
             inpaint=inpaint,
             device=self.device,
             autocast=self.autocast,

@@ -37,6 +37,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             num_averages=len(config.ema.rates),
             num_shards=1,
             lora=config.lora,
+            moments_on_cpu=config.optimizer.on_cpu,
         )
     except TrainError as error:
         raise ConfigError(str(error)) from error
