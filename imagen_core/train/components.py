@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from imagen_core.config import Config
 from imagen_core.store import DEFAULT_CACHE_BYTES
-from imagen_core.train.augment import BlurConfig, ResizedCropConfig
+from imagen_core.train.augment import BlurConfig, JpegConfig, ResizedCropConfig, TintConfig
 
 
 class DataConfig(Config):
@@ -92,7 +92,7 @@ class ConditioningDropoutConfig(Config):
 
 
 class ViewsConfig(Config):
-    """Random views of the images: crops, flips, blur, grayscale."""
+    """Random views of the images: crops, flips, and changes of low-resolution images."""
 
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on full images."""
@@ -105,6 +105,10 @@ class ViewsConfig(Config):
     """Blur some of the low-resolution images, in training only; null: none."""
     low_res_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the low-resolution images shown in grayscale; 1 makes a model that colours images."""
+    low_res_jpeg: JpegConfig | None = None
+    """Compress some of the low-resolution images as JPEG, in training only; null: none."""
+    low_res_tint: TintConfig | None = None
+    """Show some of the low-resolution images in shades of one colour, in training only; null: none."""
 
     @field_validator("horizontal_flip", mode="before")
     @classmethod

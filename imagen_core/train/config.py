@@ -93,7 +93,7 @@ class TrainConfig(Config):
     conditioning_dropout: ConditioningDropoutConfig = ConditioningDropoutConfig()
     """Conditions dropped, so that guidance has models without them."""
     views: ViewsConfig = ViewsConfig()
-    """Random views of the images: crops, flips, blur, grayscale."""
+    """Random views of the images: crops, flips, and changes of low-resolution images."""
     noise_levels: NoiseLevelsConfig = NoiseLevelsConfig()
     """Noise levels of training."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -237,6 +237,8 @@ class TrainConfig(Config):
             ("views.crop_px", views.crop_px),
             ("views.resized_crop", views.resized_crop),
             ("views.low_res_blur", views.low_res_blur),
+            ("views.low_res_jpeg", views.low_res_jpeg),
+            ("views.low_res_tint", views.low_res_tint),
             ("grid.every_steps", self.grid.every_steps),
         ):
             if value is not None:
@@ -264,7 +266,7 @@ class TrainConfig(Config):
                 f"views.resized_crop.from_px {views.resized_crop.from_px} is smaller than denoiser.size_px "
                 f"{denoiser.size_px}; name a larger stored size"
             )
-        for field in ("low_res_blur", "low_res_grayscale"):
+        for field in ("low_res_blur", "low_res_grayscale", "low_res_jpeg", "low_res_tint"):
             if getattr(views, field) and denoiser.low_res_px is None:
                 raise ValueError(f"views.{field} is for super-resolution; a base model has no low-resolution image")
 

@@ -68,14 +68,15 @@ def validation_loss(context: TrainingContext, name: str) -> float:
 
 
 def _for_validation(config: TrainConfig) -> TrainConfig:
-    """Separate random numbers; nothing dropped or blurred; one noise level for each low-resolution image.
+    """Separate random numbers; nothing dropped or corrupted; one noise level for each low-resolution image.
 
     Low-resolution images are in grayscale only if they always are.
     """
-    grayscale_always = float(config.views.low_res_grayscale == 1)
+    off: dict[str, object] = dict.fromkeys(("low_res_blur", "low_res_jpeg", "low_res_tint"))
+    off["low_res_grayscale"] = float(config.views.low_res_grayscale == 1)
     changes: dict[str, object] = {
         "conditioning_dropout": NO_DROPOUT,
-        "views": config.views.model_copy(update={"low_res_blur": None, "low_res_grayscale": grayscale_always}),
+        "views": config.views.model_copy(update=off),
         "seed": mix(config.seed, RandomStream.VALIDATION),
     }
     settings = config.denoiser
