@@ -19,6 +19,10 @@ class DataConfig(Config):
     shuffle_window_shards: int | None = Field(default=None, ge=1)
     """Shards come in random order, and samples are shuffled within this many of them; null: all samples are shuffled
     with each other."""
+    replacement: bool = False
+    """Draw samples with replacement, each independently of the others; an epoch is as many as the store has. With
+    shuffle_window_shards, and in stores of aspect-ratio buckets, within each window and bucket. false: each sample
+    comes once per epoch."""
     cache_dir: str | None = None
     """Local folder for checked copies of a remote store's files, shared by the processes of a machine; null: no
     copies."""
