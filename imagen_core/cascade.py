@@ -4,8 +4,8 @@ Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 p
 caption, and each super-resolution stage also the image of the previous stage, with a little noise on it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import get_args
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from imagen_core.condition_images import channels_of, joined_images
 from imagen_core.config import Config, default_field
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
@@ -68,6 +69,13 @@ class CascadeStage:
     """Height and width of the images it was trained on; none where they are not known."""
     encoders: tuple[str, ...] | None = None
     """Names of the text encoders whose tokens it reads, where the cascade has several; None means all."""
+    condition_images: Mapping[str, int] = field(default_factory=dict)
+    """Channels of each further image that it reads, in their order; empty for one of the name `images`."""
+
+    @property
+    def further_images(self) -> dict[str, int]:
+        """Channels of each further image that it reads, by name; empty if it reads none."""
+        return channels_of(self.condition_images, self.config.unet.condition_channels)
 
     @property
     def config(self) -> DenoiserConfig:
@@ -179,6 +187,11 @@ class Cascade:
         """Classes that every stage that reads labels knows; None if no stage does."""
         return min((stage.num_classes for stage in self.stages if stage.num_classes is not None), default=None)
 
+    @property
+    def further_images(self) -> dict[str, int]:
+        """Channels of each further image that a stage reads, by name."""
+        return {name: number for stage in self.stages for name, number in stage.further_images.items()}
+
     @torch.no_grad()
     def sample(
         self,
@@ -190,6 +203,7 @@ class Cascade:
         image_embed: Tensor | None = None,
         transcriptions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        condition_images: Mapping[str, Tensor] | None = None,
         low_res: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         start_stage: int = 0,
@@ -216,6 +230,8 @@ class Cascade:
                 prior, or computed from existing images. Only their direction counts.
             transcriptions: the text to be written in each image; None, or an empty text, means no text.
             labels: the class of each image, from 0; -1 means unknown. None means that all are unknown.
+            condition_images: (b, c, H, W) in [-1, 1] by name, further images for stages that read them, stretched
+                to the shape of each stage.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
                 of the previous stage: super-resolution of an existing image.
             shape: height and width of the images of the first stage that runs; those of the others are this shape,
@@ -256,6 +272,7 @@ class Cascade:
         conditioning = conditioning.to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
+        further = {name: image.to(device, dtype) for name, image in (condition_images or {}).items()}
         images: dict[int, Tensor] = {}
         kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
@@ -266,6 +283,7 @@ class Cascade:
                     shapes[number - start_stage],
                     self._read_by(stage, conditioning),
                     SeededNoise(kept, stream=number),
+                    further=further,
                     low_res=current if stage.is_super_resolution else None,
                     init_image=start if number == start_stage else None,
                     strength=strength,
@@ -281,6 +299,7 @@ class Cascade:
                     break
                 current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
                 inpaint = None if inpaint is None else inpaint.rows(rows)
+                further = {name: image[rows] for name, image in further.items()}
         return images
 
     def _conditioning(
@@ -346,6 +365,7 @@ def _sample_stage(
     conditioning: Conditioning,
     noise: SeededNoise,
     *,
+    further: Mapping[str, Tensor],
     low_res: Tensor | None,
     init_image: Tensor | None,
     strength: float,
@@ -359,6 +379,8 @@ def _sample_stage(
     for condition in set(get_args(Condition)) - stage.conditions:
         conditioning = conditioning.without_inputs(condition)
     conditioning = conditioning.map_text(lambda tokens: tokens[:, : stage.max_tokens])
+    if stage.further_images:
+        conditioning = replace(conditioning, images=joined_images(further, stage.further_images, size))
     if low_res is not None:
         conditioning = denoiser.with_sampling_low_res(
             conditioning, low_res, noise.normal(shape, weight.device, weight.dtype), settings.low_res_sigma

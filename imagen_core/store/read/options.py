@@ -45,8 +45,8 @@ class LoaderOptions:
         shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards; for
             stores that are far away or larger than memory. None shuffles all samples with each other.
         replacement: samples are drawn with replacement: each place of an epoch independently, with the same
-            probability, so that some come more than once and others not at all; with several captions each time another
-            may be taken. With buckets, or shuffle_window_shards, within each bucket or window.
+            probability, so that some come more than once and others not at all; of several captions another may be
+            taken each time. With buckets, or shuffle_window_shards, within each bucket or window.
         pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
     Raises:
         ValueError: a number is out of range, or options do not fit together.

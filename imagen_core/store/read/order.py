@@ -131,8 +131,8 @@ class WindowedOrder:
     """
 
     def __init__(self, bounds: np.ndarray, window: int, seed: int, place: Place = permute) -> None:
-        """`bounds`: rising, (n + 1,); shard i has the indices from bounds[i] to bounds[i + 1]. `place`: how samples are
-        taken within a window."""
+        """`bounds`: rising, (n + 1,); shard i has the indices from bounds[i] to bounds[i + 1]. `place`: how samples
+        are taken within a window."""
         self._place = place
         self._starts, self._counts = bounds[:-1], np.diff(bounds)
         self._window, self._seed = window, seed

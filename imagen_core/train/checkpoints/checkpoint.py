@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class LoadedDenoiser:
         max_tokens: captions were truncated to it in training.
         shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
             not known (checkpoints of earlier versions, imports) or it is a prior.
+        condition_images: channels of each further image that it reads, by name.
     """
 
     denoiser: Denoiser
@@ -63,6 +64,7 @@ class LoadedDenoiser:
     sha256: str
     max_tokens: int
     shapes: tuple[tuple[int, int], ...] = ()
+    condition_images: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stage(self) -> DenoiserConfig:
@@ -226,8 +228,8 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     denoiser = _built(path / STATE, state["denoiser"], read_tensors(path, state, chosen))
     sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
     encoders = state["encoder"], state.get("embed_encoders", {})
-    shapes = _shapes(state.get("shapes"))
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes)
+    shapes, further = _shapes(state.get("shapes")), state["config"].get("condition_images", {})
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, further)
 
 
 def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:

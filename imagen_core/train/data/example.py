@@ -27,6 +27,7 @@ from imagen_core.train.data.randomness import (
     sample_numbers,
     sample_uniform,
 )
+from imagen_core.train.data.store_images import condition_images
 from imagen_core.train.data.stream import Batch
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.precision import weights_dtype
@@ -81,6 +82,8 @@ def make_example(
         x0 = _pixels(batch.images[settings.size_px], device, dtype)
         memory = torch.channels_last if config.compute.channels_last else torch.contiguous_format
         x0 = x0.contiguous(memory_format=memory)
+        further = condition_images(batch.raw, config.condition_images, (x0.shape[-2], x0.shape[-1]), device, dtype)
+        conditioning = replace(conditioning, images=further)
     if low_res:
         conditioning = _with_low_res(batch, config, denoiser, conditioning, numbers, step)
     time, weight = numbers.time, torch.ones_like(numbers.time)

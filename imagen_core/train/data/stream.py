@@ -118,6 +118,7 @@ def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> Loa
         transcriptions=config.transcription is not None,
         labels=config.num_classes is not None,
         caption_sets=config.captions,
+        arrays=tuple(config.condition_images) or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Low-resolution images compressed or tinted in training: as Pillow or the formula does it, by named random numbers."""
+"""Low-resolution images compressed or tinted in training, as Pillow or the formula does it."""
 
 import io
 from pathlib import Path
@@ -104,7 +104,10 @@ def test_what_is_changed_does_not_depend_on_processes_or_micro_batches(tmp_path:
     [
         ({"views": {"low_res_jpeg": {}}}, r"views\.low_res_jpeg is for super-resolution"),
         ({"views": {"low_res_tint": {}}}, r"views\.low_res_tint is for super-resolution"),
-        ({"denoiser": SUPER, "views": {"low_res_jpeg": {"quality": [60, 30]}}}, r"quality: must be in 1 to 95 and not"),
+        (
+            {"denoiser": SUPER, "views": {"low_res_jpeg": {"quality": [60, 30]}}},
+            r"must be in 1 to 95 and not",
+        ),
         ({"denoiser": SUPER, "views": {"low_res_jpeg": {"quality": 96}}}, r"quality: must be in 1 to 95"),
         ({"denoiser": SUPER, "views": {"low_res_tint": {"strength": 0}}}, "strength"),
     ],

@@ -9,8 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from imagen_core.store import Store
 from pipeline.errors import ConfigError
 from stages.filters.base import FilterRow, Rejection
-from stages.filters.registry import AnyFilters
 from stages.filters.keep_rate import KeepRate
+from stages.filters.registry import AnyFilters
 from stages.filters.size import MaxPixels, MaxSide, MinBytes, TooSmall
 from stages.precompute.images_config import ImagesConfig
 from stages.precompute.resize import ResizeStage
