@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
@@ -29,6 +29,7 @@ from imagen_core.train.components import (
     ViewsConfig,
     store_name,
 )
+from imagen_core.train.lora.config import LoraConfig
 
 
 def _place(path: str) -> str:
@@ -90,6 +91,8 @@ class TrainConfig(Config):
     scales the loss; it is slow on CPUs."""
     init_from: InitFromConfig | None = None
     """Start with the weights of another training; null: with random weights."""
+    lora: LoraConfig | None = default_field(None)
+    """Train an adapter of the model in `init_from`, whose weights stay as they are; null: train all weights."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     data: DataConfig = DataConfig()
@@ -126,6 +129,7 @@ class TrainConfig(Config):
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"noise_levels.kind=loss_second_moment needs a discrete schedule (got {schedule.kind})")
         self._check_best_checkpoints()
+        self._check_lora()
         if isinstance(self.denoiser, PriorConfig):
             self._check_prior()
         else:
@@ -201,8 +205,10 @@ class TrainConfig(Config):
             of = f" of {encoder!r}" if isinstance(self.text, tuple) else ""
             option = f"{model}.num_text_layers{f'.{number}' if of else ''}"
             if len(layers) != counts[number]:
+                remedy = network.with_layer_count(number, len(layers))
                 raise ValueError(
-                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set it to {len(layers)}"
+                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set "
+                    + (f"{model}.num_text_layers={remedy}" if of else f"it to {remedy}")
                 )
             if len(set(layers)) < len(layers):
                 raise ValueError(f"text_layers{of} are {list(layers)}, which names a layer twice; name each once")
@@ -225,6 +231,16 @@ class TrainConfig(Config):
                 f"checkpoints.keep_best is {self.checkpoints.keep_best}: set validation.num_samples, and "
                 f"checkpoints.every_steps ({every}) to a multiple of validation.every_steps ({validated}), so that "
                 "each checkpoint has a validation loss"
+            )
+
+    def _check_lora(self) -> None:
+        """Refuses an adapter of weights that a resumed training would not find again."""
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora: is an adapter of a trained model; name it as init_from.path")
+        if self.lora is not None and self.init_from is not None and self.init_from.mismatch != "error":
+            raise ValueError(
+                "init_from.mismatch: skip would leave weights random that no checkpoint of an adapter holds; leave it "
+                "out, or train all weights with lora=null"
             )
 
     def _check_prior(self) -> None:

@@ -51,7 +51,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         if last_px is not None and built and built[-1].size_px == last_px:
             break
         try:
-            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
+            loaded = load_checkpoint_from(stage.checkpoint, stage.weights, stage.lora)
             loaded.stage  # noqa: B018 - refuses a prior
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error

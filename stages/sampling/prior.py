@@ -38,7 +38,7 @@ class PriorSampler:
             ConfigError: the checkpoint is missing, damaged, or no prior.
         """
         try:
-            self._loaded = load_checkpoint_from(settings.checkpoint, settings.weights)
+            self._loaded = load_checkpoint_from(settings.checkpoint, settings.weights, settings.lora)
         except TrainError as error:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):

@@ -144,10 +144,18 @@ class PromptTokens:
         origins = {name: each.origin for name, each in self._each.items()}
         return origins if self._several else next(iter(origins.values()), None)
 
-    def encode(self, requests: Sequence[ImageRequest]) -> None:
-        """Encodes the prompts that `of` will need, by one encoder after another; see `PromptEmbeddings.encode`."""
+    def encode(self, requests: Sequence[ImageRequest], negative: str | None = None) -> None:
+        """Encodes the prompts that `of` and `of_negative` will need, by one encoder after another; see
+        `PromptEmbeddings.encode`."""
         for each in self._each.values():
-            each.encode(requests)
+            each.encode(requests, negative)
+
+    def of_negative(self, prompt: str | None) -> np.ndarray | None:
+        """A negative prompt by the one encoder that such models read; None for none."""
+        if prompt is None:
+            return None
+        (only,) = self._each.values()
+        return only.of_negative(prompt)
 
     def of(self, requests: Sequence[ImageRequest]) -> Sequence[np.ndarray] | Mapping[str, Sequence[np.ndarray]] | None:
         """One array per image, as `PromptEmbeddings.of`; by encoder where there are several."""

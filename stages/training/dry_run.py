@@ -12,25 +12,35 @@ from imagen_core.train.data.store import stored_sizes, trained_shapes
 from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
+from pipeline.errors import ConfigError
 from pipeline.storage.open import open_storage
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
-    """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
+    """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions.
+
+    Raises:
+        ConfigError: an adapter does not fit the model.
+    """
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
     shapes, sets, state = _store_state(config, online=online)
-    memory = estimate_memory(
-        denoiser,
-        micro_batch_size=micro_batch,
-        shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
-        num_tokens=config.max_tokens,
-        bytes_per_activation=_ACTIVATION_BYTES[config.precision],
-        num_averages=len(config.ema.rates),
-        num_shards=1,
-    )
+    try:
+        memory = estimate_memory(
+            denoiser,
+            micro_batch_size=micro_batch,
+            shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
+            num_tokens=config.max_tokens,
+            bytes_per_activation=_ACTIVATION_BYTES[config.precision],
+            num_averages=len(config.ema.rates),
+            num_shards=1,
+            lora=config.lora,
+        )
+    except TrainError as error:
+        raise ConfigError(str(error)) from error
+    trained = memory.gradients // 4
     dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
     token_bytes = [2 * math.prod(shape) for shape in denoiser.network.text_shapes]
     per_token = dict(zip(config.texts, token_bytes, strict=True)) if isinstance(config.text, tuple) else None
@@ -44,7 +54,8 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     needed += [array_group(name) for name in config.condition_images]
     image_bytes = sum(3 * size * size for size in sizes)
     return {
-        "parameters": memory.weights // 4,
+        "parameters": memory.weights // 4 - (trained if config.lora is not None else 0),
+        **({} if config.lora is None else {"adapter_parameters": trained}),
         "weights_bytes": memory.weights,
         "gradients_bytes": memory.gradients,
         "optimizer_bytes": memory.optimizer,

@@ -134,7 +134,7 @@ def test_a_super_resolution_model_of_one_of_the_encoders_follows_a_base_of_both(
     assert np.array_equal(pixels(tmp_path / "cascade")[0], pixels(tmp_path / "alone")[0])
 
 
-def test_evaluations_and_likelihoods_read_both_encoders(work: Path, tmp_path: Path) -> None:
+def test_likelihoods_read_both_encoders(work: Path, tmp_path: Path) -> None:
     likelihood = ("num_images=2", "num_steps=4", "batch_size=2", f"store={work}/run/store", "device=cpu")
     result = call(
         *("run", "likelihood", "--out", str(tmp_path / "bits"), "--quiet", "--json"),

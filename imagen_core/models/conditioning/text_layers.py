@@ -6,16 +6,26 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from imagen_core.config import Config
 from imagen_core.models.conditioning.base import Conditioning
 
 TextLayerJoin = Literal["weighted_sum", "concat"]
-_Count = Annotated[int, Field(ge=1)]
-TextDim = _Count | Annotated[tuple[_Count, ...], Field(min_length=1)] | None
+
+
+def _from_one(value: object) -> object:
+    """Raises ValueError if an entry of a list, or the value itself, is below 1, or the list is empty."""
+    entries = value if isinstance(value, tuple) else (value,)
+    if not entries or any(isinstance(entry, int) and entry < 1 for entry in entries):
+        raise ValueError("must be 1 or more, or a list of such numbers")
+    return value
+
+
+TextDim = Annotated[int | tuple[int, ...] | None, AfterValidator(_from_one)]
 """Width of the embeddings of one text encoder, or those of several."""
+_NumLayers = Annotated[int | tuple[int | None, ...] | None, AfterValidator(_from_one)]
 
 
 class TextConfig(Config):
@@ -24,7 +34,7 @@ class TextConfig(Config):
     text_dim: TextDim = None
     """Width of the text embeddings, or of each of their layers; null disables conditioning on text. A list: the widths
     of several encoders, whose tokens are projected to the largest of them and joined to one sequence."""
-    num_text_layers: _Count | tuple[_Count | None, ...] | None = None
+    num_text_layers: _NumLayers = None
     """Number of layers of embeddings whose layers are stored apart (an encoder's `join: stack`); null: they have
     none. Of several encoders a list, or null."""
     text_layer_join: TextLayerJoin = "weighted_sum"
@@ -44,6 +54,12 @@ class TextConfig(Config):
         if isinstance(self.num_text_layers, tuple):
             return self.num_text_layers
         return (self.num_text_layers,) * len(self._text_dims)
+
+    def with_layer_count(self, number: int, count: int | None) -> str:
+        """`num_text_layers` with another number for one encoder, as YAML."""
+        counts = [count if place == number else before for place, before in enumerate(self.text_layer_counts)]
+        shown = ["null" if each is None else str(each) for each in counts]
+        return f"[{','.join(shown)}]" if isinstance(self.text_dim, tuple) else shown[0]
 
     @property
     def text_width(self) -> int | None:

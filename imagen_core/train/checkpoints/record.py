@@ -47,6 +47,22 @@ class _SettingsRecord(_Record):
     condition_images: dict[str, Annotated[int, Field(ge=1)]] = {}
 
 
+class _BaseRecord(_Record):
+    path: str
+    step: _Count
+    weights: str
+    sha256: str
+
+
+class LoraRecord(_Record):
+    """What a checkpoint of an adapter says of it: `alpha` is a number, also where the configuration has null."""
+
+    rank: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    targets: list[str] | None
+    base: _BaseRecord
+
+
 class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
@@ -64,6 +80,7 @@ class StateRecord(_ModelRecord):
     config: _SettingsRecord
     embed_encoders: dict[str, _EncoderRecord] = {}
     loss_scale: _LossScaleRecord | None = None
+    lora: LoraRecord | None = None
 
 
 class ExportRecord(_ModelRecord):

@@ -35,7 +35,7 @@ def check_encoders(store: Store, config: TrainConfig, *, online: bool) -> None:
         at = f".{number}" if isinstance(config.text, tuple) else ""
         dim = network.text_shapes[number][-1]
         _check_encoder(f"text{at}", encoder, store.manifest.texts, dim, f"{model}.text_dim{at}")
-        _check_layers(store, config, encoder, network.text_layer_counts[number], f"{model}.num_text_layers{at}")
+        _check_layers(store, config, number, encoder, f"{model}.num_text_layers", at)
     _check_caption_sets(store, config, online=online)
     _check_one_vector(store, config.text_embed)
     _check_encoder("text_embed", config.text_embed, store.manifest.texts, text_embed_dim, text_embed_option)
@@ -58,9 +58,10 @@ def _check_encoder(
         )
 
 
-def _check_layers(store: Store, config: TrainConfig, encoder: str, wanted: int | None, option: str) -> None:
-    """Refuses layers that the store lacks, or another number of them than the model reads."""
-    group, layers = store.text_group(encoder), config.texts[encoder]
+def _check_layers(store: Store, config: TrainConfig, number: int, encoder: str, option: str, at: str) -> None:
+    """Refuses layers that the store lacks, or another number of them than the model reads of an encoder."""
+    network, group, layers = config.denoiser.network, store.text_group(encoder), config.texts[encoder]
+    wanted = network.text_layer_counts[number]
     if layers is not None:
         try:
             group.layer_places(layers)
@@ -69,11 +70,11 @@ def _check_layers(store: Store, config: TrainConfig, encoder: str, wanted: int |
     found = len(layers or group.layers) or None
     if wanted != found:
         has = f"has the layers {list(group.layers)} apart" if group.layers else "has no layers apart"
-        remedy = f"set {option}={'null' if found is None else found}"
+        remedy = f"set {option}={network.with_layer_count(number, found)}"
         if group.layers and wanted is not None:
             remedy += ", or text_layers to as many of them"
         raise TrainError(
-            f"{option} is {wanted or 'null'}, but the store {config.store} {has} of {group.encoder!r}; {remedy}"
+            f"{option}{at} is {wanted or 'null'}, but the store {config.store} {has} of {group.encoder!r}; {remedy}"
         )
 
 

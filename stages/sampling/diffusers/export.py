@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from imagen_core.cascade import CascadeStage
 from imagen_core.files import share
 from imagen_core.models import Conditioning
+from imagen_core.text_batch import each_encoder
 from pipeline.commands import CommandResult
 from pipeline.config import load_config, local_path
 from pipeline.errors import EXIT_OK, ConfigError
@@ -147,7 +148,8 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     for stage in stages:
         _check_parts(stage)
     folder.mkdir()
-    encoder = export_encoder(loaded.cascade.encoder, encoder_model, folder)
+    record = next(iter(each_encoder(loaded.cascade.encoder)), None)
+    encoder = export_encoder(record, encoder_model, folder)
     names = [f"stage_{number}" for number in range(1, _MOST_STAGES + 1)]
     index: dict[str, Any] = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": _DIFFUSERS_VERSION}
     index |= dict.fromkeys((*names, "text_encoder", "tokenizer"), (None, None))
