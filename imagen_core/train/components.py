@@ -227,6 +227,10 @@ class ComputeConfig(Config):
     What is left in float32 under bfloat16 or float16 is rounded so too."""
     compile: bool = False
     """torch.compile the network: slow to start, faster steps."""
+    step_limit_s: float | None = Field(default=None, gt=0)
+    """Most seconds of a step, with the wait for its batch and for other processes: a process that takes longer, as
+    where a disk or the network hangs, prints where it is and ends with exit code 75, to be started again from the
+    newest checkpoint. The first step of a start, validation, grids and checkpoints have no limit. null: none."""
     channels_last: bool = True
     """Memory order of images and kernels; the faster one nearly everywhere."""
 
