@@ -187,11 +187,6 @@ class Cascade:
         """Classes that every stage that reads labels knows; None if no stage does."""
         return min((stage.num_classes for stage in self.stages if stage.num_classes is not None), default=None)
 
-    @property
-    def further_images(self) -> dict[str, int]:
-        """Channels of each further image that a stage reads, by name."""
-        return {name: number for stage in self.stages for name, number in stage.further_images.items()}
-
     @torch.no_grad()
     def sample(
         self,

@@ -108,10 +108,15 @@ def check_requests(requests: Sequence[ImageRequest], cascade: Cascade) -> None:
     _check_labels(requests, cascade.num_classes)
 
 
+def further_images(cascade: Cascade) -> dict[str, int]:
+    """Channels of each further image that a stage reads, by name."""
+    return {name: number for stage in cascade.stages for name, number in stage.further_images.items()}
+
+
 def _check_condition_images(requests: Sequence[ImageRequest], cascade: Cascade) -> None:
     """Raises ConfigError if some are missing, or no stage reads them, or no image file has their channels."""
     given = {name for request in requests for name, _ in request.condition_images}
-    read = cascade.further_images
+    read = further_images(cascade)
     for name, channels in read.items():
         if name not in given:
             raise ConfigError(
