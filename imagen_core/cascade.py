@@ -4,7 +4,7 @@ Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 p
 caption, and each super-resolution stage also the image of the previous stage, with a little noise on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -81,6 +81,7 @@ class Cascade:
         image_embed: Tensor | None = None,
         transcriptions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        condition_images: Mapping[str, Tensor] | None = None,
         low_res: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         start_stage: int = 0,
@@ -108,6 +109,8 @@ class Cascade:
                 prior, or computed from existing images. Only their direction counts.
             transcriptions: the text to be written in each image; None, or an empty text, means no text.
             labels: the class of each image, from 0; -1 means unknown. None means that all are unknown.
+            condition_images: (b, c, H, W) in [-1, 1] by name, further images for stages that read them, stretched
+                to the shape of each stage.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
                 of the previous stage: super-resolution of an existing image.
             shape: height and width of the images of the first stage that runs; those of the others are this shape,
@@ -150,6 +153,7 @@ class Cascade:
         conditioning = conditioning.to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
+        further = {name: image.to(device, dtype) for name, image in (condition_images or {}).items()}
         images: dict[int, Tensor] = {}
         kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
@@ -160,6 +164,7 @@ class Cascade:
                     shapes[number - start_stage],
                     self._read_by(stage, conditioning),
                     SeededNoise(kept, stream=number),
+                    further=further,
                     low_res=current if stage.is_super_resolution else None,
                     init_image=start if number == start_stage else None,
                     strength=strength,
@@ -176,6 +181,7 @@ class Cascade:
                     break
                 current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
                 inpaint = None if inpaint is None else inpaint.rows(rows)
+                further = {name: image[rows] for name, image in further.items()}
         return images
 
     def _conditioning(

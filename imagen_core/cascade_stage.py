@@ -1,13 +1,14 @@
 """One stage of a cascade: a denoiser, how it samples, and the sampling."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from imagen_core.condition_images import channels_of, joined_images
 from imagen_core.config import Config, default_field
 from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
@@ -50,6 +51,13 @@ class CascadeStage:
     """Height and width of the images it was trained on; none where they are not known."""
     encoders: tuple[str, ...] | None = None
     """Names of the text encoders whose tokens it reads, where the cascade has several; None means all."""
+    condition_images: Mapping[str, int] = field(default_factory=dict)
+    """Channels of each further image that it reads, in their order; empty for one of the name `images`."""
+
+    @property
+    def further_images(self) -> dict[str, int]:
+        """Channels of each further image that it reads, by name; empty if it reads none."""
+        return channels_of(self.condition_images, self.config.unet.condition_channels)
 
     @property
     def config(self) -> DenoiserConfig:
@@ -127,6 +135,7 @@ def sample_stage(
     conditioning: Conditioning,
     noise: SeededNoise,
     *,
+    further: Mapping[str, Tensor],
     low_res: Tensor | None,
     init_image: Tensor | None,
     strength: float,
@@ -137,6 +146,7 @@ def sample_stage(
     """Runs one stage.
 
     Args:
+        further: (b, c, H, W) in [-1, 1] by name, the further images of which it reads some, in any size.
         encode_init: start from the noise that the stage itself would generate init_image from without conditions,
             instead of sampled noise.
     Returns:
@@ -150,6 +160,8 @@ def sample_stage(
     for condition in set(get_args(Condition)) - stage.conditions:
         conditioning = conditioning.without_inputs(condition)
     conditioning = conditioning.map_text(lambda tokens: tokens[:, : stage.max_tokens])
+    if stage.further_images:
+        conditioning = replace(conditioning, images=joined_images(further, stage.further_images, size))
     if low_res is not None:
         conditioning = denoiser.with_sampling_low_res(
             conditioning, low_res, noise.normal(shape, weight.device, weight.dtype), settings.low_res_sigma
@@ -161,12 +173,7 @@ def sample_stage(
         sigmas = sigmas[len(sigmas) - 1 - round(strength * (len(sigmas) - 1)) :]
         if len(sigmas) == 1:
             return init_image
-        unconditional = conditioning
-        for condition in stage.conditions - {"low_res"}:
-            unconditional = unconditional.without(condition)
-        plain = guided(denoiser, unconditional, Guidance(), Threshold(kind="none"))
-        latent = encode(settings.sampler, plain, sigmas, init_image.to(weight), schedule=schedule)
-        init_image, start = None, "sigma"
+        latent, init_image, start = _latent(stage, conditioning, sigmas, init_image.to(weight)), None, "sigma"
     return sample(
         settings.sampler,
         guided(denoiser, conditioning, settings.guidance, settings.threshold),
@@ -183,6 +190,14 @@ def sample_stage(
         schedule=schedule,
         on_step=on_step,
     )
+
+
+def _latent(stage: CascadeStage, conditioning: Conditioning, sigmas: Tensor, image: Tensor) -> Tensor:
+    """The noise from which the stage would generate an image without conditions but the low-resolution image."""
+    for condition in stage.conditions - {"low_res"}:
+        conditioning = conditioning.without(condition)
+    plain = guided(stage.denoiser, conditioning, Guidance(), Threshold(kind="none"))
+    return encode(stage.sampling.sampler, plain, sigmas, image, schedule=stage.denoiser.config.diffusion.schedule)
 
 
 def _resized(inpaint: Inpaint, size: tuple[int, int]) -> Inpaint:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
-from imagen_core.train.augment import BlurConfig, ResizedCropConfig
+from imagen_core.train.augment import BlurConfig, JpegConfig, ResizedCropConfig, TintConfig
 
 
 class DataConfig(Config):
@@ -19,6 +19,10 @@ class DataConfig(Config):
     shuffle_window_shards: int | None = Field(default=None, ge=1)
     """Shards come in random order, and samples are shuffled within this many of them; null: all samples are shuffled
     with each other."""
+    replacement: bool = False
+    """Draw samples with replacement, each independently of the others; an epoch is as many as the store has. With
+    shuffle_window_shards, and in stores of aspect-ratio buckets, within each window and bucket. false: each sample
+    comes once per epoch."""
     cache_dir: str | None = None
     """Local folder for checked copies of a remote store's files, shared by the processes of a machine; null: no
     copies."""
@@ -95,7 +99,7 @@ class ConditioningDropoutConfig(Config):
 
 
 class ViewsConfig(Config):
-    """Random views of the images: crops, flips, blur, grayscale."""
+    """Random views of the images: crops, flips, and changes of low-resolution images."""
 
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on full images."""
@@ -108,6 +112,10 @@ class ViewsConfig(Config):
     """Blur some of the low-resolution images, in training only; null: none."""
     low_res_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the low-resolution images shown in grayscale; 1 makes a model that colours images."""
+    low_res_jpeg: JpegConfig | None = None
+    """Compress some of the low-resolution images as JPEG, in training only; null: none."""
+    low_res_tint: TintConfig | None = None
+    """Show some of the low-resolution images in shades of one colour, in training only; null: none."""
 
     @field_validator("horizontal_flip", mode="before")
     @classmethod
@@ -225,6 +233,10 @@ class ComputeConfig(Config):
     What is left in float32 under bfloat16 or float16 is rounded so too."""
     compile: bool = False
     """torch.compile the network: slow to start, faster steps."""
+    step_limit_s: float | None = Field(default=None, gt=0)
+    """Most seconds of a step, with the wait for its batch and for other processes: a process that takes longer, as
+    where a disk or the network hangs, prints where it is and ends with exit code 75, to be started again from the
+    newest checkpoint. The first step of a start, validation, grids and checkpoints have no limit. null: none."""
     channels_last: bool = True
     """Memory order of images and kernels; the faster one nearly everywhere."""
     cudnn_autotune: bool = default_field(False)

@@ -121,6 +121,9 @@ class RequestConfig(Config):
     low_res: tuple[str, ...] = ()
     """Images to super-resolve, one per prompt: the first stage of `stages` must be a super-resolution stage. The
     centre square, or the centre of the shape to generate, is resized to the size which that stage upsamples."""
+    condition_images: dict[str, tuple[str, ...]] = Field(default_factory=dict, exclude_if=lambda images: not images)
+    """Further images for stages that were trained with `condition_images`, one per prompt, by name, such as `{depth:
+    [depth.png]}`. The centre square, or the centre of the shape to generate, is resized to each stage's."""
     init: InitConfig | None = None
     """Image to image; null: start from pure noise."""
     inpaint: InpaintConfig | None = None
@@ -144,6 +147,7 @@ class RequestConfig(Config):
         init = () if self.init is None else self.init.images
         return {
             "low_res": self.low_res,
+            **{f"condition_images.{name}": paths for name, paths in self.condition_images.items()},
             "init.images": init,
             "transcriptions": self.transcriptions,
             "labels": self.labels,

@@ -1,6 +1,6 @@
 """Images that a sampling starts from: low-resolution and initial images, and inpainting."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,32 @@ def read_centres(paths: Sequence[str | None], shape: Shape | None) -> torch.Tens
     if not given or shape is None:
         return None
     return from_pixels(np.stack([_centre(path, shape) for path in given]))
+
+
+def read_condition_images(
+    paths: Sequence[Mapping[str, str]], channels: Mapping[str, int], shape: Shape
+) -> dict[str, torch.Tensor]:
+    """The centres of further images with the ratio of a shape, resized to it (bicubic, antialiased), by name.
+
+    Args:
+        paths: of each image to generate, by name.
+        channels: 1 or 3 of each name; a file for one channel must be gray.
+    Returns:
+        (b, channels, *shape) in [-1, 1] each.
+    Raises:
+        ConfigError: one cannot be read, or has colours where one channel is read.
+    """
+    result = {}
+    for name, number in channels.items():
+        pixels = np.stack([_centre(each[name], shape) for each in paths])
+        coloured = (pixels != pixels[..., :1]).any(axis=(1, 2, 3))
+        if number == 1 and coloured.any():
+            path = paths[int(coloured.argmax())][name]
+            raise ConfigError(
+                f"condition_images.{name}: {path} has colours, and one channel is read; give a gray image"
+            )
+        result[name] = from_pixels(pixels[..., :number])
+    return result
 
 
 def _centre(path: str, shape: Shape) -> np.ndarray:

@@ -51,7 +51,7 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
     check_requests(requests, session.cascade)
     check_init(config.init, session.cascade.stages[0])
     requests = with_shapes(requests, config, session.cascade)
-    check_images(dict.fromkeys(path for each in requests for path in (each.low_res, each.init_image) if path))
+    check_images(dict.fromkeys(path for each in requests for path in each.paths))
     if config.inpaint is not None:
         read_inpaint(config.inpaint)
     return requests, session

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class LoadedDenoiser:
         shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
             not known (checkpoints of earlier versions, imports) or it is a prior.
         place: the checkpoint's folder, or the file; a path or a URL.
+        condition_images: channels of each further image that it reads, by name.
     """
 
     denoiser: Denoiser
@@ -76,6 +77,7 @@ class LoadedDenoiser:
     max_tokens: int
     shapes: tuple[tuple[int, int], ...] = ()
     place: str = ""
+    condition_images: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stage(self) -> DenoiserConfig:
@@ -269,7 +271,8 @@ def load_checkpoint(
     encoders = state["encoder"], state.get("embed_encoders", {})
     shapes = _shapes(state.get("shapes"))
     place = os.path.abspath(path)
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place)
+    further = state["config"].get("condition_images", {})
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place, further)
 
 
 def _load_base(

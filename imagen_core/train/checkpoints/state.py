@@ -32,6 +32,8 @@ class TrainState:
         self.model, self.optimizer, self.averages, self.noise_levels = model, optimizer, averages, noise_levels
         self.step = 0
         self.samples = 0
+        self.whole = True
+        """Whether everything is of the same step; false within an update."""
         self.loss_scale: LossScale | None = None
         """Only with float16."""
 
