@@ -103,12 +103,13 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
 def write_stages(
     target: Path,
     stages: Sequence[ImportedStage],
-    encoder: Mapping[str, Any],
+    encoder: Mapping[str, Any] | None,
     text_encoder: Sequence[Path] = (),
 ) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
 
     Args:
+        encoder: what encoded the captions; None for stages that read none.
         text_encoder: files of the text encoder's model and tokenizer, which become the folder `text_encoder`, as hard
             links where the file system has them; without, the encoder is found by its name.
     Raises:
@@ -133,7 +134,7 @@ def write_stages(
 
 
 def _write_stages(
-    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any]
+    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any] | None
 ) -> CommandResult:
     """Writes into `folder` what will be at `target`."""
     session, rows = [], []
@@ -153,7 +154,8 @@ def _write_stages(
     _write_yaml(folder / _SAMPLE, {"stages": session})
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
-    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE text=t5")
+    reads = "" if encoder is None else " text=t5"
+    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE{reads}")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
 
 
@@ -178,12 +180,12 @@ def _same_files(new: Path, old: Path) -> bool:
     return all((old / file).is_file() and file_digest(new / file) == file_digest(old / file) for file in files)
 
 
-def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any]) -> Path:
+def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any] | None) -> Path:
     """Writes into a folder laid out like a training's."""
     from imagen_core.train.checkpoints.checkpoint import write_checkpoint
 
     state = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
-    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": dict(encoder)}
+    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": None if encoder is None else dict(encoder)}
     state |= {"imported_from": stage.source}
     tensors = {f"net.{name}": values for name, values in stage.network().items()}
     return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, state)
