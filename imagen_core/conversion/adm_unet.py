@@ -16,9 +16,8 @@ from imagen_core.models.unet.regular import RegularUNetConfig
 
 NUM_CLASSES = 1000
 """Classes of every model that reads them."""
-FIRST = "input_blocks.0.0.weight"
-"""Name of the first convolution's kernel."""
-_CHANNELS = 3
+FIRST, LAST = "input_blocks.0.0.weight", "out.2.weight"
+"""Names of the kernels of the first and the last convolution."""
 _RULES = (  # their names -> names here; each is applied once, in this order
     (r"^time_embed\.0\.", "inputs.time.hidden."),
     (r"^time_embed\.2\.", "inputs.time.out."),
@@ -45,20 +44,22 @@ def unet_config(settings: Mapping[str, Any], *, low_res: bool) -> RegularUNetCon
     """The configuration of a UNet like theirs.
 
     Args:
-        settings: as `adm.settings_of_flags` gives them.
+        settings: as `adm.settings_of_flags` gives them; of nostalgebraist's models also monochrome, up_num_heads and
+            middle_num_heads.
         low_res: whether it upsamples images.
     Raises:
         ValueError: a setting has no counterpart here.
     """
     by_width = settings["num_head_channels"] != -1
     heads, up_heads = settings["num_heads"], settings["num_heads_upsample"]
+    channels = 1 if settings.get("monochrome") else 3
     return RegularUNetConfig.model_validate(
         {
             "image_size_px": settings["image_size"],
             "text_dim": None,
             "num_classes": NUM_CLASSES if settings["class_cond"] else None,
-            "in_channels": _CHANNELS,
-            "out_channels": _CHANNELS * (1 + settings["learn_sigma"]),
+            "in_channels": channels,
+            "out_channels": channels * (1 + settings["learn_sigma"]),
             "low_res": low_res,
             "dropout": settings["dropout"],
             "activation_checkpointing": settings["use_checkpoint"],
@@ -71,7 +72,8 @@ def unet_config(settings: Mapping[str, Any], *, low_res: bool) -> RegularUNetCon
             ),
             "head_dim": settings["num_head_channels"] if by_width else 64,
             "num_heads": None if by_width else heads,
-            "up_num_heads": None if by_width or up_heads in (-1, heads) else up_heads,
+            "up_num_heads": settings.get("up_num_heads") if by_width or up_heads in (-1, heads) else up_heads,
+            "middle_num_heads": settings.get("middle_num_heads"),
             "scale_shift": settings["use_scale_shift_norm"],
             "resblock_updown": settings["resblock_updown"],
             "upsample": "repeat_conv",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from zipfile import is_zipfile
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
@@ -81,6 +82,16 @@ def t5_facts(model: str, max_tokens: int, dim: int | None, **reading: object) ->
     if dim not in (None, identity.dim):
         raise ConfigError(f"the network reads {dim}-wide embeddings, but {model} is {identity.dim} wide")
     return {"name": "t5", "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+
+
+def in_one_line(error: Exception) -> str:
+    """A validation error's first finding, with its place; of another error its first line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).removeprefix(
+            ": "
+        )
+    return first_line(error)
 
 
 def load_tensors(file: Path | BinaryIO, name: str) -> Any:

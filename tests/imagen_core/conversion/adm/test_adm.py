@@ -1,4 +1,5 @@
-"""Models of guided-diffusion and improved-diffusion, flags and weights, give the same here: outputs, losses, steps."""
+"""Models of guided-diffusion, improved-diffusion and nostalgebraist's fork, settings and weights, give the same
+outputs, losses and steps here."""
 
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imagen_core.cascade import SamplingConfig
+from imagen_core.conversion import nostalgebraist
 from imagen_core.conversion.adm import denoiser_config, sampling, settings_of_flags
 from imagen_core.conversion.adm_unet import unet_weights
 from imagen_core.diffusion import Denoiser, guided
@@ -38,13 +40,18 @@ def settings_of(text: str) -> tuple[dict[str, Any], bool]:
 
 def imported(case: str) -> tuple[dict[str, Any], Denoiser, dict[str, Tensor], Conditioning]:
     expected = CASES[case]
-    settings, low_res = settings_of(expected["flags"])
-    config = denoiser_config(settings, low_res=low_res)
+    if "config" in expected:
+        low_res = expected["config"]["is_super_res"]
+        settings = nostalgebraist.settings_of_config(expected["config"], low_res=low_res)
+        config = nostalgebraist.denoiser_config(settings, low_res=low_res)
+    else:
+        settings, low_res = settings_of(expected["flags"])
+        config = denoiser_config(settings, low_res=low_res)
     denoiser = Denoiser(config).eval()
     state, order = weights(expected["shapes"]), settings["use_new_attention_order"]
     assert isinstance(config.unet, RegularUNetConfig)
     denoiser.net.load_state_dict(unet_weights(state, config.unet, new_attention_order=order))
-    given = inputs(expected["side_px"], settings["diffusion_steps"])
+    given = inputs(expected["side_px"], settings["diffusion_steps"], config.unet.in_channels)
     conditioning = Conditioning(labels=given["labels"] if settings["class_cond"] else None)
     if low_res:
         zeros = torch.zeros(2)
@@ -83,10 +90,12 @@ def approximate_log_ndtr(x: Tensor) -> Tensor:
 @EACH_CASE
 def test_the_loss_of_each_image_is_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.special, "log_ndtr", approximate_log_ndtr)
-    _, denoiser, given, conditioning = imported(case)
+    settings, denoiser, given, conditioning = imported(case)
     sigma = levels(denoiser, given["steps"])
     with torch.no_grad():
         loss = diffusion_loss(denoiser, given["x0"], sigma, given["noise"], conditioning)
+    if settings.get("use_balanced_loss"):  # the mean of two errors, of which snr_plus_one is the sum
+        loss = loss / 2
     assert loss.tolist() == pytest.approx(CASES[case]["loss"], rel=2e-5)
 
 
@@ -183,3 +192,38 @@ def test_steps_of_sections_are_guided_diffusions() -> None:
     assert session.grid.model_dump() == {"kind": "respaced", "sections": "250"}
     with pytest.raises(ValueError, match="400 steps requested of 333"):
         sampling(settings_of("--timestep_respacing 10,400,10")[0])
+
+
+FORK = CASES["of the fork"]["config"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"txt": True}, "txt is True, but only False has a counterpart here: its encoder of transcriptions"),
+        ({"using_capt": True}, "using_capt is True, but only False"),
+        (
+            {"bread_adapter_at_ds": 2},
+            "bread_adapter_at_ds is 2, but only -1 has a counterpart here: there are no adapters",
+        ),
+        ({"use_snr_plus_one_loss": True}, "use_snr_plus_one_loss is True"),
+        ({"noise_cond": True}, "noise_cond is True"),
+        ({"num_experts": 2}, "num_experts: not a setting"),
+        ({"num_channels": "64"}, 'num_channels must be like 128 \\(got "64"\\)'),
+        ({"is_super_res": True}, "is_super_res is True, but by its first convolution it is False"),
+        ({"channels_per_head_upsample": 32}, "channels_per_head_upsample is 32, but only channels_per_head, 16,"),
+        ({"num_channels": 96, "channel_mult": "1,3"}, "num_channels: norms of 288 channels have 24 groups"),
+        ({"num_channels": 96, "channel_mult": "3,3"}, "num_channels: norms of 288 channels have 24 groups"),
+        ({"up_interp_mode": "area"}, "up_interp_mode is 'area'"),
+    ],
+)
+def test_settings_of_the_fork_without_a_counterpart_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        nostalgebraist.denoiser_config(nostalgebraist.settings_of_config(FORK | changes, low_res=False), low_res=False)
+
+
+def test_the_fork_computes_activations_again_where_its_settings_say() -> None:
+    settings = nostalgebraist.settings_of_config(FORK, low_res=False)
+    unet = nostalgebraist.denoiser_config(settings, low_res=False).unet
+    assert isinstance(unet, RegularUNetConfig)
+    assert (unet.activation_checkpointing, unet.checkpointed_parts) == (True, ("up",))
