@@ -130,6 +130,8 @@ def not_expressible(config: DenoiserConfig) -> str | None:
             return f"low_res_upsampling is {config.low_res_upsampling!r}, not 'bilinear_corners'"
         if not isinstance(noise, UniformNoise) or not isinstance(noise.schedule, Discrete):
             return "low_res_noise is not uniform with a discrete schedule"
+        if noise.schedule.rescale_steps:
+            return "low_res_noise.schedule.rescale_steps is true"
     return None
 
 
