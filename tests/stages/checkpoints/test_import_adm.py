@@ -70,6 +70,20 @@ def test_a_base_model_and_an_upsampler_sample_together(base: Path, tmp_path: Pat
     assert Image.open(tmp_path / "generated/images-64/00001.png").size == (64, 64)
 
 
+@pytest.mark.slow
+def test_an_imported_model_trains_on(cascade: Path, tmp_path: Path) -> None:
+    case = CASES["bound"]
+    model = saved(tmp_path, "ema_0.9999_000100.pt", case)
+    assert imported(tmp_path / "run", model, "--flags", case["flags"]).code == 0
+    command = ["run", "train", "-c", str(tmp_path / "run/unet-0/train.yaml"), "--out", str(tmp_path / "on"), "--quiet"]
+    result = call(*command, f"store={cascade}/run/store", "num_steps=1", "batch_size=2")
+    assert result.code == 0, result.err
+    loaded = load_checkpoint(tmp_path / "on", "model")
+    assert loaded.stage.diffusion.loss == "rescaled_kl"
+    before = weights(case["shapes"])["input_blocks.0.0.weight"]
+    assert 0 < (loaded.denoiser.state_dict()["net.conv_in.weight"] - before).abs().max() < 1e-2
+
+
 def test_a_model_of_the_fork_is_read_with_its_config_json(tmp_path: Path) -> None:
     case = CASES["of the fork"]
     model = saved(tmp_path, "ema_0.9999_001000.pt", case)
